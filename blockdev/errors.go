@@ -1,0 +1,23 @@
+package blockdev
+
+import "errors"
+
+// Causes that callers act upon. Test for them with errors.Is; the errors that
+// carry them name the image, layer or chunk and the reason.
+var (
+	// ErrNotFound: the image, index or chunk is not there. Asking another
+	// source may help; asking the same one again will not.
+	ErrNotFound = errors.New("not found")
+	// ErrUnauthorized: the registry refuses this credential (or wants one).
+	ErrUnauthorized = errors.New("access denied by the registry")
+	// ErrUnsupported: a media type, compression, encryption or tar feature that
+	// cannot be served lazily. The image is to be unpacked in the ordinary way.
+	ErrUnsupported = errors.New("cannot be served lazily")
+	// ErrUnavailable: the source cannot answer now (down, slow, overloaded).
+	// Trying again later, or elsewhere, may help.
+	ErrUnavailable = errors.New("source unavailable")
+	// ErrCorrupt: bytes do not match their digest, or a structure does not parse.
+	ErrCorrupt = errors.New("corrupt data")
+	// ErrNoSpace: the disk, or the byte quota, is full.
+	ErrNoSpace = errors.New("no space left")
+)

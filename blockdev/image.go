@@ -1,0 +1,66 @@
+package blockdev
+
+import "context"
+
+// Platform is the os/architecture/variant that is chosen from a
+// multi-platform image, in the words of the OCI image index.
+type Platform struct {
+	OS           string
+	Architecture string
+	Variant      string
+}
+
+// Credential is what a node shows to be let at a registry. The zero value is
+// anonymous access. It is passed on to that registry alone and never stored.
+type Credential struct {
+	// Username is empty if Secret is an identity (refresh) token.
+	Username string
+	Secret   string
+}
+
+// ImageRequest asks for all indexes of an image.
+type ImageRequest struct {
+	// Ref is the image reference as the user wrote it, with its registry host:
+	// "docker.io/library/redis:7".
+	Ref string
+	// Manifest is the digest of the platform's manifest (or of an image index);
+	// zero: what Ref's tag or digest names now.
+	Manifest Digest
+	// Platform is chosen where Manifest or Ref is an image index.
+	Platform Platform
+	// Credential is the node's for Ref's registry.
+	Credential Credential
+	// Have lists layer digests of which the node has the index already; their
+	// Index comes back nil.
+	Have []Digest
+}
+
+// Layer is one layer of an image.
+type Layer struct {
+	// Digest and Size (bytes) are those of the compressed blob.
+	Digest Digest
+	Size   int64
+	// DiffID is what the image config says, and the one inside Index.
+	DiffID Digest
+	// Index is the encoded index (package index reads it); nil where the
+	// request's Have named Digest.
+	Index []byte
+}
+
+// Image is what an ImageRequest gives, layers from the bottom up.
+type Image struct {
+	// Ref is the request's.
+	Ref string
+	// Manifest is the digest of the manifest that was used.
+	Manifest Digest
+	Layers   []Layer
+}
+
+// ImageSource is where indexes come from: a supernode.
+type ImageSource interface {
+	// OpenImage returns the indexes of all layers, or none of them. Its errors
+	// wrap ErrNotFound, ErrUnauthorized, ErrUnsupported, ErrUnavailable,
+	// ErrCorrupt, ErrNoSpace or the context's error, and name the image and the
+	// cause.
+	OpenImage(ctx context.Context, req ImageRequest) (*Image, error)
+}

@@ -1,0 +1,44 @@
+package blockdev
+
+// Limits of the chunker, in bytes. A chunk that is longer than MaxChunk is
+// refused wherever it turns up; only the last chunk of a diff, and pieces, may
+// be shorter than MinChunk.
+const (
+	MinChunk = 16 << 10
+	AvgChunk = 64 << 10
+	MaxChunk = 256 << 10
+)
+
+// Chunk is one row of the chunk table.
+type Chunk struct {
+	Offset int64  // bytes, in the masked diff
+	Length uint32 // bytes, 1..MaxChunk
+	Digest Digest // SHA-256 of the masked bytes
+}
+
+// Piece is a part of the header stream. It is stored and fetched as a chunk is.
+type Piece struct {
+	Length uint32 // bytes, 1..MaxChunk
+	Digest Digest
+}
+
+// Index is all that a node needs to mount a layer before it has any of the
+// layer's data. It is a function of the diff alone.
+type Index struct {
+	// DiffID is the SHA-256 of the diff.
+	DiffID Digest
+	// DiffSize is the length of the diff, and so of the masked diff, in bytes.
+	DiffSize int64
+	// Meta is the EROFS metadata image, device 0 of the block image. Its one
+	// extra device is the masked diff, in blocks of 512 bytes.
+	Meta []byte
+	// Chunks cover [0, DiffSize) in order. Empty only for an empty diff.
+	Chunks []Chunk
+	// Headers, joined, are the zstd-compressed header stream: every byte that
+	// the mask zeroed, needed only to prove a complete diff against DiffID.
+	Headers []Piece
+	// Implied lists the directories that the tar has entries below, but no entry
+	// for (clean, slash-separated, no leading slash, sorted). Their attributes
+	// are those of the layers below, which a single layer cannot know.
+	Implied []string
+}

@@ -1,0 +1,42 @@
+package blockdev
+
+import "context"
+
+// Priority says whether somebody is blocked on a request. Demand goes first,
+// always.
+type Priority uint8
+
+const (
+	// Prefetch is work that nobody waits for.
+	Prefetch Priority = iota
+	// Demand is a read that somebody is blocked on.
+	Demand
+)
+
+// Request asks for chunks of one diff.
+type Request struct {
+	// Diff is the diff that the chunks belong to.
+	Diff Digest
+	// Priority orders requests where they compete.
+	Priority Priority
+	// Chunks are wanted, in this order of preference. The callee does not keep
+	// the slice.
+	Chunks []Chunk
+}
+
+// Deliver takes the bytes of Chunks[i] of a request. data is valid until it
+// returns. An error that wraps ErrCorrupt means that data does not have the
+// digest, so whoever sent it is to be distrusted; the source may deliver the
+// same i again from elsewhere. Any other error ends the request.
+type Deliver func(i int, data []byte) error
+
+// Source is where chunks come from: a supernode, a group of peers, or several
+// of these behind each other.
+type Source interface {
+	// Fetch delivers each chunk once (a second time only after Deliver found
+	// ErrCorrupt), in any order, one call of deliver at a time. It returns nil
+	// when all were delivered; otherwise what was delivered stays delivered and
+	// the error says why the rest was not: ErrNotFound, ErrUnavailable,
+	// ErrCorrupt, the context's error, or deliver's.
+	Fetch(ctx context.Context, req Request, deliver Deliver) error
+}
