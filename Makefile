@@ -1,0 +1,85 @@
+# shoal: `make help` lists what there is.
+
+SHELL := /bin/bash
+BIN := $(CURDIR)/bin
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+GO ?= go
+# Real images and built tools are kept here between runs.
+SHOAL_CACHE ?= $(HOME)/.cache/shoal
+export SHOAL_CACHE
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list the targets
+	@awk 'BEGIN{FS=":.*## "} /^[a-zA-Z0-9_.-]+:.*## /{printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+##
+.PHONY: build
+build: ## build bin/shoal
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/shoal ./cmd/shoal
+
+.PHONY: demo
+demo: setup build ## the whole story in one table: a real image, pulled and started lazily (DEMO_IMAGE= takes another)
+	cd bench && $(GO) run ./cmd/bench demo $(if $(DEMO_IMAGE),--image '$(DEMO_IMAGE)') --bin $(BIN)
+
+.PHONY: test
+test: setup build ## everything: unit, conformance, race detector, real containerd (as root)
+	$(GO) test -race -timeout 20m ./...
+	cd integration && SHOAL_BIN=$(BIN) $(GO) test -count=1 -timeout 30m ./...
+	cd bench && $(GO) test -count=1 ./...
+
+.PHONY: test-unit
+test-unit: ## the tests of the product module alone, without the race detector
+	$(GO) test -timeout 15m ./...
+
+.PHONY: test-integration
+test-integration: setup build ## the tests with real containerd, runc, registry, FUSE and EROFS
+	cd integration && SHOAL_BIN=$(BIN) $(GO) test -count=1 -timeout 30m ./...
+
+.PHONY: test-images
+test-images: setup build ## tree equality of all ten real images (builds those that are missing)
+	cd bench && $(GO) run ./cmd/bench trees --bin $(BIN)
+
+.PHONY: lint
+lint: $(BIN)/golangci-lint ## golangci-lint with the rules of .golangci.yml, in all modules
+	$(BIN)/golangci-lint run ./...
+	cd integration && $(BIN)/golangci-lint run --config ../.golangci.yml ./...
+	cd bench && $(BIN)/golangci-lint run --config ../.golangci.yml ./...
+
+.PHONY: fuzz
+FUZZTIME ?= 10m
+fuzz: ## every fuzz target for FUZZTIME (10m)
+	./integration/fuzz.sh $(FUZZTIME)
+
+##
+.PHONY: bench-start bench-read bench-upgrade bench-ingest
+bench-start: setup build ## pull and start of the ten images against overlayfs -> bench/out/start.json
+	cd bench && $(GO) run ./cmd/bench start --bin $(BIN)
+bench-read: setup build ## reading a running image against overlayfs and containerd's erofs -> bench/out/read.json
+	cd bench && $(GO) run ./cmd/bench read --bin $(BIN)
+bench-upgrade: setup build ## new bytes from v1 to v2 -> bench/out/upgrade.json
+	cd bench && $(GO) run ./cmd/bench upgrade --bin $(BIN)
+bench-ingest: setup build ## ingest and memory of the biggest image -> bench/out/ingest.json
+	cd bench && $(GO) run ./cmd/bench ingest --bin $(BIN)
+
+.PHONY: images
+images: setup ## build the ten real images that tests and benchmarks use
+	bench/images/build.sh public
+
+##
+.PHONY: setup
+setup: ## install what tests, demo and benchmarks need (as root; Debian packages and a pinned containerd)
+	integration/setup.sh $(BIN)
+
+$(BIN)/golangci-lint: integration/tools/lint/go.mod
+	cd integration/tools/lint && $(GO) build -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+.PHONY: generate
+generate: ## generated code: protobuf messages
+	$(GO) generate ./...
+
+.PHONY: clean
+clean: ## remove what was built (not the cache of images and tools)
+	rm -rf $(BIN) bench/out

@@ -1,0 +1,72 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"reflect"
+	"time"
+)
+
+// Embedded configures the supernode inside a node that names no other.
+type Embedded struct {
+	Store    Store    `toml:"store"`
+	Registry Registry `toml:"registry"`
+}
+
+// Node is the file of `shoal node`.
+type Node struct {
+	Version        int      `toml:"version"`
+	Root           string   `toml:"root" comment:"indexes, local diffs and mounts are kept here; a short path leaves room for images of many layers"`
+	Address        string   `toml:"address" comment:"Unix socket for containerd: [proxy_plugins.shoal] address"`
+	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status and shoal prefetch"`
+	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
+	Supernodes     []string `toml:"supernodes" comment:"as shoal supernode prints it: host:port/PEER-ID; empty: this node embeds a supernode"`
+	DockerConfig   string   `toml:"docker_config" comment:"directory of docker's config.json with registry credentials; empty: $DOCKER_CONFIG or ~/.docker"`
+	IndexTimeout   Duration `toml:"index_timeout" comment:"how long a pull waits for an image's indexes before containerd unpacks it in the ordinary way"`
+	ReadTimeout    Duration `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`
+	Embedded       Embedded `toml:"embedded" comment:"the supernode of a node that names none"`
+	Log            Log      `toml:"log"`
+}
+
+// DefaultNode returns the defaults.
+func DefaultNode() *Node {
+	return &Node{
+		Version:        Version,
+		Root:           "/var/lib/shoal",
+		Address:        "/run/shoal/shoal.sock",
+		ControlAddress: "/run/shoal/control.sock",
+		MetricsAddress: "127.0.0.1:7702",
+		Supernodes:     []string{},
+		IndexTimeout:   Duration(5 * time.Minute),
+		ReadTimeout:    Duration(time.Minute),
+		Embedded:       Embedded{Store: defaultStore(), Registry: defaultRegistry()},
+		Log:            Log{Format: "text"},
+	}
+}
+
+// Check returns what is wrong with the values, each error naming its key.
+func (c *Node) Check() error {
+	errs := []error{
+		checkVersion(c.Version),
+		checkAbs("root", c.Root), checkAbs("address", c.Address), checkAbs("control_address", c.ControlAddress),
+		c.Embedded.Store.check("embedded."), c.Embedded.Registry.check("embedded."), c.Log.check(),
+		atLeast("index_timeout", c.IndexTimeout, Duration(time.Second)),
+		atLeast("read_timeout", c.ReadTimeout, Duration(time.Second)),
+	}
+	if c.Address == c.ControlAddress {
+		errs = append(errs, fmt.Errorf("address and control_address are both %q: containerd and the shoal command need a socket each", c.Address))
+	}
+	if c.MetricsAddress != "" {
+		errs = append(errs, checkHostPort("metrics_address", c.MetricsAddress))
+	}
+	if c.DockerConfig != "" {
+		errs = append(errs, checkAbs("docker_config", c.DockerConfig))
+	}
+	if len(c.Supernodes) > 0 && !reflect.DeepEqual(c.Embedded, DefaultNode().Embedded) {
+		errs = append(errs, errors.New("supernodes and embedded are both set: a node that names supernodes embeds none, so say store and registry in the supernode's own file"))
+	}
+	if len(c.Supernodes) > 1 {
+		errs = append(errs, fmt.Errorf("supernodes names %d: this version uses one", len(c.Supernodes)))
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,111 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"time"
+)
+
+// Store bounds what a supernode keeps.
+type Store struct {
+	Quota Size `toml:"quota" comment:"bytes on disk; the layers that were used longest ago make room"`
+}
+
+func (s Store) check(prefix string) error {
+	// Room for one big layer's spool file and chunks, or nothing could be ingested.
+	if s.Quota < 1<<30 {
+		return fmt.Errorf("%sstore.quota is too small: it must be at least 1GiB", prefix)
+	}
+	return nil
+}
+
+// Registry says how registries are reached and how long their word counts.
+type Registry struct {
+	ConfigPath  string   `toml:"config_path" comment:"containerd's directory of hosts.toml files: mirrors, CAs, plain HTTP"`
+	Trusted     []string `toml:"trusted" comment:"registry hosts whose word counts for layers that came from elsewhere, too"`
+	AccessTTL   Duration `toml:"access_ttl" comment:"how long a registry's permission to pull is believed"`
+	AccessGrace Duration `toml:"access_grace" comment:"and how long while the registry is down"`
+}
+
+func (r Registry) check(prefix string) error {
+	if r.ConfigPath != "" && !filepath.IsAbs(r.ConfigPath) {
+		return fmt.Errorf("%sregistry.config_path is %q: it must be an absolute path", prefix, r.ConfigPath)
+	}
+	if r.AccessGrace < r.AccessTTL {
+		return fmt.Errorf("%sregistry.access_grace (%v) is shorter than %sregistry.access_ttl (%v): while a registry is down its word would count for less time than while it is up",
+			prefix, time.Duration(r.AccessGrace), prefix, time.Duration(r.AccessTTL))
+	}
+	return atLeast(prefix+"registry.access_ttl", r.AccessTTL, Duration(time.Second))
+}
+
+// Supernode is the file of `shoal supernode`.
+type Supernode struct {
+	Version        int      `toml:"version"`
+	Root           string   `toml:"root" comment:"identity, chunks and indexes are kept here"`
+	Listen         []string `toml:"listen" comment:"host:port addresses for nodes"`
+	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status and shoal prefetch"`
+	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
+	Store          Store    `toml:"store"`
+	Registry       Registry `toml:"registry"`
+	Log            Log      `toml:"log"`
+}
+
+// DefaultSupernode returns the defaults.
+func DefaultSupernode() *Supernode {
+	return &Supernode{
+		Version:        Version,
+		Root:           "/var/lib/shoal-supernode",
+		Listen:         []string{"0.0.0.0:7700"},
+		ControlAddress: "/run/shoal/supernode.sock",
+		MetricsAddress: "127.0.0.1:7701",
+		Store:          defaultStore(),
+		Registry:       defaultRegistry(),
+		Log:            Log{Format: "text"},
+	}
+}
+
+func defaultStore() Store { return Store{Quota: 100 << 30} }
+
+func defaultRegistry() Registry {
+	return Registry{
+		ConfigPath:  "/etc/containerd/certs.d",
+		Trusted:     []string{},
+		AccessTTL:   Duration(5 * time.Minute),
+		AccessGrace: Duration(24 * time.Hour),
+	}
+}
+
+// Check returns what is wrong with the values, each error naming its key.
+func (c *Supernode) Check() error {
+	errs := []error{
+		checkVersion(c.Version),
+		checkAbs("root", c.Root), checkAbs("control_address", c.ControlAddress),
+		c.Store.check(""), c.Registry.check(""), c.Log.check(),
+	}
+	if len(c.Listen) == 0 {
+		errs = append(errs, errors.New("listen is empty: no node could reach this supernode"))
+	}
+	for _, a := range c.Listen {
+		errs = append(errs, checkHostPort("listen", a))
+	}
+	if c.MetricsAddress != "" {
+		errs = append(errs, checkHostPort("metrics_address", c.MetricsAddress))
+	}
+	return errors.Join(errs...)
+}
+
+func checkAbs(key, path string) error {
+	if !filepath.IsAbs(path) {
+		return fmt.Errorf("%s is %q: it must be an absolute path", key, path)
+	}
+	return nil
+}
+
+func checkHostPort(key, addr string) error {
+	if _, _, err := net.SplitHostPort(addr); err != nil {
+		return fmt.Errorf("%s: %q is not host:port", key, addr)
+	}
+	return nil
+}

@@ -1,0 +1,11 @@
+module github.com/shoalfs/shoal/integration
+
+go 1.26
+
+require (
+	github.com/moby/sys/mountinfo v0.7.3 // indirect
+	github.com/shoalfs/shoal v0.0.0
+	golang.org/x/sys v0.1.0 // indirect
+)
+
+replace github.com/shoalfs/shoal => ../

@@ -1,0 +1,147 @@
+package lab
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+// Containerd is a real containerd with a root and a state of its own.
+type Containerd struct {
+	*Process
+	// Address is its gRPC socket.
+	Address string
+
+	lab *Lab
+	ctr string
+	run atomic.Int64
+}
+
+// ContainerdOptions say which containerd is started, and how.
+type ContainerdOptions struct {
+	// Binary is the program's path; empty: the one in Lab.Bin (2.x).
+	Binary string
+	// ConfigVersion is 3 for containerd 2.x (the default), 2 for 1.x.
+	ConfigVersion int
+	// Snapshotters beside overlayfs that images are pulled for: erofs, shoal.
+	Snapshotters []string
+	// Shoal is the socket of a shoal node to use as a snapshotter; empty: none.
+	Shoal string
+	// Extra is added to the end of the config file.
+	Extra string
+}
+
+// StartContainerd starts a containerd below Dir/name.
+func (l *Lab) StartContainerd(ctx context.Context, name string, o ContainerdOptions) (*Containerd, error) {
+	if o.Binary == "" {
+		o.Binary = "containerd"
+	}
+	if o.ConfigVersion == 0 {
+		o.ConfigVersion = 3
+	}
+	c := &Containerd{lab: l, Address: l.Path(name, "c.sock"), ctr: "ctr"}
+	var b strings.Builder
+	fmt.Fprintf(&b, "version = %d\nroot = %q\nstate = %q\n", o.ConfigVersion, l.Path(name, "root"), l.Path(name, "state"))
+	// CRI wants a network and a pause image; the lab drives containerd itself.
+	fmt.Fprintf(&b, "disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\", \"io.containerd.cri.v1.runtime\"]\n")
+	fmt.Fprintf(&b, "[grpc]\naddress = %q\n", c.Address)
+	if o.Shoal != "" {
+		fmt.Fprintf(&b, "[proxy_plugins.shoal]\ntype = \"snapshot\"\naddress = %q\n", o.Shoal)
+		if o.ConfigVersion >= 3 {
+			fmt.Fprintf(&b, "[proxy_plugins.shoal.exports]\nenable_remote_snapshot_annotations = \"true\"\n")
+		}
+	}
+	if o.ConfigVersion >= 3 {
+		names := append([]string{"overlayfs"}, o.Snapshotters...)
+		if o.Shoal != "" {
+			names = append(names, "shoal")
+		}
+		for _, s := range names {
+			fmt.Fprintf(&b, "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nplatform = \"linux/amd64\"\nsnapshotter = %q\ndiffer = %q\n", s, differ(s))
+		}
+	}
+	b.WriteString(o.Extra)
+	cfg, err := l.writeFile(name+"/config.toml", b.String())
+	if err != nil {
+		return nil, err
+	}
+	if c.Process, err = l.Start(name, o.Binary, nil, "--config", cfg); err != nil {
+		return nil, err
+	}
+	err = WaitFor(ctx, "containerd", 60*time.Second, func() error {
+		if err := c.Alive(); err != nil {
+			return err
+		}
+		_, err := c.Ctr(ctx, "version")
+		return err
+	})
+	return c, err
+}
+
+func differ(snapshotter string) string {
+	if snapshotter == "erofs" {
+		return "erofs"
+	}
+	return "walking"
+}
+
+// Ctr runs ctr against this containerd and returns its standard output.
+func (c *Containerd) Ctr(ctx context.Context, args ...string) (string, error) {
+	return c.lab.Run(ctx, c.ctr, append([]string{"--address", c.Address}, args...)...)
+}
+
+// Pull pulls ref for a snapshotter, in the way `ctr images pull` does it.
+func (c *Containerd) Pull(ctx context.Context, snapshotter, ref string, extra ...string) error {
+	args := append([]string{"images", "pull", "--snapshotter", snapshotter}, extra...)
+	if _, err := c.Ctr(ctx, append(args, ref)...); err != nil {
+		return fmt.Errorf("%w\ncontainerd's log ends:\n%s", err, Tail(c.Log, 15))
+	}
+	return nil
+}
+
+// RunReady runs ref until it prints READY, which it does once it serves, and on
+// to its end. It returns the time until READY.
+func (c *Containerd) RunReady(ctx context.Context, snapshotter, ref string) (time.Duration, error) {
+	path, err := c.lab.program(c.ctr)
+	if err != nil {
+		return 0, err
+	}
+	id := fmt.Sprintf("lab-%d", c.run.Add(1))
+	cmd := exec.CommandContext(ctx, path, "--address", c.Address, "run", "--rm", "--snapshotter", snapshotter, ref, id)
+	cmd.Env = append(os.Environ(), "PATH="+c.lab.Bin+":"+os.Getenv("PATH")+":/usr/sbin:/sbin")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return 0, err
+	}
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	began := time.Now()
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	var ready time.Duration
+	var said strings.Builder
+	lines := bufio.NewScanner(out)
+	for lines.Scan() {
+		if ready == 0 && strings.HasPrefix(lines.Text(), "READY") {
+			ready = time.Since(began)
+		}
+		if said.Len() < 4<<10 {
+			said.WriteString(lines.Text() + "\n")
+		}
+	}
+	if _, err := io.Copy(io.Discard, out); err != nil && lines.Err() == nil {
+		return 0, err
+	}
+	err = cmd.Wait()
+	if err != nil || ready == 0 {
+		return 0, fmt.Errorf("run %s through %s: no READY (%v)\n%s%s", ref, snapshotter, err, said.String(), stderr.String())
+	}
+	return ready, nil
+}

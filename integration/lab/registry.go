@@ -1,0 +1,63 @@
+package lab
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"os"
+	"time"
+)
+
+// Registry is a real OCI registry (Debian's docker-registry) on loopback.
+type Registry struct {
+	*Process
+	// Addr is host:port; plain HTTP.
+	Addr string
+}
+
+// StartRegistry serves the images in storage, a directory that outlives the
+// lab. With htpasswd, a file of that format, it asks for a password.
+func (l *Lab) StartRegistry(ctx context.Context, name, storage, htpasswd string) (*Registry, error) {
+	if err := os.MkdirAll(storage, 0o755); err != nil {
+		return nil, err
+	}
+	addr, err := FreeAddr()
+	if err != nil {
+		return nil, err
+	}
+	auth := ""
+	if htpasswd != "" {
+		auth = fmt.Sprintf("auth:\n  htpasswd:\n    realm: lab\n    path: %s\n", htpasswd)
+	}
+	cfg, err := l.writeFile(name+"/config.yml", fmt.Sprintf(`version: 0.1
+log:
+  level: warn
+  accesslog:
+    disabled: true
+storage:
+  filesystem:
+    rootdirectory: %s
+  delete:
+    enabled: true
+http:
+  addr: %s
+%s`, storage, addr, auth))
+	if err != nil {
+		return nil, err
+	}
+	p, err := l.Start(name, "docker-registry", []string{"OTEL_TRACES_EXPORTER=none"}, "serve", cfg)
+	if err != nil {
+		return nil, err
+	}
+	err = WaitFor(ctx, "registry", 20*time.Second, func() error {
+		if err := p.Alive(); err != nil {
+			return err
+		}
+		resp, err := http.Get("http://" + addr + "/v2/")
+		if err != nil {
+			return err
+		}
+		return resp.Body.Close()
+	})
+	return &Registry{Process: p, Addr: addr}, err
+}
