@@ -1,0 +1,15 @@
+// Package blockdevtest checks implementations of blockdev's contracts, and
+// holds stand-ins for them that other packages' tests use.
+//
+//   - TestSource is the conformance suite of blockdev.Source. Every Source of
+//     the project runs it: Memory here, the libp2p client, the supernode.
+//   - Memory is a Source in memory that passes the suite.
+//   - SourceFunc makes a Source of a function, for faults.
+//   - Diff makes a diff of random content with its chunk table.
+//
+// # Invariants
+//
+//   - The suite asks for nothing that the comments in package blockdev do not
+//     promise; where both disagree, the comments are right.
+//   - Random content is a function of its seed.
+package blockdevtest
