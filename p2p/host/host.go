@@ -1,0 +1,122 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/core/connmgr"
+	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
+	"github.com/libp2p/go-libp2p/p2p/net/swarm"
+	tls "github.com/libp2p/go-libp2p/p2p/security/tls"
+	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
+	ma "github.com/multiformats/go-multiaddr"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// dialTimeout bounds one attempt to connect, handshakes included. Within a
+// datacenter a healthy peer needs milliseconds.
+const dialTimeout = 3 * time.Second
+
+// Config says what New makes. The zero value of each field but Key is usable.
+type Config struct {
+	// Key is the identity (LoadIdentity).
+	Key crypto.PrivKey
+	// Listen are "host:port" addresses, with an IP address or no host for all.
+	// Empty: no listening, this host only dials.
+	Listen []string
+	// MaxPeers is how many peers may be connected at once; 0: DefaultMaxPeers.
+	MaxPeers int
+	// Gater, if not nil, decides who may connect.
+	Gater connmgr.ConnectionGater
+	// Registerer, if not nil, takes libp2p's own metrics. There are many.
+	Registerer prometheus.Registerer
+	// UserAgent is what this host calls itself towards others, "shoal/1.2".
+	UserAgent string
+}
+
+// New makes a host and listens. Close it after use.
+func New(c Config) (host.Host, error) {
+	if c.Key == nil {
+		return nil, errors.New("p2p host: no identity")
+	}
+	if c.MaxPeers == 0 {
+		c.MaxPeers = DefaultMaxPeers
+	}
+	if c.MaxPeers < 0 {
+		return nil, fmt.Errorf("p2p host: at most %d peers", c.MaxPeers)
+	}
+	var must, may []ma.Multiaddr
+	for _, s := range c.Listen {
+		a, b, err := listenAddrs(s)
+		if err != nil {
+			return nil, fmt.Errorf("p2p host: %w", err)
+		}
+		must, may = append(must, a...), append(may, b...)
+	}
+	rm, err := resourceManager(c.MaxPeers, c.Registerer != nil)
+	if err != nil {
+		return nil, fmt.Errorf("p2p host: resource manager: %w", err)
+	}
+	cm, err := connManager(c.MaxPeers)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("p2p host: connection manager: %w", err), rm.Close())
+	}
+	opts := []libp2p.Option{
+		libp2p.Identity(c.Key),
+		libp2p.NoListenAddrs, // below, one by one: libp2p is content if any of them works
+		libp2p.Transport(tcp.NewTCPTransport, tcp.DisableReuseport(), tcp.WithConnectionTimeout(dialTimeout)),
+		libp2p.Security(tls.ID, tls.New),
+		libp2p.Muxer(yamux.ID, muxer()),
+		libp2p.ResourceManager(rm),
+		libp2p.ConnectionManager(cm),
+		libp2p.UserAgent(c.UserAgent),
+		libp2p.DisableRelay(),
+		libp2p.Ping(false),
+		libp2p.DisableIdentifyAddressDiscovery(),
+		libp2p.ForceReachabilityPrivate(), // stops AutoNAT's probes
+		libp2p.WithDialTimeout(dialTimeout),
+		libp2p.SwarmOpts(swarm.WithDialRanker(swarm.NoDelayDialRanker)),
+		// These suppress dials to addresses that failed a lot: wrong for a
+		// supernode that was down for a while.
+		libp2p.UDPBlackHoleSuccessCounter(nil),
+		libp2p.IPv6BlackHoleSuccessCounter(nil),
+		metrics(c.Registerer),
+	}
+	if c.Gater != nil {
+		opts = append(opts, libp2p.ConnectionGater(c.Gater))
+	}
+	h, err := libp2p.New(opts...)
+	if err != nil {
+		return nil, fmt.Errorf("p2p host: %w", err)
+	}
+	for _, a := range must {
+		if err := h.Network().Listen(a); err != nil {
+			return nil, errors.Join(fmt.Errorf("p2p host: listen on %s: %w", a, err), h.Close())
+		}
+	}
+	for _, a := range may {
+		_ = h.Network().Listen(a) // no IPv6 here; what must work does
+	}
+	return h, nil
+}
+
+// ID returns the peer ID of key.
+func ID(key crypto.PrivKey) (peer.ID, error) { return peer.IDFromPrivateKey(key) }
+
+// metrics sends libp2p's metrics to reg, or nowhere. Nowhere is a registry that
+// is dropped: some parts register with prometheus' global one otherwise, even
+// with libp2p.DisableMetrics.
+func metrics(reg prometheus.Registerer) libp2p.Option {
+	return func(c *libp2p.Config) error {
+		c.PrometheusRegisterer, c.DisableMetrics = reg, reg == nil
+		if reg == nil {
+			c.PrometheusRegisterer = prometheus.NewRegistry()
+		}
+		return nil
+	}
+}

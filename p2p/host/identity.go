@@ -1,0 +1,113 @@
+package host
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/libp2p/go-libp2p/core/crypto"
+)
+
+// pemType is the PEM block of a PKCS #8 key, as openssl reads and writes it.
+const pemType = "PRIVATE KEY"
+
+// maxIdentity is more bytes than any Ed25519 key in PEM has.
+const maxIdentity = 4 << 10
+
+// LoadIdentity reads the identity in the file at path, and makes one if there is
+// none: mode 0600, complete or not there at all, and never in the place of a
+// file that exists. The directory must exist. A file that holds no Ed25519 key,
+// or that others may read, is an error.
+func LoadIdentity(path string) (crypto.PrivKey, error) {
+	key, err := readIdentity(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := createIdentity(path); err != nil {
+			return nil, fmt.Errorf("make identity %s: %w", path, err)
+		}
+		key, err = readIdentity(path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("identity %s: %w", path, err)
+	}
+	return key, nil
+}
+
+func readIdentity(path string) (crypto.PrivKey, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !st.Mode().IsRegular() {
+		return nil, errors.New("not a regular file")
+	}
+	if perm := st.Mode().Perm(); perm&0o077 != 0 {
+		return nil, fmt.Errorf("mode %04o lets others read the private key; if nobody has, chmod 600 it", perm)
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxIdentity+1))
+	if err != nil {
+		return nil, err
+	}
+	const damaged = "no Ed25519 key in PEM (PKCS #8): restore the file from a backup, or delete it to get " +
+		"a new identity, which must then be made known wherever the old one is"
+	block, rest := pem.Decode(b)
+	if block == nil || block.Type != pemType || len(rest) > 0 {
+		return nil, errors.New(damaged)
+	}
+	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", damaged, err)
+	}
+	key, ok := parsed.(ed25519.PrivateKey)
+	if !ok {
+		return nil, errors.New(damaged)
+	}
+	return crypto.UnmarshalEd25519PrivateKey(key)
+}
+
+// createIdentity writes a new key beside path and links it to path, so that path
+// is there with all its bytes or not at all. A file that somebody else has made
+// meanwhile stays, and is no error.
+func createIdentity(path string) error {
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return err
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return err
+	}
+	dir := filepath.Dir(path)
+	f, err := os.CreateTemp(dir, ".identity-*") // mode 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	defer f.Close()
+	if err := pem.Encode(f, &pem.Block{Type: pemType, Bytes: der}); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if err := os.Link(f.Name(), path); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

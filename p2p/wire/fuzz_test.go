@@ -1,0 +1,157 @@
+package wire
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"testing"
+	"unicode"
+	"unicode/utf8"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+func seed(f *testing.F, ms ...proto.Message) {
+	f.Helper()
+	for _, m := range ms {
+		b, err := proto.Marshal(m)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+}
+
+func digests(n int) []byte { return make([]byte, 32*n) }
+
+// checkText is what must hold for any text that came over the wire.
+func checkText(t *testing.T, e *Error) {
+	if e == nil {
+		return
+	}
+	err := e.Err()
+	text := err.Error()
+	if len(text) > MaxErrorText || !utf8.ValidString(text) {
+		t.Fatalf("error text %q", text)
+	}
+	for _, r := range text {
+		if !unicode.IsPrint(r) {
+			t.Fatalf("error text %q has %U", text, r)
+		}
+	}
+	if again := FromError(err); again.Code != e.Code {
+		t.Fatalf("code %v became %v", e.Code, again.Code)
+	}
+}
+
+func FuzzReadFrame(f *testing.F) {
+	f.Add([]byte{1, 2}, 10)
+	f.Add([]byte{0x80, 0x80, 0x80, 0x80, 0x80, 0x80}, 10)
+	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0x01}, 1<<20)
+	f.Fuzz(func(t *testing.T, b []byte, limit int) {
+		limit &= 0xffff
+		r := bufio.NewReader(bytes.NewReader(b))
+		for {
+			m, err := ReadFrame(r, limit, nil)
+			if err != nil {
+				return
+			}
+			if len(m) > limit || cap(m) > limit+1024 {
+				t.Fatalf("message of %d bytes, capacity %d, limit %d", len(m), cap(m), limit)
+			}
+		}
+	})
+}
+
+func FuzzChunkRequest(f *testing.F) {
+	seed(f, &ChunkRequest{Diff: digests(1), Digests: digests(2), Priority: 1, TimeoutMs: 5, AcceptZstd: true},
+		&ChunkRequest{}, &ChunkRequest{Diff: digests(1), Digests: digests(MaxDigests + 1)})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		m, err := ParseChunkRequest(b)
+		if err != nil {
+			if !errors.Is(err, blockdev.ErrCorrupt) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if m.Count() < 1 || m.Count() > MaxDigests || len(m.Diff) != 32 {
+			t.Fatalf("%d digests", m.Count())
+		}
+		_ = m.Digest(m.Count() - 1)
+	})
+}
+
+// The parser written by hand agrees with the generated one.
+func FuzzChunkFrame(f *testing.F) {
+	seed(f, &ChunkFrame{Index: 1, Data: []byte("abc"), Length: 3}, &ChunkFrame{Data: []byte("abc"), Zstd: true, Length: 4},
+		&ChunkFrame{End: true}, &ChunkFrame{End: true, Error: &Error{Code: 3, Text: "a\nb"}}, &ChunkFrame{Index: 255, Error: &Error{}})
+	f.Add([]byte{0x12, 0xff, 0xff, 0xff, 0xff, 0x0f})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var got Frame
+		err := ParseChunkFrame(b, &got)
+		if err != nil {
+			if !errors.Is(err, blockdev.ErrCorrupt) {
+				t.Fatal(err)
+			}
+			return
+		}
+		checkText(t, got.Err)
+		if got.Index < 0 || got.Index >= MaxDigests {
+			t.Fatalf("index %d", got.Index)
+		}
+		if !got.End && got.Err == nil && (len(got.Data) == 0 || len(got.Data) > blockdev.MaxChunk || got.Length < 1 || got.Length > blockdev.MaxChunk) {
+			t.Fatalf("%d bytes, length %d", len(got.Data), got.Length)
+		}
+		want := &ChunkFrame{}
+		if err := proto.Unmarshal(b, want); err != nil {
+			t.Fatalf("generated code refuses it: %v", err)
+		}
+		if int(want.Index) != got.Index || int(want.Length) != got.Length || want.Zstd != got.Zstd || want.End != got.End ||
+			!bytes.Equal(want.Data, got.Data) || !proto.Equal(want.Error, got.Err) {
+			t.Fatalf("got %+v, generated code reads %v", got, want)
+		}
+	})
+}
+
+func FuzzIndexRequest(f *testing.F) {
+	seed(f, &IndexRequest{Ref: "a", Manifest: digests(1), Platform: &Platform{Os: "linux"}, Credential: &Credential{Secret: "x"}, Have: digests(2)},
+		&IndexRequest{}, &IndexRequest{Ref: "a", Have: digests(MaxHave + 1)})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		req, err := ParseIndexRequest(b)
+		if err != nil {
+			if !errors.Is(err, blockdev.ErrCorrupt) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if _, err := NewIndexRequest(req); err != nil {
+			t.Fatalf("read, but not to be written: %v", err)
+		}
+	})
+}
+
+func FuzzIndexFrame(f *testing.F) {
+	layer := &LayerHeader{Digest: digests(1), Size: 5, DiffId: digests(1), IndexLength: 7}
+	seed(f, &IndexFrame{Part: &IndexFrame_Working{}},
+		&IndexFrame{Part: &IndexFrame_Header{Header: &ImageHeader{Manifest: digests(1), Layers: []*LayerHeader{layer, layer}}}},
+		&IndexFrame{Part: &IndexFrame_Data{Data: &IndexData{Layer: 1, Data: []byte("abc")}}},
+		&IndexFrame{Part: &IndexFrame_End{}},
+		&IndexFrame{Part: &IndexFrame_Error{Error: &Error{Code: Code_CODE_BUSY, Text: "later"}}})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		m, err := ParseIndexFrame(b)
+		if err != nil {
+			if !errors.Is(err, blockdev.ErrCorrupt) {
+				t.Fatal(err)
+			}
+			return
+		}
+		checkText(t, m.GetError())
+		if h := m.GetHeader(); h != nil {
+			if len(h.Layers) > MaxLayers || len(h.Manifest) != 32 {
+				t.Fatalf("header with %d layers", len(h.Layers))
+			}
+		}
+	})
+}

@@ -1,0 +1,148 @@
+package wire
+
+import (
+	"fmt"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+const digestLen = len(blockdev.Digest{})
+
+// ParseChunkRequest reads and checks a ChunkRequest. Errors wrap
+// blockdev.ErrCorrupt.
+func ParseChunkRequest(b []byte) (*ChunkRequest, error) {
+	m := &ChunkRequest{}
+	if err := proto.Unmarshal(b, m); err != nil {
+		return nil, corrupt("chunk request", err)
+	}
+	if len(m.Diff) != digestLen {
+		return nil, corrupt("chunk request", fmt.Errorf("DiffID of %d bytes, not %d", len(m.Diff), digestLen))
+	}
+	if n := len(m.Digests); n == 0 || n%digestLen != 0 || n > MaxDigests*digestLen {
+		return nil, corrupt("chunk request", fmt.Errorf("%d bytes of digests, not 1 to %d times %d", n, MaxDigests, digestLen))
+	}
+	return m, nil
+}
+
+// Count returns how many chunks x asks for.
+func (x *ChunkRequest) Count() int { return len(x.GetDigests()) / digestLen }
+
+// Digest returns the i-th digest of x, 0 <= i < Count.
+func (x *ChunkRequest) Digest(i int) blockdev.Digest {
+	return blockdev.Digest(x.GetDigests()[i*digestLen : (i+1)*digestLen])
+}
+
+// NewIndexRequest puts req into a message. An error names what is too long.
+func NewIndexRequest(req *blockdev.ImageRequest) (*IndexRequest, error) {
+	m := &IndexRequest{
+		Ref: req.Ref,
+		Platform: &Platform{
+			Os:           req.Platform.OS,
+			Architecture: req.Platform.Architecture,
+			Variant:      req.Platform.Variant,
+		},
+		Credential: &Credential{Username: req.Credential.Username, Secret: req.Credential.Secret},
+	}
+	if req.Manifest != (blockdev.Digest{}) {
+		m.Manifest = req.Manifest[:]
+	}
+	for _, d := range req.Have {
+		m.Have = append(m.Have, d[:]...)
+	}
+	if err := checkIndexRequest(m); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+// ParseIndexRequest reads and checks an IndexRequest. Errors wrap
+// blockdev.ErrCorrupt; they never hold the credential.
+func ParseIndexRequest(b []byte) (*blockdev.ImageRequest, error) {
+	m := &IndexRequest{}
+	if err := proto.Unmarshal(b, m); err != nil {
+		return nil, corrupt("index request", err)
+	}
+	if err := checkIndexRequest(m); err != nil {
+		return nil, corrupt("index request", err)
+	}
+	p, c := m.GetPlatform(), m.GetCredential()
+	req := &blockdev.ImageRequest{
+		Ref: m.Ref,
+		Platform: blockdev.Platform{
+			OS:           p.GetOs(),
+			Architecture: p.GetArchitecture(),
+			Variant:      p.GetVariant(),
+		},
+		Credential: blockdev.Credential{Username: c.GetUsername(), Secret: c.GetSecret()},
+	}
+	if len(m.Manifest) > 0 {
+		req.Manifest = blockdev.Digest(m.Manifest)
+	}
+	if n := len(m.Have) / digestLen; n > 0 {
+		req.Have = make([]blockdev.Digest, n)
+		for i := range req.Have {
+			req.Have[i] = blockdev.Digest(m.Have[i*digestLen : (i+1)*digestLen])
+		}
+	}
+	return req, nil
+}
+
+func checkIndexRequest(m *IndexRequest) error {
+	p, c := m.GetPlatform(), m.GetCredential()
+	switch {
+	case m.Ref == "":
+		return fmt.Errorf("empty image reference")
+	case len(m.Ref) > MaxRef:
+		return fmt.Errorf("image reference of %d bytes, at most %d are allowed", len(m.Ref), MaxRef)
+	case len(m.Manifest) != 0 && len(m.Manifest) != digestLen:
+		return fmt.Errorf("manifest digest of %d bytes, not %d", len(m.Manifest), digestLen)
+	case len(p.GetOs()) > MaxPlatform || len(p.GetArchitecture()) > MaxPlatform || len(p.GetVariant()) > MaxPlatform:
+		return fmt.Errorf("platform with a field of more than %d bytes", MaxPlatform)
+	case len(c.GetUsername()) > MaxCredential || len(c.GetSecret()) > MaxCredential:
+		return fmt.Errorf("credential with a field of more than %d bytes", MaxCredential)
+	case len(m.Have)%digestLen != 0 || len(m.Have) > MaxHave*digestLen:
+		return fmt.Errorf("%d bytes of known layers, not 0 to %d times %d", len(m.Have), MaxHave, digestLen)
+	}
+	return nil
+}
+
+// ParseIndexFrame reads and checks an IndexFrame: a header's digests and counts,
+// that data is 1 to MaxIndexData bytes. A part that this version does not know
+// gives a frame without part, to be skipped. Errors wrap blockdev.ErrCorrupt.
+func ParseIndexFrame(b []byte) (*IndexFrame, error) {
+	m := &IndexFrame{}
+	if err := proto.Unmarshal(b, m); err != nil {
+		return nil, corrupt("index frame", err)
+	}
+	switch p := m.Part.(type) {
+	case *IndexFrame_Header:
+		if err := checkHeader(p.Header); err != nil {
+			return nil, corrupt("index frame", err)
+		}
+	case *IndexFrame_Data:
+		if n := len(p.Data.GetData()); n == 0 || n > MaxIndexData {
+			return nil, corrupt("index frame", fmt.Errorf("%d bytes of data, not 1 to %d", n, MaxIndexData))
+		}
+	}
+	return m, nil
+}
+
+func checkHeader(h *ImageHeader) error {
+	if len(h.GetManifest()) != digestLen {
+		return fmt.Errorf("manifest digest of %d bytes, not %d", len(h.GetManifest()), digestLen)
+	}
+	if n := len(h.GetLayers()); n > MaxLayers {
+		return fmt.Errorf("%d layers, at most %d are allowed", n, MaxLayers)
+	}
+	for i, l := range h.GetLayers() {
+		switch {
+		case len(l.GetDigest()) != digestLen || len(l.GetDiffId()) != digestLen:
+			return fmt.Errorf("layer %d: digests of %d and %d bytes, not %d", i, len(l.GetDigest()), len(l.GetDiffId()), digestLen)
+		case l.GetSize() < 0 || l.GetIndexLength() < 0:
+			return fmt.Errorf("layer %d: size %d, index length %d", i, l.GetSize(), l.GetIndexLength())
+		}
+	}
+	return nil
+}
