@@ -105,9 +105,10 @@ func (c *Containerd) Pull(ctx context.Context, snapshotter, ref string, extra ..
 	return nil
 }
 
-// RunReady runs ref until it prints READY, which it does once it serves, and on
-// to its end. It returns the time until READY.
-func (c *Containerd) RunReady(ctx context.Context, snapshotter, ref string) (time.Duration, error) {
+// RunReady runs ref until it prints READY, which the lab's images do once they
+// serve, or with anyLine until it prints anything or ends. It returns the time
+// until then, waits for the container's end (10 seconds at most) and removes it.
+func (c *Containerd) RunReady(ctx context.Context, snapshotter, ref string, anyLine bool) (time.Duration, error) {
 	path, err := c.lab.program(c.ctr)
 	if err != nil {
 		return 0, err
@@ -129,19 +130,37 @@ func (c *Containerd) RunReady(ctx context.Context, snapshotter, ref string) (tim
 	var said strings.Builder
 	lines := bufio.NewScanner(out)
 	for lines.Scan() {
-		if ready == 0 && strings.HasPrefix(lines.Text(), "READY") {
+		if ready == 0 && (anyLine || strings.HasPrefix(lines.Text(), "READY")) {
 			ready = time.Since(began)
+			// What was started to serve may go on for ever.
+			timer := time.AfterFunc(10*time.Second, func() {
+				_, _ = c.Ctr(ctx, "tasks", "kill", "--signal", "SIGKILL", id) // it may have ended just now
+			})
+			defer timer.Stop()
 		}
 		if said.Len() < 4<<10 {
 			said.WriteString(lines.Text() + "\n")
 		}
 	}
-	if _, err := io.Copy(io.Discard, out); err != nil && lines.Err() == nil {
-		return 0, err
-	}
+	_, _ = io.Copy(io.Discard, out) // a line that was too long ended the scan
 	err = cmd.Wait()
-	if err != nil || ready == 0 {
-		return 0, fmt.Errorf("run %s through %s: no READY (%v)\n%s%s", ref, snapshotter, err, said.String(), stderr.String())
+	if ready == 0 && anyLine && err == nil {
+		ready = time.Since(began)
+	}
+	if ready == 0 || (err != nil && !anyLine) {
+		return 0, fmt.Errorf("run %s through %s: no READY (%w)\n%s%s", ref, snapshotter, err, said.String(), stderr.String())
 	}
 	return ready, nil
+}
+
+// MountImage mounts an image that was pulled, read-only, at dir. The function
+// that it returns unmounts it.
+func (c *Containerd) MountImage(ctx context.Context, snapshotter, ref, dir string) (unmount func() error, err error) {
+	if _, err := c.Ctr(ctx, "images", "mount", "--snapshotter", snapshotter, ref, dir); err != nil {
+		return nil, err
+	}
+	return func() error {
+		_, err := c.Ctr(context.WithoutCancel(ctx), "images", "unmount", "--snapshotter", snapshotter, "--rm", dir)
+		return err
+	}, nil
 }

@@ -44,7 +44,7 @@ func New(bin string) (*Lab, error) {
 	if err := os.Mkdir(l.Path("log"), 0o700); err != nil {
 		return nil, err
 	}
-	l.onClose(func() error { return l.removeAll() })
+	l.OnClose(func() error { return l.removeAll() })
 	return l, nil
 }
 
@@ -53,8 +53,8 @@ func (l *Lab) Path(elem ...string) string {
 	return filepath.Join(append([]string{l.Dir}, elem...)...)
 }
 
-// onClose adds a step for Close; steps run in reverse order.
-func (l *Lab) onClose(f func() error) { l.undo = append(l.undo, f) }
+// OnClose adds a step for Close; steps run in reverse order.
+func (l *Lab) OnClose(f func() error) { l.undo = append(l.undo, f) }
 
 // Close undoes everything and returns what could not be undone. It may be
 // called more than once.

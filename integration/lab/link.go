@@ -78,7 +78,7 @@ func (l *Lab) NewLink(target string, rate Rate, delay time.Duration) (*Link, err
 	k.buffers.New = func() any { return new([linkSegment]byte) }
 	k.wg.Add(1)
 	go k.accept()
-	l.onClose(k.Close)
+	l.OnClose(k.Close)
 	return k, nil
 }
 

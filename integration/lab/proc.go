@@ -55,7 +55,7 @@ func (l *Lab) Start(name, program string, env []string, args ...string) (*Proces
 		p.err = cmd.Wait()
 		close(p.done)
 	}()
-	l.onClose(p.Stop)
+	l.OnClose(p.Stop)
 	return p, nil
 }
 

@@ -1,0 +1,145 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/shoalfs/shoal/bench/report"
+	"github.com/shoalfs/shoal/integration/lab"
+)
+
+// upgradeBars bound the new bytes against the bytes of changed files. redis'
+// upgrade changes its config layer alone, which is what 1x means there.
+var upgradeBars = map[string]float64{"node-express": 1.4, "python-django": 1.25, "redis": 1}
+
+func upgradeCommand(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "upgrade",
+		Short: "New bytes on a node that goes from v1 to v2",
+		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return benchUpgrade(cmd.Context(), o) },
+	}
+}
+
+func benchUpgrade(ctx context.Context, o *options) (err error) {
+	w, err := newWorld(ctx, o, upgradeImages...)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, w.Close()) }()
+	var r report.Report
+	for _, image := range upgradeImages {
+		if !o.wanted(image) {
+			continue
+		}
+		fetched, changed, newLayers, err := w.measureUpgrade(ctx, image)
+		if err != nil {
+			return fmt.Errorf("%s: %w", image, err)
+		}
+		say("%s v1 -> v2: %d new bytes, %d bytes in changed files, %d bytes in new layers", image, fetched, changed, newLayers)
+		name, bound := "upgrade v1 -> v2, new bytes against the bytes of changed files: ", changed
+		if image == "redis" {
+			name, bound = "upgrade v1 -> v2, new bytes against the config layer: ", newLayers
+		}
+		r.Add(name+image, "x", report.AtMost, upgradeBars[image], float64(fetched)/float64(bound))
+	}
+	if err := r.Print(os.Stdout); err != nil {
+		return err
+	}
+	return r.Save(o.out, "upgrade")
+}
+
+// measureUpgrade brings v1 and then v2 of an image to a node, all of it. It
+// returns the bytes (uncompressed) that the node fetched for v2, those of the
+// files that differ between the two, and the size of the layers that v1 has not.
+func (w *world) measureUpgrade(ctx context.Context, image string) (fetched, changed, newLayers int64, err error) {
+	super, err := w.StartSupernode(ctx, w.name("s"), "")
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	m, err := w.lazy(ctx, super)
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	const metric = "shoal_node_fetched_bytes_total"
+	layers := map[string]bool{}
+	var before float64
+	for _, tag := range []string{"v1", "v2"} {
+		ref := w.ref(image, tag)
+		if before, err = lab.Metric(ctx, m.node.Metrics, metric); err != nil {
+			return 0, 0, 0, err
+		}
+		if _, err := m.pullAndRun(ctx, "shoal", ref, false); err != nil {
+			return 0, 0, 0, err
+		}
+		if err := m.node.WaitLocal(ctx, ref, 5*time.Minute); err != nil {
+			return 0, 0, 0, err
+		}
+		st, err := m.node.Status(ctx)
+		if err != nil {
+			return 0, 0, 0, err
+		}
+		newLayers = 0
+		for _, im := range st.Images {
+			if im.Ref != ref {
+				continue
+			}
+			for _, l := range im.Layers {
+				if !layers[l.DiffID] {
+					newLayers += l.Size
+				}
+				layers[l.DiffID] = true
+			}
+		}
+	}
+	after, err := lab.Metric(ctx, m.node.Metrics, metric)
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	changed, err = w.changedBytes(ctx, m, image)
+	return int64(after - before), changed, newLayers, errors.Join(err, m.stop(), super.Stop())
+}
+
+// changedBytes sums the sizes of v2's files whose content no file of v1 has.
+func (w *world) changedBytes(ctx context.Context, m *machine, image string) (int64, error) {
+	old, err := w.files(ctx, m, w.ref(image, "v1"))
+	if err != nil {
+		return 0, err
+	}
+	have := map[string]bool{}
+	for _, f := range old {
+		have[f.SHA256] = true
+	}
+	files, err := w.files(ctx, m, w.ref(image, "v2"))
+	if err != nil {
+		return 0, err
+	}
+	var n int64
+	for _, f := range files {
+		if !have[f.SHA256] {
+			have[f.SHA256] = true
+			n += f.Size
+		}
+	}
+	return n, nil
+}
+
+// files lists the regular files of an image that is on the machine.
+func (w *world) files(ctx context.Context, m *machine, ref string) ([]lab.File, error) {
+	dir := w.Path(w.name("view"))
+	if err := os.MkdirAll(filepath.Clean(dir), 0o700); err != nil {
+		return nil, err
+	}
+	unmount, err := m.MountImage(ctx, "shoal", ref, dir)
+	if err != nil {
+		return nil, err
+	}
+	files, err := lab.Files(dir)
+	return files, errors.Join(err, unmount())
+}

@@ -1,0 +1,219 @@
+// Package control is how `shoal status` and `shoal prefetch` talk to a running
+// daemon: JSON over HTTP on a Unix socket that only root may open. Prefetch
+// answers with one JSON event a line, so progress is seen as it happens, and
+// closing the connection cancels it.
+package control
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+// Status is what `shoal status` shows. Sizes are bytes.
+type Status struct {
+	Version string `json:"version"`
+	// Role is node or supernode.
+	Role string `json:"role"`
+	// Supernodes are the addresses a node asks; "embedded" if it asks itself.
+	Supernodes []string `json:"supernodes,omitempty"`
+	Images     []Image  `json:"images"`
+}
+
+// Image is one image on a node, or one that a supernode has stored.
+type Image struct {
+	Ref    string  `json:"ref"`
+	Layers []Layer `json:"layers"`
+}
+
+// Layer is one layer of an Image.
+type Layer struct {
+	DiffID string `json:"diff_id"`
+	Size   int64  `json:"size"`
+	Local  int64  `json:"local"`
+	// Mount is native, lazy, or empty where the layer is not mounted.
+	Mount string `json:"mount,omitempty"`
+}
+
+// PrefetchRequest names one image and says how far it is to be brought.
+type PrefetchRequest struct {
+	Ref string `json:"ref"`
+	// Local: to this node's disk, every byte verified. Otherwise: to the supernode.
+	Local bool `json:"local"`
+}
+
+// Event reports the progress of one layer, or how the request ended.
+type Event struct {
+	Layer string `json:"layer,omitempty"`
+	Stage string `json:"stage,omitempty"`
+	// Done and Total are bytes; Total is 0 while it is not known.
+	Done  int64 `json:"done,omitempty"`
+	Total int64 `json:"total,omitempty"`
+	// Finished is set in the last event; Error says why the request failed.
+	Finished bool   `json:"finished,omitempty"`
+	Error    string `json:"error,omitempty"`
+}
+
+// Daemon is what the socket gives access to.
+type Daemon interface {
+	Status(ctx context.Context) (*Status, error)
+	// Prefetch reports by calling event, from one goroutine at a time, and
+	// returns nil when every byte is where the request wants it, verified.
+	Prefetch(ctx context.Context, req PrefetchRequest, event func(Event)) error
+}
+
+// Serve answers on a new Unix socket at path until ctx ends. A socket that a
+// dead daemon left is replaced; one that a living daemon serves is an error.
+func Serve(ctx context.Context, path string, d Daemon) error {
+	ln, err := Listen(path)
+	if err != nil {
+		return err
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
+		st, err := d.Status(r.Context())
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(st) // a client that went away needs no answer
+	})
+	mux.HandleFunc("POST /v1/prefetch", func(w http.ResponseWriter, r *http.Request) {
+		var req PrefetchRequest
+		if err := json.NewDecoder(io.LimitReader(r.Body, 64<<10)).Decode(&req); err != nil {
+			http.Error(w, "request: "+err.Error(), http.StatusBadRequest)
+			return
+		}
+		w.Header().Set("Content-Type", "application/x-ndjson")
+		send := func(e Event) {
+			_ = json.NewEncoder(w).Encode(e) // r.Context ends when the client goes away
+			_ = http.NewResponseController(w).Flush()
+		}
+		last := Event{Finished: true}
+		if err := d.Prefetch(r.Context(), req, send); err != nil {
+			last.Error = err.Error()
+		}
+		send(last)
+	})
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, BaseContext: func(net.Listener) context.Context { return ctx }}
+	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
+	defer stop()
+	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("control socket %s: %w", path, err)
+	}
+	return nil
+}
+
+// Listen makes a Unix socket at path that only root may open, with its
+// directory.
+func Listen(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	if c, err := net.Dial("unix", path); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("socket %s is served already: is another shoal running? Stop it, or give this one another address in its config", path)
+	} else if errors.Is(err, syscall.ECONNREFUSED) {
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("socket %s: %w", path, err)
+		}
+	}
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		ln.Close()
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	return ln, nil
+}
+
+// Client talks to the daemon whose socket is at Path.
+type Client struct {
+	Path string
+}
+
+func (c Client) do(ctx context.Context, method, path string, body io.Reader) (*http.Response, error) {
+	tr := &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", c.Path)
+		},
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://shoal"+path, body)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := (&http.Client{Transport: tr}).Do(req)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		return nil, fmt.Errorf("no shoal daemon answers at %s (%w): is `shoal node` or `shoal supernode` running, and are you root? --control names another socket", c.Path, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		defer resp.Body.Close()
+		msg, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
+		return nil, fmt.Errorf("daemon: %s", bytes.TrimSpace(msg))
+	}
+	return resp, nil
+}
+
+// Status asks for the daemon's Status.
+func (c Client) Status(ctx context.Context) (*Status, error) {
+	resp, err := c.do(ctx, http.MethodGet, "/v1/status", nil)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	var st Status
+	if err := json.NewDecoder(resp.Body).Decode(&st); err != nil {
+		return nil, fmt.Errorf("daemon's answer: %w", err)
+	}
+	return &st, nil
+}
+
+// Prefetch has the daemon do req, and reports as it goes. It returns nil only
+// when the daemon said that all of it is done.
+func (c Client) Prefetch(ctx context.Context, req PrefetchRequest, event func(Event)) error {
+	body, err := json.Marshal(req)
+	if err != nil {
+		return err
+	}
+	resp, err := c.do(ctx, http.MethodPost, "/v1/prefetch", bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	lines := bufio.NewScanner(resp.Body)
+	for lines.Scan() {
+		var e Event
+		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
+			return fmt.Errorf("daemon's answer: %w", err)
+		}
+		if e.Finished {
+			if e.Error != "" {
+				return errors.New(e.Error)
+			}
+			return nil
+		}
+		event(e)
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return fmt.Errorf("the daemon ended before the image was there (%w): see its log", errors.Join(io.ErrUnexpectedEOF, lines.Err()))
+}

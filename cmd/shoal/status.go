@@ -1,0 +1,112 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/docker/go-units"
+	"github.com/spf13/cobra"
+
+	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
+)
+
+func newStatusCommand() *cobra.Command {
+	var socket, output string
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show images, their layers, and how much of them is here",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if output != "table" && output != "json" {
+				return fmt.Errorf("--output is %q: it is table or json", output)
+			}
+			st, err := controlClient(socket).Status(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if output == "json" {
+				enc := json.NewEncoder(cmd.OutOrStdout())
+				enc.SetIndent("", "  ")
+				return enc.Encode(st)
+			}
+			return writeStatus(cmd.OutOrStdout(), st)
+		},
+	}
+	addControlFlag(cmd, &socket)
+	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	return cmd
+}
+
+func addControlFlag(cmd *cobra.Command, socket *string) {
+	cmd.Flags().StringVar(socket, "control", "", "control socket of the daemon (default: the node's, else the supernode's)")
+}
+
+// controlClient finds the daemon on this machine where no socket is named: a
+// node if there is one, else a supernode.
+func controlClient(socket string) control.Client {
+	if socket == "" {
+		socket = config.DefaultNode().ControlAddress
+		if _, err := os.Stat(socket); err != nil {
+			if s := config.DefaultSupernode().ControlAddress; exists(s) {
+				socket = s
+			}
+		}
+	}
+	return control.Client{Path: socket}
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+func writeStatus(w io.Writer, st *control.Status) error {
+	fmt.Fprintf(w, "shoal %s, %s", st.Version, st.Role)
+	if len(st.Supernodes) > 0 {
+		fmt.Fprintf(w, ", supernode %s", strings.Join(st.Supernodes, ", "))
+	}
+	fmt.Fprint(w, "\n\n")
+	if len(st.Images) == 0 {
+		fmt.Fprintln(w, "no images")
+		return nil
+	}
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "IMAGE\tLAYERS\tSIZE\tLOCAL\tMOUNTED")
+	for _, im := range st.Images {
+		var size, local int64
+		mounts := map[string]int{}
+		for _, l := range im.Layers {
+			size += l.Size
+			local += l.Local
+			mounts[l.Mount]++
+		}
+		fmt.Fprintf(tw, "%s\t%d\t%s\t%s\t%s\n", im.Ref, len(im.Layers), units.HumanSize(float64(size)), percent(local, size), mountSummary(mounts))
+	}
+	return tw.Flush()
+}
+
+// percent rounds down: 100% is said only when every byte is there.
+func percent(part, all int64) string {
+	if all == 0 {
+		return "100%"
+	}
+	return fmt.Sprintf("%d%%", part*100/all)
+}
+
+func mountSummary(mounts map[string]int) string {
+	var parts []string
+	for _, kind := range []string{"native", "lazy"} {
+		if n := mounts[kind]; n > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", n, kind))
+		}
+	}
+	if len(parts) == 0 {
+		return "-"
+	}
+	return strings.Join(parts, ", ")
+}

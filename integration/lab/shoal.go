@@ -1,0 +1,189 @@
+package lab
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"regexp"
+	"strings"
+	"time"
+)
+
+// Supernode is a real `shoal supernode`.
+type Supernode struct {
+	*Process
+	// Address is what a node's config names: host:port/PEER-ID.
+	Address string
+	// Control is its control socket.
+	Control string
+	// Metrics is the host:port of its metrics.
+	Metrics string
+}
+
+// Node is a real `shoal node`.
+type Node struct {
+	*Process
+	// Socket is what containerd's proxy plugin names.
+	Socket string
+	// Control is its control socket.
+	Control string
+	// Root is where it keeps its diffs and mounts.
+	Root string
+	// Metrics is the host:port of its metrics.
+	Metrics string
+
+	lab *Lab
+}
+
+// addressLine finds in a supernode's log the address it prints for nodes.
+var addressLine = regexp.MustCompile(`[0-9a-zA-Z.:\[\]]+:[0-9]+/12D3[0-9A-Za-z]+`)
+
+// StartSupernode starts a supernode below Dir/name. extra is added to the end
+// of its config file.
+func (l *Lab) StartSupernode(ctx context.Context, name, extra string) (*Supernode, error) {
+	listen, err := FreeAddr()
+	if err != nil {
+		return nil, err
+	}
+	metrics, err := FreeAddr()
+	if err != nil {
+		return nil, err
+	}
+	s := &Supernode{Control: l.Path(name, "control.sock"), Metrics: metrics}
+	cfg, err := l.writeFile(name+".toml", fmt.Sprintf(`version = 1
+root = %q
+listen = [%q]
+control_address = %q
+metrics_address = %q
+%s`, l.Path(name), listen, s.Control, metrics, extra))
+	if err != nil {
+		return nil, err
+	}
+	if s.Process, err = l.Start(name, "shoal", nil, "supernode", "--config", cfg); err != nil {
+		return nil, err
+	}
+	err = WaitFor(ctx, "supernode", 20*time.Second, func() error {
+		if err := s.Alive(); err != nil {
+			return err
+		}
+		b, err := os.ReadFile(s.Log)
+		if err != nil {
+			return err
+		}
+		if s.Address = addressLine.FindString(string(b)); s.Address == "" {
+			return fmt.Errorf("it has not printed its address")
+		}
+		return nil
+	})
+	return s, err
+}
+
+// Via returns the supernode's address as seen through a link.
+func (s *Supernode) Via(k *Link) string {
+	_, id, _ := strings.Cut(s.Address, "/")
+	return k.Addr + "/" + id
+}
+
+// HostPort is the address without the peer id, for a Link's target.
+func (s *Supernode) HostPort() string {
+	addr, _, _ := strings.Cut(s.Address, "/")
+	return addr
+}
+
+// StartNode starts a node below Dir/name. With no supernode it embeds one.
+func (l *Lab) StartNode(ctx context.Context, name, supernode, extra string) (*Node, error) {
+	metrics, err := FreeAddr()
+	if err != nil {
+		return nil, err
+	}
+	n := &Node{
+		Socket: l.Path(name, "shoal.sock"), Control: l.Path(name, "control.sock"),
+		Root: l.Path(name, "r"), Metrics: metrics, lab: l,
+	}
+	list := "[]"
+	if supernode != "" {
+		list = fmt.Sprintf("[%q]", supernode)
+	}
+	cfg, err := l.writeFile(name+".toml", fmt.Sprintf(`version = 1
+root = %q
+address = %q
+control_address = %q
+metrics_address = %q
+supernodes = %s
+%s`, n.Root, n.Socket, n.Control, metrics, list, extra))
+	if err != nil {
+		return nil, err
+	}
+	if n.Process, err = l.Start(name, "shoal", nil, "node", "--config", cfg); err != nil {
+		return nil, err
+	}
+	return n, WaitFor(ctx, "node", 30*time.Second, func() error {
+		if err := n.Alive(); err != nil {
+			return err
+		}
+		_, err := n.Status(ctx)
+		return err
+	})
+}
+
+// RestartNode starts the node again on the same directories, after Stop or Kill.
+func (l *Lab) RestartNode(ctx context.Context, n *Node) (*Node, error) {
+	again := *n
+	var err error
+	if again.Process, err = l.Start(n.Name, "shoal", nil, "node", "--config", l.Path(n.Name+".toml")); err != nil {
+		return nil, err
+	}
+	return &again, WaitFor(ctx, "node", 30*time.Second, func() error {
+		if err := again.Alive(); err != nil {
+			return err
+		}
+		_, err := again.Status(ctx)
+		return err
+	})
+}
+
+// NodeStatus is what `shoal status --output json` prints.
+type NodeStatus struct {
+	Images []struct {
+		Ref    string
+		Layers []struct {
+			DiffID string `json:"diff_id"`
+			Size   int64
+			Local  int64
+			Mount  string
+		}
+	}
+}
+
+// Status runs `shoal status`.
+func (n *Node) Status(ctx context.Context) (*NodeStatus, error) {
+	out, err := n.lab.Run(ctx, "shoal", "status", "--control", n.Control, "--output", "json")
+	if err != nil {
+		return nil, err
+	}
+	var st NodeStatus
+	return &st, json.Unmarshal([]byte(out), &st)
+}
+
+// WaitLocal waits until every byte of ref is on the node's disk.
+func (n *Node) WaitLocal(ctx context.Context, ref string, timeout time.Duration) error {
+	return WaitFor(ctx, "all of "+ref+" on the node", timeout, func() error {
+		st, err := n.Status(ctx)
+		if err != nil {
+			return err
+		}
+		for _, im := range st.Images {
+			if im.Ref != ref {
+				continue
+			}
+			for _, layer := range im.Layers {
+				if layer.Local < layer.Size {
+					return fmt.Errorf("%s: %d of %d bytes", layer.DiffID, layer.Local, layer.Size)
+				}
+			}
+			return nil
+		}
+		return fmt.Errorf("shoal status does not list %s", ref)
+	})
+}
