@@ -1,0 +1,164 @@
+package registry
+
+import (
+	"container/list"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sort"
+	"sync"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// cache keeps small documents on disk: manifests and configs, which are hashed
+// again whenever they are read, and what tags named last. Each is a file named
+// by the SHA-256 of its key, so that names from outside never become paths. It
+// is bounded by bytes; the least recently used go first. Nothing is lost with it
+// but time, so it is not synced.
+type cache struct {
+	dir   string
+	limit int64
+
+	mu    sync.Mutex
+	files map[string]*list.Element // by file name
+	lru   *list.List               // of cacheFile, most recently used first
+	bytes int64
+}
+
+type cacheFile struct {
+	name string
+	size int64
+}
+
+func openCache(dir string, limit int64) (*cache, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	c := &cache{dir: dir, limit: limit, files: map[string]*list.Element{}, lru: list.New()}
+	var infos []fs.FileInfo
+	for _, e := range entries {
+		fi, err := e.Info()
+		if err != nil || !fi.Mode().IsRegular() {
+			continue
+		}
+		if len(e.Name()) != 2*sha256.Size {
+			// Left over from a write that was cut short.
+			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		infos = append(infos, fi)
+	}
+	sort.Slice(infos, func(i, j int) bool { return infos[i].ModTime().Before(infos[j].ModTime()) })
+	for _, fi := range infos {
+		c.add(fi.Name(), fi.Size())
+	}
+	return c, nil
+}
+
+func fileName(kind, key string) string {
+	h := sha256.Sum256([]byte(kind + "\x00" + key))
+	return hex.EncodeToString(h[:])
+}
+
+// add records a file as the most recently used, and removes what is too much.
+func (c *cache) add(name string, size int64) {
+	c.mu.Lock()
+	if el := c.files[name]; el != nil {
+		c.bytes -= el.Value.(cacheFile).size
+		c.lru.Remove(el)
+	}
+	c.files[name] = c.lru.PushFront(cacheFile{name, size})
+	c.bytes += size
+	var gone []string
+	for c.bytes > c.limit && c.lru.Len() > 1 {
+		f := c.lru.Remove(c.lru.Back()).(cacheFile)
+		delete(c.files, f.name)
+		c.bytes -= f.size
+		gone = append(gone, f.name)
+	}
+	c.mu.Unlock()
+	for _, n := range gone {
+		_ = os.Remove(filepath.Join(c.dir, n)) // at worst it counts again after a restart
+	}
+}
+
+// get returns the file's content and when it was written.
+func (c *cache) get(name string, limit int64) ([]byte, time.Time, bool) {
+	if c == nil {
+		return nil, time.Time{}, false
+	}
+	c.mu.Lock()
+	el := c.files[name]
+	if el != nil {
+		c.lru.MoveToFront(el)
+	}
+	c.mu.Unlock()
+	if el == nil {
+		return nil, time.Time{}, false
+	}
+	path := filepath.Join(c.dir, name)
+	fi, err := os.Stat(path)
+	if err != nil || fi.Size() > limit {
+		return nil, time.Time{}, false
+	}
+	b, err := os.ReadFile(path)
+	return b, fi.ModTime(), err == nil
+}
+
+func (c *cache) put(name string, data []byte) error {
+	if c == nil || int64(len(data)) > c.limit {
+		return nil
+	}
+	f, err := os.CreateTemp(c.dir, "new-")
+	if err != nil {
+		return err
+	}
+	_, werr := f.Write(data)
+	if err := errors.Join(werr, f.Close()); err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	if err := os.Rename(f.Name(), filepath.Join(c.dir, name)); err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	c.add(name, int64(len(data)))
+	return nil
+}
+
+// doc returns a document of a repository, hashed.
+func (c *cache) doc(name string, d blockdev.Digest, limit int64) ([]byte, bool) {
+	b, _, ok := c.get(fileName("doc", name+"@"+d.String()), limit)
+	return b, ok && blockdev.Sum(b) == d
+}
+
+func (c *cache) putDoc(name string, d blockdev.Digest, b []byte) error {
+	return c.put(fileName("doc", name+"@"+d.String()), b)
+}
+
+// tag returns what a tag named last, and when that was.
+func (c *cache) tag(ref Reference) (blockdev.Digest, time.Time, bool) {
+	b, at, ok := c.get(fileName("tag", ref.Name()+":"+ref.Tag), 128)
+	if !ok {
+		return blockdev.Digest{}, at, false
+	}
+	d, err := blockdev.ParseDigest(string(b))
+	return d, at, err == nil
+}
+
+func (c *cache) putTag(ref Reference, d blockdev.Digest) error {
+	if err := c.put(fileName("tag", ref.Name()+":"+ref.Tag), []byte(d.String())); err != nil {
+		return fmt.Errorf("keeping what tag %s names: %w", ref.Tag, err)
+	}
+	return nil
+}

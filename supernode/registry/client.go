@@ -1,0 +1,316 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/containerd/v2/core/remotes/docker/config"
+	"github.com/containerd/errdefs"
+	ctrlog "github.com/containerd/log"
+	"github.com/sirupsen/logrus"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Config configures a Client. The zero value works, without a cache.
+type Config struct {
+	// HostDirs are directories in the form of containerd's certs.d
+	// (<dir>/<host>/hosts.toml); the first that knows a host counts. They are
+	// read again after HostsTTL.
+	HostDirs []string
+	// CacheDir keeps manifests and configs; empty: no cache.
+	CacheDir string
+	// CacheBytes bounds CacheDir; 0: 256 MiB.
+	CacheBytes int64
+	// TagTTL is how long a tag is believed without asking; 0: one minute.
+	TagTTL time.Duration
+	// HostsTTL is how long hosts.toml files, connections and tokens are kept;
+	// 0: one minute.
+	HostsTTL time.Duration
+	// Timeout is for one question (manifest, config, tag), with its repetitions;
+	// 0: 30 s. Layers have none, only Stall.
+	Timeout time.Duration
+	// Stall is how long a connection may bring no byte; 0: 30 s.
+	Stall time.Duration
+	// Log gets what goes wrong and is survived; nil: nothing is logged.
+	Log *slog.Logger
+	// Received, if set, is told of every n bytes of answers as they arrive. It
+	// is called from many goroutines.
+	Received func(n int64)
+}
+
+// Client asks registries. It is safe for concurrent use.
+type Client struct {
+	cfg   Config
+	log   *slog.Logger
+	cache *cache // nil: none
+	quiet *logrus.Entry
+
+	mu       sync.Mutex
+	hosts    map[string]*hostSet // by Reference.Host
+	sessions map[sessionKey]*session
+	closed   bool
+}
+
+type hostSet struct {
+	hosts []docker.RegistryHost
+	pools []*http.Transport // their connections
+	until time.Time
+}
+
+type sessionKey struct{ host, cred string }
+
+// session is what one credential has at one registry: hosts with an authorizer,
+// which keeps tokens.
+type session struct {
+	hosts []docker.RegistryHost
+	until time.Time
+}
+
+const maxSessions = 512
+
+// New returns a client.
+func New(cfg Config) (*Client, error) {
+	for v, def := range map[*time.Duration]time.Duration{&cfg.TagTTL: time.Minute, &cfg.HostsTTL: time.Minute, &cfg.Timeout: 30 * time.Second, &cfg.Stall: 30 * time.Second} {
+		if *v == 0 {
+			*v = def
+		}
+		if *v < 0 {
+			return nil, errors.New("registry: a duration is negative")
+		}
+	}
+	if cfg.CacheBytes == 0 {
+		cfg.CacheBytes = 256 << 20
+	}
+	c := &Client{cfg: cfg, log: cfg.Log, hosts: map[string]*hostSet{}, sessions: map[sessionKey]*session{}}
+	if c.log == nil {
+		c.log = slog.New(slog.DiscardHandler)
+	}
+	// containerd logs URLs with their queries, through logrus and by default to
+	// stderr. Only what it says about hosts.toml files is of use here.
+	l := logrus.New()
+	l.SetOutput(io.Discard)
+	l.SetLevel(logrus.ErrorLevel)
+	l.AddHook(hook{c.log})
+	c.quiet = logrus.NewEntry(l)
+	if cfg.CacheDir != "" {
+		var err error
+		if c.cache, err = openCache(cfg.CacheDir, cfg.CacheBytes); err != nil {
+			return nil, fmt.Errorf("registry: cache of manifests: %w", err)
+		}
+	}
+	return c, nil
+}
+
+// Close closes idle connections. Requests that run are the callers' to end.
+func (c *Client) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+	for _, h := range c.hosts {
+		h.closeIdle()
+	}
+	clear(c.hosts)
+	clear(c.sessions)
+	return nil
+}
+
+// hook passes containerd's error messages on.
+type hook struct{ log *slog.Logger }
+
+// Levels implements logrus.Hook.
+func (hook) Levels() []logrus.Level { return []logrus.Level{logrus.ErrorLevel} }
+
+// Fire implements logrus.Hook.
+func (h hook) Fire(e *logrus.Entry) error {
+	err, _ := e.Data[logrus.ErrorKey].(error)
+	text := ""
+	if err != nil {
+		text = scrub(err.Error())
+	}
+	h.log.Error(scrub(e.Message), "error", text)
+	return nil
+}
+
+func (h *hostSet) closeIdle() {
+	for _, tr := range h.pools {
+		tr.CloseIdleConnections()
+	}
+}
+
+// wrap puts a transport in front of a client that containerd has configured.
+func (c *Client) wrap(hc *http.Client, set *hostSet) {
+	if _, done := hc.Transport.(*transport); done {
+		return
+	}
+	if tr, ok := hc.Transport.(*http.Transport); ok {
+		set.pools = append(set.pools, tr)
+		tr.MaxIdleConnsPerHost = 8
+		tr.DisableCompression = true
+		tr.MaxResponseHeaderBytes = 256 << 10
+	}
+	hc.Transport = &transport{base: hc.Transport, stall: c.cfg.Stall, count: c.cfg.Received}
+}
+
+func (c *Client) hostDir(host string) (string, error) {
+	for _, d := range c.cfg.HostDirs {
+		dir, err := config.HostDirFromRoot(d)(host)
+		if err == nil || !errdefs.IsNotFound(err) {
+			return dir, err
+		}
+	}
+	return "", errdefs.ErrNotFound
+}
+
+// session returns hosts and tokens for a credential at a registry. With renew,
+// what is kept is thrown away: containerd's authorizer keeps a failed token
+// request for ever.
+func (c *Client) session(ctx context.Context, host string, cred blockdev.Credential, renew bool) (_ *session, fresh bool, _ error) {
+	now := time.Now()
+	key := sessionKey{host, CredentialHash(cred)}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s := c.sessions[key]; s != nil && now.Before(s.until) && !renew {
+		return s, false, nil
+	}
+	if c.closed {
+		return nil, false, fmt.Errorf("registry client is closed: %w", blockdev.ErrUnavailable)
+	}
+	set := c.hosts[host]
+	if set == nil || !now.Before(set.until) {
+		next := &hostSet{until: now.Add(c.cfg.HostsTTL)}
+		hosts, err := config.ConfigureHosts(ctrlog.WithLogger(ctx, c.quiet), config.HostOptions{
+			HostDir:      c.hostDir,
+			UpdateClient: func(hc *http.Client) error { c.wrap(hc, next); return nil },
+		})(host)
+		if err != nil {
+			return nil, false, &Error{Host: host, kind: blockdev.ErrUnavailable, text: "its hosts.toml directory cannot be used: " + scrub(err.Error())}
+		}
+		if len(hosts) == 0 {
+			return nil, false, &Error{Host: host, kind: blockdev.ErrUnavailable, text: "its hosts.toml names no server"}
+		}
+		if set != nil {
+			set.closeIdle()
+		}
+		if len(c.hosts) >= maxSessions {
+			dropOldest(c.hosts, func(h *hostSet) time.Time { return h.until }, (*hostSet).closeIdle)
+		}
+		next.hosts = hosts
+		set = next
+		c.hosts[host] = set
+	}
+	server := set.hosts[len(set.hosts)-1].Host
+	s := &session{until: set.until}
+	for _, h := range set.hosts {
+		tokens := *h.Client
+		tokens.CheckRedirect = checkRedirect(nil)
+		a := authorizer{docker.NewDockerAuthorizer(docker.WithAuthClient(&tokens), docker.WithAuthHeader(h.Header),
+			docker.WithAuthCreds(credentialFor(cred, host, server)))}
+		hc := *h.Client
+		hc.CheckRedirect = checkRedirect(a.Authorize)
+		h.Client, h.Authorizer = &hc, a
+		s.hosts = append(s.hosts, h)
+	}
+	if len(c.sessions) >= maxSessions {
+		dropOldest(c.sessions, func(s *session) time.Time { return s.until }, func(*session) {})
+	}
+	c.sessions[key] = s
+	return s, true, nil
+}
+
+func dropOldest[K comparable, V any](m map[K]V, until func(V) time.Time, drop func(V)) {
+	var oldest K
+	first := true
+	for k, v := range m {
+		if first || until(v).Before(until(m[oldest])) {
+			oldest, first = k, false
+		}
+	}
+	if !first {
+		drop(m[oldest])
+		delete(m, oldest)
+	}
+}
+
+// resolver returns containerd's resolver over those of the session's hosts that
+// have the capabilities.
+func (s *session) resolver(caps docker.HostCapabilities) remotes.Resolver {
+	var hosts []docker.RegistryHost
+	for _, h := range s.hosts {
+		if h.Capabilities.Has(caps) {
+			hosts = append(hosts, h)
+		}
+	}
+	return docker.NewResolver(docker.ResolverOptions{Hosts: func(string) ([]docker.RegistryHost, error) { return hosts, nil }})
+}
+
+// do runs one question with a session: once more with a fresh one where the
+// answer may have been a kept one, and a few times where the registry was not
+// available and did not ask to be left alone.
+func (c *Client) do(ctx context.Context, ref Reference, name string, cred blockdev.Credential, ask func(context.Context, *session) error) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.cfg.Timeout, errSlow)
+	defer cancel()
+	ctx = ctrlog.WithLogger(ctx, c.quiet)
+	renew := false
+	for try := 0; ; try++ {
+		s, fresh, err := c.session(ctx, ref.Host, cred, renew)
+		if err != nil {
+			return mapError(ctx, name, err)
+		}
+		start := time.Now()
+		raw := ask(ctx, s)
+		if raw == nil {
+			return nil
+		}
+		err = mapError(ctx, name, raw)
+		renew = true
+		// A request of another caller that shares the session may have been
+		// cancelled while it fetched our token.
+		foreign := errors.Is(raw, context.Canceled) && ctx.Err() == nil
+		switch {
+		case ctx.Err() != nil:
+			return err
+		case try == 0 && !fresh && (foreign || errors.Is(err, blockdev.ErrUnauthorized)):
+			continue
+		case !errors.Is(err, blockdev.ErrUnavailable) || try >= 2 ||
+			time.Since(start) > c.cfg.Timeout/4 || !pause(ctx, err, try):
+			c.forget(ref.Host, cred)
+			return err
+		}
+	}
+}
+
+// pause waits before a repetition; false if that is not worth while.
+func pause(ctx context.Context, err error, try int) bool {
+	wait := 100 * time.Millisecond << (2 * try)
+	var e *Error
+	if errors.As(err, &e) && e.after > 0 {
+		if e.after > 2*time.Second {
+			return false
+		}
+		wait = e.after
+	}
+	t := time.NewTimer(wait)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// forget drops the tokens of a session.
+func (c *Client) forget(host string, cred blockdev.Credential) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.sessions, sessionKey{host, CredentialHash(cred)})
+}

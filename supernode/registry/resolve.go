@@ -1,0 +1,237 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Check asks the registry whether the credential may pull from ref's repository,
+// by looking for the manifest (or, if that is zero, for ref's tag or digest)
+// there. nil means yes. It is never answered from a cache.
+//
+// Only hosts with the capability "resolve" are asked: containerd's documentation
+// keeps that for hosts that are trusted to speak for the registry.
+func (c *Client) Check(ctx context.Context, ref string, manifest blockdev.Digest, cred blockdev.Credential) error {
+	r, err := ParseReference(ref)
+	if err != nil {
+		return err
+	}
+	if manifest == (blockdev.Digest{}) {
+		manifest = r.Digest
+	}
+	_, err = c.head(ctx, r, ref, manifest, cred)
+	return err
+}
+
+// head looks for a manifest by digest, or by r's tag if d is zero.
+func (c *Client) head(ctx context.Context, r Reference, name string, d blockdev.Digest, cred blockdev.Credential) (blockdev.Digest, error) {
+	target := r.Name() + ":" + r.Tag
+	if d != (blockdev.Digest{}) {
+		target = r.withDigest(d)
+	}
+	err := c.do(ctx, r, name, cred, func(ctx context.Context, s *session) error {
+		_, desc, err := s.resolver(docker.HostCapabilityPull|docker.HostCapabilityResolve).Resolve(ctx, target)
+		if err != nil {
+			return err
+		}
+		if d, err = blockdev.ParseDigest(desc.Digest.String()); err != nil {
+			return &Error{Host: r.Host, kind: blockdev.ErrUnsupported, text: fmt.Sprintf("names the manifest with digest %.80q", desc.Digest)}
+		}
+		return nil
+	})
+	return d, err
+}
+
+// Resolve finds out what an image consists of. Manifests and configs that are in
+// the cache for this repository are not asked for again, and a tag only after
+// Config.TagTTL, so an answer does not mean that the registry lets the credential
+// in: that is what Check is for. While the registry is unavailable, the last
+// known meaning of a tag counts.
+func (c *Client) Resolve(ctx context.Context, req blockdev.ImageRequest) (*Manifest, error) {
+	r, err := ParseReference(req.Ref)
+	if err != nil {
+		return nil, err
+	}
+	q := &query{c: c, ref: r, name: req.Ref, cred: req.Credential, want: ociPlatform(req.Platform)}
+	if req.Platform.OS == "" && req.Platform.Architecture == "" {
+		q.want = platforms.DefaultSpec()
+	}
+	d := req.Manifest
+	if d == (blockdev.Digest{}) {
+		d = r.Digest
+	}
+	if d == (blockdev.Digest{}) {
+		if d, err = q.tag(ctx); err != nil {
+			return nil, err
+		}
+	}
+	m, err := q.image(ctx, d, 0, false)
+	if err != nil {
+		return nil, q.wrap(err)
+	}
+	return m, nil
+}
+
+// query is one Resolve.
+type query struct {
+	c    *Client
+	ref  Reference
+	name string
+	cred blockdev.Credential
+	want ocispec.Platform
+}
+
+// wrap puts the reference in front of errors that do not have it yet.
+func (q *query) wrap(err error) error {
+	if strings.HasPrefix(err.Error(), q.name+": ") {
+		return err
+	}
+	return fmt.Errorf("%s: %w", q.name, err)
+}
+
+func (q *query) tag(ctx context.Context) (blockdev.Digest, error) {
+	old, at, ok := q.c.cache.tag(q.ref)
+	if age := time.Since(at); ok && age >= 0 && age < q.c.cfg.TagTTL {
+		return old, nil
+	}
+	d, err := q.c.head(ctx, q.ref, q.name, blockdev.Digest{}, q.cred)
+	switch {
+	case err == nil:
+		if err := q.c.cache.putTag(q.ref, d); err != nil {
+			q.c.log.Warn("cannot cache", "image", q.name, "error", err)
+		}
+		return d, nil
+	case ok && errors.Is(err, blockdev.ErrUnavailable):
+		q.c.log.Warn("registry unavailable, using what the tag named last", "image", q.name, "manifest", old, "since", at, "error", err)
+		return old, nil
+	}
+	return blockdev.Digest{}, err
+}
+
+// maxDepth is how deep image indexes may be nested.
+const maxDepth = 4
+
+var errOtherPlatform = errors.New("the image is for another platform")
+
+// image reads the manifest d, following image indexes. With check, the config
+// must be for the wanted platform, else errOtherPlatform.
+func (q *query) image(ctx context.Context, d blockdev.Digest, depth int, check bool) (*Manifest, error) {
+	b, err := q.document(ctx, ocispec.MediaTypeImageManifest, descriptor{digest: d, size: -1}, maxManifest)
+	if err != nil {
+		return nil, err
+	}
+	doc, err := parseDocument(b)
+	if err != nil {
+		return nil, err
+	}
+	if doc.Config == nil {
+		return q.index(ctx, doc, depth, check)
+	}
+	config, layers, err := imageParts(doc)
+	if err != nil {
+		return nil, err
+	}
+	b, err = q.document(ctx, config.mediaType, config, maxConfig)
+	if err != nil {
+		return nil, err
+	}
+	ls, cfg, err := parseConfig(b, layers)
+	if err != nil {
+		return nil, err
+	}
+	if check && !platforms.Only(q.want).Match(platforms.Normalize(ocispec.Platform{OS: cfg.OS, Architecture: cfg.Architecture, Variant: cfg.Variant})) {
+		return nil, errOtherPlatform
+	}
+	return &Manifest{Ref: q.name, Host: q.ref.Host, Repository: q.ref.Repository, Digest: d, Layers: ls}, nil
+}
+
+func (q *query) index(ctx context.Context, doc *document, depth int, check bool) (*Manifest, error) {
+	if depth >= maxDepth {
+		return nil, unsupported("image indexes are nested more than %d deep", maxDepth)
+	}
+	match, guess := choose(doc, q.want)
+	if len(match) > 0 {
+		match, guess = match[:1], nil // as containerd does: the best one, or an error
+	}
+	for i, desc := range append(match, guess...) {
+		entry, err := checkDescriptor(fmt.Sprintf("entry %d of the image index", i), desc, maxManifest)
+		if err != nil {
+			return nil, err
+		}
+		m, err := q.image(ctx, entry.digest, depth+1, check || desc.Platform == nil)
+		if errors.Is(err, errOtherPlatform) {
+			continue
+		}
+		return m, err
+	}
+	if depth > 0 && check {
+		return nil, errOtherPlatform
+	}
+	return nil, fmt.Errorf("the image has no manifest for platform %s: %w", platforms.Format(q.want), blockdev.ErrNotFound)
+}
+
+// document returns a manifest or config from the cache or the registry, hashed.
+func (q *query) document(ctx context.Context, mediaType string, d descriptor, limit int64) ([]byte, error) {
+	if b, ok := q.c.cache.doc(q.ref.Name(), d.digest, limit); ok {
+		return b, nil
+	}
+	var b []byte
+	err := q.c.do(ctx, q.ref, q.name, q.cred, func(ctx context.Context, s *session) (err error) {
+		b, err = readDocument(ctx, s, q.ref, mediaType, d, limit)
+		if errors.Is(err, blockdev.ErrCorrupt) && len(s.hosts) > 1 {
+			// A mirror sent rubbish; the registry itself comes last.
+			q.c.log.Warn("a mirror sent wrong content, asking the registry", "image", q.name, "error", mapError(ctx, q.name, err))
+			b, err = readDocument(ctx, &session{hosts: s.hosts[len(s.hosts)-1:]}, q.ref, mediaType, d, limit)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := q.c.cache.putDoc(q.ref.Name(), d.digest, b); err != nil {
+		q.c.log.Warn("cannot cache a manifest or config", "image", q.name, "error", err)
+	}
+	return b, nil
+}
+
+func readDocument(ctx context.Context, s *session, ref Reference, mediaType string, d descriptor, limit int64) ([]byte, error) {
+	f, err := s.resolver(docker.HostCapabilityPull).Fetcher(ctx, ref.withDigest(d.digest))
+	if err != nil {
+		return nil, err
+	}
+	what := "manifest"
+	if !images.IsManifestType(mediaType) {
+		what = "image config"
+	}
+	rc, err := f.Fetch(ctx, ocispec.Descriptor{MediaType: mediaType, Digest: digest.Digest(d.digest.String()), Size: d.size})
+	if err != nil {
+		return nil, err
+	}
+	b, err := io.ReadAll(io.LimitReader(rc, limit+1))
+	if cerr := rc.Close(); err == nil {
+		err = cerr
+	}
+	switch {
+	case err != nil:
+		return nil, err
+	case int64(len(b)) > limit:
+		return nil, &Error{Host: ref.Host, kind: blockdev.ErrUnsupported, text: fmt.Sprintf("%s %s is larger than %d bytes", what, d.digest, limit)}
+	case blockdev.Sum(b) != d.digest:
+		return nil, &Error{Host: ref.Host, kind: blockdev.ErrCorrupt, text: fmt.Sprintf("%s %s: the %d bytes sent have another digest", what, d.digest, len(b))}
+	case d.size >= 0 && int64(len(b)) != d.size:
+		return nil, &Error{Host: ref.Host, kind: blockdev.ErrCorrupt, text: fmt.Sprintf("%s %s has %d bytes, its descriptor says %d", what, d.digest, len(b), d.size)}
+	}
+	return b, nil
+}
