@@ -185,23 +185,25 @@ func (img *image) appendTail(b []byte, n *node) []byte {
 func (img *image) emitChunks(e *emitter, n *node) error {
 	ext := n.in.Extents
 	le := binary.LittleEndian
+	e.buf = e.buf[:0]
 	for k := range n.chunks {
 		off := k << (img.blkBits + n.chunkBits)
 		for len(ext) > 0 && ext[0].Offset+ext[0].Length <= off {
 			ext = ext[1:]
 		}
-		var b [sizeChunk]byte
+		device, addr := uint16(0), uint32(nullAddress)
 		if len(ext) > 0 && ext[0].Offset <= off {
-			le.PutUint16(b[2:], device1)
-			le.PutUint32(b[4:], uint32((ext[0].DiffOffset+off-ext[0].Offset)>>img.blkBits)) // at most MaxDiffSize
-		} else {
-			le.PutUint32(b[4:], nullAddress)
+			device, addr = device1, uint32((ext[0].DiffOffset+off-ext[0].Offset)>>img.blkBits) // fits: at most MaxDiffSize
 		}
-		if err := e.write(b[:]); err != nil {
-			return err
+		e.buf = le.AppendUint32(le.AppendUint16(append(e.buf, 0, 0), device), addr)
+		if len(e.buf) >= 4096 {
+			if err := e.write(e.buf); err != nil {
+				return err
+			}
+			e.buf = e.buf[:0]
 		}
 	}
-	return nil
+	return e.write(e.buf)
 }
 
 // emitData writes an inode's blocks in the data area.
