@@ -13,7 +13,7 @@ import (
 // Supernode is a real `shoal supernode`.
 type Supernode struct {
 	*Process
-	// Address is what a node's config names: host:port/PEER-ID.
+	// Address is what a node's config names: ID@host:port.
 	Address string
 	// Control is its control socket.
 	Control string
@@ -37,7 +37,7 @@ type Node struct {
 }
 
 // addressLine finds in a supernode's log the address it prints for nodes.
-var addressLine = regexp.MustCompile(`[0-9a-zA-Z.:\[\]]+:[0-9]+/12D3[0-9A-Za-z]+`)
+var addressLine = regexp.MustCompile(`12D3[0-9A-Za-z]+@[0-9a-zA-Z.:\[\]]+:[0-9]+`)
 
 // StartSupernode starts a supernode below Dir/name. extra is added to the end
 // of its config file.
@@ -81,13 +81,13 @@ metrics_address = %q
 
 // Via returns the supernode's address as seen through a link.
 func (s *Supernode) Via(k *Link) string {
-	_, id, _ := strings.Cut(s.Address, "/")
-	return k.Addr + "/" + id
+	id, _, _ := strings.Cut(s.Address, "@")
+	return id + "@" + k.Addr
 }
 
-// HostPort is the address without the peer id, for a Link's target.
+// HostPort is the address without the ID, for a Link's target.
 func (s *Supernode) HostPort() string {
-	addr, _, _ := strings.Cut(s.Address, "/")
+	_, addr, _ := strings.Cut(s.Address, "@")
 	return addr
 }
 

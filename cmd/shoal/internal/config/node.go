@@ -20,7 +20,7 @@ type Node struct {
 	Address        string   `toml:"address" comment:"Unix socket for containerd: [proxy_plugins.shoal] address"`
 	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status and shoal prefetch"`
 	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
-	Supernodes     []string `toml:"supernodes" comment:"as shoal supernode prints it: host:port/PEER-ID; empty: this node embeds a supernode"`
+	Supernodes     []string `toml:"supernodes" comment:"as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`
 	DockerConfig   string   `toml:"docker_config" comment:"directory of docker's config.json with registry credentials; empty: $DOCKER_CONFIG or ~/.docker"`
 	IndexTimeout   Duration `toml:"index_timeout" comment:"how long a pull waits for an image's indexes before containerd unpacks it in the ordinary way"`
 	ReadTimeout    Duration `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`
