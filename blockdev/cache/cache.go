@@ -1,0 +1,360 @@
+package cache
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+const (
+	diffsDir = "diffs"
+	tmpDir   = "tmp"
+	lockFile = "lock"
+)
+
+// Cache is the local diffs of a node.
+type Cache struct {
+	cfg  Config
+	boot [16]byte
+	lock *os.File
+
+	gate       gate
+	demand     *semaphore.Weighted // bytes of demand requests
+	window     chan struct{}       // one element for each prefetch request
+	kicked     chan struct{}       // the syncer has work
+	buffers    bufferPool
+	writesFail atomic.Bool // logged that writes fail
+	stats      counters
+	serial     atomic.Uint64 // makes names in tmp unique
+
+	// life ends with Close.
+	life context.Context
+	end  context.CancelFunc
+	wg   sync.WaitGroup
+
+	// list is the values of diffs, for lookups that must not lock.
+	list atomic.Pointer[[]*Diff]
+
+	mu     sync.Mutex
+	closed bool
+	diffs  map[blockdev.Digest]*Diff
+	busy   map[blockdev.Digest]chan struct{} // being added or removed; closed when that is over
+}
+
+// Open opens the cache in cfg.Root, or makes it. Diffs whose index is damaged are
+// dropped with a log line; so is what a crash left unfinished. It fails if
+// another process has the cache open.
+func Open(ctx context.Context, cfg Config) (*Cache, error) {
+	if err := cfg.setDefaults(); err != nil {
+		return nil, err
+	}
+	if cfg.bootID == "" {
+		b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+		if err != nil {
+			return nil, fmt.Errorf("cache %s: which boot this is: %w", cfg.Root, err)
+		}
+		cfg.bootID = string(b)
+	}
+	for _, dir := range []string{cfg.Root, filepath.Join(cfg.Root, diffsDir), filepath.Join(cfg.Root, tmpDir)} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("cache: %w", err)
+		}
+	}
+	lock, err := takeLock(filepath.Join(cfg.Root, lockFile))
+	if err != nil {
+		return nil, fmt.Errorf("cache %s: %w", cfg.Root, err)
+	}
+	c := &Cache{
+		cfg: cfg, boot: hashBoot(cfg.bootID), lock: lock,
+		demand: semaphore.NewWeighted(cfg.DemandBytes),
+		window: make(chan struct{}, cfg.PrefetchRequests),
+		kicked: make(chan struct{}, 1),
+		diffs:  make(map[blockdev.Digest]*Diff),
+		busy:   make(map[blockdev.Digest]chan struct{}),
+	}
+	c.publish()
+	if err := c.findDiffs(ctx); err != nil {
+		for _, d := range c.diffs {
+			err = errors.Join(err, d.closeFiles())
+		}
+		return nil, errors.Join(fmt.Errorf("cache %s: %w", cfg.Root, err), lock.Close())
+	}
+	c.life, c.end = context.WithCancel(context.Background())
+	c.wg.Add(1)
+	go c.syncer()
+	return c, nil
+}
+
+// takeLock keeps a second process out, which would not know of this one's
+// flights and bits. The kernel lets go of the lock when the process ends.
+func takeLock(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := control(f, func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) }); err != nil {
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = errors.New("another process has this cache open")
+		}
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+func (c *Cache) findDiffs(ctx context.Context) error {
+	tmp := filepath.Join(c.cfg.Root, tmpDir)
+	left, err := os.ReadDir(tmp)
+	if err != nil {
+		return err
+	}
+	for _, e := range left {
+		if err := os.RemoveAll(filepath.Join(tmp, e.Name())); err != nil {
+			return err
+		}
+	}
+	dirs, err := os.ReadDir(filepath.Join(c.cfg.Root, diffsDir))
+	if err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for _, e := range dirs {
+		g.Go(func() error {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			return c.findDiff(e.Name())
+		})
+	}
+	err = g.Wait()
+	c.publish()
+	return err
+}
+
+// findDiff opens one directory of diffs. A diff that cannot be opened for other
+// reasons than damage is left where it is, for the next Open or Add.
+func (c *Cache) findDiff(name string) error {
+	dir := filepath.Join(c.cfg.Root, diffsDir, name)
+	var id blockdev.Digest
+	if n, err := hex.Decode(id[:], []byte(name)); len(name) != hex.EncodedLen(len(id)) || n != len(id) || err != nil || id.Hex() != name {
+		c.cfg.Log.Warn("not a diff, left alone", "path", dir)
+		return nil
+	}
+	d, err := c.openDiff(dir, id)
+	switch {
+	case errors.Is(err, blockdev.ErrCorrupt):
+		c.cfg.Log.Error("a diff is damaged and is dropped; it will be fetched again when it is added", "diff", id, "dir", dir, "cause", err)
+		trash, err := c.discard(dir)
+		if err != nil {
+			return err
+		}
+		return os.RemoveAll(trash)
+	case err != nil:
+		c.cfg.Log.Error("cannot open a diff; it is not used", "diff", id, "dir", dir, "cause", err)
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.diffs[id] = d
+	return nil
+}
+
+// publish makes list anew; mu is held, or nobody else knows of c.
+func (c *Cache) publish() {
+	list := make([]*Diff, 0, len(c.diffs))
+	for _, d := range c.diffs {
+		list = append(list, d)
+	}
+	c.list.Store(&list)
+}
+
+// Get returns the diff, if the cache has it.
+func (c *Cache) Get(id blockdev.Digest) (*Diff, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	d, ok := c.diffs[id]
+	return d, ok
+}
+
+// Diffs returns all diffs, in no order.
+func (c *Cache) Diffs() []*Diff { return append([]*Diff(nil), *c.list.Load()...) }
+
+// reserve waits until nobody adds or removes id, and keeps others from it until
+// the returned function is called. Returns the diff if there is one.
+func (c *Cache) reserve(ctx context.Context, id blockdev.Digest) (*Diff, func(), error) {
+	for {
+		c.mu.Lock()
+		if c.closed {
+			c.mu.Unlock()
+			return nil, nil, ErrClosed
+		}
+		ch, ok := c.busy[id]
+		if !ok {
+			ch = make(chan struct{})
+			c.busy[id] = ch
+			c.wg.Add(1)
+			d := c.diffs[id]
+			c.mu.Unlock()
+			return d, func() {
+				c.mu.Lock()
+				delete(c.busy, id)
+				c.mu.Unlock()
+				close(ch)
+				c.wg.Done()
+			}, nil
+		}
+		c.mu.Unlock()
+		select {
+		case <-ch:
+		case <-ctx.Done():
+			return nil, nil, context.Cause(ctx)
+		}
+	}
+}
+
+// Add makes a diff from its encoded index, or returns the one that is there. It
+// fails with blockdev.ErrCorrupt or blockdev.ErrUnsupported if the index does not
+// parse, and with blockdev.ErrNoSpace.
+func (c *Cache) Add(ctx context.Context, encodedIndex []byte) (*Diff, error) {
+	ix, err := c.cfg.decode(encodedIndex)
+	if err != nil {
+		return nil, fmt.Errorf("add diff: index: %w", err)
+	}
+	tab, err := newTable(ix)
+	if err != nil {
+		return nil, fmt.Errorf("add diff %v: index: %w", ix.DiffID, err)
+	}
+	d, release, err := c.reserve(ctx, ix.DiffID)
+	if err != nil {
+		return nil, fmt.Errorf("add diff %v: %w", ix.DiffID, err)
+	}
+	defer release()
+	if d != nil {
+		return d, nil
+	}
+	if d, err = c.create(encodedIndex, ix, tab); err != nil {
+		if isNoSpace(err) {
+			err = fmt.Errorf("%w: %w", blockdev.ErrNoSpace, err)
+		}
+		return nil, fmt.Errorf("add diff %v: %w", ix.DiffID, err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.diffs[ix.DiffID] = d
+	c.publish()
+	return d, nil
+}
+
+func (c *Cache) create(enc []byte, ix *blockdev.Index, tab *table) (*Diff, error) {
+	diffs := filepath.Join(c.cfg.Root, diffsDir)
+	dir := filepath.Join(diffs, ix.DiffID.Hex())
+	if _, err := os.Lstat(dir); err == nil {
+		// A diff that Open could not use.
+		trash, err := c.discard(dir)
+		if err == nil {
+			err = os.RemoveAll(trash)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	tmp := c.tmpName()
+	if err := writeDiff(tmp, enc, ix, c.boot); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(tmp))
+	}
+	if err := os.Rename(tmp, dir); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(tmp))
+	}
+	if err := syncDir(diffs); err != nil {
+		return nil, err
+	}
+	return c.newDiff(dir, blockdev.Sum(enc), ix, tab)
+}
+
+func (c *Cache) tmpName() string {
+	return filepath.Join(c.cfg.Root, tmpDir, fmt.Sprint(c.serial.Add(1)))
+}
+
+// discard takes a diff's directory away in one step and returns where to; what
+// is left of it after a crash is deleted by Open.
+func (c *Cache) discard(dir string) (string, error) {
+	trash := c.tmpName()
+	return trash, os.Rename(dir, trash)
+}
+
+// Remove takes a diff out of the cache and deletes its files. Reads and prefetches
+// of it end with ErrRemoved. If ctx ends first the diff is gone all the same, and
+// its files are deleted as soon as the Source has let go of its requests. A diff
+// that is not there is no error. The caller sees to it that no EROFS mount uses
+// the files; one that does keeps their disk space.
+func (c *Cache) Remove(ctx context.Context, id blockdev.Digest) error {
+	d, release, err := c.reserve(ctx, id)
+	if err != nil {
+		return fmt.Errorf("remove diff %v: %w", id, err)
+	}
+	if d == nil {
+		release()
+		return nil
+	}
+	trash, err := c.discard(d.dir)
+	if err != nil {
+		release()
+		return fmt.Errorf("remove diff %v: %w", id, err)
+	}
+	c.mu.Lock()
+	delete(c.diffs, id)
+	c.publish()
+	c.mu.Unlock()
+
+	done := make(chan error, 1)
+	go func() {
+		d.stop(ErrRemoved)
+		err := errors.Join(d.closeFiles(), os.RemoveAll(trash))
+		release()
+		done <- err
+	}()
+	select {
+	case err = <-done:
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("remove diff %v: %w", id, err)
+	}
+	return nil
+}
+
+// Close ends all reads and prefetches with ErrClosed, syncs what was written, and
+// lets go of the directory. A second call does nothing.
+func (c *Cache) Close() error {
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return nil
+	}
+	c.closed = true
+	c.mu.Unlock()
+	c.end()
+	c.wg.Wait() // the syncer, and Adds and Removes under way
+	var errs []error
+	for _, d := range *c.list.Load() {
+		d.stop(ErrClosed)
+		errs = append(errs, d.syncNow(), d.closeFiles())
+	}
+	if err := errors.Join(append(errs, c.lock.Close())...); err != nil {
+		return fmt.Errorf("close cache %s: %w", c.cfg.Root, err)
+	}
+	return nil
+}

@@ -1,0 +1,92 @@
+package cache
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/index"
+)
+
+// Config of a Cache. Root, Source and Log are required; what else is zero gets
+// its default.
+type Config struct {
+	// Root is the cache's directory; it is made if it is not there.
+	Root string
+	// Source is where missing chunks come from.
+	Source blockdev.Source
+	// Log gets what an operator should know: damage, full disks, slow sources.
+	Log *slog.Logger
+
+	// Timeout bounds a demand read, retries included, and the time that a request to
+	// Source may go without delivering anything. Default 30 s.
+	Timeout time.Duration
+	// ReadAhead is how many bytes of missing chunks behind a demand read are
+	// asked for in the same request. Default 256 KiB; negative: none.
+	ReadAhead int64
+	// RequestBytes is about how much one request to Source asks for (a chunk more
+	// or less, and read-ahead comes on top). Default 1 MiB.
+	RequestBytes int64
+	// PrefetchRequests is how many prefetch requests may be under way in the
+	// whole Cache. Default 4.
+	PrefetchRequests int
+	// DemandBytes bounds what demand requests have in flight in the whole Cache;
+	// further ones wait. Default 64 MiB.
+	DemandBytes int64
+	// GiveWay is how long one prefetch request at most waits for demand reads to
+	// end before it is sent all the same, so that prefetch always gets done.
+	// Default 100 ms.
+	GiveWay time.Duration
+	// Promote is how long a demand read waits for a chunk that a prefetch request
+	// is fetching, before that is asked for again with demand priority.
+	// Default 50 ms.
+	Promote time.Duration
+	// SyncBytes is how much of one diff may be written before it is synced and
+	// its pages are dropped from the page cache. Prefetch stops to wait for the
+	// disk at four times as much. Default 32 MiB.
+	SyncBytes int64
+	// SyncInterval is how long a written chunk stays unsynced at most, but for
+	// a busy disk. Default 5 s.
+	SyncInterval time.Duration
+
+	// bootID names this boot of the kernel; tests give their own.
+	bootID string
+	// decode reads an encoded index; tests give their own.
+	decode func([]byte) (*blockdev.Index, error)
+}
+
+func (c *Config) setDefaults() error {
+	if c.Root == "" || c.Source == nil || c.Log == nil {
+		return errors.New("cache: Root, Source and Log must be set")
+	}
+	def(&c.Timeout, 30*time.Second)
+	def(&c.ReadAhead, 256<<10)
+	def(&c.RequestBytes, 1<<20)
+	def(&c.PrefetchRequests, 4)
+	def(&c.DemandBytes, 64<<20)
+	def(&c.GiveWay, 100*time.Millisecond)
+	def(&c.Promote, 50*time.Millisecond)
+	def(&c.SyncBytes, 32<<20)
+	def(&c.SyncInterval, 5*time.Second)
+	if c.decode == nil {
+		c.decode = index.Decode
+	}
+	c.ReadAhead = max(c.ReadAhead, 0)
+	if c.Timeout < 0 || c.RequestBytes < 0 || c.PrefetchRequests < 0 || c.GiveWay < 0 ||
+		c.Promote < 0 || c.SyncBytes < 0 || c.SyncInterval < 0 {
+		return errors.New("cache: only ReadAhead may be negative")
+	}
+	if least := c.RequestBytes + c.ReadAhead + 2*blockdev.MaxChunk; c.DemandBytes < least {
+		return fmt.Errorf("cache: DemandBytes is %d, but one demand request may take %d (RequestBytes, ReadAhead and two chunks)", c.DemandBytes, least)
+	}
+	return nil
+}
+
+func def[T comparable](v *T, d T) {
+	var zero T
+	if *v == zero {
+		*v = d
+	}
+}

@@ -1,0 +1,5 @@
+package cache
+
+const crashChildEnv = "SHOAL_CACHE_CRASH_CHILD"
+
+func crashChild(string) {}

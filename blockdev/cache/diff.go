@@ -1,0 +1,377 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Errors of a Diff that is no more.
+var (
+	// ErrRemoved: the diff has been removed from the cache.
+	ErrRemoved = errors.New("the diff was removed from the cache")
+	// ErrClosed: the cache is closed.
+	ErrClosed = errors.New("the cache is closed")
+)
+
+const (
+	indexFile  = "index"
+	metaFile   = "meta"
+	dataFile   = "data"
+	bitmapFile = "bitmap"
+
+	// dataAlign is what the data file's length is a multiple of, as a loop
+	// device or a block device would have it.
+	dataAlign = 4096
+)
+
+// Diff is one local diff. Its methods may be called from several goroutines.
+type Diff struct {
+	c    *Cache
+	id   blockdev.Digest
+	sum  blockdev.Digest // of the encoded index
+	dir  string
+	tab  *table
+	pres *presence
+	size int64 // of the data file
+
+	data, bitmap *os.File
+	complete     atomic.Bool
+	bitmapBad    atomic.Bool // logged that the bitmap cannot be written
+
+	syncing     chan struct{} // token: one sync at a time
+	prefetching chan struct{} // token: one prefetch at a time
+
+	// life ends with Remove or Close. It is kept here because flights belong to
+	// the diff and to no caller.
+	life context.Context
+	kill context.CancelCauseFunc
+	wg   sync.WaitGroup // groups and prefetches; counted up under mu
+
+	mu      sync.Mutex
+	gone    error // why there will be no more flights
+	flights map[int]*flight
+}
+
+// ID returns the DiffID.
+func (d *Diff) ID() blockdev.Digest { return d.id }
+
+// Size returns the length of the data file in bytes: DiffSize rounded up to a
+// multiple of 4096. The bytes behind the diff are zero.
+func (d *Diff) Size() int64 { return d.size }
+
+// DiffSize returns the length of the diff in bytes.
+func (d *Diff) DiffSize() int64 { return d.tab.size }
+
+// MetaPath returns the path of the EROFS metadata image.
+func (d *Diff) MetaPath() string { return filepath.Join(d.dir, metaFile) }
+
+// DataPath returns the path of the data file. Only when Complete is true does it
+// have all bytes, and may be read by other means than this package.
+func (d *Diff) DataPath() string { return filepath.Join(d.dir, dataFile) }
+
+// Complete reports whether every chunk is present, was checked and is on stable
+// storage. It turns false again only if a chunk is found damaged on disk.
+func (d *Diff) Complete() bool { return d.complete.Load() }
+
+// Index reads the whole index from disk again; a Diff keeps only what reads need.
+func (d *Diff) Index() (*blockdev.Index, error) {
+	enc, err := os.ReadFile(filepath.Join(d.dir, indexFile))
+	if err != nil {
+		return nil, fmt.Errorf("index of diff %v: %w", d.id, err)
+	}
+	if blockdev.Sum(enc) != d.sum {
+		return nil, fmt.Errorf("index of diff %v has changed on disk since it was opened: %w", d.id, blockdev.ErrCorrupt)
+	}
+	ix, err := d.c.cfg.decode(enc)
+	if err != nil {
+		return nil, fmt.Errorf("index of diff %v: %w", d.id, err)
+	}
+	return ix, nil
+}
+
+// Stat says how much of a diff is present.
+type Stat struct {
+	ID       blockdev.Digest
+	Complete bool
+	// Chunks and Bytes of the diff, and how many of these are present.
+	Chunks, ChunksPresent int
+	Bytes, BytesPresent   int64
+}
+
+// Stat returns the state of the diff.
+func (d *Diff) Stat() Stat {
+	s := Stat{ID: d.id, Complete: d.Complete(), Chunks: d.tab.len(), Bytes: d.tab.size}
+	s.ChunksPresent, s.BytesPresent, _ = d.pres.counts()
+	return s
+}
+
+// writeDiff writes a new diff's files into dir and makes its index durable. The
+// others can be made again from it, and are, should a power loss take them.
+func writeDiff(dir string, enc []byte, ix *blockdev.Index, boot [16]byte) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	h := headerOf(ix, blockdev.Sum(enc), boot)
+	bitmap := make([]byte, bitmapSize(len(ix.Chunks)))
+	copy(bitmap, h.encode())
+	if err := writeFile(filepath.Join(dir, bitmapFile), bitmap, false); err != nil {
+		return err
+	}
+	if err := writeFile(filepath.Join(dir, metaFile), ix.Meta, false); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(filepath.Join(dir, dataFile), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(f.Truncate(roundUp(ix.DiffSize)), f.Close()); err != nil {
+		return err
+	}
+	if err := writeFile(filepath.Join(dir, indexFile), enc, true); err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+func headerOf(ix *blockdev.Index, sum blockdev.Digest, boot [16]byte) bitmapHeader {
+	return bitmapHeader{diffID: ix.DiffID, index: sum, boot: boot, diffSize: ix.DiffSize, chunks: uint32(len(ix.Chunks))}
+}
+
+func roundUp(n int64) int64 { return (n + dataAlign - 1) &^ (dataAlign - 1) }
+
+func writeFile(path string, b []byte, durable bool) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err == nil && durable {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}
+
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// openDiff opens the diff in dir. An error that wraps ErrCorrupt means that it
+// cannot be used and should be dropped.
+func (c *Cache) openDiff(dir string, id blockdev.Digest) (*Diff, error) {
+	enc, err := readIndex(filepath.Join(dir, indexFile))
+	if err != nil {
+		return nil, err
+	}
+	ix, err := c.cfg.decode(enc)
+	if err != nil {
+		return nil, fmt.Errorf("index: %w", err)
+	}
+	if ix.DiffID != id {
+		return nil, fmt.Errorf("index is that of diff %v: %w", ix.DiffID, blockdev.ErrCorrupt)
+	}
+	tab, err := newTable(ix)
+	if err != nil {
+		return nil, fmt.Errorf("index: %w", err)
+	}
+	return c.newDiff(dir, blockdev.Sum(enc), ix, tab)
+}
+
+// newDiff opens the files of a diff whose index has been read.
+func (c *Cache) newDiff(dir string, sum blockdev.Digest, ix *blockdev.Index, tab *table) (*Diff, error) {
+	d := &Diff{
+		c: c, id: ix.DiffID, sum: sum, dir: dir,
+		tab: tab, pres: newPresence(ix.DiffID, tab), size: roundUp(tab.size),
+		syncing: make(chan struct{}, 1), prefetching: make(chan struct{}, 1),
+		flights: make(map[int]*flight),
+	}
+	if err := d.openFiles(ix); err != nil {
+		for _, f := range []*os.File{d.data, d.bitmap} {
+			if f != nil {
+				_ = f.Close() // the first error is the one that tells
+			}
+		}
+		return nil, err
+	}
+	d.life, d.kill = context.WithCancelCause(context.Background())
+	return d, nil
+}
+
+// readIndex reads an index file. One that is missing or empty is a diff that a
+// power loss has cut short.
+func readIndex(path string) ([]byte, error) {
+	enc, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && len(enc) == 0 {
+		return nil, fmt.Errorf("index is missing: %w", blockdev.ErrCorrupt)
+	}
+	return enc, err
+}
+
+func (d *Diff) openFiles(ix *blockdev.Index) error {
+	meta, err := os.ReadFile(d.MetaPath())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if !bytes.Equal(meta, ix.Meta) {
+		d.c.cfg.Log.Warn("the metadata image of a diff is damaged; it is written again from the index", "diff", d.id, "file", d.MetaPath())
+		// A new file: a mount may hold the old one.
+		tmp := d.MetaPath() + ".new"
+		if err := os.RemoveAll(tmp); err != nil {
+			return err
+		}
+		if err := writeFile(tmp, ix.Meta, true); err != nil {
+			return err
+		}
+		if err := os.Rename(tmp, d.MetaPath()); err != nil {
+			return err
+		}
+	}
+	if d.data, err = os.OpenFile(d.DataPath(), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		return err
+	}
+	if d.bitmap, err = os.OpenFile(filepath.Join(d.dir, bitmapFile), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		return err
+	}
+	return d.loadBitmap(ix)
+}
+
+// loadBitmap finds out which chunks are present. What of the file is not
+// believed is suspect, and the file says so before it says that it belongs to
+// this boot.
+func (d *Diff) loadBitmap(ix *blockdev.Index) error {
+	b := make([]byte, bitmapSize(d.tab.len())+1)
+	n, err := io.ReadFull(d.bitmap, b)
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return err
+	}
+	want := headerOf(ix, d.sum, d.c.boot)
+	h, err := decodeHeader(b[:n])
+	switch {
+	case err == nil && h.diffID == want.diffID && h.index != want.index:
+		return fmt.Errorf("index is not the one that the bitmap was made for: %w", blockdev.ErrCorrupt)
+	case err == nil && h.diffID != want.diffID:
+		err = fmt.Errorf("bitmap is that of diff %v: %w", h.diffID, blockdev.ErrCorrupt)
+	case err == nil && (h.chunks != want.chunks || h.diffSize != want.diffSize || int64(n) != bitmapSize(d.tab.len())):
+		err = fmt.Errorf("bitmap is of another size: %w", blockdev.ErrCorrupt)
+	}
+	size, serr := d.fixSize()
+	if serr != nil {
+		return serr
+	}
+	if err == nil && size != d.size {
+		err = fmt.Errorf("data file has %d bytes, want %d: %w", size, d.size, blockdev.ErrCorrupt)
+	}
+	if err != nil {
+		d.c.cfg.Log.Warn("what a diff has on disk is not known; every chunk will be checked before it is used", "diff", d.id, "dir", d.dir, "cause", err)
+		d.pres.doubtAll()
+		h = bitmapHeader{}
+		// No good record may survive under the new header.
+		if err := d.bitmap.Truncate(0); err != nil {
+			return err
+		}
+		if _, err := d.bitmap.WriteAt(make([]byte, bitmapSize(d.tab.len())), 0); err != nil {
+			return err
+		}
+	} else if doubted := d.pres.load(b[headerSize:], h.boot == d.c.boot); doubted > 0 {
+		d.c.cfg.Log.Info("chunks that were not synced before the last boot, or have damaged records, will be checked before they are used", "diff", d.id, "chunks", doubted)
+	}
+	// What complete promises about an old process' chunks holds for all or none.
+	complete := h.complete && d.pres.synced.all(0, d.tab.len())
+	if h.boot == d.c.boot && complete == h.complete {
+		d.complete.Store(complete)
+		return d.pres.persist(d.bitmap, true)
+	}
+	if err := d.pres.persist(d.bitmap, true); err != nil {
+		return err
+	}
+	if err := fdatasync(d.bitmap); err != nil {
+		return err
+	}
+	if err := d.writeHeader(complete); err != nil {
+		return err
+	}
+	d.complete.Store(complete)
+	return nil
+}
+
+// fixSize gives the data file its length, and returns the one it had.
+func (d *Diff) fixSize() (int64, error) {
+	var st unix.Stat_t
+	if err := control(d.data, func(fd int) error { return unix.Fstat(fd, &st) }); err != nil {
+		return 0, &os.PathError{Op: "stat", Path: d.DataPath(), Err: err}
+	}
+	if st.Size == d.size {
+		return st.Size, nil
+	}
+	// What lies behind the diff must be zero, so it is cut off there first.
+	if st.Size > d.tab.size {
+		if err := d.data.Truncate(d.tab.size); err != nil {
+			return 0, err
+		}
+	}
+	return st.Size, d.data.Truncate(d.size)
+}
+
+func (d *Diff) writeHeader(complete bool) error {
+	h := bitmapHeader{
+		complete: complete, diffID: d.id, index: d.sum, boot: d.c.boot,
+		diffSize: d.tab.size, chunks: uint32(d.tab.len()),
+	}
+	_, err := d.bitmap.WriteAt(h.encode(), 0)
+	return err
+}
+
+// enter counts the caller in, for wg.Done to count it out; it fails when the diff
+// is no more.
+func (d *Diff) enter() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.gone != nil {
+		return d.gone
+	}
+	d.wg.Add(1)
+	return nil
+}
+
+func (d *Diff) goneErr() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.gone != nil {
+		return d.gone
+	}
+	return os.ErrClosed
+}
+
+// stop ends all flights and prefetches of the diff with why, and returns when
+// they are over. Reads that are waiting end with why at once.
+func (d *Diff) stop(why error) {
+	d.mu.Lock()
+	if d.gone == nil {
+		d.gone = why
+	}
+	d.mu.Unlock()
+	d.kill(why)
+	d.wg.Wait()
+	// Wait for the sync under way; there will be no other.
+	d.syncing <- struct{}{}
+	<-d.syncing
+}
+
+func (d *Diff) closeFiles() error {
+	return errors.Join(d.data.Close(), d.bitmap.Close())
+}

@@ -1,0 +1,47 @@
+// Package cache keeps local diffs: what a node has of each masked diff, in a
+// sparse file that fills up chunk by chunk.
+//
+// # On disk
+//
+//	Root/lock                  flock: one process per cache
+//	Root/tmp/                  diffs that are being made or thrown away; emptied by Open
+//	Root/diffs/<DiffID hex>/
+//	    index                  the encoded index, as it came
+//	    meta                   EROFS image (Index.Meta): device 0 of the block image
+//	    data                   the masked diff, sparse, with zeros up to a multiple of 4096 bytes
+//	    bitmap                 which chunks are present (format: bitmap.go)
+//
+// A diff appears by a rename out of tmp and goes by a rename into it, so a crash
+// leaves a whole diff or none.
+//
+// # Terms
+//
+//   - present: the chunk's bytes are in the data file, and their SHA-256 was
+//     checked before they were written.
+//   - synced: present, and an fdatasync of the data file has returned since.
+//   - suspect: the bytes may be in the data file, but nobody vouches for them:
+//     they were written before a power loss and not synced, or the bitmap was
+//     damaged. Suspect is not present: the chunk's digest is checked before it
+//     becomes so, which saves fetching it again.
+//   - flight: the one attempt under way to get a missing chunk. Any number of
+//     readers wait for the same flight.
+//   - complete: every chunk present, checked and synced, and the bitmap says so
+//     durably.
+//
+// # Invariants
+//
+//   - The bitmap never says present of bytes that are not there. A bit is set
+//     after write(2) of the chunk has returned, so a kill -9, which the page
+//     cache survives, can only lose bits. The bitmap carries the boot id: after
+//     a power loss only synced chunks are believed.
+//   - No byte is handed to a reader that was not checked against its chunk's
+//     SHA-256 when it came in. What came in stays believed while it rests on
+//     the disk, as with any file system; Prefetch checks everything again that
+//     this process did not write itself before it says complete.
+//   - One flight per chunk. A reader's context ends its own wait only.
+//   - No lock is held across I/O. Memory and requests in flight are bounded by
+//     Config. Reads of what is present allocate nothing and take no lock.
+//   - A full disk, or one that fails to write, never fails a demand read and
+//     never leads to wrong bytes: the reader is answered from memory and the
+//     chunk stays missing.
+package cache

@@ -1,0 +1,219 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Prefetch fetches every chunk that is missing, in order, and gives way to
+// demand reads. Nil means that the diff is complete: every byte is on stable
+// storage and was checked by this process, or by the one that completed the
+// diff. It ends at the first failure of the Source, and with
+// blockdev.ErrNoSpace when the disk is full; what came until then stays, and a
+// further call goes on from there. Several calls share the work.
+func (d *Diff) Prefetch(ctx context.Context) error {
+	if err := d.enter(); err != nil {
+		return fmt.Errorf("prefetch of diff %v: %w", d.id, err)
+	}
+	defer d.wg.Done()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(d.life, func() { cancel(context.Cause(d.life)) })()
+
+	select {
+	case d.prefetching <- struct{}{}:
+	case <-ctx.Done():
+		return fmt.Errorf("prefetch of diff %v: %w", d.id, context.Cause(ctx))
+	}
+	defer func() { <-d.prefetching }()
+	if err := d.fill(ctx); err != nil {
+		return fmt.Errorf("prefetch of diff %v: %w", d.id, err)
+	}
+	return nil
+}
+
+func (d *Diff) fill(ctx context.Context) error {
+	for !d.complete.Load() {
+		if err := d.fetchMissing(ctx); err != nil {
+			return err
+		}
+		if err := d.checkOthers(ctx); err != nil {
+			return err
+		}
+		if err := d.sync(ctx); err != nil {
+			return err
+		}
+		// Not full if a chunk turned out to be damaged meanwhile: once more.
+		if d.pres.full() {
+			return d.markComplete()
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+// fetchMissing passes over the missing chunks until there are none.
+func (d *Diff) fetchMissing(ctx context.Context) error {
+	for {
+		if err := d.fetchPass(ctx); err != nil {
+			return err
+		}
+		// What is missing still is in flight for somebody else.
+		i := d.pres.present.nextClear(0, d.tab.len())
+		if i == d.tab.len() {
+			return nil
+		}
+		d.mu.Lock()
+		f := d.flights[i]
+		d.mu.Unlock()
+		if f != nil {
+			select {
+			case <-f.done:
+			case <-ctx.Done():
+			}
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// fetchPass asks once for everything that is missing and not in flight.
+func (d *Diff) fetchPass(ctx context.Context) error {
+	var (
+		wg    sync.WaitGroup
+		mu    sync.Mutex
+		first error
+	)
+	failed := func() error {
+		mu.Lock()
+		defer mu.Unlock()
+		return first
+	}
+	defer wg.Wait()
+	for next := 0; failed() == nil; {
+		if err := d.paceWrites(ctx); err != nil {
+			return err
+		}
+		if err := d.c.gate.wait(ctx, d.c.cfg.GiveWay); err != nil {
+			return err
+		}
+		select {
+		case d.c.window <- struct{}{}:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		g, end := d.claim(ctx, next)
+		if g == nil {
+			<-d.c.window
+			break
+		}
+		next = end
+		wg.Add(1)
+		g.release = func(err error) {
+			<-d.c.window
+			mu.Lock()
+			if first == nil && !errors.Is(err, errPromoted) {
+				first = err
+			}
+			mu.Unlock()
+			wg.Done()
+		}
+		go g.run()
+	}
+	wg.Wait()
+	return failed()
+}
+
+// paceWrites waits for the disk when too much is written and not synced, so that
+// prefetch does not fill memory with dirty pages.
+func (d *Diff) paceWrites(ctx context.Context) error {
+	if _, _, unsynced := d.pres.counts(); unsynced < 4*d.c.cfg.SyncBytes {
+		return nil
+	}
+	return d.sync(ctx)
+}
+
+// claim makes a prefetch group of the next missing chunks from number i on that
+// nobody has asked for, and returns it and where to go on; nil if there are none.
+func (d *Diff) claim(ctx context.Context, i int) (*group, int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.gone != nil {
+		return nil, 0
+	}
+	var g *group
+	var size int64
+	n := d.tab.len()
+	for i = d.pres.present.nextClear(i, n); i < n && size < d.c.cfg.RequestBytes; i = d.pres.present.nextClear(i+1, n) {
+		if d.flights[i] != nil {
+			continue
+		}
+		if g == nil {
+			g = &group{d: d, prio: blockdev.Prefetch, parent: ctx}
+		}
+		d.depart(g, i)
+		size += int64(d.tab.length(i))
+	}
+	if g != nil {
+		d.wg.Add(1)
+	}
+	return g, i
+}
+
+// checkOthers reads what another process wrote and checks it, so that complete
+// means more than what an old bitmap says.
+func (d *Diff) checkOthers(ctx context.Context) error {
+	i := d.pres.nextUnchecked(0)
+	if i == d.tab.len() {
+		return nil
+	}
+	buf := d.c.buffer()
+	defer d.c.buffers.Put(buf)
+	for ; i < d.tab.len(); i = d.pres.nextUnchecked(i + 1) {
+		if err := d.c.gate.wait(ctx, d.c.cfg.GiveWay); err != nil {
+			return err
+		}
+		b, off := buf[:d.tab.length(i)], d.tab.start(i)
+		_, err := d.data.ReadAt(b, off)
+		switch {
+		case err != nil:
+			d.damaged(i, err)
+		case blockdev.Sum(b) != d.tab.digests[i]:
+			d.damaged(i, blockdev.ErrCorrupt)
+		default:
+			d.pres.check(i)
+			d.Drop(off, len(b))
+		}
+	}
+	return nil
+}
+
+// markComplete makes it durable that every chunk is there. The records go first:
+// a header that says complete over records that do not is not believed.
+func (d *Diff) markComplete() error {
+	err := fdatasync(d.bitmap)
+	if err == nil {
+		err = d.writeHeader(true)
+	}
+	if err == nil {
+		err = fdatasync(d.bitmap)
+	}
+	if err != nil {
+		d.bitmapFailed(err)
+		return d.c.writeFailed(d, fmt.Errorf("mark as complete: %w", err))
+	}
+	d.complete.Store(true)
+	// A chunk may have turned out to be damaged since fill looked.
+	if !d.pres.full() {
+		d.complete.Store(false)
+		return d.writeHeader(false)
+	}
+	return nil
+}

@@ -1,0 +1,270 @@
+package cache
+
+import (
+	"io"
+	"math/bits"
+	"sync"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// persistBatch is how many neighbouring records one write takes at most.
+const persistBatch = 64
+
+// presence is what is known of a diff's chunks, in memory, and its copy in the
+// bitmap file. present is read without the lock. Everything is changed under mu,
+// so that a record, which is put together under mu, never mixes two states. mu
+// is never held across I/O.
+type presence struct {
+	n       int
+	codec   recordCodec
+	length  func(i int) int // bytes of chunk i
+	present bitset
+	synced  bitset
+
+	mu      sync.Mutex
+	suspect bitset
+	checked bitset // present, and written or checked by this process
+	syncing bitset // was present when the sync under way began
+
+	dirty   bitset // by record number: memory and file differ
+	writing bool   // somebody writes records; it takes what turns dirty along
+	written *sync.Cond
+	buf     [persistBatch * recordSize]byte // of the one that writes
+
+	nPresent      int
+	bytesPresent  int64
+	bytesUnsynced int64
+}
+
+func newPresence(id blockdev.Digest, tab *table) *presence {
+	n := tab.len()
+	p := &presence{
+		n:       n,
+		codec:   newRecordCodec(id),
+		length:  tab.length,
+		present: newBitset(n),
+		synced:  newBitset(n),
+		suspect: newBitset(n),
+		checked: newBitset(n),
+		syncing: newBitset(n),
+		dirty:   newBitset(groups(n)),
+	}
+	p.written = sync.NewCond(&p.mu)
+	return p
+}
+
+// load takes over what a bitmap file says. sameBoot: it was written since the
+// kernel started. It returns how many present chunks were not believed.
+func (p *presence) load(records []byte, sameBoot bool) (doubted int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for g := range groups(p.n) {
+		valid := ^uint32(0)
+		if rest := p.n - g*groupBits; rest < groupBits {
+			valid = 1<<rest - 1
+		}
+		r, ok := p.codec.get(records[g*recordSize:], g)
+		if !ok {
+			r = record{suspect: valid}
+			doubted += bits.OnesCount32(valid)
+			p.dirty.set(g)
+		}
+		if drop := r.present &^ r.synced; !sameBoot && drop != 0 {
+			r.present &^= drop
+			r.suspect |= drop
+			doubted += bits.OnesCount32(drop)
+			p.dirty.set(g)
+		}
+		r.present &= valid
+		r.synced &= r.present
+		r.suspect &= valid &^ r.present
+		p.present[g].Store(r.present)
+		p.synced[g].Store(r.synced)
+		p.suspect[g].Store(r.suspect)
+		for w := r.present; w != 0; w &= w - 1 {
+			i := g*groupBits + bits.TrailingZeros32(w)
+			p.nPresent++
+			p.bytesPresent += int64(p.length(i))
+			if !p.synced.get(i) {
+				p.bytesUnsynced += int64(p.length(i))
+			}
+		}
+	}
+	return doubted
+}
+
+// doubtAll makes every chunk suspect: nothing that is on disk is believed.
+func (p *presence) doubtAll() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i := range p.n {
+		p.suspect.set(i)
+		p.dirty.set(i / groupBits)
+	}
+}
+
+// add says that chunk i is in the data file and was checked. It returns the
+// bytes that are present and not synced.
+func (p *presence) add(i int) (unsynced int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.suspect.unset(i)
+	p.checked.set(i)
+	if !p.present.get(i) {
+		p.nPresent++
+		p.bytesPresent += int64(p.length(i))
+		p.bytesUnsynced += int64(p.length(i))
+		p.present.set(i)
+	}
+	p.dirty.set(i / groupBits)
+	return p.bytesUnsynced
+}
+
+// check says that chunk i, which is present, has been read back and was right.
+func (p *presence) check(i int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.present.get(i) {
+		p.checked.set(i)
+	}
+}
+
+// drop says that chunk i is not in the data file, or not right. It reports
+// whether it was thought present.
+func (p *presence) drop(i int) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.remove(i, false)
+}
+
+func (p *presence) isSuspect(i int) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.suspect.get(i)
+}
+
+// remove takes chunk i out of all sets; mu is held.
+func (p *presence) remove(i int, suspect bool) bool {
+	was := p.present.get(i)
+	if was {
+		p.nPresent--
+		p.bytesPresent -= int64(p.length(i))
+		if !p.synced.get(i) {
+			p.bytesUnsynced -= int64(p.length(i))
+		}
+	}
+	p.present.unset(i)
+	p.synced.unset(i)
+	p.checked.unset(i)
+	p.syncing.unset(i)
+	if suspect {
+		p.suspect.set(i)
+	} else {
+		p.suspect.unset(i)
+	}
+	p.dirty.set(i / groupBits)
+	return was
+}
+
+// beginSync notes what is present and not synced; after an fdatasync, endSync
+// declares that synced. One sync at a time. It reports whether there is any.
+func (p *presence) beginSync() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var anything bool
+	for g := range p.syncing {
+		w := p.present[g].Load() &^ p.synced[g].Load()
+		p.syncing[g].Store(w)
+		anything = anything || w != 0
+	}
+	return anything
+}
+
+// endSync ends what beginSync began. ok: the data is on stable storage.
+// Otherwise the kernel may have thrown pages away, and what was to be synced is
+// suspect. A chunk that was dropped in between is in neither set. It returns the
+// ranges of chunks that are synced now and were not before.
+func (p *presence) endSync(ok bool) (ranges [][2]int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i := p.syncing.nextSet(0, p.n); i < p.n; {
+		end := p.syncing.nextClear(i, p.n)
+		for k := i; k < end; k++ {
+			if !ok {
+				p.remove(k, true)
+				continue
+			}
+			p.bytesUnsynced -= int64(p.length(k))
+			p.synced.set(k)
+			p.dirty.set(k / groupBits)
+		}
+		ranges = append(ranges, [2]int{i, end})
+		i = p.syncing.nextSet(end, p.n)
+	}
+	for g := range p.syncing {
+		p.syncing[g].Store(0)
+	}
+	return ranges
+}
+
+// persist writes what differs to the bitmap file. If somebody else is writing,
+// that one takes our changes along; with wait, persist returns after it has.
+func (p *presence) persist(w io.WriterAt, wait bool) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for p.writing {
+		if !wait {
+			return nil
+		}
+		p.written.Wait()
+	}
+	p.writing = true
+	defer func() {
+		p.writing = false
+		p.written.Broadcast()
+	}()
+	for g := p.dirty.nextSet(0, groups(p.n)); g < groups(p.n); g = p.dirty.nextSet(0, groups(p.n)) {
+		end := min(p.dirty.nextClear(g, groups(p.n)), g+persistBatch)
+		for k := g; k < end; k++ {
+			p.codec.put(p.buf[(k-g)*recordSize:], k, record{p.present[k].Load(), p.synced[k].Load(), p.suspect[k].Load()})
+			p.dirty.unset(k)
+		}
+		p.mu.Unlock()
+		_, err := w.WriteAt(p.buf[:(end-g)*recordSize], headerSize+int64(g)*recordSize)
+		p.mu.Lock()
+		if err != nil {
+			for k := g; k < end; k++ {
+				p.dirty.set(k)
+			}
+			return err
+		}
+	}
+	return nil
+}
+
+// counts returns the chunks and bytes that are present, and the bytes of these
+// that are not synced.
+func (p *presence) counts() (chunks int, bytes, unsynced int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.nPresent, p.bytesPresent, p.bytesUnsynced
+}
+
+// full reports whether every chunk is present, synced and checked.
+func (p *presence) full() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.synced.all(0, p.n) && p.checked.all(0, p.n)
+}
+
+// nextUnchecked is the first chunk from i on that is present but has not been
+// checked by this process; n if there is none.
+func (p *presence) nextUnchecked(i int) int {
+	for i = p.checked.nextClear(i, p.n); i < p.n; i = p.checked.nextClear(i+1, p.n) {
+		if p.present.get(i) {
+			return i
+		}
+	}
+	return p.n
+}

@@ -1,0 +1,300 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Local reports whether every byte of [off, off+n) is present, and returns the
+// file that has them at the same offsets. It takes no lock and makes no system
+// call. The range may reach into the zeros behind the diff, up to Size.
+//
+// The file stays open until the diff is removed or the Cache closed. Use it
+// through ReadAt or SyscallConn, which keep the descriptor from being closed
+// meanwhile; Fd does not. Do not write to it.
+func (d *Diff) Local(off int64, n int) (*os.File, bool) {
+	return d.data, d.isLocal(off, n)
+}
+
+func (d *Diff) isLocal(off int64, n int) bool {
+	if off < 0 || n < 0 || int64(n) > d.size-off {
+		return false
+	}
+	if d.complete.Load() {
+		return true
+	}
+	lo, hi := d.tab.span(off, off+int64(n))
+	return d.pres.present.all(lo, hi)
+}
+
+// ReadAt reads as io.ReaderAt does, out of Size bytes. It is a demand read: what
+// is missing is fetched, and asked for again until Config.Timeout is over. Its
+// errors name the diff and the offset and wrap the cause: the Source's error,
+// blockdev.ErrUnavailable if it did not answer in time, ErrRemoved, ErrClosed, or
+// ctx's.
+func (d *Diff) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	if off < 0 {
+		return 0, fmt.Errorf("diff %v: read at negative offset %d", d.id, off)
+	}
+	if off >= d.size {
+		return 0, io.EOF
+	}
+	var eof error
+	if int64(len(p)) > d.size-off {
+		p, eof = p[:d.size-off], io.EOF
+	}
+	if d.isLocal(off, len(p)) {
+		if err := d.pread(p, off); err == nil {
+			return len(p), eof
+		} else if errors.Is(err, os.ErrClosed) {
+			return 0, d.readError(off, len(p), d.goneErr())
+		}
+		// pread has noted what cannot be read, so it is missing now.
+	}
+	n, err := d.readMissing(ctx, p, off)
+	if err != nil {
+		return n, err
+	}
+	return n, eof
+}
+
+// pread reads what is present. On an error other than os.ErrClosed the chunks of
+// the range that cannot be read are no longer present.
+func (d *Diff) pread(p []byte, off int64) error {
+	_, err := d.data.ReadAt(p, off)
+	if err == nil || errors.Is(err, os.ErrClosed) {
+		return err
+	}
+	lo, hi := d.tab.span(off, off+int64(len(p)))
+	for i := lo; i < hi; i++ {
+		from, to := d.overlap(i, off, len(p))
+		if _, err := d.data.ReadAt(p[from-off:to-off], from); err != nil {
+			d.damaged(i, err)
+		}
+	}
+	return err
+}
+
+// overlap is the part of chunk i within [off, off+n).
+func (d *Diff) overlap(i int, off int64, n int) (from, to int64) {
+	return max(off, d.tab.start(i)), min(off+int64(n), d.tab.start(i+1))
+}
+
+// errTimeout is the cause of the context that bounds a demand read.
+var errTimeout = errors.New("demand read timed out")
+
+func (d *Diff) readMissing(parent context.Context, p []byte, off int64) (n int, err error) {
+	d.c.gate.enter()
+	defer d.c.gate.leave()
+	d.c.stats.missed.Add(1)
+	ctx, cancel := context.WithTimeoutCause(parent, d.c.cfg.Timeout, errTimeout)
+	defer cancel()
+	for n < len(p) {
+		part := p[n:]
+		if most := d.c.cfg.RequestBytes; int64(len(part)) > most {
+			part = part[:most]
+		}
+		if err := d.readPart(ctx, part, off+int64(n)); err != nil {
+			err = d.readError(off, len(p), err)
+			if parent.Err() == nil {
+				d.c.stats.failed.Add(1)
+				d.c.cfg.Log.Error("a read has failed", "error", err)
+			}
+			return n, err
+		}
+		n += len(part)
+	}
+	return n, nil
+}
+
+func (d *Diff) readError(off int64, n int, err error) error {
+	return fmt.Errorf("diff %v: read of %d bytes at offset %d: %w", d.id, n, off, err)
+}
+
+// wait is a flight that a reader waits for.
+type wait struct {
+	*flight
+	own      bool // the reader's own request
+	prefetch bool // a prefetch request, when the reader joined
+}
+
+// readPart reads a part that one request may fetch.
+func (d *Diff) readPart(ctx context.Context, p []byte, off int64) error {
+	lo, hi := d.tab.span(off, off+int64(len(p)))
+	var mem [][]byte // of the chunks that could not be written
+	for {
+		waits, err := d.join(lo, hi, mem)
+		if err != nil {
+			return err
+		}
+		err = d.await(ctx, waits)
+		for _, w := range waits {
+			if b := w.unwritten(); b != nil {
+				if mem == nil {
+					mem = make([][]byte, hi-lo)
+				}
+				mem[w.chunk-lo] = b
+			}
+		}
+		if err != nil {
+			return err
+		}
+		if ok, err := d.assemble(p, off, lo, hi, mem); ok || err != nil {
+			return err
+		}
+		// Another's flight failed, or a chunk went again: once more. The
+		// context's deadline ends this.
+		if ctx.Err() != nil {
+			return d.lateErr(ctx, nil)
+		}
+	}
+}
+
+// join returns the flights that chunks [lo, hi) need but for those in mem, and
+// starts a request for those that nobody has asked for yet, with read-ahead.
+func (d *Diff) join(lo, hi int, mem [][]byte) ([]wait, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.gone != nil {
+		return nil, d.gone
+	}
+	var waits []wait
+	var own *group
+	for i := lo; i < hi; i++ {
+		if d.pres.present.get(i) || (mem != nil && mem[i-lo] != nil) {
+			continue
+		}
+		f := d.flights[i]
+		if f == nil {
+			if own == nil {
+				own = &group{d: d, prio: blockdev.Demand, parent: d.life, release: func(error) {}}
+			}
+			f = d.depart(own, i)
+		}
+		f.waiters++
+		waits = append(waits, wait{f, f.group == own, f.group.prio == blockdev.Prefetch})
+	}
+	if own != nil {
+		end := d.tab.start(hi) + d.c.cfg.ReadAhead
+		for i := hi; i < d.tab.len() && d.tab.start(i+1) <= end; i++ {
+			if !d.pres.present.get(i) && d.flights[i] == nil {
+				d.depart(own, i)
+			}
+		}
+		d.wg.Add(1)
+		go own.run()
+	}
+	return waits, nil
+}
+
+// depart starts a flight as part of g; mu is held.
+func (d *Diff) depart(g *group, i int) *flight {
+	f := &flight{chunk: i, group: g, done: make(chan struct{})}
+	d.flights[i] = f
+	g.todo = append(g.todo, f)
+	return f
+}
+
+// await returns when all flights are over. A flight of the reader's own request
+// that failed is an error; what another asked for is left to the next round.
+func (d *Diff) await(ctx context.Context, waits []wait) (err error) {
+	defer d.leave(waits)
+	var patience *time.Timer
+	var hurry <-chan time.Time
+	for _, w := range waits {
+		if w.prefetch && patience == nil {
+			patience = time.NewTimer(d.c.cfg.Promote)
+			defer patience.Stop()
+			hurry = patience.C
+		}
+		for done := false; !done; {
+			select {
+			case <-w.done:
+				done = true
+			case <-hurry:
+				hurry = nil
+				for _, w := range waits {
+					if w.prefetch {
+						w.group.hurry()
+					}
+				}
+			case <-d.life.Done():
+				return context.Cause(d.life)
+			case <-ctx.Done():
+				return d.lateErr(ctx, w.flight)
+			}
+		}
+		if w.err != nil && w.own {
+			return w.err
+		}
+	}
+	return nil
+}
+
+func (d *Diff) leave(waits []wait) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, w := range waits {
+		w.waiters--
+	}
+}
+
+// lateErr says why a read ended before it had its bytes.
+func (d *Diff) lateErr(ctx context.Context, f *flight) error {
+	cause := context.Cause(ctx)
+	if !errors.Is(cause, errTimeout) {
+		return cause
+	}
+	last := blockdev.ErrUnavailable
+	if f != nil {
+		d.mu.Lock()
+		if f.group.lastErr != nil {
+			last = f.group.lastErr
+		}
+		d.mu.Unlock()
+	}
+	return fmt.Errorf("gave up after %v: %w", d.c.cfg.Timeout, last)
+}
+
+// assemble fills p from the data file and mem. It returns false if a chunk is in
+// neither.
+func (d *Diff) assemble(p []byte, off int64, lo, hi int, mem [][]byte) (bool, error) {
+	if mem == nil {
+		if !d.pres.present.all(lo, hi) {
+			return false, nil
+		}
+		return d.assembled(d.pread(p, off))
+	}
+	for i := lo; i < hi; i++ {
+		from, to := d.overlap(i, off, len(p))
+		dst := p[from-off : to-off]
+		if b := mem[i-lo]; b != nil {
+			copy(dst, b[from-d.tab.start(i):])
+			continue
+		}
+		if !d.pres.present.get(i) {
+			return false, nil
+		}
+		if ok, err := d.assembled(d.pread(dst, from)); !ok {
+			return false, err
+		}
+	}
+	if tail := d.tab.size - off; tail < int64(len(p)) {
+		clear(p[max(tail, 0):])
+	}
+	return true, nil
+}
+
+// assembled judges pread's error: only a closed file is final.
+func (d *Diff) assembled(err error) (bool, error) {
+	if errors.Is(err, os.ErrClosed) {
+		return false, d.goneErr()
+	}
+	return err == nil, nil
+}

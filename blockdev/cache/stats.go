@@ -1,0 +1,61 @@
+package cache
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Stats counts what a Cache did since it was opened.
+type Stats struct {
+	// DemandBytes and PrefetchBytes came from the Source, by the priority they
+	// were asked for with. Read-ahead counts as demand.
+	DemandBytes, PrefetchBytes int64
+	// CopiedBytes were missing, but found on this disk.
+	CopiedBytes int64
+	// Missed is demand reads that had to wait for a chunk, Failed those of them
+	// that ended with an error other than their caller's own.
+	Missed, Failed int64
+	// CorruptChunks came from the Source with wrong bytes; DamagedChunks turned
+	// out to be wrong or unreadable on this disk.
+	CorruptChunks, DamagedChunks int64
+}
+
+type counters struct {
+	demand, prefetch, copied, missed, failed, corrupt, damaged atomic.Int64
+}
+
+func (n *counters) fetched(prio blockdev.Priority, bytes int) {
+	if prio == blockdev.Demand {
+		n.demand.Add(int64(bytes))
+	} else {
+		n.prefetch.Add(int64(bytes))
+	}
+}
+
+// Stats returns the counters.
+func (c *Cache) Stats() Stats {
+	n := &c.stats
+	return Stats{
+		DemandBytes: n.demand.Load(), PrefetchBytes: n.prefetch.Load(), CopiedBytes: n.copied.Load(),
+		Missed: n.missed.Load(), Failed: n.failed.Load(),
+		CorruptChunks: n.corrupt.Load(), DamagedChunks: n.damaged.Load(),
+	}
+}
+
+// chunkBuffer has room for any chunk.
+type chunkBuffer = *[blockdev.MaxChunk]byte
+
+// bufferPool keeps buffers for chunks that are read back from this disk.
+type bufferPool struct{ pool sync.Pool }
+
+// Put gives a buffer back.
+func (p *bufferPool) Put(b chunkBuffer) { p.pool.Put(b) }
+
+func (c *Cache) buffer() chunkBuffer {
+	if b, ok := c.buffers.pool.Get().(chunkBuffer); ok {
+		return b
+	}
+	return new([blockdev.MaxChunk]byte)
+}

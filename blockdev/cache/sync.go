@@ -1,0 +1,159 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// sync takes what is present to stable storage, tells the bitmap so, and drops
+// the pages: EROFS has its own copy of those that somebody reads. One sync of a
+// diff at a time; d.syncing is the token that says whose turn it is.
+func (d *Diff) sync(ctx context.Context) error {
+	select {
+	case d.syncing <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { <-d.syncing }()
+	if d.life.Err() != nil {
+		return context.Cause(d.life) // the files are about to be closed
+	}
+	return d.syncNow()
+}
+
+// syncNow is sync for who has the token.
+func (d *Diff) syncNow() error {
+	if d.pres.beginSync() {
+		err := fdatasync(d.data)
+		ranges := d.pres.endSync(err == nil)
+		if err != nil {
+			// The kernel reports a failed write-back once and then calls the
+			// pages clean, so what it may have lost must be looked at again.
+			d.complete.Store(false)
+			d.c.cfg.Log.Error("cannot sync a diff; what was not synced will be checked again", "diff", d.id, "file", d.DataPath(), "cause", err)
+		}
+		if perr := d.pres.persist(d.bitmap, true); perr != nil {
+			d.bitmapFailed(perr)
+			err = errors.Join(err, perr)
+		}
+		if err != nil {
+			return d.c.writeFailed(d, fmt.Errorf("sync diff %v: %w", d.id, err))
+		}
+		for _, r := range ranges {
+			from := d.tab.start(r[0])
+			dropPages(d.data, from, d.tab.start(r[1])-from)
+		}
+		return nil
+	}
+	if err := d.pres.persist(d.bitmap, true); err != nil {
+		d.bitmapFailed(err)
+		return d.c.writeFailed(d, fmt.Errorf("write bitmap of diff %v: %w", d.id, err))
+	}
+	return nil
+}
+
+// Drop says that the bytes [off, off+n) of the data file have been handed on and
+// need not stay in the page cache of the file itself. It is a hint: pages that
+// the range covers in part stay, and what is not synced yet goes with the next
+// sync.
+func (d *Diff) Drop(off int64, n int) {
+	if off < 0 || n <= 0 || off >= d.size {
+		return
+	}
+	lo, hi := d.tab.span(off, off+int64(n))
+	if d.pres.synced.all(lo, hi) {
+		dropPages(d.data, off, int64(n))
+	}
+}
+
+// dropPages drops clean pages of a file from the page cache. It is a hint, so an
+// error means nothing.
+func dropPages(f *os.File, off, n int64) {
+	control(f, func(fd int) error { return unix.Fadvise(fd, off, n, unix.FADV_DONTNEED) })
+}
+
+func fdatasync(f *os.File) error {
+	if err := control(f, unix.Fdatasync); err != nil {
+		return &os.PathError{Op: "fdatasync", Path: f.Name(), Err: err}
+	}
+	return nil
+}
+
+// control calls fn with the descriptor of f, which stays open meanwhile.
+func control(f *os.File, fn func(fd int) error) error {
+	rc, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var res error
+	if err := rc.Control(func(fd uintptr) {
+		for {
+			if res = fn(int(fd)); !errors.Is(res, unix.EINTR) {
+				return
+			}
+		}
+	}); err != nil {
+		return err
+	}
+	return res
+}
+
+// syncer syncs diffs in the background, one at a time: those with much unsynced
+// when kicked, all of them at every interval.
+func (c *Cache) syncer() {
+	defer c.wg.Done()
+	t := time.NewTicker(c.cfg.SyncInterval)
+	defer t.Stop()
+	for {
+		least := c.cfg.SyncBytes
+		select {
+		case <-c.life.Done():
+			return
+		case <-t.C:
+			least = 1
+		case <-c.kicked:
+		}
+		for _, d := range *c.list.Load() {
+			if _, _, unsynced := d.pres.counts(); unsynced >= least && c.life.Err() == nil {
+				// sync has logged its error, and the next interval tries again.
+				_ = d.sync(c.life)
+			}
+		}
+	}
+}
+
+func (c *Cache) kick() {
+	select {
+	case c.kicked <- struct{}{}:
+	default:
+	}
+}
+
+// writeFailed makes ErrNoSpace of a full disk's error, and logs the first of a
+// series.
+func (c *Cache) writeFailed(d *Diff, err error) error {
+	if isNoSpace(err) {
+		err = fmt.Errorf("%w: %w", blockdev.ErrNoSpace, err)
+	}
+	if c.writesFail.CompareAndSwap(false, true) {
+		c.cfg.Log.Error("cannot write to the cache; reads go on without it, and are fetched again every time", "diff", d.id, "cause", err)
+	}
+	return err
+}
+
+func (c *Cache) writeWorked() {
+	if c.writesFail.Load() && c.writesFail.CompareAndSwap(true, false) {
+		c.cfg.Log.Info("the cache can be written to again", "root", c.cfg.Root)
+	}
+}
+
+func isNoSpace(err error) bool {
+	return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)
+}
