@@ -57,6 +57,7 @@ type Client struct {
 	mu       sync.Mutex
 	hosts    map[string]*hostSet // by Reference.Host
 	sessions map[sessionKey]*session
+	down     map[string]time.Time // host -> not to be asked for fresher tags before
 	closed   bool
 }
 
@@ -90,7 +91,7 @@ func New(cfg Config) (*Client, error) {
 	if cfg.CacheBytes == 0 {
 		cfg.CacheBytes = 256 << 20
 	}
-	c := &Client{cfg: cfg, log: cfg.Log, hosts: map[string]*hostSet{}, sessions: map[sessionKey]*session{}}
+	c := &Client{cfg: cfg, log: cfg.Log, hosts: map[string]*hostSet{}, sessions: map[sessionKey]*session{}, down: map[string]time.Time{}}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
@@ -313,4 +314,23 @@ func (c *Client) forget(host string, cred blockdev.Credential) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.sessions, sessionKey{host, CredentialHash(cred)})
+}
+
+// downTime is how long a registry that did not answer is not asked what a tag
+// names now, where the last answer is known.
+const downTime = 10 * time.Second
+
+func (c *Client) isDown(host string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return time.Now().Before(c.down[host])
+}
+
+func (c *Client) setDown(host string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.down) >= maxSessions {
+		dropOldest(c.down, func(t time.Time) time.Time { return t }, func(time.Time) {})
+	}
+	c.down[host] = time.Now().Add(downTime)
 }

@@ -106,6 +106,16 @@ func (q *query) tag(ctx context.Context) (blockdev.Digest, error) {
 	if age := time.Since(at); ok && age >= 0 && age < q.c.cfg.TagTTL {
 		return old, nil
 	}
+	if ok {
+		if q.c.isDown(q.ref.Host) {
+			return old, nil
+		}
+		// Nobody is to wait long for a registry that does not answer while there
+		// is something to go on with.
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, min(q.c.cfg.Timeout, 5*time.Second), errSlow)
+		defer cancel()
+	}
 	d, err := q.c.head(ctx, q.ref, q.name, blockdev.Digest{}, q.cred)
 	switch {
 	case err == nil:
@@ -114,6 +124,7 @@ func (q *query) tag(ctx context.Context) (blockdev.Digest, error) {
 		}
 		return d, nil
 	case ok && errors.Is(err, blockdev.ErrUnavailable):
+		q.c.setDown(q.ref.Host)
 		q.c.log.Warn("registry unavailable, using what the tag named last", "image", q.name, "manifest", old, "since", at, "error", err)
 		return old, nil
 	}

@@ -68,14 +68,14 @@ func (t *transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	resp.Request = req
-	limit := int64(maxTokenBody)
+	limit, over := int64(maxTokenBody), blockdev.ErrUnavailable
 	switch what {
 	case "manifests":
-		limit = maxManifest + 1
+		limit, over = maxManifest+1, blockdev.ErrUnsupported
 	case "blobs":
 		limit = -1 // its reader knows the size
 	}
-	resp.Body = newBody(ctx, cancel, resp.Body, t, req.URL.Host, limit)
+	resp.Body = newBody(ctx, cancel, resp.Body, t, req.URL.Host, limit, over)
 	if err := t.check(req, resp); err != nil {
 		_ = resp.Body.Close() // the answer is of no use
 		return nil, err
@@ -144,13 +144,14 @@ type body struct {
 	stall  time.Duration
 	host   string
 	left   int64 // bytes still allowed; negative: unlimited
+	over   error // what more than left is
 	count  func(int64)
 	timer  *time.Timer // runs only during a Read
 	closed atomic.Bool
 }
 
-func newBody(ctx context.Context, cancel context.CancelCauseFunc, rc io.ReadCloser, t *transport, host string, left int64) *body {
-	b := &body{rc: rc, ctx: ctx, cancel: cancel, stall: t.stall, host: host, left: left, count: t.count}
+func newBody(ctx context.Context, cancel context.CancelCauseFunc, rc io.ReadCloser, t *transport, host string, left int64, over error) *body {
+	b := &body{rc: rc, ctx: ctx, cancel: cancel, stall: t.stall, host: host, left: left, over: over, count: t.count}
 	b.timer = time.AfterFunc(t.stall, func() { cancel(errStalled) })
 	b.timer.Stop()
 	return b
@@ -159,7 +160,7 @@ func newBody(ctx context.Context, cancel context.CancelCauseFunc, rc io.ReadClos
 // Read implements io.Reader.
 func (b *body) Read(p []byte) (int, error) {
 	if b.left == 0 {
-		return 0, &Error{Host: b.host, kind: blockdev.ErrUnsupported, text: "the answer is larger than such an answer may be"}
+		return 0, &Error{Host: b.host, kind: b.over, text: "the answer is larger than such an answer may be"}
 	}
 	if b.left > 0 && int64(len(p)) > b.left {
 		p = p[:b.left]

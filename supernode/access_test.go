@@ -1,0 +1,289 @@
+package supernode
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/supernode/registry"
+)
+
+// fakeChecker is a registry that lets in who it is told to.
+type fakeChecker struct {
+	mu    sync.Mutex
+	let   func(ref string, c blockdev.Credential) error
+	asked []string
+	block chan struct{}
+}
+
+func (f *fakeChecker) Check(ctx context.Context, ref string, _ blockdev.Digest, c blockdev.Credential) error {
+	f.mu.Lock()
+	f.asked = append(f.asked, c.Username+"@"+ref)
+	let, block := f.let, f.block
+	f.mu.Unlock()
+	if block != nil {
+		select {
+		case <-block:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return let(ref, c)
+}
+
+func (f *fakeChecker) set(let func(string, blockdev.Credential) error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.let, f.asked = let, nil
+}
+
+func (f *fakeChecker) count() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.asked)
+}
+
+func says(err error) func(string, blockdev.Credential) error {
+	return func(string, blockdev.Credential) error { return err }
+}
+
+var (
+	errNo   = fmt.Errorf("scripted: %w", blockdev.ErrUnauthorized)
+	errNone = fmt.Errorf("scripted: %w", blockdev.ErrNotFound)
+	errDown = fmt.Errorf("scripted: %w", blockdev.ErrUnavailable)
+	alice   = blockdev.Credential{Username: "alice", Secret: "secret-of-alice"}
+)
+
+func onlyAlice(_ string, c blockdev.Credential) error {
+	if c == alice {
+		return nil
+	}
+	return errNo
+}
+
+type accessEnv struct {
+	*access
+	reg *fakeChecker
+	mu  sync.Mutex
+	t   time.Time
+	dir string
+}
+
+func (e *accessEnv) pass(d time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.t = e.t.Add(d)
+}
+
+func (e *accessEnv) clock() time.Time {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.t
+}
+
+func (e *accessEnv) open(t *testing.T) {
+	t.Helper()
+	a, err := openAccess(e.dir, e.reg, 5*time.Minute, 24*time.Hour, slog.New(slog.DiscardHandler), e.clock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.access = a
+}
+
+func newAccess(t *testing.T, let func(string, blockdev.Credential) error) *accessEnv {
+	t.Helper()
+	e := &accessEnv{reg: &fakeChecker{let: let}, t: time.Now(), dir: t.TempDir()}
+	e.open(t)
+	t.Cleanup(func() {
+		if err := e.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return e
+}
+
+// ask asks for an image as a peer.
+func (e *accessEnv) may(t *testing.T, peer, image string, c blockdev.Credential) (verdict, error) {
+	t.Helper()
+	req := blockdev.ImageRequest{Ref: "registry.example/" + image, Credential: c}
+	ref, err := registry.ParseReference(req.Ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return e.allow(t.Context(), peer, ref, req)
+}
+
+func (e *accessEnv) want(t *testing.T, what, peer, image string, c blockdev.Credential, v verdict, kind error, requests int) {
+	t.Helper()
+	before := e.reg.count()
+	got, err := e.may(t, peer, image, c)
+	if kind == nil && err != nil || kind != nil && !errors.Is(err, kind) || got != v {
+		t.Errorf("%s: %+v, %v; want %+v, %v", what, got, err, v, kind)
+	}
+	if n := e.reg.count() - before; n != requests {
+		t.Errorf("%s: %d requests, want %d", what, n, requests)
+	}
+}
+
+func TestAccessPublic(t *testing.T) {
+	e := newAccess(t, says(nil))
+	none := blockdev.Credential{}
+	e.want(t, "first", "p1", "a:1", none, verdict{public: true}, nil, 1)
+	e.want(t, "second peer", "p2", "a:1", none, verdict{public: true}, nil, 0)
+	e.want(t, "with a credential", "p3", "a:2", alice, verdict{public: true}, nil, 0)
+	e.want(t, "another repository", "p1", "b:1", none, verdict{public: true}, nil, 1)
+	e.pass(5 * time.Minute)
+	e.want(t, "next window", "p1", "a:1", none, verdict{public: true}, nil, 1)
+	// It becomes private.
+	e.pass(5 * time.Minute)
+	e.reg.set(onlyAlice)
+	e.want(t, "private now", "p1", "a:1", none, verdict{}, blockdev.ErrUnauthorized, 1)
+	// And nobody who had it only because everybody had keeps it.
+	e.reg.set(says(errDown))
+	e.pass(5 * time.Minute)
+	e.want(t, "down, after it was private", "p1", "a:1", none, verdict{}, blockdev.ErrUnavailable, 1)
+}
+
+func TestAccessPrivate(t *testing.T) {
+	e := newAccess(t, onlyAlice)
+	none := blockdev.Credential{}
+	e.want(t, "with credential", "p1", "a:1", alice, verdict{}, nil, 2)
+	e.want(t, "same again", "p1", "a:1", alice, verdict{}, nil, 0)
+	e.want(t, "same credential, another peer", "p2", "a:1", alice, verdict{}, nil, 0)
+	e.want(t, "no credential", "p1", "a:1", none, verdict{}, blockdev.ErrUnauthorized, 0)
+	e.want(t, "no credential, other peer", "p3", "a:1", none, verdict{}, blockdev.ErrUnauthorized, 0)
+	e.want(t, "wrong secret", "p1", "a:1", blockdev.Credential{Username: "alice", Secret: "x"}, verdict{}, blockdev.ErrUnauthorized, 1)
+	e.want(t, "swapped fields", "p1", "a:1", blockdev.Credential{Username: "alicesecret-of-alice"}, verdict{}, blockdev.ErrUnauthorized, 1)
+	// The registry withdraws it: that counts when the window ends.
+	e.reg.set(says(errNo))
+	e.want(t, "within the window", "p1", "a:1", alice, verdict{}, nil, 0)
+	e.pass(5 * time.Minute)
+	e.want(t, "after the window", "p1", "a:1", alice, verdict{}, blockdev.ErrUnauthorized, 2)
+	// Withdrawn access does not come back with an outage.
+	e.reg.set(says(errDown))
+	e.pass(2 * time.Minute)
+	e.want(t, "down", "p1", "a:1", alice, verdict{}, blockdev.ErrUnavailable, 1)
+}
+
+func TestAccessNotFoundIsNotKept(t *testing.T) {
+	e := newAccess(t, says(errNone))
+	e.want(t, "not there", "p", "a:1", blockdev.Credential{}, verdict{}, blockdev.ErrNotFound, 1)
+	e.reg.set(says(nil))
+	e.want(t, "pushed", "p", "a:1", blockdev.Credential{}, verdict{public: true}, nil, 1)
+}
+
+// TestAccessHidden: many registries say 404 to those who may not know.
+func TestAccessHidden(t *testing.T) {
+	e := newAccess(t, func(_ string, c blockdev.Credential) error {
+		if c == alice {
+			return nil
+		}
+		return errNone
+	})
+	e.want(t, "hidden", "p", "a:1", alice, verdict{}, nil, 2)
+	e.want(t, "hidden, no credential", "p", "a:1", blockdev.Credential{}, verdict{}, blockdev.ErrNotFound, 1)
+}
+
+func TestAccessRegistryDown(t *testing.T) {
+	e := newAccess(t, onlyAlice)
+	none := blockdev.Credential{}
+	e.want(t, "up", "p1", "a:1", alice, verdict{}, nil, 2)
+	e.pass(10 * time.Minute)
+	e.reg.set(says(errDown))
+	e.want(t, "never had it", "p2", "a:1", alice, verdict{}, blockdev.ErrUnavailable, 1)
+	e.want(t, "had it", "p1", "a:1", alice, verdict{stale: true}, nil, 1)
+	e.want(t, "had it, not asked again at once", "p1", "a:1", none, verdict{stale: true}, nil, 0)
+	e.want(t, "never had it, still asked", "p2", "a:1", alice, verdict{}, blockdev.ErrUnavailable, 1)
+	e.want(t, "had another repository", "p1", "b:1", alice, verdict{}, blockdev.ErrUnavailable, 1)
+
+	// It counts after a restart too, and nothing of the credential is on disk.
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(filepath.Join(e.dir, "access.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []string{"alice", alice.Secret, registry.CredentialHash(alice)} {
+		if strings.Contains(string(b), s) {
+			t.Errorf("access.db holds %q", s)
+		}
+	}
+	e.open(t)
+	e.want(t, "after a restart", "p1", "a:1", alice, verdict{stale: true}, nil, 1)
+	e.pass(24 * time.Hour)
+	e.want(t, "after the grace", "p1", "a:1", alice, verdict{}, blockdev.ErrUnavailable, 1)
+}
+
+func TestAccessPublicWhileDown(t *testing.T) {
+	e := newAccess(t, says(nil))
+	e.want(t, "up", "p1", "a:1", blockdev.Credential{}, verdict{public: true}, nil, 1)
+	e.pass(time.Hour)
+	e.reg.set(says(errDown))
+	e.want(t, "down, a peer never seen", "p9", "a:1", blockdev.Credential{}, verdict{public: true, stale: true}, nil, 1)
+}
+
+// TestAccessOneQuestion: many who want to know the same cost one request, and one
+// who gives up does not take the others along.
+func TestAccessOneQuestion(t *testing.T) {
+	e := newAccess(t, says(nil))
+	e.reg.block = make(chan struct{})
+	req := blockdev.ImageRequest{Ref: "registry.example/a:1"}
+	ref, err := registry.ParseReference(req.Ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	errs := make(chan error, 100)
+	first := make(chan error, 1)
+	go func() {
+		_, err := e.allow(ctx, "first", ref, req)
+		first <- err
+	}()
+	for e.reg.count() == 0 {
+		runtime.Gosched()
+	}
+	cancel()
+	if err := <-first; !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+	for i := range 100 {
+		go func() {
+			_, err := e.allow(t.Context(), fmt.Sprint(i), ref, req)
+			errs <- err
+		}()
+	}
+	close(e.reg.block)
+	for range 100 {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+	if n := e.reg.count(); n != 1 {
+		t.Errorf("%d requests", n)
+	}
+}
+
+func TestAccessMemoryIsBounded(t *testing.T) {
+	m := map[int]time.Time{}
+	now := time.Now()
+	for i := range maxAnswers * 2 {
+		bound(m)
+		m[i] = now.Add(time.Duration(i))
+	}
+	if len(m) > maxAnswers {
+		t.Errorf("%d entries", len(m))
+	}
+	if _, ok := m[maxAnswers*2-1]; !ok {
+		t.Error("the newest entry is gone")
+	}
+}

@@ -1,0 +1,29 @@
+// Package supernode is the datacenter's cache of images and the only one that
+// talks to registries: it turns layers into indexes and chunks, each once, and
+// hands them to nodes that may have them.
+//
+//   - registry: what an image reference means, and the bytes of its layers
+//   - ingest: a layer's stream -> checked, unpacked, chunked, stored
+//   - store: chunks and indexes on disk, below a quota
+//
+// This package joins them and decides who gets what.
+//
+// # Terms
+//
+// A peer is a node by its libp2p identity, or "" for the process that the
+// supernode lives in. A layer's origins are the registry hosts from which this
+// supernode itself has fetched and hashed it.
+//
+// # Invariants
+//
+//   - An index is handed out only to who may pull the repository by the word of
+//     its registry (Config.AccessTTL, Config.AccessGrace), and only for layers
+//     of which that registry is an origin, or is trusted in the configuration.
+//   - Whoever knows a chunk's SHA-256 may have the chunk: only indexes say them.
+//   - All indexes of an image are handed out, or none.
+//   - A layer is fetched once, however many ask at the same time, and what has
+//     been fetched when they stop asking is not lost.
+//   - What is asked for is not evicted for Config.Lease.
+//   - Credentials are kept in memory only, tokens for a minute, nothing of them
+//     on disk or in a log.
+package supernode
