@@ -174,7 +174,9 @@ func decode(b []byte) (*blockdev.Index, error) {
 		return nil, corrupt("checksum does not match")
 	}
 	ix := &blockdev.Index{DiffID: blockdev.Digest(b[offDiffID:]), DiffSize: h.diffSize}
-	ix.Meta, body = body[:h.metaSize:h.metaSize], body[h.metaSize:]
+	if h.metaSize > 0 {
+		ix.Meta, body = body[:h.metaSize:h.metaSize], body[h.metaSize:]
+	}
 	if h.chunks > 0 {
 		ix.Chunks = make([]blockdev.Chunk, h.chunks)
 		var offset int64
