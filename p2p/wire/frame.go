@@ -29,6 +29,10 @@ const (
 	MaxCredential = 64 << 10
 	// MaxIndexData is the longest IndexData.data.
 	MaxIndexData = 1 << 20
+	// MaxIndex is the longest index of one layer, and MaxImageIndex of all
+	// layers of an image together.
+	MaxIndex      = 128 << 20
+	MaxImageIndex = 512 << 20
 
 	// slack leaves room in each message for fields of later versions.
 	slack = 4 << 10

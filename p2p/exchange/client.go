@@ -1,0 +1,165 @@
+package exchange
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/multiformats/go-multistream"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/wire"
+)
+
+// Options change how a Client behaves. The zero value of each field stands for
+// its default.
+type Options struct {
+	// Name is what errors call the server: "supernode" unless set.
+	Name string
+	// Demand, Prefetch and Images are how many requests of each kind may be
+	// under way: 64, 4, 8. What is above waits here. More than the server's
+	// limits per peer gives busy answers.
+	Demand, Prefetch, Images int
+	// Raw asks for chunks without compression.
+	Raw bool
+	// DemandTimeout and PrefetchTimeout are how long the server may take for
+	// one chunk (15 s, 60 s); ImageTimeout how long it may be silent while it
+	// prepares an image (20 s). The context bounds the whole.
+	DemandTimeout, PrefetchTimeout, ImageTimeout time.Duration
+	// DialTimeout bounds one attempt to connect (3 s); after failures the next
+	// one comes after 50 ms, doubling up to MaxBackoff (2 s).
+	DialTimeout, MaxBackoff time.Duration
+	Log                     *slog.Logger // nil: no log
+}
+
+func (o *Options) setDefaults() {
+	if o.Name == "" {
+		o.Name = "supernode"
+	}
+	setDefault(&o.Demand, 64)
+	setDefault(&o.Prefetch, 4)
+	setDefault(&o.Images, 8)
+	setDefault(&o.DemandTimeout, 15*time.Second)
+	setDefault(&o.PrefetchTimeout, 60*time.Second)
+	setDefault(&o.ImageTimeout, 20*time.Second)
+	setDefault(&o.DialTimeout, 3*time.Second)
+	setDefault(&o.MaxBackoff, 2*time.Second)
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+}
+
+// Client gets chunks and indexes from one server. It keeps one connection, made
+// when the Client is and again whenever it is lost. It may be used from several
+// goroutines.
+type Client struct {
+	opts    Options
+	name    string // for errors
+	keeper  *keeper
+	demand  *lane
+	pre     *lane
+	images  *lane
+	zstd    decoder
+	buffers buffers
+}
+
+var (
+	_ blockdev.Source      = (*Client)(nil)
+	_ blockdev.ImageSource = (*Client)(nil)
+)
+
+// NewClient returns a Client of the server at info (host.ParseAddr reads one
+// from a config) and begins to connect. Close it before h.
+func NewClient(h host.Host, info peer.AddrInfo, opts Options) (*Client, error) {
+	opts.setDefaults()
+	if info.ID == "" || len(info.Addrs) == 0 {
+		return nil, fmt.Errorf("%s: no peer ID or no address", opts.Name)
+	}
+	if info.ID == h.ID() {
+		return nil, fmt.Errorf("%s %s: that is this machine's own identity", opts.Name, info.ID)
+	}
+	c := &Client{opts: opts, name: opts.Name + " " + info.ID.String()}
+	c.demand = newLane(h, info.ID, ChunkProtocol, opts.Demand)
+	c.pre = newLane(h, info.ID, ChunkProtocol, opts.Prefetch)
+	c.images = newLane(h, info.ID, IndexProtocol, opts.Images)
+	c.keeper = newKeeper(h, info, opts, c.expire)
+	return c, nil
+}
+
+// Close ends all requests and the connection's upkeep. The connection itself is
+// the host's.
+func (c *Client) Close() error {
+	c.keeper.close()
+	for _, l := range []*lane{c.demand, c.pre, c.images} {
+		l.close()
+	}
+	return nil
+}
+
+// Status says whether the server can be reached now, and if not why. The error
+// wraps blockdev.ErrUnavailable.
+func (c *Client) Status() error { return c.explain(c.keeper.status()) }
+
+// Peer returns the server's peer ID.
+func (c *Client) Peer() peer.ID { return c.keeper.info.ID }
+
+func (c *Client) expire(before time.Time) {
+	for _, l := range []*lane{c.demand, c.pre, c.images} {
+		l.expire(before)
+	}
+}
+
+// explain puts the server's name in front of err.
+func (c *Client) explain(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", c.name, err)
+}
+
+// broken says whether a stream failed in a way that another stream may not.
+func (c *Client) broken(ctx context.Context, err error) bool {
+	var remote *wire.RemoteError
+	var unknown multistream.ErrNotSupported[protocol.ID]
+	return ctx.Err() == nil && c.keeper.ctx.Err() == nil && !isTimeout(err) &&
+		!errors.As(err, &remote) && !errors.Is(err, blockdev.ErrCorrupt) && !errors.Is(err, unknown)
+}
+
+// cause turns the failure of a stream into what callers act upon: the context's
+// error, ErrCorrupt, or ErrUnavailable.
+func (c *Client) cause(ctx context.Context, err error, waited time.Duration) error {
+	var remote *wire.RemoteError
+	var unknown multistream.ErrNotSupported[protocol.ID]
+	switch {
+	case ctx.Err() != nil:
+		return contextError(ctx)
+	case errors.As(err, &remote), errors.Is(err, blockdev.ErrCorrupt), errors.Is(err, blockdev.ErrUnavailable):
+		return err
+	case errors.Is(err, unknown):
+		return fmt.Errorf("%w: it does not speak this version's protocol (%w): another version of shoal, or no server of it", blockdev.ErrUnavailable, err)
+	case isTimeout(err):
+		return fmt.Errorf("%w: no progress for %s", blockdev.ErrUnavailable, waited)
+	case c.keeper.ctx.Err() != nil:
+		return fmt.Errorf("%w: the client is closed", blockdev.ErrUnavailable)
+	}
+	return fmt.Errorf("%w: the stream broke: %w", blockdev.ErrUnavailable, err)
+}
+
+func isTimeout(err error) bool {
+	var t interface{ Timeout() bool }
+	return errors.As(err, &t) && t.Timeout()
+}
+
+// contextError is ctx's error, with its cause where that says more.
+func contextError(ctx context.Context) error {
+	err, cause := ctx.Err(), context.Cause(ctx)
+	if cause == nil || errors.Is(cause, err) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", err, cause)
+}

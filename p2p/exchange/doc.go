@@ -1,0 +1,24 @@
+// Package exchange moves chunks and indexes between machines over libp2p
+// streams. Server answers from a store of chunks and a source of images; Client
+// is a blockdev.Source and a blockdev.ImageSource whose bytes come from one
+// server. docs/formats.md, "Wire protocol", describes what is said.
+//
+// # Terms
+//
+//   - request: up to 256 digests of one diff, answered in their order on the
+//     stream that it came on. Streams are used again, so that a demand read
+//     costs one round trip.
+//   - lane: the client's streams of one kind (demand, prefetch, index) with its
+//     own limit, so that no kind waits for another.
+//
+// # Invariants
+//
+//   - Neither end waits for the other without a deadline, nor holds more for one
+//     stream than a few chunks.
+//   - The client believes nothing: frames come in order, with the length that
+//     the index says, and Deliver judges the bytes. Whoever breaks a rule loses
+//     the stream, and the error wraps blockdev.ErrCorrupt.
+//   - The server never queues a request beyond its limits: it answers busy.
+//   - Demand goes first: while a peer waits for one, its prefetches pause.
+//   - No lock is held across I/O.
+package exchange

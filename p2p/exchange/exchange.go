@@ -1,0 +1,121 @@
+package exchange
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/wire"
+)
+
+// Protocol IDs. An incompatible change gets the next number; servers may offer
+// several.
+const (
+	ChunkProtocol = "/shoal/chunk/1"
+	IndexProtocol = "/shoal/index/1"
+)
+
+// Encoded is a chunk as it is stored and sent.
+type Encoded struct {
+	// Data is the chunk, or one zstd frame of it; never longer than
+	// blockdev.MaxChunk. Nobody changes it before Release.
+	Data []byte
+	Zstd bool
+	// Length is that of the chunk before compression, 1 to blockdev.MaxChunk
+	// bytes.
+	Length uint32
+	// Release, if not nil, is called once when Data is no longer needed, so
+	// that a store can lend its buffers.
+	Release func()
+}
+
+func (e *Encoded) release() {
+	if e.Release != nil {
+		e.Release()
+	}
+	*e = Encoded{}
+}
+
+func (e *Encoded) check() error {
+	n := len(e.Data)
+	if n == 0 || n > blockdev.MaxChunk || e.Length == 0 || e.Length > blockdev.MaxChunk || (!e.Zstd && n != int(e.Length)) {
+		return fmt.Errorf("the store has %d bytes (zstd: %v) for a chunk of %d: %w", n, e.Zstd, e.Length, blockdev.ErrCorrupt)
+	}
+	return nil
+}
+
+// Chunks is where a server's chunks come from.
+type Chunks interface {
+	// Chunk returns the chunk with this digest. Its errors wrap those of
+	// blockdev. It is called from many goroutines.
+	Chunk(ctx context.Context, d blockdev.Digest) (Encoded, error)
+}
+
+// Images is where a server's indexes come from.
+type Images interface {
+	// OpenImageFor is blockdev.ImageSource's OpenImage on behalf of a peer,
+	// whose ID has been proven. It may take as long as fetching the image
+	// takes; ctx ends when the peer is gone.
+	OpenImageFor(ctx context.Context, peer string, req blockdev.ImageRequest) (*blockdev.Image, error)
+}
+
+// decoder decompresses chunks. It is made when first used: a host with raw
+// neighbours only never pays for it. It has no goroutines and needs no closing.
+type decoder struct {
+	once sync.Once
+	z    *zstd.Decoder
+	err  error
+}
+
+// maxZstdWindow bounds what a zstd frame may claim to refer back to. Frames of a
+// chunk need no more than the chunk, but streaming encoders write their default.
+const maxZstdWindow = 8 << 20
+
+// decode writes the chunk of n bytes that is in src to dst's array, which must
+// have that capacity. Any other length is an error; it wraps
+// blockdev.ErrCorrupt.
+func (d *decoder) decode(dst, src []byte, n int) ([]byte, error) {
+	d.once.Do(func() {
+		d.z, d.err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecoderLowmem(true),
+			zstd.WithDecodeAllCapLimit(true), zstd.WithDecoderMaxWindow(maxZstdWindow))
+	})
+	if d.err != nil {
+		return nil, fmt.Errorf("zstd: %w", d.err)
+	}
+	out, err := d.z.DecodeAll(src, dst[:0:n])
+	if err != nil {
+		return nil, fmt.Errorf("zstd frame of %d bytes for a chunk of %d: %w: %w", len(src), n, blockdev.ErrCorrupt, err)
+	}
+	if len(out) != n {
+		return nil, fmt.Errorf("zstd frame of %d bytes, the chunk has %d: %w", len(out), n, blockdev.ErrCorrupt)
+	}
+	return out, nil
+}
+
+// buffers lends buffers of two sizes: for most chunks, and for the largest frame.
+type buffers struct{ small, large sync.Pool }
+
+const smallBuffer = blockdev.AvgChunk + 8<<10
+
+func (b *buffers) get(n int) *[]byte {
+	pool, size := &b.small, smallBuffer
+	if n > smallBuffer {
+		pool, size = &b.large, wire.MaxChunkFrame
+	}
+	if p, ok := pool.Get().(*[]byte); ok {
+		return p
+	}
+	p := make([]byte, size)
+	return &p
+}
+
+func (b *buffers) put(p *[]byte) {
+	if cap(*p) > smallBuffer {
+		b.large.Put(p)
+	} else {
+		b.small.Put(p)
+	}
+}

@@ -1,0 +1,226 @@
+package exchange
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/wire"
+)
+
+// Fetch implements blockdev.Source. Chunks that the server does not have do not
+// keep it from delivering the others.
+func (c *Client) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+	f := fetch{c: c, lane: c.pre, timeout: c.opts.PrefetchTimeout, deliver: deliver}
+	f.msg = wire.ChunkRequest{Diff: req.Diff[:], AcceptZstd: !c.opts.Raw}
+	if req.Priority == blockdev.Demand {
+		f.lane, f.timeout = c.demand, c.opts.DemandTimeout
+		f.msg.Priority = wire.Priority_PRIORITY_DEMAND
+	}
+	if ctx.Err() != nil {
+		return c.explain(contextError(ctx))
+	}
+	for _, ch := range req.Chunks {
+		if ch.Length == 0 || ch.Length > blockdev.MaxChunk {
+			return fmt.Errorf("chunk %s of %d bytes, not 1 to %d: %w", ch.Digest.Hex(), ch.Length, blockdev.MaxChunk, blockdev.ErrCorrupt)
+		}
+	}
+	for f.base = 0; f.base < len(req.Chunks); f.base += wire.MaxDigests {
+		f.chunks = req.Chunks[f.base:min(f.base+wire.MaxDigests, len(req.Chunks))]
+		if err := f.batch(ctx); err != nil {
+			return f.fail(err)
+		}
+	}
+	if f.missing != nil {
+		return c.explain(fmt.Errorf("%d of %d chunks not delivered, the first: %w", f.missed, len(req.Chunks), f.missing))
+	}
+	return nil
+}
+
+// fetch is one call of Fetch.
+type fetch struct {
+	c       *Client
+	lane    *lane
+	timeout time.Duration
+	deliver blockdev.Deliver
+	msg     wire.ChunkRequest
+
+	base   int              // of chunks, in the caller's request
+	chunks []blockdev.Chunk // of the batch
+
+	begun   bool // a frame of the batch has come
+	missed  int
+	missing error // of the first chunk that the server could not give
+}
+
+// deliverError is what deliver returned: the caller's own.
+type deliverError struct{ error }
+
+func (e deliverError) Unwrap() error { return e.error }
+
+func (f *fetch) fail(err error) error {
+	var d deliverError
+	if errors.As(err, &d) && !errors.Is(d.error, blockdev.ErrCorrupt) {
+		return d.error
+	}
+	return f.c.explain(err)
+}
+
+// batch gets the chunks of one batch. A stream from the pool, or the connection,
+// may have died unnoticed: if nothing came of the first attempt, there is a
+// second one, on a new stream.
+func (f *fetch) batch(ctx context.Context) error {
+	if err := f.lane.enter(ctx); err != nil {
+		return err
+	}
+	defer f.lane.leave()
+	for attempt := 1; ; attempt++ {
+		if err := f.c.keeper.ready(ctx); err != nil {
+			return err
+		}
+		f.begun = false
+		st, err := f.lane.get(ctx, attempt > 1)
+		if err == nil {
+			err = f.exchange(ctx, st)
+		}
+		if err == nil {
+			return nil
+		}
+		if d := (deliverError{}); errors.As(err, &d) {
+			return err
+		}
+		if ctx.Err() == nil {
+			f.c.keeper.report()
+		}
+		if attempt > 1 || f.begun || !f.c.broken(ctx, err) {
+			return f.c.cause(ctx, err, f.timeout)
+		}
+	}
+}
+
+// exchange sends the request on st and takes the answer. It keeps st if all went
+// by the rules, and resets it otherwise.
+func (f *fetch) exchange(ctx context.Context, st *stream) (err error) {
+	stop := context.AfterFunc(ctx, func() { _ = st.Reset() })
+	keep := false
+	defer func() {
+		if stop() && keep {
+			f.lane.put(st, time.Now())
+		} else {
+			f.lane.drop(st)
+		}
+	}()
+	if err := f.send(ctx, st); err != nil {
+		return err
+	}
+	for next := 0; ; {
+		end, err := f.frame(st, &next)
+		if err != nil {
+			return err
+		}
+		if end == nil {
+			continue
+		}
+		if end.Err != nil {
+			keep = true
+			return end.Err.Err()
+		}
+		if next < len(f.chunks) {
+			return fmt.Errorf("answer ends after %d of %d chunks: %w", next, len(f.chunks), blockdev.ErrCorrupt)
+		}
+		keep = true
+		return nil
+	}
+}
+
+func (f *fetch) send(ctx context.Context, st *stream) error {
+	f.msg.Digests = f.msg.Digests[:0]
+	for i := range f.chunks {
+		f.msg.Digests = append(f.msg.Digests, f.chunks[i].Digest[:]...)
+	}
+	f.msg.TimeoutMs = 0
+	if t, ok := ctx.Deadline(); ok {
+		f.msg.TimeoutMs = uint32(min(max(time.Until(t).Milliseconds(), 1), math.MaxUint32))
+	}
+	b, err := wire.AppendMessage(st.out[:0], &f.msg)
+	if err != nil {
+		return err
+	}
+	st.out = b
+	if err := st.SetDeadline(time.Now().Add(f.timeout)); err != nil {
+		return err
+	}
+	_, err = st.Write(b)
+	return err
+}
+
+// frame takes one frame, which must be for chunk next or the end; the end is
+// returned.
+func (f *fetch) frame(st *stream, next *int) (end *wire.Frame, err error) {
+	if err := st.SetReadDeadline(time.Now().Add(f.timeout)); err != nil {
+		return nil, err
+	}
+	// The longest frame that is expected here, not the longest there is, so
+	// that a lie costs nothing.
+	n := 0
+	if *next < len(f.chunks) {
+		n = int(f.chunks[*next].Length)
+	}
+	buf := f.c.buffers.get(n + frameOverhead)
+	defer f.c.buffers.put(buf)
+	b, err := wire.ReadFrame(st.r, max(n+frameOverhead, maxErrorFrame), *buf)
+	if err != nil {
+		return nil, err
+	}
+	f.begun = true
+	var fr wire.Frame
+	if err := wire.ParseChunkFrame(b, &fr); err != nil {
+		return nil, err
+	}
+	if fr.End {
+		return &fr, nil
+	}
+	if *next >= len(f.chunks) || fr.Index != *next {
+		return nil, fmt.Errorf("frame for chunk %d where %d is next of %d: %w", fr.Index, *next, len(f.chunks), blockdev.ErrCorrupt)
+	}
+	chunk := &f.chunks[*next]
+	*next++
+	if fr.Err != nil {
+		f.missed++
+		if f.missing == nil {
+			f.missing = fr.Err.Err()
+		}
+		return nil, nil
+	}
+	return nil, f.take(*next-1, chunk, &fr)
+}
+
+// frameOverhead is more than the fields around a chunk's data take;
+// maxErrorFrame bounds frames without data.
+const (
+	frameOverhead = 1 << 10
+	maxErrorFrame = 4 << 10
+)
+
+// take unpacks and delivers a chunk.
+func (f *fetch) take(i int, chunk *blockdev.Chunk, fr *wire.Frame) error {
+	if fr.Length != int(chunk.Length) {
+		return fmt.Errorf("chunk %s comes with %d bytes, the index says %d: %w", chunk.Digest.Hex(), fr.Length, chunk.Length, blockdev.ErrCorrupt)
+	}
+	data := fr.Data
+	if fr.Zstd {
+		buf := f.c.buffers.get(fr.Length)
+		defer f.c.buffers.put(buf)
+		var err error
+		if data, err = f.c.zstd.decode(*buf, fr.Data, fr.Length); err != nil {
+			return fmt.Errorf("chunk %s: %w", chunk.Digest.Hex(), err)
+		}
+	}
+	if err := f.deliver(f.base+i, data); err != nil {
+		return deliverError{err}
+	}
+	return nil
+}

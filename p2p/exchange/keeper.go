@@ -1,0 +1,207 @@
+package exchange
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/p2p/net/swarm"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+const (
+	// minBackoff is the wait after the first failed dial.
+	minBackoff = 50 * time.Millisecond
+	// idleStream is how long a stream is kept for the next request. It is well
+	// below the server's IdleTimeout.
+	idleStream = 30 * time.Second
+)
+
+// keeper keeps a connection to one peer. One goroutine dials; everybody else
+// asks it for the state.
+type keeper struct {
+	host   host.Host
+	info   peer.AddrInfo
+	opts   *Options
+	expire func(before time.Time) // called now and then
+	ctx    context.Context        // ends with close
+	cancel context.CancelFunc
+	lost   chan struct{} // capacity 1: the connection may be gone
+	done   chan struct{} // closed when the goroutine has ended
+
+	mu      sync.Mutex
+	up      bool
+	err     error         // why not up, from the last attempt
+	dialing chan struct{} // closed at the end of the attempt; nil if there is none
+}
+
+func newKeeper(h host.Host, info peer.AddrInfo, opts Options, expire func(time.Time)) *keeper {
+	k := &keeper{
+		host: h, info: info, opts: &opts, expire: expire,
+		lost: make(chan struct{}, 1), done: make(chan struct{}), dialing: make(chan struct{}),
+	}
+	k.ctx, k.cancel = context.WithCancel(context.Background())
+	go k.run()
+	return k
+}
+
+func (k *keeper) close() {
+	k.cancel()
+	<-k.done
+}
+
+// run dials, waits until the connection is lost, and dials again.
+func (k *keeper) run() {
+	defer close(k.done)
+	watch := &network.NotifyBundle{DisconnectedF: func(_ network.Network, c network.Conn) {
+		if c.RemotePeer() == k.info.ID {
+			k.report()
+		}
+	}}
+	k.host.Network().Notify(watch)
+	defer k.host.Network().StopNotify(watch)
+	k.host.ConnManager().Protect(k.info.ID, "shoal")
+	defer k.host.ConnManager().Unprotect(k.info.ID, "shoal")
+	defer k.settle(errors.New("the client is closed"))
+
+	backoff := minBackoff
+	for {
+		err := k.dial()
+		k.settle(err)
+		if k.ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			// Half to all of it, so that a thousand nodes do not dial a
+			// restarted supernode in step.
+			if !k.sleep(backoff/2 + rand.N(backoff/2+1)) {
+				return
+			}
+			backoff = min(2*backoff, k.opts.MaxBackoff)
+		} else {
+			backoff = minBackoff
+			k.opts.Log.Info("connected", "to", k.opts.Name, "peer", k.info.ID)
+			if !k.watch() {
+				return
+			}
+			k.opts.Log.Warn("connection lost, dialing again", "to", k.opts.Name, "peer", k.info.ID)
+		}
+		k.begin()
+	}
+}
+
+// watch returns when the connection is gone; false: the keeper is closed.
+func (k *keeper) watch() bool {
+	tick := time.NewTicker(idleStream / 2)
+	defer tick.Stop()
+	for k.connected() {
+		select {
+		case <-k.lost:
+		case now := <-tick.C:
+			k.expire(now.Add(-idleStream))
+		case <-k.ctx.Done():
+			return false
+		}
+	}
+	return k.ctx.Err() == nil
+}
+
+func (k *keeper) connected() bool {
+	return k.host.Network().Connectedness(k.info.ID) == network.Connected
+}
+
+// report makes the keeper look whether the connection is still there. If not,
+// ready waits for the next attempt from here on.
+func (k *keeper) report() {
+	connected := k.connected()
+	k.mu.Lock()
+	if k.up && !connected {
+		k.up, k.dialing = false, make(chan struct{})
+	}
+	k.mu.Unlock()
+	select {
+	case k.lost <- struct{}{}:
+	default:
+	}
+}
+
+func (k *keeper) dial() error {
+	ctx, cancel := context.WithTimeout(k.ctx, k.opts.DialTimeout)
+	defer cancel()
+	// libp2p keeps off a peer for 5 s and more after a failed dial. This
+	// keeper has its own back-off.
+	if s, ok := k.host.Network().(interface{ Backoff() *swarm.DialBackoff }); ok {
+		s.Backoff().Clear(k.info.ID)
+	}
+	return k.host.Connect(ctx, k.info)
+}
+
+func (k *keeper) sleep(d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-k.ctx.Done():
+		return false
+	}
+}
+
+// begin and settle bracket an attempt to dial.
+func (k *keeper) begin() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.up = false
+	if k.dialing == nil {
+		k.dialing = make(chan struct{})
+	}
+}
+
+func (k *keeper) settle(err error) {
+	k.mu.Lock()
+	changed := k.err == nil && err != nil && k.ctx.Err() == nil
+	k.up, k.err = err == nil, err
+	if k.dialing != nil {
+		close(k.dialing)
+		k.dialing = nil
+	}
+	k.mu.Unlock()
+	if changed {
+		k.opts.Log.Warn("cannot connect, trying again", "to", k.opts.Name, "peer", k.info.ID, "addr", k.info.Addrs, "err", err)
+	}
+}
+
+// ready returns nil if there is a connection. It waits for an attempt that is
+// under way; between attempts it fails at once with the last one's error.
+func (k *keeper) ready(ctx context.Context) error {
+	k.mu.Lock()
+	up, dialing := k.up, k.dialing
+	k.mu.Unlock()
+	if !up && dialing != nil {
+		select {
+		case <-dialing:
+		case <-ctx.Done():
+			return contextError(ctx)
+		}
+	}
+	return k.status()
+}
+
+func (k *keeper) status() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch {
+	case k.up:
+		return nil
+	case k.err == nil:
+		return fmt.Errorf("%w: still connecting to %v", blockdev.ErrUnavailable, k.info.Addrs)
+	}
+	return fmt.Errorf("%w: cannot connect to %v: %w", blockdev.ErrUnavailable, k.info.Addrs, k.err)
+}

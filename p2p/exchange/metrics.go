@@ -1,0 +1,74 @@
+package exchange
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/shoalfs/shoal/p2p/wire"
+)
+
+// serverMetrics count what a server did. Labels have a handful of values each:
+// no peers, no digests.
+type serverMetrics struct {
+	reg      prometheus.Registerer
+	requests *prometheus.CounterVec
+	chunks   [kinds]prometheus.Counter
+	bytes    [kinds]prometheus.Counter
+	all      []prometheus.Collector
+}
+
+func newServerMetrics(reg prometheus.Registerer) (*serverMetrics, error) {
+	m := &serverMetrics{reg: reg}
+	m.requests = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "shoal_p2p_requests_total",
+		Help: "Requests from peers, by kind and how they ended.",
+	}, []string{"kind", "result"})
+	chunks := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "shoal_p2p_sent_chunks_total",
+		Help: "Chunks sent to peers.",
+	}, []string{"kind"})
+	bytes := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "shoal_p2p_sent_bytes_total",
+		Help: "Bytes of chunks (as sent: compressed or not) and indexes sent to peers.",
+	}, []string{"kind"})
+	for k := range kinds {
+		m.chunks[k] = chunks.WithLabelValues(k.String())
+		m.bytes[k] = bytes.WithLabelValues(k.String())
+	}
+	m.all = []prometheus.Collector{m.requests, chunks, bytes}
+	if reg == nil {
+		return m, nil
+	}
+	for i, c := range m.all {
+		if err := reg.Register(c); err != nil {
+			for _, c := range m.all[:i] {
+				reg.Unregister(c)
+			}
+			return nil, fmt.Errorf("p2p metrics: %w", err)
+		}
+	}
+	return m, nil
+}
+
+func (m *serverMetrics) unregister() {
+	if m.reg != nil {
+		for _, c := range m.all {
+			m.reg.Unregister(c)
+		}
+	}
+}
+
+// request counts one request by the error that it was answered with.
+func (m *serverMetrics) request(k kind, err error) {
+	result := "ok"
+	switch {
+	case err == nil:
+	case errors.Is(err, wire.ErrBusy):
+		result = "busy"
+	default:
+		result = "error"
+	}
+	m.requests.WithLabelValues(k.String(), result).Inc()
+}

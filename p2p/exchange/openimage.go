@@ -1,0 +1,186 @@
+package exchange
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/wire"
+)
+
+// OpenImage implements blockdev.ImageSource. It may take as long as the server
+// needs to fetch the image; the server gives a sign of life every few seconds,
+// so that a dead one is found out, and ctx bounds the whole.
+func (c *Client) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+	img, err := c.openImage(ctx, &req)
+	if err != nil {
+		return nil, fmt.Errorf("image %.200q: %w", req.Ref, c.explain(err))
+	}
+	return img, nil
+}
+
+func (c *Client) openImage(ctx context.Context, req *blockdev.ImageRequest) (*blockdev.Image, error) {
+	msg, err := wire.NewIndexRequest(req)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", blockdev.ErrUnsupported, err)
+	}
+	out, err := wire.AppendMessage(nil, msg)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.images.enter(ctx); err != nil {
+		return nil, err
+	}
+	defer c.images.leave()
+	for attempt := 1; ; attempt++ {
+		if err := c.keeper.ready(ctx); err != nil {
+			return nil, err
+		}
+		a := imageAnswer{c: c, req: req, start: time.Now()}
+		img, err := a.exchange(ctx, out)
+		if err == nil {
+			return img, nil
+		}
+		if ctx.Err() == nil {
+			c.keeper.report()
+		}
+		// As for chunks: the connection may have died unnoticed.
+		if attempt > 1 || a.begun || !c.broken(ctx, err) {
+			return nil, c.cause(ctx, err, c.opts.ImageTimeout)
+		}
+	}
+}
+
+// imageAnswer reads the frames of one answer.
+type imageAnswer struct {
+	c     *Client
+	st    *stream
+	req   *blockdev.ImageRequest
+	buf   []byte
+	start time.Time
+	begun bool // a frame has come
+	idle  int  // frames that brought nothing
+
+	img     *blockdev.Image
+	lengths []int64 // of the indexes
+	layer   int     // whose index comes next
+}
+
+// exchange sends the request on a stream of its own and takes the answer.
+func (a *imageAnswer) exchange(ctx context.Context, out []byte) (*blockdev.Image, error) {
+	st, err := a.c.images.get(ctx, true)
+	if err != nil {
+		return nil, err
+	}
+	a.st = st
+	stop := context.AfterFunc(ctx, func() { _ = st.Reset() })
+	defer stop()
+	defer a.c.images.drop(st)
+	if err := st.SetWriteDeadline(time.Now().Add(a.c.opts.ImageTimeout)); err != nil {
+		return nil, err
+	}
+	if _, err := st.Write(out); err != nil {
+		return nil, err
+	}
+	return a.read()
+}
+
+func (a *imageAnswer) read() (_ *blockdev.Image, err error) {
+	for {
+		if err := a.st.SetReadDeadline(time.Now().Add(a.c.opts.ImageTimeout)); err != nil {
+			return nil, err
+		}
+		if a.buf, err = wire.ReadFrame(a.st.r, wire.MaxIndexFrame, a.buf); err != nil {
+			return nil, err
+		}
+		a.begun = true
+		frame, err := wire.ParseIndexFrame(a.buf)
+		if err != nil {
+			return nil, err
+		}
+		switch p := frame.Part.(type) {
+		case *wire.IndexFrame_Header:
+			err = a.header(p.Header)
+		case *wire.IndexFrame_Data:
+			err = a.data(p.Data)
+		case *wire.IndexFrame_End:
+			return a.img, a.end()
+		case *wire.IndexFrame_Error:
+			return nil, p.Error.Err()
+		default: // working, or a part of a later version
+			err = a.nothing()
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+}
+
+// nothing allows for about one frame without content a second.
+func (a *imageAnswer) nothing() error {
+	if a.idle++; float64(a.idle) > 16+time.Since(a.start).Seconds() {
+		return fmt.Errorf("%d frames without content: %w", a.idle, blockdev.ErrCorrupt)
+	}
+	return nil
+}
+
+func (a *imageAnswer) header(h *wire.ImageHeader) error {
+	if a.img != nil {
+		return fmt.Errorf("second image header: %w", blockdev.ErrCorrupt)
+	}
+	a.img = &blockdev.Image{Ref: a.req.Ref, Manifest: blockdev.Digest(h.Manifest)}
+	var total int64
+	for i, l := range h.Layers {
+		layer := blockdev.Layer{Digest: blockdev.Digest(l.Digest), Size: l.Size, DiffID: blockdev.Digest(l.DiffId)}
+		n := l.IndexLength
+		switch {
+		case n > wire.MaxIndex || total+n > wire.MaxImageIndex:
+			return fmt.Errorf("layer %d: an index of %d bytes: at most %d are allowed, and %d for the image: %w",
+				i, n, wire.MaxIndex, wire.MaxImageIndex, blockdev.ErrCorrupt)
+		case n == 0 && !slices.Contains(a.req.Have, layer.Digest):
+			return fmt.Errorf("layer %d (%s) comes without an index: %w", i, layer.Digest, blockdev.ErrCorrupt)
+		}
+		total += n
+		a.lengths = append(a.lengths, n)
+		a.img.Layers = append(a.img.Layers, layer)
+	}
+	a.skip()
+	return nil
+}
+
+// skip moves on to the next layer whose index is not complete.
+func (a *imageAnswer) skip() {
+	for a.layer < len(a.lengths) && int64(len(a.img.Layers[a.layer].Index)) == a.lengths[a.layer] {
+		a.layer++
+	}
+}
+
+func (a *imageAnswer) data(d *wire.IndexData) error {
+	if a.img == nil || a.layer >= len(a.lengths) || int(d.Layer) != a.layer {
+		return fmt.Errorf("data for layer %d where %d is next: %w", d.Layer, a.layer, blockdev.ErrCorrupt)
+	}
+	// Grown as bytes come: a length that is only claimed costs nothing.
+	l := &a.img.Layers[a.layer]
+	if int64(len(l.Index)+len(d.Data)) > a.lengths[a.layer] {
+		return fmt.Errorf("layer %d: more than the %d bytes of index that were announced: %w", a.layer, a.lengths[a.layer], blockdev.ErrCorrupt)
+	}
+	if l.Index == nil {
+		l.Index = d.Data // ParseIndexFrame made it; nobody else has it
+	} else {
+		l.Index = append(l.Index, d.Data...)
+	}
+	a.skip()
+	return nil
+}
+
+func (a *imageAnswer) end() error {
+	if a.img == nil {
+		return fmt.Errorf("answer ends without an image: %w", blockdev.ErrCorrupt)
+	}
+	if a.layer < len(a.lengths) {
+		return fmt.Errorf("answer ends before the index of layer %d is complete: %w", a.layer, blockdev.ErrCorrupt)
+	}
+	return nil
+}

@@ -1,0 +1,274 @@
+package exchange
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/shoalfs/shoal/p2p/wire"
+)
+
+// serveChunks answers chunk requests, one after the other, until the client
+// closes the stream or leaves it idle.
+func (s *Server) serveChunks(st network.Stream) error {
+	r := &byteReader{Reader: st}
+	from := st.Conn().RemotePeer()
+	for {
+		if err := st.SetReadDeadline(time.Now().Add(s.cfg.Limits.IdleTimeout)); err != nil {
+			return err
+		}
+		b, err := wire.ReadFrame(r, wire.MaxChunkRequest, nil)
+		if isEnd(err) {
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("read request: %w", err)
+		}
+		req, err := wire.ParseChunkRequest(b)
+		if err != nil {
+			// Said in words, for whoever wrote that client, and then over.
+			invalid := &wire.Error{Code: wire.Code_CODE_INVALID, Text: wire.CleanText(err.Error(), wire.MaxErrorText)}
+			return s.refuse(st, invalid)
+		}
+		if err := s.answerChunks(st, from, req); err != nil {
+			return err
+		}
+	}
+}
+
+// refuse answers a whole request with an error.
+func (s *Server) refuse(st network.Stream, e *wire.Error) error {
+	b, err := wire.AppendMessage(nil, &wire.ChunkFrame{End: true, Error: e})
+	if err != nil {
+		return err
+	}
+	if err := st.SetWriteDeadline(time.Now().Add(s.cfg.Limits.WriteTimeout)); err != nil {
+		return err
+	}
+	_, err = st.Write(b)
+	return err
+}
+
+// answerChunks answers one request. Its error means that the stream is of no
+// more use; failures with single chunks are the client's to know.
+func (s *Server) answerChunks(st network.Stream, from peer.ID, req *wire.ChunkRequest) (err error) {
+	k := prefetch
+	if req.Priority == wire.Priority_PRIORITY_DEMAND {
+		k = demand
+	}
+	if !s.admit.enter(from, k) {
+		s.stats.request(k, wire.ErrBusy)
+		return s.refuse(st, wire.FromError(fmt.Errorf("%s requests of this node, or in all, are at their limit: %w", k, wire.ErrBusy)))
+	}
+	defer s.admit.leave(from, k)
+
+	ctx, cancel := s.ctx, context.CancelFunc(func() {})
+	if ms := req.TimeoutMs; ms > 0 {
+		ctx, cancel = context.WithTimeout(ctx, time.Duration(ms)*time.Millisecond)
+	} else if req.Count() > 1 {
+		ctx, cancel = context.WithCancel(ctx)
+	}
+	defer cancel()
+
+	w, _ := s.writers.Get().(*bufio.Writer)
+	w.Reset(st)
+	defer func() {
+		w.Reset(nil)
+		s.writers.Put(w)
+	}()
+	a := chunkAnswer{s: s, st: st, w: w, from: from, kind: k, req: req}
+	defer a.discard(cancel)
+	failed, err := a.run(ctx)
+	if err == nil {
+		s.stats.request(k, failed)
+	} else {
+		s.stats.request(k, err)
+	}
+	return err
+}
+
+// chunkAnswer is the work on one request: chunks are read from the store ahead
+// of the one that is being sent, and sent in order.
+type chunkAnswer struct {
+	s    *Server
+	st   network.Stream
+	w    *bufio.Writer
+	from peer.ID
+	kind kind
+	req  *wire.ChunkRequest
+
+	ahead   []chan chunkResult // of chunks taken..started-1, a ring
+	taken   int                // how many results have been taken out of ahead
+	started int                // how many chunks have been asked of the store
+	header  [32]byte
+}
+
+type chunkResult struct {
+	enc    Encoded
+	err    error
+	budget bool // holds one of Server.readAhead
+}
+
+// run sends all chunks and the end. failed is the first chunk's failure that was
+// reported to the client; err is that of the stream.
+func (a *chunkAnswer) run(ctx context.Context) (failed, err error) {
+	n := a.req.Count()
+	for i := range n {
+		res, err := a.chunk(ctx, n)
+		if err != nil {
+			return failed, err
+		}
+		if a.kind == prefetch {
+			a.s.admit.waitForDemand(ctx, a.from)
+		}
+		if res.err != nil && failed == nil {
+			failed = res.err
+		}
+		err = a.send(i, res)
+		a.release(res)
+		if err != nil {
+			return failed, err
+		}
+	}
+	end, err := wire.AppendMessage(nil, &wire.ChunkFrame{End: true})
+	if err != nil {
+		return failed, err
+	}
+	if err := a.deadline(); err != nil {
+		return failed, err
+	}
+	if _, err := a.w.Write(end); err != nil {
+		return failed, err
+	}
+	return failed, a.w.Flush()
+}
+
+// chunk returns the next chunk, one of n, having started to read those
+// behind it. What was written before goes out if there is a wait.
+func (a *chunkAnswer) chunk(ctx context.Context, n int) (chunkResult, error) {
+	if n == 1 {
+		return a.read(ctx, 0), nil // the common demand read: no goroutine, no channel
+	}
+	if a.ahead == nil {
+		a.ahead = make([]chan chunkResult, min(n, a.s.cfg.Limits.ReadAhead+1))
+		for i := range a.ahead {
+			a.ahead[i] = make(chan chunkResult, 1)
+		}
+	}
+	for a.started < n && a.started-a.taken < len(a.ahead) {
+		budget := false
+		if a.started > a.taken {
+			if budget = a.s.readAhead.TryAcquire(1); !budget {
+				break
+			}
+		}
+		i, ch := a.started, a.ahead[a.started%len(a.ahead)]
+		a.started++
+		go func() {
+			res := a.read(ctx, i)
+			res.budget = budget
+			ch <- res
+		}()
+	}
+	ch := a.ahead[a.taken%len(a.ahead)]
+	select {
+	case res := <-ch:
+		a.taken++
+		return res, nil
+	default:
+	}
+	if a.w.Buffered() > 0 {
+		if err := a.w.Flush(); err != nil {
+			return chunkResult{}, err
+		}
+	}
+	res := <-ch // read has a time limit
+	a.taken++
+	return res, nil
+}
+
+// read reads chunk i from the store.
+func (a *chunkAnswer) read(ctx context.Context, i int) (res chunkResult) {
+	ctx, cancel := context.WithTimeout(ctx, a.s.cfg.Limits.ChunkTimeout)
+	defer cancel()
+	if a.kind == prefetch {
+		if err := a.s.prefetchReads.Acquire(ctx, 1); err != nil {
+			return chunkResult{err: fmt.Errorf("waiting to read the store: %w", err)}
+		}
+		defer a.s.prefetchReads.Release(1)
+	}
+	d := a.req.Digest(i)
+	enc, err := a.s.cfg.Chunks.Chunk(ctx, d)
+	if err == nil {
+		if err = enc.check(); err == nil && enc.Zstd && !a.req.AcceptZstd {
+			err = a.s.unpack(&enc)
+		}
+		if err != nil {
+			enc.release()
+		}
+	}
+	if err != nil {
+		return chunkResult{err: fmt.Errorf("chunk %s: %w", d.Hex(), err)}
+	}
+	return chunkResult{enc: enc}
+}
+
+// unpack replaces a compressed chunk by a plain one, in a lent buffer.
+func (s *Server) unpack(enc *Encoded) error {
+	buf := s.buffers.get(int(enc.Length))
+	raw, err := s.zstd.decode(*buf, enc.Data, int(enc.Length))
+	if err != nil {
+		s.buffers.put(buf)
+		return err
+	}
+	enc.release()
+	*enc = Encoded{Data: raw, Length: uint32(len(raw)), Release: func() { s.buffers.put(buf) }}
+	return nil
+}
+
+// send writes one chunk, or why there is none.
+func (a *chunkAnswer) send(i int, res chunkResult) error {
+	if err := a.deadline(); err != nil {
+		return err
+	}
+	if res.err != nil {
+		b, err := wire.AppendMessage(nil, &wire.ChunkFrame{Index: uint32(i), Error: wire.FromError(res.err)})
+		if err != nil {
+			return err
+		}
+		_, err = a.w.Write(b)
+		return err
+	}
+	e := &res.enc
+	if _, err := a.w.Write(wire.AppendChunkHeader(a.header[:0], i, e.Zstd, int(e.Length), len(e.Data))); err != nil {
+		return err
+	}
+	if _, err := a.w.Write(e.Data); err != nil {
+		return err
+	}
+	a.s.stats.chunks[a.kind].Inc()
+	a.s.stats.bytes[a.kind].Add(float64(len(e.Data)))
+	return nil
+}
+
+func (a *chunkAnswer) deadline() error {
+	return a.st.SetWriteDeadline(time.Now().Add(a.s.cfg.Limits.WriteTimeout))
+}
+
+func (a *chunkAnswer) release(res chunkResult) {
+	res.enc.release()
+	if res.budget {
+		a.s.readAhead.Release(1)
+	}
+}
+
+// discard waits for what was read ahead and not sent, after a failure.
+func (a *chunkAnswer) discard(cancel context.CancelFunc) {
+	cancel()
+	for ; a.taken < a.started; a.taken++ {
+		a.release(<-a.ahead[a.taken%len(a.ahead)])
+	}
+}

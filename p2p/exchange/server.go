@@ -1,0 +1,209 @@
+package exchange
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/semaphore"
+)
+
+// Limits bound what peers can make a server do. The zero value of each field
+// stands for its default.
+type Limits struct {
+	// Requests that are worked on at the same time; more are answered busy.
+	DemandPerPeer, PrefetchPerPeer, ImagesPerPeer int // 64, 4, 8
+	Demand, Prefetch, Images                      int // 2048, 1024, 256
+
+	// ReadAhead is how many chunks of one request are read from the store while
+	// others are being sent (4), and TotalReadAhead bounds these for all
+	// requests together (512). A request always has one chunk in hand.
+	ReadAhead, TotalReadAhead int
+	// PrefetchReads is how many chunks are read from the store for prefetches
+	// at the same time (32).
+	PrefetchReads int
+
+	// IdleTimeout closes streams on which no request comes (2 min). It is
+	// longer than a client keeps them.
+	IdleTimeout time.Duration
+	// WriteTimeout is how long a client may take to accept one chunk (30 s).
+	WriteTimeout time.Duration
+	// ChunkTimeout is how long the store may take for one chunk (30 s).
+	ChunkTimeout time.Duration
+	// WorkingInterval is how often a client that waits for an index is told
+	// that there is still somebody (5 s).
+	WorkingInterval time.Duration
+	// DemandPause is how long a prefetch waits for the same peer's demand
+	// requests before it sends its next chunk anyway (50 ms).
+	DemandPause time.Duration
+}
+
+func setDefault[T int | time.Duration](p *T, v T) {
+	if *p <= 0 {
+		*p = v
+	}
+}
+
+func (l *Limits) setDefaults() {
+	setDefault(&l.DemandPerPeer, 64)
+	setDefault(&l.PrefetchPerPeer, 4)
+	setDefault(&l.ImagesPerPeer, 8)
+	setDefault(&l.Demand, 2048)
+	setDefault(&l.Prefetch, 1024)
+	setDefault(&l.Images, 256)
+	setDefault(&l.ReadAhead, 4)
+	setDefault(&l.TotalReadAhead, 512)
+	setDefault(&l.PrefetchReads, 32)
+	setDefault(&l.IdleTimeout, 2*time.Minute)
+	setDefault(&l.WriteTimeout, 30*time.Second)
+	setDefault(&l.ChunkTimeout, 30*time.Second)
+	setDefault(&l.WorkingInterval, 5*time.Second)
+	setDefault(&l.DemandPause, 50*time.Millisecond)
+}
+
+// ServerConfig says what a Server serves.
+type ServerConfig struct {
+	Chunks Chunks // nil: no chunk protocol
+	Images Images // nil: no index protocol
+	Limits Limits
+	Log    *slog.Logger // nil: no log
+	// Registerer, if not nil, takes the server's metrics.
+	Registerer prometheus.Registerer
+}
+
+// Server answers requests for chunks and indexes on a host.
+type Server struct {
+	host   host.Host
+	cfg    ServerConfig
+	log    *slog.Logger
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
+	admit  *admission
+	stats  *serverMetrics
+
+	prefetchReads *semaphore.Weighted
+	readAhead     *semaphore.Weighted
+	zstd          decoder
+	buffers       buffers
+	writers       sync.Pool // *bufio.Writer
+
+	mu      sync.Mutex
+	closed  bool
+	streams map[network.Stream]struct{}
+	wg      sync.WaitGroup // one for each of streams
+}
+
+// NewServer starts to serve on h. Close it before h.
+func NewServer(h host.Host, cfg ServerConfig) (*Server, error) {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	cfg.Limits.setDefaults()
+	stats, err := newServerMetrics(cfg.Registerer)
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{
+		host: h, cfg: cfg, log: cfg.Log, stats: stats,
+		admit:         newAdmission(&cfg.Limits),
+		prefetchReads: semaphore.NewWeighted(int64(cfg.Limits.PrefetchReads)),
+		readAhead:     semaphore.NewWeighted(int64(cfg.Limits.TotalReadAhead)),
+		streams:       make(map[network.Stream]struct{}),
+	}
+	s.writers.New = func() any { return bufio.NewWriterSize(nil, writeBuffer) }
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	if cfg.Chunks != nil {
+		h.SetStreamHandler(ChunkProtocol, s.handler(s.serveChunks))
+	}
+	if cfg.Images != nil {
+		h.SetStreamHandler(IndexProtocol, s.handler(s.serveIndex))
+	}
+	return s, nil
+}
+
+// writeBuffer is the payload of yamux' largest message, so that a full buffer
+// goes out as one.
+const writeBuffer = 64<<10 - 12
+
+// Close resets all streams and waits until nothing of them is left.
+func (s *Server) Close() error {
+	if s.cfg.Chunks != nil {
+		s.host.RemoveStreamHandler(ChunkProtocol)
+	}
+	if s.cfg.Images != nil {
+		s.host.RemoveStreamHandler(IndexProtocol)
+	}
+	s.cancel()
+	s.mu.Lock()
+	s.closed = true
+	open := make([]network.Stream, 0, len(s.streams))
+	for st := range s.streams {
+		open = append(open, st)
+	}
+	s.mu.Unlock()
+	for _, st := range open {
+		_ = st.Reset()
+	}
+	s.wg.Wait()
+	s.stats.unregister()
+	return nil
+}
+
+// handler runs serve for each stream and makes sure that the stream is gone
+// afterwards: closed if serve returned nil, else reset.
+func (s *Server) handler(serve func(network.Stream) error) network.StreamHandler {
+	return func(st network.Stream) {
+		s.mu.Lock()
+		if s.closed {
+			s.mu.Unlock()
+			_ = st.Reset()
+			return
+		}
+		s.streams[st] = struct{}{}
+		s.wg.Add(1)
+		s.mu.Unlock()
+		defer func() {
+			s.mu.Lock()
+			delete(s.streams, st)
+			s.mu.Unlock()
+			s.wg.Done()
+		}()
+		err := serve(st)
+		if err == nil {
+			err = st.Close()
+		}
+		if err != nil {
+			_ = st.Reset()
+			s.log.Debug("stream ended", "peer", st.Conn().RemotePeer(), "protocol", st.Protocol(), "err", err)
+		}
+	}
+}
+
+// byteReader reads single bytes from a stream. Requests are a few hundred bytes
+// and streams idle most of the time, so a buffer for each would be waste.
+type byteReader struct {
+	io.Reader
+	one [1]byte
+}
+
+func (r *byteReader) ReadByte() (byte, error) {
+	for {
+		n, err := r.Read(r.one[:])
+		if n == 1 {
+			return r.one[0], nil
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+}
+
+// isEnd says whether a read error is a stream's ordinary end.
+func isEnd(err error) bool { return errors.Is(err, io.EOF) }
