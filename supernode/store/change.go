@@ -1,0 +1,282 @@
+package store
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// change is one write transaction and what it frees. Disk space is freed only
+// after the commit.
+type change struct {
+	s      *Store
+	tx     *bolt.Tx
+	live   map[uint64]int64 // pack -> difference of its live extents
+	dead   []extent64
+	gone   []uint64 // packs without a live extent
+	doomed []blockdev.Digest
+	// reserved bytes of an ingest become bytes of its pack with this change.
+	reserved int64
+}
+
+// extent64 is a range of a pack, possibly many extents long.
+type extent64 struct {
+	pack           uint64
+	offset, length int64
+}
+
+// update runs f in a write transaction and frees what it has freed.
+func (s *Store) update(f func(c *change) error) error {
+	c := &change{s: s, live: make(map[uint64]int64)}
+	s.mu.Lock()
+	punched := s.punched
+	s.punched = nil
+	s.mu.Unlock()
+	err := guard(func() error {
+		return s.db.Update(func(tx *bolt.Tx) error {
+			c.tx = tx
+			for _, e := range punched {
+				if err := tx.Bucket(bucketDead).Delete(deadKey(e.Pack, e.Offset)); err != nil {
+					return err
+				}
+			}
+			if err := f(c); err != nil {
+				return err
+			}
+			return c.finish()
+		})
+	})
+	s.mu.Lock()
+	for _, d := range c.doomed {
+		if s.doomed[d]--; s.doomed[d] == 0 {
+			delete(s.doomed, d)
+		}
+	}
+	if err != nil {
+		s.punched = append(s.punched, punched...)
+	}
+	s.mu.Unlock()
+	if err != nil {
+		return mapClosed(diskErrorOnly(err))
+	}
+	s.reclaim(c)
+	return nil
+}
+
+// diskErrorOnly makes a full disk testable and leaves other errors alone.
+func diskErrorOnly(err error) error {
+	if isFull(err) {
+		return diskError("write index.db", err)
+	}
+	return err
+}
+
+func (c *change) chunk(d blockdev.Digest) (chunkRecord, bool, error) {
+	v := c.tx.Bucket(bucketChunks).Get(d[:])
+	if v == nil {
+		return chunkRecord{}, false, nil
+	}
+	r, err := decodeChunk(v)
+	return r, true, err
+}
+
+func (c *change) putChunk(d blockdev.Digest, r chunkRecord) error {
+	return c.tx.Bucket(bucketChunks).Put(d[:], r.encode())
+}
+
+// unref takes one reference from a chunk and frees it with the last one, unless
+// a running ingest holds it.
+func (c *change) unref(d blockdev.Digest) error {
+	r, ok, err := c.chunk(d)
+	if err != nil {
+		return c.wantRecount()
+	}
+	if !ok {
+		return nil
+	}
+	if r.refs > 0 {
+		r.refs--
+	}
+	if r.refs > 0 {
+		return c.putChunk(d, r)
+	}
+	if !c.doom(d) {
+		if err := c.tx.Bucket(bucketOrphans).Put(d[:], nil); err != nil {
+			return err
+		}
+		c.s.mu.Lock()
+		c.s.orphans[d] = struct{}{}
+		c.s.mu.Unlock()
+		return c.putChunk(d, r)
+	}
+	return c.deleteChunk(d, r)
+}
+
+func (c *change) deleteChunk(d blockdev.Digest, r chunkRecord) error {
+	c.free(r.extent)
+	return c.tx.Bucket(bucketChunks).Delete(d[:])
+}
+
+// doom announces that d is about to be deleted, so that no ingest counts on it
+// from now on. False: one does already.
+func (c *change) doom(d blockdev.Digest) bool {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	if c.s.holds[d] > 0 {
+		return false
+	}
+	c.s.doomed[d]++
+	c.doomed = append(c.doomed, d)
+	return true
+}
+
+// free gives up a live extent.
+func (c *change) free(e extent) {
+	c.live[e.Pack]--
+	c.discard(e)
+}
+
+// discard gives up an extent that was never counted as live.
+func (c *change) discard(e extent) {
+	if e.Length > 0 {
+		c.dead = append(c.dead, extent64{e.Pack, e.Offset, int64(e.Length)})
+	}
+}
+
+// wantRecount notes that reference counts cannot be trusted; the next Open
+// counts them again. Until then chunks may stay longer than they need to.
+func (c *change) wantRecount() error {
+	return c.tx.Bucket(bucketMeta).Put(keyRecount, []byte{1})
+}
+
+func (c *change) putJSON(bucket []byte, key blockdev.Digest, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	return c.tx.Bucket(bucket).Put(key[:], b)
+}
+
+// diff returns the record of a diff.
+func getDiff(tx *bolt.Tx, id blockdev.Digest) (diffRecord, bool, error) {
+	var r diffRecord
+	v := tx.Bucket(bucketDiffs).Get(id[:])
+	if v == nil {
+		return r, false, nil
+	}
+	return r, true, decodeJSON(v, &r)
+}
+
+// finish brings the packs' counts of live extents up to date and writes down
+// what is to be freed after the commit.
+func (c *change) finish() error {
+	b := c.tx.Bucket(bucketPacks)
+	gone := make(map[uint64]bool)
+	for id, n := range c.live {
+		if v := b.Get(packKey(id)); len(v) == 8 {
+			n += int64(binary.LittleEndian.Uint64(v))
+		}
+		if n > 0 {
+			if err := b.Put(packKey(id), binary.LittleEndian.AppendUint64(nil, uint64(n))); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := b.Delete(packKey(id)); err != nil {
+			return err
+		}
+		gone[id] = true
+		c.gone = append(c.gone, id)
+	}
+	c.dead = merge(c.dead, gone)
+	for _, e := range c.dead {
+		if err := c.tx.Bucket(bucketDead).Put(deadKey(e.pack, e.offset), binary.LittleEndian.AppendUint64(nil, uint64(e.length))); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// merge joins neighbours, so that whole blocks become free, and leaves out packs
+// that are deleted anyway.
+func merge(in []extent64, gone map[uint64]bool) []extent64 {
+	slices.SortFunc(in, func(a, b extent64) int {
+		if a.pack != b.pack {
+			if a.pack < b.pack {
+				return -1
+			}
+			return 1
+		}
+		return int(min(1, max(-1, a.offset-b.offset)))
+	})
+	var out []extent64
+	for _, e := range in {
+		if gone[e.pack] {
+			continue
+		}
+		if n := len(out); n > 0 && out[n-1].pack == e.pack && out[n-1].offset+out[n-1].length == e.offset {
+			out[n-1].length += e.length
+			continue
+		}
+		out = append(out, e)
+	}
+	return out
+}
+
+// reclaim frees disk space after a commit.
+func (s *Store) reclaim(c *change) {
+	for _, id := range c.gone {
+		if err := s.packs.remove(id); err != nil {
+			s.cfg.Log.Error("store: a pack without content could not be deleted", "pack", fmt.Sprintf("%016x", id), "error", err)
+		}
+	}
+	s.punchAll(c.dead)
+	touched := make(map[uint64]int64)
+	for _, id := range c.gone {
+		touched[id] = 0
+	}
+	for _, e := range c.dead {
+		touched[e.pack] = 0
+	}
+	for id := range c.live {
+		touched[id] = 0
+	}
+	for id := range touched {
+		touched[id] = s.packs.diskUse(id)
+	}
+	dbUse := fileUse(s.dbPath())
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.used += dbUse - s.dbUse - c.reserved
+	s.dbUse = dbUse
+	for id, n := range touched {
+		s.used += n - s.packUse[id]
+		s.packUse[id] = n
+		if n == 0 {
+			delete(s.packUse, id)
+		}
+	}
+}
+
+// punchAll frees ranges and notes them as freed. What fails is tried again at
+// the next Open.
+func (s *Store) punchAll(dead []extent64) {
+	var done []extent
+	for _, e := range dead {
+		// A pack that is gone has nothing to free.
+		if err := s.packs.punch(e.pack, e.offset, e.length); err != nil && !errors.Is(err, blockdev.ErrCorrupt) {
+			s.cfg.Log.Warn("store: space not freed; will try again at the next start", "error", err)
+			continue
+		}
+		done = append(done, extent{Pack: e.pack, Offset: e.offset})
+	}
+	s.mu.Lock()
+	s.punched = append(s.punched, done...)
+	s.mu.Unlock()
+}

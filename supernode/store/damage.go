@@ -1,0 +1,226 @@
+package store
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"slices"
+	"sync"
+
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// damageQueue collects damaged chunks, so that many of them at once, as when a
+// disk dies, are looked for in one pass over the reference lists.
+type damageQueue struct {
+	scan sync.Mutex // held by the one who scans; others wait, and find theirs done
+
+	mu      sync.Mutex
+	pending map[blockdev.Digest]extent
+}
+
+// damaged marks a chunk, so that the next Put of it stores it again, and
+// forgets the layers that have it. at is where the damaged bytes are; the zero
+// extent if the record itself is unreadable.
+func (s *Store) damaged(d blockdev.Digest, at extent) {
+	q := &s.damage
+	q.mu.Lock()
+	if q.pending == nil {
+		q.pending = make(map[blockdev.Digest]extent)
+	}
+	q.pending[d] = at
+	q.mu.Unlock()
+
+	q.scan.Lock()
+	defer q.scan.Unlock()
+	q.mu.Lock()
+	todo := q.pending
+	q.pending = nil
+	q.mu.Unlock()
+	if len(todo) == 0 {
+		return // another scan has done it
+	}
+	s.count(func(c *counters) { c.damaged += int64(len(todo)) })
+	err := s.update(func(c *change) error {
+		for d, at := range todo {
+			r, ok, err := c.chunk(d)
+			if err != nil || !ok || r.extent != at {
+				continue // an unreadable record says enough by itself
+			}
+			r.flags |= flagDamaged
+			if err := c.putChunk(d, r); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		s.cfg.Log.Error("store: damaged chunks could not be marked", "chunks", len(todo), "error", err)
+	}
+	for _, id := range s.diffIDs() {
+		refs, err := s.refsOf(id)
+		if err != nil {
+			continue
+		}
+		for d := range todo {
+			_, has := slices.BinarySearchFunc(refs, d, func(a, b blockdev.Digest) int { return bytes.Compare(a[:], b[:]) })
+			if has {
+				s.cfg.Log.Error("store: a chunk is damaged on disk; its layer will be fetched again", "chunk", d, "diff", id)
+				s.forgetLayers(id)
+				break
+			}
+		}
+	}
+}
+
+func (s *Store) diffIDs() []blockdev.Digest {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	ids := make([]blockdev.Digest, 0, len(s.diffs))
+	for id := range s.diffs {
+		ids = append(ids, id)
+	}
+	return ids
+}
+
+// forgetLayers makes the layers of a diff unknown, so that they are ingested
+// again. The good chunks stay, for those who read them and for that ingest.
+func (s *Store) forgetLayers(id blockdev.Digest) {
+	s.mu.Lock()
+	var layers []blockdev.Digest
+	if st := s.diffs[id]; st != nil {
+		layers, st.layers = st.layers, nil
+	}
+	for _, l := range layers {
+		delete(s.layers, l)
+	}
+	s.mu.Unlock()
+	if len(layers) == 0 {
+		return
+	}
+	err := s.update(func(c *change) error {
+		for _, l := range layers {
+			if err := c.tx.Bucket(bucketLayers).Delete(l[:]); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		s.cfg.Log.Error("store: layers of a damaged diff not forgotten on disk", "diff", id, "error", err)
+	}
+}
+
+// recount makes reference counts, live counts and free space right from the
+// diffs' reference lists alone. It runs at Open, after damage only.
+func (s *Store) recount() error {
+	s.cfg.Log.Warn("store: counting references again after damage", "dir", s.cfg.Dir)
+	refs := make(map[blockdev.Digest]uint32)
+	for _, id := range s.diffIDs() {
+		list, err := s.refsOf(id)
+		if err != nil {
+			return err
+		}
+		if list == nil {
+			if err := s.dropDiff(id); err != nil {
+				return err
+			}
+			continue
+		}
+		for _, d := range list {
+			refs[d]++
+		}
+	}
+	return s.update(func(c *change) error {
+		live := make(map[uint64][]extent64)
+		add := func(e extent) {
+			live[e.Pack] = append(live[e.Pack], extent64{e.Pack, e.Offset, int64(e.Length)})
+		}
+		if err := c.recountChunks(refs, add); err != nil {
+			return err
+		}
+		for _, id := range s.diffIDs() {
+			r, ok, err := getDiff(c.tx, id)
+			if err != nil || !ok {
+				return err
+			}
+			add(r.Index)
+			add(r.Refs)
+		}
+		if err := c.recountPacks(live); err != nil {
+			return err
+		}
+		return c.tx.Bucket(bucketMeta).Delete(keyRecount)
+	})
+}
+
+// dropDiff removes a diff's records; the recount frees what it had.
+func (s *Store) dropDiff(id blockdev.Digest) error {
+	s.forgetLayers(id)
+	s.mu.Lock()
+	delete(s.diffs, id)
+	s.mu.Unlock()
+	return s.update(func(c *change) error { return c.tx.Bucket(bucketDiffs).Delete(id[:]) })
+}
+
+func (c *change) recountChunks(refs map[blockdev.Digest]uint32, live func(extent)) error {
+	b := c.tx.Bucket(bucketChunks)
+	puts := make(map[blockdev.Digest][]byte)
+	err := b.ForEach(func(k, v []byte) error {
+		d, err := toDigest(k)
+		if err != nil {
+			return err
+		}
+		r, err := decodeChunk(v)
+		if err != nil || refs[d] == 0 {
+			puts[d] = nil
+			return nil
+		}
+		live(r.extent)
+		if r.refs != refs[d] {
+			r.refs = refs[d]
+			puts[d] = r.encode()
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for d, v := range puts {
+		if v == nil {
+			err = b.Delete(d[:])
+		} else {
+			err = b.Put(d[:], v)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// recountPacks sets the live counts and frees everything between live extents.
+func (c *change) recountPacks(live map[uint64][]extent64) error {
+	if err := c.tx.DeleteBucket(bucketPacks); err != nil && !errors.Is(err, bolt.ErrBucketNotFound) {
+		return err
+	}
+	if _, err := c.tx.CreateBucket(bucketPacks); err != nil {
+		return err
+	}
+	for id, list := range live {
+		c.live[id] = int64(len(list))
+		var end int64
+		for _, e := range merge(list, nil) {
+			if e.offset > end {
+				c.dead = append(c.dead, extent64{id, end, e.offset - end})
+			}
+			end = e.offset + e.length
+		}
+		if st, err := os.Stat(c.s.packs.path(id)); err == nil && st.Size() > end {
+			c.dead = append(c.dead, extent64{id, end, st.Size() - end})
+		}
+	}
+	return nil
+}

@@ -1,0 +1,58 @@
+// Package store keeps what a supernode has fetched: chunks, each once however
+// many layers have it, and the indexes of the layers, on disk, below a quota.
+//
+// # Layout on disk
+//
+//	index.db     bbolt: which chunks there are and where, diffs, layers
+//	packs/<id>   chunk bytes, one file per ingested layer, appended to only
+//
+// Chunk bytes do not go through a database engine: they are written once, never
+// changed, and deleted a whole diff at a time, so a log or a tree that moves
+// them about costs CPU and disk for nothing, and frees space only some time
+// later (doc of the engine figures: commit that added this package). A pack is
+// written by one ingest session. Space of chunks that nobody refers to any more
+// is given back to the file system at once, by punching a hole, or by deleting
+// the pack when nothing in it is alive. Offsets in a pack are never used again.
+//
+// On btrfs a hole gives space back only when the whole extent (up to 128 MiB)
+// is dead; ext4, xfs, zfs and tmpfs free every 4 KiB block.
+//
+// # index.db, format 1
+//
+// All integers are little-endian, except ids in keys, which are big-endian so
+// that they sort. Buckets:
+//
+//	meta    "format" -> uint32 1
+//	chunks  SHA-256 of the raw bytes (32) -> chunk record (44 bytes):
+//	        pack id u64, offset u64, stored length u32, raw length u32,
+//	        CRC-32C of the stored bytes u32, references u32 (diffs that have the
+//	        chunk), flags u32 (1: stored as one zstd frame, else raw;
+//	        2: damaged), zero u32, CRC-32C of the 40 bytes before it u32
+//	diffs   DiffID (32) -> JSON diffRecord: where index and reference list lie,
+//	        sizes, last use
+//	layers  layer digest (32) -> JSON layerRecord: DiffID, size, origins
+//	packs   pack id u64 -> u64 live extents in the pack (chunks and blobs)
+//	dead    pack id u64, offset u64 -> u64 length: to be punched; written in the
+//	        transaction that frees the extent, removed after it was punched
+//	orphans SHA-256 (32) -> nothing: records with no reference that a running
+//	        ingest holds
+//
+// A diff's encoded index and its reference list (the digests of its chunks and
+// header pieces, sorted, each once, 32 bytes each) are extents of the pack of
+// the ingest that published it, CRC-32C as chunks.
+//
+// # Invariants
+//
+//   - What index.db says is on disk: a pack is synced before the transaction
+//     that first names it commits. A pack that index.db does not name is
+//     deleted when the store is opened; so a crash leaves nothing behind.
+//   - Bytes are freed only after the transaction that dropped the last
+//     reference has committed.
+//   - A chunk that a running ingest has put, or found present, stays until that
+//     ingest publishes or aborts. A pinned diff is never evicted.
+//   - Used disk space (blocks of packs and of index.db, and what running
+//     ingests have reserved) stays at or below the quota.
+//   - Wrong bytes are never returned: what fails its checksum is ErrCorrupt, is
+//     not used to satisfy a later Put, and its layers are forgotten, so that
+//     they are fetched again.
+package store

@@ -1,0 +1,206 @@
+package store
+
+import (
+	"encoding/binary"
+	"fmt"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+var keyRecount = []byte("recount")
+
+// load reads what is kept in memory and finishes what a crash interrupted.
+func (s *Store) load() error {
+	recount := false
+	err := s.update(func(c *change) error {
+		for _, b := range allBuckets() {
+			if _, err := c.tx.CreateBucketIfNotExists(b); err != nil {
+				return err
+			}
+		}
+		meta := c.tx.Bucket(bucketMeta)
+		switch v := meta.Get(keyFormat); {
+		case v == nil:
+			if err := meta.Put(keyFormat, binary.LittleEndian.AppendUint32(nil, formatVersion)); err != nil {
+				return err
+			}
+		case len(v) != 4 || binary.LittleEndian.Uint32(v) != formatVersion:
+			return fmt.Errorf("store: %s has format %x, this version reads format %d: %w", s.cfg.Dir, v, formatVersion, blockdev.ErrUnsupported)
+		}
+		recount = meta.Get(keyRecount) != nil
+		return s.loadRecords(c)
+	})
+	if err != nil {
+		return err
+	}
+	if recount {
+		if err := s.recount(); err != nil {
+			return err
+		}
+	}
+	if err := s.loadPacks(); err != nil {
+		return err
+	}
+	if err := s.collectOrphans(); err != nil {
+		return err
+	}
+	free, err := s.freeSpace()
+	if err != nil {
+		return err
+	}
+	s.quota = s.cfg.Quota
+	if room := max(0, s.used+free); s.quota <= 0 || s.quota > room {
+		if s.quota > 0 {
+			s.cfg.Log.Warn("the quota is larger than the disk; using what the disk has", "key", s.cfg.QuotaKey, "quota", s.quota, "disk", room)
+		}
+		s.quota = room
+	}
+	return s.shrink()
+}
+
+// loadRecords fills diffs, layers and orphans, and drops what does not parse.
+func (s *Store) loadRecords(c *change) error {
+	var bad [][2][]byte
+	drop := func(bucket, key []byte, err error) {
+		s.cfg.Log.Error("store: dropping a damaged record", "bucket", string(bucket), "key", fmt.Sprintf("%x", key), "error", err)
+		bad = append(bad, [2][]byte{bucket, append([]byte(nil), key...)})
+	}
+	err := c.tx.Bucket(bucketDiffs).ForEach(func(k, v []byte) error {
+		var r diffRecord
+		id, err := toDigest(k)
+		if err == nil {
+			err = decodeJSON(v, &r)
+		}
+		if err != nil {
+			// Its references are unknown now: count them all again.
+			drop(bucketDiffs, k, err)
+			return c.wantRecount()
+		}
+		s.diffs[id] = &diffState{used: time.Unix(r.Used, 0).UnixNano()}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	err = c.tx.Bucket(bucketLayers).ForEach(func(k, v []byte) error {
+		var r layerRecord
+		d, err := toDigest(k)
+		if err == nil {
+			err = decodeJSON(v, &r)
+		}
+		if err == nil && s.diffs[r.DiffID] == nil {
+			err = fmt.Errorf("diff %s: %w", r.DiffID, blockdev.ErrNotFound)
+		}
+		if err != nil {
+			drop(bucketLayers, k, err)
+			return nil
+		}
+		s.layers[d] = r
+		s.diffs[r.DiffID].layers = append(s.diffs[r.DiffID].layers, d)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	err = c.tx.Bucket(bucketOrphans).ForEach(func(k, _ []byte) error {
+		d, err := toDigest(k)
+		if err != nil {
+			drop(bucketOrphans, k, err)
+			return nil
+		}
+		s.orphans[d] = struct{}{}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, b := range bad {
+		if err := c.tx.Bucket(b[0]).Delete(b[1]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// loadPacks deletes packs that no transaction has named, frees what was to be
+// freed, and adds up the disk use.
+func (s *Store) loadPacks() error {
+	known := make(map[uint64]bool)
+	var dead []extent64
+	err := s.view(func(tx *bolt.Tx) error {
+		if err := tx.Bucket(bucketPacks).ForEach(func(k, _ []byte) error {
+			if len(k) == 8 {
+				known[binary.BigEndian.Uint64(k)] = true
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+		return tx.Bucket(bucketDead).ForEach(func(k, v []byte) error {
+			if len(k) == 16 && len(v) == 8 {
+				dead = append(dead, extent64{
+					pack:   binary.BigEndian.Uint64(k),
+					offset: int64(binary.BigEndian.Uint64(k[8:])),
+					length: int64(binary.LittleEndian.Uint64(v)),
+				})
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return err
+	}
+	ids, err := s.packs.list()
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		s.nextPack = max(s.nextPack, id+1)
+		if !known[id] {
+			if err := s.packs.remove(id); err != nil {
+				return err
+			}
+		}
+	}
+	for id := range known {
+		s.nextPack = max(s.nextPack, id+1)
+	}
+	s.punchAll(dead)
+	for id := range known {
+		s.packUse[id] = s.packs.diskUse(id)
+		s.used += s.packUse[id]
+	}
+	return nil
+}
+
+// shrink evicts until the quota holds, as after the user has lowered it.
+func (s *Store) shrink() error {
+	for {
+		s.mu.Lock()
+		over := s.used > s.quota
+		s.mu.Unlock()
+		if !over {
+			return nil
+		}
+		ok, err := s.evictOne()
+		if err != nil {
+			return err
+		}
+		if !ok {
+			s.cfg.Log.Warn("the store is above its quota and nothing can be evicted", "key", s.cfg.QuotaKey, "quota", s.quota, "used", s.used)
+			return nil
+		}
+	}
+}
+
+func toDigest(k []byte) (blockdev.Digest, error) {
+	var d blockdev.Digest
+	if len(k) != len(d) {
+		return d, fmt.Errorf("key of %d bytes in index.db: %w", len(k), blockdev.ErrCorrupt)
+	}
+	copy(d[:], k)
+	return d, nil
+}

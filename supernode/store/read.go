@@ -1,0 +1,262 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Chunk is a chunk as it is stored.
+type Chunk struct {
+	// Data is one zstd frame if Zstd is set, else the chunk itself. It belongs
+	// to the caller.
+	Data []byte
+	Zstd bool
+	// Length is that of the raw chunk, in bytes.
+	Length uint32
+}
+
+// lookups bounds how often a chunk that moves under the reader is looked for.
+const lookups = 4
+
+// Chunk returns a chunk, also one of a running ingest. Errors wrap
+// blockdev.ErrNotFound, or blockdev.ErrCorrupt: the chunk was damaged on disk,
+// and the layers that have it are forgotten, to be ingested again.
+func (s *Store) Chunk(ctx context.Context, d blockdev.Digest) (Chunk, error) {
+	var failed extent
+	var cause error
+	for range lookups {
+		if err := ctx.Err(); err != nil {
+			return Chunk{}, err
+		}
+		// Sessions first: a session leaves the list only after its chunks
+		// are in the database.
+		r, data, ok := s.findInSessions(d)
+		if !ok {
+			var err error
+			r, ok, err = s.lookup(d)
+			if errors.Is(err, blockdev.ErrCorrupt) {
+				s.damaged(d, extent{})
+			}
+			if err != nil {
+				return Chunk{}, fmt.Errorf("chunk %s: %w", d, err)
+			}
+			if !ok {
+				return Chunk{}, fmt.Errorf("store: chunk %s: %w", d, blockdev.ErrNotFound)
+			}
+		}
+		if r.damaged() {
+			return Chunk{}, fmt.Errorf("store: chunk %s: damaged on disk, until its layer is fetched again: %w", d, blockdev.ErrCorrupt)
+		}
+		if cause != nil && r.extent == failed {
+			// Still where it was, so it was not moved or evicted: damage.
+			s.damaged(d, r.extent)
+			return Chunk{}, fmt.Errorf("store: chunk %s: %w", d, cause)
+		}
+		if data == nil {
+			data, cause = s.packs.read(r.extent, nil)
+			if cause != nil {
+				if !errors.Is(cause, blockdev.ErrCorrupt) {
+					return Chunk{}, fmt.Errorf("store: chunk %s: %w", d, cause)
+				}
+				failed = r.extent
+				continue
+			}
+		}
+		return Chunk{Data: data, Zstd: r.flags&flagZstd != 0, Length: r.raw}, nil
+	}
+	return Chunk{}, fmt.Errorf("store: chunk %s: %w", d, blockdev.ErrNotFound)
+}
+
+// Has tells whether Chunk would find d.
+func (s *Store) Has(d blockdev.Digest) bool {
+	if _, _, ok := s.findInSessions(d); ok {
+		return true
+	}
+	r, ok, err := s.lookup(d)
+	return ok && err == nil && !r.damaged()
+}
+
+func (s *Store) findInSessions(d blockdev.Digest) (chunkRecord, []byte, bool) {
+	s.mu.Lock()
+	var open [8]*Ingest // no allocation for the usual few
+	list := open[:0]
+	for in := range s.sessions {
+		list = append(list, in)
+	}
+	s.mu.Unlock()
+	for _, in := range list {
+		if r, data, ok := in.find(d); ok {
+			return r, data, true
+		}
+	}
+	return chunkRecord{}, nil, false
+}
+
+// lookup reads a chunk's record.
+func (s *Store) lookup(d blockdev.Digest) (r chunkRecord, ok bool, err error) {
+	err = s.view(func(tx *bolt.Tx) error {
+		v := tx.Bucket(bucketChunks).Get(d[:])
+		if v == nil {
+			return nil
+		}
+		ok = true
+		var err error
+		r, err = decodeChunk(v)
+		return err
+	})
+	return r, ok, err
+}
+
+func (s *Store) diffRecord(id blockdev.Digest) (r diffRecord, ok bool, err error) {
+	err = s.view(func(tx *bolt.Tx) error {
+		r, ok, err = getDiff(tx, id)
+		return err
+	})
+	return r, ok, err
+}
+
+// Index returns the encoded index of a diff and counts as a use of it. Errors
+// wrap blockdev.ErrNotFound, or blockdev.ErrCorrupt: it was damaged on disk, and
+// its layers are forgotten, to be ingested again.
+func (s *Store) Index(ctx context.Context, diffID blockdev.Digest) ([]byte, error) {
+	var failed extent
+	var cause error
+	for range lookups {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if !s.Touch(diffID) {
+			break
+		}
+		r, ok, err := s.diffRecord(diffID)
+		if err == nil && !ok {
+			break
+		}
+		if errors.Is(err, blockdev.ErrCorrupt) || (err == nil && cause != nil && r.Index == failed) {
+			s.forgetLayers(diffID)
+			return nil, fmt.Errorf("store: index of diff %s: %w", diffID, errors.Join(err, cause))
+		}
+		if err != nil {
+			return nil, fmt.Errorf("store: index of diff %s: %w", diffID, err)
+		}
+		b, err := s.packs.read(r.Index, nil)
+		if err == nil {
+			return b, nil
+		}
+		if !errors.Is(err, blockdev.ErrCorrupt) {
+			return nil, fmt.Errorf("store: index of diff %s: %w", diffID, err)
+		}
+		failed, cause = r.Index, err
+	}
+	return nil, fmt.Errorf("store: index of diff %s: %w", diffID, blockdev.ErrNotFound)
+}
+
+// Layer returns what is known about a published layer and counts as a use of
+// its diff. The error wraps blockdev.ErrNotFound.
+func (s *Store) Layer(layer blockdev.Digest) (LayerRecord, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r, ok := s.layers[layer]
+	if !ok {
+		return LayerRecord{}, fmt.Errorf("store: layer %s: %w", layer, blockdev.ErrNotFound)
+	}
+	s.touchLocked(r.DiffID)
+	return LayerRecord{Layer: layer, Size: r.Size, DiffID: r.DiffID, Origins: slices.Clone(r.Origins)}, nil
+}
+
+// AddOrigin notes that the layer was fetched from one more registry host, and
+// hashed, and found to be the same. The error wraps blockdev.ErrNotFound if the
+// store does not have the layer.
+func (s *Store) AddOrigin(layer blockdev.Digest, origin string) error {
+	return s.update(func(c *change) error {
+		s.mu.Lock()
+		r, ok := s.layers[layer]
+		s.mu.Unlock()
+		if !ok {
+			return fmt.Errorf("store: layer %s: %w", layer, blockdev.ErrNotFound)
+		}
+		r.Origins = mergeOrigins([]string{origin}, r.Origins)
+		if err := c.putJSON(bucketLayers, layer, r); err != nil {
+			return err
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		// In memory before the commit: if that fails, a restart asks again.
+		if cur, ok := s.layers[layer]; ok && cur.DiffID == r.DiffID {
+			s.layers[layer] = r
+		}
+		return nil
+	})
+}
+
+// Pin keeps a diff from being evicted until release is called, once or more
+// often. It may be pinned before it is published, so that the layers of one
+// image do not push each other out.
+func (s *Store) Pin(diffID blockdev.Digest) (release func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.pins[diffID]++
+	done := false
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if done {
+			return
+		}
+		done = true
+		if s.pins[diffID]--; s.pins[diffID] == 0 {
+			delete(s.pins, diffID)
+		}
+	}
+}
+
+// Touch counts as a use of a diff. False: there is no such diff.
+func (s *Store) Touch(diffID blockdev.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.touchLocked(diffID)
+}
+
+func (s *Store) touchLocked(diffID blockdev.Digest) bool {
+	st, ok := s.diffs[diffID]
+	if ok {
+		st.used, st.dirty = time.Now().UnixNano(), true
+	}
+	return ok
+}
+
+// flushUses writes down the last uses that have changed.
+func (s *Store) flushUses() error {
+	s.mu.Lock()
+	dirty := make(map[blockdev.Digest]int64)
+	for id, st := range s.diffs {
+		if st.dirty {
+			dirty[id] = st.used / int64(time.Second)
+			st.dirty = false
+		}
+	}
+	s.mu.Unlock()
+	if len(dirty) == 0 {
+		return nil
+	}
+	return s.update(func(c *change) error {
+		for id, used := range dirty {
+			r, ok, err := getDiff(c.tx, id)
+			if err != nil || !ok {
+				continue
+			}
+			r.Used = used
+			if err := c.putJSON(bucketDiffs, id, r); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}

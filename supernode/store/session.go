@@ -1,0 +1,336 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+const (
+	// writeBuffer is how many bytes are collected for one write: a write of
+	// 1 MiB costs a third of the CPU time per byte of one of 25 KB.
+	writeBuffer = 1 << 20
+	// reserveStep is how much room of the quota an ingest takes at a time, unless
+	// that is more than 1/64 of the quota.
+	reserveStep = 8 << 20
+)
+
+// errEnded is returned by a session that was published or aborted.
+var errEnded = errors.New("store: the ingest has ended")
+
+// Ingest puts the chunks of one layer into the store. They can be read at once;
+// they stay only if Publish succeeds. Put may be called from several
+// goroutines; Publish and Abort end the session.
+type Ingest struct {
+	s     *Store
+	layer blockdev.Digest
+	id    uint64
+	pack  *packFile
+
+	mu       sync.Mutex
+	sealed   bool // Publish has begun: chunks does not change any more
+	ended    bool
+	err      error // the first failed write; nothing is published after it
+	size     int64 // bytes appended to the pack
+	reserved int64 // bytes of the quota
+	chunks   map[blockdev.Digest]chunkRecord
+	held     map[blockdev.Digest]struct{} // chunks that the store had already
+	cur      *buffer                      // being filled
+	writing  []*buffer                    // being written, or failed
+	spare    []*buffer
+}
+
+// buffer is a part of the pack that is not in the file yet.
+type buffer struct {
+	start int64
+	data  []byte
+}
+
+// Begin starts the ingest of a layer. The caller ends it with Publish or Abort.
+func (s *Store) Begin(layer blockdev.Digest) (*Ingest, error) {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil, ErrClosed
+	}
+	id := s.nextPack
+	s.nextPack++
+	s.mu.Unlock()
+	pf, err := s.packs.create(id)
+	if err != nil {
+		return nil, err
+	}
+	in := &Ingest{
+		s: s, layer: layer, id: id, pack: pf,
+		chunks: make(map[blockdev.Digest]chunkRecord),
+		held:   make(map[blockdev.Digest]struct{}),
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.sessions[in] = struct{}{}
+	return in, nil
+}
+
+// Put stores one chunk or header piece, of at most blockdev.MaxChunk bytes,
+// whose SHA-256 is d: the caller has computed d from data, Put does not do it
+// again. What the store has already is not stored twice. data is not kept.
+// Errors wrap blockdev.ErrNoSpace where the quota or the disk is full.
+func (in *Ingest) Put(ctx context.Context, d blockdev.Digest, data []byte) error {
+	if len(data) == 0 || len(data) > blockdev.MaxChunk {
+		return fmt.Errorf("store: chunk of %d bytes, want 1 to %d", len(data), blockdev.MaxChunk)
+	}
+	in.mu.Lock()
+	if err := in.usableLocked(); err != nil || in.sealed {
+		in.mu.Unlock()
+		return errors.Join(err, errSealed(in.sealed))
+	}
+	_, put := in.chunks[d]
+	if _, held := in.held[d]; put || held {
+		in.mu.Unlock()
+		in.s.count(func(c *counters) { c.dedup += int64(len(data)) })
+		return nil
+	}
+	// From here on others that put the same chunk leave it to this call; if it
+	// fails, the session has failed.
+	in.chunks[d] = chunkRecord{}
+	in.mu.Unlock()
+
+	have, err := in.s.hold(d)
+	if err != nil {
+		return in.fail(err)
+	}
+	if have {
+		in.mu.Lock()
+		delete(in.chunks, d)
+		_, twice := in.held[d] // two Puts at once
+		in.held[d] = struct{}{}
+		in.mu.Unlock()
+		if twice {
+			in.s.unhold(d)
+		}
+		in.s.count(func(c *counters) { c.dedup += int64(len(data)) })
+		return nil
+	}
+	err = in.s.comp.compress(data, func(stored []byte, isZstd bool) error {
+		r := chunkRecord{raw: uint32(len(data))}
+		if isZstd {
+			r.flags = flagZstd
+		}
+		in.s.count(func(c *counters) { c.putBytes += int64(len(data)); c.storedBytes += int64(len(stored)) })
+		_, err := in.append(ctx, stored, func(e extent) {
+			r.extent = e
+			in.chunks[d] = r
+		})
+		return err
+	})
+	if err != nil {
+		return in.fail(err)
+	}
+	return nil
+}
+
+func errSealed(sealed bool) error {
+	if sealed {
+		return errEnded
+	}
+	return nil
+}
+
+func (in *Ingest) usableLocked() error {
+	if in.ended {
+		return errEnded
+	}
+	return in.err
+}
+
+func (in *Ingest) fail(err error) error {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.err == nil {
+		in.err = err
+	}
+	return err
+}
+
+// hold makes sure that d stays until the session ends, if the store has it.
+// The hold is taken before the look, so that an eviction sees it in time.
+func (s *Store) hold(d blockdev.Digest) (bool, error) {
+	s.mu.Lock()
+	if s.doomed[d] > 0 {
+		s.mu.Unlock()
+		return false, nil
+	}
+	s.holds[d]++
+	s.mu.Unlock()
+	r, ok, err := s.lookup(d)
+	if ok && err == nil && !r.damaged() {
+		return true, nil
+	}
+	s.unhold(d)
+	if errors.Is(err, blockdev.ErrCorrupt) {
+		err = nil // the new copy replaces the damaged record
+	}
+	return false, err
+}
+
+func (s *Store) unhold(d blockdev.Digest) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.holds[d]--; s.holds[d] <= 0 {
+		delete(s.holds, d)
+	}
+}
+
+func (s *Store) count(f func(*counters)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f(&s.stats)
+}
+
+// append adds b to the pack. placed is called with its place, under in.mu.
+func (in *Ingest) append(ctx context.Context, b []byte, placed func(extent)) (extent, error) {
+	e := extent{Pack: in.id, Length: uint32(len(b)), CRC: checksum(b)}
+	if err := in.reserve(ctx, int64(len(b))); err != nil {
+		return e, err
+	}
+	in.mu.Lock()
+	if err := in.usableLocked(); err != nil {
+		in.mu.Unlock()
+		return e, err
+	}
+	var full *buffer
+	if in.cur != nil && len(in.cur.data)+len(b) > writeBuffer {
+		full = in.cur
+		in.writing = append(in.writing, full)
+		in.cur = nil
+	}
+	if in.cur == nil {
+		in.cur = in.bufferLocked()
+	}
+	e.Offset = in.size
+	in.cur.data = append(in.cur.data, b...)
+	in.size += int64(len(b))
+	if placed != nil {
+		placed(e)
+	}
+	in.mu.Unlock()
+	if full == nil {
+		return e, nil
+	}
+	return e, in.write(full)
+}
+
+func (in *Ingest) bufferLocked() *buffer {
+	if n := len(in.spare); n > 0 {
+		b := in.spare[n-1]
+		in.spare = in.spare[:n-1]
+		b.start, b.data = in.size, b.data[:0]
+		return b
+	}
+	return &buffer{start: in.size, data: make([]byte, 0, writeBuffer)}
+}
+
+// write puts a full buffer into the file, and only then gives it up: whoever
+// reads a chunk finds it in the one or in the other.
+func (in *Ingest) write(b *buffer) error {
+	if _, err := in.pack.f.WriteAt(b.data, b.start); err != nil {
+		return diskError("write chunks", err)
+	}
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	for i, w := range in.writing {
+		if w == b {
+			in.writing = append(in.writing[:i], in.writing[i+1:]...)
+			break
+		}
+	}
+	// A reference list or an index may have made it larger than others need.
+	if cap(b.data) == writeBuffer {
+		in.spare = append(in.spare, b)
+	}
+	return nil
+}
+
+// reserve makes sure that the quota has room for n more bytes of this session.
+func (in *Ingest) reserve(ctx context.Context, n int64) error {
+	in.mu.Lock()
+	need := in.size + n - in.reserved
+	in.mu.Unlock()
+	if need <= 0 {
+		return nil
+	}
+	// Several Puts may get here at once and take a step each; Publish gives
+	// back what is too much.
+	take := max(need, min(reserveStep, in.s.quota/64))
+	if err := in.s.reserve(ctx, take); err != nil {
+		return err
+	}
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.ended {
+		in.s.unreserve(take)
+		return errEnded
+	}
+	in.reserved += take
+	return nil
+}
+
+// find returns the record of a chunk of this session and, if its bytes are not
+// in the file yet, the bytes.
+func (in *Ingest) find(d blockdev.Digest) (r chunkRecord, data []byte, ok bool) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	r, ok = in.chunks[d]
+	if !ok || r.raw == 0 {
+		return r, nil, false
+	}
+	for _, b := range append(in.writing[:len(in.writing):len(in.writing)], in.cur) {
+		if b == nil || r.Offset < b.start {
+			continue
+		}
+		if at := r.Offset - b.start; at+int64(r.Length) <= int64(len(b.data)) {
+			return r, append([]byte(nil), b.data[at:at+int64(r.Length)]...), true
+		}
+	}
+	return r, nil, true
+}
+
+// Abort ends the session and drops what it has put, unless another diff has it
+// too. It does nothing after Publish has succeeded, and may be called twice.
+func (in *Ingest) Abort() {
+	if !in.end() {
+		return
+	}
+	in.s.packs.release(in.pack)
+	if err := in.s.packs.remove(in.id); err != nil {
+		in.s.cfg.Log.Warn("store: the pack of an aborted ingest was not deleted; the next start does it", "layer", in.layer, "error", err)
+	}
+	in.s.unreserve(in.reserved)
+	in.leave()
+}
+
+// end marks the session as ended; false if it was already.
+func (in *Ingest) end() bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	was := in.ended
+	in.ended = true
+	return !was
+}
+
+// leave takes the session out of the store and collects what it alone held.
+func (in *Ingest) leave() {
+	s := in.s
+	s.mu.Lock()
+	delete(s.sessions, in)
+	s.mu.Unlock()
+	for d := range in.held {
+		s.unhold(d)
+	}
+	if err := s.collectOrphans(); err != nil && !errors.Is(err, ErrClosed) {
+		s.cfg.Log.Warn("store: chunks without reference not freed; the next start does it", "error", err)
+	}
+}
