@@ -1,0 +1,219 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Cleanup frees what removed snapshots have left: directories, diffs that nobody
+// uses any more, and records of images that are gone.
+func (s *Snapshotter) Cleanup(ctx context.Context) error {
+	trash, chains, err := s.survey(ctx)
+	for _, dir := range trash {
+		s.removeDir(dir)
+	}
+	if err != nil {
+		return err
+	}
+	s.sweep(ctx)
+	return s.pruneImages(chains)
+}
+
+// survey moves directories that belong to no snapshot to tmp, and lists the
+// ChainIDs of lazy snapshots. It does so in the write transaction that making a
+// snapshot needs: an id whose transaction failed is given out again.
+func (s *Snapshotter) survey(ctx context.Context) (trash []string, chains map[string]struct{}, err error) {
+	chains = make(map[string]struct{})
+	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		ids, err := storage.IDMap(ctx)
+		if err != nil && !errdefs.IsNotFound(err) { // NotFound: never had a snapshot
+			return err
+		}
+		for _, sub := range []string{"s", "l"} {
+			entries, err := os.ReadDir(filepath.Join(s.cfg.Root, sub))
+			if err != nil {
+				return err
+			}
+			for _, e := range entries {
+				if _, ok := ids[e.Name()]; ok {
+					continue
+				}
+				dir, err := s.discard(filepath.Join(s.cfg.Root, sub, e.Name()))
+				if err != nil {
+					return err
+				}
+				trash = append(trash, dir)
+			}
+		}
+		err = storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error {
+			if _, lazy := info.Labels[labelDiff]; lazy {
+				chains[info.Labels[labelRef]] = struct{}{}
+			}
+			return nil
+		})
+		if errdefs.IsNotFound(err) {
+			err = nil
+		}
+		return err
+	})
+	return trash, chains, err
+}
+
+// discard moves a directory, with what is mounted in it, to a new name in tmp.
+func (s *Snapshotter) discard(dir string) (string, error) {
+	tmp, err := os.MkdirTemp(filepath.Join(s.cfg.Root, "tmp"), "gone-")
+	if err != nil {
+		return "", err
+	}
+	return tmp, unix.Rename(dir, tmp) // onto the empty directory, which os.Rename refuses
+}
+
+// removeDir removes a directory in tmp. A failure is logged: the next start tries
+// again.
+func (s *Snapshotter) removeDir(dir string) {
+	// What is mounted inside must not be descended into.
+	err := unmountClones(filepath.Join(dir, "i"))
+	if err == nil {
+		err = os.RemoveAll(dir)
+	}
+	if err != nil {
+		s.log.Warn("directory of a removed snapshot is still there", "path", dir, "error", err)
+	}
+}
+
+// sweep removes the diffs that nobody uses from the data path.
+func (s *Snapshotter) sweep(ctx context.Context) {
+	for _, id := range s.refs.unused() {
+		if ctx.Err() != nil {
+			return
+		}
+		if !s.refs.startRemove(id) {
+			continue
+		}
+		err := s.removeDiff(ctx, id)
+		s.refs.finishRemove(id, err == nil)
+		if err != nil {
+			s.log.Warn("diff that nobody uses is still there", "diff", id, "error", err)
+		}
+	}
+}
+
+func (s *Snapshotter) removeDiff(ctx context.Context, id blockdev.Digest) error {
+	if err := s.cfg.Data.Remove(ctx, id); err != nil && !errors.Is(err, blockdev.ErrNotFound) {
+		return err
+	}
+	return s.records.forget(id)
+}
+
+// pruneImages drops records of images whose top layer has no snapshot, none of
+// whose layers is kept, and that no pull is opening.
+func (s *Snapshotter) pruneImages(chains map[string]struct{}) error {
+	list, err := s.records.images()
+	if err != nil {
+		return err
+	}
+	kept, err := s.records.diffs()
+	if err != nil {
+		return err
+	}
+	var gone []imageRecord
+	for _, img := range list {
+		if _, ok := chains[img.Top]; ok || img.anyKept(kept) || time.Since(img.Opened) < s.cfg.PullIdle {
+			continue
+		}
+		gone = append(gone, img)
+	}
+	return s.records.forgetImages(gone)
+}
+
+// start derives who uses what from the metadata, removes what nobody does, and
+// mounts in the background what active snapshots use.
+func (s *Snapshotter) start() error {
+	ctx := s.base
+	active := make(map[string]snapshots.Info)
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error {
+			if info.Kind != snapshots.KindCommitted {
+				active[info.Name] = info
+			}
+			// A label that does not parse makes that chain fail, and no other.
+			diff, lazy, err := diffOf(info)
+			if err != nil {
+				s.log.Error("lazy snapshot is damaged", "snapshot", info.Name, "error", err)
+			} else if lazy {
+				s.refs.addSnapshot(diff)
+			}
+			return nil
+		})
+	})
+	if err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("read snapshots: %w", err)
+	}
+	listed, err := s.records.diffs()
+	if err != nil {
+		return err
+	}
+	stale := make(map[blockdev.Digest]bool)
+	for id, kept := range listed {
+		s.refs.known(id)
+		if kept && !s.refs.setKept(id, true) {
+			stale[id] = false
+		}
+	}
+	if err := s.records.setKept(stale); err != nil {
+		return err
+	}
+	_, chains, err := s.survey(ctx)
+	if err != nil {
+		return err
+	}
+	if err := s.pruneImages(chains); err != nil {
+		return err
+	}
+	// What survey has found is in tmp now, with what an earlier process left there.
+	left, err := os.ReadDir(filepath.Join(s.cfg.Root, "tmp"))
+	if err != nil {
+		return err
+	}
+	s.bg.Go(func() {
+		for _, e := range left {
+			if ctx.Err() != nil {
+				return
+			}
+			s.removeDir(filepath.Join(s.cfg.Root, "tmp", e.Name()))
+		}
+		s.sweep(ctx)
+	})
+	s.bg.Go(func() { s.mountActive(ctx, active) })
+	return nil
+}
+
+// mountActive mounts what running containers, and those to be started again, read
+// from. One chain that fails does not stop the others: Mounts tries it again.
+func (s *Snapshotter) mountActive(ctx context.Context, active map[string]snapshots.Info) {
+	for name, info := range active {
+		if ctx.Err() != nil {
+			return
+		}
+		links, err := s.chain(ctx, info.Parent)
+		if err == nil {
+			_, err = s.lowers(ctx, links)
+		}
+		if err != nil && ctx.Err() == nil {
+			s.log.Error("snapshot cannot be mounted; it will be tried again when its container is started",
+				"snapshot", name, "error", err)
+		}
+		s.prefetch(info, links)
+	}
+}

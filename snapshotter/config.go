@@ -1,0 +1,105 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Data is the data path: it keeps local diffs and mounts their block images.
+// Its methods may be called from several goroutines.
+type Data interface {
+	// Add takes an encoded index and returns the DiffID in it. Adding a diff that
+	// is there already is no error. It does not keep the slice.
+	Add(ctx context.Context, encodedIndex []byte) (blockdev.Digest, error)
+	// Mount mounts the diff's block image, unless it is mounted, and returns the
+	// absolute path of the mount.
+	Mount(ctx context.Context, diffID blockdev.Digest) (dir string, err error)
+	// Remove unmounts the diff, stops its prefetch and frees its bytes. Removing a
+	// diff that is not there is no error.
+	Remove(ctx context.Context, diffID blockdev.Digest) error
+	// Prefetch queues the missing bytes of these diffs to be fetched in the
+	// background, in this order, and returns at once.
+	Prefetch(ids ...blockdev.Digest)
+}
+
+// Has is an optional part of Data: whether the diff has been added and is sound.
+// Without it, what was added is taken to be there until it is removed.
+type Has interface {
+	Has(diffID blockdev.Digest) bool
+}
+
+// LocalSize is an optional part of Data: how many bytes of a diff are on this
+// node. Without it, lazy snapshots report a usage of 0 bytes.
+type LocalSize interface {
+	LocalSize(diffID blockdev.Digest) (bytes int64, ok bool)
+}
+
+// PrefetchWaiter is an optional part of Data, needed for LabelPrefetch:
+// PrefetchWait returns nil when every byte of the diff is local and verified.
+type PrefetchWaiter interface {
+	PrefetchWait(ctx context.Context, diffID blockdev.Digest) error
+}
+
+// Credentials gives the node's credential for the registry host of an image
+// reference. No credential is the zero value and no error.
+type Credentials interface {
+	Credential(ctx context.Context, ref string) (blockdev.Credential, error)
+}
+
+// Config is what New needs.
+type Config struct {
+	// Root is the absolute directory for metadata and ordinary snapshots. Its file
+	// system must serve as overlayfs' upper layer. Created if missing.
+	Root string
+	// Data is the data path. It outlives the snapshotter, which does not close it.
+	Data Data
+	// Images is where indexes come from; nil: no image is lazy.
+	Images blockdev.ImageSource
+	// Credentials are passed to Images; nil: anonymous access only.
+	Credentials Credentials
+	// Platform goes into requests for an image whose manifest the caller does not
+	// name (KeepImage).
+	Platform blockdev.Platform
+	// IndexTimeout bounds how long a pull waits for the indexes of an image and for
+	// its mounts; past it, the image is unpacked in the ordinary way. 0: 5 minutes,
+	// since a cold supernode may have to fetch the whole image first, which is what
+	// containerd would do instead. A supernode that cannot be reached should make
+	// Images fail well before.
+	//
+	// containerd's garbage collector waits for a Prepare that is under way, and all
+	// its other calls to this snapshotter wait for the collector.
+	IndexTimeout time.Duration
+	// PullIdle is for how long after its last Prepare a pull's decision stands, and
+	// the indexes it has opened are kept for layers still to come. 0: 15 minutes.
+	PullIdle time.Duration
+	// Log takes all messages; nil: none.
+	Log *slog.Logger
+}
+
+func (c *Config) complete() error {
+	if c.Root == "" || !filepath.IsAbs(c.Root) {
+		return fmt.Errorf("snapshotter: Root %q is not an absolute path", c.Root)
+	}
+	if c.Data == nil {
+		return errors.New("snapshotter: Data is missing")
+	}
+	if c.IndexTimeout < 0 || c.PullIdle < 0 {
+		return errors.New("snapshotter: IndexTimeout and PullIdle must not be negative")
+	}
+	if c.IndexTimeout == 0 {
+		c.IndexTimeout = 5 * time.Minute
+	}
+	if c.PullIdle == 0 {
+		c.PullIdle = 15 * time.Minute
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}

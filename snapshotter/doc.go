@@ -1,0 +1,50 @@
+// Package snapshotter is containerd's side of a shoal node: a snapshotter whose
+// image layers need not be unpacked, nor even be there.
+//
+// # What it does
+//
+// It is an overlayfs snapshotter in all that is not lazy: without the labels
+// below it passes containerd's own test suite and lays out its directories as
+// containerd's overlayfs snapshotter does.
+//
+// When containerd is about to unpack a layer it calls Prepare with the label
+// containerd.io/snapshot.ref, the ChainID that the layer will have. The first
+// such call of a pull fetches the indexes of the whole image in one round trip
+// (blockdev.ImageSource), hands them to the data path (Data), which mounts each
+// diff, and commits the layer as a snapshot that holds nothing but the DiffID.
+// The answer is AlreadyExists, and containerd skips the download.
+//
+// # Invariants
+//
+//   - All layers of an image are lazy or none is: every index is added and every
+//     diff mounted before the first layer is answered. What was decided holds for
+//     the rest of the pull. An image that is not lazy is unpacked by containerd in
+//     the ordinary way, and one log line names the image and the cause.
+//   - A DiffID is believed only if the ChainID that it gives is the one containerd
+//     computed from the image config it has verified.
+//   - Which diff a snapshot stands for is recorded in the snapshot's own labels, in
+//     the transaction that creates it. Clients cannot set or change these labels.
+//   - A diff is in use while a snapshot names it, a pull that opened it is under
+//     way, or it is kept (Keep). A diff in use is never removed from the data path;
+//     one that is not is removed by the next Cleanup, or at the next start.
+//   - Everything else on disk can be lost at any moment (kill, power) and is put
+//     right at the next start: directories without a snapshot, diffs without use.
+//
+// # Layout below Config.Root
+//
+//	metadata.db   snapshots: containerd's core/snapshots/storage
+//	shoal.db      diffs, layers and images that this node has the indexes of
+//	s/<id>/fs     an ordinary snapshot's directory, or a lazy one's fix-ups
+//	s/<id>/work   overlayfs work directory of an active snapshot
+//	s/<id>/i/<n>  id-mapped clones of lower directories, where asked for
+//	l/<name>      short symbolic links, for chains too long for one page of options
+//	tmp/          directories being made; emptied at start
+//
+// # Fix-ups
+//
+// A layer's tar may have entries below a directory and none for the directory
+// itself. containerd then gives the directory the attributes that it has in the
+// layers below. A block image, made from one layer alone, cannot know them, so a
+// directory tree that holds just these directories, with the attributes looked up
+// in the chain, goes on top of the block image in overlayfs' list.
+package snapshotter

@@ -1,0 +1,352 @@
+package snapshotter
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/containerd/v2/pkg/snapshotters"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/index"
+)
+
+// layer is a layer's tar and what a supernode would make of it.
+type layer struct {
+	tar     []byte
+	digest  blockdev.Digest
+	diffID  blockdev.Digest
+	implied []string
+	index   []byte
+}
+
+// file is a regular file with its path as content, dir a directory; both with
+// further changes to the header.
+func file(name string, change ...func(*tar.Header)) *tar.Header {
+	h := &tar.Header{Name: name, Typeflag: tar.TypeReg, Mode: 0o644, Size: int64(len(name))}
+	for _, c := range change {
+		c(h)
+	}
+	return h
+}
+
+func dir(name string, mode int64, change ...func(*tar.Header)) *tar.Header {
+	h := &tar.Header{Name: name + "/", Typeflag: tar.TypeDir, Mode: mode}
+	for _, c := range change {
+		c(h)
+	}
+	return h
+}
+
+// newLayer makes a layer of entries.
+func newLayer(t testing.TB, entries ...*tar.Header) layer {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	there := map[string]bool{".": true}
+	for _, h := range entries {
+		check(t, w.WriteHeader(h))
+		if h.Typeflag == tar.TypeReg {
+			must(w.Write([]byte(h.Name)[:h.Size]))(t)
+		}
+		if h.Typeflag == tar.TypeDir {
+			there[path.Clean(h.Name)] = true
+		}
+	}
+	check(t, w.Close())
+	l := layer{tar: b.Bytes(), diffID: blockdev.Sum(b.Bytes()), digest: blockdev.Sum(append([]byte("gz"), b.Bytes()...))}
+	for _, h := range entries {
+		for p := path.Dir(path.Clean(h.Name)); !there[p]; p = path.Dir(p) {
+			there[p] = true
+			l.implied = append(l.implied, p)
+		}
+	}
+	slices.Sort(l.implied)
+	ix := &blockdev.Index{DiffID: l.diffID, DiffSize: int64(b.Len()), Meta: l.tar, Implied: l.implied}
+	for off := 0; off < b.Len(); off += blockdev.MaxChunk {
+		n := min(blockdev.MaxChunk, b.Len()-off)
+		ix.Chunks = append(ix.Chunks, blockdev.Chunk{Offset: int64(off), Length: uint32(n), Digest: blockdev.Sum(b.Bytes()[off : off+n])})
+	}
+	l.index = must(index.Encode(ix))(t)
+	return l
+}
+
+// image is a reference and its layers from the bottom up.
+type image struct {
+	ref      string
+	manifest blockdev.Digest
+	layers   []layer
+}
+
+func newImage(ref string, layers ...layer) image {
+	h := sha256.New()
+	h.Write([]byte(ref))
+	for _, l := range layers {
+		h.Write(l.digest[:])
+	}
+	return image{ref: ref, manifest: blockdev.Digest(h.Sum(nil)), layers: layers}
+}
+
+func (i image) chain(n int) string {
+	var ids []digest.Digest
+	for _, l := range i.layers[:n+1] {
+		ids = append(ids, digest.Digest(l.diffID.String()))
+	}
+	return identity.ChainID(ids).String()
+}
+
+// labels are those that containerd gives with layer n.
+func (i image) labels(n int) map[string]string {
+	var list []string
+	for _, l := range i.layers[n:] {
+		list = append(list, l.digest.String())
+	}
+	return map[string]string{
+		labelRef:                               i.chain(n),
+		snapshotters.TargetRefLabel:            i.ref,
+		snapshotters.TargetManifestDigestLabel: i.manifest.String(),
+		snapshotters.TargetLayerDigestLabel:    i.layers[n].digest.String(),
+		snapshotters.TargetImageLayersLabel:    strings.Join(list, ","),
+	}
+}
+
+// pull does what containerd's unpacker does. It returns the name of the top
+// snapshot and which layers had to be fetched.
+func (n *node) pull(ctx context.Context, i image, extra ...string) (top string, fetched []int, err error) {
+	for k := range i.layers {
+		labels := i.labels(k)
+		for _, e := range extra {
+			key, value, _ := strings.Cut(e, "=")
+			labels[key] = value
+		}
+		opt := snapshots.WithLabels(labels)
+		name := "ns/1/" + i.chain(k)
+		key := fmt.Sprintf("ns/2/extract-%d %s", k, i.chain(k))
+		if _, err := n.Stat(ctx, name); err == nil {
+			top = name
+			continue
+		}
+		mounts, err := n.Prepare(ctx, key, top, opt)
+		if errdefs.IsAlreadyExists(err) {
+			found := ""
+			filter := fmt.Sprintf(`labels."containerd.io/snapshot.ref"==%s,parent==%q`, i.chain(k), top)
+			werr := n.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+				if info.Kind == snapshots.KindCommitted {
+					found = info.Name
+				}
+				return nil
+			}, filter)
+			if werr != nil || found == "" {
+				return top, fetched, fmt.Errorf("layer %d answered AlreadyExists, and is not there: %w", k, errors.Join(werr, err))
+			}
+			top = found
+			continue
+		}
+		if err != nil {
+			return top, fetched, err
+		}
+		fetched = append(fetched, k)
+		if err := unpack(ctx, mounts, i.layers[k].tar); err != nil {
+			return top, fetched, err
+		}
+		if err := n.Commit(ctx, name, key, opt); err != nil {
+			return top, fetched, err
+		}
+		top = name
+	}
+	return top, fetched, nil
+}
+
+// fakeData is a data path of directories.
+type fakeData struct {
+	t    testing.TB
+	root string
+
+	mu         sync.Mutex
+	added      map[blockdev.Digest]int // times
+	dirs       map[blockdev.Digest]string
+	removed    []blockdev.Digest
+	prefetched []blockdev.Digest
+	waited     []blockdev.Digest
+	mountErr   map[blockdev.Digest]error
+	addErr     error
+	removeErr  error
+	waitErr    error
+	onRemove   func(blockdev.Digest)
+}
+
+func newFakeData(t testing.TB, root string) *fakeData {
+	check(t, os.MkdirAll(root, 0o755))
+	return &fakeData{
+		t: t, root: root,
+		added: make(map[blockdev.Digest]int), dirs: make(map[blockdev.Digest]string), mountErr: make(map[blockdev.Digest]error),
+	}
+}
+
+func (d *fakeData) Add(ctx context.Context, enc []byte) (blockdev.Digest, error) {
+	ix, err := index.Decode(enc)
+	if err != nil {
+		return blockdev.Digest{}, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.addErr != nil {
+		return ix.DiffID, d.addErr
+	}
+	d.added[ix.DiffID]++
+	if d.dirs[ix.DiffID] != "" {
+		return ix.DiffID, nil
+	}
+	dir := filepath.Join(d.root, ix.DiffID.Hex()[:12])
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return ix.DiffID, err
+	}
+	_, err = archive.Apply(ctx, dir, bytes.NewReader(ix.Meta), archive.WithConvertWhiteout(archive.OverlayConvertWhiteout))
+	d.dirs[ix.DiffID] = dir
+	return ix.DiffID, err
+}
+
+func (d *fakeData) Mount(_ context.Context, id blockdev.Digest) (string, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.mountErr[id]; err != nil {
+		return "", err
+	}
+	dir, ok := d.dirs[id]
+	if !ok {
+		return "", fmt.Errorf("diff %s: %w", id, blockdev.ErrNotFound)
+	}
+	return dir, nil
+}
+
+func (d *fakeData) Remove(_ context.Context, id blockdev.Digest) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.onRemove != nil {
+		d.onRemove(id)
+	}
+	if d.removeErr != nil {
+		return d.removeErr
+	}
+	d.removed = append(d.removed, id)
+	dir := d.dirs[id]
+	delete(d.dirs, id)
+	if dir == "" {
+		return nil
+	}
+	return os.RemoveAll(dir)
+}
+
+func (d *fakeData) Prefetch(ids ...blockdev.Digest) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.prefetched = append(d.prefetched, ids...)
+}
+
+func (d *fakeData) PrefetchWait(_ context.Context, id blockdev.Digest) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.waited = append(d.waited, id)
+	return d.waitErr
+}
+
+func (d *fakeData) LocalSize(id blockdev.Digest) (int64, bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	_, ok := d.dirs[id]
+	return 4711, ok
+}
+
+func (d *fakeData) has(l layer) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.dirs[l.diffID] != ""
+}
+
+func (d *fakeData) set(f func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	f()
+}
+
+// fakeImages is a supernode.
+type fakeImages struct {
+	mu       sync.Mutex
+	images   map[blockdev.Digest]image
+	requests []blockdev.ImageRequest
+	err      error
+	// gate, if not nil, is waited for.
+	gate   chan struct{}
+	change func(*blockdev.Image)
+}
+
+func newFakeImages() *fakeImages { return &fakeImages{images: make(map[blockdev.Digest]image)} }
+
+func (f *fakeImages) publish(list ...image) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, i := range list {
+		f.images[i.manifest] = i
+	}
+}
+
+func (f *fakeImages) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+	f.mu.Lock()
+	f.requests = append(f.requests, req)
+	gate, err, change := f.gate, f.err, f.change
+	i, ok := f.images[req.Manifest]
+	if req.Manifest == (blockdev.Digest{}) {
+		for _, i = range f.images {
+			if ok = i.ref == req.Ref; ok {
+				break
+			}
+		}
+	}
+	f.mu.Unlock()
+	if gate != nil {
+		select {
+		case <-gate:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("image %s: %w", req.Ref, err)
+	}
+	if !ok {
+		return nil, fmt.Errorf("image %s: %w", req.Ref, blockdev.ErrNotFound)
+	}
+	img := &blockdev.Image{Ref: req.Ref, Manifest: i.manifest}
+	for _, l := range i.layers {
+		out := blockdev.Layer{Digest: l.digest, Size: int64(len(l.tar)), DiffID: l.diffID, Index: l.index}
+		if slices.Contains(req.Have, l.digest) {
+			out.Index = nil
+		}
+		img.Layers = append(img.Layers, out)
+	}
+	if change != nil {
+		change(img)
+	}
+	return img, nil
+}
+
+func (f *fakeImages) asked() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.requests)
+}

@@ -1,0 +1,227 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/index"
+)
+
+const (
+	// maxLayers is what one overlayfs mount can join (OVL_MAX_STACK is 500, and
+	// fix-ups need a place too).
+	maxLayers = 450
+	// openWorkers bounds how many indexes of an image are decoded and mounted at a
+	// time, and so the memory for that.
+	openWorkers = 4
+)
+
+// openImage is an image all of whose diffs have been added and mounted.
+type openImage struct {
+	imageRecord
+	chains  []string // ChainID of each layer
+	release func()   // ends the hold on the diffs
+}
+
+// position of the layer with this ChainID; -1: there is none.
+func (o *openImage) position(chain string) int { return slices.Index(o.chains, chain) }
+
+// open gets the indexes of the wanted image and mounts its diffs. On an error
+// nothing is held, and the diffs that were added are unused.
+func (s *Snapshotter) open(ctx context.Context, w want) (_ *openImage, err error) {
+	if s.cfg.Images == nil {
+		return nil, fmt.Errorf("no supernode is configured: %w", blockdev.ErrUnavailable)
+	}
+	req := blockdev.ImageRequest{Ref: w.ref, Manifest: w.manifest, Platform: s.cfg.Platform}
+	if s.cfg.Credentials != nil {
+		if req.Credential, err = s.cfg.Credentials.Credential(ctx, w.ref); err != nil {
+			return nil, fmt.Errorf("credential for %s: %w", w.host, err)
+		}
+	}
+	have, releaseHave, err := s.have(ctx, w)
+	if err != nil {
+		return nil, err
+	}
+	defer releaseHave()
+	for layer := range have {
+		req.Have = append(req.Have, layer)
+	}
+
+	began := time.Now()
+	img, err := s.cfg.Images.OpenImage(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	o, err := s.check(w, img, have)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.add(ctx, o, img); err != nil {
+		return nil, err
+	}
+	s.log.Info("image is lazy", "image", w.ref, "manifest", o.Manifest, "layers", len(o.Layers),
+		"known", len(have), "took", time.Since(began).Round(time.Millisecond))
+	return o, nil
+}
+
+// have finds the wanted layers whose index is here already, and holds their diffs.
+func (s *Snapshotter) have(ctx context.Context, w want) (map[blockdev.Digest]blockdev.Digest, func(), error) {
+	have, err := s.records.have(w.host, w.layers)
+	if err != nil || len(have) == 0 {
+		return nil, func() {}, err
+	}
+	var ids []blockdev.Digest
+	for _, id := range have {
+		ids = append(ids, id)
+	}
+	release, err := s.refs.hold(ctx, ids...)
+	if err != nil {
+		return nil, nil, err
+	}
+	// What was being removed when hold began to wait is gone now.
+	have, err = s.records.have(w.host, w.layers)
+	if err != nil {
+		release()
+		return nil, nil, err
+	}
+	if data, ok := s.cfg.Data.(Has); ok {
+		for layer, id := range have {
+			if !data.Has(id) {
+				delete(have, layer)
+			}
+		}
+	}
+	return have, release, nil
+}
+
+// check refuses an image that is not what was asked for, or that cannot be proven
+// to be it. Everything in img comes from another machine.
+func (s *Snapshotter) check(w want, img *blockdev.Image, have map[blockdev.Digest]blockdev.Digest) (*openImage, error) {
+	if n := len(img.Layers); n == 0 || n > maxLayers {
+		return nil, fmt.Errorf("image has %d layers, 1 to %d can be mounted: %w", n, maxLayers, blockdev.ErrUnsupported)
+	}
+	o := &openImage{imageRecord: imageRecord{
+		Ref: w.ref, Host: w.host, Manifest: img.Manifest, Opened: time.Now().UTC(),
+	}}
+	diffs := make([]digest.Digest, len(img.Layers))
+	for i, l := range img.Layers {
+		diffs[i] = digest.Digest(l.DiffID.String())
+		o.Layers = append(o.Layers, Layer{Digest: l.Digest, DiffID: l.DiffID, Size: l.Size})
+		if id, ok := have[l.Digest]; l.Index == nil && !ok {
+			return nil, fmt.Errorf("layer %s came without an index: %w", l.Digest, blockdev.ErrCorrupt)
+		} else if l.Index == nil && id != l.DiffID {
+			return nil, fmt.Errorf("layer %s has DiffID %s, and had %s before: %w", l.Digest, l.DiffID, id, blockdev.ErrCorrupt)
+		}
+	}
+	for _, c := range identity.ChainIDs(diffs) {
+		o.chains = append(o.chains, c.String())
+	}
+	o.Top = o.chains[len(o.chains)-1]
+	if w.chain != "" && o.position(w.chain) < 0 {
+		return nil, fmt.Errorf("the DiffIDs that came do not give ChainID %s, which containerd has from the image config: %w",
+			w.chain, blockdev.ErrCorrupt)
+	}
+	return o, nil
+}
+
+// add hands the image's indexes to the data path and mounts all of its diffs.
+func (s *Snapshotter) add(ctx context.Context, o *openImage, img *blockdev.Image) (err error) {
+	// A layer can occur twice in an image.
+	indexes := make(map[blockdev.Digest][]byte)
+	var ids []blockdev.Digest
+	for _, l := range img.Layers {
+		if _, ok := indexes[l.DiffID]; !ok {
+			ids = append(ids, l.DiffID)
+			indexes[l.DiffID] = l.Index
+		} else if indexes[l.DiffID] == nil {
+			indexes[l.DiffID] = l.Index
+		}
+	}
+	release, err := s.refs.hold(ctx, ids...)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			release()
+		}
+	}()
+	if err := s.records.intend(ids); err != nil {
+		return err
+	}
+
+	implied := make([][]string, len(ids))
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(openWorkers)
+	for i, id := range ids {
+		g.Go(func() (err error) {
+			if enc := indexes[id]; enc != nil {
+				if implied[i], err = s.addIndex(gctx, id, enc); err != nil {
+					return err
+				}
+			}
+			// Mounting now shows what this machine cannot do while there is still an
+			// ordinary way to the image.
+			if _, err := s.cfg.Data.Mount(gctx, id); err != nil {
+				return fmt.Errorf("mount diff %s: %w", id, err)
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	fresh := make(map[blockdev.Digest][]string)
+	for i, id := range ids {
+		if indexes[id] != nil {
+			fresh[id] = implied[i]
+		}
+	}
+	if err := s.records.opened(o.imageRecord, fresh); err != nil {
+		return err
+	}
+	o.release = release
+	return nil
+}
+
+// addIndex adds one index that must be that of diff id, and returns its implied
+// directories.
+func (s *Snapshotter) addIndex(ctx context.Context, id blockdev.Digest, enc []byte) ([]string, error) {
+	ix, err := index.Decode(enc)
+	if err != nil {
+		return nil, fmt.Errorf("index of diff %s: %w", id, err)
+	}
+	if ix.DiffID != id {
+		return nil, fmt.Errorf("index of diff %s is that of %s: %w", id, ix.DiffID, blockdev.ErrCorrupt)
+	}
+	got, err := s.cfg.Data.Add(ctx, enc)
+	if err != nil {
+		return nil, fmt.Errorf("add diff %s: %w", id, err)
+	}
+	if got != id {
+		return nil, fmt.Errorf("data path took diff %s for %s: %w", id, got, blockdev.ErrCorrupt)
+	}
+	return ix.Implied, nil
+}
+
+// cause makes an error of opening an image into the words of a log line.
+func cause(err error, timeout time.Duration) string {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		return fmt.Sprintf("its indexes did not come within %v: %v", timeout, err)
+	case errors.Is(err, blockdev.ErrUnavailable):
+		return fmt.Sprintf("no supernode answers: %v", err)
+	case errors.Is(err, blockdev.ErrUnauthorized):
+		return fmt.Sprintf("this node's credential does not open it: %v", err)
+	default:
+		return err.Error()
+	}
+}

@@ -1,0 +1,278 @@
+package snapshotter
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// records is shoal.db: what this node knows about diffs, layers and images
+// besides the snapshots. All of it can be lost without harm to a snapshot, except
+// that diffs are not found any more that nobody uses.
+//
+//	diffs   DiffID (32 bytes)                      -> diffRecord
+//	layers  registry host, 0, layer digest (32)    -> DiffID (32)
+//	images  manifest digest (32), image reference  -> imageRecord
+//
+// Values other than DiffIDs are JSON.
+type records struct{ db *bolt.DB }
+
+// diffRecord is written before the diff is added to the data path, so that no
+// diff is there which is not listed.
+type diffRecord struct {
+	// Added: the data path has taken the index.
+	Added bool `json:"added,omitempty"`
+	// Kept: held without a snapshot.
+	Kept bool `json:"kept,omitempty"`
+	// Implied is blockdev.Index.Implied.
+	Implied []string `json:"implied,omitempty"`
+	// Layers are keys of the layers bucket that point here.
+	Layers [][]byte `json:"layers,omitempty"`
+}
+
+// imageRecord is one image whose indexes this node has got.
+type imageRecord struct {
+	Ref      string          `json:"ref"`
+	Host     string          `json:"host"`
+	Manifest blockdev.Digest `json:"manifest"`
+	Opened   time.Time       `json:"opened"`
+	Top      string          `json:"top"` // ChainID of the top layer
+	Layers   []Layer         `json:"layers"`
+}
+
+var (
+	bucketDiffs  = []byte("diffs")
+	bucketLayers = []byte("layers")
+	bucketImages = []byte("images")
+)
+
+func openRecords(path string) (*records, error) {
+	// A second process on the same directory must fail, not hang.
+	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: 5 * time.Second, FreelistType: bolt.FreelistMapType})
+	if errors.Is(err, bolterrors.ErrTimeout) {
+		return nil, fmt.Errorf("open %s: another process uses it", path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	err = db.Update(func(tx *bolt.Tx) error {
+		for _, b := range [][]byte{bucketDiffs, bucketLayers, bucketImages} {
+			if _, err := tx.CreateBucketIfNotExists(b); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("set up %s: %w", path, err), db.Close())
+	}
+	return &records{db: db}, nil
+}
+
+func (r *records) close() error { return r.db.Close() }
+
+func layerKey(host string, layer blockdev.Digest) []byte {
+	return append(append([]byte(host), 0), layer[:]...)
+}
+
+func getDiff(tx *bolt.Tx, id blockdev.Digest) (rec diffRecord, ok bool, err error) {
+	v := tx.Bucket(bucketDiffs).Get(id[:])
+	if v == nil {
+		return rec, false, nil
+	}
+	if err := json.Unmarshal(v, &rec); err != nil {
+		return rec, false, fmt.Errorf("record of diff %s: %w", id, err)
+	}
+	return rec, true, nil
+}
+
+func putDiff(tx *bolt.Tx, id blockdev.Digest, rec diffRecord) error {
+	v, err := json.Marshal(rec)
+	if err != nil {
+		return err
+	}
+	return tx.Bucket(bucketDiffs).Put(id[:], v)
+}
+
+// intend lists diffs that are about to be added.
+func (r *records) intend(ids []blockdev.Digest) error {
+	return r.db.Update(func(tx *bolt.Tx) error {
+		for _, id := range ids {
+			_, ok, err := getDiff(tx, id)
+			if err != nil {
+				return err
+			}
+			if ok {
+				continue
+			}
+			if err := putDiff(tx, id, diffRecord{}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// opened stores an image all of whose diffs have been added. implied has an entry
+// for each diff whose index was read just now.
+func (r *records) opened(img imageRecord, implied map[blockdev.Digest][]string) error {
+	return r.db.Update(func(tx *bolt.Tx) error {
+		for _, l := range img.Layers {
+			rec, _, err := getDiff(tx, l.DiffID)
+			if err != nil {
+				return err
+			}
+			rec.Added = true
+			if dirs, ok := implied[l.DiffID]; ok {
+				rec.Implied = dirs
+			}
+			key := layerKey(img.Host, l.Digest)
+			if !slices.ContainsFunc(rec.Layers, func(k []byte) bool { return slices.Equal(k, key) }) {
+				rec.Layers = append(rec.Layers, key)
+			}
+			if err := putDiff(tx, l.DiffID, rec); err != nil {
+				return err
+			}
+			if err := tx.Bucket(bucketLayers).Put(key, l.DiffID[:]); err != nil {
+				return err
+			}
+		}
+		v, err := json.Marshal(img)
+		if err != nil {
+			return err
+		}
+		return tx.Bucket(bucketImages).Put(append(img.Manifest[:], img.Ref...), v)
+	})
+}
+
+// have returns which of the layers, of this registry host, have an index here.
+func (r *records) have(host string, layers []blockdev.Digest) (map[blockdev.Digest]blockdev.Digest, error) {
+	found := make(map[blockdev.Digest]blockdev.Digest)
+	err := r.db.View(func(tx *bolt.Tx) error {
+		for _, l := range layers {
+			v := tx.Bucket(bucketLayers).Get(layerKey(host, l))
+			if len(v) != len(l) {
+				continue
+			}
+			id := blockdev.Digest(v)
+			rec, _, err := getDiff(tx, id)
+			if err != nil {
+				return err
+			}
+			if rec.Added {
+				found[l] = id
+			}
+		}
+		return nil
+	})
+	return found, err
+}
+
+// implied is blockdev.Index.Implied of a diff that has been added.
+func (r *records) implied(id blockdev.Digest) (dirs []string, err error) {
+	err = r.db.View(func(tx *bolt.Tx) error {
+		rec, ok, err := getDiff(tx, id)
+		if err == nil && !ok {
+			err = fmt.Errorf("diff %s: %w", id, blockdev.ErrNotFound)
+		}
+		dirs = rec.Implied
+		return err
+	})
+	return dirs, err
+}
+
+// setKept marks diffs as held without a snapshot, or as no longer so.
+func (r *records) setKept(kept map[blockdev.Digest]bool) error {
+	return r.db.Update(func(tx *bolt.Tx) error {
+		for id, k := range kept {
+			rec, ok, err := getDiff(tx, id)
+			if err != nil {
+				return err
+			}
+			if !ok {
+				return fmt.Errorf("diff %s: %w", id, blockdev.ErrNotFound)
+			}
+			if rec.Kept == k {
+				continue
+			}
+			rec.Kept = k
+			if err := putDiff(tx, id, rec); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// diffs lists all diffs, and whether each is kept.
+func (r *records) diffs() (map[blockdev.Digest]bool, error) {
+	m := make(map[blockdev.Digest]bool)
+	err := r.db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketDiffs).ForEach(func(k, v []byte) error {
+			var rec diffRecord
+			if len(k) != len(blockdev.Digest{}) {
+				return fmt.Errorf("record of a diff has a key of %d bytes", len(k))
+			}
+			if err := json.Unmarshal(v, &rec); err != nil {
+				return fmt.Errorf("record of diff %s: %w", blockdev.Digest(k), err)
+			}
+			m[blockdev.Digest(k)] = rec.Kept
+			return nil
+		})
+	})
+	return m, err
+}
+
+// forget drops a diff and the layers that point to it.
+func (r *records) forget(id blockdev.Digest) error {
+	return r.db.Update(func(tx *bolt.Tx) error {
+		rec, _, err := getDiff(tx, id)
+		if err != nil {
+			return err
+		}
+		for _, key := range rec.Layers {
+			if !slices.Equal(tx.Bucket(bucketLayers).Get(key), id[:]) {
+				continue
+			}
+			if err := tx.Bucket(bucketLayers).Delete(key); err != nil {
+				return err
+			}
+		}
+		return tx.Bucket(bucketDiffs).Delete(id[:])
+	})
+}
+
+func (r *records) images() (list []imageRecord, err error) {
+	err = r.db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketImages).ForEach(func(_, v []byte) error {
+			var rec imageRecord
+			if err := json.Unmarshal(v, &rec); err != nil {
+				return fmt.Errorf("record of an image: %w", err)
+			}
+			list = append(list, rec)
+			return nil
+		})
+	})
+	return list, err
+}
+
+func (r *records) forgetImages(list []imageRecord) error {
+	if len(list) == 0 {
+		return nil
+	}
+	return r.db.Update(func(tx *bolt.Tx) error {
+		for _, img := range list {
+			if err := tx.Bucket(bucketImages).Delete(append(img.Manifest[:], img.Ref...)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}

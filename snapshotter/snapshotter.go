@@ -1,0 +1,291 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/continuity/fs"
+	"github.com/containerd/errdefs"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Snapshotter implements containerd's snapshots.Snapshotter and snapshots.Cleaner.
+// Methods return errors of the errdefs classes.
+type Snapshotter struct {
+	cfg     Config
+	log     *slog.Logger
+	ms      *storage.MetaStore
+	records *records
+	refs    refs
+	pulls   pulls
+	options []string // overlayfs' for every mount
+
+	base   context.Context // ends with Close
+	cancel context.CancelFunc
+	bg     sync.WaitGroup
+	closed sync.Once
+	// closeErr is that of the first Close.
+	closeErr error
+
+	mu         sync.Mutex
+	unlabelled string              // last ChainID asked for without an image's name
+	idmapping  map[string]struct{} // snapshot ids whose clones are being made
+	idmapDone  *sync.Cond          // on mu
+}
+
+var (
+	_ snapshots.Snapshotter = (*Snapshotter)(nil)
+	_ snapshots.Cleaner     = (*Snapshotter)(nil)
+)
+
+// New opens a snapshotter, puts right what an earlier process has left half done,
+// and starts to mount, in the background, what active snapshots use. The caller
+// must Close it.
+func New(cfg Config) (_ *Snapshotter, err error) {
+	if err := cfg.complete(); err != nil {
+		return nil, err
+	}
+	s := &Snapshotter{cfg: cfg, log: cfg.Log, idmapping: make(map[string]struct{})}
+	s.idmapDone = sync.NewCond(&s.mu)
+	for _, dir := range []string{"", "s", "tmp", "l"} {
+		if err := os.MkdirAll(filepath.Join(cfg.Root, dir), 0o700); err != nil {
+			return nil, err
+		}
+	}
+	if ok, err := fs.SupportsDType(cfg.Root); err != nil {
+		return nil, fmt.Errorf("file system of %s: %w", cfg.Root, err)
+	} else if !ok {
+		return nil, fmt.Errorf("file system of %s has no d_type, which overlayfs needs (xfs: format it with ftype=1)", cfg.Root)
+	}
+	if _, err := os.Stat("/sys/module/overlay/parameters/index"); err == nil {
+		// As containerd's overlayfs snapshotter: the index makes upper directories
+		// refuse to be used again.
+		s.options = append(s.options, "index=off")
+	}
+	// shoal.db goes first: its lock keeps a second process off both files.
+	if s.records, err = openRecords(filepath.Join(cfg.Root, "shoal.db")); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			_ = s.records.close()
+		}
+	}()
+	if s.ms, err = storage.NewMetaStore(filepath.Join(cfg.Root, "metadata.db")); err != nil {
+		return nil, err
+	}
+	s.base, s.cancel = context.WithCancel(context.Background())
+	s.pulls.base, s.pulls.timeout, s.pulls.idle = s.base, cfg.IndexTimeout, cfg.PullIdle
+	s.pulls.ended = func(ctx context.Context) { s.sweep(ctx) }
+	if err := s.start(); err != nil {
+		s.cancel()
+		s.bg.Wait()
+		return nil, errors.Join(err, s.ms.Close())
+	}
+	return s, nil
+}
+
+// Close ends background work and pulls that wait for indexes. What is mounted
+// stays mounted. A second call does nothing.
+func (s *Snapshotter) Close() error {
+	s.closed.Do(func() {
+		s.cancel()
+		s.pulls.close()
+		s.bg.Wait()
+		s.closeErr = errors.Join(s.ms.Close(), s.records.close())
+	})
+	return s.closeErr
+}
+
+// Stat returns the info of a snapshot.
+func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		_, info, _, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	return info, err
+}
+
+// Update changes labels. Those that make a snapshot a lazy one stay as they are.
+func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (updated snapshots.Info, err error) {
+	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		_, old, _, err := storage.GetInfo(ctx, info.Name)
+		if err != nil {
+			return err
+		}
+		info, fieldpaths := guard(info, old, fieldpaths)
+		updated, err = storage.UpdateInfo(ctx, info, fieldpaths...)
+		return err
+	})
+	return updated, err
+}
+
+// Usage of a lazy snapshot is what its diff takes on this node; other snapshots
+// with the same diff report it, too.
+func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Usage, err error) {
+	var (
+		id   string
+		info snapshots.Info
+	)
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		id, info, usage, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	if err != nil {
+		return usage, err
+	}
+	if info.Kind == snapshots.KindActive {
+		du, err := fs.DiskUsage(ctx, s.upper(id))
+		return snapshots.Usage(du), err
+	}
+	diff, lazy, err := diffOf(info)
+	if err != nil || !lazy {
+		return usage, err
+	}
+	if data, ok := s.cfg.Data.(LocalSize); ok {
+		if n, ok := data.LocalSize(diff); ok {
+			usage.Size += n
+		}
+	}
+	return usage, nil
+}
+
+// Prepare makes a writable snapshot, or, where labels ask for an image layer that
+// can be lazy, a committed one: the error is then AlreadyExists.
+func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	return s.create(ctx, snapshots.KindActive, key, parent, opts)
+}
+
+// View makes a snapshot that is mounted read-only. For labels see Prepare.
+func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	return s.create(ctx, snapshots.KindView, key, parent, opts)
+}
+
+// Mounts returns the mounts of an active snapshot or a view, with the block images
+// of its lazy layers mounted.
+func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
+	var (
+		sn    storage.Snapshot
+		info  snapshots.Info
+		links []link
+	)
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+		if sn, err = storage.GetSnapshot(ctx, key); err != nil {
+			return err
+		}
+		if _, info, _, err = storage.GetInfo(ctx, key); err != nil {
+			return err
+		}
+		links, err = readChain(ctx, info.Parent)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	lowers, err := s.lowers(ctx, links)
+	if err != nil {
+		return nil, fmt.Errorf("snapshot %s: %w", key, err)
+	}
+	mounts, err := s.mounts(sn, info, links, lowers)
+	if err == nil {
+		s.prefetch(info, links)
+	}
+	return mounts, err
+}
+
+// Commit makes an active snapshot a committed one.
+func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
+	info, err := callersInfo(opts)
+	if err != nil {
+		return err
+	}
+	var id string
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		id, _, _, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	// Before the write transaction, which all others wait for; a snapshot that is
+	// written to while it is committed has no exact usage anyhow.
+	usage, err := fs.DiskUsage(ctx, s.upper(id))
+	if err != nil {
+		return err
+	}
+	return s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		_, err := storage.CommitActive(ctx, key, name, snapshots.Usage(usage), replace(info))
+		return err
+	})
+}
+
+// Remove makes a snapshot unavailable. Its disk space, and a diff that it was the
+// last to use, go with the next Cleanup, which containerd calls after each garbage
+// collection.
+func (s *Snapshotter) Remove(ctx context.Context, key string) error {
+	var (
+		diff blockdev.Digest
+		lazy bool
+	)
+	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		_, info, _, err := storage.GetInfo(ctx, key)
+		if err != nil {
+			return err
+		}
+		if diff, lazy, err = diffOf(info); err != nil {
+			return err
+		}
+		_, _, err = storage.Remove(ctx, key)
+		return err
+	})
+	if err == nil && lazy {
+		s.refs.dropSnapshot(diff)
+	}
+	return err
+}
+
+// Walk calls fn for all snapshots that match the filters.
+func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
+	return s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return storage.WalkInfo(ctx, fn, filters...)
+	})
+}
+
+func (s *Snapshotter) dir(id string) string   { return filepath.Join(s.cfg.Root, "s", id) }
+func (s *Snapshotter) upper(id string) string { return filepath.Join(s.dir(id), "fs") }
+func (s *Snapshotter) work(id string) string  { return filepath.Join(s.dir(id), "work") }
+
+// replace sets all of info at once, as the labels of the caller have been sifted.
+func replace(info snapshots.Info) snapshots.Opt {
+	return func(i *snapshots.Info) error {
+		*i = info
+		return nil
+	}
+}
+
+// classify gives an error of the data path its class. It is never NotFound: the
+// snapshot is there.
+func classify(err error) error {
+	switch {
+	case err == nil, errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return err
+	case errors.Is(err, blockdev.ErrNoSpace):
+		return fmt.Errorf("%w: %w", errdefs.ErrResourceExhausted, err)
+	case errors.Is(err, blockdev.ErrCorrupt):
+		return fmt.Errorf("%w: %w", errdefs.ErrDataLoss, err)
+	case errors.Is(err, blockdev.ErrUnavailable), errors.Is(err, blockdev.ErrNotFound), errors.Is(err, io.EOF):
+		return fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
+	default:
+		return fmt.Errorf("%w: %w", errdefs.ErrInternal, err)
+	}
+}
