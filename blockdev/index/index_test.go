@@ -311,6 +311,27 @@ func TestOtherCompressor(t *testing.T) {
 	}
 }
 
+func BenchmarkEncode(b *testing.B) {
+	ix := sample(10, 33_000, 8<<20)
+	b.SetBytes(int64(len(ix.Meta)))
+	b.ReportAllocs()
+	for b.Loop() {
+		encode(b, ix)
+	}
+}
+
+func BenchmarkDecode(b *testing.B) {
+	ix := sample(10, 33_000, 8<<20)
+	data := encode(b, ix)
+	b.SetBytes(int64(len(ix.Meta)))
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := Decode(data); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func FuzzDecode(f *testing.F) {
 	f.Add([]byte{})
 	for _, ix := range []*blockdev.Index{{}, sample(8, 1, 10), sample(9, 60, 2000), {Implied: []string{"a", "b/c"}}} {
