@@ -1,0 +1,132 @@
+package layer
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"runtime"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/erofs"
+)
+
+// Put takes a chunk or a piece of the header stream: 1 to blockdev.MaxChunk
+// bytes with the digest d. It is called from several goroutines, with the same
+// data more than once if the layer has it more than once. data is valid until
+// it returns. Its error ends the Build.
+type Put func(ctx context.Context, d blockdev.Digest, data []byte) error
+
+// Limits that no Options change.
+const (
+	// MaxHeader bounds, in bytes, all that stands before the content of one
+	// entry: PAX and GNU extension headers, the header, a sparse map.
+	MaxHeader = 4 << 20
+	// MaxPath is the length, in bytes, of the longest path: Linux' PATH_MAX
+	// without the NUL.
+	MaxPath = 4095
+	// MaxName is the length, in bytes, of the longest name in a directory.
+	MaxName = 255
+	// maxLinks bounds the symlinks followed for one path, as containerd does.
+	maxLinks = 255
+)
+
+// Options bound what a Build may use. A zero field means its default.
+type Options struct {
+	// Workers is how many goroutines hash chunks and call Put; default
+	// GOMAXPROCS.
+	Workers int
+	// MaxEntries bounds tar entries, inodes and extents together; default 4
+	// million.
+	MaxEntries int
+	// MaxMetadata bounds the names, link targets, extended attributes and
+	// implied paths of the layer together, in bytes; default 256 MiB.
+	MaxMetadata int64
+	// MaxInline bounds the content, in bytes, of sparse files whose data lies in
+	// the tar so that no 512-byte blocks address it; it is kept in the metadata.
+	// Default 64 MiB.
+	MaxInline int64
+}
+
+func (o Options) withDefaults() Options {
+	if o.Workers <= 0 {
+		o.Workers = runtime.GOMAXPROCS(0)
+	}
+	if o.MaxEntries <= 0 {
+		o.MaxEntries = 4_000_000
+	}
+	if o.MaxMetadata <= 0 {
+		o.MaxMetadata = 256 << 20
+	}
+	if o.MaxInline <= 0 {
+		o.MaxInline = 64 << 20
+	}
+	return o
+}
+
+// Build reads the diff r to its end, once, and returns its index, having called
+// put for every chunk and every piece of the header stream.
+//
+// The error wraps blockdev.ErrCorrupt (truncated, bad checksum, contradicting
+// headers), blockdev.ErrUnsupported (beyond a limit, or what containerd would
+// not unpack either), the error of r or put, or the context's; it names the
+// entry. Build starts goroutines and waits for all of them, so it returns only
+// after a Read or Put in progress has: whoever cancels ctx makes r return, too.
+func Build(ctx context.Context, r io.Reader, put Put, o Options) (*blockdev.Index, error) {
+	o = o.withDefaults()
+	group, gctx := errgroup.WithContext(ctx)
+	in := newInput(gctx)
+	out, err := newOutput(gctx, put, o.Workers)
+	if err != nil {
+		return nil, fmt.Errorf("building the index of a layer: %w", err)
+	}
+	s := &scanner{in: in, out: out, tree: newTree(o), maxInline: o.MaxInline}
+	var diffID blockdev.Digest
+
+	group.Go(func() error { return in.read(r) })
+	group.Go(func() error {
+		var err error
+		diffID, err = in.hash()
+		return err
+	})
+	for range o.Workers {
+		group.Go(out.work)
+	}
+	group.Go(func() error {
+		defer close(out.jobs) // the workers end when they have put what is there
+		if err := s.run(); err != nil {
+			return err
+		}
+		return out.flush()
+	})
+	if err := group.Wait(); err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			return nil, fmt.Errorf("building the index of a layer: %w", cause)
+		}
+		return nil, fmt.Errorf("building the index of a layer: %w", err)
+	}
+
+	var meta bytes.Buffer
+	if err := erofs.Write(&meta, s.tree.root, in.offset); err != nil {
+		return nil, fmt.Errorf("building the index of layer %v: %w", diffID, err)
+	}
+	return &blockdev.Index{
+		DiffID:   diffID,
+		DiffSize: in.offset,
+		Meta:     meta.Bytes(),
+		Chunks:   out.chunks,
+		Headers:  out.pieces,
+		Implied:  s.tree.implied(),
+	}, nil
+}
+
+// corrupt and unsupported make errors of the two kinds that the input causes.
+func corrupt(format string, args ...any) error {
+	return fmt.Errorf("%w: "+format, append([]any{blockdev.ErrCorrupt}, args...)...)
+}
+
+func unsupported(format string, args ...any) error {
+	return fmt.Errorf("%w: "+format, append([]any{blockdev.ErrUnsupported}, args...)...)
+}
