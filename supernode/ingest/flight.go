@@ -1,0 +1,301 @@
+package ingest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/blockdev/layer"
+	"github.com/shoalfs/shoal/supernode/store"
+)
+
+// errAbandoned ends a flight that nobody has waited for during Config.Grace.
+var errAbandoned = fmt.Errorf("nobody waits for the layer any more: %w", context.Canceled)
+
+// flight is one layer on its way from one registry into the store.
+type flight struct {
+	in     *Ingester
+	key    flightKey
+	l      Layer // the first asker's
+	cancel context.CancelCauseFunc
+
+	done chan struct{}
+	// Set before done is closed. rec.DiffID is set as soon as it is known, also
+	// if the flight fails.
+	rec store.LayerRecord
+	err error
+
+	stage             atomic.Int32
+	fetched, unpacked atomic.Int64
+
+	// Guarded by Ingester.mu.
+	waiters int
+	grace   *time.Timer
+
+	mu     sync.Mutex
+	claims []blockdev.Digest // DiffIDs that askers' configs say
+	opens  []Open            // of those who asked, each with its own credential
+}
+
+func (f *flight) progress() Progress {
+	return Progress{
+		Layer: f.l.Digest, Stage: Stage(f.stage.Load()),
+		Fetched: f.fetched.Load(), Total: f.l.Size, Unpacked: f.unpacked.Load(),
+	}
+}
+
+// maxOpens bounds the credentials that a flight falls back to.
+const maxOpens = 8
+
+// join finds the layer's flight or starts it, and counts the caller as waiting.
+func (in *Ingester) join(l Layer) (*flight, error) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.closed {
+		return nil, ErrClosed
+	}
+	key := flightKey{l.Digest, l.Origin}
+	f := in.flights[key]
+	if f == nil {
+		ctx, cancel := context.WithCancelCause(in.ctx)
+		f = &flight{in: in, key: key, l: l, cancel: cancel, done: make(chan struct{})}
+		in.flights[key] = f
+		in.wg.Go(func() { in.run(ctx, f) })
+	}
+	f.waiters++
+	if f.grace != nil {
+		f.grace.Stop()
+		f.grace = nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !slices.Contains(f.claims, l.DiffID) {
+		f.claims = append(f.claims, l.DiffID)
+	}
+	if len(f.opens) < maxOpens {
+		f.opens = append(f.opens, l.Open)
+	}
+	return f, nil
+}
+
+func (in *Ingester) leave(f *flight) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if f.waiters--; f.waiters == 0 {
+		f.grace = time.AfterFunc(in.cfg.Grace, func() { in.abandon(f) })
+		select {
+		case <-f.done:
+			f.grace.Stop()
+		default:
+		}
+	}
+}
+
+// abandon ends a flight that nobody waits for, unless somebody has come since.
+func (in *Ingester) abandon(f *flight) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if f.waiters == 0 {
+		f.cancel(errAbandoned)
+		// Who comes from now on starts anew, after this one has left the spool.
+		if in.flights[f.key] == f {
+			delete(in.flights, f.key)
+		}
+	}
+}
+
+func (in *Ingester) run(ctx context.Context, f *flight) {
+	defer f.cancel(nil)
+	err := f.fly(ctx)
+	if err == nil {
+		f.stage.Store(int32(StageStored))
+		in.stats.ingested.Add(1)
+	} else {
+		in.stats.failed.Add(1)
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+	}
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.flights[f.key] == f {
+		delete(in.flights, f.key)
+	}
+	if f.grace != nil {
+		f.grace.Stop()
+	}
+	f.err = err
+	close(f.done)
+}
+
+// fly waits for a place and for room, and takes the layer through.
+func (f *flight) fly(ctx context.Context) error {
+	places := f.in.large
+	if f.l.Size <= SmallLayer {
+		places = f.in.small
+	}
+	select {
+	case places <- struct{}{}:
+		defer func() { <-places }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	origin := blockdev.Sum([]byte(f.l.Origin))
+	sf, err := f.in.spool.take(ctx, f.l.Digest.Hex()+"-"+origin.Hex()[:16], f.l.Size)
+	if err != nil {
+		return err
+	}
+	pieced := sf.length > 0
+	err = f.through(ctx, sf, &pieced)
+	if pieced && errors.Is(err, blockdev.ErrCorrupt) && ctx.Err() == nil {
+		// The seam may be the cause: a power failure can leave garbage at the end of
+		// the spool file, and a registry may answer a range request with something
+		// else. Once more, all of it from the registry.
+		f.in.cfg.Log.Warn("layer wrong after resuming its download; fetching all of it again", "image", f.l.Ref, "layer", f.l.Digest, "error", err)
+		if err = sf.restart(); err == nil {
+			err = f.through(ctx, sf, &pieced)
+		}
+	}
+	// What is wrong in itself is not kept; what a later attempt can go on with is.
+	keep := err != nil && !errors.Is(err, blockdev.ErrCorrupt) && !errors.Is(err, blockdev.ErrUnsupported)
+	if cerr := sf.giveUp(keep); cerr != nil {
+		f.in.cfg.Log.Warn("spool file not given up", "layer", f.l.Digest, "error", cerr)
+	}
+	return err
+}
+
+// through runs both sides of the pipeline over the spool file and publishes.
+// pieced becomes true if the blob did not come over one connection.
+func (f *flight) through(ctx context.Context, sf *spoolFile, pieced *bool) error {
+	session, err := f.in.cfg.Store.Begin(f.l.Digest)
+	if err != nil {
+		return err
+	}
+	defer session.Abort() // does nothing once published
+	f.stage.Store(int32(StageFetching))
+	f.fetched.Store(sf.length)
+	f.unpacked.Store(0)
+	f.in.stats.resumed.Add(sf.length)
+
+	t := newTail(sf.f, sf.length)
+	var ix *blockdev.Index
+	var fetchErr error
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		l := f.l
+		l.Open = f.open
+		fe := &fetcher{in: f.in, l: l, sf: sf, t: t, fetch: func(n int) {
+			f.fetched.Add(int64(n))
+			f.in.stats.fetched.Add(int64(n))
+		}}
+		fetchErr = fe.run(gctx)
+		*pieced = *pieced || fe.broke
+		f.stage.CompareAndSwap(int32(StageFetching), int32(StageUnpacking))
+		return fetchErr
+	})
+	g.Go(func() error {
+		var err error
+		ix, err = f.build(gctx, &reader{ctx: gctx, t: t}, session)
+		return err
+	})
+	if err := g.Wait(); err != nil {
+		return f.reason(ctx, err, fetchErr)
+	}
+	f.rec = store.LayerRecord{Layer: f.l.Digest, Size: f.l.Size, DiffID: ix.DiffID, Origins: []string{f.l.Origin}}
+	if !f.claimed(ix.DiffID) {
+		return claim(f.l, ix.DiffID)
+	}
+	f.stage.Store(int32(StageStoring))
+	enc, err := index.Encode(ix)
+	if err != nil {
+		return err
+	}
+	chunks := make([]blockdev.Digest, 0, len(ix.Chunks)+len(ix.Headers))
+	for _, c := range ix.Chunks {
+		chunks = append(chunks, c.Digest)
+	}
+	for _, p := range ix.Headers {
+		chunks = append(chunks, p.Digest)
+	}
+	return session.Publish(ctx, f.rec, enc, chunks)
+}
+
+// reason picks the error that says why: a broken download also breaks the
+// unpacking, and an error of the unpacking cancels the download.
+func (f *flight) reason(ctx context.Context, first, fetchErr error) error {
+	switch {
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case fetchErr != nil && !errors.Is(fetchErr, context.Canceled):
+		first = fetchErr
+	}
+	if errors.Is(first, blockdev.ErrNotFound) && foreign(f.l.MediaType) {
+		return fmt.Errorf("a foreign layer that the registry does not have: %w: %w", blockdev.ErrUnsupported, first)
+	}
+	return first
+}
+
+// build unpacks what r brings.
+func (f *flight) build(ctx context.Context, r io.Reader, session *store.Ingest) (*blockdev.Index, error) {
+	tar, err := decompress(r)
+	if err != nil {
+		return nil, err
+	}
+	defer tar.Close()
+	c := &counting{r: tar, f: f}
+	return layer.Build(ctx, c, session.Put, f.in.cfg.Build)
+}
+
+// counting counts what is unpacked, and bounds it.
+type counting struct {
+	r io.Reader
+	f *flight
+	n int64
+}
+
+// Read implements io.Reader.
+func (c *counting) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.n += int64(n)
+	c.f.unpacked.Store(c.n)
+	c.f.in.stats.unpacked.Add(int64(n))
+	if limit := c.f.in.cfg.MaxDiff; c.n > limit {
+		return n, fmt.Errorf("the layer unpacks to more than %d GiB: %w", limit>>30, blockdev.ErrUnsupported)
+	}
+	return n, err
+}
+
+func (f *flight) claimed(diffID blockdev.Digest) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Contains(f.claims, diffID)
+}
+
+// open asks with the credentials of those who wait, in the order in which they
+// came, until one is let in.
+func (f *flight) open(ctx context.Context, offset int64) (io.ReadCloser, error) {
+	for i := 0; ; i++ {
+		f.mu.Lock()
+		open := f.opens[i]
+		f.mu.Unlock()
+		rc, err := open(ctx, offset)
+		if err == nil || (!errors.Is(err, blockdev.ErrUnauthorized) && !errors.Is(err, blockdev.ErrNotFound)) {
+			return rc, err
+		}
+		f.mu.Lock()
+		last := i == len(f.opens)-1 // now: somebody may have come meanwhile
+		f.mu.Unlock()
+		if last {
+			return nil, err
+		}
+	}
+}

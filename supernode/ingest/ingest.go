@@ -1,0 +1,315 @@
+package ingest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/layer"
+	"github.com/shoalfs/shoal/supernode/store"
+)
+
+// ErrClosed is returned after Close, and to those who wait when it is called. It
+// wraps blockdev.ErrUnavailable.
+var ErrClosed = fmt.Errorf("ingest is shutting down: %w", blockdev.ErrUnavailable)
+
+// Config says how layers are ingested. A zero field means its default.
+type Config struct {
+	// Store is where layers go. Required.
+	Store *store.Store
+	// SpoolDir holds layers while they come, best on the store's disk. Required.
+	SpoolDir string
+	// SpoolQuota bounds the spool files together, in bytes; 0: the disk does.
+	SpoolQuota int64
+	// SpoolKey is how the user calls SpoolQuota, for error texts. Default
+	// "store.spool_quota".
+	SpoolKey string
+	// SpoolExpiry is how long a partly fetched layer is kept for somebody to go
+	// on with. Default 24 hours.
+	SpoolExpiry time.Duration
+	// Parallel is how many layers are ingested at a time. Layers of at most
+	// SmallLayer bytes do not count among them but have as many places of their
+	// own, so that a small image does not wait for a large one. Default 2.
+	Parallel int
+	// Grace is how long a flight goes on when nobody waits any more. Default 1
+	// minute.
+	Grace time.Duration
+	// Retries bounds the attempts in a row that bring no byte. Default 5.
+	Retries int
+	// BackOff is the pause before the second of them; it doubles. Default 500 ms.
+	BackOff time.Duration
+	// Stall is how long a connection may bring nothing before it counts as
+	// broken. Default 30 s.
+	Stall time.Duration
+	// MaxDiff bounds a layer's uncompressed size, in bytes. Default 256 GiB.
+	MaxDiff int64
+	// Build is passed on to layer.Build.
+	Build layer.Options
+	// Log gets retries and failures. Default: nothing.
+	Log *slog.Logger
+}
+
+// SmallLayer is what counts as a small layer, in compressed bytes.
+const SmallLayer = 8 << 20
+
+func (c Config) withDefaults() Config {
+	if c.SpoolKey == "" {
+		c.SpoolKey = "store.spool_quota"
+	}
+	if c.SpoolExpiry <= 0 {
+		c.SpoolExpiry = 24 * time.Hour
+	}
+	if c.Parallel <= 0 {
+		c.Parallel = 2
+	}
+	if c.Grace <= 0 {
+		c.Grace = time.Minute
+	}
+	if c.Retries <= 0 {
+		c.Retries = 5
+	}
+	if c.BackOff <= 0 {
+		c.BackOff = 500 * time.Millisecond
+	}
+	if c.Stall <= 0 {
+		c.Stall = 30 * time.Second
+	}
+	if c.MaxDiff <= 0 {
+		c.MaxDiff = 256 << 30
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return c
+}
+
+// Open opens a layer's blob at offset (0..size): the reader's first byte is the
+// blob's byte number offset, whatever the registry makes of range requests. ctx
+// ends the reading, too. Errors wrap blockdev.ErrUnauthorized, ErrNotFound,
+// ErrUnsupported (all final), or anything else, which is tried again; one with a
+// method RetryAfter() time.Duration > 0 says when.
+type Open func(ctx context.Context, offset int64) (io.ReadCloser, error)
+
+// Layer is a layer to be ingested.
+type Layer struct {
+	// Ref names the image in errors and log lines.
+	Ref string
+	// Digest, Size (bytes) and MediaType are those of the manifest's descriptor.
+	Digest    blockdev.Digest
+	Size      int64
+	MediaType string
+	// DiffID is what the image config says.
+	DiffID blockdev.Digest
+	// Origin is the registry host that Open fetches from.
+	Origin string
+	Open   Open
+}
+
+// Ingester ingests layers. All methods may be called from any goroutine.
+type Ingester struct {
+	cfg          Config
+	spool        *spool
+	large, small chan struct{} // places; a send takes one
+	stats        counters
+
+	ctx    context.Context // ends with Close
+	cancel context.CancelCauseFunc
+	wg     sync.WaitGroup
+
+	mu      sync.Mutex
+	closed  bool
+	flights map[flightKey]*flight
+}
+
+type flightKey struct {
+	layer  blockdev.Digest
+	origin string
+}
+
+// New prepares the spool directory and deletes expired spool files.
+func New(cfg Config) (*Ingester, error) {
+	cfg = cfg.withDefaults()
+	if cfg.Store == nil || cfg.SpoolDir == "" {
+		return nil, errors.New("ingest: Store and SpoolDir are required")
+	}
+	sp, err := newSpool(cfg.SpoolDir, cfg.SpoolQuota, cfg.SpoolKey, cfg.SpoolExpiry)
+	if err != nil {
+		return nil, err
+	}
+	in := &Ingester{
+		cfg:     cfg,
+		spool:   sp,
+		large:   make(chan struct{}, cfg.Parallel),
+		small:   make(chan struct{}, cfg.Parallel),
+		flights: make(map[flightKey]*flight),
+	}
+	in.ctx, in.cancel = context.WithCancelCause(context.Background())
+	in.wg.Go(in.expireSpool)
+	return in, nil
+}
+
+// Close ends all flights and waits for them. Their spool files stay.
+func (in *Ingester) Close() error {
+	in.mu.Lock()
+	in.closed = true
+	in.mu.Unlock()
+	in.cancel(ErrClosed)
+	in.wg.Wait()
+	return nil
+}
+
+func (in *Ingester) expireSpool() {
+	t := time.NewTicker(max(in.cfg.SpoolExpiry/8, time.Second))
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			if err := in.spool.expire(); err != nil {
+				in.cfg.Log.Warn("expired spool files not deleted", "error", err)
+			}
+		case <-in.ctx.Done():
+			return
+		}
+	}
+}
+
+// Stage is where a layer is on its way into the store.
+type Stage int32
+
+// The stages, in order. Fetching and unpacking go side by side; StageFetching
+// lasts until the last byte has come.
+const (
+	StageWaiting Stage = iota // for a place, or for room in the spool
+	StageFetching
+	StageUnpacking
+	StageStoring
+	StageStored
+)
+
+func (s Stage) String() string {
+	return [...]string{"waiting", "fetching", "unpacking", "storing", "stored"}[s]
+}
+
+// Progress is how far a layer is.
+type Progress struct {
+	Layer blockdev.Digest
+	Stage Stage
+	// Fetched of Total compressed bytes are here, Unpacked uncompressed bytes
+	// have been read from them.
+	Fetched, Total, Unpacked int64
+}
+
+// watchInterval is how often progress is reported.
+const watchInterval = 100 * time.Millisecond
+
+// Layer returns the layer's record, after ingesting the layer if the store does
+// not have it. watch, if not nil, is told how far it is, now and then, from
+// this goroutine. The record may name other origins than l.Origin, if the store
+// had the layer: who may have it is the caller's to decide.
+//
+// Errors name image and layer and wrap blockdev.ErrCorrupt (digest, size,
+// DiffID or content are wrong), ErrUnsupported, ErrUnauthorized, ErrNotFound,
+// ErrUnavailable, ErrNoSpace, or the context's error; then the flight may go on.
+func (in *Ingester) Layer(ctx context.Context, l Layer, watch func(Progress)) (store.LayerRecord, error) {
+	rec, err := in.layer(ctx, l, watch)
+	if err != nil {
+		return store.LayerRecord{}, fmt.Errorf("image %s, layer %s: %w", l.Ref, l.Digest, err)
+	}
+	return rec, nil
+}
+
+func (in *Ingester) layer(ctx context.Context, l Layer, watch func(Progress)) (store.LayerRecord, error) {
+	if err := checkMediaType(l.MediaType); err != nil {
+		return store.LayerRecord{}, err
+	}
+	if l.Size < 0 {
+		return store.LayerRecord{}, fmt.Errorf("size %d: %w", l.Size, blockdev.ErrCorrupt)
+	}
+	if rec, err := in.cfg.Store.Layer(l.Digest); err == nil {
+		return rec, claim(l, rec.DiffID)
+	}
+	f, err := in.join(l)
+	if err != nil {
+		return store.LayerRecord{}, err
+	}
+	defer in.leave(f)
+	var tick <-chan time.Time
+	if watch != nil {
+		t := time.NewTicker(watchInterval)
+		defer t.Stop()
+		tick = t.C
+		watch(f.progress())
+	}
+	for {
+		select {
+		case <-f.done:
+			if watch != nil {
+				watch(f.progress())
+			}
+			// Who asked with another DiffID than the layer has hears of it even if
+			// the flight has failed for everybody.
+			if f.rec.DiffID != (blockdev.Digest{}) {
+				if err := claim(l, f.rec.DiffID); err != nil {
+					return store.LayerRecord{}, err
+				}
+			}
+			return f.rec, f.err
+		case <-tick:
+			watch(f.progress())
+		case <-ctx.Done():
+			return store.LayerRecord{}, ctx.Err()
+		}
+	}
+}
+
+// claim checks what an image config says about a layer's DiffID.
+func claim(l Layer, diffID blockdev.Digest) error {
+	if l.DiffID != diffID {
+		return fmt.Errorf("the image config says that its DiffID is %s, but it is %s: %w", l.DiffID, diffID, blockdev.ErrCorrupt)
+	}
+	return nil
+}
+
+// Progress returns where all running flights are.
+func (in *Ingester) Progress() []Progress {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	var ps []Progress
+	for _, f := range in.flights {
+		ps = append(ps, f.progress())
+	}
+	return ps
+}
+
+// Stats are counters since New, and the number of flights now.
+type Stats struct {
+	Flights  int
+	Ingested int64 // layers published
+	Failed   int64 // flights that ended otherwise
+	Retries  int64 // connections that broke or were refused and were tried again
+	Fetched  int64 // compressed bytes from the network
+	Resumed  int64 // compressed bytes that were in a spool file already
+	Unpacked int64 // uncompressed bytes
+}
+
+type counters struct {
+	ingested, failed, retries, fetched, resumed, unpacked atomic.Int64
+}
+
+// Stats returns a snapshot.
+func (in *Ingester) Stats() Stats {
+	in.mu.Lock()
+	n := len(in.flights)
+	in.mu.Unlock()
+	c := &in.stats
+	return Stats{
+		Flights: n, Ingested: c.ingested.Load(), Failed: c.failed.Load(), Retries: c.retries.Load(),
+		Fetched: c.fetched.Load(), Resumed: c.resumed.Load(), Unpacked: c.unpacked.Load(),
+	}
+}
