@@ -22,8 +22,8 @@
 //   - The input is not changed, and not kept.
 //   - An image is never larger than [MaxSize]. Memory is bounded by the tree:
 //     about 130 bytes an inode beside it, and garbage of some 500 while the tree
-//     is listed; content, chunk maps and directory blocks are
-//     made while they are written.
+//     is listed; content, chunk maps and directory blocks are made while they
+//     are written.
 //   - Everything emitted satisfies the strictest reader known: inline symlinks
 //     and tails lie in one block, chunk maps are 8-byte aligned, the root's nid
 //     fits 16 bits, and no nid is 0 (readdir hides inode number 0).
