@@ -22,8 +22,9 @@ type Options struct {
 	// Name is what errors call the server: "supernode" unless set.
 	Name string
 	// Demand, Prefetch and Images are how many requests of each kind may be
-	// under way: 64, 4, 8. What is above waits here. More than the server's
-	// limits per peer gives busy answers.
+	// under way: 64, 2, 8. What is above waits here. More than the server's
+	// limits per peer gives busy answers. Two prefetches fill a link; each
+	// further one only puts another window of bytes in front of demand reads.
 	Demand, Prefetch, Images int
 	// Raw asks for chunks without compression.
 	Raw bool
@@ -42,7 +43,7 @@ func (o *Options) setDefaults() {
 		o.Name = "supernode"
 	}
 	setDefault(&o.Demand, 64)
-	setDefault(&o.Prefetch, 4)
+	setDefault(&o.Prefetch, 2)
 	setDefault(&o.Images, 8)
 	setDefault(&o.DemandTimeout, 15*time.Second)
 	setDefault(&o.PrefetchTimeout, 60*time.Second)

@@ -150,7 +150,8 @@ func (f *fetch) send(ctx context.Context, st *stream) error {
 		return err
 	}
 	st.out = b
-	if err := st.SetDeadline(time.Now().Add(f.timeout)); err != nil {
+	st.wait.limit, st.send.limit = f.timeout, f.timeout
+	if err := st.send.renew(st.SetWriteDeadline); err != nil {
 		return err
 	}
 	_, err = st.Write(b)
@@ -160,7 +161,7 @@ func (f *fetch) send(ctx context.Context, st *stream) error {
 // frame takes one frame, which must be for chunk next or the end; the end is
 // returned.
 func (f *fetch) frame(st *stream, next *int) (end *wire.Frame, err error) {
-	if err := st.SetReadDeadline(time.Now().Add(f.timeout)); err != nil {
+	if err := st.wait.renew(st.SetReadDeadline); err != nil {
 		return nil, err
 	}
 	// The longest frame that is expected here, not the longest there is, so

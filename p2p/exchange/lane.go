@@ -41,6 +41,8 @@ type stream struct {
 	r     *bufio.Reader
 	out   []byte    // for the request
 	since time.Time // idle since
+	wait  deadline  // for what the server sends
+	send  deadline  // for what it takes
 }
 
 func newLane(h host.Host, p peer.ID, proto protocol.ID, limit int) *lane {

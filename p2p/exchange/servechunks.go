@@ -17,8 +17,10 @@ import (
 func (s *Server) serveChunks(st network.Stream) error {
 	r := &byteReader{Reader: st}
 	from := st.Conn().RemotePeer()
+	idle := deadline{limit: s.cfg.Limits.IdleTimeout}
+	out := deadline{limit: s.cfg.Limits.WriteTimeout}
 	for {
-		if err := st.SetReadDeadline(time.Now().Add(s.cfg.Limits.IdleTimeout)); err != nil {
+		if err := idle.renew(st.SetReadDeadline); err != nil {
 			return err
 		}
 		b, err := wire.ReadFrame(r, wire.MaxChunkRequest, nil)
@@ -31,21 +33,21 @@ func (s *Server) serveChunks(st network.Stream) error {
 		if err != nil {
 			// Said in words, for whoever wrote that client, and then over.
 			invalid := &wire.Error{Code: wire.Code_CODE_INVALID, Text: wire.CleanText(err.Error(), wire.MaxErrorText)}
-			return s.refuse(st, invalid)
+			return s.refuse(st, &out, invalid)
 		}
-		if err := s.answerChunks(st, from, req); err != nil {
+		if err := s.answerChunks(st, &out, from, req); err != nil {
 			return err
 		}
 	}
 }
 
 // refuse answers a whole request with an error.
-func (s *Server) refuse(st network.Stream, e *wire.Error) error {
+func (s *Server) refuse(st network.Stream, out *deadline, e *wire.Error) error {
 	b, err := wire.AppendMessage(nil, &wire.ChunkFrame{End: true, Error: e})
 	if err != nil {
 		return err
 	}
-	if err := st.SetWriteDeadline(time.Now().Add(s.cfg.Limits.WriteTimeout)); err != nil {
+	if err := out.renew(st.SetWriteDeadline); err != nil {
 		return err
 	}
 	_, err = st.Write(b)
@@ -54,14 +56,14 @@ func (s *Server) refuse(st network.Stream, e *wire.Error) error {
 
 // answerChunks answers one request. Its error means that the stream is of no
 // more use; failures with single chunks are the client's to know.
-func (s *Server) answerChunks(st network.Stream, from peer.ID, req *wire.ChunkRequest) (err error) {
+func (s *Server) answerChunks(st network.Stream, out *deadline, from peer.ID, req *wire.ChunkRequest) (err error) {
 	k := prefetch
 	if req.Priority == wire.Priority_PRIORITY_DEMAND {
 		k = demand
 	}
 	if !s.admit.enter(from, k) {
 		s.stats.request(k, wire.ErrBusy)
-		return s.refuse(st, wire.FromError(fmt.Errorf("%s requests of this node, or in all, are at their limit: %w", k, wire.ErrBusy)))
+		return s.refuse(st, out, wire.FromError(fmt.Errorf("%s requests of this node, or in all, are at their limit: %w", k, wire.ErrBusy)))
 	}
 	defer s.admit.leave(from, k)
 
@@ -79,7 +81,7 @@ func (s *Server) answerChunks(st network.Stream, from peer.ID, req *wire.ChunkRe
 		w.Reset(nil)
 		s.writers.Put(w)
 	}()
-	a := chunkAnswer{s: s, st: st, w: w, from: from, kind: k, req: req}
+	a := chunkAnswer{s: s, st: st, out: out, w: w, from: from, kind: k, req: req}
 	defer a.discard(cancel)
 	failed, err := a.run(ctx)
 	if err == nil {
@@ -95,6 +97,7 @@ func (s *Server) answerChunks(st network.Stream, from peer.ID, req *wire.ChunkRe
 type chunkAnswer struct {
 	s    *Server
 	st   network.Stream
+	out  *deadline
 	w    *bufio.Writer
 	from peer.ID
 	kind kind
@@ -137,7 +140,7 @@ func (a *chunkAnswer) run(ctx context.Context) (failed, err error) {
 	if err != nil {
 		return failed, err
 	}
-	if err := a.deadline(); err != nil {
+	if err := a.out.renew(a.st.SetWriteDeadline); err != nil {
 		return failed, err
 	}
 	if _, err := a.w.Write(end); err != nil {
@@ -231,7 +234,7 @@ func (s *Server) unpack(enc *Encoded) error {
 
 // send writes one chunk, or why there is none.
 func (a *chunkAnswer) send(i int, res chunkResult) error {
-	if err := a.deadline(); err != nil {
+	if err := a.out.renew(a.st.SetWriteDeadline); err != nil {
 		return err
 	}
 	if res.err != nil {
@@ -252,10 +255,6 @@ func (a *chunkAnswer) send(i int, res chunkResult) error {
 	a.s.stats.chunks[a.kind].Inc()
 	a.s.stats.bytes[a.kind].Add(float64(len(e.Data)))
 	return nil
-}
-
-func (a *chunkAnswer) deadline() error {
-	return a.st.SetWriteDeadline(time.Now().Add(a.s.cfg.Limits.WriteTimeout))
 }
 
 func (a *chunkAnswer) release(res chunkResult) {

@@ -31,6 +31,10 @@ type Config struct {
 	Listen []string
 	// MaxPeers is how many peers may be connected at once; 0: DefaultMaxPeers.
 	MaxPeers int
+	// Window is how many bytes may be under way to this host on one stream;
+	// 0: DefaultWindow. Prefetch from far away is faster with more: two streams
+	// carry at most two windows per round trip.
+	Window int
 	// Gater, if not nil, decides who may connect.
 	Gater connmgr.ConnectionGater
 	// Registerer, if not nil, takes libp2p's own metrics. There are many.
@@ -50,6 +54,12 @@ func New(c Config) (host.Host, error) {
 	if c.MaxPeers < 0 {
 		return nil, fmt.Errorf("p2p host: at most %d peers", c.MaxPeers)
 	}
+	if c.Window == 0 {
+		c.Window = DefaultWindow
+	}
+	if c.Window < minWindow || c.Window > maxWindow {
+		return nil, fmt.Errorf("p2p host: window of %d bytes, not %d to %d", c.Window, minWindow, maxWindow)
+	}
 	var must, may []ma.Multiaddr
 	for _, s := range c.Listen {
 		a, b, err := listenAddrs(s)
@@ -58,7 +68,7 @@ func New(c Config) (host.Host, error) {
 		}
 		must, may = append(must, a...), append(may, b...)
 	}
-	rm, err := resourceManager(c.MaxPeers, c.Registerer != nil)
+	rm, err := resourceManager(c.MaxPeers, c.Window, c.Registerer != nil)
 	if err != nil {
 		return nil, fmt.Errorf("p2p host: resource manager: %w", err)
 	}
@@ -71,7 +81,7 @@ func New(c Config) (host.Host, error) {
 		libp2p.NoListenAddrs, // below, one by one: libp2p is content if any of them works
 		libp2p.Transport(tcp.NewTCPTransport, tcp.DisableReuseport(), tcp.WithConnectionTimeout(dialTimeout)),
 		libp2p.Security(tls.ID, tls.New),
-		libp2p.Muxer(yamux.ID, muxer()),
+		libp2p.Muxer(yamux.ID, muxer(c.Window)),
 		libp2p.ResourceManager(rm),
 		libp2p.ConnectionManager(cm),
 		libp2p.UserAgent(c.UserAgent),

@@ -105,6 +105,12 @@ func TestListen(t *testing.T) {
 			_ = h.Close()
 		}
 	}
+	for name, c := range map[string]Config{"peers": {Key: key, MaxPeers: -1}, "window": {Key: key, Window: 1}} {
+		if h, err := New(c); err == nil {
+			t.Errorf("%s: accepted", name)
+			_ = h.Close()
+		}
+	}
 	if _, err := New(Config{}); err == nil {
 		t.Error("a host without identity")
 	}
@@ -221,7 +227,7 @@ func TestIdentityFileDamaged(t *testing.T) {
 // A rack of 1,000 nodes behind one address connects at once, and each opens
 // streams; one peer alone has a limit.
 func TestLimits(t *testing.T) {
-	rm, err := resourceManager(DefaultMaxPeers, false)
+	rm, err := resourceManager(DefaultMaxPeers, DefaultWindow, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -251,7 +257,7 @@ func TestLimits(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		return errors.Join(s.SetProtocol("/shoal/chunk/1"), s.ReserveMemory(initialWindow, network.ReservationPriorityAlways))
+		return errors.Join(s.SetProtocol("/shoal/chunk/1"), s.ReserveMemory(minWindow, network.ReservationPriorityAlways))
 	}
 	for i, p := range peers {
 		for range 8 {
