@@ -28,10 +28,10 @@ import (
 // Then ceil(n/32) records of 16 bytes, record g for the chunks 32g to 32g+31,
 // bit i of a word for chunk 32g+i:
 //
-//	  0   4  present
-//	  4   4  synced
-//	  8   4  suspect
-//	 12   4  CRC-32C of the DiffID, g as 4 bytes, and the bytes 0 to 11
+//	 0   4  present
+//	 4   4  synced
+//	 8   4  suspect
+//	12   4  CRC-32C of the DiffID, g as 4 bytes, and the bytes 0 to 11
 //
 // A record of zeros says that nothing is known of its chunks, which is how a new
 // file begins. The file has its full length from the start, and is written in

@@ -35,7 +35,7 @@ type Cache struct {
 	window     chan struct{}       // one element for each prefetch request
 	kicked     chan struct{}       // the syncer has work
 	buffers    bufferPool
-	writesFail atomic.Bool // logged that writes fail
+	untilWorks atomic.Int64 // bytes to be written before the disk is well; 0: it is
 	stats      counters
 	serial     atomic.Uint64 // makes names in tmp unique
 

@@ -280,6 +280,12 @@ func (d *Diff) loadBitmap(ix *blockdev.Index) error {
 		d.c.cfg.Log.Warn("what a diff has on disk is not known; every chunk will be checked before it is used", "diff", d.id, "dir", d.dir, "cause", err)
 		d.pres.doubtAll()
 		h = bitmapHeader{}
+		// What is checked must be what the disk has, so that the next sync means
+		// something.
+		if err := fdatasync(d.data); err != nil {
+			return err
+		}
+		dropPages(d.data, 0, 0)
 		// No good record may survive under the new header.
 		if err := d.bitmap.Truncate(0); err != nil {
 			return err

@@ -7,8 +7,10 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -51,6 +53,7 @@ type rig struct {
 	cfg  Config
 	mem  *blockdevtest.Memory
 	log  *logBuffer
+	src  atomic.Pointer[blockdevtest.SourceFunc]
 	ix   *blockdev.Index
 	data []byte // the masked diff
 	want []byte // the same with its zero tail
@@ -76,12 +79,16 @@ func newRig(t testing.TB, size int, change func(*Config)) *rig {
 	t.Helper()
 	r := &rig{t: t, mem: new(blockdevtest.Memory), log: new(logBuffer)}
 	r.cfg = Config{
-		Root: t.TempDir(), Source: r.mem,
+		Root: t.TempDir(),
+		Source: blockdevtest.SourceFunc(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+			return (*r.src.Load())(ctx, req, deliver)
+		}),
 		Log:    slog.New(slog.NewTextHandler(r.log, nil)),
 		bootID: "first boot",
 		// No sync behind a test's back unless it wants one.
 		SyncInterval: time.Hour,
 	}
+	r.source(r.mem.Fetch)
 	if change != nil {
 		change(&r.cfg)
 	}
@@ -213,6 +220,24 @@ func (r *rig) present() (n int) {
 }
 
 // source lets a test stand between the cache and the Source in memory.
-func (r *rig) source(f func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error) {
-	r.Cache.cfg.Source = blockdevtest.SourceFunc(f)
+func (r *rig) source(f blockdevtest.SourceFunc) { r.src.Store(&f) }
+
+// quiet returns when nothing is in flight, read-ahead included.
+func (r *rig) quiet() {
+	r.t.Helper()
+	r.eventually("nothing is in flight", func() bool {
+		r.d.mu.Lock()
+		defer r.d.mu.Unlock()
+		return len(r.d.flights) == 0
+	})
+}
+
+// eventually looks until ok is true.
+func (r *rig) eventually(what string, ok func() bool) {
+	r.t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !ok(); runtime.Gosched() {
+		if time.Now().After(deadline) {
+			r.t.Fatalf("never came true: %s", what)
+		}
+	}
 }

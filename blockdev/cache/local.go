@@ -103,7 +103,7 @@ func (d *Diff) store(i int, data []byte) error {
 	if err != nil {
 		return d.c.writeFailed(d, fmt.Errorf("write %d bytes at %d to %s: %w", len(data), d.tab.start(i), d.DataPath(), err))
 	}
-	d.c.writeWorked()
+	d.c.writeWorked(len(data))
 	d.added(i)
 	return nil
 }

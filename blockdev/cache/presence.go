@@ -135,7 +135,7 @@ func (p *presence) check(i int) {
 func (p *presence) drop(i int) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.remove(i, false)
+	return p.remove(i)
 }
 
 func (p *presence) isSuspect(i int) bool {
@@ -145,7 +145,7 @@ func (p *presence) isSuspect(i int) bool {
 }
 
 // remove takes chunk i out of all sets; mu is held.
-func (p *presence) remove(i int, suspect bool) bool {
+func (p *presence) remove(i int) bool {
 	was := p.present.get(i)
 	if was {
 		p.nPresent--
@@ -158,11 +158,7 @@ func (p *presence) remove(i int, suspect bool) bool {
 	p.synced.unset(i)
 	p.checked.unset(i)
 	p.syncing.unset(i)
-	if suspect {
-		p.suspect.set(i)
-	} else {
-		p.suspect.unset(i)
-	}
+	p.suspect.unset(i)
 	p.dirty.set(i / groupBits)
 	return was
 }
@@ -182,9 +178,10 @@ func (p *presence) beginSync() bool {
 }
 
 // endSync ends what beginSync began. ok: the data is on stable storage.
-// Otherwise the kernel may have thrown pages away, and what was to be synced is
-// suspect. A chunk that was dropped in between is in neither set. It returns the
-// ranges of chunks that are synced now and were not before.
+// Otherwise what was to be synced is missing, and not suspect: after a failed
+// write-back the kernel may keep pages that look right, call them clean, and
+// never write them. A chunk that was dropped in between is in neither set. It
+// returns the ranges of chunks that are synced now and were not before.
 func (p *presence) endSync(ok bool) (ranges [][2]int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -192,7 +189,7 @@ func (p *presence) endSync(ok bool) (ranges [][2]int) {
 		end := p.syncing.nextClear(i, p.n)
 		for k := i; k < end; k++ {
 			if !ok {
-				p.remove(k, true)
+				p.remove(k)
 				continue
 			}
 			p.bytesUnsynced -= int64(p.length(k))

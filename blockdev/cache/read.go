@@ -102,7 +102,7 @@ func (d *Diff) readMissing(parent context.Context, p []byte, off int64) (n int, 
 		}
 		if err := d.readPart(ctx, part, off+int64(n)); err != nil {
 			err = d.readError(off, len(p), err)
-			if parent.Err() == nil {
+			if parent.Err() == nil && !errors.Is(err, ErrRemoved) && !errors.Is(err, ErrClosed) {
 				d.c.stats.failed.Add(1)
 				d.c.cfg.Log.Error("a read has failed", "error", err)
 			}

@@ -34,10 +34,7 @@ func (d *Diff) syncNow() error {
 		err := fdatasync(d.data)
 		ranges := d.pres.endSync(err == nil)
 		if err != nil {
-			// The kernel reports a failed write-back once and then calls the
-			// pages clean, so what it may have lost must be looked at again.
-			d.complete.Store(false)
-			d.c.cfg.Log.Error("cannot sync a diff; what was not synced will be checked again", "diff", d.id, "file", d.DataPath(), "cause", err)
+			d.c.cfg.Log.Error("cannot sync a diff; what was not synced will be fetched again", "diff", d.id, "file", d.DataPath(), "cause", err)
 		}
 		if perr := d.pres.persist(d.bitmap, true); perr != nil {
 			d.bitmapFailed(perr)
@@ -73,10 +70,18 @@ func (d *Diff) Drop(off int64, n int) {
 	}
 }
 
+// dropBack is how far before a range pages are dropped with it. The page cache
+// keeps what a range covers in part, and its units are up to a megabyte and more
+// on file systems with large folios; so one that the last range left over goes
+// with the next.
+const dropBack = 2 << 20
+
 // dropPages drops clean pages of a file from the page cache. It is a hint, so an
 // error means nothing.
 func dropPages(f *os.File, off, n int64) {
-	control(f, func(fd int) error { return unix.Fadvise(fd, off, n, unix.FADV_DONTNEED) })
+	back := min(off, dropBack)
+	off, n = off-back, n+back
+	_ = control(f, func(fd int) error { return unix.Fadvise(fd, off, n, unix.FADV_DONTNEED) })
 }
 
 func fdatasync(f *os.File) error {
@@ -142,14 +147,19 @@ func (c *Cache) writeFailed(d *Diff, err error) error {
 	if isNoSpace(err) {
 		err = fmt.Errorf("%w: %w", blockdev.ErrNoSpace, err)
 	}
-	if c.writesFail.CompareAndSwap(false, true) {
+	if c.untilWorks.Swap(worksAfter) == 0 {
 		c.cfg.Log.Error("cannot write to the cache; reads go on without it, and are fetched again every time", "diff", d.id, "cause", err)
 	}
 	return err
 }
 
-func (c *Cache) writeWorked() {
-	if c.writesFail.Load() && c.writesFail.CompareAndSwap(true, false) {
+// worksAfter is how many bytes must be written without a failure before the disk
+// is thought well again. Short chunks still fit on a disk that is full for others.
+const worksAfter = 2 << 20
+
+func (c *Cache) writeWorked(n int) {
+	if c.untilWorks.Load() > 0 && c.untilWorks.Add(int64(-n)) <= 0 {
+		c.untilWorks.Store(0)
 		c.cfg.Log.Info("the cache can be written to again", "root", c.cfg.Root)
 	}
 }

@@ -15,14 +15,15 @@ import (
 // MaxChunk are 16 MiB, so the low 32 bits say where the others start.
 const baseShift = 6
 
-// table is a chunk table in about 40 bytes a chunk: 32 for the digest, 4 for
-// the start, 4 for the order by digest.
+// table is a chunk table in about 42 bytes a chunk: 32 for the digest, 4 for
+// the start, 4 for the order by digest, 1.5 for the filter.
 type table struct {
 	size    int64    // bytes in the masked diff
 	low     []uint32 // low 32 bits of the start of each chunk, and of size
 	base    []int64
 	digests []blockdev.Digest
 	order   []uint32 // chunk numbers sorted by digest
+	filter  filter
 }
 
 // newTable copies what it needs of an index, which it does not trust.
@@ -34,6 +35,7 @@ func newTable(ix *blockdev.Index) (*table, error) {
 		base:    make([]int64, n>>baseShift+1),
 		digests: make([]blockdev.Digest, n),
 		order:   make([]uint32, n),
+		filter:  newFilter(n),
 	}
 	type key struct {
 		prefix uint64
@@ -49,6 +51,7 @@ func newTable(ix *blockdev.Index) (*table, error) {
 		}
 		t.setStart(i, off)
 		t.digests[i] = c.Digest
+		t.filter.add(&c.Digest)
 		keys[i] = key{binary.BigEndian.Uint64(c.Digest[:8]), uint32(i)}
 		off += int64(c.Length)
 	}
@@ -123,6 +126,9 @@ func (t *table) span(off, end int64) (lo, hi int) {
 
 // find returns the part of order whose chunks have digest d.
 func (t *table) find(d *blockdev.Digest) []uint32 {
+	if !t.filter.has(d) {
+		return nil
+	}
 	from := sort.Search(len(t.order), func(k int) bool {
 		return bytes.Compare(t.digests[t.order[k]][:], d[:]) >= 0
 	})

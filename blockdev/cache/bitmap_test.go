@@ -1,0 +1,176 @@
+package cache
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+)
+
+func TestBitmapHeader(t *testing.T) {
+	h := bitmapHeader{
+		complete: true, diffID: blockdev.Sum([]byte("d")), index: blockdev.Sum([]byte("i")),
+		boot: hashBoot("b"), diffSize: 12345, chunks: 7,
+	}
+	b := h.encode()
+	got, err := decodeHeader(b)
+	if err != nil || got != h {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	// Every bit of what is summed counts.
+	for i := range headerSum + 32 {
+		b[i] ^= 1 << (i % 8)
+		if _, err := decodeHeader(b); !errors.Is(err, blockdev.ErrCorrupt) {
+			t.Errorf("byte %d flipped: %v", i, err)
+		}
+		b[i] ^= 1 << (i % 8)
+	}
+	if _, err := decodeHeader(b[:headerSize-1]); !errors.Is(err, blockdev.ErrCorrupt) {
+		t.Errorf("short header: %v", err)
+	}
+}
+
+func TestRecord(t *testing.T) {
+	c := newRecordCodec(blockdev.Sum([]byte("d")))
+	b := make([]byte, recordSize)
+	if r, ok := c.get(b, 3); !ok || r != (record{}) {
+		t.Errorf("a record of zeros: %+v, %v", r, ok)
+	}
+	want := record{0xf0f0, 0x7070, 0x8}
+	c.put(b, 3, want)
+	if r, ok := c.get(b, 3); !ok || r != want {
+		t.Errorf("%+v, %v", r, ok)
+	}
+	if _, ok := c.get(b, 4); ok {
+		t.Error("a record is believed in another's place")
+	}
+	if _, ok := newRecordCodec(blockdev.Sum([]byte("e"))).get(b, 3); ok {
+		t.Error("a record is believed in another diff")
+	}
+	for i := range recordSize * 8 {
+		b[i/8] ^= 1 << (i % 8)
+		if _, ok := c.get(b, 3); ok {
+			t.Errorf("bit %d flipped, still believed", i)
+		}
+		b[i/8] ^= 1 << (i % 8)
+	}
+}
+
+func TestBitset(t *testing.T) {
+	const n = 100
+	for lo := range n {
+		for hi := lo; hi <= n; hi++ {
+			b := newBitset(n)
+			for i := lo; i < hi; i++ {
+				b.set(i)
+			}
+			if !b.all(lo, hi) || (lo > 0 && b.all(lo-1, hi)) || (hi < n && b.all(lo, hi+1)) {
+				t.Fatalf("all(%d, %d) is wrong", lo, hi)
+			}
+			if hi > lo {
+				if b.nextSet(0, n) != lo || b.nextClear(lo, n) != hi {
+					t.Fatalf("[%d, %d): next set %d, next clear %d", lo, hi, b.nextSet(0, n), b.nextClear(lo, n))
+				}
+				b.unset(lo)
+				if b.get(lo) || b.all(lo, hi) {
+					t.Fatalf("[%d, %d): unset", lo, hi)
+				}
+			} else if b.nextSet(0, n) != n {
+				t.Fatal("an empty set has a bit")
+			}
+		}
+	}
+}
+
+// FuzzBitmap: no bitmap file crashes the reader, and none makes it believe a
+// record whose checksum does not hold.
+func FuzzBitmap(f *testing.F) {
+	ix, _ := blockdevtest.Diff(1, 5<<20)
+	tab, err := newTable(ix)
+	if err != nil {
+		f.Fatal(err)
+	}
+	h := headerOf(ix, blockdev.Sum([]byte("index")), hashBoot("b"))
+	good := make([]byte, bitmapSize(tab.len()))
+	copy(good, h.encode())
+	codec := newRecordCodec(ix.DiffID)
+	for g := range groups(tab.len()) {
+		codec.put(good[headerSize+g*recordSize:], g, record{present: 0xffff, synced: 0xff, suspect: 0xf0000})
+	}
+	f.Add(good, true)
+	f.Add(good, false)
+	f.Add(good[:headerSize], true)
+	f.Add([]byte{}, true)
+	f.Fuzz(func(t *testing.T, b []byte, sameBoot bool) {
+		if got, err := decodeHeader(b); err == nil {
+			if again, err := decodeHeader(got.encode()); err != nil || again != got {
+				t.Fatalf("%+v, written and read again: %+v, %v", got, again, err)
+			}
+		}
+		if int64(len(b)) != bitmapSize(tab.len()) {
+			return
+		}
+		p := newPresence(ix.DiffID, tab)
+		p.load(b[headerSize:], sameBoot)
+		var n int
+		for i := range tab.len() {
+			if p.present.get(i) {
+				n++
+				r, ok := codec.get(b[headerSize+i/groupBits*recordSize:], i/groupBits)
+				if !ok || r.present&(1<<(i%groupBits)) == 0 {
+					t.Fatalf("chunk %d is believed without a good record", i)
+				}
+				if !sameBoot && r.synced&(1<<(i%groupBits)) == 0 {
+					t.Fatalf("chunk %d is believed after a boot, but was not synced", i)
+				}
+			}
+			if p.synced.get(i) && !p.present.get(i) {
+				t.Fatalf("chunk %d is synced and not present", i)
+			}
+		}
+		if got, _, _ := p.counts(); got != n {
+			t.Fatalf("counts %d, has %d", got, n)
+		}
+	})
+}
+
+// TestFailedSync: what the kernel could not write is missing; what was synced
+// before, and what came and went meanwhile, is not touched.
+func TestFailedSync(t *testing.T) {
+	ix, _ := blockdevtest.Diff(1, 5<<20)
+	tab, err := newTable(ix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := newPresence(ix.DiffID, tab)
+	p.add(1)
+	p.beginSync()
+	p.endSync(true)
+	p.add(2)
+	p.add(3)
+	if !p.beginSync() {
+		t.Fatal("nothing to sync")
+	}
+	p.add(4)  // came meanwhile
+	p.drop(3) // was found damaged meanwhile
+	p.add(3)  // and came again
+	p.endSync(false)
+	for i, want := range []bool{false, true, false, true, true} {
+		if p.present.get(i) != want {
+			t.Errorf("chunk %d present: %v, want %v", i, !want, want)
+		}
+	}
+	if p.beginSync() {
+		p.drop(3)
+		p.add(3)
+		p.endSync(true)
+	}
+	if !p.synced.get(1) || !p.synced.get(4) || p.synced.get(3) || p.isSuspect(2) {
+		t.Error("wrong chunks are called synced")
+	}
+	_, _, unsynced := p.counts()
+	if want := int64(tab.length(3)); unsynced != want {
+		t.Errorf("%d bytes unsynced, want %d", unsynced, want)
+	}
+}

@@ -1,0 +1,197 @@
+package cache
+
+import (
+	"testing"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+)
+
+// twin makes a diff that has the chunks of base but for every fifth, at other
+// offsets.
+func twin(base *blockdev.Index, data []byte) (*blockdev.Index, []byte) {
+	fresh := blockdevtest.Bytes(99, 50_000)
+	out := fresh[:20_000:20_000]
+	chunks := []blockdev.Chunk{{Length: 20_000, Digest: blockdev.Sum(out)}}
+	for i, c := range base.Chunks {
+		b := data[c.Offset:][:c.Length]
+		if i%5 == 4 {
+			b = append([]byte{byte(i)}, fresh[20_000:]...)
+		}
+		chunks = append(chunks, blockdev.Chunk{Offset: int64(len(out)), Length: uint32(len(b)), Digest: blockdev.Sum(b)})
+		out = append(out, b...)
+	}
+	return &blockdev.Index{
+		DiffID: blockdev.Sum([]byte("twin")), DiffSize: int64(len(out)),
+		Meta: []byte("meta of the twin"), Chunks: chunks,
+	}, out
+}
+
+// upgrade makes a rig whose first diff is complete, and adds its twin.
+func upgrade(t *testing.T) (*rig, *Diff, []byte) {
+	r := newRig(t, 5<<20, nil)
+	r.prefetch()
+	ix, data := twin(r.ix, r.data)
+	r.mem.PutDiff(ix, data)
+	return r, r.add(ix), padded(data)
+}
+
+func TestCopyFromAnotherDiff(t *testing.T) {
+	r, d, want := upgrade(t)
+	r.check(d, want, 0, 700_000)
+	if err := d.Prefetch(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r.check(d, want, 0, len(want))
+	var fresh int64
+	for i := range d.tab.len() {
+		if len(r.d.tab.find(&d.tab.digests[i])) == 0 {
+			fresh += int64(d.tab.length(i))
+		}
+	}
+	s := r.Stats()
+	if got := s.DemandBytes + s.PrefetchBytes - r.d.DiffSize(); got != fresh {
+		t.Errorf("%d bytes came from the source, %d are new", got, fresh)
+	}
+	if s.CopiedBytes != d.DiffSize()-fresh {
+		t.Errorf("%d bytes copied, %d are not new", s.CopiedBytes, d.DiffSize()-fresh)
+	}
+}
+
+// TestCopyOfADamagedChunk: the other diff's bytes are wrong, so they are not
+// used, and that diff fetches them again too.
+func TestCopyOfADamagedChunk(t *testing.T) {
+	r, d, want := upgrade(t)
+	flipFile(t, r.d.DataPath(), r.d.tab.start(3)+5)
+	r.check(d, want, 0, len(want))
+	if r.d.pres.present.get(3) {
+		t.Error("the damaged chunk is still called present")
+	}
+	if r.d.Complete() {
+		t.Error("a diff with a damaged chunk is still called complete")
+	}
+	if s := r.Stats(); s.DamagedChunks != 1 {
+		t.Errorf("%d damaged chunks", s.DamagedChunks)
+	}
+	r.checkRead(0, int(r.d.Size()))
+	r.prefetch()
+	r.reopen()
+	if !r.d.Complete() || r.present() != r.d.tab.len() {
+		t.Error("not complete after the damaged chunk came again")
+	}
+}
+
+// TestSameBytesInOneDiff: content that a diff has in many places is fetched once.
+func TestSameBytesInOneDiff(t *testing.T) {
+	r := newRig(t, 1000, nil)
+	b := blockdevtest.Bytes(8, blockdev.MinChunk)
+	ix := &blockdev.Index{DiffID: blockdev.Sum([]byte("same")), Meta: []byte("meta")}
+	var data []byte
+	for range 40 {
+		ix.Chunks = append(ix.Chunks, blockdev.Chunk{Offset: int64(len(data)), Length: uint32(len(b)), Digest: blockdev.Sum(b)})
+		data = append(data, b...)
+	}
+	ix.DiffSize = int64(len(data))
+	r.mem.PutDiff(ix, data)
+	d := r.add(ix)
+	r.check(d, padded(data), 0, len(data))
+	if s := r.Stats(); s.DemandBytes != int64(len(b)) {
+		t.Errorf("%d bytes fetched, want one chunk's %d", s.DemandBytes, len(b))
+	}
+	if err := d.Prefetch(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestTableFind holds the search by digest and by offset against a plain walk.
+func TestTableFind(t *testing.T) {
+	ix, _ := blockdevtest.Diff(3, 12<<20)
+	ix.Chunks[7].Digest = ix.Chunks[20].Digest
+	tab, err := newTable(ix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, c := range ix.Chunks {
+		if tab.chunk(i) != c {
+			t.Fatalf("chunk %d: %+v, want %+v", i, tab.chunk(i), c)
+		}
+		for _, off := range []int64{c.Offset, c.Offset + int64(c.Length) - 1} {
+			if got := tab.at(off); got != i {
+				t.Fatalf("offset %d is in chunk %d, want %d", off, got, i)
+			}
+		}
+		want := 1
+		if i == 7 || i == 20 {
+			want = 2
+		}
+		found := tab.find(&c.Digest)
+		if len(found) != want {
+			t.Fatalf("chunk %d: found %v", i, found)
+		}
+		for _, k := range found {
+			if tab.digests[k] != c.Digest {
+				t.Fatalf("chunk %d: found %d", i, k)
+			}
+		}
+	}
+	unknown := blockdev.Sum([]byte("unknown"))
+	if found := tab.find(&unknown); len(found) != 0 {
+		t.Errorf("found %v", found)
+	}
+	if lo, hi := tab.span(tab.size-1, tab.size+100); lo != tab.len()-1 || hi != tab.len() {
+		t.Errorf("span at the end: %d, %d", lo, hi)
+	}
+}
+
+// TestTableBeyond4GiB: starts are kept in 32 bits each.
+func TestTableBeyond4GiB(t *testing.T) {
+	ix := new(blockdev.Index)
+	for i := range 40_000 {
+		n := uint32(blockdev.MaxChunk - i%1000)
+		ix.Chunks = append(ix.Chunks, blockdev.Chunk{Offset: ix.DiffSize, Length: n, Digest: blockdev.Digest{byte(i), byte(i >> 8)}})
+		ix.DiffSize += int64(n)
+	}
+	tab, err := newTable(ix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, c := range ix.Chunks {
+		if tab.chunk(i) != c || tab.at(c.Offset) != i {
+			t.Fatalf("chunk %d: %+v, want %+v", i, tab.chunk(i), c)
+		}
+	}
+	if tab.start(tab.len()) != ix.DiffSize {
+		t.Error("wrong end")
+	}
+}
+
+func TestTableRefuses(t *testing.T) {
+	for name, change := range map[string]func(*blockdev.Index){
+		"gap":      func(ix *blockdev.Index) { ix.Chunks[3].Offset++ },
+		"empty":    func(ix *blockdev.Index) { ix.Chunks[3].Length = 0 },
+		"too long": func(ix *blockdev.Index) { ix.Chunks[3].Length = blockdev.MaxChunk + 1 },
+		"short":    func(ix *blockdev.Index) { ix.Chunks = ix.Chunks[:5] },
+		"size":     func(ix *blockdev.Index) { ix.DiffSize++ },
+	} {
+		ix, _ := blockdevtest.Diff(3, 1<<20)
+		change(ix)
+		if _, err := newTable(ix); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+// TestMemoryOfATable: a node has millions of chunks.
+func TestMemoryOfATable(t *testing.T) {
+	ix, _ := blockdevtest.Diff(3, 32<<20)
+	tab, err := newTable(ix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := newPresence(ix.DiffID, tab)
+	sum := 4*cap(tab.low) + 8*cap(tab.base) + 32*cap(tab.digests) + 4*cap(tab.order) + 64*cap(tab.filter) +
+		4*(cap(p.present)+cap(p.synced)+cap(p.suspect)+cap(p.checked)+cap(p.syncing)+cap(p.dirty))
+	if per := float64(sum) / float64(tab.len()); per > 44 {
+		t.Errorf("%.1f bytes a chunk", per)
+	}
+}
