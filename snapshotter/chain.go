@@ -129,7 +129,7 @@ func (s *Snapshotter) mountAll(ctx context.Context, ids []blockdev.Digest) (map[
 	g.SetLimit(mountWorkers)
 	for i, id := range unique {
 		g.Go(func() (err error) {
-			if dirs[i], err = s.cfg.Data.Mount(ctx, id); err != nil {
+			if dirs[i], err = s.mount(ctx, id); err != nil {
 				err = classify(fmt.Errorf("mount diff %s: %w", id, err))
 			}
 			return err

@@ -56,16 +56,7 @@ func (s *Snapshotter) survey(ctx context.Context) (trash []string, chains map[st
 				trash = append(trash, dir)
 			}
 		}
-		err = storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error {
-			if _, lazy := info.Labels[labelDiff]; lazy {
-				chains[info.Labels[labelRef]] = struct{}{}
-			}
-			return nil
-		})
-		if errdefs.IsNotFound(err) {
-			err = nil
-		}
-		return err
+		return walkChains(ctx, chains)
 	})
 	return trash, chains, err
 }
@@ -116,20 +107,16 @@ func (s *Snapshotter) removeDiff(ctx context.Context, id blockdev.Digest) error 
 	return s.records.forget(id)
 }
 
-// pruneImages drops records of images whose top layer has no snapshot, none of
-// whose layers is kept, and that no pull is opening.
+// pruneImages drops records of images whose top layer has no snapshot, that are not
+// kept, and that no pull is opening.
 func (s *Snapshotter) pruneImages(chains map[string]struct{}) error {
 	list, err := s.records.images()
 	if err != nil {
 		return err
 	}
-	kept, err := s.records.diffs()
-	if err != nil {
-		return err
-	}
 	var gone []imageRecord
 	for _, img := range list {
-		if _, ok := chains[img.Top]; ok || img.anyKept(kept) || time.Since(img.Opened) < s.cfg.PullIdle {
+		if _, ok := chains[img.Top]; ok || img.Kept || time.Since(img.Opened) < s.cfg.PullIdle {
 			continue
 		}
 		gone = append(gone, img)
@@ -164,18 +151,14 @@ func (s *Snapshotter) start() error {
 	if err != nil {
 		return err
 	}
-	stale := make(map[blockdev.Digest]bool)
-	for id, kept := range listed {
+	for _, id := range listed {
 		s.refs.known(id)
-		if kept && !s.refs.setKept(id, true) {
-			stale[id] = false
-		}
-	}
-	if err := s.records.setKept(stale); err != nil {
-		return err
 	}
 	_, chains, err := s.survey(ctx)
 	if err != nil {
+		return err
+	}
+	if err := s.startKept(chains); err != nil {
 		return err
 	}
 	if err := s.pruneImages(chains); err != nil {
@@ -196,6 +179,28 @@ func (s *Snapshotter) start() error {
 		s.sweep(ctx)
 	})
 	s.bg.Go(func() { s.mountActive(ctx, active) })
+	return nil
+}
+
+// startKept counts kept images, and releases those that were pulled just before the
+// last process ended.
+func (s *Snapshotter) startKept(chains map[string]struct{}) error {
+	list, err := s.records.images()
+	if err != nil {
+		return err
+	}
+	for _, img := range list {
+		if img.Kept {
+			s.refs.keep(img.diffs(), 1)
+		}
+	}
+	for _, img := range list {
+		if _, pulled := chains[img.Top]; img.Kept && pulled {
+			if err := s.release(img.Manifest); err != nil {
+				return err
+			}
+		}
+	}
 	return nil
 }
 

@@ -161,7 +161,7 @@ func (n *node) pull(ctx context.Context, i image, extra ...string) (top string, 
 			return top, fetched, err
 		}
 		fetched = append(fetched, k)
-		if err := unpack(ctx, mounts, i.layers[k].tar); err != nil {
+		if err := applyTar(ctx, mounts, i.layers[k].tar); err != nil {
 			return top, fetched, err
 		}
 		if err := n.Commit(ctx, name, key, opt); err != nil {

@@ -53,11 +53,13 @@ func fixup(dst string, implied []string, own string, lowers []string) (needed bo
 	}
 	// Backwards, since making a child changes its parent's time.
 	for _, dir := range slices.Backward(dirs) {
-		src, below := from[dir]
-		if !below {
-			if src, err = inside(own, dir); err != nil {
-				return false, err
-			}
+		src, err := inside(own, dir)
+		if err != nil {
+			return false, err
+		}
+		lower, below := from[dir]
+		if below {
+			src = lower
 		}
 		if err := copyAttributes(filepath.Join(dst, dir), src, below); err != nil {
 			return false, fmt.Errorf("fix-up of directory %q: %w", dir, err)

@@ -63,10 +63,9 @@ func (s *Snapshotter) idmap(id, uidmap, gidmap string, lowers []string) (_ []str
 	dir := s.clones(id)
 	clones := make([]string, len(lowers))
 	complete := true
-	for i := range lowers {
+	for i, lower := range lowers {
 		clones[i] = filepath.Join(dir, strconv.Itoa(i))
-		mounted, err := mountinfo.Mounted(clones[i])
-		complete = complete && err == nil && mounted
+		complete = complete && cloned(lower, clones[i])
 	}
 	if complete {
 		return clones, nil
@@ -95,6 +94,17 @@ func (s *Snapshotter) idmap(id, uidmap, gidmap string, lowers []string) (_ []str
 		}
 	}
 	return clones, nil
+}
+
+// cloned reports whether clone is a mount of the file system that lower is on now:
+// the data path may have mounted the diff anew since.
+func cloned(lower, clone string) bool {
+	var a, b unix.Stat_t
+	if unix.Stat(lower, &a) != nil || unix.Stat(clone, &b) != nil || a.Dev != b.Dev || a.Ino != b.Ino {
+		return false
+	}
+	mounted, err := mountinfo.Mounted(clone)
+	return err == nil && mounted
 }
 
 func (s *Snapshotter) clones(id string) string { return filepath.Join(s.dir(id), "i") }

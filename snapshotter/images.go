@@ -30,39 +30,23 @@ type Image struct {
 	Manifest blockdev.Digest `json:"manifest"`
 	// Layers from the bottom up.
 	Layers []Layer `json:"layers"`
-	// Kept: KeepImage holds at least one of its diffs, which no snapshot uses.
+	// Kept: KeepImage holds it, and it has not been pulled since.
 	Kept bool `json:"kept"`
-}
-
-func (r *imageRecord) anyKept(kept map[blockdev.Digest]bool) bool {
-	return slices.ContainsFunc(r.Layers, func(l Layer) bool { return kept[l.DiffID] })
 }
 
 // Images lists the images that are lazy on this node or kept, sorted by reference.
 func (s *Snapshotter) Images(ctx context.Context) ([]Image, error) {
-	chains := make(map[string]struct{})
-	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error {
-			if _, lazy := info.Labels[labelDiff]; lazy {
-				chains[info.Labels[labelRef]] = struct{}{}
-			}
-			return nil
-		})
-	})
-	if err != nil && !errdefs.IsNotFound(err) {
+	chains, err := s.lazyChains(ctx)
+	if err != nil {
 		return nil, err
 	}
 	records, err := s.records.images()
 	if err != nil {
 		return nil, err
 	}
-	kept, err := s.records.diffs()
-	if err != nil {
-		return nil, err
-	}
 	var list []Image
 	for _, rec := range records {
-		img := Image{Ref: rec.Ref, Manifest: rec.Manifest, Layers: rec.Layers, Kept: rec.anyKept(kept)}
+		img := Image{Ref: rec.Ref, Manifest: rec.Manifest, Layers: rec.Layers, Kept: rec.Kept}
 		if _, ok := chains[rec.Top]; ok || img.Kept {
 			list = append(list, img)
 		}
@@ -73,10 +57,34 @@ func (s *Snapshotter) Images(ctx context.Context) ([]Image, error) {
 	return list, nil
 }
 
+// lazyChains are the ChainIDs of all lazy snapshots.
+func (s *Snapshotter) lazyChains(ctx context.Context) (map[string]struct{}, error) {
+	chains := make(map[string]struct{})
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return walkChains(ctx, chains)
+	})
+	return chains, err
+}
+
+// walkChains needs a transaction.
+func walkChains(ctx context.Context, chains map[string]struct{}) error {
+	err := storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error {
+		if _, lazy := info.Labels[labelDiff]; lazy {
+			chains[info.Labels[labelRef]] = struct{}{}
+		}
+		return nil
+	})
+	if errdefs.IsNotFound(err) { // never had a snapshot
+		return nil
+	}
+	return err
+}
+
 // KeepImage opens an image that containerd has not asked for, so that it can be
-// prefetched: it adds and mounts all of its diffs and keeps those that no snapshot
-// uses, until a snapshot does or Release is called, also across restarts. A zero
-// manifest is what ref names now. Errors are those of blockdev.ImageSource.
+// prefetched: it adds and mounts all of its diffs, and keeps them until the image
+// has been pulled, or is released, also across restarts. An image that is on this
+// node as a lazy one already is not kept: its snapshots do that. A zero manifest is
+// what ref names now. Errors are those of blockdev.ImageSource.
 func (s *Snapshotter) KeepImage(ctx context.Context, ref string, manifest blockdev.Digest) (Image, error) {
 	spec, err := reference.Parse(ref)
 	if err != nil {
@@ -88,27 +96,37 @@ func (s *Snapshotter) KeepImage(ctx context.Context, ref string, manifest blockd
 	}
 	defer o.release()
 	img := Image{Ref: ref, Manifest: o.Manifest, Layers: o.Layers}
-	kept := make(map[blockdev.Digest]bool)
-	for _, l := range o.Layers {
-		kept[l.DiffID] = s.refs.setKept(l.DiffID, true)
-		img.Kept = img.Kept || kept[l.DiffID]
+	chains, err := s.lazyChains(ctx)
+	if err != nil {
+		return Image{}, err
 	}
-	if err := s.records.setKept(kept); err != nil {
-		return Image{}, fmt.Errorf("image %s: %w", ref, err)
+	if _, ok := chains[o.Top]; ok {
+		return img, nil
 	}
+	changed, err := s.records.keep(&o.imageRecord)
+	if err != nil {
+		return Image{}, err
+	}
+	if changed {
+		s.refs.keep(o.diffs(), 1)
+	}
+	img.Kept = true
 	return img, nil
 }
 
-// Release ends the keeping of diffs. Those that nobody uses are removed.
-func (s *Snapshotter) Release(ctx context.Context, ids ...blockdev.Digest) error {
-	kept := make(map[blockdev.Digest]bool)
-	for _, id := range ids {
-		s.refs.setKept(id, false)
-		kept[id] = false
-	}
-	if err := s.records.setKept(kept); err != nil {
+// ReleaseImage ends the keeping of an image. Diffs that nobody uses are removed.
+func (s *Snapshotter) ReleaseImage(ctx context.Context, manifest blockdev.Digest) error {
+	if err := s.release(manifest); err != nil {
 		return err
 	}
 	s.sweep(ctx)
 	return nil
+}
+
+func (s *Snapshotter) release(manifest blockdev.Digest) error {
+	released, err := s.records.release(manifest)
+	for _, img := range released {
+		s.refs.keep(img.diffs(), -1)
+	}
+	return err
 }

@@ -58,7 +58,7 @@ func (ps *pulls) join(ctx context.Context, key pullKey, chain string,
 	ps.mu.Lock()
 	if ps.closed {
 		ps.mu.Unlock()
-		return nil, nil, context.Canceled
+		return nil, nil, errClosing
 	}
 	p = ps.m[key]
 	if p != nil {

@@ -29,8 +29,6 @@ type records struct{ db *bolt.DB }
 type diffRecord struct {
 	// Added: the data path has taken the index.
 	Added bool `json:"added,omitempty"`
-	// Kept: held without a snapshot.
-	Kept bool `json:"kept,omitempty"`
 	// Implied is blockdev.Index.Implied.
 	Implied []string `json:"implied,omitempty"`
 	// Layers are keys of the layers bucket that point here.
@@ -45,6 +43,38 @@ type imageRecord struct {
 	Opened   time.Time       `json:"opened"`
 	Top      string          `json:"top"` // ChainID of the top layer
 	Layers   []Layer         `json:"layers"`
+	// Kept: KeepImage holds it.
+	Kept bool `json:"kept,omitempty"`
+}
+
+// diffs are those of the layers, each once.
+func (r *imageRecord) diffs() []blockdev.Digest {
+	ids := make([]blockdev.Digest, 0, len(r.Layers))
+	for _, l := range r.Layers {
+		ids = append(ids, l.DiffID)
+	}
+	return unique(ids)
+}
+
+func (r *imageRecord) key() []byte { return append(slices.Clone(r.Manifest[:]), r.Ref...) }
+
+func getImage(b *bolt.Bucket, key []byte) (rec imageRecord, ok bool, err error) {
+	v := b.Get(key)
+	if v == nil {
+		return rec, false, nil
+	}
+	if err := json.Unmarshal(v, &rec); err != nil {
+		return rec, false, fmt.Errorf("record of an image: %w", err)
+	}
+	return rec, true, nil
+}
+
+func putImage(b *bolt.Bucket, rec imageRecord) error {
+	v, err := json.Marshal(rec)
+	if err != nil {
+		return err
+	}
+	return b.Put(rec.key(), v)
 }
 
 var (
@@ -144,11 +174,13 @@ func (r *records) opened(img imageRecord, implied map[blockdev.Digest][]string) 
 				return err
 			}
 		}
-		v, err := json.Marshal(img)
+		b := tx.Bucket(bucketImages)
+		old, _, err := getImage(b, img.key())
 		if err != nil {
 			return err
 		}
-		return tx.Bucket(bucketImages).Put(append(img.Manifest[:], img.Ref...), v)
+		img.Kept = old.Kept
+		return putImage(b, img)
 	})
 }
 
@@ -188,46 +220,63 @@ func (r *records) implied(id blockdev.Digest) (dirs []string, err error) {
 	return dirs, err
 }
 
-// setKept marks diffs as held without a snapshot, or as no longer so.
-func (r *records) setKept(kept map[blockdev.Digest]bool) error {
-	return r.db.Update(func(tx *bolt.Tx) error {
-		for id, k := range kept {
-			rec, ok, err := getDiff(tx, id)
+// keep marks an image as kept; false: it was before.
+func (r *records) keep(img *imageRecord) (changed bool, err error) {
+	err = r.db.Update(func(tx *bolt.Tx) error {
+		b := tx.Bucket(bucketImages)
+		rec, ok, err := getImage(b, img.key())
+		if err == nil && !ok {
+			err = fmt.Errorf("image %s: %w", img.Ref, blockdev.ErrNotFound)
+		}
+		if err != nil || rec.Kept {
+			return err
+		}
+		changed, rec.Kept = true, true
+		return putImage(b, rec)
+	})
+	return changed, err
+}
+
+// release ends the keeping of a manifest, under all references, and returns the
+// records that were kept.
+func (r *records) release(manifest blockdev.Digest) (changed []imageRecord, err error) {
+	list, err := r.images()
+	if err != nil || !slices.ContainsFunc(list, func(i imageRecord) bool { return i.Kept && i.Manifest == manifest }) {
+		return nil, err // the usual case, without a write
+	}
+	err = r.db.Update(func(tx *bolt.Tx) error {
+		b := tx.Bucket(bucketImages)
+		for _, img := range list {
+			rec, ok, err := getImage(b, img.key())
 			if err != nil {
 				return err
 			}
-			if !ok {
-				return fmt.Errorf("diff %s: %w", id, blockdev.ErrNotFound)
-			}
-			if rec.Kept == k {
+			if !ok || !rec.Kept || rec.Manifest != manifest {
 				continue
 			}
-			rec.Kept = k
-			if err := putDiff(tx, id, rec); err != nil {
+			rec.Kept = false
+			if err := putImage(b, rec); err != nil {
 				return err
 			}
+			changed = append(changed, rec)
 		}
 		return nil
 	})
+	return changed, err
 }
 
-// diffs lists all diffs, and whether each is kept.
-func (r *records) diffs() (map[blockdev.Digest]bool, error) {
-	m := make(map[blockdev.Digest]bool)
-	err := r.db.View(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucketDiffs).ForEach(func(k, v []byte) error {
-			var rec diffRecord
+// diffs lists all diffs.
+func (r *records) diffs() (ids []blockdev.Digest, err error) {
+	err = r.db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketDiffs).ForEach(func(k, _ []byte) error {
 			if len(k) != len(blockdev.Digest{}) {
 				return fmt.Errorf("record of a diff has a key of %d bytes", len(k))
 			}
-			if err := json.Unmarshal(v, &rec); err != nil {
-				return fmt.Errorf("record of diff %s: %w", blockdev.Digest(k), err)
-			}
-			m[blockdev.Digest(k)] = rec.Kept
+			ids = append(ids, blockdev.Digest(k))
 			return nil
 		})
 	})
-	return m, err
+	return ids, err
 }
 
 // forget drops a diff and the layers that point to it.
@@ -269,7 +318,7 @@ func (r *records) forgetImages(list []imageRecord) error {
 	}
 	return r.db.Update(func(tx *bolt.Tx) error {
 		for _, img := range list {
-			if err := tx.Bucket(bucketImages).Delete(append(img.Manifest[:], img.Ref...)); err != nil {
+			if err := tx.Bucket(bucketImages).Delete(img.key()); err != nil {
 				return err
 			}
 		}

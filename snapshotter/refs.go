@@ -17,14 +17,16 @@ type refs struct {
 // use of one diff. An entry stays in refs.m, even with nothing left in it, until
 // the data path has removed the diff.
 type use struct {
-	snapshots int  // committed lazy snapshots that name it
-	holds     int  // pulls under way that opened it
-	kept      bool // held without a snapshot
+	snapshots int // committed lazy snapshots that name it
+	holds     int // pulls under way that opened it
+	kept      int // kept images that have it
 	// removing is not nil while the data path removes the diff, and closed after.
 	removing chan struct{}
 }
 
-func (u *use) idle() bool { return u.snapshots == 0 && u.holds == 0 && !u.kept && u.removing == nil }
+func (u *use) idle() bool {
+	return u.snapshots == 0 && u.holds == 0 && u.kept == 0 && u.removing == nil
+}
 
 func (r *refs) get(id blockdev.Digest) *use {
 	u := r.m[id]
@@ -73,15 +75,11 @@ func (r *refs) hold(ctx context.Context, ids ...blockdev.Digest) (release func()
 	return release, nil
 }
 
-// addSnapshot counts a snapshot. The caller holds the diff. A kept diff is kept
-// no longer: wasKept.
-func (r *refs) addSnapshot(id blockdev.Digest) (wasKept bool) {
+// addSnapshot counts a snapshot. The caller holds the diff.
+func (r *refs) addSnapshot(id blockdev.Digest) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	u := r.get(id)
-	u.snapshots++
-	wasKept, u.kept = u.kept, false
-	return wasKept
+	r.get(id).snapshots++
 }
 
 func (r *refs) dropSnapshot(id blockdev.Digest) {
@@ -99,17 +97,15 @@ func (r *refs) known(id blockdev.Digest) {
 	r.get(id)
 }
 
-// setKept marks a diff, which the caller holds if it is to be kept, and reports whether it is kept
-// now: one that a snapshot uses needs no keeping.
-func (r *refs) setKept(id blockdev.Digest, kept bool) bool {
+// keep counts, by 1 or -1, an image that is kept. The caller holds the diffs of one
+// that is to be. A count may be below zero for a moment, where an image is kept and
+// released at the same time; that is in use, too.
+func (r *refs) keep(ids []blockdev.Digest, by int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !kept && r.m[id] == nil {
-		return false
+	for _, id := range ids {
+		r.get(id).kept += by
 	}
-	u := r.get(id)
-	u.kept = kept && u.snapshots == 0
-	return u.kept
 }
 
 // unused lists the diffs that may be removed.

@@ -15,6 +15,9 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 )
 
+// errClosing is for those who wait when the snapshotter ends.
+var errClosing = fmt.Errorf("the snapshotter is being closed: %w", errdefs.ErrUnavailable)
+
 // prepareLazy answers a Prepare that carries labelRef. It returns an error that
 // is AlreadyExists if the layer is now there as a lazy snapshot, nil if it has to
 // be unpacked in the ordinary way, and another error if neither will do.
@@ -27,7 +30,7 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, info 
 	pk := pullKey{namespace: namespaceOf(key), ref: w.ref, manifest: w.manifest}
 	p, leave, err := s.pulls.join(ctx, pk, w.chain, func(ctx context.Context) (*openImage, error) {
 		o, err := s.open(ctx, w)
-		if err != nil && s.base.Err() == nil {
+		if err != nil && !errors.Is(err, context.Canceled) {
 			s.notLazy(w, cause(err, s.cfg.IndexTimeout))
 		}
 		return o, err
@@ -38,12 +41,17 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, info 
 	last := false
 	defer func() { leave(last) }()
 	if p.err != nil {
+		if s.base.Err() != nil {
+			return errClosing
+		}
 		return nil
 	}
 
 	i := p.image.position(w.chain)
-	if err := s.placed(ctx, p.image, i, parent); err != nil {
-		p.explain.Do(func() { s.notLazy(w, err.Error()) })
+	if why, err := s.misplaced(ctx, p.image, i, parent); err != nil {
+		return err
+	} else if why != "" {
+		p.explain.Do(func() { s.notLazy(w, why) })
 		return nil
 	}
 	last = i == len(p.image.Layers)-1
@@ -55,6 +63,12 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, info 
 	}
 	if err := s.commitLazy(ctx, key, parent, p.image.Layers[i].DiffID, info.Labels); err != nil {
 		return fmt.Errorf("image %s, layer %d of %d: %w", w.ref, i+1, len(p.image.Layers), err)
+	}
+	if last {
+		if err := s.release(p.image.Manifest); err != nil {
+			s.log.Error("image stays marked as kept, removing it will not free its diffs before the next start",
+				"image", w.ref, "error", err)
+		}
 	}
 	return fmt.Errorf("snapshot %s is lazy: %w", w.chain, errdefs.ErrAlreadyExists)
 }
@@ -76,20 +90,21 @@ func (s *Snapshotter) explainUnlabelled(w want, parent string, why error) {
 	}
 }
 
-// placed checks that the parent in this store is the chain below layer i.
-func (s *Snapshotter) placed(ctx context.Context, o *openImage, i int, parent string) error {
+// misplaced says why layer i cannot go on this parent; empty: the parent is the
+// chain below it.
+func (s *Snapshotter) misplaced(ctx context.Context, o *openImage, i int, parent string) (why string, err error) {
 	if i < 0 {
-		return errors.New("a layer's ChainID is not one of the image")
+		return "a layer's ChainID is not one of the image", nil
 	}
 	if i == 0 && parent == "" {
-		return nil
+		return "", nil
 	}
 	if i == 0 || parent == "" {
-		return fmt.Errorf("layer %d is asked for on parent %q: layers that are unpacked in parallel cannot be lazy "+
-			"(the proxy plugin must not have the capability \"rebase\")", i+1, parent)
+		return fmt.Sprintf("layer %d is asked for on parent %q: layers that are unpacked in parallel cannot be lazy "+
+			"(the proxy plugin must not have the capability \"rebase\")", i+1, parent), nil
 	}
 	below := parentChain(parent)
-	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		_, info, _, err := storage.GetInfo(ctx, parent)
 		if ref := info.Labels[labelRef]; err == nil && ref != "" {
 			below = ref
@@ -97,12 +112,12 @@ func (s *Snapshotter) placed(ctx context.Context, o *openImage, i int, parent st
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("parent snapshot: %w", err)
+		return "", fmt.Errorf("parent snapshot: %w", err)
 	}
 	if below != o.chains[i-1] {
-		return fmt.Errorf("layer %d is asked for on %s, which is not the chain below it, %s", i+1, below, o.chains[i-1])
+		return fmt.Sprintf("layer %d is asked for on %s, which is not the chain below it, %s", i+1, below, o.chains[i-1]), nil
 	}
-	return nil
+	return "", nil
 }
 
 // wait is LabelPrefetch.
@@ -185,11 +200,7 @@ func (s *Snapshotter) commitLazy(ctx context.Context, key, parent string, diff b
 	if exists {
 		return nil
 	}
-	if s.refs.addSnapshot(diff) {
-		if err := s.records.setKept(map[blockdev.Digest]bool{diff: false}); err != nil {
-			s.log.Error("diff stays marked as kept, it will not be removed with its image", "diff", diff, "error", err)
-		}
-	}
+	s.refs.addSnapshot(diff)
 	return nil
 }
 

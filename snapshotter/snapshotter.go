@@ -37,6 +37,9 @@ type Snapshotter struct {
 	// closeErr is that of the first Close.
 	closeErr error
 
+	// recovering is held by who fetches lost indexes.
+	recovering chan struct{}
+
 	mu         sync.Mutex
 	unlabelled string              // last ChainID asked for without an image's name
 	idmapping  map[string]struct{} // snapshot ids whose clones are being made
@@ -55,7 +58,7 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
-	s := &Snapshotter{cfg: cfg, log: cfg.Log, idmapping: make(map[string]struct{})}
+	s := &Snapshotter{cfg: cfg, log: cfg.Log, idmapping: make(map[string]struct{}), recovering: make(chan struct{}, 1)}
 	s.idmapDone = sync.NewCond(&s.mu)
 	for _, dir := range []string{"", "s", "tmp", "l"} {
 		if err := os.MkdirAll(filepath.Join(cfg.Root, dir), 0o700); err != nil {

@@ -9,8 +9,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/archive"
 )
 
-// unpack applies a tar as containerd's applier does on Linux.
-func unpack(ctx context.Context, mounts []mount.Mount, layer []byte) error {
+// applyTar applies a tar as containerd's applier does on Linux.
+func applyTar(ctx context.Context, mounts []mount.Mount, layer []byte) error {
 	if len(mounts) == 1 && mounts[0].Type == "overlay" {
 		var upper string
 		var lowers []string

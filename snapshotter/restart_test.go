@@ -1,0 +1,151 @@
+package snapshotter
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// After a kill everything is as it was, and what was half done is gone.
+func TestCrash(t *testing.T) {
+	n := newNode(t)
+	used := newImage("registry.test/used:1", threeLayers(t)...)
+	half := newImage("registry.test/half:1", newLayer(t, file("h1")), newLayer(t, file("h2")))
+	n.images.publish(used, half)
+	top, _, err := n.pull(bg, used)
+	check(t, err)
+	must(n.Prepare(bg, "ns/7/c", top))(t)
+	// A pull that has only its first layer.
+	if _, err := n.Prepare(bg, "ns/8/k", "", snapshots.WithLabels(half.labels(0))); !errdefs.IsAlreadyExists(err) {
+		t.Fatal(err)
+	}
+	// Directories whose transaction was never committed, and work in tmp.
+	for _, d := range []string{"s/999/fs", "l/999", "tmp/fixup-1/fs/a", "tmp/gone-1/i/0"} {
+		check(t, os.MkdirAll(filepath.Join(n.root, d), 0o700))
+	}
+	// A diff that was going to be added, and never was.
+	lost := blockdev.Sum([]byte("lost"))
+	check(t, n.records.intend([]blockdev.Digest{lost}))
+	n.data.prefetched = nil
+
+	n.crash()
+	n.bg.Wait()
+	if n.data.has(half.layers[1]) || !n.data.has(half.layers[0]) {
+		t.Error("want the diff that no snapshot uses gone, and the other there")
+	}
+	for _, l := range used.layers {
+		if !n.data.has(l) {
+			t.Error("a diff in use is gone")
+		}
+	}
+	if d := must(n.records.diffs())(t); len(d) != 4 {
+		t.Errorf("%d diffs on record, want 4", len(d))
+	}
+	for _, d := range []string{"s/999", "l/999", "tmp/fixup-1", "tmp/gone-1"} {
+		if _, err := os.Lstat(filepath.Join(n.root, d)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: %v", d, err)
+		}
+	}
+	if got := len(n.data.prefetched); got != 3 {
+		t.Errorf("prefetch goes on for %d diffs, want the 3 of the container", got)
+	}
+	checkThree(t, mounted(t, must(n.Mounts(bg, "ns/7/c"))(t)))
+	// The pull goes on.
+	_, fetched, err := n.pull(bg, half)
+	check(t, err)
+	if len(fetched) != 0 {
+		t.Errorf("fetched %v", fetched)
+	}
+	check(t, n.Remove(bg, "ns/7/c"))
+	for i := 2; i >= 0; i-- {
+		check(t, n.Remove(bg, used.chain(i)))
+	}
+	check(t, n.Cleanup(bg))
+	for _, l := range used.layers {
+		if n.data.has(l) {
+			t.Error("a diff without use is there")
+		}
+	}
+}
+
+// One image that cannot be mounted does not keep the others from being mounted,
+// nor the snapshotter from starting, and is tried again on demand.
+func TestMountFailsAtStart(t *testing.T) {
+	n := newNode(t)
+	for i := range 3 {
+		img := newImage(fmt.Sprintf("registry.test/i%d:1", i), newLayer(t, file(fmt.Sprintf("f%d", i))))
+		n.images.publish(img)
+		top, _, err := n.pull(bg, img)
+		check(t, err)
+		must(n.Prepare(bg, fmt.Sprintf("c%d", i), top))(t)
+		if i == 1 {
+			n.data.mountErr[img.layers[0].diffID] = fmt.Errorf("no loop device: %w", blockdev.ErrUnavailable)
+		}
+	}
+	n.crash()
+	n.bg.Wait()
+	if len(n.log.lines("cannot be mounted", "snapshot=c1", "no loop device")) != 1 {
+		t.Errorf("log:\n%s", n.log.b.String())
+	}
+	if _, err := n.Mounts(bg, "c1"); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "no loop device") {
+		t.Errorf("Mounts: %v", err)
+	}
+	must(n.Mounts(bg, "c0"))(t)
+	must(n.Mounts(bg, "c2"))(t)
+	n.data.set(func() { clear(n.data.mountErr) })
+	must(n.Mounts(bg, "c1"))(t)
+}
+
+// Diffs that the data path has lost are fetched again when they are needed.
+func TestLostDiffs(t *testing.T) {
+	n := newNode(t)
+	img := newImage("registry.test/x:1", threeLayers(t)...)
+	n.images.publish(img)
+	top, _, err := n.pull(bg, img)
+	check(t, err)
+	for _, l := range img.layers {
+		check(t, n.data.Remove(bg, l.diffID))
+	}
+	n.images.err = blockdev.ErrUnavailable
+	if _, err := n.Prepare(bg, "c", top); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), img.ref) {
+		t.Errorf("with the supernode gone: %v", err)
+	}
+	if _, err := n.Stat(bg, "c"); !errdefs.IsNotFound(err) {
+		t.Errorf("snapshot was made: %v", err)
+	}
+	n.images.err = nil
+	asked := n.images.asked()
+	checkThree(t, mounted(t, must(n.Prepare(bg, "c", top))(t)))
+	if n.images.asked() != asked+1 {
+		t.Errorf("asked %d times for one image", n.images.asked()-asked)
+	}
+}
+
+// A second process on the same directory is refused.
+func TestTwoProcesses(t *testing.T) {
+	n := newNode(t)
+	if _, err := New(Config{Root: n.root, Data: n.data}); err == nil || !strings.Contains(err.Error(), "another process") {
+		t.Errorf("second New: %v", err)
+	}
+}
+
+func TestConfig(t *testing.T) {
+	data := &fakeData{}
+	for want, cfg := range map[string]Config{
+		"Root": {Root: "relative", Data: data},
+		"Data": {Root: "/x"},
+		"must": {Root: "/x", Data: data, IndexTimeout: -1},
+	} {
+		if _, err := New(cfg); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v: %v", cfg, err)
+		}
+	}
+}
