@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -27,6 +28,9 @@ func needRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: mounts EROFS, makes devices and trusted attributes")
+	}
+	if err := log.SetLevel("error"); err != nil { // containerd's, about attributes it passes over
+		t.Fatal(err)
 	}
 	b, err := os.ReadFile("/proc/filesystems")
 	if err != nil || !strings.Contains(string(b), "\terofs\n") {
@@ -216,7 +220,7 @@ func TestContainerdTrees(t *testing.T) {
 	for _, tt := range trees {
 		t.Run(tt.name, func(t *testing.T) {
 			entries := slices.Clone(tt.entries)
-			entries = slices.DeleteFunc(entries, func(e entry) bool { return e.realSize > 1<<34 })
+			entries = slices.DeleteFunc(entries, func(e entry) bool { return e.realSize > 1<<24 }) // reading holes takes its time
 			if !compare(t, makeTar(entries...)) {
 				t.Error("not accepted")
 			}
@@ -248,6 +252,7 @@ func TestContainerdRandom(t *testing.T) {
 			break
 		}
 	}
+	t.Logf("%d of %d tars accepted", accepted, n)
 	if accepted < n/2 {
 		t.Errorf("only %d of %d tars were accepted; the test has no teeth", accepted, n)
 	}
