@@ -138,8 +138,8 @@ func TestKill(t *testing.T) {
 // TestPowerLoss: the page cache is lost, so what was not synced may be anything.
 // Nothing of it is believed, and what was synced still is.
 func TestPowerLoss(t *testing.T) {
-	for round := range 12 {
-		r := newRig(t, 6<<20+1, nil)
+	for round := range 6 {
+		r := newRig(t, 3<<20+1, nil)
 		rng := rand.New(rand.NewPCG(77, uint64(round)))
 		readSome := func() {
 			for range 6 {

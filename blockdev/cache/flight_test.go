@@ -24,7 +24,7 @@ func TestOneFlightPerChunk(t *testing.T) {
 	for g := range 16 {
 		wg.Go(func() {
 			rng := rand.New(rand.NewPCG(3, uint64(g%4)))
-			for range 50 {
+			for range 20 {
 				off := rng.Int64N(r.d.Size())
 				p := make([]byte, min(1+rng.Int64N(400_000), r.d.Size()-off))
 				if _, err := r.d.ReadAt(context.Background(), p, off); err != nil || !bytes.Equal(p, r.want[off:off+int64(len(p))]) {
