@@ -35,7 +35,7 @@ func (g *gate) wait(ctx context.Context, most time.Duration) error {
 	busy, idle := g.readers > 0, g.idle
 	g.mu.Unlock()
 	if !busy {
-		return ctx.Err()
+		return context.Cause(ctx)
 	}
 	t := time.NewTimer(most)
 	defer t.Stop()
