@@ -61,3 +61,12 @@ func defaultConfig(role string) interface{ Check() error } {
 	}
 	return config.DefaultNode()
 }
+
+// loadConfig reads path over the defaults in c. The default file may be missing,
+// since every key has a default; one that was named must be there.
+func loadConfig(cmd *cobra.Command, path string, c interface{ Check() error }) error {
+	if !cmd.Flags().Changed("config") && !exists(path) {
+		return c.Check()
+	}
+	return config.Load(path, c)
+}

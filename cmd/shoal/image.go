@@ -1,0 +1,26 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/containerd/platforms"
+	"github.com/distribution/reference"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// normalize turns "redis" into "docker.io/library/redis:latest", as containerd's
+// clients do before they pull.
+func normalize(ref string) (string, error) {
+	named, err := reference.ParseDockerRef(ref)
+	if err != nil {
+		return "", fmt.Errorf("%q is not an image reference: %w", ref, err)
+	}
+	return named.String(), nil
+}
+
+// platform is this machine's, which is chosen from multi-platform images.
+func platform() blockdev.Platform {
+	p := platforms.DefaultSpec()
+	return blockdev.Platform{OS: p.OS, Architecture: p.Architecture, Variant: p.Variant}
+}

@@ -1,0 +1,277 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache"
+	"github.com/shoalfs/shoal/blockdev/volume"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
+	"github.com/shoalfs/shoal/p2p/exchange"
+	"github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/snapshotter"
+	"github.com/shoalfs/shoal/snapshotter/credentials"
+)
+
+func newNodeCommand() *cobra.Command {
+	path := nodeConfigPath
+	cmd := &cobra.Command{
+		Use:   "node",
+		Short: "Run the daemon of a machine that runs containers",
+		Long: `Node is containerd's snapshotter on this machine. It needs root, and in
+containerd's config:
+
+  [proxy_plugins.shoal]
+    type = "snapshot"
+    address = "/run/shoal/shoal.sock"
+    [proxy_plugins.shoal.exports]
+      enable_remote_snapshot_annotations = "true"`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c := config.DefaultNode()
+			if err := loadConfig(cmd, path, c); err != nil {
+				return err
+			}
+			return runNode(cmd.Context(), c)
+		},
+	}
+	cmd.Flags().StringVar(&path, "config", path, "config file; the default one may be missing")
+	return cmd
+}
+
+// upstream is where a node's indexes and missing chunks come from.
+type upstream interface {
+	blockdev.Source
+	blockdev.ImageSource
+	Close() error
+}
+
+func runNode(ctx context.Context, c *config.Node) (err error) {
+	log := newLogger(c.Log)
+	metrics := daemon.NewMetrics(version, "node")
+	stopTracing, err := daemon.Trace(ctx, "shoal-node", version)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stopTracing()) }()
+
+	if err := os.MkdirAll(c.Root, 0o700); err != nil {
+		return fmt.Errorf("root: %w", err)
+	}
+	up, addresses, err := openUpstream(ctx, c, log, metrics)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, up.Close()) }()
+
+	vols, err := volume.Open(ctx, volume.Config{
+		Root: c.Root, Source: daemon.CountFetched(up, metrics), Log: log,
+		ReadTimeout: time.Duration(c.ReadTimeout),
+		Cache:       cache.Config{Timeout: time.Duration(c.ReadTimeout)},
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, vols.Close()) }()
+
+	keychain := credentials.NewDockerConfig(ctx, c.DockerConfig)
+	sn, err := snapshotter.New(snapshotter.Config{
+		Root: c.Root, Data: dataPath{vols}, Images: up,
+		Credentials: keychain, Platform: platform(),
+		IndexTimeout: time.Duration(c.IndexTimeout), Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, sn.Close()) }()
+
+	d := &nodeDaemon{vols: vols, sn: sn, up: up, credentials: keychain, addresses: addresses}
+	metrics.MustRegister(d.collectors()...)
+	server := grpc.NewServer(daemon.TraceGRPC())
+	snapshotter.Register(server, sn)
+	ln, err := control.Listen(c.Address)
+	if err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return server.Serve(ln) })
+	g.Go(func() error {
+		<-ctx.Done()
+		daemon.StopGRPC(server)
+		return nil
+	})
+	g.Go(func() error { return control.Serve(ctx, c.ControlAddress, d) })
+	g.Go(func() error { return daemon.ServeMetrics(ctx, c.MetricsAddress, metrics) })
+	log.Info("node is up", "version", version, "socket", c.Address, "supernodes", addresses)
+	return g.Wait()
+}
+
+// openUpstream connects to the supernode, or embeds one.
+func openUpstream(ctx context.Context, c *config.Node, log *slog.Logger, reg prometheus.Registerer) (upstream, []string, error) {
+	if len(c.Supernodes) == 0 {
+		s, err := openSupernode(filepath.Join(c.Root, "supernode"), c.Embedded.Store, c.Embedded.Registry, log, reg)
+		if err != nil {
+			return nil, nil, err
+		}
+		return s, []string{"embedded"}, nil
+	}
+	key, err := host.LoadIdentity(filepath.Join(c.Root, "identity"))
+	if err != nil {
+		return nil, nil, err
+	}
+	h, err := host.New(host.Config{Key: key, UserAgent: "shoal/" + version})
+	if err != nil {
+		return nil, nil, err
+	}
+	info, err := host.ParseAddr(c.Supernodes[0])
+	if err != nil {
+		return nil, nil, errors.Join(err, h.Close())
+	}
+	client, err := exchange.NewClient(h, info, exchange.Options{Log: log})
+	if err != nil {
+		return nil, nil, errors.Join(err, h.Close())
+	}
+	return &remote{client, h.Close}, c.Supernodes, nil
+}
+
+// remote is a supernode on another machine, with the host that reaches it.
+type remote struct {
+	*exchange.Client
+	closeHost func() error
+}
+
+func (r *remote) Close() error { return errors.Join(r.Client.Close(), r.closeHost()) }
+
+// dataPath is the volumes as the snapshotter sees them.
+type dataPath struct{ *volume.Manager }
+
+func (d dataPath) PrefetchWait(ctx context.Context, id blockdev.Digest) error {
+	return d.Manager.PrefetchWait(ctx, id, nil)
+}
+
+func (d dataPath) LocalSize(id blockdev.Digest) (int64, bool) {
+	s, ok := d.Manager.Stat(id)
+	return s.Local, ok
+}
+
+// nodeDaemon answers the control socket.
+type nodeDaemon struct {
+	vols        *volume.Manager
+	sn          *snapshotter.Snapshotter
+	up          upstream
+	credentials *credentials.DockerConfig
+	addresses   []string
+}
+
+func (d *nodeDaemon) Status(ctx context.Context) (*control.Status, error) {
+	images, err := d.sn.Images(ctx)
+	if err != nil {
+		return nil, err
+	}
+	st := &control.Status{Version: version, Role: "node", Supernodes: d.addresses, Images: []control.Image{}}
+	for _, im := range images {
+		ci := control.Image{Ref: im.Ref, Layers: []control.Layer{}}
+		for _, l := range im.Layers {
+			ci.Layers = append(ci.Layers, d.layer(l.DiffID))
+		}
+		st.Images = append(st.Images, ci)
+	}
+	return st, nil
+}
+
+func (d *nodeDaemon) layer(id blockdev.Digest) control.Layer {
+	l := control.Layer{DiffID: id.String()}
+	s, ok := d.vols.Stat(id)
+	if !ok {
+		return l
+	}
+	l.Size, l.Local = s.Total, s.Local
+	if s.Local == s.Total && !s.Complete {
+		l.Local = max(0, s.Total-1) // not synced yet: all of it is said only when it is
+	}
+	switch {
+	case s.Dir == "":
+	case s.Lazy:
+		l.Mount = "lazy"
+	default:
+		l.Mount = "native"
+	}
+	return l
+}
+
+func (d *nodeDaemon) Prefetch(ctx context.Context, req control.PrefetchRequest, event func(control.Event)) error {
+	ref, err := normalize(req.Ref)
+	if err != nil {
+		return err
+	}
+	if !req.Local {
+		return d.warm(ctx, ref, event)
+	}
+	im, err := d.sn.KeepImage(ctx, ref, blockdev.Digest{})
+	if err != nil {
+		return err
+	}
+	for _, l := range im.Layers {
+		report := func(local, total int64) {
+			event(control.Event{Layer: l.Digest.String(), Stage: "fetching", Done: local, Total: total})
+		}
+		if err := d.vols.PrefetchWait(ctx, l.DiffID, report); err != nil {
+			return fmt.Errorf("layer %s: %w", l.Digest, err)
+		}
+		s, _ := d.vols.Stat(l.DiffID)
+		event(control.Event{Layer: l.Digest.String(), Stage: "verified", Done: s.Total, Total: s.Total})
+	}
+	return nil
+}
+
+// warm has the supernode fetch an image.
+func (d *nodeDaemon) warm(ctx context.Context, ref string, event func(control.Event)) error {
+	cred, err := d.credentials.Credential(ctx, ref)
+	if err != nil {
+		return err
+	}
+	im, err := d.up.OpenImage(ctx, blockdev.ImageRequest{Ref: ref, Platform: platform(), Credential: cred})
+	if err != nil {
+		return err
+	}
+	for _, l := range im.Layers {
+		event(control.Event{Layer: l.Digest.String(), Stage: "stored", Done: l.Size, Total: l.Size})
+	}
+	return nil
+}
+
+func (d *nodeDaemon) collectors() []prometheus.Collector {
+	gauge := func(name, help string, value func(volume.Stat) float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 {
+			var sum float64
+			for _, s := range d.vols.Stats() {
+				sum += value(s)
+			}
+			return sum
+		})
+	}
+	return []prometheus.Collector{
+		gauge("shoal_node_diffs", "Layers that this node has an index of.", func(volume.Stat) float64 { return 1 }),
+		gauge("shoal_node_diff_bytes", "Bytes of those layers.", func(s volume.Stat) float64 { return float64(s.Total) }),
+		gauge("shoal_node_local_bytes", "Bytes of those layers that are on this node.", func(s volume.Stat) float64 { return float64(s.Local) }),
+		gauge("shoal_node_lazy_mounts", "Layers that are mounted through FUSE.", func(s volume.Stat) float64 {
+			if s.Dir != "" && s.Lazy {
+				return 1
+			}
+			return 0
+		}),
+	}
+}
