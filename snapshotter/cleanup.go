@@ -30,7 +30,7 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 	return s.pruneImages(chains)
 }
 
-// survey moves directories that belong to no snapshot to tmp, and lists the
+// survey moves directories that belong to no snapshot to scratch, and lists the
 // ChainIDs of lazy snapshots. It does so in the write transaction that making a
 // snapshot needs: an id whose transaction failed is given out again.
 func (s *Snapshotter) survey(ctx context.Context) (trash []string, chains map[string]struct{}, err error) {
@@ -61,16 +61,16 @@ func (s *Snapshotter) survey(ctx context.Context) (trash []string, chains map[st
 	return trash, chains, err
 }
 
-// discard moves a directory, with what is mounted in it, to a new name in tmp.
+// discard moves a directory, with what is mounted in it, to a new name in scratch.
 func (s *Snapshotter) discard(dir string) (string, error) {
-	tmp, err := os.MkdirTemp(filepath.Join(s.cfg.Root, "tmp"), "gone-")
+	tmp, err := os.MkdirTemp(s.scratch(), "gone-")
 	if err != nil {
 		return "", err
 	}
 	return tmp, unix.Rename(dir, tmp) // onto the empty directory, which os.Rename refuses
 }
 
-// removeDir removes a directory in tmp. A failure is logged: the next start tries
+// removeDir removes a directory in scratch. A failure is logged: the next start tries
 // again.
 func (s *Snapshotter) removeDir(dir string) {
 	// What is mounted inside must not be descended into.
@@ -164,8 +164,8 @@ func (s *Snapshotter) start() error {
 	if err := s.pruneImages(chains); err != nil {
 		return err
 	}
-	// What survey has found is in tmp now, with what an earlier process left there.
-	left, err := os.ReadDir(filepath.Join(s.cfg.Root, "tmp"))
+	// What survey has found is in scratch now, with what an earlier process left there.
+	left, err := os.ReadDir(s.scratch())
 	if err != nil {
 		return err
 	}
@@ -174,7 +174,7 @@ func (s *Snapshotter) start() error {
 			if ctx.Err() != nil {
 				return
 			}
-			s.removeDir(filepath.Join(s.cfg.Root, "tmp", e.Name()))
+			s.removeDir(filepath.Join(s.scratch(), e.Name()))
 		}
 		s.sweep(ctx)
 	})

@@ -32,13 +32,15 @@
 //
 // # Layout below Config.Root
 //
+// The data path may have the same Root, with other names.
+//
 //	metadata.db   snapshots: containerd's core/snapshots/storage
 //	shoal.db      diffs, layers and images that this node has the indexes of
 //	s/<id>/fs     an ordinary snapshot's directory, or a lazy one's fix-ups
 //	s/<id>/work   overlayfs work directory of an active snapshot
 //	s/<id>/i/<n>  id-mapped clones of lower directories, where asked for
 //	l/<name>      short symbolic links, for chains too long for one page of options
-//	tmp/          directories being made; emptied at start
+//	scratch/      directories being made; emptied at start
 //
 // # Fix-ups
 //

@@ -101,8 +101,8 @@ func TestIDMap(t *testing.T) {
 				t.Errorf("still mounted: %s", f[4])
 			}
 		}
-		if left := must(os.ReadDir(filepath.Join(n.root, "tmp")))(t); len(left) != 0 {
-			t.Errorf("left in tmp: %v", left)
+		if left := must(os.ReadDir(n.scratch()))(t); len(left) != 0 {
+			t.Errorf("left in scratch: %v", left)
 		}
 	}
 }

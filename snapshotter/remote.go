@@ -204,7 +204,7 @@ func (s *Snapshotter) commitLazy(ctx context.Context, key, parent string, diff b
 	return nil
 }
 
-// makeFixup makes the fix-ups of a diff on top of a chain, in tmp, as a directory
+// makeFixup makes the fix-ups of a diff on top of a chain, in scratch, as a directory
 // to be renamed to that of a snapshot. Empty if none are needed.
 func (s *Snapshotter) makeFixup(ctx context.Context, parent string, diff blockdev.Digest) (string, error) {
 	if parent == "" {
@@ -230,7 +230,7 @@ func (s *Snapshotter) buildFixup(ctx context.Context, diff blockdev.Digest, impl
 	if err != nil {
 		return "", classify(fmt.Errorf("mount diff %s: %w", diff, err))
 	}
-	tmp, err := os.MkdirTemp(filepath.Join(s.cfg.Root, "tmp"), "fixup-")
+	tmp, err := os.MkdirTemp(s.scratch(), "fixup-")
 	if err != nil {
 		return "", err
 	}

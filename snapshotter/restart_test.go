@@ -27,8 +27,8 @@ func TestCrash(t *testing.T) {
 	if _, err := n.Prepare(bg, "ns/8/k", "", snapshots.WithLabels(half.labels(0))); !errdefs.IsAlreadyExists(err) {
 		t.Fatal(err)
 	}
-	// Directories whose transaction was never committed, and work in tmp.
-	for _, d := range []string{"s/999/fs", "l/999", "tmp/fixup-1/fs/a", "tmp/gone-1/i/0"} {
+	// Directories whose transaction was never committed, and work in scratch.
+	for _, d := range []string{"s/999/fs", "l/999", "scratch/fixup-1/fs/a", "scratch/gone-1/i/0", "tmp/other", "m/other"} {
 		check(t, os.MkdirAll(filepath.Join(n.root, d), 0o700))
 	}
 	// A diff that was going to be added, and never was.
@@ -49,9 +49,14 @@ func TestCrash(t *testing.T) {
 	if d := must(n.records.diffs())(t); len(d) != 4 {
 		t.Errorf("%d diffs on record, want 4", len(d))
 	}
-	for _, d := range []string{"s/999", "l/999", "tmp/fixup-1", "tmp/gone-1"} {
+	for _, d := range []string{"s/999", "l/999", "scratch/fixup-1", "scratch/gone-1"} {
 		if _, err := os.Lstat(filepath.Join(n.root, d)); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s: %v", d, err)
+		}
+	}
+	for _, d := range []string{"tmp/other", "m/other"} {
+		if _, err := os.Lstat(filepath.Join(n.root, d)); err != nil {
+			t.Errorf("what is not the snapshotter's: %v", err)
 		}
 	}
 	if got := len(n.data.prefetched); got != 3 {

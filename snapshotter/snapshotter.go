@@ -60,7 +60,7 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 	}
 	s := &Snapshotter{cfg: cfg, log: cfg.Log, idmapping: make(map[string]struct{}), recovering: make(chan struct{}, 1)}
 	s.idmapDone = sync.NewCond(&s.mu)
-	for _, dir := range []string{"", "s", "tmp", "l"} {
+	for _, dir := range []string{"", "s", "scratch", "l"} {
 		if err := os.MkdirAll(filepath.Join(cfg.Root, dir), 0o700); err != nil {
 			return nil, err
 		}
@@ -265,6 +265,7 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 }
 
 func (s *Snapshotter) dir(id string) string   { return filepath.Join(s.cfg.Root, "s", id) }
+func (s *Snapshotter) scratch() string        { return filepath.Join(s.cfg.Root, "scratch") }
 func (s *Snapshotter) upper(id string) string { return filepath.Join(s.dir(id), "fs") }
 func (s *Snapshotter) work(id string) string  { return filepath.Join(s.dir(id), "work") }
 
