@@ -69,7 +69,8 @@ func (in *Ingester) join(l Layer) (*flight, error) {
 		ctx, cancel := context.WithCancelCause(in.ctx)
 		f = &flight{in: in, key: key, l: l, cancel: cancel, done: make(chan struct{})}
 		in.flights[key] = f
-		in.wg.Go(func() { in.run(ctx, f) })
+		// Started below only, when the first asker is in its lists.
+		defer in.wg.Go(func() { in.run(ctx, f) })
 	}
 	f.waiters++
 	if f.grace != nil {

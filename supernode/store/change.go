@@ -23,6 +23,9 @@ type change struct {
 	doomed []blockdev.Digest
 	// reserved bytes of an ingest become bytes of its pack with this change.
 	reserved int64
+	// committed, if set, is called after the commit and before anything is
+	// freed: whoever looks for a chunk from then on must not find the old place.
+	committed func()
 }
 
 // extent64 is a range of a pack, possibly many extents long.
@@ -64,6 +67,9 @@ func (s *Store) update(f func(c *change) error) error {
 	s.mu.Unlock()
 	if err != nil {
 		return mapClosed(diskErrorOnly(err))
+	}
+	if c.committed != nil {
+		c.committed()
 	}
 	s.reclaim(c)
 	return nil

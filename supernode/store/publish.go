@@ -85,15 +85,18 @@ func (in *Ingest) Publish(ctx context.Context, rec LayerRecord, encodedIndex []b
 		in.mu.Lock()
 		c.reserved = in.reserved
 		in.mu.Unlock()
+		c.committed = func() {
+			in.s.published(rec.Layer, layer)
+			in.end()
+			in.leave()
+		}
 		return ctx.Err()
 	})
 	if err != nil {
 		return err
 	}
-	in.s.published(rec.Layer, layer)
-	in.end()
 	in.s.packs.release(in.pack)
-	in.leave()
+	in.unhold()
 	return nil
 }
 

@@ -304,12 +304,13 @@ func (in *Ingest) Abort() {
 	if !in.end() {
 		return
 	}
+	in.leave() // first, so that nobody looks for chunks in a pack that is gone
 	in.s.packs.release(in.pack)
 	if err := in.s.packs.remove(in.id); err != nil {
 		in.s.cfg.Log.Warn("store: the pack of an aborted ingest was not deleted; the next start does it", "layer", in.layer, "error", err)
 	}
 	in.s.unreserve(in.reserved)
-	in.leave()
+	in.unhold()
 }
 
 // end marks the session as ended; false if it was already.
@@ -321,12 +322,17 @@ func (in *Ingest) end() bool {
 	return !was
 }
 
-// leave takes the session out of the store and collects what it alone held.
+// leave takes the session out of the store's sight.
 func (in *Ingest) leave() {
+	in.s.mu.Lock()
+	defer in.s.mu.Unlock()
+	delete(in.s.sessions, in)
+}
+
+// unhold lets go of the chunks that the session counted on, and collects those
+// that it alone kept.
+func (in *Ingest) unhold() {
 	s := in.s
-	s.mu.Lock()
-	delete(s.sessions, in)
-	s.mu.Unlock()
 	for d := range in.held {
 		s.unhold(d)
 	}

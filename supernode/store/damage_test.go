@@ -1,0 +1,136 @@
+package store
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+func TestDamageOnDisk(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, Config{Dir: dir})
+	a, b, c := newLayer(1, 20), newLayer(2, 20), newLayer(3, 20)
+	b.chunks = append(b.chunks, a.chunks[7])
+	publish(t, s, a)
+	publish(t, s, b)
+	publish(t, s, c)
+	bad := blockdev.Sum(a.chunks[7])
+	r, _, err := s.lookup(bad)
+	if err != nil {
+		t.Fatal(err)
+	}
+	flip(t, s.packs.path(r.Pack), r.Offset+100)
+	if _, err := s.Chunk(t.Context(), bad); !errors.Is(err, blockdev.ErrCorrupt) {
+		t.Fatalf("damaged chunk: %v", err)
+	}
+	for _, l := range []fakeLayer{a, b} {
+		if _, err := s.Layer(l.rec.Layer); !errors.Is(err, blockdev.ErrNotFound) {
+			t.Errorf("layer with a damaged chunk: %v", err)
+		}
+	}
+	check(t, s, c)
+	if s.Has(bad) {
+		t.Error("Has says yes to a damaged chunk")
+	}
+	// Fetched again, it heals for both.
+	publish(t, s, a)
+	check(t, s, a)
+	checkChunks(t, s, b)
+
+	// An index.
+	d, _, _ := s.diffRecord(c.rec.DiffID)
+	flip(t, s.packs.path(d.Index.Pack), d.Index.Offset+5)
+	if _, err := s.Index(t.Context(), c.rec.DiffID); !errors.Is(err, blockdev.ErrCorrupt) {
+		t.Fatalf("damaged index: %v", err)
+	}
+	if _, err := s.Layer(c.rec.Layer); !errors.Is(err, blockdev.ErrNotFound) {
+		t.Errorf("layer with a damaged index: %v", err)
+	}
+	publish(t, s, c)
+	check(t, s, c)
+	if s.Stats().Damaged == 0 {
+		t.Error("damage not counted")
+	}
+	s.Close()
+	checkAccounts(t, dir)
+}
+
+// Damage to what reference counting stands on: counted again at the next start.
+func TestRecount(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, Config{Dir: dir})
+	a, b := newLayer(1, 20), newLayer(2, 20)
+	b.chunks = append(b.chunks, a.chunks[:5]...)
+	publish(t, s, a)
+	publish(t, s, b)
+	d, _, _ := s.diffRecord(a.rec.DiffID)
+	flip(t, s.packs.path(d.Refs.Pack), d.Refs.Offset)
+	if err := s.Remove(a.rec.DiffID); err != nil {
+		t.Fatal(err)
+	}
+	// And a chunk record.
+	victim := blockdev.Sum(b.chunks[10])
+	err := s.update(func(c *change) error {
+		return c.tx.Bucket(bucketChunks).Put(victim[:], make([]byte, chunkRecordLen))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Chunk(t.Context(), victim); !errors.Is(err, blockdev.ErrCorrupt) {
+		t.Fatalf("chunk with a damaged record: %v", err)
+	}
+	publish(t, s, b)
+	check(t, s, b)
+	s.Close()
+	s = open(t, Config{Dir: dir})
+	check(t, s, b)
+	checkGone(t, s, fakeLayer{rec: a.rec, chunks: a.chunks[5:]})
+	s.Close()
+	checkAccounts(t, dir)
+}
+
+func flip(t *testing.T, path string, off int64) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	b := make([]byte, 1)
+	if _, err := f.ReadAt(b, off); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 0x10
+	if _, err := f.WriteAt(b, off); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestDamagedDatabase(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, Config{Dir: dir})
+	l := newLayer(1, 5)
+	publish(t, s, l)
+	s.Close()
+	if err := os.WriteFile(filepath.Join(dir, "index.db"), bytes.Repeat([]byte("no database"), 3000), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s = open(t, Config{Dir: dir})
+	checkGone(t, s, l)
+	publish(t, s, l)
+	check(t, s, l)
+	s.Close()
+	checkAccounts(t, dir)
+}
+
+func TestOneProcess(t *testing.T) {
+	dir := t.TempDir()
+	open(t, Config{Dir: dir})
+	if _, err := Open(Config{Dir: dir}); err == nil {
+		t.Fatal("opened twice")
+	}
+}
