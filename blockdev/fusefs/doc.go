@@ -1,0 +1,40 @@
+// Package fusefs shows local diffs as files: one FUSE mount per node, a flat
+// directory, one read-only file per diff, named by the 64 hexadecimal digits of
+// its DiffID. EROFS mounts name these files as their data device, so the kernel
+// asks this package for content and never for names, attributes or xattrs.
+//
+// # Who opens what
+//
+// Mount opens /dev/fuse and calls mount(2) itself, and New takes the descriptor
+// from wherever it comes. The connection lives as long as somebody holds the
+// descriptor; the process that serves it may be another one tomorrow. So nothing
+// that the kernel may ask for depends on what a process remembers:
+//
+//   - The node id of a file is made of bytes 0-7 of its DiffID, and the
+//     generation and the file handle of bytes 8-15. A READ names both, so it
+//     names its DiffID by 128 bits, and no two diffs can be mixed up by somebody
+//     who makes the first 64 bits collide.
+//   - Init returns the connection's FUSE_INIT request. A server that takes over
+//     gets it as Options.Init, replays it without answering, and then calls
+//     Resend.
+//
+// # Invariants
+//
+//   - READ is answered here, everything else by go-fuse's ProtocolServer.
+//   - A loop goroutine never waits for bytes that are not local: such reads go
+//     to a bounded set of other goroutines (Options.SlowBytes).
+//   - A read is answered, with EIO after Options.ReadTimeout at the latest.
+//   - When Serve has been told to stop, reads whose bytes are not here yet stay
+//     unanswered: whoever serves the descriptor next gets them again, and if
+//     nobody does, closing the last descriptor fails them.
+//   - FUSE_INTERRUPT is refused. The kernel sends one for any signal, and EROFS
+//     would turn the answer EINTR into an I/O error for a process that merely
+//     got SIGCHLD.
+//   - FUSE_PASSTHROUGH is not negotiated: the mount would count as stacked, and
+//     EROFS refuses a device on it.
+//   - The serving process may mount EROFS over its own files (mount(2) then
+//     waits for this package's answer), since the loop goroutines only need a
+//     thread each. It must not open the files with os.Open, which calls into the
+//     kernel from Go's scheduler and so can take the last thread; nor touch the
+//     mount point while it holds a lock that Files needs.
+package fusefs

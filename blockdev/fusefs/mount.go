@@ -1,0 +1,41 @@
+package fusefs
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// FSType is what mountinfo shows for the mount.
+	FSType = "fuse.shoal"
+	// MaxRead is the largest READ that the kernel sends, in bytes.
+	MaxRead = 1 << 20
+)
+
+// Mount opens /dev/fuse and mounts it at dir, an existing directory. The
+// connection lives until the last copy of the returned descriptor is closed, or
+// the mount is gone and nobody uses its files any more. Nothing is answered
+// before somebody serves the descriptor (New, Serve), so whoever touches dir
+// before that waits.
+//
+// Only root sees the files: the mount has no allow_other. EROFS reads them with
+// the rights of whoever mounted it, not of the container's process.
+func Mount(dir string) (*os.File, error) {
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO) {
+			return nil, fmt.Errorf("open /dev/fuse: %w (the kernel needs FUSE: modprobe fuse)", err)
+		}
+		return nil, fmt.Errorf("open /dev/fuse: %w", err)
+	}
+	opts := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,max_read=%d", fd, MaxRead)
+	flags := uintptr(unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_NOATIME)
+	if err := unix.Mount("shoal", dir, FSType, flags, opts); err != nil {
+		_ = unix.Close(fd)
+		return nil, fmt.Errorf("mount FUSE at %s: %w", dir, err)
+	}
+	return os.NewFile(uintptr(fd), "/dev/fuse"), nil
+}

@@ -1,0 +1,201 @@
+package fusefs
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// maxOutData is more than the largest fixed-size part of any answer.
+const maxOutData = 512
+
+// worker is what one loop goroutine needs to answer requests.
+type worker struct {
+	s   *Server
+	out []byte // for answers of go-fuse
+}
+
+func newWorker(s *Server) *worker { return &worker{s: s, out: make([]byte, 16<<10)} }
+
+// handle answers one request, or sees to it that it will be answered.
+func (w *worker) handle(ctx context.Context, req []byte) {
+	s := w.s
+	h, ok := parseHeader(req)
+	if !ok {
+		s.opts.Log.Error("damaged request from the kernel", "bytes", len(req))
+		return
+	}
+	switch h.opcode {
+	case opRead:
+		if r, ok := parseRead(h, req); ok {
+			s.read(ctx, r)
+		} else {
+			s.fail(h.unique, unix.EINVAL)
+		}
+	case opInterrupt:
+		// Refused for good: the kernel sends no more of them. See doc.go.
+		s.fail(h.unique, unix.ENOSYS)
+	case opInit:
+		out, err := s.negotiate(req)
+		if err != nil {
+			s.opts.Log.Error("cannot agree with the kernel on a FUSE protocol", "error", err)
+			s.fail(h.unique, unix.EIO)
+			return
+		}
+		s.write(out)
+	default:
+		w.delegate(h, req)
+	}
+}
+
+// delegate lets go-fuse answer.
+func (w *worker) delegate(h inHeader, req []byte) {
+	s := w.s
+	if need := outHeaderSize + maxOutData + listSize(h, req); need > len(w.out) {
+		w.out = make([]byte, need)
+	}
+	s.protocol.RLock()
+	n, st := s.ps.HandleRequest([][]byte{req}, [][]byte{w.out})
+	s.protocol.RUnlock()
+	switch {
+	case st != fuse.OK:
+		s.fail(h.unique, unix.Errno(st))
+	case n > 0: // FORGET, for one, has no answer
+		s.write(w.out[:n])
+	}
+}
+
+// listSize returns how many bytes of payload an answer may have.
+func listSize(h inHeader, req []byte) int {
+	if h.opcode != opReaddir {
+		return 0
+	}
+	r, ok := parseRead(h, req) // the same structure
+	if !ok || r.size > MaxRead {
+		return 0 // go-fuse refuses it
+	}
+	return int(r.size)
+}
+
+// read answers what is local and hands the rest over. The answer always has all
+// the bytes that the kernel asked for, up to the file's length: EROFS takes what
+// is missing from an answer for zeros.
+func (s *Server) read(ctx context.Context, r readIn) {
+	id, f, ok := s.nodes.byNode(r.node)
+	if !ok || handle(id) != r.handle {
+		s.fail(r.unique, unix.ESTALE)
+		return
+	}
+	length := fileLength(f.Size())
+	switch {
+	case r.size > MaxRead:
+		s.fail(r.unique, unix.EINVAL)
+		return
+	case r.off >= length:
+		s.fail(r.unique, 0) // the end of the file
+		return
+	}
+	n := int(min(int64(r.size), length-r.off))
+	if local, ok := f.Local(r.off, n); ok && s.readLocal(local, r, n) {
+		return
+	}
+	err := s.slow.add(ctx, slowRead{readIn: r, id: id, file: f, n: n, deadline: time.Now().Add(s.opts.ReadTimeout)})
+	if err != nil && !errors.Is(err, errStopped) {
+		s.failRead(id, r, err)
+	}
+}
+
+// readLocal answers a read from a file that has all its bytes. It returns false
+// if the file cannot be read; then ReadAt is to find out why, and may know where
+// else the bytes are.
+func (s *Server) readLocal(local *os.File, r readIn, n int) bool {
+	b := s.buffers.get(n)
+	defer s.buffers.put(b)
+	if _, err := local.ReadAt(b.payload(n), r.off); err != nil {
+		return false
+	}
+	s.answer(r.unique, b, n)
+	s.forget(local, r.off, n)
+	return true
+}
+
+// forget drops the pages of a range that has been answered: the kernel has its
+// bytes in EROFS's page cache now. The page in which the range begins is done
+// too (the range before has had its other part); the one in which it ends is
+// what comes next.
+func (s *Server) forget(local *os.File, off int64, n int) {
+	conn, err := local.SyscallConn()
+	if err != nil {
+		return // closed
+	}
+	from := off &^ (pageSize - 1)
+	_ = conn.Control(func(fd uintptr) {
+		// Advice: nothing depends on it.
+		_ = unix.Fadvise(int(fd), from, off+int64(n)-from, unix.FADV_DONTNEED)
+	})
+}
+
+// answer sends a payload of n bytes.
+func (s *Server) answer(unique uint64, b *buffer, n int) {
+	a := b.answer(n)
+	putOutHeader(a, unique, n, 0)
+	s.write(a)
+}
+
+// fail answers with an error, or with nothing if errno is 0.
+func (s *Server) fail(unique uint64, errno unix.Errno) {
+	var b [outHeaderSize]byte
+	putOutHeader(b[:], unique, 0, errno)
+	s.write(b[:])
+}
+
+// failRead answers a read with EIO and says why in the log, at most once a
+// second: a source that is down fails very many.
+func (s *Server) failRead(id blockdev.Digest, r readIn, err error) {
+	s.fail(r.unique, unix.EIO)
+	now := time.Now().Unix()
+	if last := s.lastLog.Load(); last == now || !s.lastLog.CompareAndSwap(last, now) {
+		s.unlogged.Add(1)
+		return
+	}
+	s.opts.Log.Error("read failed, the process gets EIO", "diff", id, "offset", r.off, "bytes", r.size, "error", err,
+		"others", s.unlogged.Swap(0))
+}
+
+// write sends one answer, as it must be, in one go.
+func (s *Server) write(b []byte) {
+	for {
+		_, err := unix.Write(s.fd, b)
+		switch {
+		case err == nil:
+		case err == unix.EINTR:
+			continue
+		case err == unix.ENOENT, err == unix.ENODEV:
+			// The request was withdrawn, or the mount is gone.
+		default:
+			s.opts.Log.Error("answer refused by the kernel", "error", err, "bytes", len(b))
+		}
+		return
+	}
+}
+
+// slowEnd is what remains to be done with the result of a ReadAt of a slow read:
+// zeros behind Size, and no other gap.
+func slowEnd(f File, off int64, p []byte, n int, err error) error {
+	want := min(int64(len(p)), max(f.Size()-off, 0))
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	if int64(n) < want {
+		return io.ErrUnexpectedEOF
+	}
+	clear(p[n:])
+	return nil
+}

@@ -1,0 +1,265 @@
+package fusefs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"log/slog"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Options of a Server. The zero value of each means its default.
+type Options struct {
+	// Log takes warnings and errors; default: nothing is logged.
+	Log *slog.Logger
+	// Loops is the number of goroutines that read requests. Default: twice
+	// GOMAXPROCS, at least 4.
+	Loops int
+	// SlowBytes bounds the sum of the sizes of the reads that wait for missing
+	// bytes at one time, and so the memory for their answers. Further ones wait
+	// in the order in which they came. Default: 32 MiB; at least MaxRead.
+	SlowBytes int64
+	// ReadTimeout is how long a read waits for missing bytes, queueing included,
+	// before it is answered with EIO. Default: 1 minute.
+	ReadTimeout time.Duration
+	// Init is the FUSE_INIT request of a connection that another server has
+	// answered before (Server.Init). Empty: the kernel will send one.
+	Init []byte
+}
+
+func (o *Options) setDefaults() {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.Loops <= 0 {
+		o.Loops = max(4, 2*runtime.GOMAXPROCS(0))
+	}
+	if o.SlowBytes <= 0 {
+		o.SlowBytes = 32 << 20
+	}
+	o.SlowBytes = max(o.SlowBytes, MaxRead)
+	if o.ReadTimeout <= 0 {
+		o.ReadTimeout = time.Minute
+	}
+}
+
+// Server answers the requests of one FUSE connection.
+type Server struct {
+	file  *os.File
+	fd    int // of file
+	opts  Options
+	nodes *nodes
+	slow  *slowReads
+
+	buffers  buffers
+	lastLog  atomic.Int64 // second in which a failed read was logged last
+	unlogged atomic.Int64 // failed reads since
+
+	// protocol is held for writing while INIT sets what ps has negotiated.
+	protocol sync.RWMutex
+	ps       *fuse.ProtocolServer
+	init     atomic.Pointer[[]byte]
+
+	// lead is held by the goroutine that waits for the next request.
+	lead sync.Mutex
+	// stop is an eventfd that ends the wait.
+	stop   int
+	served atomic.Bool
+}
+
+// errStopped ends what Serve started.
+var errStopped = errors.New("the FUSE server has been told to stop")
+
+// New prepares to serve files on a descriptor that Mount returned, here or in
+// another process. The descriptor becomes non-blocking; it stays the caller's
+// and must be closed after Serve has returned.
+func New(fd *os.File, files Files, o Options) (*Server, error) {
+	o.setDefaults()
+	s := &Server{
+		file: fd,
+		// Fd would make it blocking later, so it is called once, now.
+		fd:    int(fd.Fd()),
+		opts:  o,
+		nodes: &nodes{files: files, ids: make(map[uint64]blockdev.Digest)},
+	}
+	s.slow = &slowReads{s: s, most: o.SlowBytes}
+	if err := unix.SetNonblock(s.fd, true); err != nil {
+		return nil, fmt.Errorf("make the FUSE descriptor non-blocking: %w", err)
+	}
+	raw := &rawFS{RawFileSystem: fuse.NewDefaultRawFileSystem(), nodes: s.nodes, log: o.Log}
+	s.ps = fuse.NewProtocolServer(raw, &fuse.MountOptions{
+		Name:     "shoal",
+		MaxWrite: MaxRead, // becomes max_pages
+		// Reads by EROFS with direct I/O, and by loop devices, are asynchronous:
+		// let many be under way.
+		MaxBackground:     128,
+		ExtraCapabilities: fuse.CAP_ASYNC_DIO,
+		DisabledCapabilities: fuse.CAP_PASSTHROUGH | fuse.CAP_READDIRPLUS | fuse.CAP_NO_OPEN_SUPPORT |
+			fuse.CAP_AUTO_INVAL_DATA,
+		DisableXAttrs: true,
+		Logger:        log.New(logWriter{o.Log}, "", 0),
+	})
+	if len(o.Init) > 0 {
+		if h, ok := parseHeader(o.Init); !ok || h.opcode != opInit {
+			return nil, errors.New("the saved FUSE_INIT request is damaged")
+		}
+		if _, err := s.negotiate(o.Init); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// logWriter passes go-fuse's few messages on.
+type logWriter struct{ log *slog.Logger }
+
+func (w logWriter) Write(p []byte) (int, error) {
+	w.log.Debug("go-fuse: " + string(p))
+	return len(p), nil
+}
+
+// Init returns the connection's FUSE_INIT request, or nil if the kernel has not
+// sent it yet. A later server of the connection needs it as Options.Init.
+func (s *Server) Init() []byte {
+	if p := s.init.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// negotiate answers INIT. What it agreed to belongs to the connection, so later
+// versions must agree to no more than this one.
+func (s *Server) negotiate(req []byte) (answer []byte, err error) {
+	out := make([]byte, outHeaderSize+maxOutData)
+	s.protocol.Lock()
+	n, st := s.ps.HandleRequest([][]byte{req}, [][]byte{out})
+	s.protocol.Unlock()
+	if st != fuse.OK {
+		return nil, fmt.Errorf("FUSE_INIT: %w", unix.Errno(st))
+	}
+	out = out[:n]
+	if n > initOutMaxWrite+4 {
+		// Nothing is ever written, and read(2) wants a buffer of max_write bytes.
+		putUint32(out[initOutMaxWrite:], pageSize)
+	}
+	kept := append([]byte(nil), req...)
+	s.init.Store(&kept)
+	return out, nil
+}
+
+// Resend asks the kernel to send every request again that has been read by an
+// earlier server and not been answered (Linux 6.9; EINVAL before). It is called
+// once, after the earlier server has ended, while Serve runs or before it.
+func (s *Server) Resend() error {
+	var b [outHeaderSize]byte
+	// A notification is an answer to request 0 with its code as the error.
+	putOutHeader(b[:], 0, 0, 0)
+	putUint32(b[4:], notifyResend)
+	if _, err := unix.Write(s.fd, b[:]); err != nil {
+		return fmt.Errorf("FUSE_NOTIFY_RESEND: %w", err)
+	}
+	return nil
+}
+
+// Serve answers requests until ctx ends or the mount is gone (nil in both
+// cases), or the descriptor fails. It returns when nothing of it runs any more.
+// It can be called once.
+func (s *Server) Serve(ctx context.Context) error {
+	if s.served.Swap(true) {
+		return errors.New("a FUSE server can serve once")
+	}
+	stop, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return fmt.Errorf("eventfd: %w", err)
+	}
+	s.stop = stop
+	defer unix.Close(stop)
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	woken := make(chan struct{})
+	unhook := context.AfterFunc(ctx, func() {
+		defer close(woken)
+		s.wake()
+	})
+
+	var loops sync.WaitGroup
+	var first error
+	var once sync.Once
+	for range s.opts.Loops {
+		loops.Go(func() {
+			err := s.loop(ctx)
+			if err != nil && !errors.Is(err, unix.ENODEV) && !errors.Is(err, errStopped) {
+				once.Do(func() { first = fmt.Errorf("read from the FUSE descriptor: %w", err) })
+			}
+			// One loop's end is everybody's.
+			cancel(errStopped)
+		})
+	}
+	loops.Wait()
+	s.slow.stop()
+	if !unhook() {
+		<-woken // it uses the eventfd
+	}
+	runtime.KeepAlive(s.file)
+	return first
+}
+
+func (s *Server) wake() {
+	one := [8]byte{1, 1, 1, 1, 1, 1, 1, 1} // any number but 0, in any byte order
+	_, _ = unix.Write(s.stop, one[:])
+}
+
+// loop reads requests and answers them, or hands them to slow.
+func (s *Server) loop(ctx context.Context) error {
+	w := newWorker(s)
+	buf := make([]byte, minReadBuffer)
+	for {
+		n, err := s.next(ctx, buf)
+		if err != nil {
+			return err
+		}
+		w.handle(ctx, buf[:n])
+	}
+}
+
+// next reads one request. One goroutine at a time waits here, the others for the
+// lock: they cost no thread.
+func (s *Server) next(ctx context.Context, buf []byte) (int, error) {
+	s.lead.Lock()
+	defer s.lead.Unlock()
+	for {
+		if ctx.Err() != nil {
+			return 0, errStopped
+		}
+		n, err := unix.Read(s.fd, buf)
+		switch {
+		case err == nil && n > 0:
+			return n, nil
+		case err == nil:
+			return 0, unix.ENODEV
+		case err == unix.EAGAIN:
+			fds := [2]unix.PollFd{
+				{Fd: int32(s.fd), Events: unix.POLLIN},
+				{Fd: int32(s.stop), Events: unix.POLLIN},
+			}
+			if _, err := unix.Poll(fds[:], -1); err != nil && err != unix.EINTR {
+				return 0, err
+			}
+		case err == unix.EINTR, err == unix.ENOENT:
+			// ENOENT: the request was withdrawn while it was being read.
+		default:
+			return 0, err
+		}
+	}
+}
