@@ -371,6 +371,27 @@ func TestBusy(t *testing.T) {
 	}
 }
 
+// A client that keeps to the limits is never told that it is over them.
+func TestNotBusyAtTheLimit(t *testing.T) {
+	data := [][]byte{text(1, 5000)}
+	st, chunks := newStore(t, true, data...)
+	h := newHost(t, nil, loopback)
+	newServer(t, h, ServerConfig{Chunks: st, Limits: Limits{DemandPerPeer: 2}})
+	c := newClient(t, h, Options{Demand: 2})
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range 100 {
+				if err := c.Fetch(t.Context(), request(blockdev.Demand, chunks), discard); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
 // While a demand request of a peer is worked on, its prefetch sends nothing but
 // a chunk per pause.
 func TestDemandGoesFirst(t *testing.T) {

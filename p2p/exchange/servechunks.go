@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
@@ -65,7 +66,10 @@ func (s *Server) answerChunks(st network.Stream, out *deadline, from peer.ID, re
 		s.stats.request(k, wire.ErrBusy)
 		return s.refuse(st, out, wire.FromError(fmt.Errorf("%s requests of this node, or in all, are at their limit: %w", k, wire.ErrBusy)))
 	}
-	defer s.admit.leave(from, k)
+	// Left before the last bytes go out: a client at its own limit sends the
+	// next request as soon as it has them, and must not find itself counted.
+	leave := sync.OnceFunc(func() { s.admit.leave(from, k) })
+	defer leave()
 
 	ctx, cancel := s.ctx, context.CancelFunc(func() {})
 	if ms := req.TimeoutMs; ms > 0 {
@@ -81,7 +85,7 @@ func (s *Server) answerChunks(st network.Stream, out *deadline, from peer.ID, re
 		w.Reset(nil)
 		s.writers.Put(w)
 	}()
-	a := chunkAnswer{s: s, st: st, out: out, w: w, from: from, kind: k, req: req}
+	a := chunkAnswer{s: s, st: st, out: out, w: w, from: from, kind: k, req: req, leave: leave}
 	defer a.discard(cancel)
 	failed, err := a.run(ctx)
 	if err == nil {
@@ -95,13 +99,14 @@ func (s *Server) answerChunks(st network.Stream, out *deadline, from peer.ID, re
 // chunkAnswer is the work on one request: chunks are read from the store ahead
 // of the one that is being sent, and sent in order.
 type chunkAnswer struct {
-	s    *Server
-	st   network.Stream
-	out  *deadline
-	w    *bufio.Writer
-	from peer.ID
-	kind kind
-	req  *wire.ChunkRequest
+	s     *Server
+	st    network.Stream
+	out   *deadline
+	w     *bufio.Writer
+	from  peer.ID
+	kind  kind
+	req   *wire.ChunkRequest
+	leave func()
 
 	ahead   []chan chunkResult // of chunks taken..started-1, a ring
 	taken   int                // how many results have been taken out of ahead
@@ -143,6 +148,7 @@ func (a *chunkAnswer) run(ctx context.Context) (failed, err error) {
 	if err := a.out.renew(a.st.SetWriteDeadline); err != nil {
 		return failed, err
 	}
+	a.leave()
 	if _, err := a.w.Write(end); err != nil {
 		return failed, err
 	}

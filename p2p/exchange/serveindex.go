@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"sync"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
@@ -12,12 +13,9 @@ import (
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
-// indexRequestTimeout is how long a client may take to send its one request.
-const indexRequestTimeout = 30 * time.Second
-
 // serveIndex answers the one request of an index stream.
 func (s *Server) serveIndex(st network.Stream) error {
-	if err := st.SetReadDeadline(time.Now().Add(indexRequestTimeout)); err != nil {
+	if err := st.SetReadDeadline(time.Now().Add(s.cfg.Limits.IdleTimeout)); err != nil {
 		return err
 	}
 	b, err := wire.ReadFrame(&byteReader{Reader: st}, wire.MaxIndexRequest, nil)
@@ -36,7 +34,9 @@ func (s *Server) serveIndex(st network.Stream) error {
 		s.stats.request(image, wire.ErrBusy)
 		return w.fail(wire.FromError(fmt.Errorf("requests for images of this node, or in all, are at their limit: %w", wire.ErrBusy)))
 	}
-	defer s.admit.leave(from, image)
+	// Left before the last bytes go out, as for chunks.
+	w.leave = sync.OnceFunc(func() { s.admit.leave(from, image) })
+	defer w.leave()
 
 	img, failed, err := w.open(from.String(), req)
 	s.stats.request(image, failed)
@@ -60,9 +60,10 @@ func (s *Server) serveIndex(st network.Stream) error {
 
 // indexAnswer writes the frames of one answer.
 type indexAnswer struct {
-	s   *Server
-	st  network.Stream
-	buf []byte
+	s     *Server
+	st    network.Stream
+	buf   []byte
+	leave func() // nil: nothing to leave
 }
 
 func (a *indexAnswer) write(m *wire.IndexFrame) (err error) {
@@ -76,8 +77,16 @@ func (a *indexAnswer) write(m *wire.IndexFrame) (err error) {
 	return err
 }
 
+// last writes the frame that ends the answer.
+func (a *indexAnswer) last(m *wire.IndexFrame) error {
+	if a.leave != nil {
+		a.leave()
+	}
+	return a.write(m)
+}
+
 func (a *indexAnswer) fail(e *wire.Error) error {
-	return a.write(&wire.IndexFrame{Part: &wire.IndexFrame_Error{Error: e}})
+	return a.last(&wire.IndexFrame{Part: &wire.IndexFrame_Error{Error: e}})
 }
 
 // open asks for the image and tells the client every few seconds that somebody
@@ -133,7 +142,7 @@ func (a *indexAnswer) image(img *blockdev.Image) error {
 			b = b[n:]
 		}
 	}
-	return a.write(&wire.IndexFrame{Part: &wire.IndexFrame_End{End: &wire.End{}}})
+	return a.last(&wire.IndexFrame{Part: &wire.IndexFrame_End{End: &wire.End{}}})
 }
 
 // checkImage finds what a client would refuse.

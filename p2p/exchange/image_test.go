@@ -1,0 +1,202 @@
+package exchange
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/p2p/wire"
+)
+
+// imagesFunc is an Images made of a function.
+type imagesFunc func(ctx context.Context, peer string, req blockdev.ImageRequest) (*blockdev.Image, error)
+
+func (f imagesFunc) OpenImageFor(ctx context.Context, peer string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+	return f(ctx, peer, req)
+}
+
+// testImage has a layer without index, an index of one byte, and one that takes
+// several frames.
+func testImage() *blockdev.Image {
+	layer := func(name string, index []byte) blockdev.Layer {
+		return blockdev.Layer{Digest: blockdev.Sum([]byte(name)), Size: int64(100 + len(name)), DiffID: blockdev.Sum([]byte("diff " + name)), Index: index}
+	}
+	return &blockdev.Image{
+		Ref:      "docker.io/library/redis:7",
+		Manifest: blockdev.Sum([]byte("manifest")),
+		Layers: []blockdev.Layer{
+			layer("known", nil),
+			layer("small", []byte{7}),
+			layer("exact", blockdevtest.Bytes(1, wire.MaxIndexData)),
+			layer("large", blockdevtest.Bytes(2, 3*wire.MaxIndexData+5)),
+			layer("known too", nil),
+		},
+	}
+}
+
+func testRequest() blockdev.ImageRequest {
+	return blockdev.ImageRequest{
+		Ref:        "docker.io/library/redis:7",
+		Manifest:   blockdev.Sum([]byte("index")),
+		Platform:   blockdev.Platform{OS: "linux", Architecture: "amd64"},
+		Credential: blockdev.Credential{Username: "u", Secret: "s"},
+		Have:       []blockdev.Digest{blockdev.Sum([]byte("known")), blockdev.Sum([]byte("known too"))},
+	}
+}
+
+func TestOpenImage(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	var gotPeer string
+	var gotReq blockdev.ImageRequest
+	newServer(t, h, ServerConfig{Images: imagesFunc(func(_ context.Context, peer string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+		gotPeer, gotReq = peer, req
+		return testImage(), nil
+	})})
+	c := newClient(t, h, Options{})
+	img, err := c.OpenImage(t.Context(), testRequest())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !reflect.DeepEqual(img, testImage()) {
+		t.Error("the image has changed on the way")
+	}
+	if gotPeer != c.keeper.host.ID().String() {
+		t.Errorf("peer %q asked, not %s", gotPeer, c.keeper.host.ID())
+	}
+	if !reflect.DeepEqual(gotReq, testRequest()) {
+		t.Errorf("request arrived as %+v", gotReq)
+	}
+}
+
+// An image without layers is one.
+func TestOpenEmptyImage(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, blockdev.ImageRequest) (*blockdev.Image, error) {
+		return &blockdev.Image{}, nil
+	})})
+	img, err := newClient(t, h, Options{}).OpenImage(t.Context(), testRequest())
+	if err != nil || len(img.Layers) != 0 {
+		t.Fatalf("%+v, %v", img, err)
+	}
+}
+
+func TestOpenImageErrors(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	var fail error
+	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, blockdev.ImageRequest) (*blockdev.Image, error) {
+		return nil, fail
+	})})
+	c := newClient(t, h, Options{})
+	for _, want := range []error{
+		blockdev.ErrNotFound, blockdev.ErrUnauthorized, blockdev.ErrUnsupported, blockdev.ErrUnavailable, blockdev.ErrCorrupt, blockdev.ErrNoSpace,
+	} {
+		fail = fmt.Errorf("registry says no\n: %w", want)
+		_, err := c.OpenImage(t.Context(), testRequest())
+		if !errors.Is(err, want) {
+			t.Errorf("%v came as %v", want, err)
+		}
+		for _, part := range []string{"docker.io/library/redis:7", h.ID().String(), "registry says no"} {
+			if !strings.Contains(fmt.Sprint(err), part) {
+				t.Errorf("%q does not say %q", err, part)
+			}
+		}
+	}
+	if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{}); !errors.Is(err, blockdev.ErrUnsupported) {
+		t.Errorf("no reference: %v", err)
+	}
+}
+
+// A server that needs its time says so; the client waits longer than it would
+// for a silent one. When the client gives up, so does the server.
+func TestOpenImageTakesLong(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	ended := make(chan error, 1)
+	release := make(chan struct{})
+	newServer(t, h, ServerConfig{
+		Limits: Limits{WorkingInterval: 10 * time.Millisecond},
+		Images: imagesFunc(func(ctx context.Context, _ string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+			select {
+			case <-release:
+				return testImage(), nil
+			case <-ctx.Done():
+				ended <- ctx.Err()
+				return nil, ctx.Err()
+			}
+		}),
+	})
+	// Far longer than the interval, far shorter than what is waited for below.
+	c := newClient(t, h, Options{ImageTimeout: 300 * time.Millisecond})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	_, err := c.OpenImage(ctx, testRequest())
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v, want the context's error", err)
+	}
+	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Errorf("the server's work ended with %v", err)
+	}
+	close(release)
+	if _, err := c.OpenImage(t.Context(), testRequest()); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestImageLimits(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	entered, release := make(chan struct{}), make(chan struct{})
+	newServer(t, h, ServerConfig{
+		Limits: Limits{ImagesPerPeer: 1},
+		Images: imagesFunc(func(_ context.Context, _ string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+			if req.Ref == "many/layers" {
+				return &blockdev.Image{Ref: req.Ref, Layers: make([]blockdev.Layer, wire.MaxLayers+1)}, nil
+			}
+			close(entered)
+			<-release
+			return &blockdev.Image{}, nil
+		}),
+	})
+	c := newClient(t, h, Options{})
+	if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "many/layers"}); !errors.Is(err, blockdev.ErrUnsupported) {
+		t.Errorf("too many layers: %v", err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		_, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "a"})
+		done <- err
+	}()
+	select {
+	case <-entered:
+	case err := <-done:
+		t.Fatal(err)
+	}
+	if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "b"}); !errors.Is(err, wire.ErrBusy) {
+		t.Errorf("over the limit: %v", err)
+	}
+	close(release)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// Large indexes arrive byte by byte as they were.
+func TestLargeIndex(t *testing.T) {
+	if testing.Short() {
+		t.Skip("32 MiB")
+	}
+	want := blockdevtest.Bytes(9, 32<<20)
+	h := newHost(t, nil, loopback)
+	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, blockdev.ImageRequest) (*blockdev.Image, error) {
+		return &blockdev.Image{Layers: []blockdev.Layer{{Index: want}}}, nil
+	})})
+	img, err := newClient(t, h, Options{}).OpenImage(t.Context(), testRequest())
+	if err != nil || !bytes.Equal(img.Layers[0].Index, want) {
+		t.Fatalf("%v", err)
+	}
+}
