@@ -163,7 +163,14 @@ func (s *Snapshotter) commitLazy(ctx context.Context, key, parent string, diff b
 		}()
 	}
 	exists := false
-	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+	// Before it can be seen, and so removed.
+	s.refs.addSnapshot(diff)
+	defer func() {
+		if err != nil || exists {
+			s.refs.dropSnapshot(diff)
+		}
+	}()
+	return s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
 		// The name is free unless another namespace has an image with this chain, on
 		// a parent that may be another snapshot of the same layers.
 		name := labels[labelRef]
@@ -194,14 +201,6 @@ func (s *Snapshotter) commitLazy(ctx context.Context, key, parent string, diff b
 		_, err = storage.CommitActive(ctx, key, name, snapshots.Usage{}, snapshots.WithLabels(labels))
 		return err
 	})
-	if err != nil {
-		return err
-	}
-	if exists {
-		return nil
-	}
-	s.refs.addSnapshot(diff)
-	return nil
 }
 
 // makeFixup makes the fix-ups of a diff on top of a chain, in scratch, as a directory
