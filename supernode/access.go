@@ -56,6 +56,7 @@ type access struct {
 	running    sync.WaitGroup
 
 	mu      sync.Mutex
+	failed  error // of the last write
 	flights map[string]*question
 	yes     map[grant]time.Time // until when
 	no      map[string]time.Time
@@ -135,7 +136,11 @@ func (a *access) flush() {
 		case <-a.ctx.Done():
 			return
 		case <-t.C:
-			if err := a.write(); err != nil {
+			err := a.write()
+			a.mu.Lock()
+			a.failed = err
+			a.mu.Unlock()
+			if err != nil {
 				a.log.Error("cannot write down who had access; it will not count after a restart", "error", err)
 			}
 		}
@@ -150,7 +155,7 @@ func (a *access) write() error {
 	if len(pending) == 0 {
 		return nil
 	}
-	return a.db.Update(func(tx *bbolt.Tx) error {
+	err := a.db.Update(func(tx *bbolt.Tx) error {
 		b := tx.Bucket(graceBucket)
 		for k, at := range pending {
 			if at == 0 {
@@ -165,6 +170,24 @@ func (a *access) write() error {
 		}
 		return nil
 	})
+	if err != nil { // to be written next time, unless there is something newer
+		a.mu.Lock()
+		for k, at := range pending {
+			if _, newer := a.pending[k]; !newer {
+				a.pending[k] = at
+			}
+		}
+		a.mu.Unlock()
+	}
+	return err
+}
+
+// healthy says whether who had access can be written down: whether the disk
+// takes writes.
+func (a *access) healthy() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.failed
 }
 
 // verdict is a yes.
@@ -244,6 +267,10 @@ func (a *access) ask(ctx context.Context, g grant, ref registry.Reference, req b
 	// about the next one.
 	key := g.repo + "\x00" + g.cred + "\x00" + req.Ref + "\x00" + req.Manifest.Hex()
 	a.mu.Lock()
+	if a.now().Before(a.yes[g]) { // answered since the caller looked
+		a.mu.Unlock()
+		return nil
+	}
 	f := a.flights[key]
 	if f == nil {
 		if a.ctx.Err() != nil {

@@ -307,3 +307,43 @@ func TestBadReferences(t *testing.T) {
 		t.Errorf("%+v, %v", r, err)
 	}
 }
+
+// TestCloseEndsRead: whoever reads a layer can be stopped from elsewhere.
+func TestCloseEndsRead(t *testing.T) {
+	f, req, _ := image(t)
+	c := newClient(t)
+	m, err := c.Resolve(t.Context(), req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.SetHook(func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("Content-Length", fmt.Sprint(m.Layers[0].Size))
+		_, _ = w.Write([]byte{1})
+		_ = http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+		return true
+	})
+	rc, err := c.Fetch(t.Context(), m, m.Layers[0], blockdev.Credential{}, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error)
+	reading := make(chan struct{})
+	go func() {
+		_, err := rc.Read(make([]byte, 1))
+		close(reading)
+		if err == nil {
+			_, err = rc.Read(make([]byte, 1))
+		}
+		ended <- err
+	}()
+	<-reading
+	for range 2 {
+		if err := rc.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := <-ended; err == nil {
+		t.Error("a read beyond the end of its reader")
+	}
+}

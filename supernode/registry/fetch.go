@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"sync"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	ctrlog "github.com/containerd/log"
@@ -23,7 +25,7 @@ import (
 //
 // The reader's errors are those of the package. It ends with io.EOF after exactly
 // layer.Size-offset bytes; a registry that has more or fewer is ErrCorrupt. The
-// bytes are not hashed. External URLs of foreign layers are not followed.
+// bytes are not hashed. Close may be called while a Read waits, and ends it. External URLs of foreign layers are not followed.
 func (c *Client) Fetch(ctx context.Context, m *Manifest, l Layer, cred blockdev.Credential, offset int64) (io.ReadCloser, error) {
 	name := m.Ref + ": layer " + l.Digest.String()
 	if offset < 0 || offset > l.Size {
@@ -33,20 +35,22 @@ func (c *Client) Fetch(ctx context.Context, m *Manifest, l Layer, cred blockdev.
 		return io.NopCloser(bytes.NewReader(nil)), nil
 	}
 	ref := Reference{Host: m.Host, Repository: m.Repository, Digest: m.Digest}
-	ctx = ctrlog.WithLogger(ctx, c.quiet)
+	rctx, cancel := context.WithCancel(ctrlog.WithLogger(ctx, c.quiet))
 	for renew := false; ; renew = true {
-		s, fresh, err := c.session(ctx, ref.Host, cred, renew)
+		s, fresh, err := c.session(rctx, ref.Host, cred, renew)
 		if err != nil {
+			cancel()
 			return nil, mapError(ctx, name, err)
 		}
-		b, raw := open(ctx, s, ref, l, offset)
+		b, raw := open(rctx, s, ref, l, offset)
 		if raw == nil {
-			b.ctx, b.name, b.host = ctx, name, ref.Host
+			b.ctx, b.cancel, b.name, b.host = ctx, cancel, name, ref.Host
 			return b, nil
 		}
 		err = mapError(ctx, name, raw)
 		foreign := errors.Is(raw, context.Canceled) && ctx.Err() == nil
 		if fresh || !foreign && !errors.Is(err, blockdev.ErrUnauthorized) {
+			cancel()
 			c.forget(ref.Host, cred)
 			return nil, err
 		}
@@ -87,15 +91,27 @@ func open(ctx context.Context, s *session, ref Reference, l Layer, offset int64)
 
 // blob is a layer's reader: as long as the descriptor says, errors mapped.
 type blob struct {
-	ctx        context.Context // the caller's of Fetch; only to name its end as the cause
+	ctx        context.Context    // the caller's of Fetch; only to name its end as the cause
+	cancel     context.CancelFunc // ends the request
 	name, host string
-	r          *bufio.Reader
-	rc         io.Closer
-	left, size int64
+	size       int64
+
+	// mu keeps Close from what Read uses. It is held while Read waits for the
+	// registry, which Close ends first.
+	mu     sync.Mutex
+	r      *bufio.Reader
+	rc     io.Closer
+	left   int64
+	closed bool
 }
 
 // Read implements io.Reader.
 func (b *blob) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return 0, fmt.Errorf("%s: %w", b.name, fs.ErrClosed)
+	}
 	if b.left == 0 {
 		if _, err := b.r.Peek(1); err == nil {
 			return 0, b.wrong("the blob is longer than the %d bytes its descriptor says", b.size)
@@ -119,7 +135,16 @@ func (b *blob) Read(p []byte) (int, error) {
 }
 
 // Close implements io.Closer.
-func (b *blob) Close() error { return b.rc.Close() }
+func (b *blob) Close() error {
+	b.cancel()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return nil
+	}
+	b.closed = true
+	return b.rc.Close()
+}
 
 func (b *blob) wrong(format string, args ...any) error {
 	return &Error{Ref: b.name, Host: b.host, kind: blockdev.ErrCorrupt, text: fmt.Sprintf(format, args...)}

@@ -1,0 +1,700 @@
+package supernode
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/supernode/registry"
+	"github.com/shoalfs/shoal/supernode/registry/registrytest"
+)
+
+var amd64 = blockdev.Platform{OS: "linux", Architecture: "amd64"}
+
+func onlyAliceReads(user, _ string) bool { return user == alice.Username }
+
+var users = map[string]string{alice.Username: alice.Secret}
+
+// start opens a supernode that ends with the test.
+func start(t testing.TB, change ...func(*Config)) *Supernode {
+	t.Helper()
+	cfg := Config{Dir: filepath.Join(t.TempDir(), "data"), Registry: registry.Config{Timeout: 10 * time.Second, Stall: 5 * time.Second}}
+	for _, f := range change {
+		f(&cfg)
+	}
+	s, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+func at(dir string) func(*Config) { return func(c *Config) { c.Dir = dir } }
+
+func trust(hosts ...string) func(*Config) { return func(c *Config) { c.TrustedRegistries = hosts } }
+
+func request(reg registrytest.Target, image string, c blockdev.Credential) blockdev.ImageRequest {
+	return blockdev.ImageRequest{Ref: reg.Host + "/" + image, Platform: amd64, Credential: c}
+}
+
+var nobody = blockdev.Credential{}
+
+// wantImage fails unless img has these layers, each with its index, and the
+// supernode has every chunk of them.
+func wantImage(t testing.TB, s *Supernode, img *blockdev.Image, layers ...registrytest.Layer) {
+	t.Helper()
+	if len(img.Layers) != len(layers) {
+		t.Fatalf("%d layers, want %d", len(img.Layers), len(layers))
+	}
+	for i, l := range layers {
+		got := img.Layers[i]
+		if got.DiffID != l.DiffID || got.Digest != blockdev.Sum(l.Blob) || got.Size != int64(len(l.Blob)) {
+			t.Errorf("layer %d: %v %v %d", i, got.DiffID, got.Digest, got.Size)
+		}
+		ix, err := index.Decode(got.Index)
+		if err != nil {
+			t.Fatalf("layer %d: index: %v", i, err)
+		}
+		if ix.DiffID != l.DiffID {
+			t.Errorf("layer %d: its index is of %s", i, ix.DiffID)
+		}
+		chunks := ix.Chunks
+		for _, h := range ix.Headers {
+			chunks = append(chunks, blockdev.Chunk{Length: h.Length, Digest: h.Digest})
+		}
+		n := 0
+		err = s.Fetch(t.Context(), blockdev.Request{Diff: ix.DiffID, Chunks: chunks}, func(i int, data []byte) error {
+			n++
+			if blockdev.Sum(data) != chunks[i].Digest {
+				t.Errorf("chunk %d has wrong bytes", i)
+			}
+			return nil
+		})
+		if err != nil || n != len(chunks) {
+			t.Errorf("layer %d: %d of %d chunks: %v", i, n, len(chunks), err)
+		}
+	}
+}
+
+func wantErr(t testing.TB, err, kind error, parts ...string) {
+	t.Helper()
+	if !errors.Is(err, kind) {
+		t.Fatalf("error %v, want one that is %q", err, kind)
+	}
+	for _, p := range parts {
+		if !strings.Contains(err.Error(), p) {
+			t.Errorf("error %q does not mention %q", err, p)
+		}
+	}
+	if strings.Contains(err.Error(), alice.Secret) {
+		t.Errorf("error %q holds the secret", err)
+	}
+}
+
+// TestRealRegistry runs the whole way against docker-registry, with two nodes at
+// once on a cold supernode, and again when it is warm.
+func TestRealRegistry(t *testing.T) {
+	reg := registrytest.StartReal(t, true)
+	layers := []registrytest.Layer{registrytest.GzipLayer(t, "a", 700_000, 1), registrytest.GzipLayer(t, "b", 3, 2)}
+	reg.Push(t, "team/app", "v1", layers...)
+	s := start(t)
+	cred := blockdev.Credential{Username: reg.User, Secret: reg.Password}
+	for range 2 {
+		var wg sync.WaitGroup
+		for i := range 2 {
+			wg.Go(func() {
+				img, err := s.OpenImageFor(t.Context(), fmt.Sprint("node", i), request(reg, "team/app:v1", cred))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				wantImage(t, s, img, layers...)
+			})
+		}
+		wg.Wait()
+	}
+	_, err := s.OpenImageFor(t.Context(), "node9", request(reg, "team/app:v1", nobody))
+	wantErr(t, err, blockdev.ErrUnauthorized, reg.Host+"/team/app:v1")
+}
+
+// TestOnce: however many ask, and though the registry cuts its connections, each
+// layer is asked for once, and its bytes come once.
+func TestOnce(t *testing.T) {
+	f := registrytest.NewFake(t)
+	layers := []registrytest.Layer{registrytest.GzipLayer(t, "a", 900_000, 1), registrytest.GzipLayer(t, "b", 400_000, 2), registrytest.GzipLayer(t, "c", 10, 3)}
+	f.Push(t, "app", "v1", layers...)
+	f.Push(t, "other", "v1", layers[0], registrytest.GzipLayer(t, "d", 10, 4))
+	f.Forget()
+	reg := prometheus.NewPedanticRegistry()
+	s := start(t, func(c *Config) { c.Registerer = reg })
+	var wg sync.WaitGroup
+	for i := range 20 {
+		wg.Go(func() {
+			img, err := s.OpenImageFor(t.Context(), fmt.Sprint("node", i), request(f.Target, []string{"app:v1", "other:v1"}[i%2], nobody))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if i%2 == 0 {
+				wantImage(t, s, img, layers...)
+			}
+		})
+	}
+	wg.Wait()
+	total := 0
+	for _, l := range layers {
+		total += len(l.Blob)
+		if n := len(f.Requests("GET", "/blobs/"+blockdev.Sum(l.Blob).String())); n != 1 {
+			t.Errorf("%d requests for a layer, want 1", n)
+		}
+	}
+	got := gather(t, reg)
+	if n := got["shoal_supernode_registry_bytes_total"]; n < float64(total) || n > float64(total)+20_000 {
+		t.Errorf("%v bytes from the registry for %d of layers", n, total)
+	}
+	if got["shoal_supernode_image_requests_total{ok}"] != 20 || got["shoal_supernode_layer_ingests_total{ok}"] != 4 ||
+		got["shoal_supernode_store_layers"] != 4 || got["shoal_supernode_chunk_bytes_total"] == 0 {
+		t.Errorf("metrics: %v", got)
+	}
+	// Warm, and even checked again, it costs no layer bytes.
+	f.Forget()
+	if _, err := s.OpenImageFor(t.Context(), "late", request(f.Target, "app:v1", nobody)); err != nil {
+		t.Error(err)
+	}
+	if n := f.Requests(); len(n) != 0 {
+		t.Errorf("a warm image cost the registry %v", n)
+	}
+}
+
+func gather(t *testing.T, g prometheus.Gatherer) map[string]float64 {
+	t.Helper()
+	fams, err := g.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[string]float64{}
+	for _, f := range fams {
+		for _, m := range f.GetMetric() {
+			name := f.GetName()
+			for _, l := range m.GetLabel() {
+				if l.GetName() != "outcome" {
+					t.Errorf("metric %s has the label %s", name, l.GetName())
+				}
+				name += "{" + l.GetValue() + "}"
+			}
+			out[name] = m.GetCounter().GetValue() + m.GetGauge().GetValue()
+		}
+	}
+	return out
+}
+
+// TestOddImages: layers that repeat, that are empty, and none at all.
+func TestOddImages(t *testing.T) {
+	f := registrytest.NewFake(t)
+	empty := registrytest.Compress(t, make([]byte, 1024)) // a tar that ends at once
+	none := registrytest.Compress(t, nil)
+	a := registrytest.GzipLayer(t, "a", 100_000, 1)
+	s := start(t)
+	for i, layers := range [][]registrytest.Layer{{}, {empty}, {a, a}, {a, empty, a, empty, none}} {
+		tag := fmt.Sprint("odd:v", i)
+		f.Push(t, "odd", fmt.Sprint("v", i), layers...)
+		img, err := s.OpenImageFor(t.Context(), "p", request(f.Target, tag, nobody))
+		if err != nil {
+			t.Errorf("%s: %v", tag, err)
+			continue
+		}
+		wantImage(t, s, img, layers...)
+	}
+}
+
+func TestHave(t *testing.T) {
+	f := registrytest.NewFake(t)
+	a, b := registrytest.GzipLayer(t, "a", 1000, 1), registrytest.GzipLayer(t, "b", 1000, 2)
+	f.Push(t, "app", "v1", a, b)
+	s := start(t)
+	req := request(f.Target, "app:v1", nobody)
+	req.Have = []blockdev.Digest{blockdev.Sum(a.Blob)}
+	img, err := s.OpenImageFor(t.Context(), "p", req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if img.Layers[0].Index != nil || img.Layers[1].Index == nil {
+		t.Error("an index for a layer that the node has, or none for one that it has not")
+	}
+	if img.Layers[0].DiffID != a.DiffID {
+		t.Error("a layer that the node has lost its facts")
+	}
+}
+
+// TestPrivate: a private image is for those whom the registry lets in, stored or
+// not.
+func TestPrivate(t *testing.T) {
+	for _, a := range []registrytest.Auth{registrytest.Basic, registrytest.Bearer} {
+		f := registrytest.NewFake(t)
+		l := registrytest.GzipLayer(t, "secret", 1000, 1)
+		f.Push(t, "private/app", "v1", l)
+		f.SetAuth(a, users, onlyAliceReads)
+		var logs logBuffer
+		s := start(t, func(c *Config) { c.Log = slog.New(slog.NewTextHandler(&logs, nil)) })
+		_, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "private/app:v1", nobody))
+		wantErr(t, err, blockdev.ErrUnauthorized, "private/app:v1")
+		img, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "private/app:v1", alice))
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantImage(t, s, img, l)
+		for _, c := range []blockdev.Credential{nobody, {Username: alice.Username, Secret: "guess"}} {
+			_, err = s.OpenImageFor(t.Context(), "q", request(f.Target, "private/app:v1", c))
+			wantErr(t, err, blockdev.ErrUnauthorized)
+		}
+		// By digest, and under the name of a repository that is open to all.
+		req := request(f.Target, "private/app:v1", nobody)
+		req.Manifest = img.Manifest
+		_, err = s.OpenImageFor(t.Context(), "q", req)
+		wantErr(t, err, blockdev.ErrUnauthorized)
+		f.Push(t, "open/app", "v1", registrytest.GzipLayer(t, "x", 10, 9))
+		f.SetAuth(a, users, func(u, repo string) bool { return u == alice.Username || strings.HasPrefix(repo, "open/") })
+		if _, err = s.OpenImageFor(t.Context(), "q", request(f.Target, "open/app:v1", nobody)); err != nil {
+			t.Fatal(err)
+		}
+		req = request(f.Target, "open/app:v1", nobody)
+		req.Manifest = img.Manifest
+		_, err = s.OpenImageFor(t.Context(), "q", req)
+		wantErr(t, err, blockdev.ErrNotFound)
+		if strings.Contains(logs.String(), alice.Secret) {
+			t.Error("the log holds the secret")
+		}
+	}
+}
+
+// TestExpiredCredentialForPublic: a node's stale credential does not keep it from
+// an image that anybody may have.
+func TestExpiredCredentialForPublic(t *testing.T) {
+	f := registrytest.NewFake(t)
+	l := registrytest.GzipLayer(t, "a", 1000, 1)
+	f.Push(t, "app", "v1", l)
+	f.SetAuth(registrytest.Bearer, users, func(string, string) bool { return true })
+	img, err := start(t).OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", blockdev.Credential{Username: "alice", Secret: "expired"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(img.Layers) != 1 {
+		t.Error("no layers")
+	}
+}
+
+// TestOrigins: that another registry lists a layer's digest opens nothing, unless
+// it really has the layer, or is trusted.
+func TestOrigins(t *testing.T) {
+	mine, other := registrytest.NewFake(t), registrytest.NewFake(t)
+	secret := registrytest.GzipLayer(t, "secret", 50_000, 1)
+	mine.Push(t, "private/app", "v1", secret)
+	mine.SetAuth(registrytest.Basic, users, onlyAliceReads)
+	// A hostile registry lists the layer without having it.
+	other.Push(t, "bait", "v1", secret)
+	other.SetBlob("bait", blockdev.Sum(secret.Blob), nil)
+
+	dir := filepath.Join(t.TempDir(), "data")
+	t.Run("listed, not there", func(t *testing.T) {
+		s := start(t, at(dir))
+		if _, err := s.OpenImageFor(t.Context(), "owner", request(mine.Target, "private/app:v1", alice)); err != nil {
+			t.Fatal(err)
+		}
+		_, err := s.OpenImageFor(t.Context(), "thief", request(other.Target, "bait:v1", nobody))
+		wantErr(t, err, blockdev.ErrNotFound, "bait:v1", blockdev.Sum(secret.Blob).String())
+		req := request(other.Target, "bait:v1", nobody)
+		req.Have = []blockdev.Digest{blockdev.Sum(secret.Blob)}
+		_, err = s.OpenImageFor(t.Context(), "thief", req)
+		wantErr(t, err, blockdev.ErrNotFound)
+	})
+	t.Run("other bytes there", func(t *testing.T) {
+		other.SetBlob("bait", blockdev.Sum(secret.Blob), bytes.Repeat([]byte{1}, len(secret.Blob)))
+		s := start(t, at(dir))
+		for range 3 {
+			other.Forget()
+			_, err := s.OpenImageFor(t.Context(), "thief", request(other.Target, "bait:v1", nobody))
+			wantErr(t, err, blockdev.ErrCorrupt, other.Host)
+		}
+		if n := len(other.Requests("/blobs/" + blockdev.Sum(secret.Blob).String())); n != 0 {
+			t.Error("a layer that is known to be wrong was fetched again")
+		}
+	})
+	t.Run("another DiffID", func(t *testing.T) {
+		// The thief's own layer, with a config that claims the secret's DiffID.
+		own := registrytest.GzipLayer(t, "own", 100, 5)
+		own.DiffID = secret.DiffID
+		other.Push(t, "bait", "v2", own)
+		s := start(t, at(dir))
+		_, err := s.OpenImageFor(t.Context(), "thief", request(other.Target, "bait:v2", nobody))
+		wantErr(t, err, blockdev.ErrCorrupt, "bait:v2")
+	})
+	t.Run("trusted", func(t *testing.T) {
+		s := start(t, at(dir), trust(strings.ToUpper(other.Host)))
+		other.SetBlob("bait", blockdev.Sum(secret.Blob), nil)
+		img, err := s.OpenImageFor(t.Context(), "p", request(other.Target, "bait:v1", nobody))
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantImage(t, s, img, secret)
+	})
+	t.Run("really there", func(t *testing.T) {
+		other.SetBlob("bait", blockdev.Sum(secret.Blob), secret.Blob)
+		s := start(t, at(dir))
+		for range 2 {
+			other.Forget()
+			var stages []Stage
+			err := s.Warm(t.Context(), request(other.Target, "bait:v1", nobody), func(p Progress) { stages = append(stages, p.Stage) })
+			if err != nil {
+				t.Fatal(err)
+			}
+			if last := stages[len(stages)-1]; last != StageStored {
+				t.Errorf("stages %v", stages)
+			}
+		}
+		if n := len(other.Requests("/blobs/" + blockdev.Sum(secret.Blob).String())); n != 0 {
+			t.Error("proven once, but fetched again")
+		}
+		// The first registry still counts, and its images are still private.
+		if _, err := s.OpenImageFor(t.Context(), "owner", request(mine.Target, "private/app:v1", alice)); err != nil {
+			t.Error(err)
+		}
+		_, err := s.OpenImageFor(t.Context(), "thief", request(mine.Target, "private/app:v1", nobody))
+		wantErr(t, err, blockdev.ErrUnauthorized)
+	})
+}
+
+// TestRegistryDown: what is stored keeps starting, also after a restart; what is
+// not gives a clear error.
+func TestRegistryDown(t *testing.T) {
+	f := registrytest.NewFake(t)
+	l := registrytest.GzipLayer(t, "a", 1000, 1)
+	f.Push(t, "app", "v1", l)
+	f.Push(t, "app", "v2", registrytest.GzipLayer(t, "b", 1000, 2))
+	f.SetAuth(registrytest.Basic, users, onlyAliceReads)
+	dir := filepath.Join(t.TempDir(), "data")
+	quick := func(c *Config) { c.Dir = dir; c.AccessTTL = time.Nanosecond; c.Registry.TagTTL = time.Nanosecond }
+	s, err := New(func() Config { c := Config{}; quick(&c); return c }())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", alice)); err != nil {
+		t.Error(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	f.Close()
+	s = start(t, quick)
+	img, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", alice))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantImage(t, s, img, l)
+	_, err = s.OpenImageFor(t.Context(), "q", request(f.Target, "app:v1", alice))
+	wantErr(t, err, blockdev.ErrUnavailable, f.Host)
+	_, err = s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v2", alice))
+	wantErr(t, err, blockdev.ErrUnavailable, f.Host)
+}
+
+// TestAllOrNothing: one broken layer, and no index is handed out; what was good
+// is not fetched again when the registry is repaired.
+func TestAllOrNothing(t *testing.T) {
+	f := registrytest.NewFake(t)
+	good, bad := registrytest.GzipLayer(t, "a", 1000, 1), registrytest.GzipLayer(t, "b", 1000, 2)
+	f.Push(t, "app", "v1", good, bad)
+	damaged := append([]byte(nil), bad.Blob...)
+	damaged[len(damaged)/2] ^= 1
+	f.SetBlob("app", blockdev.Sum(bad.Blob), damaged)
+	s := start(t)
+	img, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
+	wantErr(t, err, blockdev.ErrCorrupt, "app:v1", blockdev.Sum(bad.Blob).String())
+	if img != nil {
+		t.Error("an image with an error")
+	}
+	if n := len(s.Images()); n != 0 {
+		t.Errorf("%d images are said to be stored", n)
+	}
+	f.SetBlob("app", blockdev.Sum(bad.Blob), bad.Blob)
+	s.failed.errs = map[string]failure{} // as after a minute
+	if img, err = s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", nobody)); err != nil {
+		t.Fatal(err)
+	}
+	wantImage(t, s, img, good, bad)
+	if n := len(f.Requests("GET", blockdev.Sum(good.Blob).String())); n != 1 {
+		t.Errorf("the good layer was fetched %d times", n)
+	}
+	if got := s.Images(); len(got) != 1 || got[0].Ref != f.Host+"/app:v1" || len(got[0].Layers) != 2 {
+		t.Errorf("%+v", got)
+	}
+}
+
+// TestImpatient: who leaves does not stop the work, and close does.
+func TestImpatient(t *testing.T) {
+	f := registrytest.NewFake(t)
+	l := registrytest.GzipLayer(t, "a", 100_000, 1)
+	f.Push(t, "app", "v1", l)
+	reached, goOn := make(chan struct{}), make(chan struct{})
+	f.SetHook(func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, blockdev.Sum(l.Blob).String()) {
+			close(reached)
+			<-goOn
+		}
+		return false
+	})
+	s := start(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	failed := make(chan error, 1)
+	go func() {
+		_, err := s.OpenImageFor(ctx, "p", request(f.Target, "app:v1", nobody))
+		failed <- err
+	}()
+	<-reached
+	cancel()
+	wantErr(t, <-failed, context.Canceled, "app:v1")
+	close(goOn)
+	img, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantImage(t, s, img, l)
+	if n := len(f.Requests("GET", blockdev.Sum(l.Blob).String())); n != 1 {
+		t.Errorf("the layer was fetched %d times", n)
+	}
+}
+
+func TestCloseEndsWork(t *testing.T) {
+	f := registrytest.NewFake(t)
+	l := registrytest.GzipLayer(t, "a", 100_000, 1)
+	f.Push(t, "app", "v1", l)
+	reached := make(chan struct{})
+	f.SetHook(func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, blockdev.Sum(l.Blob).String()) {
+			close(reached)
+			<-r.Context().Done()
+			return true
+		}
+		return false
+	})
+	s, err := New(Config{Dir: filepath.Join(t.TempDir(), "data")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	failed := make(chan error, 1)
+	go func() {
+		_, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
+		failed <- err
+	}()
+	<-reached
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	wantErr(t, <-failed, blockdev.ErrUnavailable, "app:v1", "stopping")
+	_, err = s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
+	wantErr(t, err, blockdev.ErrUnavailable, "stopping")
+}
+
+// TestRestartGoesOn: what was fetched before a restart is not fetched again.
+func TestRestartGoesOn(t *testing.T) {
+	f := registrytest.NewFake(t)
+	l := registrytest.GzipLayer(t, "a", 2<<20, 1)
+	f.Push(t, "app", "v1", l)
+	half := len(l.Blob) / 2
+	sent := make(chan struct{})
+	var once sync.Once
+	f.SetHook(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method != http.MethodGet || !strings.HasSuffix(r.URL.Path, blockdev.Sum(l.Blob).String()) {
+			return false
+		}
+		w.Header().Set("Content-Length", fmt.Sprint(len(l.Blob)))
+		_, _ = w.Write(l.Blob[:half])
+		_ = http.NewResponseController(w).Flush()
+		once.Do(func() { close(sent) })
+		<-r.Context().Done()
+		return true
+	})
+	cfg := Config{Dir: filepath.Join(t.TempDir(), "data")}
+	s, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	failed := make(chan error, 1)
+	enough := make(chan struct{})
+	go func() {
+		var once sync.Once
+		failed <- s.Warm(t.Context(), request(f.Target, "app:v1", nobody), func(p Progress) {
+			if p.Stage == StageFetching && p.Done >= int64(half)*3/4 {
+				once.Do(func() { close(enough) })
+			}
+		})
+	}()
+	<-sent
+	<-enough
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	wantErr(t, <-failed, blockdev.ErrUnavailable, "stopping")
+	var from int
+	f.SetHook(func(_ http.ResponseWriter, r *http.Request) bool {
+		if strings.HasSuffix(r.URL.Path, blockdev.Sum(l.Blob).String()) {
+			if _, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &from); err != nil {
+				t.Errorf("range %q", r.Header.Get("Range"))
+			}
+		}
+		return false
+	})
+	s = start(t, at(cfg.Dir))
+	img, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantImage(t, s, img, l)
+	if from < half*3/4 || from > half {
+		t.Errorf("the rest was asked for from byte %d, %d had come", from, half)
+	}
+}
+
+func TestWarm(t *testing.T) {
+	f := registrytest.NewFake(t)
+	a, b := registrytest.GzipLayer(t, "a", 3<<20, 1), registrytest.GzipLayer(t, "b", 10, 2)
+	f.Push(t, "app", "v1", a, b)
+	s := start(t)
+	last := map[blockdev.Digest]Progress{}
+	err := s.Warm(t.Context(), request(f.Target, "app:v1", nobody), func(p Progress) {
+		if q := last[p.Layer]; p.Done < q.Done || p.Total == 0 {
+			t.Errorf("%+v after %+v", p, q)
+		}
+		last[p.Layer] = p
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range []registrytest.Layer{a, b} {
+		want := Progress{Layer: blockdev.Sum(l.Blob), Done: int64(len(l.Blob)), Total: int64(len(l.Blob)), Stage: StageStored}
+		if got := last[want.Layer]; got != want {
+			t.Errorf("%+v, want %+v", got, want)
+		}
+	}
+	wantErr(t, s.Warm(t.Context(), request(f.Target, "app:none", nobody), nil), blockdev.ErrNotFound)
+}
+
+func TestBadConfig(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		cfg     Config
+		mention string
+	}{
+		{Config{}, "no data directory"},
+		{Config{Dir: filepath.Join(dir, "no", "parent")}, "no such file"},
+		{Config{Dir: file}, "not a directory"},
+		{Config{Dir: dir, AccessTTL: time.Hour, AccessGrace: time.Minute}, "AccessGrace (1m0s) is shorter"},
+		{Config{Dir: dir, Quota: -1}, "negative"},
+	} {
+		s, err := New(tc.cfg)
+		if err == nil {
+			t.Errorf("%+v is accepted", tc.cfg)
+			_ = s.Close()
+			continue
+		}
+		if !strings.Contains(err.Error(), tc.mention) {
+			t.Errorf("error %q does not mention %q", err, tc.mention)
+		}
+	}
+	s := start(t)
+	if err := s.Healthy(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestSource runs the conformance suite of blockdev.Source.
+func TestSource(t *testing.T) {
+	blockdevtest.TestSource(t, func(t *testing.T, data [][]byte) blockdev.Source {
+		s := start(t)
+		in, err := s.store.Begin(blockdev.Sum([]byte("suite")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(in.Abort)
+		for _, b := range data {
+			if err := in.Put(t.Context(), blockdev.Sum(b), b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return s
+	})
+}
+
+func TestLeases(t *testing.T) {
+	var mu sync.Mutex
+	pins := map[blockdev.Digest]int{}
+	l := newLeases(func(d blockdev.Digest) func() {
+		mu.Lock()
+		defer mu.Unlock()
+		pins[d]++
+		return func() {
+			mu.Lock()
+			defer mu.Unlock()
+			pins[d]--
+		}
+	}, time.Hour)
+	a, b := blockdev.Digest{1}, blockdev.Digest{2}
+	l.take(a)
+	l.take(a)
+	l.take(b)
+	l.expire(time.Now())
+	if pins[a] != 1 || pins[b] != 1 {
+		t.Errorf("%v", pins)
+	}
+	l.expire(time.Now().Add(61 * time.Minute))
+	if pins[a] != 0 || pins[b] != 0 {
+		t.Errorf("expired, but pinned: %v", pins)
+	}
+	l.take(a)
+	l.close()
+	if pins[a] != 0 {
+		t.Errorf("closed, but pinned: %v", pins)
+	}
+}
+
+// logBuffer collects log output of several goroutines.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+var _ io.Writer = (*logBuffer)(nil)

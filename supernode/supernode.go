@@ -1,0 +1,228 @@
+package supernode
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/exchange"
+	"github.com/shoalfs/shoal/supernode/ingest"
+	"github.com/shoalfs/shoal/supernode/registry"
+	"github.com/shoalfs/shoal/supernode/store"
+)
+
+// Config says where a supernode keeps its things and whom it trusts. Dir is
+// required; the zero value of the others stands for the default.
+type Config struct {
+	// Dir is the data directory; it is made if its parent is there. One process
+	// at a time uses it.
+	Dir string
+	// Quota bounds chunks, indexes and layers that are being fetched together, in
+	// bytes on disk; 0: what the file system has. A fifth of it is for the latter.
+	Quota int64
+	// HostDirs are containerd's certs.d directories (hosts.toml).
+	HostDirs []string
+	// TrustedRegistries are registry hosts, as in references, whose word counts
+	// for layers that were fetched from other registries, too.
+	TrustedRegistries []string
+	// AccessTTL is how long a registry's permission to pull is believed; 5 min.
+	AccessTTL time.Duration
+	// AccessGrace is how long a peer that had access keeps it while the registry
+	// cannot be asked, and how long what was public stays so; 24 h, at least
+	// AccessTTL.
+	AccessGrace time.Duration
+	// Lease is how long a layer that was asked for is not evicted; 30 min.
+	Lease time.Duration
+	// Ingests is how many large layers are fetched at the same time; 4. Small
+	// ones do not wait for them.
+	Ingests int
+	// Registry sets timeouts of the registry client. Its directories, log and
+	// counter are set here.
+	Registry registry.Config
+	// Log gets what an operator should know; nil: nothing is logged.
+	Log *slog.Logger
+	// Registerer, if not nil, takes the metrics.
+	Registerer prometheus.Registerer
+}
+
+func (c *Config) setDefaults() error {
+	def := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	def(&c.AccessTTL, 5*time.Minute)
+	def(&c.AccessGrace, max(24*time.Hour, c.AccessTTL))
+	def(&c.Lease, 30*time.Minute)
+	if c.Ingests == 0 {
+		c.Ingests = 4
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	switch {
+	case c.Dir == "":
+		return errors.New("supernode: no data directory is given")
+	case c.AccessTTL < 0 || c.Lease < 0 || c.Ingests < 0 || c.Quota < 0:
+		return errors.New("supernode: a duration, the quota or the number of ingests is negative")
+	case c.AccessGrace < c.AccessTTL:
+		return fmt.Errorf("supernode: AccessGrace (%s) is shorter than AccessTTL (%s): while a registry is down its word would count for less time than while it is up", c.AccessGrace, c.AccessTTL)
+	}
+	return nil
+}
+
+// spoolShare is the part of the quota, one in so many, that is for layers while
+// they come.
+const spoolShare = 5
+
+// Supernode is a running supernode. It is safe for concurrent use. It implements
+// exchange.Chunks and exchange.Images for a server, and blockdev.Source and
+// blockdev.ImageSource for the process that it lives in.
+type Supernode struct {
+	log       *slog.Logger
+	reg       *registry.Client
+	store     *store.Store
+	access    *access
+	ingest    *ingest.Ingester
+	leases    *leases
+	flights   *flights
+	failed    *failures
+	seen      *seen
+	metrics   *metrics
+	trusted   map[string]bool
+	verifying chan struct{} // bounds verifications side by side
+	decoder   *decoder
+
+	closers []func() error
+
+	mu      sync.Mutex
+	closed  bool
+	running sync.WaitGroup  // requests for images
+	ctx     context.Context // ends with Close
+	cancel  context.CancelFunc
+}
+
+// New opens the data directory and starts a supernode. Its errors name what is
+// wrong with the configuration or the directory.
+func New(cfg Config) (*Supernode, error) {
+	if err := cfg.setDefaults(); err != nil {
+		return nil, err
+	}
+	if err := os.Mkdir(cfg.Dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil, fmt.Errorf("supernode: data directory: %w", err)
+	}
+	s := &Supernode{
+		log:       cfg.Log,
+		flights:   newFlights(),
+		failed:    &failures{now: time.Now, errs: map[string]failure{}},
+		seen:      newSeen(),
+		trusted:   map[string]bool{},
+		verifying: make(chan struct{}, cfg.Ingests),
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	for _, h := range cfg.TrustedRegistries {
+		s.trusted[strings.ToLower(h)] = true
+	}
+	if err := s.start(cfg); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// start opens the parts; what is open when it fails, Close closes.
+func (s *Supernode) start(cfg Config) error {
+	var err error
+	if s.decoder, err = newDecoder(); err != nil {
+		return err
+	}
+	s.onClose(s.decoder.close)
+	if s.store, err = store.Open(store.Config{Dir: filepath.Join(cfg.Dir, "store"), Quota: cfg.Quota - cfg.Quota/spoolShare, Log: cfg.Log}); err != nil {
+		return fmt.Errorf("supernode: %w", err)
+	}
+	s.onClose(s.store.Close)
+	if s.metrics, err = newMetrics(cfg.Registerer, s.store.Stats); err != nil {
+		return fmt.Errorf("supernode: metrics: %w", err)
+	}
+	s.onClose(func() error { s.metrics.unregister(); return nil })
+	rc := cfg.Registry
+	rc.HostDirs, rc.CacheDir, rc.Log, rc.Received = cfg.HostDirs, filepath.Join(cfg.Dir, "manifests"), cfg.Log, s.metrics.received
+	if s.reg, err = registry.New(rc); err != nil {
+		return err
+	}
+	s.onClose(s.reg.Close)
+	if s.access, err = openAccess(cfg.Dir, s.reg, cfg.AccessTTL, cfg.AccessGrace, cfg.Log, time.Now); err != nil {
+		return fmt.Errorf("supernode: %w", err)
+	}
+	s.onClose(s.access.Close)
+	s.leases = newLeases(s.store.Pin, cfg.Lease)
+	s.onClose(func() error { s.leases.close(); return nil })
+	s.ingest, err = ingest.New(ingest.Config{Store: s.store, SpoolDir: filepath.Join(cfg.Dir, "spool"), SpoolQuota: cfg.Quota / spoolShare,
+		SpoolKey: "store.quota", Parallel: cfg.Ingests, Stall: cfg.Registry.Stall, Log: cfg.Log})
+	if err != nil {
+		return fmt.Errorf("supernode: %w", err)
+	}
+	s.onClose(s.ingest.Close)
+	return nil
+}
+
+func (s *Supernode) onClose(f func() error) { s.closers = append(s.closers, f) }
+
+// begin counts a request that runs; its context also ends with the supernode.
+func (s *Supernode) begin(ctx context.Context) (_ context.Context, end func(), err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, nil, errStopping
+	}
+	s.running.Add(1)
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(s.ctx, cancel)
+	return ctx, func() {
+		stop()
+		cancel()
+		s.running.Done()
+	}, nil
+}
+
+var errStopping = fmt.Errorf("the supernode is stopping: %w", blockdev.ErrUnavailable)
+
+// Close ends running requests with blockdev.ErrUnavailable and running work (a
+// layer that is half fetched goes on after the next start), and closes the store.
+func (s *Supernode) Close() error {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.cancel()
+	s.running.Wait()
+	s.flights.close()
+	var errs []error
+	for i := len(s.closers) - 1; i >= 0; i-- {
+		errs = append(errs, s.closers[i]())
+	}
+	s.closers = nil
+	return errors.Join(errs...)
+}
+
+// Chunk implements exchange.Chunks. Knowing a chunk's digest is the right to
+// have it. Errors wrap blockdev.ErrNotFound or blockdev.ErrCorrupt.
+func (s *Supernode) Chunk(ctx context.Context, d blockdev.Digest) (exchange.Encoded, error) {
+	c, err := s.store.Chunk(ctx, d)
+	s.metrics.chunk(err, len(c.Data))
+	if err != nil {
+		return exchange.Encoded{}, err
+	}
+	return exchange.Encoded{Data: c.Data, Zstd: c.Zstd, Length: c.Length}, nil
+}
+
+// Healthy returns nil if the supernode can work: its disk takes writes and holds
+// what it says.
+func (s *Supernode) Healthy() error { return s.access.healthy() }
