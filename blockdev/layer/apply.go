@@ -126,23 +126,22 @@ func (t *tree) link(d *erofs.Inode, base string, hdr *tar.Header) error {
 		return unsupported("hard link to %.200q, which leaves the root", hdr.Linkname)
 	}
 	in, last := path.Split(hdr.Linkname)
-	if last == "" || last == "." || last == ".." {
-		return unsupported("hard link to %.200q, a directory", hdr.Linkname)
-	}
 	steps, err := t.resolve(in)
 	if err != nil {
 		return err
 	}
-	from := t.root
+	file := t.root
 	if n := len(steps); n > 0 {
-		from = steps[n-1].in
+		file = steps[n-1].in
 	}
-	if from != nil && !isDir(from) {
+	switch {
+	case last == "" || last == ".": // "a/b/" is a/b, whatever that is
+	case last == "..":
+		file = t.root // some directory, at any rate
+	case isDir(file):
+		file = t.lookup(file, last)
+	case file != nil:
 		return unsupported("hard link to %.200q, but %q is no directory", hdr.Linkname, join(steps))
-	}
-	var file *erofs.Inode
-	if from != nil {
-		file = t.lookup(from, last)
 	}
 	switch {
 	case file == nil:

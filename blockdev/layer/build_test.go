@@ -151,8 +151,8 @@ var trees = []struct {
 		" 40755 0:0 0.0\n/a 40700 0:0 7.0\n/a/x 100644 0:0 0.0 size 1 [0+1 at 1024]\n/b 40755 0:0 0.0\n/c 100644 0:0 0.0 size 0\n"},
 	{"whiteouts", []entry{{name: "d/.wh.x", uid: 4, mode: 0o644, data: "junk", mtime: time.Unix(3, 0)}, file("e/.wh..wh..opq", ""), file(".wh..wh.plnk", ""), file(".wh.y", ""), file("y", "")}, "" +
 		" 40755 0:0 0.0\n/.wh.plnk 20000 0:0 0.0\n/d 40755 0:0 0.0 implied\n/d/x 20000 4:0 3.0\n/e 40755 0:0 0.0 trusted.overlay.opaque=\"y\" implied\n/y 100644 0:0 0.0 size 0\n"},
-	{"through symlinks", []entry{dirEntry("usr/bin"), symlink("bin", "usr/bin"), symlink("usr/up", "../usr"), file("bin/sh", ""), file("usr/up/x", ""), hardlink("bin/l", "usr/up/x")}, "" +
-		" 40755 0:0 0.0\n/bin 120777 0:0 0.0 \"usr/bin\"\n/usr 40755 0:0 0.0 implied\n/usr/bin 40755 0:0 0.0\n/usr/bin/l 100600 0:0 0.0 size 0\n/usr/bin/sh 100644 0:0 0.0 size 0\n/usr/up 120777 0:0 0.0 \"../usr\"\n/usr/x = /usr/bin/l\n"},
+	{"through symlinks", []entry{dirEntry("usr/bin"), symlink("bin", "usr/bin"), symlink("usr/up", "../usr"), file("bin/sh", ""), file("usr/up/x", ""), hardlink("bin/l", "usr/up/x"), hardlink("m", "/bin/sh//")}, "" +
+		" 40755 0:0 0.0\n/bin 120777 0:0 0.0 \"usr/bin\"\n/m 100600 0:0 0.0 size 0\n/usr 40755 0:0 0.0 implied\n/usr/bin 40755 0:0 0.0\n/usr/bin/l 100600 0:0 0.0 size 0\n/usr/bin/sh = /m\n/usr/up 120777 0:0 0.0 \"../usr\"\n/usr/x = /usr/bin/l\n"},
 	{"a directory's time goes to what replaced it", []entry{at(dirEntry("d"), 5, 0), at(file("d", ""), 6, 0)}, " 40755 0:0 0.0\n/d 100644 0:0 5.0 size 0\n"},
 	{"attributes that are passed over", []entry{
 		xattrs(file("f", ""), "trusted.x", "1", "system.x", "1", "lustre.x", "1", "user.u", "", "security.s", "2"),
@@ -239,6 +239,8 @@ func TestRefused(t *testing.T) {
 		{"link leaves the root", makeTar(hardlink("a", "../../etc/passwd")), blockdev.ErrUnsupported, "leaves the root"},
 		{"link to nothing", makeTar(hardlink("a", "b")), blockdev.ErrUnsupported, "not in this layer"},
 		{"link to itself", makeTar(file("a", ""), hardlink("a", "a")), blockdev.ErrUnsupported, "not in this layer"},
+		{"link below a file", makeTar(file("d", ""), hardlink("a", "d/e")), blockdev.ErrUnsupported, "no directory"},
+		{"link to a directory's parent", makeTar(dirEntry("d/e"), hardlink("a", "d/e/..")), blockdev.ErrUnsupported, "directory"},
 		{"link to directory", makeTar(dirEntry("d"), hardlink("a", "d")), blockdev.ErrUnsupported, "directory"},
 		{"file as parent", makeTar(file("a", ""), file("a/b", "")), blockdev.ErrUnsupported, "no directory"},
 		{"symlink loop", makeTar(symlink("a", "b"), symlink("b", "a"), file("a/x", "")), blockdev.ErrUnsupported, "symlinks"},

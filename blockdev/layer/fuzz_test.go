@@ -20,11 +20,20 @@ var smallLimits = Options{Workers: 1, MaxEntries: 20_000, MaxMetadata: 1 << 20, 
 func FuzzBuild(f *testing.F) {
 	for _, tt := range trees {
 		f.Add(makeTar(tt.entries...))
+		f.Add(append(makeTar(tt.entries...), "seal"...))
 	}
 	for seed := range uint64(6) {
 		f.Add(randomTar(rand.New(rand.NewPCG(seed, 7)), 6, true))
 	}
 	f.Fuzz(func(t *testing.T, diff []byte) {
+		if bytes.Contains(diff, []byte("seal")) { // most changes die of a checksum
+			diff = bytes.Clone(diff)
+			for at := 0; at+tarBlock <= len(diff); at += tarBlock {
+				if h := diff[at : at+tarBlock]; string(h[257:262]) == "ustar" {
+					seal(h)
+				}
+			}
+		}
 		_, _, err := roundTrip(t, diff, smallLimits)
 		if err != nil && !errors.Is(err, blockdev.ErrCorrupt) && !errors.Is(err, blockdev.ErrUnsupported) {
 			t.Fatalf("neither corrupt nor unsupported: %v", err)
@@ -41,7 +50,11 @@ func checkReader(t *testing.T, diff []byte, err error) {
 	tr := tar.NewReader(struct{ io.Reader }{bytes.NewReader(diff)})
 	var want error
 	for want == nil {
-		if _, want = tr.Next(); want == nil {
+		var hdr *tar.Header
+		if hdr, want = tr.Next(); want == nil {
+			if hdr.Size > 16<<20 { // it would give us every byte of a hole
+				return
+			}
 			_, want = io.Copy(io.Discard, struct{ io.Reader }{tr})
 		}
 	}
