@@ -1,0 +1,35 @@
+// Package volume is a node's set of block images: it ties local diffs (cache),
+// the FUSE mount that shows them (fusefs) and EROFS mounts (mount) together.
+//
+// # Terms
+//
+//   - volume: one diff and its mount. Whatever images have the layer share it,
+//     and so share its page cache.
+//   - native: mounted from the local file. Only for diffs that were complete
+//     when they were mounted; FUSE has no part in it.
+//   - lazy: mounted through FUSE. A lazy mount stays lazy when its diff becomes
+//     complete; it just never has to wait any more.
+//
+// # On disk
+//
+//	Root/lock, tmp, diffs     the cache's (package cache)
+//	Root/fuse/                the FUSE mount
+//	Root/m/<name>/            mount points; name is 12 digits of the DiffID, so
+//	                          that 127 of them fit in overlayfs' mount options
+//	Root/lazy/<DiffID hex>    there is, or may be, a lazy mount of this diff
+//
+// What is mounted where, mountinfo says: the source of each mount is the diff's
+// metadata file. Only lazy or native does not show there; hence the markers,
+// which are made before a lazy mount and removed after it.
+//
+// # Invariants
+//
+//   - One process per Root; the cache's lock sees to it.
+//   - Each operation on a volume that does I/O holds the volume's turn, and no
+//     lock. Other volumes, and reads of this one, go on.
+//   - Close leaves mounts as they are. Native ones go on working without any
+//     process, and Open adopts them. Lazy ones give errors from then on (unless
+//     somebody else holds the FUSE descriptor); Open takes them away and mounts
+//     them again at the same place.
+//   - A volume is removed only by Remove. Counting who needs it is the caller's.
+package volume

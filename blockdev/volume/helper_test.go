@@ -1,0 +1,203 @@
+package volume
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/blockdev/erofs"
+	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/blockdev/mount"
+)
+
+// testRoot is the name of every Root of these tests.
+const testRoot = "shoal-volume-test"
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if code == 0 {
+		if err := goleak.Find(); err != nil {
+			fmt.Println(err)
+			code = 1
+		}
+		left, err := mount.List(os.TempDir())
+		for _, l := range left {
+			if err == nil && bytes.Contains([]byte(l.Dir), []byte(testRoot)) {
+				fmt.Println("mount left behind:", l.Dir)
+				code = 1
+			}
+		}
+	}
+	os.Exit(code)
+}
+
+func needRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: mounts FUSE and EROFS")
+	}
+	if _, err := os.Stat("/dev/fuse"); err != nil {
+		t.Skip("needs FUSE: ", err)
+	}
+}
+
+// layer is a diff with a block image that shows all of it as one file, "file".
+type layer struct {
+	id      blockdev.Digest
+	index   *blockdev.Index
+	encoded []byte
+	data    []byte
+}
+
+func newLayer(t testing.TB, seed uint64, size int) *layer {
+	t.Helper()
+	ix, data := blockdevtest.Diff(seed, size&^511)
+	var meta bytes.Buffer
+	n := int64(len(data))
+	err := erofs.Write(&meta, &erofs.Inode{Mode: unix.S_IFDIR | 0o755, Children: []erofs.Dirent{
+		{Name: "file", Inode: &erofs.Inode{Mode: unix.S_IFREG | 0o644, Size: n, Extents: []erofs.Extent{{Length: n}}}},
+	}}, n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ix.Meta = meta.Bytes()
+	enc, err := index.Encode(ix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &layer{ix.DiffID, ix, enc, data}
+}
+
+// source is a Source that can be turned off.
+type source struct {
+	blockdevtest.Memory
+	mu  sync.Mutex
+	off error
+}
+
+func (s *source) turn(off error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.off = off
+}
+
+func (s *source) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+	s.mu.Lock()
+	off := s.off
+	s.mu.Unlock()
+	if off != nil {
+		return off
+	}
+	return s.Memory.Fetch(ctx, req, deliver)
+}
+
+// node is a Manager with what belongs to it.
+type node struct {
+	*Manager
+	t    testing.TB
+	root string
+	src  *source
+	cfg  Config
+}
+
+func newNode(t testing.TB, change func(*Config)) *node {
+	t.Helper()
+	needRoot(t)
+	n := &node{t: t, root: filepath.Join(t.TempDir(), testRoot), src: &source{}}
+	n.cfg = Config{
+		Root: n.root, Source: n.src, ReadTimeout: 10 * time.Second,
+		Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})),
+	}
+	n.cfg.Cache.Timeout = 5 * time.Second
+	if change != nil {
+		change(&n.cfg)
+	}
+	n.open()
+	t.Cleanup(func() {
+		if err := n.UnmountAll(context.Background()); err != nil {
+			t.Errorf("unmount all: %v", err)
+			left, _ := mount.List(n.root)
+			for i := range left {
+				_ = mount.Detach(left[len(left)-1-i].Dir)
+			}
+		}
+		if left, err := mount.List(n.root); err != nil || len(left) > 0 {
+			t.Errorf("left behind: %+v, %v", left, err)
+		}
+	})
+	return n
+}
+
+func (n *node) open() {
+	n.t.Helper()
+	m, err := Open(context.Background(), n.cfg)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.Manager = m
+}
+
+// restart is what a new process does after the old one has gone.
+func (n *node) restart() {
+	n.t.Helper()
+	if err := n.Close(); err != nil {
+		n.t.Fatal(err)
+	}
+	n.open()
+}
+
+func (n *node) add(l *layer) {
+	n.t.Helper()
+	n.src.PutDiff(l.index, l.data)
+	id, err := n.Add(context.Background(), l.encoded)
+	if err != nil || id != l.id {
+		n.t.Fatalf("add: %v, %v", id, err)
+	}
+}
+
+func (n *node) mountDir(l *layer) string {
+	n.t.Helper()
+	dir, err := n.Mount(context.Background(), l.id)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return dir
+}
+
+func (n *node) stat(l *layer) Stat {
+	n.t.Helper()
+	s, ok := n.Stat(l.id)
+	if !ok {
+		n.t.Fatal("no such diff")
+	}
+	return s
+}
+
+func (n *node) check(l *layer, dir string) {
+	n.t.Helper()
+	got, err := os.ReadFile(filepath.Join(dir, "file"))
+	if err != nil || !bytes.Equal(got, l.data) {
+		n.t.Fatalf("file in %s: %d bytes, %v, or other bytes", dir, len(got), err)
+	}
+}
+
+// checkPart reads n bytes at off.
+func (n *node) checkPart(l *layer, f *os.File, off int64, size int) {
+	n.t.Helper()
+	buf := make([]byte, size)
+	if _, err := f.ReadAt(buf, off); err != nil && err != io.EOF || !bytes.Equal(buf, l.data[off:off+int64(size)]) {
+		n.t.Fatalf("read at %d: %v, or other bytes", off, err)
+	}
+}

@@ -1,0 +1,310 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache"
+	"github.com/shoalfs/shoal/blockdev/fusefs"
+	"github.com/shoalfs/shoal/blockdev/mount"
+)
+
+// Directories below Root.
+const (
+	fuseDir   = "fuse"
+	mountsDir = "m"
+	lazyDir   = "lazy"
+)
+
+// Open opens the volumes below cfg.Root. Native mounts that an earlier process
+// left are adopted; its FUSE mount and the lazy mounts over it are detached and
+// mounted again at the same places; mounts and mount points of diffs that are
+// not there any more are removed. It fails if another process has Root open.
+func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
+	if cfg.Root == "" || cfg.Source == nil {
+		return nil, errors.New("volume: Root and Source must be set")
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.PrefetchDiffs <= 0 {
+		cfg.PrefetchDiffs = 2
+	}
+	root, err := makeRoot(cfg.Root)
+	if err != nil {
+		return nil, fmt.Errorf("volumes at %s: %w", cfg.Root, err)
+	}
+	cc := cfg.Cache
+	cc.Root, cc.Source, cc.Log = root, cfg.Source, cfg.Log
+	c, err := cache.Open(ctx, cc)
+	if err != nil {
+		return nil, err
+	}
+	m := &Manager{
+		cfg:   cfg,
+		root:  root,
+		cache: c,
+		queue: newQueue(cfg.Log, cfg.PrefetchDiffs),
+		vols:  make(map[blockdev.Digest]*volume),
+		names: make(map[string]blockdev.Digest),
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.Close())
+		}
+	}()
+	for _, d := range c.Diffs() {
+		if _, err := m.adopt(d); err != nil {
+			return nil, err
+		}
+	}
+	again, err := m.takeOver()
+	if err != nil {
+		return nil, err
+	}
+	if err := m.serve(); err != nil {
+		return nil, err
+	}
+	for _, v := range again {
+		// One that cannot be mounted now is reported, and tried again when it is
+		// asked for. The others are not to suffer.
+		if _, err := m.Mount(ctx, v.id); err != nil {
+			cfg.Log.Error("a diff that was mounted before cannot be mounted again", "diff", v.id, "error", err)
+		}
+	}
+	return m, m.sweep()
+}
+
+// makeRoot makes the directories, and returns Root as mountinfo will show it.
+func makeRoot(dir string) (string, error) {
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	// The mount points below may have set-uid files and devices: for root only.
+	if err := os.MkdirAll(abs, 0o700); err != nil {
+		return "", err
+	}
+	root, err := filepath.EvalSymlinks(abs)
+	if err != nil {
+		return "", err
+	}
+	if strings.Contains(root, ",") {
+		return "", errors.New("a comma in the path cannot be passed in mount options")
+	}
+	// fuse may be a dead mount, which does not matter to mkdir(2).
+	for _, sub := range []string{fuseDir, mountsDir, lazyDir} {
+		if err := mount.MkdirMountpoint(filepath.Join(root, sub)); err != nil {
+			return "", err
+		}
+	}
+	return root, nil
+}
+
+// takeOver goes through the mounts that an earlier process left. It returns the
+// volumes that were mounted and are to be mounted again.
+func (m *Manager) takeOver() (again []*volume, err error) {
+	var found []mount.Info
+	for _, sub := range []string{fuseDir, mountsDir} {
+		in, err := mount.List(filepath.Join(m.root, sub))
+		if err != nil {
+			return nil, err
+		}
+		found = append(found, in...)
+	}
+	// Nobody serves the FUSE mount, since the cache's lock is ours. It is not
+	// touched but to detach it, and what is over it goes first.
+	for _, i := range slices.Backward(found) {
+		v := m.source(i)
+		if i.Type == fusefs.FSType || v == nil {
+			if err := mount.Detach(i.Dir); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		dir, _, _ := v.mounted()
+		if dir == "" && !m.marked(v.id) && v.diff.Complete() {
+			m.names[filepath.Base(i.Dir)] = v.id
+			v.setMounted(i.Dir, false)
+			continue
+		}
+		if err := mount.Detach(i.Dir); err != nil {
+			return nil, err
+		}
+		if dir == "" && !slices.Contains(again, v) {
+			// Where it was is where containerd may have been told that it is.
+			m.names[filepath.Base(i.Dir)] = v.id
+			again = append(again, v)
+		}
+	}
+	return again, nil
+}
+
+// source returns the volume that a mount shows, or nil if it is no mount of a
+// diff that is there, at a place where a diff can be.
+func (m *Manager) source(i mount.Info) *volume {
+	if i.Kind == 0 || filepath.Dir(i.Dir) != filepath.Join(m.root, mountsDir) {
+		return nil
+	}
+	for _, v := range m.vols {
+		if v.diff.MetaPath() == i.Source && strings.Contains(v.id.Hex(), filepath.Base(i.Dir)) {
+			return v
+		}
+	}
+	return nil
+}
+
+// serve mounts FUSE and starts to answer.
+func (m *Manager) serve() error {
+	fd, err := fusefs.Mount(filepath.Join(m.root, fuseDir))
+	if err != nil {
+		return err
+	}
+	m.fuse = fd
+	m.server, err = fusefs.New(fd, files{m}, fusefs.Options{Log: m.cfg.Log, ReadTimeout: m.cfg.ReadTimeout})
+	if err != nil {
+		return err
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	m.stop, m.serveDone = stop, make(chan struct{})
+	go func() {
+		defer close(m.serveDone)
+		if err := m.server.Serve(ctx); err != nil {
+			m.cfg.Log.Error("FUSE server ended: lazily mounted images cannot be read until a restart", "error", err)
+		} else if ctx.Err() == nil {
+			m.cfg.Log.Error("FUSE mount is gone: lazily mounted images cannot be read until a restart")
+		}
+	}()
+	return nil
+}
+
+// sweep removes mount points and markers that nothing uses.
+func (m *Manager) sweep() error {
+	used := make(map[string]bool)
+	for _, s := range m.Stats() {
+		if s.Dir != "" {
+			used[filepath.Base(s.Dir)] = true
+			used[s.ID.Hex()] = s.Lazy
+		}
+	}
+	for _, sub := range []string{mountsDir, lazyDir} {
+		entries, err := os.ReadDir(filepath.Join(m.root, sub))
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			if used[e.Name()] {
+				continue
+			}
+			if err := os.Remove(filepath.Join(m.root, sub, e.Name())); err != nil {
+				m.cfg.Log.Warn("cannot clean up", "error", err)
+			}
+		}
+	}
+	return nil
+}
+
+func (m *Manager) markPath(id blockdev.Digest) string {
+	return filepath.Join(m.root, lazyDir, id.Hex())
+}
+
+// mark notes that a diff may be mounted lazily. It need not survive a power
+// loss, since mounts do not either.
+func (m *Manager) mark(id blockdev.Digest) error {
+	f, err := os.OpenFile(m.markPath(id), os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+func (m *Manager) unmark(id blockdev.Digest) error {
+	if err := os.Remove(m.markPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+func (m *Manager) marked(id blockdev.Digest) bool {
+	_, err := os.Lstat(m.markPath(id))
+	return err == nil
+}
+
+// Close ends prefetch and service, and leaves all mounts as they are (see the
+// package comment). It is to be called once nobody uses the Manager.
+func (m *Manager) Close() error {
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		return nil
+	}
+	m.closed = true
+	vols := make([]*volume, 0, len(m.vols))
+	for _, v := range m.vols {
+		vols = append(vols, v)
+	}
+	m.mu.Unlock()
+	m.queue.close(vols)
+	if m.stop != nil {
+		m.stop()
+		<-m.serveDone
+	}
+	var err error
+	if m.fuse != nil {
+		err = m.fuse.Close()
+	}
+	return errors.Join(err, m.cache.Close())
+}
+
+// UnmountAll unmounts every diff and the FUSE mount, and closes the Manager. A
+// diff that is in use stays mounted, and the error wraps mount.ErrBusy; if it
+// was lazy, the FUSE mount stays too, though nobody serves it.
+func (m *Manager) UnmountAll(ctx context.Context) error {
+	m.mu.RLock()
+	vols := make([]*volume, 0, len(m.vols))
+	for _, v := range m.vols {
+		vols = append(vols, v)
+	}
+	m.mu.RUnlock()
+	var errs []error
+	for _, v := range vols {
+		if err := v.take(ctx); err != nil {
+			errs = append(errs, err)
+			break
+		}
+		errs = append(errs, m.unmount(v, false))
+		v.give()
+	}
+	errs = append(errs, mount.Unmount(filepath.Join(m.root, fuseDir)), m.Close())
+	return errors.Join(errs...)
+}
+
+// files shows the cache's diffs to FUSE.
+type files struct{ m *Manager }
+
+func (f files) Open(id blockdev.Digest) (fusefs.File, bool) {
+	f.m.mu.RLock()
+	defer f.m.mu.RUnlock()
+	v, ok := f.m.vols[id]
+	if !ok {
+		return nil, false
+	}
+	return v.diff, true
+}
+
+func (f files) List() []blockdev.Digest {
+	f.m.mu.RLock()
+	defer f.m.mu.RUnlock()
+	ids := make([]blockdev.Digest, 0, len(f.m.vols))
+	for id := range f.m.vols {
+		ids = append(ids, id)
+	}
+	return ids
+}

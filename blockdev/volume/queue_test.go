@@ -1,0 +1,198 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache"
+	"github.com/shoalfs/shoal/blockdev/fusefs"
+)
+
+// fakeDiff is a diff of which only the prefetch matters.
+type fakeDiff struct {
+	fusefs.File
+	name     string
+	prefetch func(context.Context) error
+}
+
+func (d *fakeDiff) ID() blockdev.Digest                { return blockdev.Sum([]byte(d.name)) }
+func (d *fakeDiff) MetaPath() string                   { return "" }
+func (d *fakeDiff) DataPath() string                   { return "" }
+func (d *fakeDiff) Complete() bool                     { return false }
+func (d *fakeDiff) Stat() cache.Stat                   { return cache.Stat{} }
+func (d *fakeDiff) Prefetch(ctx context.Context) error { return d.prefetch(ctx) }
+
+// script notes which attempts began, and lets each take a second.
+type script struct {
+	mu    sync.Mutex
+	began []string
+	now   int
+	most  int
+	fail  map[string]int // how many attempts fail
+}
+
+func (s *script) volume(name string) *volume {
+	d := &fakeDiff{name: name}
+	d.prefetch = func(ctx context.Context) error {
+		s.mu.Lock()
+		s.began = append(s.began, name)
+		s.now++
+		s.most = max(s.most, s.now)
+		fails := s.fail[name] > 0
+		s.fail[name]--
+		s.mu.Unlock()
+		defer func() {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.now--
+		}()
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		if fails {
+			return blockdev.ErrUnavailable
+		}
+		return nil
+	}
+	return &volume{id: d.ID(), diff: d, turn: make(chan struct{}, 1)}
+}
+
+func TestQueueOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{fail: map[string]int{}}
+		q := newQueue(slog.New(slog.DiscardHandler), 2)
+		vols := map[string]*volume{}
+		var waits []*attempt
+		add := func(name string, front bool) {
+			if vols[name] == nil {
+				vols[name] = s.volume(name)
+			}
+			a, err := q.add(vols[name], front)
+			if err != nil {
+				t.Fatal(err)
+			}
+			waits = append(waits, a)
+		}
+		for _, name := range []string{"a", "b", "c", "d", "e", "c", "a"} {
+			add(name, false)
+		}
+		add("e", true)
+		for _, a := range waits {
+			<-a.done
+			if a.err != nil {
+				t.Error(a.err)
+			}
+		}
+		slices.Sort(s.began[:2]) // two at a time begin in any order
+		slices.Sort(s.began[2:4])
+		if want := []string{"a", "b", "c", "e", "d"}; !slices.Equal(s.began, want) {
+			t.Errorf("order is %v, want %v", s.began, want)
+		}
+		if s.most != 2 {
+			t.Errorf("%d at a time", s.most)
+		}
+		q.close(nil)
+		if _, err := q.add(vols["a"], false); !errors.Is(err, errClosed) {
+			t.Errorf("add after close: %v", err)
+		}
+	})
+}
+
+func TestQueueRepeats(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{fail: map[string]int{"a": 3}}
+		q := newQueue(slog.New(slog.DiscardHandler), 1)
+		v := s.volume("a")
+		begin := time.Now()
+		first, err := q.add(v, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-first.done
+		if !errors.Is(first.err, blockdev.ErrUnavailable) || q.state(v) != Waiting {
+			t.Errorf("first attempt: %v, then %v", first.err, q.state(v))
+		}
+		// Attempts of 1 s each after pauses of 1, 2 and 4 s.
+		time.Sleep(10*time.Second + time.Millisecond)
+		synctest.Wait()
+		if q.state(v) != Idle || len(s.began) != 4 {
+			t.Errorf("%d attempts after %v, state %v", len(s.began), time.Since(begin), q.state(v))
+		}
+		q.close([]*volume{v})
+	})
+}
+
+func TestQueueDrop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{fail: map[string]int{"waiting": 1}}
+		q := newQueue(slog.New(slog.DiscardHandler), 1)
+		waiting, running, queued := s.volume("waiting"), s.volume("running"), s.volume("queued")
+		w, _ := q.add(waiting, false)
+		<-w.done
+		r, _ := q.add(running, false)
+		l, _ := q.add(queued, false)
+		synctest.Wait()
+		for _, v := range []*volume{waiting, queued, running} {
+			if err := q.drop(t.Context(), v); err != nil {
+				t.Error(err)
+			}
+			if _, err := q.add(v, true); !errors.Is(err, errRemoved) {
+				t.Errorf("add of a dropped volume: %v", err)
+			}
+			if q.state(v) != Idle {
+				t.Errorf("dropped, but %v", q.state(v))
+			}
+		}
+		<-r.done
+		<-l.done
+		if !errors.Is(r.err, errRemoved) || !errors.Is(l.err, errRemoved) {
+			t.Errorf("%v, %v", r.err, l.err)
+		}
+		time.Sleep(time.Hour)
+		if want := []string{"waiting", "running"}; !slices.Equal(s.began, want) {
+			t.Errorf("began %v, want %v", s.began, want)
+		}
+		q.allow(running)
+		a, err := q.add(running, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-a.done
+		if a.err != nil {
+			t.Error(a.err)
+		}
+		q.close(nil)
+	})
+}
+
+func TestQueueClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{fail: map[string]int{"waiting": 1}}
+		q := newQueue(slog.New(slog.DiscardHandler), 1)
+		waiting, running, queued := s.volume("waiting"), s.volume("running"), s.volume("queued")
+		w, _ := q.add(waiting, false)
+		<-w.done
+		r, _ := q.add(running, false)
+		l, _ := q.add(queued, false)
+		synctest.Wait()
+		q.close([]*volume{waiting, running, queued})
+		<-r.done
+		<-l.done
+		if !errors.Is(r.err, errClosed) || !errors.Is(l.err, errClosed) {
+			t.Errorf("%v, %v", r.err, l.err)
+		}
+		time.Sleep(time.Hour)
+		if len(s.began) != 2 {
+			t.Errorf("began %v", s.began)
+		}
+	})
+}

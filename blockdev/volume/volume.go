@@ -1,0 +1,349 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache"
+	"github.com/shoalfs/shoal/blockdev/fusefs"
+	"github.com/shoalfs/shoal/blockdev/mount"
+)
+
+// Config of a Manager. Root, Source and Log are required; the zero value of the
+// rest means its default.
+type Config struct {
+	// Root is the directory of everything that a Manager keeps. It is made if it
+	// is not there, for root only. No commas.
+	Root string
+	// Source is where missing chunks come from.
+	Source blockdev.Source
+	// Log takes warnings and errors.
+	Log *slog.Logger
+	// Cache is the configuration of the local diffs; its Root, Source and Log are
+	// set from those above.
+	Cache cache.Config
+	// ReadTimeout bounds how long a process may wait for missing bytes, before it
+	// gets EIO. Default: that of package fusefs.
+	ReadTimeout time.Duration
+	// PrefetchDiffs is how many diffs are prefetched at a time. Default 2.
+	PrefetchDiffs int
+	// Loop mounts through loop devices even where the kernel can do without.
+	Loop bool
+}
+
+// diff is what a volume needs of a local diff; *cache.Diff has it.
+type diff interface {
+	fusefs.File
+	ID() blockdev.Digest
+	MetaPath() string
+	DataPath() string
+	Complete() bool
+	Prefetch(ctx context.Context) error
+	Stat() cache.Stat
+}
+
+// volume is one diff and its mount.
+type volume struct {
+	id   blockdev.Digest
+	diff diff
+
+	// turn is held (by sending) during anything that does I/O: mounting,
+	// removing. Whoever gets it looks at gone first.
+	turn chan struct{}
+
+	mu   sync.Mutex // for what follows; never held across I/O
+	gone bool       // removed: look it up again
+	dir  string     // mount point, "" if not mounted
+	lazy bool
+
+	fetch fetchState // guarded by the queue's lock
+}
+
+// take waits for the volume's turn. The caller gives it back with give.
+func (v *volume) take(ctx context.Context) error {
+	select {
+	case v.turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (v *volume) give() { <-v.turn }
+
+func (v *volume) mounted() (dir string, lazy, gone bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.dir, v.lazy, v.gone
+}
+
+func (v *volume) setMounted(dir string, lazy bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.dir, v.lazy = dir, lazy
+}
+
+// Manager is a node's volumes.
+type Manager struct {
+	cfg   Config
+	root  string // absolute, without symbolic links
+	cache *cache.Cache
+	queue *queue
+
+	fuse      *os.File
+	server    *fusefs.Server
+	stop      context.CancelFunc
+	serveDone chan struct{}
+
+	mu     sync.RWMutex // guards the maps; never held across I/O
+	vols   map[blockdev.Digest]*volume
+	names  map[string]blockdev.Digest
+	closed bool
+}
+
+var errClosed = errors.New("the volume manager is closed")
+
+// Add takes in an encoded index, and returns its DiffID. Data is not fetched
+// before somebody reads or prefetches it. Adding what is there is no error.
+func (m *Manager) Add(ctx context.Context, encodedIndex []byte) (blockdev.Digest, error) {
+	for {
+		d, err := m.cache.Add(ctx, encodedIndex)
+		if err != nil {
+			return blockdev.Digest{}, err
+		}
+		v, err := m.adopt(d)
+		if err != nil {
+			return d.ID(), err
+		}
+		if v.diff == diff(d) {
+			return d.ID(), nil
+		}
+		// The volume of an earlier life of this diff is just being removed.
+		if err := v.take(ctx); err != nil {
+			return d.ID(), err
+		}
+		v.give()
+	}
+}
+
+// adopt returns the volume of a diff, a new one if there is none.
+func (m *Manager) adopt(d diff) (*volume, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return nil, errClosed
+	}
+	if v, ok := m.vols[d.ID()]; ok {
+		return v, nil
+	}
+	v := &volume{id: d.ID(), diff: d, turn: make(chan struct{}, 1)}
+	m.vols[v.id] = v
+	return v, nil
+}
+
+func (m *Manager) volume(id blockdev.Digest) (*volume, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.closed {
+		return nil, errClosed
+	}
+	if v, ok := m.vols[id]; ok {
+		return v, nil
+	}
+	return nil, fmt.Errorf("diff %s on this node: %w", id, blockdev.ErrNotFound)
+}
+
+// Has says whether the node has the index of a diff.
+func (m *Manager) Has(id blockdev.Digest) bool {
+	_, err := m.volume(id)
+	return err == nil
+}
+
+// Mount mounts a diff, if it is not mounted yet, and returns where: from the
+// local file if the diff is complete, else through FUSE. The error wraps
+// blockdev.ErrNotFound if there is no such diff, blockdev.ErrUnsupported if this
+// kernel cannot mount it.
+func (m *Manager) Mount(ctx context.Context, id blockdev.Digest) (dir string, err error) {
+	v, err := m.volume(id)
+	if err != nil {
+		return "", err
+	}
+	if dir, _, gone := v.mounted(); dir != "" && !gone {
+		return dir, nil
+	}
+	if err := v.take(ctx); err != nil {
+		return "", err
+	}
+	defer v.give()
+	dir, _, gone := v.mounted()
+	switch {
+	case gone:
+		return "", fmt.Errorf("diff %s on this node: %w (just removed)", id, blockdev.ErrNotFound)
+	case dir != "":
+		return dir, nil
+	}
+	return m.mount(v)
+}
+
+// mount does it. The caller has the volume's turn.
+func (m *Manager) mount(v *volume) (string, error) {
+	name, err := m.name(v.id)
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(m.root, mountsDir, name)
+	if err := mount.MkdirMountpoint(dir); err != nil {
+		return "", err
+	}
+	lazy, data := false, v.diff.DataPath()
+	if !v.diff.Complete() {
+		lazy, data = true, filepath.Join(m.root, fuseDir, v.id.Hex())
+		if err := m.mark(v.id); err != nil {
+			return "", err
+		}
+	} else if err := m.unmark(v.id); err != nil {
+		return "", err
+	}
+	if _, err := mount.Mount(v.diff.MetaPath(), data, dir, mount.Options{Loop: m.cfg.Loop}); err != nil {
+		return "", fmt.Errorf("diff %s: %w", v.id, errors.Join(err, m.unmark(v.id)))
+	}
+	v.setMounted(dir, lazy)
+	return dir, nil
+}
+
+// Remove unmounts a diff, stops its prefetch and frees its bytes. It is the
+// caller's to know that nobody needs it. A mount that is in use all the same is
+// taken out of the tree, and its users get errors for what they have not read.
+// Removing what is not there is no error.
+func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
+	v, err := m.volume(id)
+	if errors.Is(err, blockdev.ErrNotFound) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	if err := v.take(ctx); err != nil {
+		return err
+	}
+	defer v.give()
+	if _, _, gone := v.mounted(); gone {
+		return nil
+	}
+	if err := m.queue.drop(ctx, v); err != nil {
+		return err
+	}
+	if err := m.unmount(v, true); err != nil {
+		m.queue.allow(v)
+		return err
+	}
+	if err := m.cache.Remove(ctx, id); err != nil {
+		m.queue.allow(v)
+		return err
+	}
+	v.mu.Lock()
+	v.gone = true
+	v.mu.Unlock()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.vols, id)
+	for name, owner := range m.names {
+		if owner == id {
+			delete(m.names, name)
+		}
+	}
+	return nil
+}
+
+// unmount takes the volume's mount away, also one in use if detach is set. The
+// caller has the volume's turn.
+func (m *Manager) unmount(v *volume, detach bool) error {
+	dir, _, _ := v.mounted()
+	if dir == "" {
+		return nil
+	}
+	err := mount.Unmount(dir)
+	if errors.Is(err, mount.ErrBusy) && detach {
+		m.cfg.Log.Warn("a removed diff is still in use: detached; its users may get I/O errors", "diff", v.id, "dir", dir)
+		err = mount.Detach(dir)
+	}
+	if err != nil {
+		return fmt.Errorf("diff %s: %w", v.id, err)
+	}
+	v.setMounted("", false)
+	if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+		m.cfg.Log.Warn("mount point stays behind", "dir", dir, "error", err)
+	}
+	return m.unmark(v.id)
+}
+
+// nameDigits is the length of a mount point's name.
+const nameDigits = 12
+
+// name gives a diff a mount point's name: the first digits of its DiffID that
+// are not another diff's name.
+func (m *Manager) name(id blockdev.Digest) (string, error) {
+	hex := id.Hex()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i := 0; i+nameDigits <= len(hex); i += nameDigits {
+		name := hex[i : i+nameDigits]
+		if owner, taken := m.names[name]; !taken || owner == id {
+			m.names[name] = id
+			return name, nil
+		}
+	}
+	return "", fmt.Errorf("diff %s: each part of its name is taken as a mount point by another diff", id)
+}
+
+// Stat is one diff, for people to look at.
+type Stat struct {
+	ID blockdev.Digest
+	// Local of Total bytes of the masked diff are here.
+	Local, Total int64
+	// Complete: all of them, verified and synced.
+	Complete bool
+	// Dir is the mount point, "" if it is not mounted.
+	Dir string
+	// Lazy: mounted through FUSE.
+	Lazy bool
+	// Prefetch is what the queue does with it.
+	Prefetch PrefetchState
+}
+
+// Stats returns all diffs, in no order.
+func (m *Manager) Stats() []Stat {
+	m.mu.RLock()
+	vols := make([]*volume, 0, len(m.vols))
+	for _, v := range m.vols {
+		vols = append(vols, v)
+	}
+	m.mu.RUnlock()
+	stats := make([]Stat, 0, len(vols))
+	for _, v := range vols {
+		stats = append(stats, m.stat(v))
+	}
+	return stats
+}
+
+// Stat returns one diff; false if there is no such diff.
+func (m *Manager) Stat(id blockdev.Digest) (Stat, bool) {
+	v, err := m.volume(id)
+	if err != nil {
+		return Stat{}, false
+	}
+	return m.stat(v), true
+}
+
+func (m *Manager) stat(v *volume) Stat {
+	d := v.diff.Stat()
+	s := Stat{ID: v.id, Local: d.BytesPresent, Total: d.Bytes, Complete: d.Complete, Prefetch: m.queue.state(v)}
+	s.Dir, s.Lazy, _ = v.mounted()
+	return s
+}
