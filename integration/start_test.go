@@ -73,7 +73,7 @@ func TestLazyStart(t *testing.T) {
 	if err := s.Pull(ctx, "overlayfs", ref); err != nil {
 		t.Fatal(err)
 	}
-	for _, d := range must(lab.Differences(s.mountImage(t, "overlayfs", ref), s.mountImage(t, "shoal", ref)))(t) {
+	for _, d := range must(lab.Differences(s.mountImage(t, "overlayfs", ref), s.mountImage(t, "shoal", ref), nil))(t) {
 		t.Errorf("overlayfs and shoal differ: %s", d)
 	}
 }

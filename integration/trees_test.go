@@ -3,6 +3,7 @@ package integration
 import (
 	"archive/tar"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -70,6 +71,15 @@ func TestTrees(t *testing.T) {
 		"names": {layer(t, dir("d/"), file("d/"+strings.Repeat("n", 255), "long"), file("d/"+strings.Repeat("p/", 120)+"deep", "deep"),
 			file("d/ü \n\"", "odd"), file("d/twice", "first"), dir("d/kind/"), file("d/kind/in", "in"), file("d/kind", "now a file"), file("d/twice", bigContent(11)))},
 	}
+	// Where the last layer that touches a directory has no entry for it, containerd
+	// leaves the time of unpacking. It never gives the root a time.
+	timeless := map[string][]string{
+		"whiteouts": {"opt/b", "var"},
+		"parents":   {"opt", "opt/a", "new", "new/dirs", "opt/a/deep", "opt/a/deep/er", "var", "var/empty"},
+	}
+	for deep := "d/p"; len(deep) < 250; deep += "/p" {
+		timeless["names"] = append(timeless["names"], deep)
+	}
 	for name, layers := range images {
 		t.Run(name, func(t *testing.T) {
 			ref := s.push(t, name, layers...)
@@ -83,7 +93,9 @@ func TestTrees(t *testing.T) {
 			if !s.isLazy(t, t.Context(), ref) {
 				t.Error("the image was unpacked in the ordinary way, which compares overlayfs with itself")
 			}
-			for _, d := range must(lab.Differences(views[0], views[1]))(t) {
+			for _, d := range must(lab.Differences(views[0], views[1], func(entry string) bool {
+				return entry == "." || slices.Contains(timeless[name], entry)
+			}))(t) {
 				t.Errorf("overlayfs and shoal differ: %s", d)
 			}
 		})

@@ -19,12 +19,19 @@ import (
 // Differences compares two directory trees entry by entry: names, types, modes,
 // owners, modification times, sizes, hard link groups, device numbers, extended
 // attributes and contents. It returns a line for each difference, the first 50.
-func Differences(a, b string) ([]string, error) {
-	left, err := readTree(a)
+//
+// Directories that no layer has an entry for get the time of unpacking from
+// containerd; timeless says which these are (nil: the root alone), and their
+// modification times are not compared.
+func Differences(a, b string, timeless func(name string) bool) ([]string, error) {
+	if timeless == nil {
+		timeless = func(name string) bool { return name == "." }
+	}
+	left, err := readTree(a, timeless)
 	if err != nil {
 		return nil, err
 	}
-	right, err := readTree(b)
+	right, err := readTree(b, timeless)
 	if err != nil {
 		return nil, err
 	}
@@ -57,7 +64,7 @@ func Differences(a, b string) ([]string, error) {
 }
 
 // readTree describes each entry below root in one line.
-func readTree(root string) (map[string]string, error) {
+func readTree(root string, timeless func(string) bool) (map[string]string, error) {
 	tree := map[string]string{}
 	links := map[uint64]string{} // inode -> the name that sorts first
 	err := filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
@@ -68,19 +75,22 @@ func readTree(root string) (map[string]string, error) {
 		if err != nil {
 			return err
 		}
-		tree[name], err = describe(path, name, links)
+		tree[name], err = describe(path, name, timeless(name), links)
 		return err
 	})
 	return tree, err
 }
 
-func describe(path, name string, links map[uint64]string) (string, error) {
+func describe(path, name string, timeless bool, links map[uint64]string) (string, error) {
 	var st unix.Stat_t
 	if err := unix.Lstat(path, &st); err != nil {
 		return "", fmt.Errorf("%s: %w", path, err)
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "mode=%o uid=%d gid=%d mtime=%d.%09d", st.Mode, st.Uid, st.Gid, st.Mtim.Sec, st.Mtim.Nsec)
+	fmt.Fprintf(&b, "mode=%o uid=%d gid=%d", st.Mode, st.Uid, st.Gid)
+	if !timeless {
+		fmt.Fprintf(&b, " mtime=%d.%09d", st.Mtim.Sec, st.Mtim.Nsec)
+	}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		// WalkDir goes in lexical order, so that the first name of a group is

@@ -58,7 +58,7 @@ func compareTrees(ctx context.Context, o *options) (err error) {
 			}
 			dirs, undo = append(dirs, dir), append(undo, unmount)
 		}
-		diffs, err := lab.Differences(dirs[0], dirs[1])
+		diffs, err := lab.Differences(dirs[0], dirs[1], nil)
 		if err := errors.Join(err, undo[0](), undo[1]()); err != nil {
 			return err
 		}
