@@ -238,7 +238,7 @@ func TestDeliverFindsCorrupt(t *testing.T) {
 		t.Errorf("%d streams of a liar are kept", n)
 	}
 	full := errors.New("disk full")
-	if err := c.Fetch(t.Context(), request(blockdev.Demand, chunks), func(int, []byte) error { return full }); err != full {
+	if err := c.Fetch(t.Context(), request(blockdev.Demand, chunks), func(int, []byte) error { return full }); !errors.Is(err, full) || errors.Is(err, blockdev.ErrUnavailable) {
 		t.Errorf("deliver's error comes back as %v", err)
 	}
 	if err := c.Fetch(t.Context(), request(blockdev.Demand, chunks), discard); err != nil {

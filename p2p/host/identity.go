@@ -93,7 +93,7 @@ func createIdentity(path string) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name())
+	defer func() { _ = os.Remove(f.Name()) }()
 	defer f.Close()
 	if err := pem.Encode(f, &pem.Block{Type: pemType, Bytes: der}); err != nil {
 		return err

@@ -73,6 +73,9 @@ func ParseChunkFrame(b []byte, f *Frame) error {
 		if n < 0 {
 			return corrupt("chunk frame", protowire.ParseError(n))
 		}
+		if num > protowire.MaxValidNumber {
+			return corrupt("chunk frame", fmt.Errorf("field number %d", num))
+		}
 		b = b[n:]
 		switch {
 		case num == fieldData && typ == protowire.BytesType:

@@ -2,6 +2,7 @@ package wire
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 
@@ -78,7 +79,7 @@ func ReadFrame(r Reader, limit int, buf []byte) ([]byte, error) {
 	}
 	buf = buf[:n]
 	if _, err := io.ReadFull(r, buf); err != nil {
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
 		return nil, err
@@ -92,7 +93,7 @@ func readLength(r io.ByteReader) (uint64, error) {
 	for shift := uint(0); shift < 5*7; shift += 7 {
 		b, err := r.ReadByte()
 		if err != nil {
-			if err == io.EOF && shift > 0 {
+			if errors.Is(err, io.EOF) && shift > 0 {
 				err = io.ErrUnexpectedEOF
 			}
 			return 0, err

@@ -39,7 +39,7 @@ func TestReadFrame(t *testing.T) {
 			t.Fatalf("%v, %v", req, err)
 		}
 	}
-	if _, err := ReadFrame(r, MaxIndexRequest, nil); err != io.EOF {
+	if _, err := ReadFrame(r, MaxIndexRequest, nil); !errors.Is(err, io.EOF) || errors.Is(err, blockdev.ErrCorrupt) {
 		t.Fatalf("at the end: %v, want io.EOF", err)
 	}
 	for _, c := range []struct {

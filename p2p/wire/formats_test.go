@@ -1,0 +1,76 @@
+package wire
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/hex"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+
+	"google.golang.org/protobuf/proto"
+)
+
+// TestFormatsPage decodes the example of docs/formats.md, so that the page stays
+// true.
+func TestFormatsPage(t *testing.T) {
+	page, err := os.ReadFile("../../docs/formats.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	example := func(name string) *bufio.Reader {
+		m := regexp.MustCompile("(?s)```" + name + "\n(.*?)```").FindSubmatch(page)
+		if m == nil {
+			t.Fatalf("docs/formats.md has no block %s", name)
+		}
+		var dump strings.Builder
+		for line := range strings.Lines(string(m[1])) {
+			_, bytes, _ := strings.Cut(line, "  ")
+			dump.WriteString(strings.Join(strings.Fields(bytes), ""))
+		}
+		b, err := hex.DecodeString(dump.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return bufio.NewReader(bytes.NewReader(b))
+	}
+	fill := func(c byte) []byte { return bytes.Repeat([]byte{c}, digestLen) }
+
+	r := example("wire-request")
+	b, err := ReadFrame(r, MaxChunkRequest, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req, err := ParseChunkRequest(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &ChunkRequest{Priority: Priority_PRIORITY_DEMAND, Diff: fill(0xee), Digests: append(fill(0xc1), fill(0xc2)...), TimeoutMs: 5000, AcceptZstd: true}
+	if !proto.Equal(req, want) || r.Buffered() > 0 {
+		t.Errorf("the page's request is %v, and %d bytes more", req, r.Buffered())
+	}
+
+	r = example("wire-answer")
+	for i, check := range []func(*Frame) bool{
+		func(f *Frame) bool {
+			return f.Index == 0 && string(f.Data) == "hello" && f.Length == 5 && !f.Zstd && f.Err == nil && !f.End
+		},
+		func(f *Frame) bool {
+			return f.Index == 1 && f.Err != nil && f.Err.Code == Code_CODE_NOT_FOUND && f.Err.Text == "gone" && !f.End
+		},
+		func(f *Frame) bool { return f.End && f.Err == nil },
+	} {
+		b, err := ReadFrame(r, MaxChunkFrame, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var f Frame
+		if err := ParseChunkFrame(b, &f); err != nil || !check(&f) {
+			t.Errorf("frame %d of the page's answer is %+v, %v", i, f, err)
+		}
+	}
+	if r.Buffered() > 0 {
+		t.Errorf("%d bytes behind the page's answer", r.Buffered())
+	}
+}
