@@ -3,6 +3,7 @@ package ingest
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -161,9 +162,9 @@ func benchIngest(b *testing.B, layers []Layer) {
 		b.ReportMetric(rss, "peak-MiB")
 		s := st.Stats()
 		b.ReportMetric(float64(s.StoredBytes)/float64(s.PutBytes), "stored/raw")
-		in.Close()
-		st.Close()
-		os.RemoveAll(dir)
+		if err := errors.Join(in.Close(), st.Close(), os.RemoveAll(dir)); err != nil {
+			b.Fatal(err)
+		}
 	}
 }
 
@@ -173,6 +174,7 @@ func BenchmarkGunzip(b *testing.B) {
 	layers := ociImage(b)
 	l := slices.MaxFunc(layers, func(x, y Layer) int { return int(x.Size - y.Size) })
 	for b.Loop() {
+		cpu, _ := usage(b)
 		rc, err := l.Open(b.Context(), 0)
 		if err != nil {
 			b.Fatal(err)
@@ -186,6 +188,8 @@ func BenchmarkGunzip(b *testing.B) {
 			b.Fatal(err)
 		}
 		b.SetBytes(n)
+		after, _ := usage(b)
+		b.ReportMetric(after-cpu, "cpu-s/op")
 		rc.Close()
 	}
 }

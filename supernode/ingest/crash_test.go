@@ -65,7 +65,7 @@ func TestKilled(t *testing.T) {
 			if r.Header.Get("Range") != "" {
 				w.WriteHeader(http.StatusPartialContent)
 			}
-			w.Write(body[:n])
+			_, _ = w.Write(body[:n]) // the client is killed
 			w.(http.Flusher).Flush()
 			<-r.Context().Done()
 			panic(http.ErrAbortHandler)

@@ -163,9 +163,9 @@ func (f *fetcher) attempt(ctx context.Context, buf []byte) (err error) {
 			f.fetch(n)
 		}
 		switch {
-		case rerr == io.EOF && f.at == f.l.Size:
+		case errors.Is(rerr, io.EOF) && f.at == f.l.Size:
 			return nil
-		case rerr == io.EOF:
+		case errors.Is(rerr, io.EOF):
 			return fmt.Errorf("the connection ended %d bytes early: %w", f.l.Size-f.at, blockdev.ErrUnavailable)
 		case rerr != nil:
 			return rerr

@@ -45,10 +45,10 @@ func (t *tail) wakeLocked() {
 	t.changed = make(chan struct{})
 }
 
-func (t *tail) state() (int64, error, <-chan struct{}) {
+func (t *tail) state() (length int64, changed <-chan struct{}, end error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.length, t.err, t.changed
+	return t.length, t.changed, t.err
 }
 
 // reader reads the file from its start, waiting for what has not come yet.
@@ -62,7 +62,7 @@ type reader struct {
 // before it has been read, io.EOF only after the digest was found right.
 func (r *reader) Read(p []byte) (int, error) {
 	for {
-		length, end, changed := r.t.state()
+		length, changed, end := r.t.state()
 		if r.off < length {
 			if int64(len(p)) > length-r.off {
 				p = p[:length-r.off]

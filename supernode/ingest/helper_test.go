@@ -46,10 +46,11 @@ func makeTar(t testing.TB, seed uint64, size int) []byte {
 	w := tar.NewWriter(&b)
 	for i := 0; b.Len() < size; i++ {
 		data := make([]byte, 1000+i*7919%90000)
-		r.Read(data[:len(data)/2])
+		_, err := io.ReadFull(r, data[:len(data)/2])
 		h := &tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprintf("dir/%d/file", i), Mode: 0o644, Size: int64(len(data)), ModTime: time.Unix(int64(i), 0)}
-		if err := errors.Join(w.WriteHeader(h), func() error { _, err := w.Write(data); return err }()); err != nil {
-			t.Fatal(err)
+		err = errors.Join(err, w.WriteHeader(h))
+		if _, werr := w.Write(data); err != nil || werr != nil {
+			t.Fatal(err, werr)
 		}
 	}
 	if err := w.Close(); err != nil {
@@ -63,12 +64,14 @@ func gzipped(t testing.TB, b []byte) []byte {
 	var out bytes.Buffer
 	w := gzip.NewWriter(&out)
 	// Two members, as eStargz has many.
-	w.Write(b[:len(b)/2])
-	w.Close()
-	w.Reset(&out)
-	w.Write(b[len(b)/2:])
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
+	for _, part := range [][]byte{b[:len(b)/2], b[len(b)/2:]} {
+		w.Reset(&out)
+		if _, err := w.Write(part); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
 	}
 	return out.Bytes()
 }

@@ -107,7 +107,7 @@ func TestRefused(t *testing.T) {
 				t.Fatalf("error %v, want %v with %q", err, c.want, c.text)
 			}
 			checkAbsent(t, f.st, l)
-			if c.want != blockdev.ErrNotFound && len(f.spoolFiles(t)) > 0 {
+			if !errors.Is(c.want, blockdev.ErrNotFound) && len(f.spoolFiles(t)) > 0 {
 				t.Error("the spool keeps what is wrong")
 			}
 		})
@@ -280,7 +280,7 @@ func TestLeaving(t *testing.T) {
 	hang.Add(1)
 	f.reg.fault = func(w http.ResponseWriter, r *http.Request, body []byte) (bool, int) {
 		w.Header().Set("Content-Length", fmt.Sprint(len(body)))
-		w.Write(body[:half])
+		_, _ = w.Write(body[:half]) // the client goes
 		w.(http.Flusher).Flush()
 		<-r.Context().Done() // the client has gone
 		hang.Done()
@@ -381,9 +381,9 @@ func TestStallAndRetryAfter(t *testing.T) {
 			case 1: // half, and then nothing
 				pr, pw := io.Pipe()
 				go func() {
-					pw.Write(blob[:len(blob)/2])
+					_, err := pw.Write(blob[:len(blob)/2])
 					<-ctx.Done()
-					pw.Close()
+					pw.CloseWithError(err)
 				}()
 				return pr, nil
 			case 2:

@@ -79,7 +79,7 @@ func decompress(r io.Reader) (io.ReadCloser, error) {
 		if err != nil {
 			return nil, in.explain("gzip", err)
 		}
-		return &tarStream{r: z, in: in, name: "gzip", close: func() { z.Close() }}, nil
+		return &tarStream{r: z, in: in, name: "gzip", close: func() { _ = z.Close() }}, nil
 	case isZstd(head):
 		z, err := zstd.NewReader(br,
 			zstd.WithDecoderConcurrency(1),
@@ -128,7 +128,7 @@ func (s *source) explain(name string, err error) error {
 		return s.err
 	case errors.Is(err, zstd.ErrWindowSizeExceeded) || errors.Is(err, zstd.ErrDecoderSizeExceeded):
 		return fmt.Errorf("the layer's zstd frame needs a window of more than %d MiB (zstd --ultra or --long): %w", maxWindow>>20, blockdev.ErrUnsupported)
-	case err == io.EOF:
+	case errors.Is(err, io.EOF):
 		err = io.ErrUnexpectedEOF
 	}
 	return fmt.Errorf("%s stream: %w: %w", name, blockdev.ErrCorrupt, err)
@@ -145,7 +145,7 @@ type tarStream struct {
 // Read implements io.Reader.
 func (t *tarStream) Read(p []byte) (int, error) {
 	n, err := t.r.Read(p)
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		err = t.in.explain(t.name, err)
 	}
 	return n, err

@@ -7,7 +7,7 @@ import (
 	"slices"
 	"sync"
 
-	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -203,7 +203,7 @@ func (c *change) recountChunks(refs map[blockdev.Digest]uint32, live func(extent
 
 // recountPacks sets the live counts and frees everything between live extents.
 func (c *change) recountPacks(live map[uint64][]extent64) error {
-	if err := c.tx.DeleteBucket(bucketPacks); err != nil && !errors.Is(err, bolt.ErrBucketNotFound) {
+	if err := c.tx.DeleteBucket(bucketPacks); err != nil && !errors.Is(err, bolterrors.ErrBucketNotFound) {
 		return err
 	}
 	if _, err := c.tx.CreateBucket(bucketPacks); err != nil {

@@ -55,7 +55,7 @@ func TestDamageOnDisk(t *testing.T) {
 	if s.Stats().Damaged == 0 {
 		t.Error("damage not counted")
 	}
-	s.Close()
+	shut(t, s)
 	checkAccounts(t, dir)
 }
 
@@ -85,11 +85,11 @@ func TestRecount(t *testing.T) {
 	}
 	publish(t, s, b)
 	check(t, s, b)
-	s.Close()
+	shut(t, s)
 	s = open(t, Config{Dir: dir})
 	check(t, s, b)
 	checkGone(t, s, fakeLayer{rec: a.rec, chunks: a.chunks[5:]})
-	s.Close()
+	shut(t, s)
 	checkAccounts(t, dir)
 }
 
@@ -115,7 +115,7 @@ func TestDamagedDatabase(t *testing.T) {
 	s := open(t, Config{Dir: dir})
 	l := newLayer(1, 5)
 	publish(t, s, l)
-	s.Close()
+	shut(t, s)
 	if err := os.WriteFile(filepath.Join(dir, "index.db"), bytes.Repeat([]byte("no database"), 3000), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -123,7 +123,7 @@ func TestDamagedDatabase(t *testing.T) {
 	checkGone(t, s, l)
 	publish(t, s, l)
 	check(t, s, l)
-	s.Close()
+	shut(t, s)
 	checkAccounts(t, dir)
 }
 

@@ -55,10 +55,10 @@ func TestQuotaHolds(t *testing.T) {
 	}
 	check(t, s, first)
 	publish(t, s, newLayer(50, 60))
-	s.Close()
+	shut(t, s)
 	checkAccounts(t, dir)
 	// A smaller quota holds from the start.
-	s = open(t, Config{Dir: dir, Quota: 1 << 20})
+	open(t, Config{Dir: dir, Quota: 1 << 20})
 	if n := du(t, dir); n > 1<<20 {
 		t.Errorf("%d bytes on disk after the quota was lowered to 1 MiB", n)
 	}
@@ -111,12 +111,14 @@ func TestIngestHoldsChunks(t *testing.T) {
 				in.Abort()
 				checkGone(t, s, b)
 			case "crash":
-				s.db.Close() // nothing more reaches the disk
-				s.Close()
+				if err := s.db.Close(); err != nil { // nothing more reaches the disk
+					t.Fatal(err)
+				}
+				shut(t, s)
 				s = open(t, Config{Dir: dir})
 				checkGone(t, s, b)
 			}
-			s.Close()
+			shut(t, s)
 			checkAccounts(t, dir)
 		})
 	}
@@ -199,7 +201,7 @@ func TestConcurrent(t *testing.T) {
 	if n := du(t, dir); n > 3<<20 {
 		t.Errorf("%d bytes on disk, quota 3 MiB", n)
 	}
-	s.Close()
+	shut(t, s)
 	checkAccounts(t, dir)
 }
 
@@ -213,7 +215,7 @@ func TestDiskFull(t *testing.T) {
 	}
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 	s := open(t, Config{Dir: dir, Quota: 1 << 40})
-	defer s.Close()
+	defer shut(t, s)
 	a := newLayer(1, 100)
 	publish(t, s, a)
 	defer s.Pin(a.rec.DiffID)()

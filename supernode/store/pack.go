@@ -216,8 +216,11 @@ func canPunch(dir string) error {
 	if err != nil {
 		return diskError("write to "+dir, err)
 	}
-	defer os.Remove(f.Name())
 	defer f.Close()
+	// Without its name it is gone with its descriptor, whatever happens.
+	if err := os.Remove(f.Name()); err != nil {
+		return diskError("delete in "+dir, err)
+	}
 	if _, err := f.Write(make([]byte, 8192)); err != nil {
 		return diskError("write to "+dir, err)
 	}

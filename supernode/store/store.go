@@ -10,6 +10,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -151,10 +152,10 @@ func (s *Store) openDB() error {
 		return err
 	}
 	err := guard(open)
-	if errors.Is(err, bolt.ErrTimeout) {
+	if errors.Is(err, bolterrors.ErrTimeout) {
 		return fmt.Errorf("store: %s is in use by another process", s.cfg.Dir)
 	}
-	if errors.Is(err, bolt.ErrInvalid) || errors.Is(err, bolt.ErrChecksum) || errors.Is(err, bolt.ErrVersionMismatch) ||
+	if errors.Is(err, bolterrors.ErrInvalid) || errors.Is(err, bolterrors.ErrChecksum) || errors.Is(err, bolterrors.ErrVersionMismatch) ||
 		errors.Is(err, blockdev.ErrCorrupt) {
 		s.cfg.Log.Error("the store's index is damaged; starting with an empty store", "dir", s.cfg.Dir, "error", err)
 		if err := os.Remove(s.dbPath()); err != nil {
@@ -185,7 +186,7 @@ func (s *Store) view(f func(tx *bolt.Tx) error) error {
 }
 
 func mapClosed(err error) error {
-	if errors.Is(err, bolt.ErrDatabaseNotOpen) {
+	if errors.Is(err, bolterrors.ErrDatabaseNotOpen) {
 		return ErrClosed
 	}
 	return err

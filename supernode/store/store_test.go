@@ -2,8 +2,10 @@ package store
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -32,11 +34,11 @@ func newLayer(seed uint64, n int) fakeLayer {
 	var l fakeLayer
 	for i := range n {
 		c := make([]byte, 16<<10+i*37%4096)
-		r.Read(c[:len(c)/2])
+		fillRandom(r, c[:len(c)/2])
 		l.chunks = append(l.chunks, c)
 	}
 	l.index = make([]byte, 3000)
-	r.Read(l.index)
+	fillRandom(r, l.index)
 	l.rec = LayerRecord{
 		Layer: blockdev.Sum(fmt.Appendf(nil, "layer %d", seed)), Size: int64(n) * 8 << 10,
 		DiffID: blockdev.Sum(fmt.Appendf(nil, "diff %d", seed)), Origins: []string{"registry.example"},
@@ -58,8 +60,21 @@ func open(t testing.TB, cfg Config) *Store {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { s.Close() })
+	t.Cleanup(func() { shut(t, s) })
 	return s
+}
+
+func shut(t testing.TB, s *Store) {
+	t.Helper()
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func fillRandom(r io.Reader, b []byte) {
+	if _, err := io.ReadFull(r, b); err != nil {
+		panic(err) // a random generator does not end
+	}
 }
 
 func put(t testing.TB, s *Store, l fakeLayer) *Ingest {
@@ -163,7 +178,7 @@ func du(t testing.TB, dir string) int64 {
 func checkAccounts(t testing.TB, dir string) {
 	t.Helper()
 	s := open(t, Config{Dir: dir})
-	defer s.Close()
+	defer shut(t, s)
 	want := make(map[blockdev.Digest]uint32)
 	live := make(map[uint64]int64)
 	for _, id := range s.diffIDs() {
@@ -194,9 +209,8 @@ func checkAccounts(t testing.TB, dir string) {
 		n := 0
 		if err := tx.Bucket(bucketPacks).ForEach(func(k, v []byte) error {
 			n++
-			var id uint64
-			fmt.Sscanf(fmt.Sprintf("%x", k), "%x", &id)
-			if got := int64(v[0]) | int64(v[1])<<8 | int64(v[2])<<16; got != live[id] {
+			id := binary.BigEndian.Uint64(k)
+			if got := int64(binary.LittleEndian.Uint64(v)); got != live[id] {
 				t.Errorf("pack %d counts %d live extents, want %d", id, got, live[id])
 			}
 			return nil
@@ -259,7 +273,7 @@ func TestPublishReadRestart(t *testing.T) {
 	if r, _ := s.Layer(l.rec.Layer); len(r.Origins) != 2 {
 		t.Errorf("origins after restart: %v", r.Origins)
 	}
-	s.Close()
+	shut(t, s)
 	checkAccounts(t, dir)
 }
 
@@ -299,7 +313,7 @@ func TestEachChunkOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	check(t, s, b)
-	s.Close()
+	shut(t, s)
 	checkAccounts(t, dir)
 	s = open(t, Config{Dir: dir})
 	if err := s.Remove(b.rec.DiffID); err != nil {
@@ -311,7 +325,7 @@ func TestEachChunkOnce(t *testing.T) {
 	if use := s.Stats().Used - fileUse(s.dbPath()); use != 0 {
 		t.Errorf("%d bytes left in an empty store", use)
 	}
-	s.Close()
+	shut(t, s)
 	checkAccounts(t, dir)
 }
 
@@ -330,7 +344,7 @@ func TestTwoLayersOneDiff(t *testing.T) {
 	}
 	checkGone(t, s, a)
 	checkGone(t, s, b)
-	s.Close()
+	shut(t, s)
 	checkAccounts(t, dir)
 }
 
@@ -340,7 +354,7 @@ func TestEmptyLayer(t *testing.T) {
 	l := newLayer(1, 0)
 	publish(t, s, l)
 	check(t, s, l)
-	s.Close()
+	shut(t, s)
 	checkAccounts(t, dir)
 }
 
@@ -353,7 +367,7 @@ func TestPublishNeedsEveryChunk(t *testing.T) {
 		t.Fatal("published without a chunk")
 	}
 	checkGone(t, s, l)
-	s.Close()
+	shut(t, s)
 	checkAccounts(t, dir)
 }
 
@@ -374,7 +388,7 @@ func TestAbortAndCrash(t *testing.T) {
 	if err := os.WriteFile(s.packs.path(77), make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s.Close()
+	shut(t, s)
 	checkAccounts(t, dir)
 	s = open(t, Config{Dir: dir})
 	check(t, s, keep)
