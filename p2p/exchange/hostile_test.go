@@ -270,7 +270,7 @@ func TestHostileClients(t *testing.T) {
 	s := newServer(t, h, ServerConfig{
 		Chunks: st,
 		Images: imagesFunc(func(context.Context, string, blockdev.ImageRequest) (*blockdev.Image, error) { return testImage(), nil }),
-		Limits: Limits{WriteTimeout: 300 * time.Millisecond, IdleTimeout: 500 * time.Millisecond},
+		Limits: Limits{WriteTimeout: time.Second, IdleTimeout: time.Second},
 	})
 	info := peer.AddrInfo{ID: h.ID(), Addrs: h.Addrs()}
 	idle := func() bool {

@@ -132,8 +132,8 @@ func TestOpenImageTakesLong(t *testing.T) {
 		}),
 	})
 	// Far longer than the interval, far shorter than what is waited for below.
-	c := newClient(t, h, Options{ImageTimeout: 300 * time.Millisecond})
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	c := newClient(t, h, Options{ImageTimeout: time.Second})
+	ctx, cancel := context.WithTimeout(t.Context(), 2500*time.Millisecond)
 	defer cancel()
 	_, err := c.OpenImage(ctx, testRequest())
 	if !errors.Is(err, context.DeadlineExceeded) {

@@ -140,7 +140,13 @@ func (k *keeper) dial() error {
 	if s, ok := k.host.Network().(interface{ Backoff() *swarm.DialBackoff }); ok {
 		s.Backoff().Clear(k.info.ID)
 	}
-	return k.host.Connect(ctx, k.info)
+	err := k.host.Connect(ctx, k.info)
+	if err != nil && k.ctx.Err() == nil && k.connected() {
+		// Connected, but libp2p's exchange of names is slow: a supernode that
+		// a thousand nodes dial at once. It goes on by itself.
+		return nil
+	}
+	return err
 }
 
 func (k *keeper) sleep(d time.Duration) bool {

@@ -18,6 +18,10 @@ import (
 // maxIdle is how many streams a lane keeps for later requests.
 const maxIdle = 8
 
+// openTimeout bounds the opening of a stream. As a rule that sends nothing and
+// takes no time; on a new connection it waits for the handshake's last part.
+const openTimeout = 10 * time.Second
+
 // readBuffer is for frame headers; the body of a chunk is larger and is read
 // past it.
 const readBuffer = 2 << 10
@@ -74,6 +78,8 @@ func (l *lane) get(ctx context.Context, fresh bool) (*stream, error) {
 			return st, nil
 		}
 	}
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
 	s, err := l.host.NewStream(network.WithNoDial(ctx, "the keeper dials"), l.peer, l.proto)
 	if err != nil {
 		return nil, err
