@@ -35,7 +35,9 @@ func FuzzRequest(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		newWorker(s).handle(context.Background(), req)
+		w := newWorker(s)
+		defer w.close()
+		w.handle(context.Background(), req)
 		s.slow.stop()
 	})
 }

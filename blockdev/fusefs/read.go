@@ -18,11 +18,20 @@ const maxOutData = 512
 
 // worker is what one loop goroutine needs to answer requests.
 type worker struct {
-	s   *Server
-	out []byte // for answers of go-fuse
+	s    *Server
+	out  []byte // for answers of go-fuse
+	pipe *pipe  // nil: not to be had
 }
 
-func newWorker(s *Server) *worker { return &worker{s: s, out: make([]byte, 16<<10)} }
+func newWorker(s *Server) *worker {
+	return &worker{s: s, out: make([]byte, 16<<10), pipe: newPipe()}
+}
+
+func (w *worker) close() {
+	if w.pipe != nil {
+		w.pipe.close()
+	}
+}
 
 // handle answers one request, or sees to it that it will be answered.
 func (w *worker) handle(ctx context.Context, req []byte) {
@@ -35,7 +44,7 @@ func (w *worker) handle(ctx context.Context, req []byte) {
 	switch h.opcode {
 	case opRead:
 		if r, ok := parseRead(h, req); ok {
-			s.read(ctx, r)
+			w.read(ctx, r)
 		} else {
 			s.fail(h.unique, unix.EINVAL)
 		}
@@ -87,7 +96,8 @@ func listSize(h inHeader, req []byte) int {
 // read answers what is local and hands the rest over. The answer always has all
 // the bytes that the kernel asked for, up to the file's length: EROFS takes what
 // is missing from an answer for zeros.
-func (s *Server) read(ctx context.Context, r readIn) {
+func (w *worker) read(ctx context.Context, r readIn) {
+	s := w.s
 	id, f, ok := s.nodes.byNode(r.node)
 	if !ok || handle(id) != r.handle {
 		s.fail(r.unique, unix.ESTALE)
@@ -103,7 +113,7 @@ func (s *Server) read(ctx context.Context, r readIn) {
 		return
 	}
 	n := int(min(int64(r.size), length-r.off))
-	if local, ok := f.Local(r.off, n); ok && s.readLocal(local, r, n) {
+	if local, ok := f.Local(r.off, n); ok && w.readLocal(local, r, n) {
 		return
 	}
 	err := s.slow.add(ctx, slowRead{readIn: r, id: id, file: f, n: n, deadline: time.Now().Add(s.opts.ReadTimeout)})
@@ -115,22 +125,38 @@ func (s *Server) read(ctx context.Context, r readIn) {
 // readLocal answers a read from a file that has all its bytes. It returns false
 // if the file cannot be read; then ReadAt is to find out why, and may know where
 // else the bytes are.
-func (s *Server) readLocal(local *os.File, r readIn, n int) bool {
-	b := s.buffers.get(n)
-	defer s.buffers.put(b)
-	if _, err := local.ReadAt(b.payload(n), r.off); err != nil {
+func (w *worker) readLocal(local *os.File, r readIn, n int) bool {
+	s := w.s
+	if !w.splice(local, r, n) {
+		b := s.buffers.get(n)
+		defer s.buffers.put(b)
+		if _, err := local.ReadAt(b.payload(n), r.off); err != nil {
+			return false
+		}
+		s.answer(r.unique, b, n)
+	}
+	forget(local, r.off, n)
+	return true
+}
+
+// splice answers through the pipe, if it can.
+func (w *worker) splice(local *os.File, r readIn, n int) bool {
+	if w.pipe == nil || n < spliceMin || n > w.pipe.most {
 		return false
 	}
-	s.answer(r.unique, b, n)
-	s.forget(local, r.off, n)
-	return true
+	answered, usable := w.pipe.send(w.s.fd, r.unique, local, r.off, n)
+	if !usable {
+		w.pipe.close()
+		w.pipe = newPipe()
+	}
+	return answered
 }
 
 // forget drops the pages of a range that has been answered: the kernel has its
 // bytes in EROFS's page cache now. The page in which the range begins is done
 // too (the range before has had its other part); the one in which it ends is
 // what comes next.
-func (s *Server) forget(local *os.File, off int64, n int) {
+func forget(local *os.File, off int64, n int) {
 	conn, err := local.SyscallConn()
 	if err != nil {
 		return // closed

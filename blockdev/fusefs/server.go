@@ -223,6 +223,7 @@ func (s *Server) wake() {
 // loop reads requests and answers them, or hands them to slow.
 func (s *Server) loop(ctx context.Context) error {
 	w := newWorker(s)
+	defer w.close()
 	buf := make([]byte, minReadBuffer)
 	for {
 		n, err := s.next(ctx, buf)
