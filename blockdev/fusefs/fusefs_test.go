@@ -114,7 +114,7 @@ func TestRead(t *testing.T) {
 
 // TestImage reads through EROFS, in all ways in which it may send reads.
 func TestImage(t *testing.T) {
-	for name, o := range map[string]mount.Options{"file": {}, "direct": {DirectIO: true}, "loop": {Loop: true}} {
+	for name, o := range map[string]mount.Options{"file": {}, "loop": {Loop: true}} {
 		t.Run(name, func(t *testing.T) {
 			const size = 5<<20 + 512
 			f := onDisk(t, 5, size)

@@ -199,12 +199,11 @@ func (s *Server) failRead(id blockdev.Digest, r readIn, err error) {
 func (s *Server) write(b []byte) {
 	for {
 		_, err := unix.Write(s.fd, b)
-		switch {
-		case err == nil:
-		case err == unix.EINTR:
+		switch err {
+		case unix.EINTR:
 			continue
-		case err == unix.ENOENT, err == unix.ENODEV:
-			// The request was withdrawn, or the mount is gone.
+		case nil, unix.ENOENT, unix.ENODEV:
+			// Sent; or the request was withdrawn, or the mount is gone.
 		default:
 			s.opts.Log.Error("answer refused by the kernel", "error", err, "bytes", len(b))
 		}

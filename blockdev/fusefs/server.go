@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log"
 	"log/slog"
 	"os"
 	"runtime"
@@ -107,7 +106,7 @@ func New(fd *os.File, files Files, o Options) (*Server, error) {
 		DisabledCapabilities: fuse.CAP_PASSTHROUGH | fuse.CAP_READDIRPLUS | fuse.CAP_NO_OPEN_SUPPORT |
 			fuse.CAP_AUTO_INVAL_DATA,
 		DisableXAttrs: true,
-		Logger:        log.New(logWriter{o.Log}, "", 0),
+		Logger:        slog.NewLogLogger(o.Log.Handler(), slog.LevelDebug),
 	})
 	if len(o.Init) > 0 {
 		if h, ok := parseHeader(o.Init); !ok || h.opcode != opInit {
@@ -118,14 +117,6 @@ func New(fd *os.File, files Files, o Options) (*Server, error) {
 		}
 	}
 	return s, nil
-}
-
-// logWriter passes go-fuse's few messages on.
-type logWriter struct{ log *slog.Logger }
-
-func (w logWriter) Write(p []byte) (int, error) {
-	w.log.Debug("go-fuse: " + string(p))
-	return len(p), nil
 }
 
 // Init returns the connection's FUSE_INIT request, or nil if the kernel has not
@@ -183,7 +174,7 @@ func (s *Server) Serve(ctx context.Context) error {
 		return fmt.Errorf("eventfd: %w", err)
 	}
 	s.stop = stop
-	defer unix.Close(stop)
+	defer func() { _ = unix.Close(stop) }()
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
