@@ -94,8 +94,11 @@ func compress(dst, body []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer enc.Close()
-	return enc.EncodeAll(body, dst), nil
+	frame := enc.EncodeAll(body, dst)
+	if err := enc.Close(); err != nil {
+		return nil, err
+	}
+	return frame, nil
 }
 
 // decompress wants one frame, and all of it, that holds size bytes.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"reflect"
 	"strings"
@@ -360,6 +361,10 @@ func TestDeterminism(t *testing.T) {
 	}
 }
 
+// errBroken is as clients report a connection that ended too early: it wraps
+// io.EOF, and is no end.
+var errBroken = fmt.Errorf("connection lost: %w", io.EOF)
+
 func TestErrorsOfOthers(t *testing.T) {
 	diff := makeTar(file("f", string(randomBytes(2, 4<<20))))
 	boom := errors.New("boom")
@@ -367,9 +372,13 @@ func TestErrorsOfOthers(t *testing.T) {
 	if _, err := Build(t.Context(), bytes.NewReader(diff), bad, Options{}); !errors.Is(err, boom) {
 		t.Errorf("error of put: %v", err)
 	}
-	r := &failing{r: bytes.NewReader(diff[:1<<20]), err: boom}
-	if _, err := Build(t.Context(), r, newMemory().put, Options{}); !errors.Is(err, boom) || errors.Is(err, blockdev.ErrCorrupt) {
-		t.Errorf("error of the reader: %v", err)
+	for _, fails := range []error{boom, errBroken} {
+		for _, n := range []int{0, 1 << 20, len(diff) - 1000, len(diff)} { // start, content, end of the archive, behind it
+			r := &failing{r: bytes.NewReader(diff[:n]), err: fails}
+			if _, err := Build(t.Context(), r, newMemory().put, Options{}); !errors.Is(err, fails) || errors.Is(err, blockdev.ErrCorrupt) {
+				t.Errorf("error of the reader at %d: %v", n, err)
+			}
+		}
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	stop := func(context.Context, blockdev.Digest, []byte) error { cancel(); return nil }

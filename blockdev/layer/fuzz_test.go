@@ -58,7 +58,7 @@ func checkReader(t *testing.T, diff []byte, err error) {
 			_, want = io.Copy(io.Discard, struct{ io.Reader }{tr})
 		}
 	}
-	if want == io.EOF {
+	if errors.Is(want, io.EOF) {
 		want = nil
 	}
 	if (want == nil) != (err == nil) {

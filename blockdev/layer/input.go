@@ -73,7 +73,7 @@ func (in *input) read(r io.Reader) error {
 			in.scans <- b // never blocks: as many places as blocks
 			in.sums <- b
 		}
-		if err == io.EOF {
+		if ended(err) {
 			return nil
 		}
 		if err != nil {
@@ -81,6 +81,13 @@ func (in *input) read(r io.Reader) error {
 			return in.readErr
 		}
 	}
+}
+
+// ended says whether a reader's error is the end of what it reads. One that only
+// wraps io.EOF is not: a connection that broke gives such errors, and then bytes
+// are missing.
+func ended(err error) bool {
+	return err == io.EOF //nolint:errorlint // wrapped it is a failure, see above
 }
 
 // fill is io.ReadFull that looks at the context between reads and returns

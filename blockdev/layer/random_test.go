@@ -107,7 +107,7 @@ func randomEntry(r *rand.Rand) entry {
 			e.data = string(randomBytes(byte(r.Uint32()), r.IntN(600_000)))
 		}
 		if r.IntN(8) == 0 {
-			e.typ = tar.TypeRegA
+			e.v7 = true
 		}
 	}
 	if r.IntN(3) == 0 {

@@ -47,7 +47,7 @@ func restore(ctx context.Context, ix *blockdev.Index, masked io.ReaderAt,
 			return context.Cause(ctx)
 		}
 		content, hidden, err := hr.next(ix.DiffSize - at)
-		if err == io.EOF {
+		if ended(err) {
 			if at != ix.DiffSize {
 				return corrupt("header stream ends at byte %d of %d", at, ix.DiffSize)
 			}
@@ -57,7 +57,7 @@ func restore(ctx context.Context, ix *blockdev.Index, masked io.ReaderAt,
 			return pieces.explain(err, at)
 		}
 		err = c.copy(io.NewSectionReader(masked, at, content), content, func(err error) error {
-			if err == io.EOF || errors.Is(err, io.ErrUnexpectedEOF) {
+			if ended(err) || errors.Is(err, io.ErrUnexpectedEOF) {
 				return corrupt("masked diff ends behind byte %d, not at %d", at, ix.DiffSize)
 			}
 			return fmt.Errorf("reading content behind byte %d: %w", at, err)

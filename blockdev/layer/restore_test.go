@@ -48,6 +48,7 @@ func TestRestoreRefuses(t *testing.T) {
 		{name: "another piece", piece: piece(append([]byte{1}, stream[1:]...), nil), want: blockdev.ErrCorrupt},
 		{name: "short piece", piece: piece(stream[:10], nil), want: blockdev.ErrCorrupt},
 		{name: "no piece", piece: piece(nil, boom), want: boom},
+		{name: "connection broke", piece: piece(nil, errBroken), want: errBroken},
 		{name: "writer", w: failingWriter{boom}, want: boom},
 		{name: "stream too long", edit: func(ix *blockdev.Index) { ix.DiffSize-- }, want: blockdev.ErrCorrupt},
 		{name: "stream too short", edit: func(ix *blockdev.Index) { ix.DiffSize++ }, want: blockdev.ErrCorrupt},
@@ -82,7 +83,7 @@ func TestRestoreRefuses(t *testing.T) {
 			if !errors.Is(err, tt.want) {
 				t.Errorf("error %v, want %v", err, tt.want)
 			}
-			if tt.want == boom && errors.Is(err, blockdev.ErrCorrupt) {
+			if !errors.Is(tt.want, blockdev.ErrCorrupt) && errors.Is(err, blockdev.ErrCorrupt) {
 				t.Errorf("%v blames the data", err)
 			}
 		})

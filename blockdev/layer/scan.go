@@ -37,7 +37,7 @@ func (s *scanner) Read(p []byte) (int, error) {
 	}
 	b, err := s.in.next(int64(len(p)))
 	if err != nil {
-		if err != io.EOF {
+		if !ended(err) {
 			s.headErr = err
 		}
 		return 0, err
@@ -181,7 +181,7 @@ func (s *scanner) skip(n int64) error {
 func (s *scanner) trailer() error {
 	for {
 		b, err := s.in.next(inputBlock)
-		if err == io.EOF {
+		if ended(err) {
 			return nil
 		}
 		if err != nil {
@@ -198,7 +198,7 @@ var errTruncated = errors.New("the stream ends too early")
 
 // truncated explains the end of the diff, or passes on any other error.
 func truncated(err error, left, size int64) error {
-	if err != io.EOF {
+	if !ended(err) {
 		return err
 	}
 	return corrupt("%w: %d of its %d bytes are missing", errTruncated, left, size)

@@ -13,6 +13,7 @@ import (
 // archive/tar's Writer does not.
 type entry struct {
 	typ      byte // 0 is a regular file
+	v7       bool // a regular file with the type that it had before ustar: a zero byte
 	name     string
 	link     string
 	mode     int64
@@ -76,6 +77,9 @@ func (e entry) header(name, link, magic string, size int64) []byte {
 		numeric(h[136:148], sec)
 	}
 	h[156] = e.typ
+	if e.v7 {
+		h[156] = 0
+	}
 	copy(h[157:257], link)
 	copy(h[257:265], magic)
 	numeric(h[329:337], e.major)

@@ -30,7 +30,7 @@ for them: to the supernode, so that any node starts them at once, and with
   shoal prefetch --local registry.example.com/app:v2`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) == 0 {
-				return errors.New("which image? Usage: shoal prefetch IMAGE...")
+				return errors.New("which image? Name one or more, as in shoal prefetch docker.io/library/redis:7")
 			}
 			return nil
 		},

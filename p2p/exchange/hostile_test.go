@@ -131,7 +131,7 @@ func TestHostileChunkServer(t *testing.T) {
 			if !strings.Contains(fmt.Sprint(err), c.says) || !strings.Contains(fmt.Sprint(err), client.Peer().String()) {
 				t.Errorf("%q does not say %q, or not who", err, c.says)
 			}
-			if c.want == blockdev.ErrCorrupt && len(client.demand.idle) > 0 {
+			if errors.Is(c.want, blockdev.ErrCorrupt) && len(client.demand.idle) > 0 {
 				t.Error("the stream is kept")
 			}
 		})

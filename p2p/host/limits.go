@@ -8,7 +8,6 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
 	"github.com/libp2p/go-libp2p/p2p/net/connmgr"
 	"github.com/libp2p/go-libp2p/x/rate"
-	goyamux "github.com/libp2p/go-yamux/v5"
 )
 
 const (
@@ -53,7 +52,7 @@ func muxer(window int) *yamux.Transport {
 	c.MaxStreamWindowSize = uint32(window)
 	c.KeepAliveInterval = keepAlive
 	c.ConnectionWriteTimeout = writeTimeout
-	return (*yamux.Transport)((*goyamux.Config)(&c))
+	return (*yamux.Transport)(&c)
 }
 
 // resourceManager limits what peers can make this host hold. libp2p's defaults

@@ -69,12 +69,12 @@ func (e *Error) Error() string {
 
 // kindOf says what a status means to shoal.
 func kindOf(status int) error {
-	switch {
-	case status == http.StatusUnauthorized || status == http.StatusForbidden:
+	switch status {
+	case http.StatusUnauthorized, http.StatusForbidden:
 		return blockdev.ErrUnauthorized
-	case status == http.StatusNotFound || status == http.StatusGone:
+	case http.StatusNotFound, http.StatusGone:
 		return blockdev.ErrNotFound
-	case status == http.StatusRequestedRangeNotSatisfiable:
+	case http.StatusRequestedRangeNotSatisfiable:
 		// The blob is shorter than its descriptor says.
 		return blockdev.ErrCorrupt
 	default:

@@ -80,7 +80,7 @@ func open(ctx context.Context, s *session, ref Reference, l Layer, offset int64)
 	if err == nil {
 		_, err = br.Peek(1)
 	}
-	if err == io.EOF {
+	if err == io.EOF { //nolint:errorlint // a connection that broke gives an error that wraps io.EOF
 		err = &Error{Host: ref.Host, kind: blockdev.ErrCorrupt, text: fmt.Sprintf("the blob ends at byte %d, its descriptor says %d", offset, l.Size)}
 	}
 	if err != nil {
