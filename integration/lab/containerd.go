@@ -148,7 +148,7 @@ func (c *Containerd) RunReady(ctx context.Context, snapshotter, ref string, anyL
 		ready = time.Since(began)
 	}
 	if ready == 0 || (err != nil && !anyLine) {
-		return 0, fmt.Errorf("run %s through %s: no READY (%v)\n%s%s", ref, snapshotter, err, said.String(), stderr.String())
+		return 0, fmt.Errorf("run %s through %s: no READY (%w)\n%s%s", ref, snapshotter, orSuccess(err), said.String(), stderr.String())
 	}
 	return ready, nil
 }

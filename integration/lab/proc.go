@@ -62,11 +62,19 @@ func (l *Lab) Start(name, program string, env []string, args ...string) (*Proces
 // Pid is the process id.
 func (p *Process) Pid() int { return p.cmd.Process.Pid }
 
+// orSuccess is how a process ended, also if it was well.
+func orSuccess(err error) error {
+	if err == nil {
+		return errors.New("exit status 0")
+	}
+	return err
+}
+
 // Alive returns nil while the process runs, else an error with the end of its log.
 func (p *Process) Alive() error {
 	select {
 	case <-p.done:
-		return fmt.Errorf("%s ended (%v); its log ends:\n%s", p.Name, p.err, Tail(p.Log, 15))
+		return fmt.Errorf("%s ended (%w); its log ends:\n%s", p.Name, orSuccess(p.err), Tail(p.Log, 15))
 	default:
 		return nil
 	}
