@@ -59,9 +59,17 @@ func (s *Size) UnmarshalText(b []byte) error {
 	return nil
 }
 
-// MarshalText writes the form that UnmarshalText reads.
+// MarshalText writes the form that UnmarshalText reads, and the same number:
+// with the largest unit that leaves no rest.
 func (s Size) MarshalText() ([]byte, error) {
-	return []byte(units.CustomSize("%.4g%s", float64(s), 1024, []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB"})), nil
+	v, unit := int64(s), "B"
+	for _, u := range []string{"KiB", "MiB", "GiB", "TiB", "PiB"} {
+		if v == 0 || v%1024 != 0 {
+			break
+		}
+		v, unit = v/1024, u
+	}
+	return fmt.Appendf(nil, "%d%s", v, unit), nil
 }
 
 // Log says what is logged, and how, to standard error.

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"reflect"
 	"time"
+
+	"github.com/shoalfs/shoal/p2p/host"
 )
 
 // Embedded configures the supernode inside a node that names no other.
@@ -48,7 +50,7 @@ func DefaultNode() *Node {
 func (c *Node) Check() error {
 	errs := []error{
 		checkVersion(c.Version),
-		checkAbs("root", c.Root), checkAbs("address", c.Address), checkAbs("control_address", c.ControlAddress),
+		checkAbs("root", c.Root), checkSocket("address", c.Address), checkSocket("control_address", c.ControlAddress),
 		c.Embedded.Store.check("embedded."), c.Embedded.Registry.check("embedded."), c.Log.check(),
 		atLeast("index_timeout", c.IndexTimeout, Duration(time.Second)),
 		atLeast("read_timeout", c.ReadTimeout, Duration(time.Second)),
@@ -64,6 +66,11 @@ func (c *Node) Check() error {
 	}
 	if len(c.Supernodes) > 0 && !reflect.DeepEqual(c.Embedded, DefaultNode().Embedded) {
 		errs = append(errs, errors.New("supernodes and embedded are both set: a node that names supernodes embeds none, so say store and registry in the supernode's own file"))
+	}
+	for _, s := range c.Supernodes {
+		if _, err := host.ParseAddr(s); err != nil {
+			errs = append(errs, fmt.Errorf("supernodes: %w", err))
+		}
 	}
 	if len(c.Supernodes) > 1 {
 		errs = append(errs, fmt.Errorf("supernodes names %d: this version uses one", len(c.Supernodes)))

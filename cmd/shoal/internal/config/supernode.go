@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"time"
 )
 
@@ -32,6 +34,11 @@ type Registry struct {
 func (r Registry) check(prefix string) error {
 	if r.ConfigPath != "" && !filepath.IsAbs(r.ConfigPath) {
 		return fmt.Errorf("%sregistry.config_path is %q: it must be an absolute path", prefix, r.ConfigPath)
+	}
+	for _, h := range r.Trusted {
+		if h == "" || strings.ContainsAny(h, "/ ") {
+			return fmt.Errorf("%sregistry.trusted names %q: it is a host as in image references, such as \"registry.example.com:5000\"", prefix, h)
+		}
 	}
 	if r.AccessGrace < r.AccessTTL {
 		return fmt.Errorf("%sregistry.access_grace (%v) is shorter than %sregistry.access_ttl (%v): while a registry is down its word would count for less time than while it is up",
@@ -81,7 +88,7 @@ func defaultRegistry() Registry {
 func (c *Supernode) Check() error {
 	errs := []error{
 		checkVersion(c.Version),
-		checkAbs("root", c.Root), checkAbs("control_address", c.ControlAddress),
+		checkAbs("root", c.Root), checkSocket("control_address", c.ControlAddress),
 		c.Store.check(""), c.Registry.check(""), c.Log.check(),
 	}
 	if len(c.Listen) == 0 {
@@ -103,9 +110,23 @@ func checkAbs(key, path string) error {
 	return nil
 }
 
+// maxSocket is how long the path of a Unix socket may be (unix(7), sun_path).
+const maxSocket = 107
+
+func checkSocket(key, path string) error {
+	if len(path) > maxSocket {
+		return fmt.Errorf("%s is %q: that is %d bytes, and Linux allows %d for a socket", key, path, len(path), maxSocket)
+	}
+	return checkAbs(key, path)
+}
+
 func checkHostPort(key, addr string) error {
-	if _, _, err := net.SplitHostPort(addr); err != nil {
+	_, port, err := net.SplitHostPort(addr)
+	if err != nil {
 		return fmt.Errorf("%s: %q is not host:port", key, addr)
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return fmt.Errorf("%s: %q has no port from 0 to 65535", key, addr)
 	}
 	return nil
 }

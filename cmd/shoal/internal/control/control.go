@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -112,13 +113,27 @@ func Serve(ctx context.Context, path string, d Daemon) error {
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, BaseContext: func(net.Listener) context.Context { return ctx }}
-	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
-	defer stop()
-	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		// The requests end with ctx. Who called Serve may close what d uses.
+		wait, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+		defer cancel()
+		_ = srv.Shutdown(wait) // what is still there then is cut off
+		_ = srv.Close()
+	})
+	err = srv.Serve(ln)
+	if !stop() {
+		<-stopped
+	}
+	if !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("control socket %s: %w", path, err)
 	}
 	return nil
 }
+
+// stopTimeout is how long Serve waits for requests that were cancelled.
+const stopTimeout = 5 * time.Second
 
 // Listen makes a Unix socket at path that only root may open, with its
 // directory.
@@ -130,6 +145,10 @@ func Listen(path string) (net.Listener, error) {
 		c.Close()
 		return nil, fmt.Errorf("socket %s is served already: is another shoal running? Stop it, or give this one another address in its config", path)
 	} else if errors.Is(err, syscall.ECONNREFUSED) {
+		// Connecting to what is no socket is refused as well.
+		if fi, err := os.Lstat(path); err != nil || fi.Mode().Type() != fs.ModeSocket {
+			return nil, fmt.Errorf("socket %s: something that is no socket is there: move it away, or choose another path in the config", path)
+		}
 		if err := os.Remove(path); err != nil {
 			return nil, fmt.Errorf("socket %s: %w", path, err)
 		}
