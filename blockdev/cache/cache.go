@@ -180,6 +180,10 @@ func (c *Cache) publish() {
 	c.list.Store(&list)
 }
 
+// ExpectDemand says that demand reads are about to begin, since a program is
+// being started: prefetch waits as if one had ended just now.
+func (c *Cache) ExpectDemand() { c.gate.expect() }
+
 // Get returns the diff, if the cache has it.
 func (c *Cache) Get(id blockdev.Digest) (*Diff, bool) {
 	c.mu.Lock()

@@ -24,7 +24,7 @@ type Config struct {
 	// Source may go without delivering anything. Default 30 s.
 	Timeout time.Duration
 	// ReadAhead is how many bytes of missing chunks behind a demand read are
-	// asked for in the same request. Default 256 KiB; negative: none.
+	// asked for in the same request. Default 512 KiB; negative: none.
 	ReadAhead int64
 	// RequestBytes is about how much one request to Source asks for (a chunk more
 	// or less, and read-ahead comes on top). Default 1 MiB.
@@ -35,9 +35,11 @@ type Config struct {
 	// DemandBytes bounds what demand requests have in flight in the whole Cache;
 	// further ones wait. Default 64 MiB.
 	DemandBytes int64
-	// GiveWay is how long one prefetch request at most waits for demand reads to
-	// end before it is sent all the same, so that prefetch always gets done.
-	// Default 100 ms.
+	// Quiet is how long there must have been no demand read before prefetch goes
+	// on. Default 500 ms.
+	Quiet time.Duration
+	// GiveWay is how long one prefetch request at most waits for that before it is
+	// sent all the same, so that prefetch always gets done. Default 1 s.
 	GiveWay time.Duration
 	// Promote is how long a demand read waits for a chunk that a prefetch request
 	// is fetching, before that is asked for again with demand priority.
@@ -62,11 +64,12 @@ func (c *Config) setDefaults() error {
 		return errors.New("cache: Root, Source and Log must be set")
 	}
 	def(&c.Timeout, 30*time.Second)
-	def(&c.ReadAhead, 256<<10)
+	def(&c.ReadAhead, 512<<10)
 	def(&c.RequestBytes, 1<<20)
 	def(&c.PrefetchRequests, 4)
 	def(&c.DemandBytes, 64<<20)
-	def(&c.GiveWay, 100*time.Millisecond)
+	def(&c.Quiet, 500*time.Millisecond)
+	def(&c.GiveWay, time.Second)
 	def(&c.Promote, 50*time.Millisecond)
 	def(&c.SyncBytes, 32<<20)
 	def(&c.SyncInterval, 5*time.Second)
@@ -74,7 +77,7 @@ func (c *Config) setDefaults() error {
 		c.decode = index.Decode
 	}
 	c.ReadAhead = max(c.ReadAhead, 0)
-	if c.Timeout < 0 || c.RequestBytes < 0 || c.PrefetchRequests < 0 || c.GiveWay < 0 ||
+	if c.Timeout < 0 || c.RequestBytes < 0 || c.PrefetchRequests < 0 || c.Quiet < 0 || c.GiveWay < 0 ||
 		c.Promote < 0 || c.SyncBytes < 0 || c.SyncInterval < 0 {
 		return errors.New("cache: only ReadAhead may be negative")
 	}

@@ -6,11 +6,15 @@ import (
 	"time"
 )
 
-// gate lets prefetch give way to demand reads, wherever in the Cache they are.
+// gate lets prefetch give way to demand reads, wherever in the Cache they are. A
+// program that starts reads, computes and reads again: prefetch that fills the
+// gaps has the next read wait behind it for processor and link, so it waits until
+// there has been no demand read for a while.
 type gate struct {
 	mu      sync.Mutex
 	readers int
 	idle    chan struct{} // closed when readers is 0 again
+	last    time.Time     // when it became 0, or a demand read was announced
 }
 
 func (g *gate) enter() {
@@ -25,26 +29,44 @@ func (g *gate) leave() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.readers--; g.readers == 0 {
+		g.last = time.Now()
 		close(g.idle)
 	}
 }
 
-// wait returns when no demand read is in flight, or after most at the latest.
-func (g *gate) wait(ctx context.Context, most time.Duration) error {
+// expect has prefetch wait as if a demand read had ended just now.
+func (g *gate) expect() {
 	g.mu.Lock()
-	busy, idle := g.readers > 0, g.idle
-	g.mu.Unlock()
-	if !busy {
-		return context.Cause(ctx)
+	defer g.mu.Unlock()
+	g.last = time.Now()
+}
+
+// wait returns when there has been no demand read for quiet, or after most at
+// the latest.
+func (g *gate) wait(ctx context.Context, quiet, most time.Duration) error {
+	deadline := time.Now().Add(most)
+	for ctx.Err() == nil {
+		g.mu.Lock()
+		busy, idle, last := g.readers > 0, g.idle, g.last
+		g.mu.Unlock()
+		until := deadline
+		if !busy {
+			idle = nil
+			if q := last.Add(quiet); q.Before(until) {
+				until = q
+			}
+		}
+		left := time.Until(until)
+		if left <= 0 {
+			return nil
+		}
+		t := time.NewTimer(left)
+		select {
+		case <-idle:
+		case <-t.C:
+		case <-ctx.Done():
+		}
+		t.Stop()
 	}
-	t := time.NewTimer(most)
-	defer t.Stop()
-	select {
-	case <-idle:
-		return nil
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
+	return context.Cause(ctx)
 }

@@ -101,7 +101,7 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 		if err := d.paceWrites(ctx); err != nil {
 			return err
 		}
-		if err := d.c.gate.wait(ctx, d.c.cfg.GiveWay); err != nil {
+		if err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay); err != nil {
 			return err
 		}
 		select {
@@ -177,7 +177,7 @@ func (d *Diff) checkOthers(ctx context.Context) error {
 	buf := d.c.buffer()
 	defer d.c.buffers.Put(buf)
 	for ; i < d.tab.len(); i = d.pres.nextUnchecked(i + 1) {
-		if err := d.c.gate.wait(ctx, d.c.cfg.GiveWay); err != nil {
+		if err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay); err != nil {
 			return err
 		}
 		b, off := buf[:d.tab.length(i)], d.tab.start(i)

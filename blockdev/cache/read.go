@@ -93,6 +93,8 @@ func (d *Diff) readMissing(parent context.Context, p []byte, off int64) (n int, 
 	d.c.gate.enter()
 	defer d.c.gate.leave()
 	d.c.stats.missed.Add(1)
+	began := time.Now()
+	defer func() { d.c.stats.waited.Add(int64(time.Since(began))) }()
 	ctx, cancel := context.WithTimeoutCause(parent, d.c.cfg.Timeout, errTimeout)
 	defer cancel()
 	for n < len(p) {

@@ -3,6 +3,7 @@ package cache
 import (
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -17,13 +18,15 @@ type Stats struct {
 	// Missed is demand reads that had to wait for a chunk, Failed those of them
 	// that ended with an error other than their caller's own.
 	Missed, Failed int64
+	// Waited is how long those reads took, all together.
+	Waited time.Duration
 	// CorruptChunks came from the Source with wrong bytes; DamagedChunks turned
 	// out to be wrong or unreadable on this disk.
 	CorruptChunks, DamagedChunks int64
 }
 
 type counters struct {
-	demand, prefetch, copied, missed, failed, corrupt, damaged atomic.Int64
+	demand, prefetch, copied, missed, failed, waited, corrupt, damaged atomic.Int64
 }
 
 func (n *counters) fetched(prio blockdev.Priority, bytes int) {
@@ -39,7 +42,7 @@ func (c *Cache) Stats() Stats {
 	n := &c.stats
 	return Stats{
 		DemandBytes: n.demand.Load(), PrefetchBytes: n.prefetch.Load(), CopiedBytes: n.copied.Load(),
-		Missed: n.missed.Load(), Failed: n.failed.Load(),
+		Missed: n.missed.Load(), Failed: n.failed.Load(), Waited: time.Duration(n.waited.Load()),
 		CorruptChunks: n.corrupt.Load(), DamagedChunks: n.damaged.Load(),
 	}
 }

@@ -233,9 +233,11 @@ func (q *queue) close(all []*volume) {
 }
 
 // Prefetch fetches everything of these diffs in the background, in this order,
-// behind what is queued already. Attempts that fail are repeated until they
-// succeed or the diff is removed. Unknown and complete diffs are passed over.
+// behind what is queued already and behind the reads of the container that is
+// about to start. Attempts that fail are repeated until they succeed or the diff
+// is removed. Unknown and complete diffs are passed over.
 func (m *Manager) Prefetch(ids ...blockdev.Digest) {
+	m.cache.ExpectDemand()
 	for _, id := range ids {
 		v, err := m.volume(id)
 		if err != nil || v.diff.Complete() {

@@ -317,6 +317,9 @@ type Stat struct {
 	Prefetch PrefetchState
 }
 
+// Counters returns what the local diffs have counted since Open.
+func (m *Manager) Counters() cache.Stats { return m.cache.Stats() }
+
 // Stats returns all diffs, in no order.
 func (m *Manager) Stats() []Stat {
 	m.mu.RLock()

@@ -78,7 +78,7 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 	defer func() { err = errors.Join(err, up.Close()) }()
 
 	vols, err := volume.Open(ctx, volume.Config{
-		Root: c.Root, Source: daemon.CountFetched(up, metrics), Log: log,
+		Root: c.Root, Source: up, Log: log,
 		ReadTimeout: time.Duration(c.ReadTimeout),
 		Cache:       cache.Config{Timeout: time.Duration(c.ReadTimeout)},
 	})
@@ -251,27 +251,4 @@ func (d *nodeDaemon) warm(ctx context.Context, ref string, event func(control.Ev
 		event(control.Event{Layer: l.Digest.String(), Stage: "stored", Done: l.Size, Total: l.Size})
 	}
 	return nil
-}
-
-func (d *nodeDaemon) collectors() []prometheus.Collector {
-	gauge := func(name, help string, value func(volume.Stat) float64) prometheus.Collector {
-		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 {
-			var sum float64
-			for _, s := range d.vols.Stats() {
-				sum += value(s)
-			}
-			return sum
-		})
-	}
-	return []prometheus.Collector{
-		gauge("shoal_node_diffs", "Layers that this node has an index of.", func(volume.Stat) float64 { return 1 }),
-		gauge("shoal_node_diff_bytes", "Bytes of those layers.", func(s volume.Stat) float64 { return float64(s.Total) }),
-		gauge("shoal_node_local_bytes", "Bytes of those layers that are on this node.", func(s volume.Stat) float64 { return float64(s.Local) }),
-		gauge("shoal_node_lazy_mounts", "Layers that are mounted through FUSE.", func(s volume.Stat) float64 {
-			if s.Dir != "" && s.Lazy {
-				return 1
-			}
-			return 0
-		}),
-	}
 }

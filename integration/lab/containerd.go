@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -113,7 +114,8 @@ func (c *Containerd) RunReady(ctx context.Context, snapshotter, ref string, anyL
 	if err != nil {
 		return 0, err
 	}
-	id := fmt.Sprintf("lab-%d", c.run.Add(1))
+	// runc's state is one for all containerds of a machine.
+	id := fmt.Sprintf("%s-%s-%d", filepath.Base(c.lab.Dir), c.Name, c.run.Add(1))
 	cmd := exec.CommandContext(ctx, path, "--address", c.Address, "run", "--rm", "--snapshotter", snapshotter, ref, id)
 	cmd.Env = append(os.Environ(), "PATH="+c.lab.Bin+":"+os.Getenv("PATH")+":/usr/sbin:/sbin")
 	out, err := cmd.StdoutPipe()

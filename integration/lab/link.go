@@ -7,6 +7,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Rate is a link's speed in bytes a second; 0 is no limit.
@@ -168,9 +170,7 @@ func (k *Link) copy(dst, src net.Conn, s *shaper) {
 	go func() {
 		defer close(done)
 		for seg := range queue {
-			if d := time.Until(seg.at); d > 0 {
-				time.Sleep(d)
-			}
+			sleepUntil(seg.at)
 			if _, err := dst.Write(seg.buf[:seg.n]); err != nil {
 				_ = src.Close() // the reader below ends; its last segments drain here
 			}
@@ -200,4 +200,25 @@ func (k *Link) copy(dst, src net.Conn, s *shaper) {
 	}
 	close(queue)
 	<-done
+}
+
+// slack is how much later than asked the kernel wakes a thread, by default.
+const slack = 50 * time.Microsecond
+
+// sleepUntil is exact to some tens of microseconds. time.Sleep may take a
+// millisecond longer than it should, which is more than the delay of a link
+// within a datacenter.
+func sleepUntil(at time.Time) {
+	for {
+		d := time.Until(at) - slack
+		if d <= 0 {
+			return
+		}
+		if d > 2*time.Millisecond {
+			time.Sleep(d - 2*time.Millisecond)
+			continue
+		}
+		ts := unix.NsecToTimespec(int64(d))
+		_ = unix.Nanosleep(&ts, nil) // a signal ends it early: once more
+	}
 }

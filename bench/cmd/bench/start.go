@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math"
+	"net/http"
 	"os"
 	"strings"
 	"sync"
@@ -132,7 +134,7 @@ func (w *world) measureStart(ctx context.Context, image string, f *startFigures)
 	if err := errors.Join(err, first.stop()); err != nil {
 		return err
 	}
-	metadata, err := w.measureMetadata(ctx, ref)
+	metadata, _, err := w.measureMetadata(ctx, image)
 	if err != nil {
 		return err
 	}
@@ -167,16 +169,42 @@ func (w *world) measureStart(ctx context.Context, image string, f *startFigures)
 	return nil
 }
 
-// measureMetadata returns how long ctr takes for manifest and config alone.
-func (w *world) measureMetadata(ctx context.Context, ref string) (time.Duration, error) {
-	m, err := w.plain(ctx)
+// measureMetadata asks the registry for what every pull asks for, the manifest
+// by its tag and by its digest, and the config, on a connection of its own. It
+// returns how long that took and the bytes that came over the link.
+func (w *world) measureMetadata(ctx context.Context, image string) (time.Duration, int64, error) {
+	man, err := w.manifest(ctx, image, "v1")
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
+	client := &http.Client{Transport: &http.Transport{}}
+	defer client.CloseIdleConnections()
+	base := "http://" + w.link.Addr + "/v2/" + image
+	before := w.link.Down()
 	began := time.Now()
-	_, err = m.Ctr(ctx, "content", "fetch", "--metadata-only", ref)
-	took := time.Since(began)
-	return took, errors.Join(err, m.stop())
+	for _, ask := range []struct{ method, path string }{
+		{http.MethodHead, "/manifests/v1"},
+		{http.MethodGet, "/manifests/v1"},
+		{http.MethodGet, "/blobs/" + man.Config.Digest},
+	} {
+		req, err := http.NewRequestWithContext(ctx, ask.method, base+ask.path, nil)
+		if err != nil {
+			return 0, 0, err
+		}
+		req.Header.Set("Accept", manifestTypes)
+		resp, err := client.Do(req)
+		if err != nil {
+			return 0, 0, err
+		}
+		_, err = io.Copy(io.Discard, resp.Body)
+		if err := errors.Join(err, resp.Body.Close()); err != nil {
+			return 0, 0, err
+		}
+		if resp.StatusCode != http.StatusOK {
+			return 0, 0, fmt.Errorf("%s %s: %s", ask.method, ask.path, resp.Status)
+		}
+	}
+	return time.Since(began), w.link.Down() - before, nil
 }
 
 // measureTwoNodes pulls one image on two machines at once with a cold supernode
@@ -188,11 +216,10 @@ func (w *world) measureTwoNodes(ctx context.Context, image string) (float64, err
 	if err != nil {
 		return 0, err
 	}
-	before := w.link.Down()
-	if _, err := w.measureMetadata(ctx, ref); err != nil {
+	_, metadata, err := w.measureMetadata(ctx, image)
+	if err != nil {
 		return 0, err
 	}
-	metadata := w.link.Down() - before
 	super, err := w.StartSupernode(ctx, w.name("s"), "")
 	if err != nil {
 		return 0, err
@@ -203,7 +230,7 @@ func (w *world) measureTwoNodes(ctx context.Context, image string) (float64, err
 			return 0, err
 		}
 	}
-	before = w.link.Down()
+	before := w.link.Down()
 	var both sync.WaitGroup
 	var errs [2]error
 	for i, m := range machines {

@@ -165,7 +165,7 @@ func (m *machine) pullAndRun(ctx context.Context, snapshotter, ref string, anyLi
 
 // manifest is what the measurements need of an image's manifest.
 type manifest struct {
-	Config struct{ Size int64 }
+	Config struct{ Digest string }
 	Layers []struct {
 		Digest string
 		Size   int64
@@ -181,13 +181,15 @@ func (m *manifest) compressed() int64 {
 	return n
 }
 
+const manifestTypes = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
+
 // manifest reads an image's manifest, not by way of the link.
 func (w *world) manifest(ctx context.Context, image, tag string) (*manifest, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+w.registry.Addr+"/v2/"+image+"/manifests/"+tag, nil)
 	if err != nil {
 		return nil, err
 	}
-	req.Header.Set("Accept", "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json")
+	req.Header.Set("Accept", manifestTypes)
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
 		return nil, err

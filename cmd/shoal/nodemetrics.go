@@ -1,0 +1,45 @@
+package main
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/shoalfs/shoal/blockdev/cache"
+	"github.com/shoalfs/shoal/blockdev/volume"
+)
+
+// collectors are the node's own metrics, read off the volumes when asked for.
+func (d *nodeDaemon) collectors() []prometheus.Collector {
+	counter := func(name, help string, labels prometheus.Labels, value func(cache.Stats) float64) prometheus.Collector {
+		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help, ConstLabels: labels},
+			func() float64 { return value(d.vols.Counters()) })
+	}
+	gauge := func(name, help string, value func(volume.Stat) float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 {
+			var sum float64
+			for _, s := range d.vols.Stats() {
+				sum += value(s)
+			}
+			return sum
+		})
+	}
+	const fetched, fetchedHelp = "shoal_node_fetched_bytes_total", "Uncompressed bytes that were fetched, read-ahead with demand."
+	return []prometheus.Collector{
+		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "demand"}, func(s cache.Stats) float64 { return float64(s.DemandBytes) }),
+		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "prefetch"}, func(s cache.Stats) float64 { return float64(s.PrefetchBytes) }),
+		counter("shoal_node_copied_bytes_total", "Bytes of chunks that another layer on this disk had.", nil, func(s cache.Stats) float64 { return float64(s.CopiedBytes) }),
+		counter("shoal_node_demand_waits_total", "Reads that had to wait for bytes.", nil, func(s cache.Stats) float64 { return float64(s.Missed) }),
+		counter("shoal_node_demand_wait_seconds_total", "Time that those reads took, all together.", nil, func(s cache.Stats) float64 { return s.Waited.Seconds() }),
+		counter("shoal_node_demand_failures_total", "Reads that failed for want of bytes.", nil, func(s cache.Stats) float64 { return float64(s.Failed) }),
+		counter("shoal_node_corrupt_chunks_total", "Chunks that came with wrong bytes and were not used.", nil, func(s cache.Stats) float64 { return float64(s.CorruptChunks) }),
+		counter("shoal_node_damaged_chunks_total", "Chunks that turned out wrong or unreadable on this disk.", nil, func(s cache.Stats) float64 { return float64(s.DamagedChunks) }),
+		gauge("shoal_node_diffs", "Layers that this node has an index of.", func(volume.Stat) float64 { return 1 }),
+		gauge("shoal_node_diff_bytes", "Bytes of those layers.", func(s volume.Stat) float64 { return float64(s.Total) }),
+		gauge("shoal_node_local_bytes", "Bytes of those layers that are on this node.", func(s volume.Stat) float64 { return float64(s.Local) }),
+		gauge("shoal_node_lazy_mounts", "Layers that are mounted through FUSE.", func(s volume.Stat) float64 {
+			if s.Dir != "" && s.Lazy {
+				return 1
+			}
+			return 0
+		}),
+	}
+}
