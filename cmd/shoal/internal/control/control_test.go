@@ -205,7 +205,7 @@ func TestNoSuccess(t *testing.T) {
 			if err := (Client{Path: path}).Prefetch(t.Context(), PrefetchRequest{Ref: "x"}, func(Event) {}); err == nil {
 				t.Error("no error")
 			}
-			ln.Close()
+			_ = ln.Close()
 			<-done
 		})
 	}
@@ -247,7 +247,7 @@ func TestListen(t *testing.T) {
 	if ln, err = Listen(path); err != nil {
 		t.Fatalf("in place of a dead one: %v", err)
 	}
-	ln.Close()
+	_ = ln.Close()
 
 	file := filepath.Join(dir, "file")
 	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
