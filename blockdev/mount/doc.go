@@ -5,9 +5,9 @@
 //
 // Mount passes the two files to mount(2) directly (Linux 6.12 with
 // CONFIG_EROFS_FS_BACKED_BY_FILE). Where the kernel wants block devices (Linux
-// 5.16 to 6.11), it puts a read-only loop device over each file. Nothing is run,
-// since mount(8) would pick a loop device by itself, and would not set up the
-// second one.
+// 6.4, which brought EROFS blocks of 512 bytes, to 6.11), it puts a read-only
+// loop device over each file. Nothing is run, since mount(8) would pick a loop
+// device by itself, and would not set up the second one.
 //
 // # Invariants
 //

@@ -94,7 +94,7 @@ func mountLoop(meta, data, dir string) error {
 // explain says what an error of mount(2) means here.
 func explain(err error, meta, dir string) error {
 	const needs = "block images need EROFS with file-backed mounts (Linux 6.12, CONFIG_EROFS_FS, CONFIG_EROFS_FS_BACKED_BY_FILE), " +
-		"or EROFS with extra devices and loop devices (Linux 5.16, CONFIG_EROFS_FS, CONFIG_BLK_DEV_LOOP, /dev/loop-control)"
+		"or EROFS with blocks of 512 bytes and loop devices (Linux 6.4, CONFIG_EROFS_FS, CONFIG_BLK_DEV_LOOP, /dev/loop-control)"
 	switch {
 	case errors.Is(err, unix.ENODEV):
 		return fmt.Errorf("mount %s on %s: %w: no EROFS in kernel %s (modprobe erofs): %s: %w",
@@ -102,7 +102,7 @@ func explain(err error, meta, dir string) error {
 	case errors.Is(err, errNoLoop):
 		return fmt.Errorf("mount %s on %s: %w: kernel %s does not mount files directly, and has no loop device (modprobe loop): %s: %w",
 			meta, dir, blockdev.ErrUnsupported, release(), needs, err)
-	case errors.Is(err, unix.EINVAL) && before516():
+	case errors.Is(err, unix.EINVAL) && tooOld(release()):
 		return fmt.Errorf("mount %s on %s: %w: kernel %s is too old: %s: %w",
 			meta, dir, blockdev.ErrUnsupported, release(), needs, err)
 	case errors.Is(err, unix.EINVAL):
@@ -121,12 +121,13 @@ func release() string {
 	return unix.ByteSliceToString(u.Release[:])
 }
 
-func before516() bool {
+// tooOld says whether a kernel is one that EROFS cannot have blocks of 512 bytes in.
+func tooOld(release string) bool {
 	var major, minor int
-	if _, err := fmt.Sscanf(release(), "%d.%d", &major, &minor); err != nil {
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
 		return false
 	}
-	return major < 5 || major == 5 && minor < 16
+	return major < 6 || major == 6 && minor < 4
 }
 
 // Unmount unmounts dir. Nothing mounted there is no error. The error wraps

@@ -226,8 +226,19 @@ func TestExplain(t *testing.T) {
 		if !errors.Is(err, c.cause) || errors.Is(err, blockdev.ErrUnsupported) != c.unsupported || !strings.Contains(err.Error(), c.text) {
 			t.Errorf("%v becomes %v", c.cause, err)
 		}
-		if c.unsupported && (!strings.Contains(err.Error(), "6.12") || !strings.Contains(err.Error(), "5.16")) {
+		if c.unsupported && (!strings.Contains(err.Error(), "6.12") || !strings.Contains(err.Error(), "6.4")) {
 			t.Errorf("%v does not say which kernels do", err)
+		}
+	}
+}
+
+func TestTooOld(t *testing.T) {
+	for release, want := range map[string]bool{
+		"5.15.0-91-generic": true, "6.1.0-18-amd64": true, "6.3.13": true,
+		"6.4.0": false, "6.12.6+bpo-amd64": false, "7.0.1": false, "10.1": false, "": false, "custom": false,
+	} {
+		if got := tooOld(release); got != want {
+			t.Errorf("%q: %t, want %t", release, got, want)
 		}
 	}
 }
