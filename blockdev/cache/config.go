@@ -24,8 +24,11 @@ type Config struct {
 	// Source may go without delivering anything. Default 30 s.
 	Timeout time.Duration
 	// ReadAhead is how many bytes of missing chunks behind a demand read are
-	// asked for in the same request. Default 512 KiB; negative: none.
+	// asked for in the same request. Default 256 KiB; negative: none.
 	ReadAhead int64
+	// MaxReadAhead is how far ReadAhead grows, doubling, for a program that reads
+	// on where its last request ended. Default 4 MiB.
+	MaxReadAhead int64
 	// RequestBytes is about how much one request to Source asks for (a chunk more
 	// or less, and read-ahead comes on top). Default 1 MiB.
 	RequestBytes int64
@@ -64,7 +67,7 @@ func (c *Config) setDefaults() error {
 		return errors.New("cache: Root, Source and Log must be set")
 	}
 	def(&c.Timeout, 30*time.Second)
-	def(&c.ReadAhead, 512<<10)
+	def(&c.ReadAhead, 256<<10)
 	def(&c.RequestBytes, 1<<20)
 	def(&c.PrefetchRequests, 4)
 	def(&c.DemandBytes, 64<<20)
@@ -76,13 +79,15 @@ func (c *Config) setDefaults() error {
 	if c.decode == nil {
 		c.decode = index.Decode
 	}
+	def(&c.MaxReadAhead, 4<<20)
 	c.ReadAhead = max(c.ReadAhead, 0)
+	c.MaxReadAhead = max(c.MaxReadAhead, c.ReadAhead)
 	if c.Timeout < 0 || c.RequestBytes < 0 || c.PrefetchRequests < 0 || c.Quiet < 0 || c.GiveWay < 0 ||
-		c.Promote < 0 || c.SyncBytes < 0 || c.SyncInterval < 0 {
+		c.Promote < 0 || c.MaxReadAhead < 0 || c.SyncBytes < 0 || c.SyncInterval < 0 {
 		return errors.New("cache: only ReadAhead may be negative")
 	}
-	if least := c.RequestBytes + c.ReadAhead + 2*blockdev.MaxChunk; c.DemandBytes < least {
-		return fmt.Errorf("cache: DemandBytes is %d, but one demand request may take %d (RequestBytes, ReadAhead and two chunks)", c.DemandBytes, least)
+	if least := c.RequestBytes + c.MaxReadAhead + 2*blockdev.MaxChunk; c.DemandBytes < least {
+		return fmt.Errorf("cache: DemandBytes is %d, but one demand request may take %d (RequestBytes, MaxReadAhead and two chunks)", c.DemandBytes, least)
 	}
 	return nil
 }

@@ -62,6 +62,7 @@ type Diff struct {
 	mu      sync.Mutex
 	gone    error // why there will be no more flights
 	flights map[int]*flight
+	seq     sequences
 }
 
 // ID returns the DiffID.

@@ -99,7 +99,7 @@ func (g *group) get() error {
 			size += int64(d.tab.length(f.chunk))
 		}
 		// The sum is at most DemandBytes: Config checks it, and a group is made
-		// within RequestBytes and ReadAhead.
+		// within RequestBytes and MaxReadAhead.
 		if err := d.c.demand.Acquire(d.life, size); err != nil {
 			return context.Cause(d.life)
 		}

@@ -183,12 +183,14 @@ func (d *Diff) join(lo, hi int, mem [][]byte) ([]wait, error) {
 		waits = append(waits, wait{f, f.group == own, f.group.prio == blockdev.Prefetch})
 	}
 	if own != nil {
-		end := d.tab.start(hi) + d.c.cfg.ReadAhead
-		for i := hi; i < d.tab.len() && d.tab.start(i+1) <= end; i++ {
+		ahead := d.seq.ahead(own.todo[0].chunk, d.c.cfg.ReadAhead, d.c.cfg.MaxReadAhead)
+		end, i := d.tab.start(hi)+ahead, hi
+		for ; i < d.tab.len() && d.tab.start(i+1) <= end; i++ {
 			if !d.pres.present.get(i) && d.flights[i] == nil {
 				d.depart(own, i)
 			}
 		}
+		d.seq.note(i, ahead)
 		d.wg.Add(1)
 		go own.run()
 	}
