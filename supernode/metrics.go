@@ -170,6 +170,7 @@ var storeMetrics = []struct {
 	value      func(store.Stats) int64
 }{
 	{"store_bytes", "Bytes on disk that the store uses.", prometheus.GaugeValue, func(s store.Stats) int64 { return s.Used }},
+	{"uncompressed_bytes", "Bytes of chunks in the store that are still to be compressed.", prometheus.GaugeValue, func(s store.Stats) int64 { return s.DueBytes }},
 	{"store_quota_bytes", "Bytes on disk that the store may use.", prometheus.GaugeValue, func(s store.Stats) int64 { return s.Quota }},
 	{"store_layers", "Layers in the store.", prometheus.GaugeValue, func(s store.Stats) int64 { return int64(s.Layers) }},
 	{"store_evictions_total", "Diffs evicted to make room.", prometheus.CounterValue, func(s store.Stats) int64 { return s.Evicted }},

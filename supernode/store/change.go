@@ -20,6 +20,7 @@ type change struct {
 	live   map[uint64]int64 // pack -> difference of its live extents
 	dead   []extent64
 	gone   []uint64 // packs without a live extent
+	due    int64    // difference of the raw bytes still to be compressed
 	doomed []blockdev.Digest
 	// reserved bytes of an ingest become bytes of its pack with this change.
 	reserved int64
@@ -125,8 +126,19 @@ func (c *change) unref(d blockdev.Digest) error {
 }
 
 func (c *change) deleteChunk(d blockdev.Digest, r chunkRecord) error {
-	c.free(r.extent)
+	if err := c.freeChunk(r); err != nil {
+		return err
+	}
 	return c.tx.Bucket(bucketChunks).Delete(d[:])
+}
+
+// freeChunk gives up the place of a chunk.
+func (c *change) freeChunk(r chunkRecord) error {
+	c.free(r.extent)
+	if r.flags&flagDue == 0 {
+		return nil
+	}
+	return c.dropDue(dueKey(r.extent))
 }
 
 // doom announces that d is about to be deleted, so that no ingest counts on it
@@ -257,8 +269,12 @@ func (s *Store) reclaim(c *change) {
 		touched[id] = s.packs.diskUse(id)
 	}
 	dbUse := fileUse(s.dbPath())
+	if c.due > 0 {
+		defer s.wakeUp()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.due += c.due
 	s.used += dbUse - s.dbUse - c.reserved
 	s.dbUse = dbUse
 	for id, n := range touched {

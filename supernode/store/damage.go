@@ -49,7 +49,10 @@ func (s *Store) damaged(d blockdev.Digest, at extent) {
 			if err != nil || !ok || r.extent != at {
 				continue // an unreadable record says enough by itself
 			}
-			r.flags |= flagDamaged
+			if err := c.dropDue(dueKey(r.extent)); err != nil {
+				return err
+			}
+			r.flags = r.flags&^flagDue | flagDamaged
 			if err := c.putChunk(d, r); err != nil {
 				return err
 			}
@@ -168,6 +171,7 @@ func (s *Store) dropDiff(id blockdev.Digest) error {
 func (c *change) recountChunks(refs map[blockdev.Digest]uint32, live func(extent)) error {
 	b := c.tx.Bucket(bucketChunks)
 	puts := make(map[blockdev.Digest][]byte)
+	raw := make(map[blockdev.Digest]chunkRecord) // still to be compressed
 	err := b.ForEach(func(k, v []byte) error {
 		d, err := toDigest(k)
 		if err != nil {
@@ -179,6 +183,9 @@ func (c *change) recountChunks(refs map[blockdev.Digest]uint32, live func(extent
 			return nil
 		}
 		live(r.extent)
+		if r.flags&flagDue != 0 {
+			raw[d] = r
+		}
 		if r.refs != refs[d] {
 			r.refs = refs[d]
 			puts[d] = r.encode()
@@ -198,15 +205,31 @@ func (c *change) recountChunks(refs map[blockdev.Digest]uint32, live func(extent
 			return err
 		}
 	}
+	if err := c.emptyBucket(bucketDue); err != nil {
+		return err
+	}
+	c.s.mu.Lock()
+	c.due -= c.s.due
+	c.s.mu.Unlock()
+	for d, r := range raw {
+		if err := c.addDue(d, r); err != nil {
+			return err
+		}
+	}
 	return nil
+}
+
+func (c *change) emptyBucket(name []byte) error {
+	if err := c.tx.DeleteBucket(name); err != nil && !errors.Is(err, bolterrors.ErrBucketNotFound) {
+		return err
+	}
+	_, err := c.tx.CreateBucket(name)
+	return err
 }
 
 // recountPacks sets the live counts and frees everything between live extents.
 func (c *change) recountPacks(live map[uint64][]extent64) error {
-	if err := c.tx.DeleteBucket(bucketPacks); err != nil && !errors.Is(err, bolterrors.ErrBucketNotFound) {
-		return err
-	}
-	if _, err := c.tx.CreateBucket(bucketPacks); err != nil {
+	if err := c.emptyBucket(bucketPacks); err != nil {
 		return err
 	}
 	for id, list := range live {

@@ -4,22 +4,37 @@
 // # Layout on disk
 //
 //	index.db     bbolt: which chunks there are and where, diffs, layers
-//	packs/<id>   chunk bytes, one file per ingested layer, appended to only
+//	packs/<id>   chunk bytes, one file per ingested layer, or per run of
+//	             recompression, appended to only
 //
 // Chunk bytes do not go through a database engine: they are written once, never
-// changed, and deleted a whole diff at a time, so a log or a tree that moves
+// changed (but moved once, see below), and deleted a whole diff at a time, so a log or a tree that moves
 // them about costs CPU and disk for nothing, and frees space only some time
 // later (doc of the engine figures: commit that added this package). A pack is
-// written by one ingest session. Space of chunks that nobody refers to any more
+// written by one ingest session, or one run of recompression. Space of chunks that nobody refers to any more
 // is given back to the file system at once, by punching a hole, or by deleting
 // the pack when nothing in it is alive. Offsets in a pack are never used again.
 //
 // On btrfs a hole gives space back only when the whole extent (up to 128 MiB)
 // is dead; ext4, xfs, zfs and tmpfs free every 4 KiB block.
 //
+// # Compression
+//
+// An ingest stores chunks raw: compressing them takes more of a processor than
+// everything else that an ingest does, and somebody waits for the ingest. They
+// are compressed in the background, by one goroutine, when there has been no
+// ingest for Config.Idle, and in small portions: it stops when an ingest begins,
+// and while chunks are served all the time it does one portion in a while. A run
+// of it reads chunks that are due in the order in which they lie, writes zstd
+// frames to a new pack, syncs it, moves the records there in one transaction,
+// and frees the old places. A chunk that a frame does not make at least 1/16
+// shorter stays where it is. Until then a chunk takes of the quota what it takes
+// of the disk, its raw length. A run needs a little room below the quota, and
+// evicts nothing to get it.
+//
 // # index.db, format 1
 //
-// All integers are little-endian, except ids in keys, which are big-endian so
+// All integers are little-endian, except those in keys, which are big-endian so
 // that they sort. Buckets:
 //
 //	meta    "format" -> uint32 1
@@ -27,7 +42,7 @@
 //	        pack id u64, offset u64, stored length u32, raw length u32,
 //	        CRC-32C of the stored bytes u32, references u32 (diffs that have the
 //	        chunk), flags u32 (1: stored as one zstd frame, else raw;
-//	        2: damaged), zero u32, CRC-32C of the 40 bytes before it u32
+//	        2: damaged; 4: raw, still to be compressed), zero u32, CRC-32C of the 40 bytes before it u32
 //	diffs   DiffID (32) -> JSON diffRecord: where index and reference list lie,
 //	        sizes, last use
 //	layers  layer digest (32) -> JSON layerRecord: DiffID, size, origins
@@ -36,6 +51,8 @@
 //	        transaction that frees the extent, removed after it was punched
 //	orphans SHA-256 (32) -> nothing: records with no reference that a running
 //	        ingest holds
+//	due     pack id u64, offset u64 -> SHA-256 (32), raw length u32: the chunk
+//	        there is still to be compressed; one for every record with flag 4
 //
 // A diff's encoded index and its reference list (the digests of its chunks and
 // header pieces, sorted, each once, 32 bytes each) are extents of the pack of
@@ -48,6 +65,10 @@
 //     deleted when the store is opened; so a crash leaves nothing behind.
 //   - Bytes are freed only after the transaction that dropped the last
 //     reference has committed.
+//   - A chunk's place changes only in the transaction that a run commits, and
+//     only if it is still the place that the run has read. Who has looked up the
+//     old place reads the right bytes there, or fails its checksum and looks
+//     again; it is damage only if the place is still the same.
 //   - A chunk that a running ingest has put, or found present, stays until that
 //     ingest publishes or aborts. A pinned diff is never evicted.
 //   - Used disk space (blocks of packs and of index.db, and what running

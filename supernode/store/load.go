@@ -61,7 +61,7 @@ func (s *Store) load() error {
 	return s.shrink()
 }
 
-// loadRecords fills diffs, layers and orphans, and drops what does not parse.
+// loadRecords fills diffs, layers, orphans and due, and drops what does not parse.
 func (s *Store) loadRecords(c *change) error {
 	var bad [][2][]byte
 	drop := func(bucket, key []byte, err error) {
@@ -112,6 +112,13 @@ func (s *Store) loadRecords(c *change) error {
 			return nil
 		}
 		s.orphans[d] = struct{}{}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	err = c.tx.Bucket(bucketDue).ForEach(func(_, v []byte) error {
+		s.due += dueLength(v)
 		return nil
 	})
 	if err != nil {

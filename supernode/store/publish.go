@@ -25,8 +25,9 @@ type LayerRecord struct {
 // maxOrigins bounds the hosts remembered per layer.
 const maxOrigins = 64
 
-// refBytesInDB is about what one new chunk adds to index.db.
-const refBytesInDB = 160
+// refBytesInDB is about what one new chunk adds to index.db, with its entry in
+// due.
+const refBytesInDB = 280
 
 // Publish makes the layer visible, at once and durably: when it returns nil, a
 // restart finds layer, index and chunks. chunks are the digests of all chunks
@@ -158,7 +159,9 @@ func (in *Ingest) record(c *change, refs []blockdev.Digest) error {
 		default:
 			n := r.refs
 			if ok {
-				c.free(r.extent)
+				if err := c.freeChunk(r); err != nil {
+					return err
+				}
 			}
 			r = own
 			r.refs = n + 1
@@ -167,6 +170,11 @@ func (in *Ingest) record(c *change, refs []blockdev.Digest) error {
 		}
 		if err := c.putChunk(d, r); err != nil {
 			return err
+		}
+		if _, ok := used[d]; ok {
+			if err := c.addDue(d, r); err != nil {
+				return err
+			}
 		}
 	}
 	for d, own := range in.chunks {

@@ -29,6 +29,7 @@ const lookups = 4
 // blockdev.ErrNotFound, or blockdev.ErrCorrupt: the chunk was damaged on disk,
 // and the layers that have it are forgotten, to be ingested again.
 func (s *Store) Chunk(ctx context.Context, d blockdev.Digest) (Chunk, error) {
+	s.served.Store(time.Now().UnixNano())
 	var failed extent
 	var cause error
 	for range lookups {

@@ -19,16 +19,19 @@ var (
 	bucketPacks   = []byte("packs")
 	bucketDead    = []byte("dead")
 	bucketOrphans = []byte("orphans")
+	bucketDue     = []byte("due")
 	keyFormat     = []byte("format")
 )
 
 func allBuckets() [][]byte {
-	return [][]byte{bucketMeta, bucketChunks, bucketDiffs, bucketLayers, bucketPacks, bucketDead, bucketOrphans}
+	return [][]byte{bucketMeta, bucketChunks, bucketDiffs, bucketLayers, bucketPacks, bucketDead, bucketOrphans, bucketDue}
 }
 
 const (
 	flagZstd    = 1
 	flagDamaged = 2
+	// flagDue: raw, because it was not tried to compress it yet.
+	flagDue = 4
 )
 
 const chunkRecordLen = 44

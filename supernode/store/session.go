@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -51,14 +52,10 @@ type buffer struct {
 
 // Begin starts the ingest of a layer. The caller ends it with Publish or Abort.
 func (s *Store) Begin(layer blockdev.Digest) (*Ingest, error) {
-	s.mu.Lock()
-	if s.closed {
-		s.mu.Unlock()
-		return nil, ErrClosed
+	id, err := s.newPackID()
+	if err != nil {
+		return nil, err
 	}
-	id := s.nextPack
-	s.nextPack++
-	s.mu.Unlock()
 	pf, err := s.packs.create(id)
 	if err != nil {
 		return nil, err
@@ -69,14 +66,26 @@ func (s *Store) Begin(layer blockdev.Digest) (*Ingest, error) {
 		held:   make(map[blockdev.Digest]struct{}),
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.sessions[in] = struct{}{}
+	s.mu.Unlock()
+	s.wakeUp() // to pause
 	return in, nil
+}
+
+func (s *Store) newPackID() (uint64, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return 0, ErrClosed
+	}
+	s.nextPack++
+	return s.nextPack - 1, nil
 }
 
 // Put stores one chunk or header piece, of at most blockdev.MaxChunk bytes,
 // whose SHA-256 is d: the caller has computed d from data, Put does not do it
-// again. What the store has already is not stored twice. data is not kept.
+// again. What the store has already is not stored twice. data is not kept. It is
+// stored raw: compressing it is left for later, see recompress.
 // Errors wrap blockdev.ErrNoSpace where the quota or the disk is full.
 func (in *Ingest) Put(ctx context.Context, d blockdev.Digest, data []byte) error {
 	if len(data) == 0 || len(data) > blockdev.MaxChunk {
@@ -114,17 +123,9 @@ func (in *Ingest) Put(ctx context.Context, d blockdev.Digest, data []byte) error
 		in.s.count(func(c *counters) { c.dedup += int64(len(data)) })
 		return nil
 	}
-	err = in.s.comp.compress(data, func(stored []byte, isZstd bool) error {
-		r := chunkRecord{raw: uint32(len(data))}
-		if isZstd {
-			r.flags = flagZstd
-		}
-		in.s.count(func(c *counters) { c.putBytes += int64(len(data)); c.storedBytes += int64(len(stored)) })
-		_, err := in.append(ctx, stored, func(e extent) {
-			r.extent = e
-			in.chunks[d] = r
-		})
-		return err
+	in.s.count(func(c *counters) { c.putBytes += int64(len(data)); c.storedBytes += int64(len(data)) })
+	_, err = in.append(ctx, data, func(e extent) {
+		in.chunks[d] = chunkRecord{extent: e, raw: uint32(len(data)), flags: flagDue}
 	})
 	if err != nil {
 		return in.fail(err)
@@ -325,8 +326,10 @@ func (in *Ingest) end() bool {
 // leave takes the session out of the store's sight.
 func (in *Ingest) leave() {
 	in.s.mu.Lock()
-	defer in.s.mu.Unlock()
 	delete(in.s.sessions, in)
+	in.s.ingested = time.Now()
+	in.s.mu.Unlock()
+	in.s.wakeUp()
 }
 
 // unhold lets go of the chunks that the session counted on, and collects those

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -33,6 +34,15 @@ type Config struct {
 	// TouchInterval is how often last uses are written down, so how much of
 	// their order a crash forgets. Default 10 minutes.
 	TouchInterval time.Duration
+	// Idle is how long after the end of the last ingest the store begins to
+	// compress what ingests have stored raw; half of it after the last call of
+	// Chunk. Default 2 seconds; negative: never.
+	Idle time.Duration
+
+	// For tests: the size of a step and of a run, and what is called at points
+	// of a run.
+	stepBytes, runBytes int64
+	hook                func(point string)
 }
 
 // diskMargin is left free on the file system, so that there is always room for
@@ -69,6 +79,11 @@ type Store struct {
 	punched  []extent
 	closed   bool
 	stats    counters
+	due      int64     // raw bytes of chunks that are still to be compressed
+	ingested time.Time // when the last ingest ended, or Open
+
+	served atomic.Int64  // when the last call of Chunk was, in Unix nanoseconds
+	wake   chan struct{} // recompress is to look again
 
 	stop chan struct{}
 	wg   sync.WaitGroup
@@ -94,6 +109,12 @@ func Open(cfg Config) (*Store, error) {
 	}
 	if cfg.TouchInterval <= 0 {
 		cfg.TouchInterval = 10 * time.Minute
+	}
+	if cfg.Idle == 0 {
+		cfg.Idle = defaultIdle
+	}
+	if cfg.stepBytes == 0 {
+		cfg.stepBytes, cfg.runBytes = stepBytes, runBytes
 	}
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("store: %w", err)
@@ -123,6 +144,8 @@ func Open(cfg Config) (*Store, error) {
 		sessions: make(map[*Ingest]struct{}),
 		packUse:  make(map[uint64]int64),
 		stop:     make(chan struct{}),
+		wake:     make(chan struct{}, 1),
+		ingested: time.Now(),
 	}
 	if err := s.openDB(); err != nil {
 		return nil, errors.Join(err, comp.close())
@@ -131,6 +154,9 @@ func Open(cfg Config) (*Store, error) {
 		return nil, errors.Join(err, s.db.Close(), p.close(), comp.close())
 	}
 	s.wg.Go(s.writeUses)
+	if cfg.Idle > 0 {
+		s.wg.Go(s.recompress)
+	}
 	return s, nil
 }
 
@@ -222,7 +248,8 @@ type Stats struct {
 	Evicted       int64 // diffs
 	EvictedBytes  int64 // bytes on disk
 	PutBytes      int64 // raw bytes of chunks that were new
-	StoredBytes   int64 // the same, as stored
+	StoredBytes   int64 // the same, as stored now: less what was compressed since
+	DueBytes      int64 // raw bytes of chunks that are still to be compressed
 	Deduplicated  int64 // raw bytes of chunks that were there already
 	Damaged       int64 // chunks and indexes found damaged
 }
@@ -239,7 +266,14 @@ func (s *Store) Stats() Stats {
 		Diffs: len(s.diffs), Layers: len(s.layers), Used: s.used, Quota: s.quota,
 		Evicted: s.stats.evicted, EvictedBytes: s.stats.evictedBytes,
 		PutBytes: s.stats.putBytes, StoredBytes: s.stats.storedBytes,
-		Deduplicated: s.stats.dedup, Damaged: s.stats.damaged,
+		Deduplicated: s.stats.dedup, Damaged: s.stats.damaged, DueBytes: s.due,
+	}
+}
+
+// at calls the tests' hook.
+func (s *Store) at(point string) {
+	if s.cfg.hook != nil {
+		s.cfg.hook(point)
 	}
 }
 
