@@ -316,7 +316,7 @@ func TestPrefetchWindowIsBounded(t *testing.T) {
 }
 
 func TestDemandBytesAreBounded(t *testing.T) {
-	r := newRig(t, 12<<20, func(c *Config) { c.DemandBytes = 2 << 20 })
+	r := newRig(t, 12<<20, func(c *Config) { c.DemandBytes = 2 << 20; c.MaxReadAhead = 256 << 10 })
 	var now, most atomic.Int64
 	r.source(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
 		var size int64
