@@ -160,8 +160,6 @@ func benchIngest(b *testing.B, layers []Layer) {
 		b.SetBytes(in.Stats().Unpacked)
 		b.ReportMetric(after-cpu, "cpu-s/op")
 		b.ReportMetric(rss, "peak-MiB")
-		s := st.Stats()
-		b.ReportMetric(float64(s.StoredBytes)/float64(s.PutBytes), "stored/raw")
 		if err := errors.Join(in.Close(), st.Close(), os.RemoveAll(dir)); err != nil {
 			b.Fatal(err)
 		}

@@ -528,3 +528,37 @@ func TestKilled(t *testing.T) {
 		})
 	}
 }
+
+// Close drops a run that is not committed, and does not wait for the rest of it.
+func TestCloseDuringRun(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		cfg := small(dir)
+		cfg.Idle = defaultIdle
+		cfg.runBytes = 1 << 30
+		s := open(t, cfg)
+		l := newLayer(1, 100)
+		publish(t, s, l)
+		time.Sleep(defaultIdle - time.Millisecond)
+		checkChunks(t, s, l) // so that there is one step, and then a pause
+		time.Sleep(2 * time.Millisecond)
+		synctest.Wait()
+		if ids, err := s.packs.list(); err != nil || len(ids) != 2 {
+			t.Fatalf("packs %v, %v: no run is open", ids, err)
+		}
+		begin := time.Now()
+		shut(t, s)
+		if d := time.Since(begin); d != 0 {
+			t.Errorf("Close waited %v", d)
+		}
+		if ids, err := s.packs.list(); err != nil || len(ids) != 1 {
+			t.Errorf("packs %v, %v after Close", ids, err)
+		}
+		s = open(t, small(dir))
+		if n := s.Stats().DueBytes; n != l.size() {
+			t.Errorf("%d bytes due, want %d", n, l.size())
+		}
+		check(t, s, l)
+	})
+	checkAccounts(t, dir)
+}
