@@ -1,0 +1,195 @@
+package main
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
+	"github.com/shoalfs/shoal/p2p/exchange"
+	"github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/supernode"
+)
+
+const operations = "../../docs/operations.md"
+
+var update = flag.Bool("update", false, "write the tables in docs/operations.md anew")
+
+// TestOperations: the tables in the operators' page are what the program says.
+func TestOperations(t *testing.T) {
+	b, err := os.ReadFile(operations)
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc := string(b)
+	for name, want := range map[string]string{
+		"keys of node.toml":      keyTable(t, "node"),
+		"keys of supernode.toml": keyTable(t, "supernode"),
+		"metrics of a node":      metricTable(t, nodeMetrics),
+		"metrics of a supernode": metricTable(t, supernodeMetrics),
+	} {
+		from, to := "<!-- "+name+" -->\n", "<!-- end of "+name+" -->\n"
+		before, rest, ok := strings.Cut(doc, from)
+		got, after, ok2 := strings.Cut(rest, to)
+		if !ok || !ok2 {
+			t.Errorf("%s has no %q with its end", operations, strings.TrimSpace(from))
+			continue
+		}
+		if got != want && !*update {
+			t.Errorf("%s, %s: not as it is (go test ./cmd/shoal -run TestOperations -update writes it):\n%s\nwant:\n%s", operations, name, got, want)
+		}
+		doc = before + from + want + to + after
+	}
+	if *update && doc != string(b) {
+		if err := os.WriteFile(operations, []byte(doc), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// keyTable makes a table of `shoal config default role`.
+func keyTable(t *testing.T, role string) string {
+	t.Helper()
+	out, err := shoal(t, "config", "default", role)
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := "| key | default | |\n|---|---|---|\n"
+	section, comment := "", ""
+	for line := range strings.Lines(out) {
+		line = strings.TrimSpace(line)
+		key, value, isKey := strings.Cut(line, " = ")
+		switch {
+		case strings.HasPrefix(line, "# "):
+			comment = line[2:]
+			continue
+		case strings.HasPrefix(line, "["):
+			section = strings.Trim(line, "[]") + "."
+		case isKey:
+			if key == "version" {
+				comment = fmt.Sprintf("of the file's form; this one is %d", config.Version)
+			}
+			if comment == "" {
+				t.Errorf("%s%s has no comment", section, key)
+			}
+			table += fmt.Sprintf("| `%s%s` | `%s` | %s |\n", section, key, strings.ReplaceAll(value, "'", `"`), comment)
+		}
+		comment = ""
+	}
+	return table
+}
+
+// names collects what is registered, whether it has a value or not, in the order
+// of registration: help texts refer to the one before.
+type names struct{ rows []string }
+
+var desc = regexp.MustCompile(`^Desc\{fqName: "([^"]+)", help: "([^"]*)",(?: unit: "[^"]*",)? constLabels: \{([^}]*)\}, variableLabels: \{([^}]*)\}\}$`)
+
+func (n *names) Register(c prometheus.Collector) error {
+	described := make(chan *prometheus.Desc)
+	go func() {
+		c.Describe(described)
+		close(described)
+	}()
+	var all []*prometheus.Desc
+	for d := range described {
+		all = append(all, d)
+	}
+	for _, d := range all {
+		m := desc.FindStringSubmatch(d.String())
+		if m == nil {
+			return fmt.Errorf("%s: not as this test reads it", d)
+		}
+		if !strings.HasPrefix(m[1], "shoal_") {
+			continue // Go's and the process's own
+		}
+		var labels []string
+		for _, l := range strings.Split(m[3]+","+m[4], ",") {
+			if l, _, _ = strings.Cut(l, "="); l != "" {
+				labels = append(labels, "`"+l+"`")
+			}
+		}
+		row := fmt.Sprintf("| `%s` | %s | %s |\n", m[1], strings.Join(labels, ", "), m[2])
+		if !slices.Contains(n.rows, row) {
+			n.rows = append(n.rows, row)
+		}
+	}
+	return nil
+}
+
+func (n *names) MustRegister(cs ...prometheus.Collector) {
+	for _, c := range cs {
+		if err := n.Register(c); err != nil {
+			panic(err)
+		}
+	}
+}
+
+func (n *names) Unregister(prometheus.Collector) bool { return true }
+
+func metricTable(t *testing.T, register func(*testing.T, prometheus.Registerer)) string {
+	t.Helper()
+	n := &names{}
+	register(t, n)
+	return "| metric | labels | |\n|---|---|---|\n" + strings.Join(n.rows, "")
+}
+
+// nodeMetrics registers what runNode does for a node with a supernode elsewhere.
+func nodeMetrics(_ *testing.T, r prometheus.Registerer) {
+	r.MustRegister(daemon.NewMetrics("v", "node"))
+	r.MustRegister((&nodeDaemon{}).collectors()...)
+}
+
+// supernodeMetrics registers what runSupernode does.
+func supernodeMetrics(t *testing.T, r prometheus.Registerer) {
+	r.MustRegister(daemon.NewMetrics("v", "supernode"))
+	s, err := supernode.New(supernode.Config{Dir: t.TempDir(), Registerer: r})
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := host.LoadIdentity(t.TempDir() + "/identity")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := host.New(host.Config{Key: key, Listen: []string{"127.0.0.1:0"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := exchange.NewServer(h, exchange.ServerConfig{Chunks: s, Images: s, Registerer: r})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, closer := range []func() error{server.Close, h.Close, s.Close} {
+		if err := closer(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestExamples: config files that the page shows are right.
+func TestExamples(t *testing.T) {
+	b, err := os.ReadFile(operations)
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown := regexp.MustCompile("(?s)```toml (node|supernode)\n(.*?)```").FindAllStringSubmatch(string(b), -1)
+	if len(shown) < 2 {
+		t.Errorf("%d examples found", len(shown))
+	}
+	for _, m := range shown {
+		path := t.TempDir() + "/shown.toml"
+		if err := os.WriteFile(path, []byte(m[2]), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := shoal(t, "config", "check", m[1], path); err != nil || !strings.HasSuffix(out, "ok\n") {
+			t.Errorf("%v, %s\n%s", err, out, m[2])
+		}
+	}
+}
