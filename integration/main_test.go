@@ -168,8 +168,7 @@ func layer(t *testing.T, entries ...entry) lab.Blob {
 // isLazy says whether the node has ref as a lazy image.
 func (s *site) isLazy(t *testing.T, ctx context.Context, ref string) bool {
 	t.Helper()
-	st := must(s.node.Status(ctx))(t)
-	for _, im := range st.Images {
+	for _, im := range must(s.node.Status(ctx))(t).Images {
 		if im.Ref == ref {
 			return true
 		}

@@ -35,7 +35,7 @@ func TestTrees(t *testing.T) {
 		many = append(many, layer(t, dir("l/"), file(fmt.Sprintf("l/%03d", i), bigContent(i)[:4000+i])))
 	}
 	images := map[string][]lab.Blob{
-		"plain":      {base},
+		"plain":      {base, layer(t, file("only", "here"))}, // a chain of its own, so that it is asked for
 		"raw":        {lab.PlainLayer(makeTar(t, dir("d/"), file("d/f", bigContent(3))))},
 		"duplicates": {base, base, layer(t, file("etc/new", "n")), base},
 		"empty":      {base, layer(t), lab.PlainLayer(make([]byte, 1024)), layer(t)},

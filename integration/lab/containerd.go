@@ -43,10 +43,14 @@ func (l *Lab) StartContainerd(ctx context.Context, name string, o ContainerdOpti
 	if o.Binary == "" {
 		o.Binary = "containerd"
 	}
+	ctr := "ctr"
+	if filepath.IsAbs(o.Binary) {
+		ctr = filepath.Join(filepath.Dir(o.Binary), ctr) // of the same version
+	}
 	if o.ConfigVersion == 0 {
 		o.ConfigVersion = 3
 	}
-	c := &Containerd{lab: l, Address: l.Path(name, "c.sock"), ctr: "ctr"}
+	c := &Containerd{lab: l, Address: l.Path(name, "c.sock"), ctr: ctr}
 	var b strings.Builder
 	fmt.Fprintf(&b, "version = %d\nroot = %q\nstate = %q\n", o.ConfigVersion, l.Path(name, "root"), l.Path(name, "state"))
 	// CRI wants a network and a pause image; the lab drives containerd itself.

@@ -139,8 +139,12 @@ func (l *Lab) writeFile(name, content string) (string, error) {
 	return p, os.WriteFile(p, []byte(content), 0o600)
 }
 
-// program finds a program in Bin, else in PATH and the sbin directories.
+// program finds a program in Bin, else in PATH and the sbin directories. An
+// absolute path is taken as it is.
 func (l *Lab) program(name string) (string, error) {
+	if filepath.IsAbs(name) {
+		return name, nil
+	}
 	dirs := append([]string{l.Bin}, filepath.SplitList(os.Getenv("PATH"))...)
 	for _, d := range append(dirs, "/usr/sbin", "/usr/local/sbin", "/sbin") {
 		p := filepath.Join(d, name)

@@ -43,7 +43,8 @@ func (l *Lab) Start(name, program string, env []string, args ...string) (*Proces
 	cmd := exec.Command(path, args...)
 	cmd.Stdout, cmd.Stderr = f, f
 	cmd.Env = append(os.Environ(), env...)
-	cmd.Env = append(cmd.Env, "PATH="+l.Bin+":"+os.Getenv("PATH")+":/usr/sbin:/sbin")
+	// Its own siblings first: a containerd needs the shim of its version.
+	cmd.Env = append(cmd.Env, "PATH="+filepath.Dir(path)+":"+l.Bin+":"+os.Getenv("PATH")+":/usr/sbin:/sbin")
 	// A process group of its own, so that a Ctrl-C at the terminal reaches the
 	// lab first and everything is stopped in order.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

@@ -79,6 +79,18 @@ metrics_address = %q
 	return s, err
 }
 
+// Settle waits until the supernode has compressed all that it has stored, as it
+// does when nothing is being ingested.
+func (s *Supernode) Settle(ctx context.Context, timeout time.Duration) error {
+	return WaitFor(ctx, "supernode settled", timeout, func() error {
+		n, err := Metric(ctx, s.Metrics, "shoal_supernode_uncompressed_bytes")
+		if err == nil && n > 0 {
+			err = fmt.Errorf("%.0f bytes are still to be compressed", n)
+		}
+		return err
+	})
+}
+
 // Via returns the supernode's address as seen through a link.
 func (s *Supernode) Via(k *Link) string {
 	id, _, _ := strings.Cut(s.Address, "@")

@@ -75,7 +75,7 @@ func demo(ctx context.Context, o *options, image string) (err error) {
 			return err
 		}
 		rows = append(rows, demoRow{how, s, early, m.link.Down()})
-		if err := m.stop(); err != nil {
+		if err := errors.Join(m.stop(), super.Settle(ctx, 5*time.Minute)); err != nil {
 			return err
 		}
 	}

@@ -134,6 +134,9 @@ func (w *world) measureStart(ctx context.Context, image string, f *startFigures)
 	if err := errors.Join(err, first.stop()); err != nil {
 		return err
 	}
+	if err := super.Settle(ctx, 5*time.Minute); err != nil {
+		return err
+	}
 	metadata, _, err := w.measureMetadata(ctx, image)
 	if err != nil {
 		return err
