@@ -18,6 +18,8 @@ type Containerd struct {
 	*Process
 	// Address is its gRPC socket.
 	Address string
+	// Root is its root directory.
+	Root string
 
 	lab *Lab
 	ctr string
@@ -50,7 +52,7 @@ func (l *Lab) StartContainerd(ctx context.Context, name string, o ContainerdOpti
 	if o.ConfigVersion == 0 {
 		o.ConfigVersion = 3
 	}
-	c := &Containerd{lab: l, Address: l.Path(name, "c.sock"), ctr: ctr}
+	c := &Containerd{lab: l, Address: l.Path(name, "c.sock"), Root: l.Path(name, "root"), ctr: ctr}
 	var b strings.Builder
 	fmt.Fprintf(&b, "version = %d\nroot = %q\nstate = %q\n", o.ConfigVersion, l.Path(name, "root"), l.Path(name, "state"))
 	// CRI wants a network and a pause image; the lab drives containerd itself.
@@ -68,7 +70,7 @@ func (l *Lab) StartContainerd(ctx context.Context, name string, o ContainerdOpti
 			names = append(names, "shoal")
 		}
 		for _, s := range names {
-			fmt.Fprintf(&b, "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nplatform = \"linux/amd64\"\nsnapshotter = %q\ndiffer = %q\n", s, differ(s))
+			fmt.Fprintf(&b, "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nplatform = \"linux/amd64\"\nsnapshotter = %q\ndiffer = \"walking\"\n", s)
 		}
 	}
 	b.WriteString(o.Extra)
@@ -87,13 +89,6 @@ func (l *Lab) StartContainerd(ctx context.Context, name string, o ContainerdOpti
 		return err
 	})
 	return c, err
-}
-
-func differ(snapshotter string) string {
-	if snapshotter == "erofs" {
-		return "erofs"
-	}
-	return "walking"
 }
 
 // Ctr runs ctr against this containerd and returns its standard output.
