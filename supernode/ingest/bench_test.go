@@ -22,7 +22,7 @@ import (
 )
 
 // ociImage reads an image of the OCI layout at $SHOAL_BENCH_OCI (default
-// ~/.cache/shoal-images/oci, where shared images are built). Its name is
+// ~/.cache/shoal/images/oci, where `make images` builds them). Its name is
 // $SHOAL_BENCH_IMAGE, torch.v1 if that is not set.
 func ociImage(b *testing.B) []Layer {
 	b.Helper()
@@ -32,7 +32,7 @@ func ociImage(b *testing.B) []Layer {
 		if err != nil {
 			b.Skip(err)
 		}
-		dir = filepath.Join(home, ".cache", "shoal-images", "oci")
+		dir = filepath.Join(home, ".cache", "shoal", "images", "oci")
 	}
 	name := os.Getenv("SHOAL_BENCH_IMAGE")
 	if name == "" {
