@@ -114,7 +114,7 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 		return nil
 	})
 	g.Go(func() error { return control.Serve(ctx, c.ControlAddress, d) })
-	g.Go(func() error { return daemon.ServeMetrics(ctx, c.MetricsAddress, metrics) })
+	g.Go(func() error { return daemon.ServeMetrics(ctx, c.MetricsAddress, metrics, nil) })
 	log.Info("node is up", "version", version, "socket", c.Address, "supernodes", addresses)
 	return g.Wait()
 }

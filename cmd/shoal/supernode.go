@@ -84,7 +84,7 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	g.Go(func() error {
 		return control.Serve(ctx, c.ControlAddress, &supernodeDaemon{s, credentials.NewDockerConfig(ctx, "")})
 	})
-	g.Go(func() error { return daemon.ServeMetrics(ctx, c.MetricsAddress, metrics) })
+	g.Go(func() error { return daemon.ServeMetrics(ctx, c.MetricsAddress, metrics, s.Healthy) })
 	for _, addr := range host.Addrs(h) {
 		log.Info("supernode is up: name this address in the nodes' config", "version", version, "supernodes", addr)
 	}

@@ -35,9 +35,10 @@ func NewMetrics(version, role string) *prometheus.Registry {
 	return r
 }
 
-// ServeMetrics answers /metrics and /healthz on addr until ctx ends. An empty
-// addr serves nothing.
-func ServeMetrics(ctx context.Context, addr string, metrics prometheus.Gatherer) error {
+// ServeMetrics answers /metrics and /healthz on addr until ctx ends. healthy says
+// why the daemon cannot work (503); nil: that it answers is all there is to know.
+// An empty addr serves nothing.
+func ServeMetrics(ctx context.Context, addr string, metrics prometheus.Gatherer, healthy func() error) error {
 	if addr == "" {
 		return nil
 	}
@@ -48,6 +49,12 @@ func ServeMetrics(ctx context.Context, addr string, metrics prometheus.Gatherer)
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		if healthy != nil {
+			if err := healthy(); err != nil {
+				http.Error(w, err.Error(), http.StatusServiceUnavailable)
+				return
+			}
+		}
 		_, _ = w.Write([]byte("ok\n")) // who asked may have gone
 	})
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
