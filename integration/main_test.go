@@ -175,3 +175,10 @@ func (s *site) isLazy(t *testing.T, ctx context.Context, ref string) bool {
 	}
 	return false
 }
+
+func noError(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

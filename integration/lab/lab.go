@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"sort"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -22,7 +23,14 @@ type Lab struct {
 	// Bin holds the programs that were built: shoal, containerd, ctr and the shim.
 	Bin string
 
-	undo []func() error
+	host *Host // where processes start; nil: this machine
+	undo *undo
+}
+
+// undo is what Close does; all views of a lab (At) share it.
+type undo struct {
+	mu    sync.Mutex
+	steps []func() error
 }
 
 // New makes an empty lab in a new directory below os.TempDir. bin is the
@@ -40,7 +48,7 @@ func New(bin string) (*Lab, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &Lab{Dir: dir, Bin: bin}
+	l := &Lab{Dir: dir, Bin: bin, undo: &undo{}}
 	if err := os.Mkdir(l.Path("log"), 0o700); err != nil {
 		return nil, err
 	}
@@ -54,16 +62,30 @@ func (l *Lab) Path(elem ...string) string {
 }
 
 // OnClose adds a step for Close; steps run in reverse order.
-func (l *Lab) OnClose(f func() error) { l.undo = append(l.undo, f) }
+func (l *Lab) OnClose(f func() error) {
+	l.undo.mu.Lock()
+	defer l.undo.mu.Unlock()
+	l.undo.steps = append(l.undo.steps, f)
+}
+
+// pop takes the last step; nil when there is none.
+func (u *undo) pop() func() error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	last := len(u.steps) - 1
+	if last < 0 {
+		return nil
+	}
+	f := u.steps[last]
+	u.steps = u.steps[:last]
+	return f
+}
 
 // Close undoes everything and returns what could not be undone. It may be
 // called more than once.
 func (l *Lab) Close() error {
 	var errs []error
-	for len(l.undo) > 0 {
-		last := len(l.undo) - 1
-		f := l.undo[last]
-		l.undo = l.undo[:last]
+	for f := l.undo.pop(); f != nil; f = l.undo.pop() {
 		errs = append(errs, f())
 	}
 	return errors.Join(errs...)
@@ -101,13 +123,27 @@ func (l *Lab) removeAll() error {
 }
 
 // FreeAddr returns a loopback address that nothing listens on.
-func FreeAddr() (string, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+func FreeAddr() (string, error) { return freeAddr("127.0.0.1") }
+
+func freeAddr(ip string) (string, error) {
+	ln, err := net.Listen("tcp", net.JoinHostPort(ip, "0"))
 	if err != nil {
 		return "", err
 	}
 	addr := ln.Addr().String()
 	return addr, ln.Close()
+}
+
+// freeAddr returns an address of the lab's host that nothing listens on.
+func (l *Lab) freeAddr() (addr string, err error) {
+	if l.host == nil {
+		return FreeAddr()
+	}
+	err = l.host.do(func() error {
+		addr, err = freeAddr(l.host.IP)
+		return err
+	})
+	return addr, err
 }
 
 // WaitFor calls ok until it returns nil, 20 times a second, and gives up with

@@ -48,7 +48,7 @@ func (l *Lab) Start(name, program string, env []string, args ...string) (*Proces
 	// A process group of its own, so that a Ctrl-C at the terminal reaches the
 	// lab first and everything is stopped in order.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := cmd.Start(); err != nil {
+	if err := l.inHost(cmd.Start); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
 	p := &Process{Name: name, Log: logFile, cmd: cmd, done: make(chan struct{})}
@@ -150,7 +150,11 @@ func (l *Lab) Run(ctx context.Context, program string, args ...string) (string, 
 	cmd.Env = append(os.Environ(), "PATH="+l.Bin+":"+os.Getenv("PATH")+":/usr/sbin:/sbin")
 	var stdout, stderr strings.Builder
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
+	err = l.inHost(cmd.Start)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	if err != nil {
 		return stdout.String(), fmt.Errorf("%s %s: %w: %s", filepath.Base(path), strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
 	}
 	return stdout.String(), nil

@@ -124,7 +124,7 @@ func (r *Registry) send(ctx context.Context, method, u, contentType string, body
 	if contentType != "" {
 		req.Header.Set("Content-Type", contentType)
 	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := r.lab.client().Do(req)
 	if err != nil {
 		return err
 	}

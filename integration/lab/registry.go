@@ -3,16 +3,17 @@ package lab
 import (
 	"context"
 	"fmt"
-	"net/http"
 	"os"
 	"time"
 )
 
-// Registry is a real OCI registry (Debian's docker-registry) on loopback.
+// Registry is a real OCI registry (Debian's docker-registry).
 type Registry struct {
 	*Process
 	// Addr is host:port; plain HTTP.
 	Addr string
+
+	lab *Lab
 }
 
 // StartRegistry serves the images in storage, a directory that outlives the
@@ -21,7 +22,7 @@ func (l *Lab) StartRegistry(ctx context.Context, name, storage, htpasswd string)
 	if err := os.MkdirAll(storage, 0o755); err != nil {
 		return nil, err
 	}
-	addr, err := FreeAddr()
+	addr, err := l.freeAddr()
 	if err != nil {
 		return nil, err
 	}
@@ -53,11 +54,11 @@ http:
 		if err := p.Alive(); err != nil {
 			return err
 		}
-		resp, err := http.Get("http://" + addr + "/v2/")
+		resp, err := l.client().Get("http://" + addr + "/v2/")
 		if err != nil {
 			return err
 		}
 		return resp.Body.Close()
 	})
-	return &Registry{Process: p, Addr: addr}, err
+	return &Registry{Process: p, Addr: addr, lab: l}, err
 }

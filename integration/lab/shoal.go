@@ -19,6 +19,8 @@ type Supernode struct {
 	Control string
 	// Metrics is the host:port of its metrics.
 	Metrics string
+
+	lab *Lab
 }
 
 // Node is a real `shoal node`.
@@ -42,15 +44,15 @@ var addressLine = regexp.MustCompile(`12D3[0-9A-Za-z]+@[0-9a-zA-Z.:\[\]]+:[0-9]+
 // StartSupernode starts a supernode below Dir/name. extra is added to the end
 // of its config file.
 func (l *Lab) StartSupernode(ctx context.Context, name, extra string) (*Supernode, error) {
-	listen, err := FreeAddr()
+	listen, err := l.freeAddr()
 	if err != nil {
 		return nil, err
 	}
-	metrics, err := FreeAddr()
+	metrics, err := l.freeAddr()
 	if err != nil {
 		return nil, err
 	}
-	s := &Supernode{Control: l.Path(name, "control.sock"), Metrics: metrics}
+	s := &Supernode{Control: l.Path(name, "control.sock"), Metrics: metrics, lab: l}
 	cfg, err := l.writeFile(name+".toml", fmt.Sprintf(`version = 1
 root = %q
 listen = [%q]
@@ -83,7 +85,7 @@ metrics_address = %q
 // does when nothing is being ingested.
 func (s *Supernode) Settle(ctx context.Context, timeout time.Duration) error {
 	return WaitFor(ctx, "supernode settled", timeout, func() error {
-		n, err := Metric(ctx, s.Metrics, "shoal_supernode_uncompressed_bytes")
+		n, err := s.Metric(ctx, "shoal_supernode_uncompressed_bytes")
 		if err == nil && n > 0 {
 			err = fmt.Errorf("%.0f bytes are still to be compressed", n)
 		}
@@ -105,7 +107,7 @@ func (s *Supernode) HostPort() string {
 
 // StartNode starts a node below Dir/name. With no supernode it embeds one.
 func (l *Lab) StartNode(ctx context.Context, name, supernode, extra string) (*Node, error) {
-	metrics, err := FreeAddr()
+	metrics, err := l.freeAddr()
 	if err != nil {
 		return nil, err
 	}
@@ -143,7 +145,7 @@ supernodes = %s
 func (l *Lab) RestartNode(ctx context.Context, n *Node) (*Node, error) {
 	again := *n
 	var err error
-	if again.Process, err = l.Start(n.Name, "shoal", nil, "node", "--config", l.Path(n.Name+".toml")); err != nil {
+	if again.Process, err = n.lab.Start(n.Name, "shoal", nil, "node", "--config", l.Path(n.Name+".toml")); err != nil {
 		return nil, err
 	}
 	return &again, WaitFor(ctx, "node", 30*time.Second, func() error {
