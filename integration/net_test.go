@@ -43,6 +43,12 @@ func TestNet(t *testing.T) {
 		return nil
 	}
 	noError(t, get(10*time.Second))
+	n, err := reg.Requests(ctx)
+	noError(t, err)
+	noError(t, get(10*time.Second))
+	if again, err := reg.Requests(ctx); err != nil || again != n+1 {
+		t.Errorf("one request more, and the registry counts %d after %d (%v)", again, n, err)
+	}
 	into, out, err := net.Crossed(1)
 	noError(t, err)
 	received, _, err := near.Bytes()

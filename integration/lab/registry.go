@@ -13,7 +13,8 @@ type Registry struct {
 	// Addr is host:port; plain HTTP.
 	Addr string
 
-	lab *Lab
+	debug string // host:port of its own metrics
+	lab   *Lab
 }
 
 // StartRegistry serves the images in storage, a directory that outlives the
@@ -23,6 +24,10 @@ func (l *Lab) StartRegistry(ctx context.Context, name, storage, htpasswd string)
 		return nil, err
 	}
 	addr, err := l.freeAddr()
+	if err != nil {
+		return nil, err
+	}
+	debug, err := l.freeAddr()
 	if err != nil {
 		return nil, err
 	}
@@ -42,7 +47,11 @@ storage:
     enabled: true
 http:
   addr: %s
-%s`, storage, addr, auth))
+  debug:
+    addr: %s
+    prometheus:
+      enabled: true
+%s`, storage, addr, debug, auth))
 	if err != nil {
 		return nil, err
 	}
@@ -60,5 +69,11 @@ http:
 		}
 		return resp.Body.Close()
 	})
-	return &Registry{Process: p, Addr: addr, lab: l}, err
+	return &Registry{Process: p, Addr: addr, debug: debug, lab: l}, err
+}
+
+// Requests returns how many requests the registry has answered.
+func (r *Registry) Requests(ctx context.Context) (int64, error) {
+	n, err := metric(ctx, r.lab.client(), r.debug, "registry_http_requests_total")
+	return int64(n), err
 }
