@@ -1,0 +1,346 @@
+package route
+
+import (
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+const (
+	// Fanout is how many members ask one and the same parent for a chunk.
+	Fanout = 4
+	// MaxTries is how many peers are tried for a chunk before the supernode is.
+	MaxTries = 8
+	// MaxHops bounds how often a request is forwarded from node to node: 30 is
+	// more than the deepest tree of trees has levels.
+	MaxHops = 30
+	// maxWaits is how often a prefetch waits for busy peers before it asks the
+	// supernode after all.
+	maxWaits = 16
+)
+
+// Kind says what a Target is.
+type Kind uint8
+
+// What Next may answer.
+const (
+	Peer      Kind = iota // ask the member ID
+	Supernode             // ask the supernode
+	Later                 // call Next again after Wait
+	Nobody                // all have failed
+)
+
+// Target is whom to ask.
+type Target struct {
+	Kind Kind
+	// Index is the member's position in the table, -1 if Kind is not Peer.
+	Index int
+	// ID is the member's peer ID; empty if Kind is not Peer.
+	ID string
+	// Wait is set if Kind is Later.
+	Wait time.Duration
+}
+
+// Ask is the search for one chunk: its key, and what was tried. It is a plain
+// value, to be used by one goroutine at a time.
+type Ask struct {
+	key    Key
+	tried  [MaxTries]uint32 // the upper halves of hashes
+	ntried uint8
+	busy   uint16 // bit i: tried[i] was busy
+	waits  uint8
+	hops   uint8
+	demand bool
+	last   bool // the supernode was tried
+}
+
+// NewAsk begins the search for a chunk. hops is that of the request that is
+// served by it, or 0 if it is this node's own.
+func NewAsk(chunk blockdev.Digest, p blockdev.Priority, hops int) Ask {
+	return AskKey(KeyOf(chunk), p, hops)
+}
+
+// AskKey is NewAsk for those who have the key already.
+func AskKey(key Key, p blockdev.Priority, hops int) Ask {
+	return Ask{key: key, hops: uint8(min(max(hops, 0), MaxHops)), demand: p == blockdev.Demand}
+}
+
+// Promote turns a prefetch into a demand read, because somebody waits now.
+func (a *Ask) Promote() { a.demand = true }
+
+// Hops is how often the request was forwarded before it came to this node. A
+// request that is sent for it says one more.
+func (a *Ask) Hops() int { return int(a.hops) }
+
+func (a *Ask) has(h uint64) bool {
+	for _, t := range a.tried[:a.ntried] {
+		if t == uint32(h>>32) {
+			return true
+		}
+	}
+	return false
+}
+
+// wait forgets the busy ones, so that they are tried again.
+func (a *Ask) wait() {
+	n := 0
+	for i, t := range a.tried[:a.ntried] {
+		if a.busy>>i&1 == 0 {
+			a.tried[n] = t
+			n++
+		}
+	}
+	a.ntried, a.busy = uint8(n), 0
+	a.waits++
+}
+
+// Group makes decisions for one node and one view of one group. It may be used
+// from several goroutines: it shares the lock of its Book, which is never held
+// for longer than a decision takes.
+type Group struct {
+	t    *Table
+	book *Book
+	self uint64 // hash of the node's ID
+
+	// Members that are not out. hash is the table's and index nil as long as
+	// nobody is out.
+	gen   uint64 // of book, when they were made
+	hash  []uint64
+	index []uint16
+}
+
+// NewGroup returns the Group of node self, which is in the cell that t is of.
+func NewGroup(self Member, t *Table, b *Book) *Group {
+	return &Group{t: t, book: b, self: hashID(self.ID), hash: t.hash[:len(t.view.Members)]}
+}
+
+// Table returns what the Group was made of.
+func (g *Group) Table() *Table { return g.t }
+
+// Next says whom to ask for the chunk, at the time now (since any fixed moment).
+// What became of it is to be reported before the next call. It may be called
+// while a request is under way, to hedge it: it gives somebody else then.
+func (g *Group) Next(a *Ask, now time.Duration) Target {
+	g.book.mu.Lock()
+	defer g.book.mu.Unlock()
+	switch {
+	case a.last:
+		return Target{Kind: Nobody, Index: -1}
+	case a.hops >= MaxHops || a.ntried == MaxTries:
+		return g.supernode(a)
+	}
+	g.refresh(now)
+	if a.ntried == 0 {
+		c := g.parent(a.key)
+		if c < 0 {
+			return g.supernode(a)
+		}
+		if a.demand || !g.book.isBusy(g.id(c), now) {
+			return g.peer(a, c)
+		}
+	}
+	var buf [maxCandidates]int32
+	busy := a.busy != 0
+	for _, c := range g.candidates(a.key, buf[:0]) {
+		if a.has(g.t.hash[c]) || g.book.isOut(g.id(int(c))) {
+			continue
+		}
+		if !a.demand && g.book.isBusy(g.id(int(c)), now) {
+			busy = true
+			continue
+		}
+		return g.peer(a, int(c))
+	}
+	if busy && !a.demand && a.waits < maxWaits {
+		a.wait()
+		return Target{Kind: Later, Index: -1, Wait: busyWait << min(a.waits, 8)}
+	}
+	return g.supernode(a)
+}
+
+func (g *Group) id(i int) string {
+	if n := len(g.t.view.Members); i >= n {
+		return g.t.view.Gateways[i-n].ID
+	}
+	return g.t.view.Members[i].ID
+}
+
+func (g *Group) peer(a *Ask, i int) Target {
+	a.tried[a.ntried] = uint32(g.t.hash[i] >> 32)
+	a.ntried++
+	return Target{Kind: Peer, Index: i, ID: g.id(i)}
+}
+
+func (g *Group) supernode(a *Ask) Target {
+	a.last = true
+	return Target{Kind: Supernode, Index: -1}
+}
+
+// refresh leaves out those who are out now.
+func (g *Group) refresh(now time.Duration) {
+	g.book.letIn(now)
+	if g.gen == g.book.gen {
+		return
+	}
+	g.gen = g.book.gen
+	n := len(g.t.view.Members)
+	g.hash, g.index = g.t.hash[:n], nil
+	if g.book.outs == 0 {
+		return
+	}
+	hash, index := make([]uint64, 0, n), make([]uint16, 0, n)
+	for i, m := range g.t.view.Members {
+		if !g.book.isOut(m.ID) {
+			hash, index = append(hash, g.t.hash[i]), append(index, uint16(i))
+		}
+	}
+	g.hash, g.index = hash, index
+}
+
+// member returns the table's index of the i-th member that is not out.
+func (g *Group) member(i int) int {
+	if g.index != nil {
+		return int(g.index[i])
+	}
+	return i
+}
+
+// above returns the packed ranks of the members that rank above this node, in no
+// order. How many they are is the node's position in the tree.
+func (g *Group) above(key Key) []uint64 {
+	s := g.book.scratch[:0]
+	own := rank(key, g.self) | indexMask
+	for i, h := range g.hash {
+		if r := rank(key, h); r > own {
+			s = append(s, pack(r, i))
+		}
+	}
+	g.book.scratch = s
+	return s
+}
+
+// parent returns the table's index of the first candidate, -1 for none.
+func (g *Group) parent(key Key) int {
+	if s := g.above(key); len(s) > 0 {
+		return g.member(indexOf(nth(s, (len(s)-1)/Fanout)))
+	}
+	var buf [maxCandidates]int32
+	for _, c := range g.across(key, buf[:0]) {
+		if !g.book.isOut(g.id(int(c))) {
+			return int(c)
+		}
+	}
+	return -1
+}
+
+const maxCandidates = 24
+
+// candidates appends all who may be asked, in order.
+func (g *Group) candidates(key Key, dst []int32) []int32 {
+	s := g.above(key)
+	if len(s) > 0 {
+		descending(s)
+		dst = g.inCell(s, dst)
+	}
+	return g.across(key, dst)
+}
+
+// inCell appends the parent, two alternates from the parent's level, and the
+// ancestors. s are the members above, in order.
+func (g *Group) inCell(s []uint64, dst []int32) []int32 {
+	p := (len(s) - 1) / Fanout
+	lo, n := 0, 1 // the parent's level: its first position, and how many it has
+	for p >= lo+n {
+		lo, n = lo+n, n*Fanout
+	}
+	n = min(n, len(s)-lo)
+	dst = g.add(dst, s[p])
+	if n > 1 {
+		dst = g.add(dst, s[lo+(p-lo+1)%n])
+	}
+	if n > 2 {
+		dst = g.add(dst, s[lo+(p-lo+n-1)%n])
+	}
+	for p > 0 {
+		p = (p - 1) / Fanout
+		dst = g.add(dst, s[p])
+	}
+	return dst
+}
+
+func (g *Group) add(dst []int32, packed uint64) []int32 {
+	return append(dst, int32(g.member(indexOf(packed))))
+}
+
+// across appends gateways that a cell's root may ask.
+func (g *Group) across(key Key, dst []int32) []int32 {
+	if len(g.t.view.Gateways) == 0 {
+		return dst
+	}
+	if s := ranksAbove(g.book.scratch[:0], key, g.t.cell, len(g.t.zones[0].cells), func(i int) uint64 { return g.t.zones[0].cells[i].hash }); len(s) > 0 {
+		for p, n := (len(s)-1)/Fanout, 2; ; p, n = (p-1)/Fanout, 1 {
+			dst = g.gateways(dst, key, &g.t.zones[0].cells[indexOf(s[p])], n)
+			if p == 0 {
+				return dst
+			}
+		}
+	}
+	s := ranksAbove(g.book.scratch[:0], key, g.t.zones[0].hash, len(g.t.zones)-1, func(i int) uint64 { return g.t.zones[i+1].hash })
+	if len(s) == 0 {
+		return dst
+	}
+	for p, n := (len(s)-1)/Fanout, 2; ; p, n = (p-1)/Fanout, 1 {
+		z := &g.t.zones[indexOf(s[p])+1]
+		first := 0
+		for i := range z.cells {
+			if rank(key, z.cells[i].hash) > rank(key, z.cells[first].hash) {
+				first = i
+			}
+		}
+		dst = g.gateways(dst, key, &z.cells[first], n)
+		if p == 0 {
+			return dst
+		}
+	}
+}
+
+// ranksAbove returns the packed ranks of n things that rank above own, in order.
+func ranksAbove(s []uint64, key Key, own uint64, n int, hash func(int) uint64) []uint64 {
+	limit := rank(key, own) | indexMask
+	for i := range n {
+		if r := rank(key, hash(i)); r > limit {
+			s = append(s, pack(r, i))
+		}
+	}
+	descending(s)
+	return s
+}
+
+// gateways appends the n gateways of c that rank highest and are not out.
+func (g *Group) gateways(dst []int32, key Key, c *cell, n int) []int32 {
+	base := len(g.t.view.Members)
+	for range min(n, maxCandidates-len(dst)) {
+		best, bestRank := -1, uint64(0)
+		for _, i := range c.gate {
+			at := base + int(i)
+			r := rank(key, g.t.hash[at])
+			if (best < 0 || r > bestRank) && !contains(dst, at) && !g.book.isOut(g.id(at)) {
+				best, bestRank = at, r
+			}
+		}
+		if best < 0 {
+			return dst
+		}
+		dst = append(dst, int32(best))
+	}
+	return dst
+}
+
+func contains(s []int32, v int) bool {
+	for _, x := range s {
+		if int(x) == v {
+			return true
+		}
+	}
+	return false
+}
