@@ -7,6 +7,7 @@
 //
 //   - identity: an Ed25519 key; its public half is the peer ID that the other
 //     side checks in the TLS handshake.
+//   - guard: decides which peers may connect, and what each may use.
 //   - address: "ID@host:port". There is no form without the ID: a node that does
 //     not know whom it talks to could be fed by anybody.
 //
@@ -15,6 +16,7 @@
 //   - An identity file that cannot be read is an error, never replaced: a new
 //     identity would lock out every node that has the old one in its config.
 //   - The number of connections and streams has a bound, per peer and in all.
+//   - With a guard, no stream handler sees a peer that the guard has not let in.
 //   - All addresses asked for are listened on, or New fails.
 //   - libp2p's own metrics are registered nowhere unless Config says where.
 package host

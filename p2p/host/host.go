@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p"
-	"github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -35,8 +34,9 @@ type Config struct {
 	// 0: DefaultWindow. Prefetch from far away is faster with more: two streams
 	// carry at most two windows per round trip.
 	Window int
-	// Gater, if not nil, decides who may connect.
-	Gater connmgr.ConnectionGater
+	// Guard, if not nil, decides who may connect, and asks for each stream
+	// before its handler sees it, whoever has set that handler.
+	Guard Guard
 	// Registerer, if not nil, takes libp2p's own metrics. There are many.
 	Registerer prometheus.Registerer
 	// UserAgent is what this host calls itself towards others, "shoal/1.2".
@@ -97,8 +97,8 @@ func New(c Config) (host.Host, error) {
 		libp2p.IPv6BlackHoleSuccessCounter(nil),
 		metrics(c.Registerer),
 	}
-	if c.Gater != nil {
-		opts = append(opts, libp2p.ConnectionGater(c.Gater))
+	if c.Guard != nil {
+		opts = append(opts, libp2p.ConnectionGater(gater{c.Guard}))
 	}
 	h, err := libp2p.New(opts...)
 	if err != nil {
@@ -111,6 +111,9 @@ func New(c Config) (host.Host, error) {
 	}
 	for _, a := range may {
 		_ = h.Network().Listen(a) // no IPv6 here; what must work does
+	}
+	if c.Guard != nil {
+		return &guarded{h, c.Guard}, nil
 	}
 	return h, nil
 }

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/peer"
 )
 
 // pemType is the PEM block of a PKCS #8 key, as openssl reads and writes it.
@@ -111,3 +112,23 @@ func createIdentity(path string) error {
 	defer d.Close()
 	return d.Sync()
 }
+
+// Key returns the Ed25519 public key that a peer ID stands for; false: it stands
+// for another kind of key, which no peer of ours has.
+func Key(id peer.ID) (key [ed25519.PublicKeySize]byte, ok bool) {
+	// An ID of a short key is the key, in libp2p's protobuf, as an "identity"
+	// multihash (https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md).
+	if len(id) != len(idPrefix)+len(key) || string(id[:len(idPrefix)]) != idPrefix {
+		return key, false
+	}
+	return [ed25519.PublicKeySize]byte([]byte(id[len(idPrefix):])), true
+}
+
+// FromKey returns the peer ID of an Ed25519 public key.
+func FromKey(key [ed25519.PublicKeySize]byte) peer.ID {
+	return peer.ID(idPrefix + string(key[:]))
+}
+
+// idPrefix: identity multihash, 36 bytes; field 1 (type) is 1 (Ed25519), field 2
+// (data) has 32 bytes.
+const idPrefix = "\x00\x24\x08\x01\x12\x20"

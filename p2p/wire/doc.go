@@ -1,5 +1,5 @@
 // Package wire holds the messages that nodes and supernodes exchange: protobuf
-// (wire.proto is the definition, docs/formats.md explains it), each with its
+// (the .proto files define them, docs/formats.md explains them), each with its
 // length in front as a varint, and the codes that carry blockdev's errors.
 //
 // # Invariants

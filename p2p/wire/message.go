@@ -136,6 +136,9 @@ func checkHeader(h *ImageHeader) error {
 	if n := len(h.GetLayers()); n > MaxLayers {
 		return fmt.Errorf("%d layers, at most %d are allowed", n, MaxLayers)
 	}
+	if n := len(h.GetGrant()); n > MaxGrant {
+		return fmt.Errorf("grant of %d bytes, at most %d are allowed", n, MaxGrant)
+	}
 	for i, l := range h.GetLayers() {
 		switch {
 		case len(l.GetDigest()) != digestLen || len(l.GetDiffId()) != digestLen:

@@ -723,6 +723,7 @@ type ImageHeader struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Manifest      []byte                 `protobuf:"bytes,1,opt,name=manifest,proto3" json:"manifest,omitempty"` // digest of the manifest that was used
 	Layers        []*LayerHeader         `protobuf:"bytes,2,rep,name=layers,proto3" json:"layers,omitempty"`
+	Grant         []byte                 `protobuf:"bytes,3,opt,name=grant,proto3" json:"grant,omitempty"` // shows supernodes that this peer was given the indexes; at most 256 bytes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -767,6 +768,13 @@ func (x *ImageHeader) GetManifest() []byte {
 func (x *ImageHeader) GetLayers() []*LayerHeader {
 	if x != nil {
 		return x.Layers
+	}
+	return nil
+}
+
+func (x *ImageHeader) GetGrant() []byte {
+	if x != nil {
+		return x.Grant
 	}
 	return nil
 }
@@ -977,10 +985,11 @@ const file_wire_proto_rawDesc = "" +
 	"\x03end\x18\x04 \x01(\v2\x12.shoal.wire.v1.EndH\x00R\x03end\x12,\n" +
 	"\x05error\x18\x05 \x01(\v2\x14.shoal.wire.v1.ErrorH\x00R\x05errorB\x06\n" +
 	"\x04part\"\t\n" +
-	"\aWorking\"]\n" +
+	"\aWorking\"s\n" +
 	"\vImageHeader\x12\x1a\n" +
 	"\bmanifest\x18\x01 \x01(\fR\bmanifest\x122\n" +
-	"\x06layers\x18\x02 \x03(\v2\x1a.shoal.wire.v1.LayerHeaderR\x06layers\"u\n" +
+	"\x06layers\x18\x02 \x03(\v2\x1a.shoal.wire.v1.LayerHeaderR\x06layers\x12\x14\n" +
+	"\x05grant\x18\x03 \x01(\fR\x05grant\"u\n" +
 	"\vLayerHeader\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\fR\x06digest\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x12\x17\n" +

@@ -1,0 +1,178 @@
+package members
+
+import (
+	"encoding/binary"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/wire"
+)
+
+func tcpAddr(ap netip.AddrPort) net.Addr { return net.TCPAddrFromAddrPort(ap) }
+
+// Order sorts supernodes by whom a layer or a group belongs to: rendezvous
+// hashing, so that when one is gone only what was its own moves on, and each
+// piece to the same next one on all machines.
+func Order(key blockdev.Digest, ids []peer.ID) []peer.ID {
+	out := append([]peer.ID(nil), ids...)
+	rank := make(map[peer.ID]uint64, len(ids))
+	for _, id := range ids {
+		d := blockdev.Sum(append(key[:len(key):len(key)], id...))
+		rank[id] = binary.BigEndian.Uint64(d[:8])
+	}
+	sortFunc(out, func(a, b peer.ID) bool {
+		if rank[a] != rank[b] {
+			return rank[a] > rank[b]
+		}
+		return a < b
+	})
+	return out
+}
+
+func sortFunc(ids []peer.ID, less func(a, b peer.ID) bool) {
+	for i := 1; i < len(ids); i++ { // a handful
+		for j := i; j > 0 && less(ids[j], ids[j-1]); j-- {
+			ids[j], ids[j-1] = ids[j-1], ids[j]
+		}
+	}
+}
+
+// rehomeLocked gives a group the first supernode, in its order, that has let this
+// node in.
+func (n *Node) rehomeLocked(g *group) {
+	ids := make([]peer.ID, 0, len(n.sessions))
+	for _, s := range n.sessions {
+		if s.isJoined() {
+			ids = append(ids, s.info.ID)
+		}
+	}
+	if len(ids) == 0 {
+		return
+	}
+	best := n.super[Order(g.id, ids)[0]]
+	if g.home == best {
+		return
+	}
+	if g.home != nil {
+		g.home.want(g.id, false)
+	}
+	g.home, g.refused = best, false
+	best.want(g.id, true)
+}
+
+func (s *session) isJoined() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.joined != nil && !s.joined.IsClosed()
+}
+
+// arrived is called when s has let this node in: it gets the groups that are its
+// own, and those that it had before.
+func (n *Node) arrived(s *session) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.alone = time.Time{}
+	for _, g := range n.groups {
+		if g.home == s {
+			g.refused = false
+			s.want(g.id, true)
+		} else {
+			n.rehomeLocked(g)
+		}
+	}
+}
+
+// lost is called when this node is no member of s any more. Its groups keep their
+// view; after a while they move to another supernode.
+func (n *Node) lost(s *session) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for id, q := range n.asked {
+		if q.waits(s) {
+			n.resolveLocked(id, q)
+		}
+	}
+	if n.alone.IsZero() && !n.anyJoined() {
+		n.alone = time.Now()
+	}
+	time.AfterFunc(n.cfg.Failover, func() {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if n.ctx.Err() != nil || s.isJoined() {
+			return
+		}
+		for _, g := range n.groups {
+			if g.home == s {
+				n.rehomeLocked(g)
+			}
+		}
+	})
+}
+
+func (n *Node) anyJoined() bool {
+	for _, s := range n.sessions {
+		if s.isJoined() {
+			return true
+		}
+	}
+	return false
+}
+
+// refused is called when s has said no: what this node knows from it, it is not to
+// know any more.
+func (n *Node) refused(s *session, err error) {
+	n.metrics.refused.Inc()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, g := range n.groups {
+		if g.from == s {
+			g.drop()
+		}
+	}
+	n.changedLocked()
+}
+
+// update takes a supernode's word on a group.
+func (n *Node) update(s *session, u *wire.GroupUpdate) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	g := n.groups[blockdev.Digest(u.Group)]
+	if g == nil || g.home != s {
+		return nil // left, or moved, meanwhile
+	}
+	if err := g.apply(s, u); err != nil {
+		return err
+	}
+	n.changedLocked()
+	return nil
+}
+
+// groupRefused is called when s does not let this node into a group.
+func (n *Node) groupRefused(s *session, id blockdev.Digest, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	g := n.groups[id]
+	if g == nil || g.home != s {
+		return
+	}
+	n.metrics.groupsRefused.Inc()
+	n.log.Warn("not let into an image's group: its chunks come from the supernode alone", "manifest", id, "peer", s.info.ID, "err", err)
+	g.refused = true
+	g.drop()
+	n.changedLocked()
+}
+
+// grant returns what to join a group of s with; false: it is not s's any more.
+func (n *Node) grant(s *session, id blockdev.Digest) ([]byte, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	g := n.groups[id]
+	if g == nil || g.home != s {
+		return nil, false
+	}
+	return g.grant, true
+}

@@ -1,0 +1,210 @@
+package members
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/wire"
+)
+
+// Protocol is the ID of the membership protocol.
+const Protocol = "/shoal/member/1"
+
+// Config says who a node is and whom it joins.
+type Config struct {
+	// Supernodes are joined, each of them. Their order does not matter.
+	Supernodes []peer.AddrInfo
+	// Token returns the token to join with. It is called for each attempt, so
+	// that a file that has changed counts at once.
+	Token func() (string, error)
+	// Zone and Rack are where this node is, at most 64 bytes each; may be empty.
+	Zone, Rack string
+	// MaxUpload is how many bytes per second this node will send to others;
+	// 0: no limit.
+	MaxUpload int64
+	// Outage is for how long views count while no supernode answers; 10 min.
+	Outage time.Duration
+	// Failover is how long a group's home may be away before the group moves to
+	// the next supernode; 3 s, which is more than a restart takes.
+	Failover time.Duration
+	Log      *slog.Logger // nil: no log
+	// Registerer, if not nil, takes the metrics.
+	Registerer prometheus.Registerer
+}
+
+// Image is an image whose indexes this node has.
+type Image struct {
+	// Manifest is its digest, and the name of its group.
+	Manifest blockdev.Digest
+	// Diffs are those of its layers.
+	Diffs []blockdev.Digest
+	// Grant came with the indexes (blockdev.Image.Grant).
+	Grant []byte
+}
+
+// Node is a node's membership. It implements host.Guard. It may be used from
+// several goroutines.
+type Node struct {
+	cfg      Config
+	log      *slog.Logger
+	instance [wire.InstanceLen]byte
+	metrics  *metrics
+	sessions []*session
+	super    map[peer.ID]*session
+	ctx      context.Context // ends with Close
+	cancel   context.CancelFunc
+	wg       sync.WaitGroup
+	host     host.Host // set by Start
+
+	mu        sync.Mutex
+	groups    map[blockdev.Digest]*group
+	changed   chan struct{} // closed, and made anew, when views or answers change
+	strangers map[peer.ID]time.Time
+	asked     map[peer.ID]*question
+	alone     time.Time // since when no supernode has us; zero: one has
+}
+
+// New checks c and makes a Node that does nothing yet but guard: Start it with
+// the host that it guards.
+func New(c Config) (*Node, error) {
+	if len(c.Supernodes) == 0 || c.Token == nil {
+		return nil, errors.New("members: no supernode, or no token")
+	}
+	for name, label := range map[string]string{"zone": c.Zone, "rack": c.Rack} {
+		if err := wire.CheckLabel(name, label); err != nil {
+			return nil, fmt.Errorf("members: %w", err)
+		}
+	}
+	if c.MaxUpload < 0 {
+		return nil, fmt.Errorf("members: upload budget of %d bytes per second", c.MaxUpload)
+	}
+	if c.Outage == 0 {
+		c.Outage = 10 * time.Minute
+	}
+	if c.Failover == 0 {
+		c.Failover = 3 * time.Second
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	n := &Node{
+		cfg: c, log: c.Log,
+		super:     map[peer.ID]*session{},
+		groups:    map[blockdev.Digest]*group{},
+		changed:   make(chan struct{}),
+		strangers: map[peer.ID]time.Time{},
+		asked:     map[peer.ID]*question{},
+		alone:     time.Now(),
+	}
+	if _, err := rand.Read(n.instance[:]); err != nil {
+		return nil, fmt.Errorf("members: %w", err)
+	}
+	n.ctx, n.cancel = context.WithCancel(context.Background())
+	for _, info := range c.Supernodes {
+		if n.super[info.ID] != nil {
+			return nil, fmt.Errorf("members: supernode %s is named twice", info.ID)
+		}
+		s := newSession(n, info)
+		n.sessions = append(n.sessions, s)
+		n.super[info.ID] = s
+	}
+	var err error
+	if n.metrics, err = newMetrics(n, c.Registerer); err != nil {
+		return nil, err
+	}
+	return n, nil
+}
+
+// Start joins the supernodes on h, which n guards. Call it once.
+func (n *Node) Start(h host.Host) error {
+	if n.super[h.ID()] != nil {
+		return fmt.Errorf("supernode %s: that is this machine's own identity", h.ID())
+	}
+	n.host = h
+	for _, s := range n.sessions {
+		n.wg.Go(s.run)
+	}
+	n.wg.Go(n.sweep)
+	return nil
+}
+
+// Close says goodbye to the supernodes. Close it before the host.
+func (n *Node) Close() error {
+	n.cancel()
+	n.wg.Wait()
+	n.metrics.unregister()
+	return nil
+}
+
+// Ready returns nil once the supernode has let this node in, on the connection
+// that there is now. It waits for an attempt that is under way. Its error wraps
+// blockdev.ErrUnavailable, or is the context's, and says why not.
+func (n *Node) Ready(ctx context.Context, supernode peer.ID) error {
+	s := n.super[supernode]
+	if s == nil {
+		return fmt.Errorf("%s is none of this node's supernodes: %w", supernode, blockdev.ErrUnavailable)
+	}
+	return s.ready(ctx)
+}
+
+// Join makes this node a member of an image's group. It returns at once; the
+// view comes later, and again after supernodes have been away. Joining a group
+// that this node is in already replaces diffs and grant.
+func (n *Node) Join(im Image) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	g := n.groups[im.Manifest]
+	if g == nil {
+		if len(n.groups) >= wire.MaxGroups {
+			n.log.Warn("too many images: this one's chunks come from the supernode alone", "manifest", im.Manifest, "groups", len(n.groups))
+			return
+		}
+		g = &group{id: im.Manifest}
+		n.groups[im.Manifest] = g
+	}
+	again := g.home != nil && g.refused && string(g.grant) != string(im.Grant)
+	g.diffs, g.grant = im.Diffs, im.Grant
+	if again {
+		g.refused = false
+		g.home.want(g.id, true)
+	}
+	n.rehomeLocked(g)
+}
+
+// Leave ends the membership in an image's group.
+func (n *Node) Leave(manifest blockdev.Digest) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	g := n.groups[manifest]
+	if g == nil {
+		return
+	}
+	delete(n.groups, manifest)
+	if g.home != nil {
+		g.home.want(g.id, false)
+	}
+	n.changedLocked()
+}
+
+// changedLocked wakes who waits for a change.
+func (n *Node) changedLocked() {
+	close(n.changed)
+	n.changed = make(chan struct{})
+}
+
+// Changed returns a channel that is closed when any view changes after the call.
+func (n *Node) Changed() <-chan struct{} {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.changed
+}

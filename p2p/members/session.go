@@ -1,0 +1,398 @@
+package members
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/p2p/net/swarm"
+	ma "github.com/multiformats/go-multiaddr"
+	manet "github.com/multiformats/go-multiaddr/net"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/wire"
+)
+
+const (
+	// joinTimeout bounds an attempt to join, from the dial to the answer.
+	joinTimeout = 10 * time.Second
+	// minBackoff and maxBackoff are the waits between attempts; after a refusal
+	// refusedBackoff, since somebody has to change a file first.
+	minBackoff     = 50 * time.Millisecond
+	maxBackoff     = 2 * time.Second
+	refusedBackoff = 5 * time.Second
+	// goodbyeTimeout bounds the last message at Close.
+	goodbyeTimeout = time.Second
+)
+
+// refusal is a supernode's no.
+type refusal struct{ error }
+
+func (r refusal) Unwrap() error { return r.error }
+
+// session is the membership with one supernode.
+type session struct {
+	n    *Node
+	info peer.AddrInfo
+	poke chan struct{} // capacity 1: try now
+	wake chan struct{} // capacity 1: there is something to send
+
+	mu     sync.Mutex
+	joined network.Conn  // the connection on which this node is a member; nil: it is not
+	err    error         // of the last attempt, nil before its end
+	trying chan struct{} // closed at the end of the attempt; nil: none is under way
+	groups map[blockdev.Digest]bool
+	who    []wire.Key
+}
+
+func newSession(n *Node, info peer.AddrInfo) *session {
+	return &session{n: n, info: info, poke: make(chan struct{}, 1), wake: make(chan struct{}, 1), trying: make(chan struct{}),
+		groups: map[blockdev.Digest]bool{}}
+}
+
+// run joins, stays joined for as long as that goes, and joins again.
+func (s *session) run() {
+	n := s.n
+	watch := &network.NotifyBundle{ConnectedF: func(_ network.Network, c network.Conn) {
+		if c.RemotePeer() == s.info.ID {
+			signal(s.poke) // whoever dialed: joining must not wait
+		}
+	}}
+	n.host.Network().Notify(watch)
+	defer n.host.Network().StopNotify(watch)
+	n.host.ConnManager().Protect(s.info.ID, "supernode")
+	defer n.host.ConnManager().Unprotect(s.info.ID, "supernode")
+	backoff := minBackoff
+	for {
+		st, r, lease, err := s.join()
+		if err == nil {
+			backoff = minBackoff
+			err = s.stay(st, r, lease)
+		}
+		if n.ctx.Err() != nil {
+			s.settle(nil, fmt.Errorf("this node is stopping: %w", blockdev.ErrUnavailable))
+			return
+		}
+		s.settle(nil, err)
+		wait, poke := backoff/2+rand.N(backoff/2+1), s.poke
+		if refused := (refusal{}); errors.As(err, &refused) {
+			wait, poke = refusedBackoff, nil
+			n.refused(s, err)
+		}
+		n.lost(s)
+		backoff = min(2*backoff, maxBackoff)
+		t := time.NewTimer(wait)
+		select {
+		case <-t.C:
+		case <-poke:
+		case <-n.ctx.Done():
+		}
+		t.Stop()
+		s.mu.Lock()
+		s.trying = make(chan struct{})
+		s.mu.Unlock()
+	}
+}
+
+func signal(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+// settle ends an attempt: conn is where this node is a member now, or err says
+// why it is not.
+func (s *session) settle(conn network.Conn, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil && s.n.ctx.Err() == nil && (s.err == nil || s.err.Error() != err.Error()) {
+		s.n.log.Warn("not a member of the supernode, trying again", "peer", s.info.ID, "err", err)
+	}
+	s.joined, s.err = conn, err
+	if s.trying != nil {
+		close(s.trying)
+		s.trying = nil
+	}
+}
+
+// ready is Node.Ready.
+func (s *session) ready(ctx context.Context) error {
+	for {
+		s.mu.Lock()
+		conn, trying, err := s.joined, s.trying, s.err
+		s.mu.Unlock()
+		if conn != nil && !conn.IsClosed() {
+			return nil
+		}
+		refused := refusal{}
+		switch {
+		case trying == nil && errors.As(err, &refused):
+			return fmt.Errorf("%w: %w", blockdev.ErrUnavailable, refused.error)
+		case trying == nil && err != nil && s.n.host.Network().Connectedness(s.info.ID) != network.Connected:
+			return fmt.Errorf("%w: %w", blockdev.ErrUnavailable, err)
+		case trying == nil:
+			// Connected, and not joined yet on that connection.
+			signal(s.poke)
+			trying = s.next()
+		}
+		select {
+		case <-trying:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-s.n.ctx.Done():
+			return fmt.Errorf("this node is stopping: %w", blockdev.ErrUnavailable)
+		}
+	}
+}
+
+// next returns a channel that is closed at the end of the attempt that is under
+// way, or after a moment if there is none.
+func (s *session) next() chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.trying != nil {
+		return s.trying
+	}
+	ch := make(chan struct{})
+	time.AfterFunc(minBackoff, func() { close(ch) })
+	return ch
+}
+
+// join makes an attempt.
+func (s *session) join() (_ network.Stream, _ *bufio.Reader, lease time.Duration, err error) {
+	ctx, cancel := context.WithTimeout(s.n.ctx, joinTimeout)
+	defer cancel()
+	h := s.n.host
+	// libp2p keeps off a peer for 5 s and more after a failed dial; there is a
+	// back-off here.
+	if nw, ok := h.Network().(interface{ Backoff() *swarm.DialBackoff }); ok {
+		nw.Backoff().Clear(s.info.ID)
+	}
+	if err := h.Connect(ctx, s.info); err != nil && h.Network().Connectedness(s.info.ID) != network.Connected {
+		return nil, nil, 0, fmt.Errorf("cannot connect to %v: %w", s.info.Addrs, err)
+	}
+	token, err := s.n.cfg.Token()
+	if err != nil {
+		return nil, nil, 0, refusal{err}
+	}
+	st, err := h.NewStream(network.WithNoDial(ctx, "connected before"), s.info.ID, Protocol)
+	if err != nil {
+		return nil, nil, 0, fmt.Errorf("join: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			_ = st.Reset()
+		}
+	}()
+	deadline, _ := ctx.Deadline()
+	if err := st.SetDeadline(deadline); err != nil {
+		return nil, nil, 0, err
+	}
+	hello := &wire.Hello{Token: token, Instance: s.n.instance[:], Zone: s.n.cfg.Zone, Rack: s.n.cfg.Rack,
+		MaxUpload: uint64(s.n.cfg.MaxUpload), Addrs: listening(h.Addrs())}
+	if err := write(st, &wire.MemberRequest{Part: &wire.MemberRequest_Hello{Hello: hello}}); err != nil {
+		return nil, nil, 0, fmt.Errorf("join: %w", err)
+	}
+	r := bufio.NewReader(st)
+	ev, err := read(r)
+	if err != nil {
+		return nil, nil, 0, fmt.Errorf("join: %w", err)
+	}
+	switch p := ev.Part.(type) {
+	case *wire.MemberEvent_Welcome:
+		return st, r, time.Duration(p.Welcome.LeaseMs) * time.Millisecond, nil
+	case *wire.MemberEvent_Error:
+		return nil, nil, 0, refusal{p.Error.Err()}
+	}
+	return nil, nil, 0, fmt.Errorf("join: the supernode answers with something else: %w", blockdev.ErrCorrupt)
+}
+
+// stay is a member until the stream ends. Both ends say something within each
+// lease.
+func (s *session) stay(st network.Stream, r *bufio.Reader, lease time.Duration) error {
+	s.mu.Lock()
+	clear(s.groups)
+	s.who = nil
+	s.mu.Unlock()
+	s.settle(st.Conn(), nil)
+	s.n.log.Info("joined the supernode", "peer", s.info.ID, "lease", lease)
+	s.n.arrived(s)
+
+	done := make(chan struct{})
+	written := make(chan struct{})
+	go func() {
+		defer close(written)
+		s.write(st, lease, done)
+	}()
+	err := s.read(st, r, lease)
+	close(done)
+	if s.n.ctx.Err() == nil {
+		_ = st.Reset()
+	}
+	<-written
+	_ = st.Reset()
+	return err
+}
+
+// read takes what the supernode sends.
+func (s *session) read(st network.Stream, r *bufio.Reader, lease time.Duration) error {
+	stop := context.AfterFunc(s.n.ctx, func() { _ = st.SetReadDeadline(time.Now()) })
+	defer stop()
+	for {
+		if err := st.SetReadDeadline(time.Now().Add(lease)); err != nil {
+			return err
+		}
+		if err := s.n.ctx.Err(); err != nil {
+			return err
+		}
+		ev, err := read(r)
+		if err != nil {
+			return fmt.Errorf("the stream broke: %w", err)
+		}
+		switch p := ev.Part.(type) {
+		case *wire.MemberEvent_Error:
+			return refusal{p.Error.Err()}
+		case *wire.MemberEvent_Update:
+			if err := s.n.update(s, p.Update); err != nil {
+				s.n.log.Warn("asking for a group anew", "peer", s.info.ID, "err", err)
+				s.want(blockdev.Digest(p.Update.Group), true)
+			}
+		case *wire.MemberEvent_Refusal:
+			s.n.groupRefused(s, blockdev.Digest(p.Refusal.Group), p.Refusal.Error.Err())
+		case *wire.MemberEvent_Answer:
+			s.n.answer(s, p.Answer)
+		}
+	}
+}
+
+// write sends what want and ask have left, and renews the lease.
+func (s *session) write(st network.Stream, lease time.Duration, done <-chan struct{}) {
+	tick := time.NewTicker(lease / 3)
+	defer tick.Stop()
+	send := func(m *wire.MemberRequest) bool {
+		err := st.SetWriteDeadline(time.Now().Add(lease))
+		if err == nil {
+			err = write(st, m)
+		}
+		if err != nil {
+			_ = st.Reset() // read finds out
+		}
+		return err == nil
+	}
+	for {
+		select {
+		case <-done:
+			if s.n.ctx.Err() != nil {
+				_ = st.SetWriteDeadline(time.Now().Add(goodbyeTimeout))
+				_ = write(st, &wire.MemberRequest{Part: &wire.MemberRequest_Goodbye{Goodbye: &wire.Goodbye{}}})
+				_ = st.Close()
+			}
+			return
+		case <-tick.C:
+			if !send(&wire.MemberRequest{Part: &wire.MemberRequest_Renew{Renew: &wire.Renew{}}}) {
+				return
+			}
+		case <-s.wake:
+			for _, m := range s.pending() {
+				if !send(m) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// want makes the writer join, or leave, a group.
+func (s *session) want(group blockdev.Digest, in bool) {
+	s.mu.Lock()
+	s.groups[group] = in
+	s.mu.Unlock()
+	signal(s.wake)
+}
+
+// ask makes the writer ask who a peer is.
+func (s *session) ask(key wire.Key) {
+	s.mu.Lock()
+	s.who = append(s.who, key)
+	s.mu.Unlock()
+	signal(s.wake)
+}
+
+// pending returns what is to be sent now.
+func (s *session) pending() []*wire.MemberRequest {
+	s.mu.Lock()
+	groups, who := s.groups, s.who
+	s.groups, s.who = map[blockdev.Digest]bool{}, nil
+	s.mu.Unlock()
+	var out []*wire.MemberRequest
+	for id, in := range groups {
+		m := &wire.MemberRequest{Part: &wire.MemberRequest_Leave{Leave: &wire.GroupLeave{Group: id[:]}}}
+		if in {
+			grant, ok := s.n.grant(s, id)
+			if !ok {
+				continue // left, or moved, meanwhile
+			}
+			m.Part = &wire.MemberRequest_Join{Join: &wire.GroupJoin{Group: id[:], Grant: grant}}
+		}
+		out = append(out, m)
+	}
+	for len(who) > 0 {
+		k := min(len(who), wire.MaxWho)
+		var keys []byte
+		for _, key := range who[:k] {
+			keys = append(keys, key[:]...)
+		}
+		who = who[k:]
+		out = append(out, &wire.MemberRequest{Part: &wire.MemberRequest_Who{Who: &wire.Who{Keys: keys}}})
+	}
+	return out
+}
+
+func write(st network.Stream, m *wire.MemberRequest) error {
+	b, err := wire.AppendMessage(nil, m)
+	if err != nil {
+		return err
+	}
+	_, err = st.Write(b)
+	return err
+}
+
+func read(r *bufio.Reader) (*wire.MemberEvent, error) {
+	b, err := wire.ReadFrame(r, wire.MaxMemberEvent, nil)
+	if err != nil {
+		return nil, err
+	}
+	return wire.ParseMemberEvent(b)
+}
+
+// listening returns the addresses to tell, those that other machines can dial
+// first.
+func listening(addrs []ma.Multiaddr) [][]byte {
+	var remote, local [][]byte
+	for _, a := range addrs {
+		na, err := manet.ToNetAddr(a)
+		if err != nil {
+			continue
+		}
+		ap, err := netip.ParseAddrPort(na.String())
+		if err != nil || ap.Port() == 0 || ap.Addr().IsUnspecified() || ap.Addr().IsLinkLocalUnicast() {
+			continue
+		}
+		b := wire.AppendAddr(nil, ap)
+		if ap.Addr().Unmap().IsLoopback() {
+			local = append(local, b)
+		} else {
+			remote = append(remote, b)
+		}
+	}
+	all := append(remote, local...)
+	return all[:min(len(all), wire.MaxAddrs)]
+}

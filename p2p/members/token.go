@@ -1,0 +1,68 @@
+package members
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/shoalfs/shoal/p2p/wire"
+)
+
+// minToken is the length of a token, in bytes, below which it could be guessed.
+const minToken = 16
+
+// maxTokenFile bounds a token file, in bytes.
+const maxTokenFile = 64 << 10
+
+// ReadTokens reads the tokens in a file, one a line; empty lines and lines that
+// begin with # do not count. A file that others than its owner and group may
+// read, that has no token, or a token that is too short or too long, is an error
+// that says what to do.
+func ReadTokens(path string) ([]string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("token file: %w", err)
+	}
+	defer f.Close()
+	fail := func(err error) ([]string, error) { return nil, fmt.Errorf("token file %s: %w", path, err) }
+	st, err := f.Stat()
+	if err != nil {
+		return fail(err)
+	}
+	if perm := st.Mode().Perm(); perm&0o007 != 0 {
+		return fail(fmt.Errorf("mode %04o lets everybody on this machine use it: chmod 600 it", perm))
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxTokenFile+1))
+	if err != nil {
+		return fail(err)
+	}
+	if len(b) > maxTokenFile {
+		return fail(fmt.Errorf("more than %d bytes: this is no file of tokens", maxTokenFile))
+	}
+	var tokens []string
+	lines := bufio.NewScanner(bytes.NewReader(b))
+	lines.Buffer(nil, maxTokenFile+1)
+	for n := 1; lines.Scan(); n++ {
+		t := strings.TrimSpace(lines.Text())
+		switch {
+		case t == "" || t[0] == '#':
+		case len(t) < minToken:
+			return fail(fmt.Errorf("line %d has %d characters: a token has at least %d, such as `openssl rand -hex 32` prints", n, len(t), minToken))
+		case len(t) > wire.MaxToken:
+			return fail(fmt.Errorf("line %d has %d characters: a token has at most %d", n, len(t), wire.MaxToken))
+		default:
+			tokens = append(tokens, t)
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return fail(err)
+	}
+	if len(tokens) == 0 {
+		return fail(errors.New("there is no token in it"))
+	}
+	return tokens, nil
+}
