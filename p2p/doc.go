@@ -6,6 +6,7 @@
 //   - wire: the messages (protobuf), their framing and limits, and error codes
 //   - host: the libp2p host: TCP, TLS 1.3 and yamux, an Ed25519 identity, limits
 //   - route: whom to ask for a chunk (pure: no I/O, no clock)
+//   - members: a node's membership: joining supernodes, groups, who may connect
 //   - exchange: the chunk and the index protocol, server and client
 //
 // # Terms

@@ -124,7 +124,7 @@ func (n *Node) anyJoined() bool {
 
 // refused is called when s has said no: what this node knows from it, it is not to
 // know any more.
-func (n *Node) refused(s *session, err error) {
+func (n *Node) refused(s *session) {
 	n.metrics.refused.Inc()
 	n.mu.Lock()
 	defer n.mu.Unlock()

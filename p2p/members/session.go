@@ -75,6 +75,8 @@ func (s *session) run() {
 		if err == nil {
 			backoff = minBackoff
 			err = s.stay(st, r, lease)
+			s.settle(nil, err)
+			n.lost(s)
 		}
 		if n.ctx.Err() != nil {
 			s.settle(nil, fmt.Errorf("this node is stopping: %w", blockdev.ErrUnavailable))
@@ -84,9 +86,8 @@ func (s *session) run() {
 		wait, poke := backoff/2+rand.N(backoff/2+1), s.poke
 		if refused := (refusal{}); errors.As(err, &refused) {
 			wait, poke = refusedBackoff, nil
-			n.refused(s, err)
+			n.refused(s)
 		}
-		n.lost(s)
 		backoff = min(2*backoff, maxBackoff)
 		t := time.NewTimer(wait)
 		select {
