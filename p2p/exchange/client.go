@@ -23,9 +23,11 @@ type Options struct {
 	Name string
 	// Demand, Prefetch and Images are how many requests of each kind may be
 	// under way: 64, 2, 8. What is above waits here. More than the server's
-	// limits per peer gives busy answers. Two prefetches fill a link; each
-	// further one only puts another window of bytes in front of demand reads.
+	// limits per peer gives busy answers.
 	Demand, Prefetch, Images int
+	// Window bounds the bytes that prefetches have under way. The clients of one
+	// machine share one; nil: this client gets its own.
+	Window *Window
 	// Raw asks for chunks without compression.
 	Raw bool
 	// DemandTimeout and PrefetchTimeout are how long the server may take for
@@ -50,6 +52,9 @@ func (o *Options) setDefaults() {
 	setDefault(&o.ImageTimeout, 20*time.Second)
 	setDefault(&o.DialTimeout, 3*time.Second)
 	setDefault(&o.MaxBackoff, 2*time.Second)
+	if o.Window == nil {
+		o.Window = NewWindow()
+	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
@@ -65,6 +70,7 @@ type Client struct {
 	demand  *lane
 	pre     *lane
 	images  *lane
+	window  *Window
 	zstd    decoder
 	buffers buffers
 }
@@ -84,7 +90,7 @@ func NewClient(h host.Host, info peer.AddrInfo, opts Options) (*Client, error) {
 	if info.ID == h.ID() {
 		return nil, fmt.Errorf("%s %s: that is this machine's own identity", opts.Name, info.ID)
 	}
-	c := &Client{opts: opts, name: opts.Name + " " + info.ID.String()}
+	c := &Client{opts: opts, name: opts.Name + " " + info.ID.String(), window: opts.Window}
 	c.demand = newLane(h, info.ID, ChunkProtocol, opts.Demand)
 	c.pre = newLane(h, info.ID, ChunkProtocol, opts.Prefetch)
 	c.images = newLane(h, info.ID, IndexProtocol, opts.Images)

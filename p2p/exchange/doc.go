@@ -10,6 +10,8 @@
 //     costs one round trip.
 //   - lane: the client's streams of one kind (demand, prefetch, index) with its
 //     own limit, so that no kind waits for another.
+//   - window: the bytes of prefetch that a machine has under way to it. Whatever
+//     is, may stand in front of a demand read.
 //
 // # Invariants
 //

@@ -16,10 +16,6 @@ import (
 func (c *Client) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
 	f := fetch{c: c, lane: c.pre, timeout: c.opts.PrefetchTimeout, deliver: deliver}
 	f.msg = wire.ChunkRequest{Diff: req.Diff[:], AcceptZstd: !c.opts.Raw}
-	if req.Priority == blockdev.Demand {
-		f.lane, f.timeout = c.demand, c.opts.DemandTimeout
-		f.msg.Priority = wire.Priority_PRIORITY_DEMAND
-	}
 	if ctx.Err() != nil {
 		return c.explain(contextError(ctx))
 	}
@@ -27,6 +23,14 @@ func (c *Client) Fetch(ctx context.Context, req blockdev.Request, deliver blockd
 		if ch.Length == 0 || ch.Length > blockdev.MaxChunk {
 			return fmt.Errorf("chunk %s of %d bytes, not 1 to %d: %w", ch.Digest.Hex(), ch.Length, blockdev.MaxChunk, blockdev.ErrCorrupt)
 		}
+	}
+	if req.Priority == blockdev.Demand {
+		f.lane, f.timeout = c.demand, c.opts.DemandTimeout
+		f.msg.Priority = wire.Priority_PRIORITY_DEMAND
+		c.window.demandBegins()
+		defer c.window.demandEnds()
+	} else {
+		f.window = c.window
 	}
 	for f.base = 0; f.base < len(req.Chunks); f.base += wire.MaxDigests {
 		f.chunks = req.Chunks[f.base:min(f.base+wire.MaxDigests, len(req.Chunks))]
@@ -48,8 +52,17 @@ type fetch struct {
 	deliver blockdev.Deliver
 	msg     wire.ChunkRequest
 
+	window *Window // of prefetch; nil: demand
+
 	base   int              // of chunks, in the caller's request
 	chunks []blockdev.Chunk // of the batch
+
+	// The batch on its stream: requests for chunks [next, asked) are under way,
+	// the first of them for [next-seen, ends[0]).
+	next, asked int
+	seen        int   // frames of the first request that have come
+	ends        []int // where each request ends
+	counted     int64 // bytes of chunks that count in the window
 
 	begun   bool // a frame of the batch has come
 	missed  int
@@ -113,11 +126,13 @@ func (f *fetch) exchange(ctx context.Context, st *stream) (err error) {
 			f.lane.drop(st)
 		}
 	}()
-	if err := f.send(ctx, st); err != nil {
-		return err
-	}
-	for next := 0; ; {
-		end, err := f.frame(st, &next)
+	defer f.uncount()
+	f.next, f.asked, f.seen, f.ends = 0, 0, 0, f.ends[:0]
+	for {
+		if err := f.ask(ctx, st); err != nil {
+			return err
+		}
+		end, err := f.frame(st)
 		if err != nil {
 			return err
 		}
@@ -125,21 +140,65 @@ func (f *fetch) exchange(ctx context.Context, st *stream) (err error) {
 			continue
 		}
 		if end.Err != nil {
-			keep = true
+			keep = len(f.ends) == 1 // else more is on its way
 			return end.Err.Err()
 		}
-		if next < len(f.chunks) {
-			return fmt.Errorf("answer ends after %d of %d chunks: %w", next, len(f.chunks), blockdev.ErrCorrupt)
+		if f.next < f.ends[0] {
+			return fmt.Errorf("answer ends after %d of %d chunks: %w", f.seen, f.seen+f.ends[0]-f.next, blockdev.ErrCorrupt)
 		}
-		keep = true
-		return nil
+		f.seen = 0
+		f.ends = append(f.ends[:0], f.ends[1:]...)
+		if f.next == len(f.chunks) {
+			keep = true
+			return nil
+		}
 	}
 }
 
-func (f *fetch) send(ctx context.Context, st *stream) error {
+// maxPipeline is how many requests of one batch may be under way.
+const maxPipeline = 8
+
+// ask sends requests: a demand read's for all chunks, prefetch's for as many as
+// the window has room for, and waits for that room only if nothing is under way.
+func (f *fetch) ask(ctx context.Context, st *stream) error {
+	for f.asked < len(f.chunks) && len(f.ends) < maxPipeline {
+		end := len(f.chunks)
+		if f.window != nil {
+			var n int64
+			end = f.asked
+			for share := f.window.share(); end < len(f.chunks) && n < share; end++ {
+				n += int64(f.chunks[end].Length)
+			}
+			if len(f.ends) > 0 {
+				if !f.window.try(n) {
+					return nil
+				}
+			} else if err := f.window.acquire(ctx, n); err != nil {
+				return err
+			}
+			f.counted += n
+		}
+		if err := f.send(ctx, st, f.chunks[f.asked:end]); err != nil {
+			return err
+		}
+		f.asked = end
+		f.ends = append(f.ends, end)
+	}
+	return nil
+}
+
+// uncount gives back to the window what has not come.
+func (f *fetch) uncount() {
+	if f.counted > 0 {
+		f.window.release(f.counted)
+		f.counted = 0
+	}
+}
+
+func (f *fetch) send(ctx context.Context, st *stream, chunks []blockdev.Chunk) error {
 	f.msg.Digests = f.msg.Digests[:0]
-	for i := range f.chunks {
-		f.msg.Digests = append(f.msg.Digests, f.chunks[i].Digest[:]...)
+	for i := range chunks {
+		f.msg.Digests = append(f.msg.Digests, chunks[i].Digest[:]...)
 	}
 	f.msg.TimeoutMs = 0
 	if t, ok := ctx.Deadline(); ok {
@@ -158,17 +217,17 @@ func (f *fetch) send(ctx context.Context, st *stream) error {
 	return err
 }
 
-// frame takes one frame, which must be for chunk next or the end; the end is
-// returned.
-func (f *fetch) frame(st *stream, next *int) (end *wire.Frame, err error) {
+// frame takes one frame, which must be for the next chunk of the first request
+// under way, or that request's end, which is returned.
+func (f *fetch) frame(st *stream) (end *wire.Frame, err error) {
 	if err := st.wait.renew(st.SetReadDeadline); err != nil {
 		return nil, err
 	}
 	// The longest frame that is expected here, not the longest there is, so
 	// that a lie costs nothing.
 	n := 0
-	if *next < len(f.chunks) {
-		n = int(f.chunks[*next].Length)
+	if f.next < f.ends[0] {
+		n = int(f.chunks[f.next].Length)
 	}
 	buf := f.c.buffers.get(n + frameOverhead)
 	defer f.c.buffers.put(buf)
@@ -184,11 +243,16 @@ func (f *fetch) frame(st *stream, next *int) (end *wire.Frame, err error) {
 	if fr.End {
 		return &fr, nil
 	}
-	if *next >= len(f.chunks) || fr.Index != *next {
-		return nil, fmt.Errorf("frame for chunk %d where %d is next of %d: %w", fr.Index, *next, len(f.chunks), blockdev.ErrCorrupt)
+	if f.next >= f.ends[0] || fr.Index != f.seen {
+		return nil, fmt.Errorf("frame for chunk %d where %d is next of %d: %w", fr.Index, f.seen, f.seen+f.ends[0]-f.next, blockdev.ErrCorrupt)
 	}
-	chunk := &f.chunks[*next]
-	*next++
+	i := f.next
+	f.next++
+	f.seen++
+	if f.window != nil {
+		f.window.arrived(int64(n))
+		f.counted -= int64(n)
+	}
 	if fr.Err != nil {
 		f.missed++
 		if f.missing == nil {
@@ -196,7 +260,7 @@ func (f *fetch) frame(st *stream, next *int) (end *wire.Frame, err error) {
 		}
 		return nil, nil
 	}
-	return nil, f.take(*next-1, chunk, &fr)
+	return nil, f.take(i, &f.chunks[i], &fr)
 }
 
 // frameOverhead is more than the fields around a chunk's data take;
