@@ -20,4 +20,7 @@ var (
 	ErrCorrupt = errors.New("corrupt data")
 	// ErrNoSpace: the disk, or the byte quota, is full.
 	ErrNoSpace = errors.New("no space left")
+	// ErrQuarantined: the index of a diff was found not to be that of its DiffID
+	// once all bytes were there. Nothing new is to read through it.
+	ErrQuarantined = errors.New("quarantined")
 )

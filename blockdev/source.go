@@ -19,8 +19,9 @@ type Request struct {
 	Diff Digest
 	// Priority orders requests where they compete.
 	Priority Priority
-	// Chunks are wanted, in this order of preference. The callee does not keep
-	// the slice.
+	// Chunks are wanted, in this order of preference. Pieces of the header stream
+	// are asked for as chunks, too; their Offset lies behind the diff. The callee
+	// does not keep the slice.
 	Chunks []Chunk
 }
 

@@ -18,7 +18,8 @@ type Data interface {
 	// is there already is no error. It does not keep the slice.
 	Add(ctx context.Context, encodedIndex []byte) (blockdev.Digest, error)
 	// Mount mounts the diff's block image, unless it is mounted, and returns the
-	// absolute path of the mount.
+	// absolute path of the mount. One that is known to be wrong is refused with
+	// blockdev.ErrQuarantined, mounted or not.
 	Mount(ctx context.Context, diffID blockdev.Digest) (dir string, err error)
 	// Remove unmounts the diff, stops its prefetch and frees its bytes. Removing a
 	// diff that is not there is no error.
@@ -41,7 +42,8 @@ type LocalSize interface {
 }
 
 // PrefetchWaiter is an optional part of Data, needed for LabelPrefetch:
-// PrefetchWait returns nil when every byte of the diff is local and verified.
+// PrefetchWait returns nil when every byte of the diff is local and verified, and
+// shown to be what the DiffID says.
 type PrefetchWaiter interface {
 	PrefetchWait(ctx context.Context, diffID blockdev.Digest) error
 }

@@ -285,6 +285,8 @@ func classify(err error) error {
 		return err
 	case errors.Is(err, blockdev.ErrNoSpace):
 		return fmt.Errorf("%w: %w", errdefs.ErrResourceExhausted, err)
+	case errors.Is(err, blockdev.ErrQuarantined):
+		return fmt.Errorf("%w: %w", errdefs.ErrFailedPrecondition, err)
 	case errors.Is(err, blockdev.ErrCorrupt):
 		return fmt.Errorf("%w: %w", errdefs.ErrDataLoss, err)
 	case errors.Is(err, blockdev.ErrUnavailable), errors.Is(err, blockdev.ErrNotFound), errors.Is(err, io.EOF):

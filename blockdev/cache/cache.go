@@ -30,6 +30,8 @@ type Cache struct {
 	boot [16]byte
 	lock *os.File
 
+	quarantine *quarantine
+
 	gate       gate
 	demand     *semaphore.Weighted // bytes of demand requests
 	window     chan struct{}       // one element for each prefetch request
@@ -67,7 +69,7 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 		}
 		cfg.bootID = string(b)
 	}
-	for _, dir := range []string{cfg.Root, filepath.Join(cfg.Root, diffsDir), filepath.Join(cfg.Root, tmpDir)} {
+	for _, dir := range []string{cfg.Root, filepath.Join(cfg.Root, diffsDir), filepath.Join(cfg.Root, tmpDir), filepath.Join(cfg.Root, quarantineDir)} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("cache: %w", err)
 		}
@@ -85,6 +87,10 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 		busy:   make(map[blockdev.Digest]chan struct{}),
 	}
 	c.publish()
+	c.quarantine, err = openQuarantine(filepath.Join(cfg.Root, quarantineDir), c.tmpName, cfg.Log)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("cache %s: %w", cfg.Root, err), lock.Close())
+	}
 	if err := c.findDiffs(ctx); err != nil {
 		for _, d := range c.diffs {
 			err = errors.Join(err, d.closeFiles())
@@ -230,7 +236,8 @@ func (c *Cache) reserve(ctx context.Context, id blockdev.Digest) (*Diff, func(),
 
 // Add makes a diff from its encoded index, or returns the one that is there. It
 // fails with blockdev.ErrCorrupt or blockdev.ErrUnsupported if the index does not
-// parse, and with blockdev.ErrNoSpace.
+// parse, with blockdev.ErrQuarantined if it is known not to be that of its DiffID,
+// and with blockdev.ErrNoSpace.
 func (c *Cache) Add(ctx context.Context, encodedIndex []byte) (*Diff, error) {
 	ix, err := c.cfg.decode(encodedIndex)
 	if err != nil {
@@ -245,7 +252,13 @@ func (c *Cache) Add(ctx context.Context, encodedIndex []byte) (*Diff, error) {
 		return nil, fmt.Errorf("add diff %v: %w", ix.DiffID, err)
 	}
 	defer release()
+	if c.quarantine.has(ix.DiffID, blockdev.Sum(encodedIndex)) {
+		return nil, fmt.Errorf("add diff: %w", c.quarantine.why(ix.DiffID))
+	}
 	if d != nil {
+		if err := d.Distrust(); err != nil {
+			return nil, fmt.Errorf("add diff: %w", err)
+		}
 		return d, nil
 	}
 	if d, err = c.create(encodedIndex, ix, tab); err != nil {

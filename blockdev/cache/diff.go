@@ -46,12 +46,16 @@ type Diff struct {
 	pres *presence
 	size int64 // of the data file
 
+	heads headers
+
 	data, bitmap *os.File
 	complete     atomic.Bool
-	bitmapBad    atomic.Bool // logged that the bitmap cannot be written
+	proof        atomic.Int32 // a ProofState
+	bitmapBad    atomic.Bool  // logged that the bitmap cannot be written
 
 	syncing     chan struct{} // token: one sync at a time
 	prefetching chan struct{} // token: one prefetch at a time
+	proving     chan struct{} // token: one proof at a time
 
 	// life ends with Remove or Close. It is kept here because flights belong to
 	// the diff and to no caller.
@@ -109,11 +113,12 @@ type Stat struct {
 	// Chunks and Bytes of the diff, and how many of these are present.
 	Chunks, ChunksPresent int
 	Bytes, BytesPresent   int64
+	Proof                 ProofState
 }
 
 // Stat returns the state of the diff.
 func (d *Diff) Stat() Stat {
-	s := Stat{ID: d.id, Complete: d.Complete(), Chunks: d.tab.len(), Bytes: d.tab.size}
+	s := Stat{ID: d.id, Complete: d.Complete(), Chunks: d.tab.len(), Bytes: d.tab.size, Proof: d.Proof()}
 	s.ChunksPresent, s.BytesPresent, _ = d.pres.counts()
 	return s
 }
@@ -197,8 +202,8 @@ func (c *Cache) openDiff(dir string, id blockdev.Digest) (*Diff, error) {
 func (c *Cache) newDiff(dir string, sum blockdev.Digest, ix *blockdev.Index, tab *table) (*Diff, error) {
 	d := &Diff{
 		c: c, id: ix.DiffID, sum: sum, dir: dir,
-		tab: tab, pres: newPresence(ix.DiffID, tab), size: roundUp(tab.size),
-		syncing: make(chan struct{}, 1), prefetching: make(chan struct{}, 1),
+		tab: tab, pres: newPresence(ix.DiffID, tab), size: roundUp(tab.size), heads: newHeaders(ix),
+		syncing: make(chan struct{}, 1), prefetching: make(chan struct{}, 1), proving: make(chan struct{}, 1),
 		flights: make(map[int]*flight),
 	}
 	if err := d.openFiles(ix); err != nil {
@@ -209,6 +214,7 @@ func (c *Cache) newDiff(dir string, sum blockdev.Digest, ix *blockdev.Index, tab
 		}
 		return nil, err
 	}
+	d.loadProof()
 	d.life, d.kill = context.WithCancelCause(context.Background())
 	return d, nil
 }

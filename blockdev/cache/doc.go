@@ -10,6 +10,9 @@
 //	    meta                   EROFS image (Index.Meta): device 0 of the block image
 //	    data                   the masked diff, sparse, with zeros up to a multiple of 4096 bytes
 //	    bitmap                 which chunks are present (format: bitmap.go)
+//	    headers                pieces of the header stream, as far as fetched (headers.go)
+//	    proof                  that the index is proven (quarantine.go)
+//	Root/quarantine/<DiffID hex>  that an index of this diff failed its proof
 //
 // A diff appears by a rename out of tmp and goes by a rename into it, so a crash
 // leaves a whole diff or none.
@@ -27,6 +30,11 @@
 //     readers wait for the same flight.
 //   - complete: every chunk present, checked and synced, and the bitmap says so
 //     durably.
+//   - proven: the index has been shown to be that of its DiffID, from the bytes
+//     of the complete diff (package proof). It says nothing of the bytes, which
+//     may be damaged or evicted later; that the digests are the right ones stays so.
+//   - quarantined: that proof has failed. The diff stays, for who reads it
+//     already; its index is refused from then on.
 //
 // # Invariants
 //

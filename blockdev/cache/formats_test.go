@@ -3,6 +3,7 @@ package cache
 import (
 	"bytes"
 	"encoding/hex"
+	"encoding/json"
 	"os"
 	"regexp"
 	"strconv"
@@ -55,5 +56,26 @@ func TestFormatsPage(t *testing.T) {
 	newRecordCodec(want.diffID).put(again[headerSize:], 0, rec)
 	if !bytes.Equal(again, file) {
 		t.Errorf("written anew the example is\n%s", hex.Dump(again))
+	}
+}
+
+// TestFormatsPageProof does so for the example of a proof record.
+func TestFormatsPageProof(t *testing.T) {
+	page, err := os.ReadFile("../../docs/formats.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := regexp.MustCompile("(?s)```proof-example\n(.*?)\n```").FindSubmatch(page)
+	if m == nil {
+		t.Fatal("docs/formats.md has no example of a proof record")
+	}
+	id := blockdev.Digest(bytes.Repeat([]byte{0xee}, 32))
+	rec, err := decodeProof(m[1], id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := json.Marshal(rec)
+	if err != nil || !bytes.Equal(again, m[1]) {
+		t.Errorf("written anew the example is %s, %v", again, err)
 	}
 }

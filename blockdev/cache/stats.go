@@ -23,10 +23,13 @@ type Stats struct {
 	// CorruptChunks came from the Source with wrong bytes; DamagedChunks turned
 	// out to be wrong or unreadable on this disk.
 	CorruptChunks, DamagedChunks int64
+	// Proven indexes were shown to be those of their DiffIDs, Quarantined ones
+	// not to be.
+	Proven, Quarantined int64
 }
 
 type counters struct {
-	demand, prefetch, copied, missed, failed, waited, corrupt, damaged atomic.Int64
+	demand, prefetch, copied, missed, failed, waited, corrupt, damaged, proven, quarantined atomic.Int64
 }
 
 func (n *counters) fetched(prio blockdev.Priority, bytes int) {
@@ -44,6 +47,7 @@ func (c *Cache) Stats() Stats {
 		DemandBytes: n.demand.Load(), PrefetchBytes: n.prefetch.Load(), CopiedBytes: n.copied.Load(),
 		Missed: n.missed.Load(), Failed: n.failed.Load(), Waited: time.Duration(n.waited.Load()),
 		CorruptChunks: n.corrupt.Load(), DamagedChunks: n.damaged.Load(),
+		Proven: n.proven.Load(), Quarantined: n.quarantined.Load(),
 	}
 }
 

@@ -13,11 +13,9 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
-	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
-	"github.com/shoalfs/shoal/blockdev/erofs"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/mount"
 )
@@ -53,31 +51,28 @@ func needRoot(t testing.TB) {
 	}
 }
 
-// layer is a diff with a block image that shows all of it as one file, "file".
+// layer is a layer with one file, "file".
 type layer struct {
+	*blockdevtest.Layer
 	id      blockdev.Digest
 	index   *blockdev.Index
 	encoded []byte
-	data    []byte
+	data    []byte // the masked diff
+	content []byte // of the file
 }
 
 func newLayer(t testing.TB, seed uint64, size int) *layer {
 	t.Helper()
-	ix, data := blockdevtest.Diff(seed, size&^511)
-	var meta bytes.Buffer
-	n := int64(len(data))
-	err := erofs.Write(&meta, &erofs.Inode{Mode: unix.S_IFDIR | 0o755, Children: []erofs.Dirent{
-		{Name: "file", Inode: &erofs.Inode{Mode: unix.S_IFREG | 0o644, Size: n, Extents: []erofs.Extent{{Length: n}}}},
-	}}, n)
+	content := blockdevtest.Bytes(seed, size)
+	l, err := blockdevtest.NewLayer(blockdevtest.File{Name: "file", Data: content})
 	if err != nil {
 		t.Fatal(err)
 	}
-	ix.Meta = meta.Bytes()
-	enc, err := index.Encode(ix)
+	enc, err := index.Encode(l.Index)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &layer{ix.DiffID, ix, enc, data}
+	return &layer{l, l.Index.DiffID, l.Index, enc, l.Masked, content}
 }
 
 // source is a Source that can be turned off.
@@ -160,7 +155,7 @@ func (n *node) restart() {
 
 func (n *node) add(l *layer) {
 	n.t.Helper()
-	n.src.PutDiff(l.index, l.data)
+	n.src.PutLayer(l.Layer)
 	id, err := n.Add(context.Background(), l.encoded)
 	if err != nil || id != l.id {
 		n.t.Fatalf("add: %v, %v", id, err)
@@ -188,7 +183,7 @@ func (n *node) stat(l *layer) Stat {
 func (n *node) check(l *layer, dir string) {
 	n.t.Helper()
 	got, err := os.ReadFile(filepath.Join(dir, "file"))
-	if err != nil || !bytes.Equal(got, l.data) {
+	if err != nil || !bytes.Equal(got, l.content) {
 		n.t.Fatalf("file in %s: %d bytes, %v, or other bytes", dir, len(got), err)
 	}
 }
@@ -197,7 +192,7 @@ func (n *node) check(l *layer, dir string) {
 func (n *node) checkPart(l *layer, f *os.File, off int64, size int) {
 	n.t.Helper()
 	buf := make([]byte, size)
-	if _, err := f.ReadAt(buf, off); err != nil && err != io.EOF || !bytes.Equal(buf, l.data[off:off+int64(size)]) {
+	if _, err := f.ReadAt(buf, off); err != nil && err != io.EOF || !bytes.Equal(buf, l.content[off:off+int64(size)]) {
 		n.t.Fatalf("read at %d: %v, or other bytes", off, err)
 	}
 }

@@ -51,10 +51,10 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 		cfg:   cfg,
 		root:  root,
 		cache: c,
-		queue: newQueue(cfg.Log, cfg.PrefetchDiffs),
 		vols:  make(map[blockdev.Digest]*volume),
 		names: make(map[string]blockdev.Digest),
 	}
+	m.queue, m.proofs = m.newPrefetchQueue(), m.newProofQueue()
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
@@ -77,6 +77,11 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 		// asked for. The others are not to suffer.
 		if _, err := m.Mount(ctx, v.id); err != nil {
 			cfg.Log.Error("a diff that was mounted before cannot be mounted again", "diff", v.id, "error", err)
+		}
+	}
+	for _, v := range m.vols { // nobody else knows of m yet
+		if v.diff.Complete() {
+			m.prove(v)
 		}
 	}
 	return m, m.sweep()
@@ -252,6 +257,7 @@ func (m *Manager) Close() error {
 	}
 	m.mu.Unlock()
 	m.queue.close(vols)
+	m.proofs.close(vols)
 	if m.stop != nil {
 		m.stop()
 		<-m.serveDone

@@ -8,9 +8,10 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache"
 )
 
-// PrefetchState is what the queue does with a diff.
+// PrefetchState is what the prefetch queue does with a diff.
 type PrefetchState uint8
 
 // A diff is Idle before it has been asked for, and when it is complete.
@@ -32,10 +33,11 @@ const (
 	lastRetry  = 5 * time.Minute
 )
 
-// fetchState is the queue's note on one volume.
+// fetchState is a queue's note on one volume.
 type fetchState struct {
 	state   PrefetchState
 	barred  bool // being removed: not to be queued again
+	hurry   bool // somebody waits for it
 	failed  int  // attempts in a row
 	timer   *time.Timer
 	cancel  context.CancelFunc // of the attempt that runs
@@ -48,8 +50,26 @@ type attempt struct {
 	err  error // set before done is closed
 }
 
-// queue prefetches volumes in the order in which they came, a few at a time.
+// task is what a queue does with its volumes.
+type task struct {
+	name string // for log lines
+	// note is where a volume keeps this queue's state.
+	note func(*volume) *fetchState
+	// do is one attempt. hurry: somebody waits for it.
+	do func(ctx context.Context, v *volume, hurry bool) error
+	// hold says that only what somebody waits for may start now. It is called
+	// with the queue's lock held.
+	hold func() bool
+	// final says of an error that there is to be no next attempt.
+	final func(err error) bool
+	// ended is called after each attempt, without the lock.
+	ended func(v *volume, err error)
+}
+
+// queue does its task with volumes in the order in which they came, a few at a
+// time.
 type queue struct {
+	task
 	log   *slog.Logger
 	most  int
 	ctx   context.Context // ends with the queue: it is the queue's life, not a caller's
@@ -62,9 +82,26 @@ type queue struct {
 	running int
 }
 
-func newQueue(log *slog.Logger, most int) *queue {
+func newQueue(log *slog.Logger, most int, t task) *queue {
 	ctx, end := context.WithCancel(context.Background())
-	return &queue{log: log, most: most, ctx: ctx, end: end}
+	return &queue{task: t, log: log, most: most, ctx: ctx, end: end}
+}
+
+// newPrefetchQueue makes the queue that fetches diffs.
+func (m *Manager) newPrefetchQueue() *queue {
+	return newQueue(m.cfg.Log, m.cfg.PrefetchDiffs, task{
+		name:  "prefetch",
+		note:  func(v *volume) *fetchState { return &v.fetch },
+		do:    func(ctx context.Context, v *volume, _ bool) error { return v.diff.Prefetch(ctx) },
+		hold:  func() bool { return false },
+		final: func(error) bool { return false },
+		ended: func(v *volume, err error) {
+			if err == nil {
+				m.prove(v)
+			}
+			m.proofs.kick() // they wait until nothing is being fetched
+		},
+	})
 }
 
 // errRemoved ends an attempt whose diff is being removed.
@@ -75,29 +112,45 @@ var errRemoved = errors.New("the diff is being removed")
 func (q *queue) add(v *volume, front bool) (*attempt, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	f := q.note(v)
 	switch {
 	case q.closed:
 		return nil, errClosed
-	case v.fetch.barred:
+	case f.barred:
 		return nil, errRemoved
-	case v.fetch.state == Running:
-		return v.fetch.attempt, nil
-	case v.fetch.state == Queued && !front:
-		return v.fetch.attempt, nil
-	case v.fetch.state == Queued:
+	case f.state == Running:
+		return f.attempt, nil
+	case f.state == Queued && !front:
+		return f.attempt, nil
+	case f.state == Queued:
 		q.unline(v)
 	default: // Idle, or Waiting for a time that somebody now does not want to wait for
 		q.stopTimer(v)
-		v.fetch.attempt = &attempt{done: make(chan struct{})}
+		f.attempt = &attempt{done: make(chan struct{})}
 	}
-	v.fetch.state = Queued
+	f.state = Queued
 	if front {
+		f.hurry = true
 		q.line = append([]*volume{v}, q.line...)
 	} else {
 		q.line = append(q.line, v)
 	}
 	q.next()
-	return v.fetch.attempt, nil
+	return f.attempt, nil
+}
+
+// kick has the queue look whether it may go on.
+func (q *queue) kick() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.next()
+}
+
+// busy says whether anything is running or about to.
+func (q *queue) busy() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.running > 0 || len(q.line) > 0
 }
 
 func (q *queue) unline(v *volume) {
@@ -110,9 +163,9 @@ func (q *queue) unline(v *volume) {
 }
 
 func (q *queue) stopTimer(v *volume) {
-	if v.fetch.timer != nil {
-		v.fetch.timer.Stop()
-		v.fetch.timer = nil
+	if f := q.note(v); f.timer != nil {
+		f.timer.Stop()
+		f.timer = nil
 	}
 }
 
@@ -120,37 +173,50 @@ func (q *queue) stopTimer(v *volume) {
 func (q *queue) next() {
 	for q.running < q.most && len(q.line) > 0 && !q.closed {
 		v := q.line[0]
+		f := q.note(v)
+		if !f.hurry && q.hold() {
+			return
+		}
 		q.line = q.line[1:]
 		q.running++
 		ctx, cancel := context.WithCancel(q.ctx)
-		v.fetch.state, v.fetch.cancel = Running, cancel
+		f.state, f.cancel = Running, cancel
+		hurry := f.hurry
 		q.tasks.Go(func() {
 			defer cancel()
-			q.finish(v, v.diff.Prefetch(ctx))
+			q.finish(v, q.do(ctx, v, hurry))
 		})
 	}
 }
 
 // finish notes how an attempt ended, and plans the next one if it failed.
 func (q *queue) finish(v *volume, err error) {
+	q.settle(v, err)
+	q.ended(v, err)
+}
+
+func (q *queue) settle(v *volume, err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.running--
-	a := v.fetch.attempt
-	v.fetch.state, v.fetch.cancel, v.fetch.attempt = Idle, nil, nil
+	f := q.note(v)
+	a := f.attempt
+	f.state, f.cancel, f.attempt, f.hurry = Idle, nil, nil, false
 	switch {
 	case err == nil:
-		v.fetch.failed = 0
-	case v.fetch.barred:
+		f.failed = 0
+	case f.barred:
 		err = errRemoved
 	case q.closed:
 		err = errClosed
+	case q.final(err):
+		f.failed = 0
 	default:
-		wait := min(firstRetry<<min(v.fetch.failed, 20), lastRetry)
-		v.fetch.failed++
-		v.fetch.state = Waiting
-		v.fetch.timer = time.AfterFunc(wait, func() { q.again(v) })
-		q.log.Warn("prefetch failed", "diff", v.id, "error", err, "next", wait)
+		wait := min(firstRetry<<min(f.failed, 20), lastRetry)
+		f.failed++
+		f.state = Waiting
+		f.timer = time.AfterFunc(wait, func() { q.again(v) })
+		q.log.Warn(q.name+" failed", "diff", v.id, "error", err, "next", wait)
 	}
 	a.err = err
 	close(a.done)
@@ -160,7 +226,8 @@ func (q *queue) finish(v *volume, err error) {
 // again is what a timer does.
 func (q *queue) again(v *volume) {
 	q.mu.Lock()
-	waits := v.fetch.state == Waiting && v.fetch.timer != nil
+	f := q.note(v)
+	waits := f.state == Waiting && f.timer != nil
 	q.mu.Unlock()
 	if waits {
 		// It may have been added, barred or closed since; add knows.
@@ -172,20 +239,22 @@ func (q *queue) again(v *volume) {
 // to end. If ctx ends before, the volume is let in again.
 func (q *queue) drop(ctx context.Context, v *volume) error {
 	q.mu.Lock()
-	v.fetch.barred = true
+	f := q.note(v)
+	f.barred = true
 	q.stopTimer(v)
-	a := v.fetch.attempt
-	switch v.fetch.state {
+	a := f.attempt
+	switch f.state {
 	case Queued:
 		q.unline(v)
-		v.fetch.state, v.fetch.attempt = Idle, nil
+		f.state, f.attempt, f.hurry = Idle, nil, false
 		a.err = errRemoved
 		close(a.done)
 		a = nil
+		q.next() // it may have held up the others
 	case Running:
-		v.fetch.cancel()
+		f.cancel()
 	default:
-		v.fetch.state = Idle
+		f.state = Idle
 	}
 	q.mu.Unlock()
 	if a == nil {
@@ -204,13 +273,13 @@ func (q *queue) drop(ctx context.Context, v *volume) error {
 func (q *queue) allow(v *volume) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	v.fetch.barred = false
+	q.note(v).barred = false
 }
 
 func (q *queue) state(v *volume) PrefetchState {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return v.fetch.state
+	return q.note(v).state
 }
 
 // close ends everything and waits for it.
@@ -221,8 +290,9 @@ func (q *queue) close(all []*volume) {
 		q.stopTimer(v)
 	}
 	for _, v := range q.line {
-		a := v.fetch.attempt
-		v.fetch.state, v.fetch.attempt = Idle, nil
+		f := q.note(v)
+		a := f.attempt
+		f.state, f.attempt, f.hurry = Idle, nil, false
 		a.err = errClosed
 		close(a.done)
 	}
@@ -252,10 +322,11 @@ func (m *Manager) Prefetch(ids ...blockdev.Digest) {
 const progressInterval = 200 * time.Millisecond
 
 // PrefetchWait prefetches one diff before all that are queued, and returns when
-// every byte of it is on this node, verified and synced. While it waits it calls
-// progress (which may be nil) a few times a second, and once at the end, with
-// the bytes that are here and all there are. If the attempt fails it returns the
-// cause at once; the queue goes on trying. If ctx ends, the prefetch goes on.
+// every byte of it is on this node, verified and synced, and its index is proven.
+// While it waits it calls progress (which may be nil) a few times a second, and
+// once before the proof, with the bytes that are here and all there are. If an
+// attempt fails it returns the cause at once, and the queue goes on trying, but
+// for one that wraps blockdev.ErrQuarantined. If ctx ends, the prefetch goes on.
 func (m *Manager) PrefetchWait(ctx context.Context, id blockdev.Digest, progress func(local, total int64)) error {
 	v, err := m.volume(id)
 	if err != nil {
@@ -267,27 +338,40 @@ func (m *Manager) PrefetchWait(ctx context.Context, id blockdev.Digest, progress
 			progress(s.BytesPresent, s.Bytes)
 		}
 	}
-	if !v.diff.Complete() {
-		a, err := m.queue.add(v, true)
-		if err != nil {
-			return err
-		}
-		tick := time.NewTicker(progressInterval)
-		defer tick.Stop()
-		for done := false; !done; {
-			select {
-			case <-a.done:
-				done = true
-			case <-tick.C:
-				report()
-			case <-ctx.Done():
-				return context.Cause(ctx)
+	for {
+		if !v.diff.Complete() {
+			if err := m.await(ctx, m.queue, v, report); err != nil {
+				return err
 			}
 		}
-		if a.err != nil {
-			return a.err
+		report()
+		if v.diff.Proof() == cache.Proven {
+			return nil
+		}
+		// Damage that the proof finds is fetched again.
+		err := m.await(ctx, m.proofs, v, report)
+		if err != nil && !errors.Is(err, cache.ErrIncomplete) && !errors.Is(err, cache.ErrDamaged) {
+			return err
 		}
 	}
-	report()
-	return nil
+}
+
+// await waits for a queue's next attempt at v, which goes before all others.
+func (m *Manager) await(ctx context.Context, q *queue, v *volume, report func()) error {
+	a, err := q.add(v, true)
+	if err != nil {
+		return err
+	}
+	tick := time.NewTicker(progressInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-a.done:
+			return a.err
+		case <-tick.C:
+			report()
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }

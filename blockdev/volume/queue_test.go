@@ -20,14 +20,32 @@ type fakeDiff struct {
 	fusefs.File
 	name     string
 	prefetch func(context.Context) error
+	prove    func(context.Context, bool) error // nil: it is proven
 }
 
-func (d *fakeDiff) ID() blockdev.Digest                { return blockdev.Sum([]byte(d.name)) }
-func (d *fakeDiff) MetaPath() string                   { return "" }
-func (d *fakeDiff) DataPath() string                   { return "" }
-func (d *fakeDiff) Complete() bool                     { return false }
-func (d *fakeDiff) Stat() cache.Stat                   { return cache.Stat{} }
+func (d *fakeDiff) ID() blockdev.Digest { return blockdev.Sum([]byte(d.name)) }
+func (d *fakeDiff) MetaPath() string    { return "" }
+func (d *fakeDiff) DataPath() string    { return "" }
+func (d *fakeDiff) Complete() bool      { return false }
+func (d *fakeDiff) Stat() cache.Stat    { return cache.Stat{} }
+func (d *fakeDiff) Proof() cache.ProofState {
+	if d.prove == nil {
+		return cache.Proven
+	}
+	return cache.Unproven
+}
+
+func (d *fakeDiff) Prove(ctx context.Context, hurry bool) error { return d.prove(ctx, hurry) }
+
+func (d *fakeDiff) Distrust() error                    { return nil }
 func (d *fakeDiff) Prefetch(ctx context.Context) error { return d.prefetch(ctx) }
+
+// testQueues are queues without anything else of a Manager.
+func testQueues(most int) (prefetches, proofs *queue) {
+	m := &Manager{cfg: Config{Log: slog.New(slog.DiscardHandler), PrefetchDiffs: most}}
+	m.queue, m.proofs = m.newPrefetchQueue(), m.newProofQueue()
+	return m.queue, m.proofs
+}
 
 // script notes which attempts began, and lets each take a second.
 type script struct {
@@ -69,7 +87,7 @@ func (s *script) volume(name string) *volume {
 func TestQueueOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &script{fail: map[string]int{}}
-		q := newQueue(slog.New(slog.DiscardHandler), 2)
+		q, _ := testQueues(2)
 		vols := map[string]*volume{}
 		var waits []*attempt
 		add := func(name string, front bool) {
@@ -110,7 +128,7 @@ func TestQueueOrder(t *testing.T) {
 func TestQueueRepeats(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &script{fail: map[string]int{"a": 3}}
-		q := newQueue(slog.New(slog.DiscardHandler), 1)
+		q, _ := testQueues(1)
 		v := s.volume("a")
 		begin := time.Now()
 		first, err := q.add(v, false)
@@ -134,7 +152,7 @@ func TestQueueRepeats(t *testing.T) {
 func TestQueueDrop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &script{fail: map[string]int{"waiting": 1}}
-		q := newQueue(slog.New(slog.DiscardHandler), 1)
+		q, _ := testQueues(1)
 		waiting, running, queued := s.volume("waiting"), s.volume("running"), s.volume("queued")
 		w, _ := q.add(waiting, false)
 		<-w.done
@@ -177,7 +195,7 @@ func TestQueueDrop(t *testing.T) {
 func TestQueueClose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &script{fail: map[string]int{"waiting": 1}}
-		q := newQueue(slog.New(slog.DiscardHandler), 1)
+		q, _ := testQueues(1)
 		waiting, running, queued := s.volume("waiting"), s.volume("running"), s.volume("queued")
 		w, _ := q.add(waiting, false)
 		<-w.done

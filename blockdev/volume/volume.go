@@ -46,6 +46,9 @@ type diff interface {
 	DataPath() string
 	Complete() bool
 	Prefetch(ctx context.Context) error
+	Prove(ctx context.Context, hurry bool) error
+	Proof() cache.ProofState
+	Distrust() error
 	Stat() cache.Stat
 }
 
@@ -63,7 +66,8 @@ type volume struct {
 	dir  string     // mount point, "" if not mounted
 	lazy bool
 
-	fetch fetchState // guarded by the queue's lock
+	fetch fetchState // guarded by the lock of Manager.queue
+	proof fetchState // guarded by the lock of Manager.proofs
 }
 
 // take waits for the volume's turn. The caller gives it back with give.
@@ -92,10 +96,11 @@ func (v *volume) setMounted(dir string, lazy bool) {
 
 // Manager is a node's volumes.
 type Manager struct {
-	cfg   Config
-	root  string // absolute, without symbolic links
-	cache *cache.Cache
-	queue *queue
+	cfg    Config
+	root   string // absolute, without symbolic links
+	cache  *cache.Cache
+	queue  *queue // prefetches
+	proofs *queue
 
 	fuse      *os.File
 	server    *fusefs.Server
@@ -169,10 +174,14 @@ func (m *Manager) Has(id blockdev.Digest) bool {
 // Mount mounts a diff, if it is not mounted yet, and returns where: from the
 // local file if the diff is complete, else through FUSE. The error wraps
 // blockdev.ErrNotFound if there is no such diff, blockdev.ErrUnsupported if this
-// kernel cannot mount it.
+// kernel cannot mount it, and blockdev.ErrQuarantined if it is not what its index
+// said: then it may be mounted, for who reads it already.
 func (m *Manager) Mount(ctx context.Context, id blockdev.Digest) (dir string, err error) {
 	v, err := m.volume(id)
 	if err != nil {
+		return "", err
+	}
+	if err := v.diff.Distrust(); err != nil {
 		return "", err
 	}
 	if dir, _, gone := v.mounted(); dir != "" && !gone {
@@ -236,15 +245,16 @@ func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
 	if _, _, gone := v.mounted(); gone {
 		return nil
 	}
-	if err := m.queue.drop(ctx, v); err != nil {
+	if err := m.stopWork(ctx, v); err != nil {
 		return err
 	}
-	if err := m.unmount(v, true); err != nil {
-		m.queue.allow(v)
-		return err
+	err = m.unmount(v, true)
+	if err == nil {
+		err = m.cache.Remove(ctx, id)
 	}
-	if err := m.cache.Remove(ctx, id); err != nil {
+	if err != nil {
 		m.queue.allow(v)
+		m.proofs.allow(v)
 		return err
 	}
 	v.mu.Lock()
@@ -257,6 +267,18 @@ func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
 		if owner == id {
 			delete(m.names, name)
 		}
+	}
+	return nil
+}
+
+// stopWork keeps both queues off a volume, or neither.
+func (m *Manager) stopWork(ctx context.Context, v *volume) error {
+	if err := m.queue.drop(ctx, v); err != nil {
+		return err
+	}
+	if err := m.proofs.drop(ctx, v); err != nil {
+		m.queue.allow(v)
+		return err
 	}
 	return nil
 }
@@ -315,6 +337,8 @@ type Stat struct {
 	Lazy bool
 	// Prefetch is what the queue does with it.
 	Prefetch PrefetchState
+	// Proof says whether its index is proven.
+	Proof cache.ProofState
 }
 
 // Counters returns what the local diffs have counted since Open.
@@ -346,7 +370,7 @@ func (m *Manager) Stat(id blockdev.Digest) (Stat, bool) {
 
 func (m *Manager) stat(v *volume) Stat {
 	d := v.diff.Stat()
-	s := Stat{ID: v.id, Local: d.BytesPresent, Total: d.Bytes, Complete: d.Complete, Prefetch: m.queue.state(v)}
+	s := Stat{ID: v.id, Local: d.BytesPresent, Total: d.Bytes, Complete: d.Complete, Prefetch: m.queue.state(v), Proof: d.Proof}
 	s.Dir, s.Lazy, _ = v.mounted()
 	return s
 }

@@ -110,7 +110,7 @@ func TestMountOnce(t *testing.T) {
 func TestAddRemove(t *testing.T) {
 	n := newNode(t, nil)
 	l := newLayer(t, 3, 256<<10)
-	n.src.PutDiff(l.index, l.data)
+	n.src.PutLayer(l.Layer)
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {

@@ -72,12 +72,18 @@ func layerOf(size, local int64, mount string) control.Layer {
 	return control.Layer{DiffID: "sha256:" + strings.Repeat("ab", 32), Size: size, Local: local, Mount: mount}
 }
 
+func proof(l control.Layer, state string) control.Layer {
+	l.Proof = state
+	return l
+}
+
 func TestStatus(t *testing.T) {
 	d := &fakeDaemon{status: &control.Status{
 		Version: "v1.2", Role: "node", Supernodes: []string{"12D3@10.0.0.1:7700"},
 		Images: []control.Image{
-			{Ref: "docker.io/library/redis:7", Layers: []control.Layer{layerOf(100e6, 100e6, "native"), layerOf(20e6, 20e6, "native")}},
-			{Ref: "r.example.com/app:v2", Layers: []control.Layer{layerOf(2e9, 2e9-1, "lazy"), layerOf(1, 1, "native"), layerOf(0, 0, "")}},
+			{Ref: "docker.io/library/redis:7", Layers: []control.Layer{proof(layerOf(100e6, 100e6, "native"), "proven"), proof(layerOf(20e6, 20e6, "native"), "proven")}},
+			{Ref: "r.example.com/app:v2", Layers: []control.Layer{layerOf(2e9, 2e9-1, "lazy"), proof(layerOf(1, 1, "native"), "proven"), layerOf(0, 0, "")}},
+			{Ref: "r.example.com/bad:v1", Layers: []control.Layer{proof(layerOf(10, 10, "lazy"), "quarantined"), proof(layerOf(1, 1, "native"), "proven")}},
 			{Ref: "r.example.com/empty:1", Layers: []control.Layer{}},
 		},
 	}}
@@ -85,10 +91,11 @@ func TestStatus(t *testing.T) {
 	got, err := shoal(t, "status", "--control", socket)
 	want := `shoal v1.2, node, supernode 12D3@10.0.0.1:7700
 
-IMAGE                      LAYERS  SIZE   LOCAL  MOUNTED
-docker.io/library/redis:7  2       120MB  100%   2 native
-r.example.com/app:v2       3       2GB    99%    1 native, 1 lazy
-r.example.com/empty:1      0       0B     100%   -
+IMAGE                      LAYERS  SIZE   LOCAL  MOUNTED           PROVEN
+docker.io/library/redis:7  2       120MB  100%   2 native          yes
+r.example.com/app:v2       3       2GB    99%    1 native, 1 lazy  1 of 3
+r.example.com/bad:v1       2       11B    100%   1 native, 1 lazy  QUARANTINED
+r.example.com/empty:1      0       0B     100%   -                 yes
 `
 	if err != nil || got != want {
 		t.Errorf("%v, got:\n%s\nwant:\n%s", err, got, want)

@@ -209,6 +209,9 @@ func (d *nodeDaemon) layer(id blockdev.Digest) control.Layer {
 	default:
 		l.Mount = "native"
 	}
+	if s.Proof != cache.Unproven {
+		l.Proof = s.Proof.String()
+	}
 	return l
 }
 
@@ -226,7 +229,11 @@ func (d *nodeDaemon) Prefetch(ctx context.Context, req control.PrefetchRequest, 
 	}
 	for _, l := range im.Layers {
 		report := func(local, total int64) {
-			event(control.Event{Layer: l.Digest.String(), Stage: "fetching", Done: local, Total: total})
+			stage := "fetching"
+			if local == total {
+				stage = "proving"
+			}
+			event(control.Event{Layer: l.Digest.String(), Stage: stage, Done: local, Total: total})
 		}
 		if err := d.vols.PrefetchWait(ctx, l.DiffID, report); err != nil {
 			return fmt.Errorf("layer %s: %w", l.Digest, err)

@@ -22,6 +22,7 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 			return sum
 		})
 	}
+	const proofs, proofsHelp = "shoal_node_proofs_total", "Layers that were hashed and indexed anew once all their bytes were here, by outcome."
 	const fetched, fetchedHelp = "shoal_node_fetched_bytes_total", "Uncompressed bytes that were fetched, read-ahead with demand."
 	return []prometheus.Collector{
 		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "demand"}, func(s cache.Stats) float64 { return float64(s.DemandBytes) }),
@@ -32,14 +33,20 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 		counter("shoal_node_demand_failures_total", "Reads that failed for want of bytes.", nil, func(s cache.Stats) float64 { return float64(s.Failed) }),
 		counter("shoal_node_corrupt_chunks_total", "Chunks that came with wrong bytes and were not used.", nil, func(s cache.Stats) float64 { return float64(s.CorruptChunks) }),
 		counter("shoal_node_damaged_chunks_total", "Chunks that turned out wrong or unreadable on this disk.", nil, func(s cache.Stats) float64 { return float64(s.DamagedChunks) }),
+		counter(proofs, proofsHelp, prometheus.Labels{"outcome": "proven"}, func(s cache.Stats) float64 { return float64(s.Proven) }),
+		counter(proofs, proofsHelp, prometheus.Labels{"outcome": "quarantined"}, func(s cache.Stats) float64 { return float64(s.Quarantined) }),
 		gauge("shoal_node_diffs", "Layers that this node has an index of.", func(volume.Stat) float64 { return 1 }),
 		gauge("shoal_node_diff_bytes", "Bytes of those layers.", func(s volume.Stat) float64 { return float64(s.Total) }),
 		gauge("shoal_node_local_bytes", "Bytes of those layers that are on this node.", func(s volume.Stat) float64 { return float64(s.Local) }),
-		gauge("shoal_node_lazy_mounts", "Layers that are mounted through FUSE.", func(s volume.Stat) float64 {
-			if s.Dir != "" && s.Lazy {
-				return 1
-			}
-			return 0
-		}),
+		gauge("shoal_node_proven_diffs", "Layers that were shown to be what the image config says.", func(s volume.Stat) float64 { return b2f(s.Proof == cache.Proven) }),
+		gauge("shoal_node_quarantined_diffs", "Layers that are not what their index said; images with them are refused.", func(s volume.Stat) float64 { return b2f(s.Proof == cache.Quarantined) }),
+		gauge("shoal_node_lazy_mounts", "Layers that are mounted through FUSE.", func(s volume.Stat) float64 { return b2f(s.Dir != "" && s.Lazy) }),
 	}
+}
+
+func b2f(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
 }

@@ -76,16 +76,26 @@ func writeStatus(w io.Writer, st *control.Status) error {
 		return nil
 	}
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(tw, "IMAGE\tLAYERS\tSIZE\tLOCAL\tMOUNTED")
+	node := st.Role == "node"
+	fmt.Fprint(tw, "IMAGE\tLAYERS\tSIZE\tLOCAL\tMOUNTED")
+	if node {
+		fmt.Fprint(tw, "\tPROVEN")
+	}
+	fmt.Fprintln(tw)
 	for _, im := range st.Images {
 		var size, local int64
-		mounts := map[string]int{}
+		mounts, proofs := map[string]int{}, map[string]int{}
 		for _, l := range im.Layers {
 			size += l.Size
 			local += l.Local
 			mounts[l.Mount]++
+			proofs[l.Proof]++
 		}
-		fmt.Fprintf(tw, "%s\t%d\t%s\t%s\t%s\n", im.Ref, len(im.Layers), units.HumanSize(float64(size)), percent(local, size), mountSummary(mounts))
+		fmt.Fprintf(tw, "%s\t%d\t%s\t%s\t%s", im.Ref, len(im.Layers), units.HumanSize(float64(size)), percent(local, size), mountSummary(mounts))
+		if node {
+			fmt.Fprintf(tw, "\t%s", proofSummary(proofs, len(im.Layers)))
+		}
+		fmt.Fprintln(tw)
 	}
 	return tw.Flush()
 }
@@ -109,4 +119,16 @@ func mountSummary(mounts map[string]int) string {
 		return "-"
 	}
 	return strings.Join(parts, ", ")
+}
+
+// proofSummary says how many layers are known to be what the image config says.
+func proofSummary(proofs map[string]int, layers int) string {
+	switch n := proofs["proven"]; {
+	case proofs["quarantined"] > 0:
+		return "QUARANTINED"
+	case n == layers:
+		return "yes"
+	default:
+		return fmt.Sprintf("%d of %d", n, layers)
+	}
 }

@@ -45,12 +45,16 @@ type Layer struct {
 	Local  int64  `json:"local"`
 	// Mount is native, lazy, or empty where the layer is not mounted.
 	Mount string `json:"mount,omitempty"`
+	// Proof, on a node, is proven (all bytes were here, and they are what the
+	// image config says), quarantined (they are not), or empty until it is known.
+	Proof string `json:"proof,omitempty"`
 }
 
 // PrefetchRequest names one image and says how far it is to be brought.
 type PrefetchRequest struct {
 	Ref string `json:"ref"`
-	// Local: to this node's disk, every byte verified. Otherwise: to the supernode.
+	// Local: to this node's disk, every byte verified, and every layer proven.
+	// Otherwise: to the supernode.
 	Local bool `json:"local"`
 }
 

@@ -1,0 +1,255 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/proof"
+)
+
+// Errors of those who need all bytes of a diff. Prefetch brings them back.
+var (
+	// ErrIncomplete: bytes are missing.
+	ErrIncomplete = errors.New("the diff is not complete on this disk")
+	// ErrDamaged: bytes have turned out to be wrong, and count as missing now.
+	ErrDamaged = errors.New("the diff is damaged on this disk")
+)
+
+// ProofState says what is known of a diff's index.
+type ProofState uint8
+
+// The zero ProofState is Unproven.
+const (
+	// Unproven: the index is believed as it came.
+	Unproven ProofState = iota
+	// Proven: the tar that the diff and its header stream give has the DiffID, and
+	// gives this index.
+	Proven
+	// Quarantined: it does not.
+	Quarantined
+)
+
+func (s ProofState) String() string {
+	return [...]string{"unproven", "proven", "quarantined", "unproven"}[s&3]
+}
+
+// Proof returns the state of the diff's proof. It survives a restart, and the
+// eviction of bytes: what is fetched again is checked against the proven index.
+func (d *Diff) Proof() ProofState { return ProofState(d.proof.Load()) }
+
+// Distrust returns nil, or an error that wraps blockdev.ErrQuarantined and tells
+// the operator what happened and how to go on.
+func (d *Diff) Distrust() error {
+	if d.Proof() != Quarantined {
+		return nil
+	}
+	return d.c.quarantine.why(d.id)
+}
+
+// Prove proves the index of a complete diff, unless that has been done. It reads
+// every byte, checking it against its digest, fetches what is missing of the
+// header stream, gives way to demand reads, and, but with hurry, rests for as
+// long as it has worked. The error wraps ErrIncomplete or ErrDamaged;
+// blockdev.ErrQuarantined if the index is wrong, which is on record then; or it is
+// that of the Source, the disk or ctx, and a later call may do better.
+func (d *Diff) Prove(ctx context.Context, hurry bool) error {
+	if err := d.enter(); err != nil {
+		return fmt.Errorf("proof of diff %v: %w", d.id, err)
+	}
+	defer d.wg.Done()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(d.life, func() { cancel(context.Cause(d.life)) })()
+	select {
+	case d.proving <- struct{}{}:
+	case <-ctx.Done():
+		return fmt.Errorf("proof of diff %v: %w", d.id, context.Cause(ctx))
+	}
+	defer func() { <-d.proving }()
+
+	switch d.Proof() {
+	case Proven:
+		return nil
+	case Quarantined:
+		return d.Distrust()
+	}
+	err := d.prove(ctx, hurry)
+	if errors.Is(err, proof.ErrMismatch) {
+		// What was read had its digests, so it is the index that is wrong, or memory
+		// that flips bits. Once more, before anybody is accused.
+		err = d.prove(ctx, hurry)
+	}
+	switch {
+	case err == nil:
+		if err := d.c.quarantine.putProven(d); err != nil {
+			return fmt.Errorf("diff %v is proven, but that cannot be written down: %w", d.id, d.c.writeFailed(d, err))
+		}
+		d.proof.Store(int32(Proven))
+		d.c.stats.proven.Add(1)
+		return nil
+	case errors.Is(err, proof.ErrMismatch):
+		return d.distrust(err)
+	default:
+		return fmt.Errorf("proof of diff %v: %w", d.id, err)
+	}
+}
+
+// distrust puts the index under quarantine.
+func (d *Diff) distrust(cause error) error {
+	werr := d.c.quarantine.add(d.id, d.sum, cause)
+	d.proof.Store(int32(Quarantined))
+	d.c.stats.quarantined.Add(1)
+	err := d.Distrust()
+	d.c.cfg.Log.Error("a layer is not what its index said; it is quarantined", "diff", d.id, "error", err)
+	if werr != nil {
+		d.c.cfg.Log.Error("cannot write down that a layer is quarantined; after a restart it must be found again", "diff", d.id, "error", werr)
+	}
+	return err
+}
+
+func (d *Diff) prove(ctx context.Context, hurry bool) error {
+	if !d.complete.Load() {
+		return ErrIncomplete
+	}
+	ix, err := d.Index()
+	if err != nil {
+		return err
+	}
+	f, err := d.openHeaders(os.O_RDWR | os.O_CREATE)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := d.fetchHeaders(ctx, f); err != nil {
+		return err
+	}
+	r := d.newVerified(ctx, hurry)
+	defer r.close()
+	buf := d.c.buffer()
+	defer d.c.buffers.Put(buf)
+	next := 0
+	err = proof.Run(ctx, ix, r, func(context.Context, blockdev.Piece) ([]byte, error) {
+		i := next // pieces are asked for in their order, each once
+		next++
+		if i >= len(d.heads.pieces) {
+			return nil, fmt.Errorf("piece %d of the header stream: %w", i, blockdev.ErrNotFound)
+		}
+		b, ok := d.heads.piece(f, i, buf[:])
+		if !ok {
+			return nil, fmt.Errorf("piece %d of the header stream has changed on disk: %w", i, ErrDamaged)
+		}
+		return b, nil
+	})
+	dropPages(f, 0, 0)
+	return err
+}
+
+// verified reads a diff chunk by chunk, in order, and returns only what has its
+// digest. It is for one goroutine.
+type verified struct {
+	d     *Diff
+	ctx   context.Context // of one pass over the diff
+	pace  pace
+	buf   chunkBuffer
+	chunk int // in buf; -1: none
+}
+
+func (d *Diff) newVerified(ctx context.Context, hurry bool) *verified {
+	return &verified{d: d, ctx: ctx, pace: pace{hurry: hurry, began: time.Now()}, buf: d.c.buffer(), chunk: -1}
+}
+
+func (v *verified) close() { v.d.c.buffers.Put(v.buf) }
+
+// ReadAt implements io.ReaderAt over the masked diff.
+func (v *verified) ReadAt(p []byte, off int64) (n int, err error) {
+	d := v.d
+	for n < len(p) {
+		if off >= d.tab.size {
+			return n, io.EOF
+		}
+		i := v.chunk
+		if i < 0 || off < d.tab.start(i) || off >= d.tab.start(i+1) {
+			i = d.tab.at(off)
+			if err := v.load(i); err != nil {
+				return n, err
+			}
+		}
+		m := copy(p[n:], v.buf[off-d.tab.start(i):d.tab.length(i)])
+		n += m
+		off += int64(m)
+	}
+	return n, nil
+}
+
+func (v *verified) load(i int) error {
+	v.chunk = -1
+	if err := v.pace.wait(v.ctx, v.d, v.d.tab.length(i)); err != nil {
+		return err
+	}
+	if err := v.d.verify(i, v.buf[:v.d.tab.length(i)]); err != nil {
+		return fmt.Errorf("chunk %d: %w", i, err)
+	}
+	v.chunk = i
+	return nil
+}
+
+// verify reads chunk i into buf, which has its length. The error is ErrIncomplete,
+// ErrDamaged (the chunk is missing from then on), or why the diff is no more.
+func (d *Diff) verify(i int, buf []byte) error {
+	if !d.pres.present.get(i) {
+		return ErrIncomplete
+	}
+	_, err := d.data.ReadAt(buf, d.tab.start(i))
+	if errors.Is(err, os.ErrClosed) {
+		return d.goneErr()
+	}
+	if err == nil && blockdev.Sum(buf) != d.tab.digests[i] {
+		err = blockdev.ErrCorrupt
+	}
+	if err != nil {
+		if !d.pres.present.get(i) {
+			return ErrIncomplete // it was taken off the disk meanwhile
+		}
+		d.damaged(i, err)
+		return ErrDamaged
+	}
+	d.pres.check(i)
+	d.Drop(d.tab.start(i), len(buf))
+	return nil
+}
+
+// paceBytes is after how many bytes work in the background looks whether it is in
+// anybody's way.
+const paceBytes = 1 << 20
+
+// pace keeps work on local data in the background: it gives way to demand reads,
+// and rests for as long as it has worked.
+type pace struct {
+	hurry bool
+	began time.Time // of the portion
+	bytes int
+}
+
+func (p *pace) wait(ctx context.Context, d *Diff, n int) error {
+	if p.bytes += n; p.bytes < paceBytes {
+		return nil
+	}
+	p.bytes = 0
+	if !p.hurry {
+		t := time.NewTimer(min(time.Since(p.began), d.c.cfg.GiveWay))
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay)
+	p.began = time.Now()
+	return err
+}

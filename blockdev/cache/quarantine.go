@@ -1,0 +1,191 @@
+package cache
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+const (
+	quarantineDir = "quarantine"
+	proofFile     = "proof"
+
+	// proofVersion is that of both kinds of record.
+	proofVersion = 1
+)
+
+// proofRecord is, as JSON, the file proof of a diff that is proven, a file in
+// quarantine of one that is not to be trusted.
+type proofRecord struct {
+	Version int             `json:"version"`
+	DiffID  blockdev.Digest `json:"diffID"`
+	// Index is the SHA-256 of the encoded index that was looked at.
+	Index blockdev.Digest `json:"index"`
+	Time  time.Time       `json:"time"`
+	// Cause says what differs; empty in the record of a proof.
+	Cause string `json:"cause,omitempty"`
+}
+
+// maxProofRecord bounds what is read of a record, in bytes.
+const maxProofRecord = 64 << 10
+
+func decodeProof(b []byte, id blockdev.Digest) (rec proofRecord, err error) {
+	if err := json.Unmarshal(b, &rec); err != nil {
+		return rec, fmt.Errorf("%w: %w", blockdev.ErrCorrupt, err)
+	}
+	if rec.Version != proofVersion || rec.DiffID != id || rec.Index == (blockdev.Digest{}) {
+		return rec, fmt.Errorf("%w: record of version %d for diff %v", blockdev.ErrCorrupt, rec.Version, rec.DiffID)
+	}
+	return rec, nil
+}
+
+func readProof(path string, id blockdev.Digest) (proofRecord, error) {
+	st, err := os.Stat(path)
+	if err != nil {
+		return proofRecord{}, err
+	}
+	if st.Size() > maxProofRecord {
+		return proofRecord{}, fmt.Errorf("%s has %d bytes: %w", path, st.Size(), blockdev.ErrCorrupt)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return proofRecord{}, err
+	}
+	return decodeProof(b, id)
+}
+
+// writeProof replaces path durably; tmp is on the same file system.
+func writeProof(path, tmp string, rec proofRecord) error {
+	rec.Version, rec.Time = proofVersion, time.Now().UTC().Truncate(time.Second)
+	b, err := json.Marshal(rec)
+	if err != nil {
+		return err
+	}
+	if err := os.RemoveAll(tmp); err != nil { // a crash may have left it
+		return err
+	}
+	if err := writeFile(tmp, b, true); err != nil {
+		return errors.Join(err, os.RemoveAll(tmp))
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return errors.Join(err, os.RemoveAll(tmp))
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// quarantine knows the indexes that failed their proof, also those whose diffs
+// have been removed since, so that they are not taken in again.
+type quarantine struct {
+	dir string
+	tmp func() string // makes names of files that are made
+
+	mu sync.Mutex
+	m  map[blockdev.Digest]proofRecord
+}
+
+// openQuarantine reads the records in dir. One that does not parse counts for
+// every index of its diff.
+func openQuarantine(dir string, tmp func() string, log *slog.Logger) (*quarantine, error) {
+	q := &quarantine{dir: dir, tmp: tmp, m: make(map[blockdev.Digest]proofRecord)}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		var id blockdev.Digest
+		if n, err := hex.Decode(id[:], []byte(e.Name())); err != nil || n != len(id) || id.Hex() != e.Name() {
+			log.Warn("not a record of quarantine, left alone", "path", filepath.Join(dir, e.Name()))
+			continue
+		}
+		rec, err := readProof(q.path(id), id)
+		if err != nil {
+			log.Error("a record of quarantine is damaged; every index of this layer is refused", "diff", id, "path", q.path(id), "error", err)
+			rec = proofRecord{DiffID: id, Cause: "the record of the cause is damaged"}
+		}
+		q.m[id] = rec
+	}
+	return q, nil
+}
+
+func (q *quarantine) path(id blockdev.Digest) string { return filepath.Join(q.dir, id.Hex()) }
+
+// has says whether this index of a diff is under quarantine.
+func (q *quarantine) has(id, index blockdev.Digest) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	rec, ok := q.m[id]
+	return ok && (rec.Index == index || rec.Index == blockdev.Digest{})
+}
+
+// add puts an index under quarantine, whether or not that can be written down.
+func (q *quarantine) add(id, index blockdev.Digest, cause error) error {
+	rec := proofRecord{DiffID: id, Index: index, Cause: shorten(cause.Error())}
+	q.mu.Lock()
+	q.m[id] = rec
+	q.mu.Unlock()
+	return writeProof(q.path(id), q.tmp(), rec)
+}
+
+// shorten bounds a text that another machine's bytes have a part in.
+func shorten(s string) string {
+	const most = 2 << 10
+	if len(s) > most {
+		s = strings.ToValidUTF8(s[:most], "") + "..."
+	}
+	return s
+}
+
+// putProven writes down that a diff's index is proven. Another index of the same
+// diff that failed is history then.
+func (q *quarantine) putProven(d *Diff) error {
+	if err := writeProof(filepath.Join(d.dir, proofFile), filepath.Join(d.dir, proofFile+".new"), proofRecord{DiffID: d.id, Index: d.sum}); err != nil {
+		return err
+	}
+	q.mu.Lock()
+	_, ok := q.m[d.id]
+	delete(q.m, d.id)
+	q.mu.Unlock()
+	if !ok {
+		return nil
+	}
+	if err := os.Remove(q.path(d.id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return syncDir(q.dir)
+}
+
+// why is the error for who wants to use a quarantined diff.
+func (q *quarantine) why(id blockdev.Digest) error {
+	q.mu.Lock()
+	rec := q.m[id]
+	q.mu.Unlock()
+	return fmt.Errorf("layer %v is %w since %s: all of its bytes are here, and they are not what its index said (%s). "+
+		"Either the supernode that made the index is wrong, or memory of that machine or this one is. Running containers go on, new ones are refused. "+
+		"To go on: stop the containers and remove the images that `shoal status` marks as quarantined, see to the supernode (`shoal check`), and pull again; "+
+		"while it hands out the same index, containerd unpacks them in the ordinary way. To try the same index once more, delete %s while the node is stopped",
+		id, blockdev.ErrQuarantined, rec.Time.Format(time.RFC3339), rec.Cause, q.path(id))
+}
+
+// loadProof finds out what is known of a diff's index.
+func (d *Diff) loadProof() {
+	if d.c.quarantine.has(d.id, d.sum) {
+		d.proof.Store(int32(Quarantined))
+		return
+	}
+	rec, err := readProof(filepath.Join(d.dir, proofFile), d.id)
+	switch {
+	case err == nil && rec.Index == d.sum:
+		d.proof.Store(int32(Proven))
+	case err != nil && !errors.Is(err, os.ErrNotExist):
+		d.c.cfg.Log.Warn("the record of a layer's proof is damaged; it will be proven again", "diff", d.id, "error", err)
+	}
+}
