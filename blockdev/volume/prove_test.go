@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -139,14 +140,19 @@ func TestProofsWait(t *testing.T) {
 		q, proofs := testQueues(1)
 		var vols []*volume
 		begin := time.Now()
+		var mu sync.Mutex
 		began := map[string]time.Duration{}
 		for _, name := range []string{"fetched", "first", "second", "hurried"} {
 			d := &fakeDiff{name: name}
 			d.prefetch = func(context.Context) error { time.Sleep(time.Minute); return nil }
-			d.prove = func(context.Context, bool) error {
-				began[name] = time.Since(begin)
-				time.Sleep(time.Second)
-				return nil
+			if name != "fetched" {
+				d.prove = func(context.Context, bool) error {
+					mu.Lock()
+					began[name] = time.Since(begin)
+					mu.Unlock()
+					time.Sleep(time.Second)
+					return nil
+				}
 			}
 			vols = append(vols, &volume{id: d.ID(), diff: d, turn: make(chan struct{}, 1)})
 		}
@@ -164,9 +170,11 @@ func TestProofsWait(t *testing.T) {
 		<-hurried.done
 		<-first.done
 		<-second.done
+		mu.Lock()
 		if began["hurried"] != 0 || began["first"] != time.Minute || began["second"] != time.Minute+time.Second {
 			t.Errorf("began %v", began)
 		}
+		mu.Unlock()
 		// One that is dropped does not hold up the others.
 		add(q, vols[0], false)
 		add(proofs, vols[1], false)
