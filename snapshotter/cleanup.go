@@ -83,11 +83,11 @@ func (s *Snapshotter) removeDir(dir string) {
 	}
 }
 
-// sweep removes the diffs that nobody uses from the data path.
-func (s *Snapshotter) sweep(ctx context.Context) {
+// sweep removes the diffs that nobody uses from the data path, and says how many.
+func (s *Snapshotter) sweep(ctx context.Context) (removed int) {
 	for _, id := range s.refs.unused() {
 		if ctx.Err() != nil {
-			return
+			return removed
 		}
 		if !s.refs.startRemove(id) {
 			continue
@@ -96,8 +96,11 @@ func (s *Snapshotter) sweep(ctx context.Context) {
 		s.refs.finishRemove(id, err == nil)
 		if err != nil {
 			s.log.Warn("diff that nobody uses is still there", "diff", id, "error", err)
+		} else {
+			removed++
 		}
 	}
+	return removed
 }
 
 func (s *Snapshotter) removeDiff(ctx context.Context, id blockdev.Digest) error {
@@ -150,6 +153,9 @@ func (s *Snapshotter) start() error {
 	listed, err := s.records.diffs()
 	if err != nil {
 		return err
+	}
+	if data, ok := s.cfg.Data.(Lister); ok {
+		listed = append(listed, data.Diffs()...)
 	}
 	for _, id := range listed {
 		s.refs.known(id)

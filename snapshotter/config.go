@@ -35,6 +35,12 @@ type Has interface {
 	Has(diffID blockdev.Digest) bool
 }
 
+// Lister is an optional part of Data: all diffs that it has. With it, diffs are
+// found and removed at start that no record of the snapshotter names.
+type Lister interface {
+	Diffs() []blockdev.Digest
+}
+
 // LocalSize is an optional part of Data: how many bytes of a diff are on this
 // node. Without it, lazy snapshots report a usage of 0 bytes.
 type LocalSize interface {

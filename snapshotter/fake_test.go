@@ -272,6 +272,15 @@ func (d *fakeData) LocalSize(id blockdev.Digest) (int64, bool) {
 	return 4711, ok
 }
 
+func (d *fakeData) Diffs() (ids []blockdev.Digest) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for id := range d.dirs {
+		ids = append(ids, id)
+	}
+	return ids
+}
+
 func (d *fakeData) has(l layer) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()

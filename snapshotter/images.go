@@ -123,6 +123,41 @@ func (s *Snapshotter) ReleaseImage(ctx context.Context, manifest blockdev.Digest
 	return nil
 }
 
+// PinImage keeps a kept image from being evicted until release is called.
+func (s *Snapshotter) PinImage(ctx context.Context, img Image) (release func(), err error) {
+	rec := imageRecord{Layers: img.Layers}
+	return s.refs.hold(ctx, rec.diffs()...)
+}
+
+// Evict frees room on the data path: what nobody uses, or else the kept image
+// that was opened longest ago and has diffs that nobody else uses. It reports
+// whether there was any. What a snapshot uses is never evicted.
+func (s *Snapshotter) Evict(ctx context.Context) bool {
+	if s.sweep(ctx) > 0 {
+		return true
+	}
+	list, err := s.records.images()
+	if err != nil {
+		s.log.Error("cannot look for images that could make room", "error", err)
+		return false
+	}
+	slices.SortFunc(list, func(a, b imageRecord) int { return a.Opened.Compare(b.Opened) })
+	for _, img := range list {
+		if !img.Kept || !s.refs.onlyKept(img.diffs()) {
+			continue
+		}
+		if err := s.release(img.Manifest); err != nil {
+			s.log.Error("cannot evict an image", "image", img.Ref, "error", err)
+			continue
+		}
+		s.log.Info("evicted an image that was prefetched and not pulled, to make room", "image", img.Ref, "opened", img.Opened)
+		if s.sweep(ctx) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
 func (s *Snapshotter) release(manifest blockdev.Digest) error {
 	released, err := s.records.release(manifest)
 	for _, img := range released {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -270,6 +271,76 @@ func TestKeep(t *testing.T) {
 	check(t, n.ReleaseImage(bg, kept.Manifest))
 	if len(n.data.dirs) != 0 {
 		t.Error("released diffs stay")
+	}
+}
+
+// What makes room is what nobody uses, then kept images, oldest first; never what
+// is pulled, or pinned.
+func TestEvict(t *testing.T) {
+	n := newNode(t)
+	var imgs []image
+	for _, name := range []string{"pulled", "old", "pinned", "young"} {
+		img := newImage("registry.test/"+name+":1", newLayer(t, file(name)))
+		n.images.publish(img)
+		imgs = append(imgs, img)
+	}
+	_, _, err := n.pull(bg, imgs[0])
+	check(t, err)
+	must(n.KeepImage(bg, imgs[1].ref, blockdev.Digest{}))(t)
+	pinned := must(n.KeepImage(bg, imgs[2].ref, blockdev.Digest{}))(t)
+	must(n.KeepImage(bg, imgs[3].ref, blockdev.Digest{}))(t)
+	release := must(n.PinImage(bg, pinned))(t)
+	left := func(want ...int) {
+		t.Helper()
+		for i, img := range imgs {
+			if has := n.data.has(img.layers[0]); has != slices.Contains(want, i) {
+				t.Errorf("%s: on the node: %v", img.ref, has)
+			}
+		}
+	}
+	if !n.Evict(bg) {
+		t.Error("nothing evicted of three kept images")
+	}
+	left(0, 2, 3)
+	if !n.Evict(bg) {
+		t.Error("nothing evicted of two kept images, one pinned")
+	}
+	left(0, 2)
+	if n.Evict(bg) {
+		t.Error("a pinned image was evicted")
+	}
+	left(0, 2)
+	release()
+	if !n.Evict(bg) || n.Evict(bg) {
+		t.Error("want the image that was pinned evicted, and then nothing")
+	}
+	left(0)
+	// A snapshot that containerd has removed and not cleaned up after.
+	check(t, n.Remove(bg, imgs[0].chain(0)))
+	if !n.Evict(bg) {
+		t.Error("a diff without use was not removed")
+	}
+	left()
+}
+
+// Diffs that no record names are removed at start.
+func TestOrphans(t *testing.T) {
+	n := newNode(t)
+	img := newImage("registry.test/x:1", threeLayers(t)...)
+	n.images.publish(img)
+	_, _, err := n.pull(bg, img)
+	check(t, err)
+	orphan := newLayer(t, file("orphan"))
+	must(n.data.Add(bg, orphan.index))(t)
+	n.crash()
+	n.bg.Wait()
+	if n.data.has(orphan) {
+		t.Error("a diff that nothing names is still there")
+	}
+	for _, l := range img.layers {
+		if !n.data.has(l) {
+			t.Error("a diff in use was removed")
+		}
 	}
 }
 

@@ -108,6 +108,18 @@ func (r *refs) keep(ids []blockdev.Digest, by int) {
 	}
 }
 
+// onlyKept reports whether one of the diffs is used by kept images alone.
+func (r *refs) onlyKept(ids []blockdev.Digest) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, id := range ids {
+		if u := r.m[id]; u != nil && u.kept > 0 && u.snapshots == 0 && u.holds == 0 && u.removing == nil {
+			return true
+		}
+	}
+	return false
+}
+
 // unused lists the diffs that may be removed.
 func (r *refs) unused() []blockdev.Digest {
 	r.mu.Lock()

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/semaphore"
@@ -39,6 +40,8 @@ type Cache struct {
 	buffers    bufferPool
 	untilWorks atomic.Int64 // bytes to be written before the disk is well; 0: it is
 	stats      counters
+	space      *space
+	recent     recent
 	serial     atomic.Uint64 // makes names in tmp unique
 
 	// life ends with Close.
@@ -53,6 +56,9 @@ type Cache struct {
 	closed bool
 	diffs  map[blockdev.Digest]*Diff
 	busy   map[blockdev.Digest]chan struct{} // being added or removed; closed when that is over
+
+	evicting    *eviction // under way
+	evictedNone time.Time // when MakeRoom found nothing last
 }
 
 // Open opens the cache in cfg.Root, or makes it. Diffs whose index is damaged are
@@ -90,6 +96,10 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	c.quarantine, err = openQuarantine(filepath.Join(cfg.Root, quarantineDir), c.tmpName, cfg.Log)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("cache %s: %w", cfg.Root, err), lock.Close())
+	}
+	c.space, err = newSpace(cfg.Root, cfg.Quota)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("cache: %w", err), lock.Close())
 	}
 	if err := c.findDiffs(ctx); err != nil {
 		for _, d := range c.diffs {
@@ -261,7 +271,7 @@ func (c *Cache) Add(ctx context.Context, encodedIndex []byte) (*Diff, error) {
 		}
 		return d, nil
 	}
-	if d, err = c.create(encodedIndex, ix, tab); err != nil {
+	if d, err = c.create(ctx, encodedIndex, ix, tab); err != nil {
 		if isNoSpace(err) {
 			err = fmt.Errorf("%w: %w", blockdev.ErrNoSpace, err)
 		}
@@ -274,7 +284,7 @@ func (c *Cache) Add(ctx context.Context, encodedIndex []byte) (*Diff, error) {
 	return d, nil
 }
 
-func (c *Cache) create(enc []byte, ix *blockdev.Index, tab *table) (*Diff, error) {
+func (c *Cache) create(ctx context.Context, enc []byte, ix *blockdev.Index, tab *table) (*Diff, error) {
 	diffs := filepath.Join(c.cfg.Root, diffsDir)
 	dir := filepath.Join(diffs, ix.DiffID.Hex())
 	if _, err := os.Lstat(dir); err == nil {
@@ -287,6 +297,16 @@ func (c *Cache) create(enc []byte, ix *blockdev.Index, tab *table) (*Diff, error
 			return nil, err
 		}
 	}
+	// Until the diff is counted by itself: two directories, the record of a proof to
+	// come, the data file's extents, and three files.
+	need := int64(4+tab.len()/extentsPerBlock) * c.space.block
+	for _, n := range []int64{int64(len(enc)), int64(len(ix.Meta)), bitmapSize(len(ix.Chunks))} {
+		need += c.space.blocks(0, n)
+	}
+	if err := c.waitRoom(ctx, func() error { return c.space.add(need) }); err != nil {
+		return nil, err
+	}
+	defer c.space.sub(need)
 	tmp := c.tmpName()
 	if err := writeDiff(tmp, enc, ix, c.boot); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(tmp))
@@ -338,7 +358,9 @@ func (c *Cache) Remove(ctx context.Context, id blockdev.Digest) error {
 	done := make(chan error, 1)
 	go func() {
 		d.stop(ErrRemoved)
+		c.recent.forget(d)
 		err := errors.Join(d.closeFiles(), os.RemoveAll(trash))
+		c.space.leave(d)
 		release()
 		done <- err
 	}()

@@ -264,6 +264,7 @@ func TestCloseEndsReads(t *testing.T) {
 func TestReopen(t *testing.T) {
 	r := newRig(t, 3<<20, nil)
 	r.checkRead(1<<20, 300_000)
+	r.quiet()
 	n := r.present()
 	r.reopen()
 	if m := r.present(); m != n || n == 0 {

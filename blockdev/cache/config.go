@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -19,6 +20,14 @@ type Config struct {
 	Source blockdev.Source
 	// Log gets what an operator should know: damage, full disks, slow sources.
 	Log *slog.Logger
+
+	// Quota bounds what all diffs take of the disk, in bytes, as the file system
+	// counts them; 0: the disk alone does.
+	Quota int64
+	// MakeRoom, if not nil, is called when the quota or the disk is full, in one
+	// goroutine at a time. It removes diffs that nobody uses, by Remove, and
+	// reports whether there were any. It must not wait for an Add or a Prefetch.
+	MakeRoom func(ctx context.Context) (freed bool)
 
 	// Timeout bounds a demand read, retries included, and the time that a request to
 	// Source may go without delivering anything. Default 30 s.
@@ -82,7 +91,7 @@ func (c *Config) setDefaults() error {
 	def(&c.MaxReadAhead, 4<<20)
 	c.ReadAhead = max(c.ReadAhead, 0)
 	c.MaxReadAhead = max(c.MaxReadAhead, c.ReadAhead)
-	if c.Timeout < 0 || c.RequestBytes < 0 || c.PrefetchRequests < 0 || c.Quiet < 0 || c.GiveWay < 0 ||
+	if c.Quota < 0 || c.Timeout < 0 || c.RequestBytes < 0 || c.PrefetchRequests < 0 || c.Quiet < 0 || c.GiveWay < 0 ||
 		c.Promote < 0 || c.MaxReadAhead < 0 || c.SyncBytes < 0 || c.SyncInterval < 0 {
 		return errors.New("cache: only ReadAhead may be negative")
 	}

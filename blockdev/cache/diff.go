@@ -67,6 +67,8 @@ type Diff struct {
 	gone    error // why there will be no more flights
 	flights map[int]*flight
 	seq     sequences
+
+	taken taken // of the disk; guarded by Cache.space
 }
 
 // ID returns the DiffID.
@@ -206,7 +208,11 @@ func (c *Cache) newDiff(dir string, sum blockdev.Digest, ix *blockdev.Index, tab
 		syncing: make(chan struct{}, 1), prefetching: make(chan struct{}, 1), proving: make(chan struct{}, 1),
 		flights: make(map[int]*flight),
 	}
-	if err := d.openFiles(ix); err != nil {
+	err := d.openFiles(ix)
+	if err == nil {
+		err = c.space.enter(d)
+	}
+	if err != nil {
 		for _, f := range []*os.File{d.data, d.bitmap} {
 			if f != nil {
 				_ = f.Close() // the first error is the one that tells

@@ -51,5 +51,12 @@
 //     Config. Reads of what is present allocate nothing and take no lock.
 //   - A full disk, or one that fails to write, never fails a demand read and
 //     never leads to wrong bytes: the reader is answered from memory and the
-//     chunk stays missing.
+//     chunk stays missing. A quota that is full is like a full disk.
+//   - What all diffs take of the disk, as the file system counts it, stays at or
+//     below Config.Quota. Room for the most that a write may take is reserved
+//     before it; space.go.
+//   - Present chunks are never taken back to make room: whoever has been told
+//     that they are here (a reader between Local and its read, a native mount)
+//     may be reading them. Room is made by removing whole diffs, by the one who
+//     knows which nobody uses.
 package cache

@@ -28,8 +28,9 @@ type flight struct {
 	waiters int           // demand reads that wait; Diff.mu
 	over    bool          // Diff.mu
 	done    chan struct{} // closed after mem and err are set
-	// mem holds the bytes if they could not be written; otherwise they are in
-	// the data file, unless err says why they are not.
+	// mem holds the bytes if they could not be written, and then the flight stays
+	// listed for a while (recent); otherwise they are in the data file, unless err
+	// says why they are not.
 	mem []byte
 	err error
 	// Used by the group only. remote: copying it from this disk has failed.
@@ -61,7 +62,9 @@ func (d *Diff) finish(f *flight, mem []byte, err error) {
 		return
 	}
 	f.over, f.mem, f.err = true, mem, err
-	delete(d.flights, f.chunk)
+	if mem == nil && d.flights[f.chunk] == f {
+		delete(d.flights, f.chunk)
+	}
 	close(f.done)
 }
 
@@ -320,12 +323,18 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 // be written, those that wait for it get it from memory; a demand request goes
 // on, a prefetch request ends.
 func (g *group) settle(prio blockdev.Priority, f *flight, data []byte) error {
-	err := g.d.store(f.chunk, data)
+	u := forPrefetch
+	if prio == blockdev.Demand {
+		u = forDemand
+	}
+	err := g.d.store(f.chunk, data, u)
 	switch {
 	case err == nil:
 		g.d.finish(f, nil, nil)
-	case g.d.awaited(f):
+	case prio == blockdev.Demand || g.d.awaited(f):
+		g.d.c.stats.notKept.Add(int64(len(data)))
 		g.d.finish(f, bytes.Clone(data), nil)
+		g.d.c.recent.add(g.d, f)
 	default:
 		g.d.finish(f, nil, err)
 	}

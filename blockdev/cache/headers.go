@@ -84,6 +84,15 @@ func (d *Diff) fetchPieces(ctx context.Context, f *os.File, want []int) error {
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	size := d.heads.starts[want[len(want)-1]+1] - d.heads.starts[want[0]]
+	room := d.c.space.blocks(d.heads.starts[want[0]], size)
+	if err := d.c.waitRoom(ctx, func() error { return d.c.space.take(&d.taken, room, forDemand) }); err != nil {
+		return fmt.Errorf("header stream: %w", err)
+	}
+	defer func() {
+		d.c.space.wrote(&d.taken, room)
+		d.c.space.measure(d)
+	}()
 	timeout := d.c.cfg.Timeout
 	idle := time.AfterFunc(timeout, func() {
 		cancel(fmt.Errorf("the source has delivered nothing for %v: %w", timeout, blockdev.ErrUnavailable))

@@ -228,7 +228,12 @@ func (r *rig) quiet() {
 	r.eventually("nothing is in flight", func() bool {
 		r.d.mu.Lock()
 		defer r.d.mu.Unlock()
-		return len(r.d.flights) == 0
+		for _, f := range r.d.flights {
+			if !f.over {
+				return false
+			}
+		}
+		return true
 	})
 }
 

@@ -97,9 +97,20 @@ func (d *Diff) damaged(k int, why error) {
 	}
 }
 
-// store writes a chunk that has been checked and says that it is present.
-func (d *Diff) store(i int, data []byte) error {
+// store writes a chunk that has been checked, if there is room for it, and says
+// that it is present.
+func (d *Diff) store(i int, data []byte, u use) error {
+	n := d.c.space.blocks(d.tab.start(i), int64(len(data)))
+	if err := d.c.roomFor(d, n, u); err != nil {
+		if u == forDemand { // what stops prefetch, Prefetch says itself
+			err = d.c.writeFailed(d, err)
+		}
+		return err
+	}
 	_, err := d.data.WriteAt(data, d.tab.start(i))
+	if d.c.space.wrote(&d.taken, n) {
+		d.c.space.measure(d)
+	}
 	if err != nil {
 		return d.c.writeFailed(d, fmt.Errorf("write %d bytes at %d to %s: %w", len(data), d.tab.start(i), d.DataPath(), err))
 	}

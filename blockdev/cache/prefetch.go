@@ -61,8 +61,15 @@ func (d *Diff) fill(ctx context.Context) error {
 // fetchMissing passes over the missing chunks until there are none.
 func (d *Diff) fetchMissing(ctx context.Context) error {
 	for {
+		_, before, _ := d.pres.counts()
 		if err := d.fetchPass(ctx); err != nil {
-			return err
+			// Others may have taken the room that there was when the pass began. It
+			// goes on if there is more, or more can be made.
+			_, now, _ := d.pres.counts()
+			if !errors.Is(err, blockdev.ErrNoSpace) || now == before || d.prefetchRoom(ctx) != nil {
+				return err
+			}
+			continue
 		}
 		// What is missing still is in flight for somebody else.
 		i := d.pres.present.nextClear(0, d.tab.len())
@@ -99,6 +106,9 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 	defer wg.Wait()
 	for next := 0; failed() == nil; {
 		if err := d.paceWrites(ctx); err != nil {
+			return err
+		}
+		if err := d.prefetchRoom(ctx); err != nil {
 			return err
 		}
 		if err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay); err != nil {
@@ -140,6 +150,13 @@ func (d *Diff) paceWrites(ctx context.Context) error {
 	return d.sync(ctx)
 }
 
+// prefetchRoom returns nil if there is room for what prefetch may have under way.
+func (d *Diff) prefetchRoom(ctx context.Context) error {
+	return d.c.waitRoom(ctx, func() error {
+		return d.c.space.has(int64(d.c.cfg.PrefetchRequests)*d.c.cfg.RequestBytes, forPrefetch)
+	})
+}
+
 // claim makes a prefetch group of the next missing chunks from number i on that
 // nobody has asked for, and returns it and where to go on; nil if there are none.
 func (d *Diff) claim(ctx context.Context, i int) (*group, int) {
@@ -152,7 +169,7 @@ func (d *Diff) claim(ctx context.Context, i int) (*group, int) {
 	var size int64
 	n := d.tab.len()
 	for i = d.pres.present.nextClear(i, n); i < n && size < d.c.cfg.RequestBytes; i = d.pres.present.nextClear(i+1, n) {
-		if d.flights[i] != nil {
+		if f := d.flights[i]; f != nil && !f.over {
 			continue
 		}
 		if g == nil {

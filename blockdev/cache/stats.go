@@ -20,6 +20,12 @@ type Stats struct {
 	Missed, Failed int64
 	// Waited is how long those reads took, all together.
 	Waited time.Duration
+	// NotKept is bytes that came for demand reads and were not kept, for want of
+	// room on the disk or a disk that takes no writes.
+	NotKept int64
+	// Used is what all diffs take of the disk now, in bytes, with what is reserved
+	// for writes under way; Quota is Config.Quota.
+	Used, Quota int64
 	// CorruptChunks came from the Source with wrong bytes; DamagedChunks turned
 	// out to be wrong or unreadable on this disk.
 	CorruptChunks, DamagedChunks int64
@@ -29,7 +35,7 @@ type Stats struct {
 }
 
 type counters struct {
-	demand, prefetch, copied, missed, failed, waited, corrupt, damaged, proven, quarantined atomic.Int64
+	demand, prefetch, copied, missed, failed, waited, corrupt, damaged, notKept, proven, quarantined atomic.Int64
 }
 
 func (n *counters) fetched(prio blockdev.Priority, bytes int) {
@@ -43,9 +49,13 @@ func (n *counters) fetched(prio blockdev.Priority, bytes int) {
 // Stats returns the counters.
 func (c *Cache) Stats() Stats {
 	n := &c.stats
+	c.space.mu.Lock()
+	used := c.space.used
+	c.space.mu.Unlock()
 	return Stats{
 		DemandBytes: n.demand.Load(), PrefetchBytes: n.prefetch.Load(), CopiedBytes: n.copied.Load(),
 		Missed: n.missed.Load(), Failed: n.failed.Load(), Waited: time.Duration(n.waited.Load()),
+		NotKept: n.notKept.Load(), Used: used, Quota: c.cfg.Quota,
 		CorruptChunks: n.corrupt.Load(), DamagedChunks: n.damaged.Load(),
 		Proven: n.proven.Load(), Quarantined: n.quarantined.Load(),
 	}

@@ -145,9 +145,14 @@ func (c *Cache) kick() {
 // series.
 func (c *Cache) writeFailed(d *Diff, err error) error {
 	if isNoSpace(err) {
+		c.space.disk.Store(0) // somebody else has filled the disk
 		err = fmt.Errorf("%w: %w", blockdev.ErrNoSpace, err)
 	}
-	if c.untilWorks.Swap(worksAfter) == 0 {
+	switch first := c.untilWorks.Swap(worksAfter) == 0; {
+	case !first:
+	case errors.Is(err, blockdev.ErrNoSpace):
+		c.cfg.Log.Warn("the cache is full; reads go on without it, and are fetched again every time", "diff", d.id, "cause", err)
+	default:
 		c.cfg.Log.Error("cannot write to the cache; reads go on without it, and are fetched again every time", "diff", d.id, "cause", err)
 	}
 	return err

@@ -31,6 +31,9 @@ func (s PrefetchState) String() string {
 const (
 	firstRetry = time.Second
 	lastRetry  = 5 * time.Minute
+	// noSpaceRetry is for diffs that there is no room for: to see that costs nothing,
+	// and when room is made they are to go on soon.
+	noSpaceRetry = 10 * time.Second
 )
 
 // fetchState is a queue's note on one volume.
@@ -39,6 +42,7 @@ type fetchState struct {
 	barred  bool // being removed: not to be queued again
 	hurry   bool // somebody waits for it
 	failed  int  // attempts in a row
+	noSpace bool // the last of them for want of room
 	timer   *time.Timer
 	cancel  context.CancelFunc // of the attempt that runs
 	attempt *attempt           // queued or running
@@ -204,7 +208,7 @@ func (q *queue) settle(v *volume, err error) {
 	f.state, f.cancel, f.attempt, f.hurry = Idle, nil, nil, false
 	switch {
 	case err == nil:
-		f.failed = 0
+		f.failed, f.noSpace = 0, false
 	case f.barred:
 		err = errRemoved
 	case q.closed:
@@ -213,10 +217,18 @@ func (q *queue) settle(v *volume, err error) {
 		f.failed = 0
 	default:
 		wait := min(firstRetry<<min(f.failed, 20), lastRetry)
+		level := slog.LevelWarn
+		if errors.Is(err, blockdev.ErrNoSpace) {
+			wait = min(wait, noSpaceRetry)
+			if f.noSpace {
+				level = slog.LevelDebug // it was said before
+			}
+		}
+		f.noSpace = errors.Is(err, blockdev.ErrNoSpace)
 		f.failed++
 		f.state = Waiting
 		f.timer = time.AfterFunc(wait, func() { q.again(v) })
-		q.log.Warn(q.name+" failed", "diff", v.id, "error", err, "next", wait)
+		q.log.Log(q.ctx, level, q.name+" failed", "diff", v.id, "error", err, "next", wait)
 	}
 	a.err = err
 	close(a.done)

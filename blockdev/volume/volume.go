@@ -165,6 +165,9 @@ func (m *Manager) volume(id blockdev.Digest) (*volume, error) {
 	return nil, fmt.Errorf("diff %s on this node: %w", id, blockdev.ErrNotFound)
 }
 
+// Diffs returns all diffs, in no order.
+func (m *Manager) Diffs() []blockdev.Digest { return files{m}.List() }
+
 // Has says whether the node has the index of a diff.
 func (m *Manager) Has(id blockdev.Digest) bool {
 	_, err := m.volume(id)

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -77,10 +78,14 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 	}
 	defer func() { err = errors.Join(err, up.Close()) }()
 
+	var late lateSnapshotter
 	vols, err := volume.Open(ctx, volume.Config{
 		Root: c.Root, Source: up, Log: log,
 		ReadTimeout: time.Duration(c.ReadTimeout),
-		Cache:       cache.Config{Timeout: time.Duration(c.ReadTimeout)},
+		Cache: cache.Config{
+			Timeout: time.Duration(c.ReadTimeout),
+			Quota:   int64(c.CacheQuota), MakeRoom: late.evict,
+		},
 	})
 	if err != nil {
 		return err
@@ -97,6 +102,7 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, sn.Close()) }()
+	late.set(sn)
 
 	d := &nodeDaemon{vols: vols, sn: sn, up: up, credentials: keychain, addresses: addresses}
 	metrics.MustRegister(d.collectors()...)
@@ -167,6 +173,19 @@ func (d dataPath) LocalSize(id blockdev.Digest) (int64, bool) {
 	return s.Local, ok
 }
 
+// lateSnapshotter is the snapshotter for those parts that are made before it.
+type lateSnapshotter struct {
+	sn atomic.Pointer[snapshotter.Snapshotter]
+}
+
+func (l *lateSnapshotter) set(sn *snapshotter.Snapshotter) { l.sn.Store(sn) }
+
+// evict is cache.Config.MakeRoom.
+func (l *lateSnapshotter) evict(ctx context.Context) bool {
+	sn := l.sn.Load()
+	return sn != nil && sn.Evict(ctx)
+}
+
 // nodeDaemon answers the control socket.
 type nodeDaemon struct {
 	vols        *volume.Manager
@@ -227,6 +246,11 @@ func (d *nodeDaemon) Prefetch(ctx context.Context, req control.PrefetchRequest, 
 	if err != nil {
 		return err
 	}
+	release, err := d.sn.PinImage(ctx, im)
+	if err != nil {
+		return err
+	}
+	defer release()
 	for _, l := range im.Layers {
 		report := func(local, total int64) {
 			stage := "fetching"

@@ -13,6 +13,9 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help, ConstLabels: labels},
 			func() float64 { return value(d.vols.Counters()) })
 	}
+	usage := func(name, help string, value func(cache.Stats) float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return value(d.vols.Counters()) })
+	}
 	gauge := func(name, help string, value func(volume.Stat) float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 {
 			var sum float64
@@ -35,6 +38,9 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 		counter("shoal_node_damaged_chunks_total", "Chunks that turned out wrong or unreadable on this disk.", nil, func(s cache.Stats) float64 { return float64(s.DamagedChunks) }),
 		counter(proofs, proofsHelp, prometheus.Labels{"outcome": "proven"}, func(s cache.Stats) float64 { return float64(s.Proven) }),
 		counter(proofs, proofsHelp, prometheus.Labels{"outcome": "quarantined"}, func(s cache.Stats) float64 { return float64(s.Quarantined) }),
+		counter("shoal_node_not_kept_bytes_total", "Bytes that came for reads and were not kept, for want of room.", nil, func(s cache.Stats) float64 { return float64(s.NotKept) }),
+		usage("shoal_node_cache_bytes", "Bytes on disk that layers take.", func(s cache.Stats) float64 { return float64(s.Used) }),
+		usage("shoal_node_cache_quota_bytes", "Bytes on disk that layers may take; 0: what the disk has.", func(s cache.Stats) float64 { return float64(s.Quota) }),
 		gauge("shoal_node_diffs", "Layers that this node has an index of.", func(volume.Stat) float64 { return 1 }),
 		gauge("shoal_node_diff_bytes", "Bytes of those layers.", func(s volume.Stat) float64 { return float64(s.Total) }),
 		gauge("shoal_node_local_bytes", "Bytes of those layers that are on this node.", func(s volume.Stat) float64 { return float64(s.Local) }),

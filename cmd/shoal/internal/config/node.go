@@ -26,9 +26,13 @@ type Node struct {
 	DockerConfig   string   `toml:"docker_config" comment:"directory of docker's config.json with registry credentials; empty: $DOCKER_CONFIG or ~/.docker"`
 	IndexTimeout   Duration `toml:"index_timeout" comment:"how long a pull waits for an image's indexes before containerd unpacks it in the ordinary way"`
 	ReadTimeout    Duration `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`
+	CacheQuota     Size     `toml:"cache_quota" comment:"bytes on disk for layers; 0: what the disk has. What no container or image uses makes room; what does not fit is read without being kept"`
 	Embedded       Embedded `toml:"embedded" comment:"the supernode of a node that names none"`
 	Log            Log      `toml:"log"`
 }
+
+// minCacheQuota leaves room for the indexes and metadata of some images.
+const minCacheQuota = 64 << 20
 
 // DefaultNode returns the defaults.
 func DefaultNode() *Node {
@@ -54,6 +58,9 @@ func (c *Node) Check() error {
 		c.Embedded.Store.check("embedded."), c.Embedded.Registry.check("embedded."), c.Log.check(),
 		atLeast("index_timeout", c.IndexTimeout, Duration(time.Second)),
 		atLeast("read_timeout", c.ReadTimeout, Duration(time.Second)),
+	}
+	if q := int64(c.CacheQuota); q > 0 && q < minCacheQuota {
+		errs = append(errs, fmt.Errorf("cache_quota is %d bytes: it must be at least 64MiB, or 0 for what the disk has", q))
 	}
 	if c.Address == c.ControlAddress {
 		errs = append(errs, fmt.Errorf("address and control_address are both %q: containerd and the shoal command need a socket each", c.Address))

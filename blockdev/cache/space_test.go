@@ -1,0 +1,248 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+)
+
+// bytesOnDisk is what the files of all diffs take, as the file system counts.
+func bytesOnDisk(t testing.TB, root string) (n int64) {
+	t.Helper()
+	for _, dir := range []string{diffsDir, tmpDir} {
+		err := filepath.WalkDir(filepath.Join(root, dir), func(path string, _ fs.DirEntry, err error) error {
+			var st unix.Stat_t
+			if err == nil {
+				err = unix.Lstat(path, &st)
+			}
+			if errors.Is(err, fs.ErrNotExist) || path == filepath.Join(root, dir) {
+				return nil // just removed; or the directory of all
+			}
+			n += st.Blocks * 512
+			return err
+		})
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
+	}
+	return n
+}
+
+// another adds a diff of its own content.
+func (r *rig) another(seed uint64, size int) (*Diff, []byte) {
+	r.t.Helper()
+	ix, data := blockdevtest.Diff(seed, size)
+	r.mem.PutDiff(ix, data)
+	return r.add(ix), padded(data)
+}
+
+// TestQuotaHolds: prefetch and readers of several diffs that do not fit fill the
+// cache, and never more; all that is read is right, and what has been written
+// is counted as the disk counts it.
+func TestQuotaHolds(t *testing.T) {
+	const quota = 24 << 20
+	r := newRig(t, 16<<20, func(c *Config) { c.Quota, c.Quiet, c.GiveWay = quota, time.Microsecond, time.Microsecond })
+	diffs, want := []*Diff{r.d}, [][]byte{r.want}
+	for i := range 3 {
+		d, data := r.another(uint64(1000+i), 16<<20+i*1000)
+		diffs, want = append(diffs, d), append(want, data)
+	}
+	stop := make(chan struct{})
+	var most atomic.Int64
+	var watch, work sync.WaitGroup
+	watch.Go(func() {
+		for {
+			most.Store(max(most.Load(), bytesOnDisk(t, r.cfg.Root)))
+			select {
+			case <-stop:
+				return
+			default:
+			}
+		}
+	})
+	for i, d := range diffs {
+		work.Go(func() {
+			if err := d.Prefetch(t.Context()); err != nil && !errors.Is(err, blockdev.ErrNoSpace) {
+				t.Error(err)
+			}
+		})
+		work.Go(func() {
+			p := make([]byte, 200_000)
+			for off := int64(0); off < d.Size(); off += int64(len(p)) {
+				n, _ := d.ReadAt(t.Context(), p, off)
+				if !bytes.Equal(p[:n], want[i][off:][:n]) || n == 0 {
+					t.Errorf("diff %d: wrong bytes at %d", i, off)
+					return
+				}
+			}
+		})
+	}
+	work.Wait()
+	close(stop)
+	watch.Wait()
+	if n := most.Load(); n > quota || n < quota*3/4 {
+		t.Errorf("at most %d bytes on disk, the quota is %d", n, quota)
+	}
+	if r.Stats().NotKept == 0 || r.log.count("the cache is full") != 1 {
+		t.Errorf("%+v; log:\n%s", r.Stats(), r.log.b.String())
+	}
+	for _, d := range diffs {
+		r.space.measure(d)
+	}
+	slack := int64(len(diffs)) * 3 * r.space.block // fixedUse
+	if used, disk := r.Stats().Used, bytesOnDisk(t, r.cfg.Root); used < disk || used > disk+slack {
+		t.Errorf("%d bytes counted, %d on disk", used, disk)
+	}
+	// The same after a restart, and nothing is left of what is removed.
+	used := r.Stats().Used
+	r.reopen()
+	if n := r.Stats().Used; n < used || n > used+slack || n > quota {
+		t.Errorf("%d bytes counted after a restart, %d before", n, used)
+	}
+	for _, d := range diffs[1:] {
+		if err := r.Remove(t.Context(), d.id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.prefetch()
+	if n := r.log.count("can be written to again"); n != 0 {
+		t.Errorf("a new process that finds room says so %d times", n)
+	}
+	if err := r.Remove(t.Context(), r.d.id); err != nil {
+		t.Fatal(err)
+	}
+	if n := r.Stats().Used; n != 0 {
+		t.Errorf("%d bytes counted of nothing", n)
+	}
+}
+
+// TestQuotaLeavesRoomForIndexes: with a cache that is full of data, an image's
+// index still fits, and what its programs read first is kept.
+func TestQuotaLeavesRoomForIndexes(t *testing.T) {
+	r := newRig(t, 64<<20, func(c *Config) { c.Quota = 32 << 20 })
+	if err := r.d.Prefetch(t.Context()); !errors.Is(err, blockdev.ErrNoSpace) {
+		t.Fatalf("prefetch beyond the quota: %v", err)
+	}
+	d, want := r.another(2, 1<<20)
+	r.check(d, want, 0, 100_000)
+	if n := d.Stat().BytesPresent; n < 100_000 {
+		t.Errorf("%d bytes kept", n)
+	}
+}
+
+// TestMakeRoom: prefetch and Add wait for room to be made; a read does not. What
+// MakeRoom removes may be the diff that is being prefetched.
+func TestMakeRoom(t *testing.T) {
+	var r *rig
+	var victims []blockdev.Digest
+	r = newRig(t, 12<<20, func(c *Config) {
+		c.Quota = 32 << 20
+		c.MakeRoom = func(ctx context.Context) bool {
+			if len(victims) == 0 {
+				return false
+			}
+			if err := r.Remove(ctx, victims[0]); err != nil {
+				t.Error(err)
+			}
+			victims = victims[1:]
+			return true
+		}
+	})
+	r.prefetch()
+	victims = []blockdev.Digest{r.d.id}
+	next, want := r.another(7, 20<<20)
+	if err := next.Prefetch(t.Context()); err != nil {
+		t.Fatalf("prefetch with something to remove: %v", err)
+	}
+	r.check(next, want, 0, len(want))
+	if _, ok := r.Get(r.d.id); ok {
+		t.Error("the first diff is still there")
+	}
+	last, _ := r.another(8, 30<<20)
+	victims = []blockdev.Digest{last.id}
+	if err := last.Prefetch(t.Context()); !errors.Is(err, ErrRemoved) {
+		t.Errorf("prefetch that is removed to make room: %v", err)
+	}
+	big := *r.ix
+	big.DiffID = blockdev.Sum([]byte("big"))
+	big.Meta = blockdevtest.Bytes(1, 14<<20)
+	if _, err := r.Add(t.Context(), encode(t, &big)); !errors.Is(err, blockdev.ErrNoSpace) {
+		t.Errorf("add beyond the quota: %v", err)
+	}
+	victims = []blockdev.Digest{next.id}
+	r.Cache.mu.Lock()
+	r.evictedNone = time.Time{} // as after a second
+	r.Cache.mu.Unlock()
+	if _, err := r.Add(t.Context(), encode(t, &big)); err != nil {
+		t.Errorf("add with something to remove: %v", err)
+	}
+}
+
+// TestNotKeptIsFetchedOnce: without room, a program that reads on in small pieces
+// has each chunk fetched once all the same.
+func TestNotKeptIsFetchedOnce(t *testing.T) {
+	r := newRig(t, 8<<20, func(c *Config) { c.Quota = 64 << 10 })
+	r.mem.Record()
+	for off := int64(0); off < 4<<20; off += 4096 {
+		r.checkRead(off, 4096)
+	}
+	r.quiet()
+	var asked int64
+	for _, q := range r.mem.Requests() {
+		for _, c := range q.Chunks {
+			asked += int64(c.Length)
+		}
+	}
+	if asked > 9<<20 {
+		t.Errorf("%d bytes asked for to read 4 MiB", asked)
+	}
+	if n := r.present(); n > 2 {
+		t.Errorf("%d chunks kept", n)
+	}
+}
+
+// TestDiskFilledByOthers: the disk fills up between a look at what it has and a
+// write. Nobody but the log notices, and all goes on by itself.
+func TestDiskFilledByOthers(t *testing.T) {
+	dir := smallDisk(t, 32<<20)
+	r := newRig(t, 12<<20, func(c *Config) { c.Root = filepath.Join(dir, "cache") })
+	r.checkRead(0, 100_000)
+	r.quiet()
+	junk := filepath.Join(dir, "junk")
+	f, err := os.Create(junk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for err == nil {
+		_, err = f.Write(make([]byte, 1<<16))
+	}
+	if !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+	f.Close()
+	r.checkRead(1<<20, 1<<20)
+	r.quiet()
+	if n := r.log.count("the cache is full"); n != 1 || r.Stats().NotKept == 0 {
+		t.Errorf("said %d times; %+v", n, r.Stats())
+	}
+	if err := os.Remove(junk); err != nil {
+		t.Fatal(err)
+	}
+	r.prefetch()
+	r.checkRead(0, len(r.want))
+	if n := r.log.count("can be written to again"); n != 1 {
+		t.Errorf("the end of it was logged %d times", n)
+	}
+}
