@@ -112,7 +112,11 @@ func FuzzBitmap(f *testing.F) {
 			return
 		}
 		p := newPresence(ix.DiffID, tab)
-		p.load(b[headerSize:], sameBoot)
+		believed := believeSynced
+		if sameBoot {
+			believed = believePresent
+		}
+		p.load(b[headerSize:], believed)
 		var n int
 		for i := range tab.len() {
 			if p.present.get(i) {
@@ -131,6 +135,11 @@ func FuzzBitmap(f *testing.F) {
 		}
 		if got, _, _ := p.counts(); got != n {
 			t.Fatalf("counts %d, has %d", got, n)
+		}
+		none := newPresence(ix.DiffID, tab)
+		none.load(b[headerSize:], believeNone)
+		if got, _, _ := none.counts(); got != 0 {
+			t.Fatalf("%d chunks are believed where nothing is to be", got)
 		}
 	})
 }

@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -23,6 +24,7 @@ const (
 	diffsDir = "diffs"
 	tmpDir   = "tmp"
 	lockFile = "lock"
+	openFile = "open"
 )
 
 // Cache is the local diffs of a node.
@@ -30,6 +32,8 @@ type Cache struct {
 	cfg  Config
 	boot [16]byte
 	lock *os.File
+	// unclean: the machine went down while a cache was open here.
+	unclean bool
 
 	quarantine *quarantine
 
@@ -93,6 +97,9 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 		busy:   make(map[blockdev.Digest]chan struct{}),
 	}
 	c.publish()
+	if c.unclean, err = markOpen(filepath.Join(cfg.Root, openFile), c.boot); err != nil {
+		return nil, errors.Join(fmt.Errorf("cache %s: %w", cfg.Root, err), lock.Close())
+	}
 	c.quarantine, err = openQuarantine(filepath.Join(cfg.Root, quarantineDir), c.tmpName, cfg.Log)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("cache %s: %w", cfg.Root, err), lock.Close())
@@ -111,6 +118,29 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	c.wg.Add(1)
 	go c.syncer()
 	return c, nil
+}
+
+// markOpen writes down that the cache is open during this boot. It reports whether
+// it was so during another one, which then ended without Close.
+func markOpen(path string, boot [16]byte) (unclean bool, err error) {
+	old, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return false, err
+	}
+	if err == nil && bytes.Equal(old, boot[:]) {
+		return false, nil
+	}
+	unclean = err == nil
+	// In place: half of it is another boot's, too.
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return false, err
+	}
+	_, err = f.Write(boot[:])
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return false, err
+	}
+	return unclean, syncDir(filepath.Dir(path))
 }
 
 // takeLock keeps a second process out, which would not know of this one's
@@ -317,7 +347,11 @@ func (c *Cache) create(ctx context.Context, enc []byte, ix *blockdev.Index, tab 
 	if err := syncDir(diffs); err != nil {
 		return nil, err
 	}
-	return c.newDiff(dir, blockdev.Sum(enc), ix, tab)
+	d, err := c.newDiff(dir, blockdev.Sum(enc), ix, tab)
+	if err == nil {
+		d.noteScrub() // there is nothing to check yet
+	}
+	return d, err
 }
 
 func (c *Cache) tmpName() string {
@@ -391,6 +425,9 @@ func (c *Cache) Close() error {
 	for _, d := range *c.list.Load() {
 		d.stop(ErrClosed)
 		errs = append(errs, d.syncNow(), d.closeFiles())
+	}
+	if errors.Join(errs...) == nil {
+		errs = append(errs, os.Remove(filepath.Join(c.cfg.Root, openFile)))
 	}
 	if err := errors.Join(append(errs, c.lock.Close())...); err != nil {
 		return fmt.Errorf("close cache %s: %w", c.cfg.Root, err)

@@ -3,6 +3,7 @@ package cache
 import (
 	"bufio"
 	"context"
+	"errors"
 	"io"
 	"log/slog"
 	"math/rand/v2"
@@ -151,7 +152,7 @@ func TestPowerLoss(t *testing.T) {
 		if err := r.d.sync(context.Background()); err != nil {
 			t.Fatal(err)
 		}
-		synced, _, unsynced := r.d.pres.counts()
+		synced, syncedBytes, unsynced := r.d.pres.counts()
 		if unsynced != 0 {
 			t.Fatalf("%d bytes unsynced after a sync", unsynced)
 		}
@@ -179,21 +180,120 @@ func TestPowerLoss(t *testing.T) {
 			r.cfg.bootID = "second boot"
 		})
 		r.expect()
-		if n := r.present(); n != synced {
-			t.Fatalf("%d chunks believed after a power loss, %d were synced, %d present before", n, synced, total)
+		if n := r.present(); n != 0 {
+			t.Fatalf("%d chunks believed after a power loss, before anybody looked", n)
 		}
 		// A kill right after the boot brings nothing back.
 		r.crash(nil)
 		r.expect()
-		if n := r.present(); n != synced {
-			t.Fatalf("%d chunks believed after a kill, %d were synced", n, synced)
+		if n := r.present(); n != 0 {
+			t.Fatalf("%d chunks believed after a kill", n)
 		}
 		r.checkRead(0, int(r.d.Size()))
+		// What was synced is not fetched again.
+		if s := r.Stats(); s.CopiedBytes < syncedBytes {
+			t.Fatalf("%d bytes found on disk, %d were synced (%d of %d chunks)", s.CopiedBytes, syncedBytes, synced, total)
+		}
 		r.prefetch()
 		r.present()
 		if r.Stats().DamagedChunks != 0 {
 			t.Error("a synced chunk is damaged")
 		}
+	}
+}
+
+// TestCleanReboot: after a reboot with an orderly end before, what was synced is
+// believed, as it is of any file system.
+func TestCleanReboot(t *testing.T) {
+	r := newRig(t, 3<<20, nil)
+	r.checkRead(0, 1<<20)
+	r.quiet()
+	n := r.present()
+	r.close()
+	r.cfg.bootID = "second boot"
+	r.open()
+	r.expect()
+	if got := r.present(); got != n || n == 0 {
+		t.Errorf("%d chunks believed, %d were there", got, n)
+	}
+}
+
+// TestFlippedBits: after an unclean boot, a bit that was flipped in what had been
+// synced is found when it is read, and when the complete diff is scrubbed.
+func TestFlippedBits(t *testing.T) {
+	r := newRig(t, 3<<20, nil)
+	r.checkRead(0, 2<<20)
+	r.quiet()
+	if err := r.d.sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r.crash(func() {
+		flipFile(t, r.d.DataPath(), 1<<20)
+		r.cfg.bootID = "second boot"
+	})
+	r.expect()
+	r.checkRead(0, 3<<20)
+	r.prefetch()
+	if err := r.d.Scrub(t.Context()); err != nil || time.Since(r.d.Scrubbed()) > time.Minute {
+		t.Errorf("scrub of what is well: %v, %v", err, r.d.Scrubbed())
+	}
+	scrubbed := r.d.Scrubbed()
+	r.reopen()
+	if !r.d.Scrubbed().Equal(scrubbed) {
+		t.Errorf("scrubbed at %v, after a restart at %v", scrubbed, r.d.Scrubbed())
+	}
+	r.crash(func() {
+		flipFile(t, r.d.DataPath(), 1<<20+5)
+		r.cfg.bootID = "third boot"
+	})
+	r.expect()
+	if !r.d.Complete() || r.d.Scrubbed().Unix() > 0 {
+		t.Errorf("complete %v, scrubbed at %v", r.d.Complete(), r.d.Scrubbed())
+	}
+	if err := r.d.Scrub(t.Context()); !errors.Is(err, ErrDamaged) || r.d.Complete() {
+		t.Errorf("scrub of what is damaged: %v", err)
+	}
+	r.prefetch()
+	r.checkRead(0, 3<<20)
+	if err := r.d.Scrub(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestChunk: what goes to others is checked on its way.
+func TestChunk(t *testing.T) {
+	r, l := newProofRig(t, nil)
+	r.prove()
+	buf := make([]byte, blockdev.MaxChunk)
+	for i, c := range l.Index.Chunks {
+		if b, err := r.Chunk(c.Digest, buf); err != nil || blockdev.Sum(b) != c.Digest {
+			t.Fatalf("chunk %d: %d bytes, %v", i, len(b), err)
+		}
+	}
+	for i, p := range l.Index.Headers {
+		if b, err := r.Chunk(p.Digest, buf); err != nil || blockdev.Sum(b) != p.Digest {
+			t.Fatalf("piece %d: %d bytes, %v", i, len(b), err)
+		}
+	}
+	if _, err := r.Chunk(blockdev.Sum([]byte("unknown")), buf); !errors.Is(err, blockdev.ErrNotFound) {
+		t.Errorf("unknown chunk: %v", err)
+	}
+	if _, err := r.Chunk(l.Index.Chunks[0].Digest, buf[:10]); err == nil {
+		t.Error("a short buffer will do")
+	}
+	flipFile(t, r.d.DataPath(), 5000)
+	flipFile(t, r.d.headersPath(), 10)
+	for _, d := range []blockdev.Digest{l.Index.Chunks[0].Digest, l.Index.Headers[0].Digest} {
+		if _, err := r.Chunk(d, buf); !errors.Is(err, blockdev.ErrNotFound) {
+			t.Errorf("damaged: %v", err)
+		}
+	}
+	if r.d.Complete() || r.Stats().DamagedChunks != 1 {
+		t.Errorf("complete %v, %+v", r.d.Complete(), r.Stats())
+	}
+	r.prefetch()
+	if _, err := r.Chunk(l.Index.Chunks[0].Digest, buf); err != nil {
+		t.Error(err)
 	}
 }
 

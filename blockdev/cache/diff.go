@@ -51,6 +51,7 @@ type Diff struct {
 	data, bitmap *os.File
 	complete     atomic.Bool
 	proof        atomic.Int32 // a ProofState
+	scrubbed     atomic.Int64 // Unix nanoseconds
 	bitmapBad    atomic.Bool  // logged that the bitmap cannot be written
 
 	syncing     chan struct{} // token: one sync at a time
@@ -221,6 +222,7 @@ func (c *Cache) newDiff(dir string, sum blockdev.Digest, ix *blockdev.Index, tab
 		return nil, err
 	}
 	d.loadProof()
+	d.loadScrub()
 	d.life, d.kill = context.WithCancelCause(context.Background())
 	return d, nil
 }
@@ -306,8 +308,11 @@ func (d *Diff) loadBitmap(ix *blockdev.Index) error {
 		if _, err := d.bitmap.WriteAt(make([]byte, bitmapSize(d.tab.len())), 0); err != nil {
 			return err
 		}
-	} else if doubted := d.pres.load(b[headerSize:], h.boot == d.c.boot); doubted > 0 {
-		d.c.cfg.Log.Info("chunks that were not synced before the last boot, or have damaged records, will be checked before they are used", "diff", d.id, "chunks", doubted)
+	} else if doubted := d.pres.load(b[headerSize:], d.believe(&h)); doubted > 0 {
+		d.c.cfg.Log.Info("chunks that the last boot may have left wrong, or that have damaged records, will be checked before they are used", "diff", d.id, "chunks", doubted)
+	}
+	if h.boot != d.c.boot && d.c.unclean {
+		d.forgetScrub()
 	}
 	// What complete promises about an old process' chunks holds for all or none.
 	complete := h.complete && d.pres.synced.all(0, d.tab.len())
@@ -326,6 +331,21 @@ func (d *Diff) loadBitmap(ix *blockdev.Index) error {
 	}
 	d.complete.Store(complete)
 	return nil
+}
+
+// believe says what of a bitmap whose header checks out is believed. After a
+// machine that went down while the cache was open, nothing is that costs little to
+// check on its first use. A complete diff is mounted natively, and read by nobody
+// but the kernel: what was synced is believed there, and scrubbed soon.
+func (d *Diff) believe(h *bitmapHeader) belief {
+	switch {
+	case h.boot == d.c.boot:
+		return believePresent
+	case d.c.unclean && !h.complete:
+		return believeNone
+	default:
+		return believeSynced
+	}
 }
 
 // fixSize gives the data file its length, and returns the one it had.

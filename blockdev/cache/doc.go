@@ -4,6 +4,7 @@
 // # On disk
 //
 //	Root/lock                  flock: one process per cache
+//	Root/open                  during which boot the cache was opened; removed by Close
 //	Root/tmp/                  diffs that are being made or thrown away; emptied by Open
 //	Root/diffs/<DiffID hex>/
 //	    index                  the encoded index, as it came
@@ -12,6 +13,7 @@
 //	    bitmap                 which chunks are present (format: bitmap.go)
 //	    headers                pieces of the header stream, as far as fetched (headers.go)
 //	    proof                  that the index is proven (quarantine.go)
+//	    scrubbed               empty; when all that is here was last checked (its mtime)
 //	Root/quarantine/<DiffID hex>  that an index of this diff failed its proof
 //
 // A diff appears by a rename out of tmp and goes by a rename into it, so a crash
@@ -44,8 +46,11 @@
 //     a power loss only synced chunks are believed.
 //   - No byte is handed to a reader that was not checked against its chunk's
 //     SHA-256 when it came in. What came in stays believed while it rests on
-//     the disk, as with any file system; Prefetch checks everything again that
-//     this process did not write itself before it says complete.
+//     the disk, as with any file system, with these exceptions: a machine that
+//     went down while the cache was open leaves nothing believed of an
+//     incomplete diff; Prefetch checks what this process did not write itself
+//     before it says complete; Prove and Scrub check everything; and what goes to
+//     another machine or another diff is checked on its way (Cache.Chunk).
 //   - One flight per chunk. A reader's context ends its own wait only.
 //   - No lock is held across I/O. Memory and requests in flight are bounded by
 //     Config. Reads of what is present allocate nothing and take no lock.

@@ -50,6 +50,22 @@ func (h *headers) piece(f *os.File, i int, buf []byte) ([]byte, bool) {
 	return b, err == nil && blockdev.Sum(b) == h.pieces[i].Digest
 }
 
+// readPiece reads the piece with this digest, if the diff has it.
+func (d *Diff) readPiece(digest *blockdev.Digest, buf []byte) ([]byte, bool) {
+	for i := range d.heads.pieces {
+		if d.heads.pieces[i].Digest != *digest || d.heads.pieces[i].Length > blockdev.MaxChunk {
+			continue
+		}
+		f, err := d.openHeaders(os.O_RDONLY)
+		if err != nil {
+			return nil, false
+		}
+		defer f.Close()
+		return d.heads.piece(f, i, buf)
+	}
+	return nil, false
+}
+
 // fetchHeaders sees to it that every piece of the header stream is in f.
 func (d *Diff) fetchHeaders(ctx context.Context, f *os.File) error {
 	buf := d.c.buffer()

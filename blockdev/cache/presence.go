@@ -54,9 +54,21 @@ func newPresence(id blockdev.Digest, tab *table) *presence {
 	return p
 }
 
-// load takes over what a bitmap file says. sameBoot: it was written since the
-// kernel started. It returns how many present chunks were not believed.
-func (p *presence) load(records []byte, sameBoot bool) (doubted int) {
+// belief is what of a bitmap file is believed.
+type belief uint8
+
+const (
+	// believeNone: what is present is looked at again before it is used.
+	believeNone belief = iota
+	// believeSynced: so is what is present and not synced.
+	believeSynced
+	// believePresent: the page cache has all that was written since.
+	believePresent
+)
+
+// load takes over what a bitmap file says. It returns how many present chunks were
+// not believed.
+func (p *presence) load(records []byte, b belief) (doubted int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for g := range groups(p.n) {
@@ -70,7 +82,15 @@ func (p *presence) load(records []byte, sameBoot bool) (doubted int) {
 			doubted += bits.OnesCount32(valid)
 			p.dirty.set(g)
 		}
-		if drop := r.present &^ r.synced; !sameBoot && drop != 0 {
+		var drop uint32
+		switch b {
+		case believeNone:
+			drop = r.present
+		case believeSynced:
+			drop = r.present &^ r.synced
+		case believePresent:
+		}
+		if drop != 0 {
 			r.present &^= drop
 			r.suspect |= drop
 			doubted += bits.OnesCount32(drop)

@@ -91,6 +91,7 @@ func (d *Diff) Prove(ctx context.Context, hurry bool) error {
 		}
 		d.proof.Store(int32(Proven))
 		d.c.stats.proven.Add(1)
+		d.noteScrub() // every chunk was looked at
 		return nil
 	case errors.Is(err, proof.ErrMismatch):
 		return d.distrust(err)
@@ -231,6 +232,7 @@ const paceBytes = 1 << 20
 // and rests for as long as it has worked.
 type pace struct {
 	hurry bool
+	rate  int64     // bytes per second at most; 0: any
 	began time.Time // of the portion
 	bytes int
 }
@@ -239,9 +241,14 @@ func (p *pace) wait(ctx context.Context, d *Diff, n int) error {
 	if p.bytes += n; p.bytes < paceBytes {
 		return nil
 	}
+	worked := time.Since(p.began)
+	rest := min(worked, d.c.cfg.GiveWay)
+	if p.rate > 0 {
+		rest = max(rest, time.Duration(int64(p.bytes)*int64(time.Second)/p.rate)-worked)
+	}
 	p.bytes = 0
 	if !p.hurry {
-		t := time.NewTimer(min(time.Since(p.began), d.c.cfg.GiveWay))
+		t := time.NewTimer(rest)
 		defer t.Stop()
 		select {
 		case <-t.C:

@@ -31,5 +31,7 @@
 //     process, and Open adopts them. Lazy ones give errors from then on (unless
 //     somebody else holds the FUSE descriptor); Open takes them away and mounts
 //     them again at the same place.
+//   - What runs in the background on a complete diff waits for what somebody waits
+//     for: scrubs for proofs, proofs for prefetch, all of them for demand reads.
 //   - A volume is removed only by Remove. Counting who needs it is the caller's.
 package volume

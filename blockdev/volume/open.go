@@ -37,6 +37,9 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 	if cfg.PrefetchDiffs <= 0 {
 		cfg.PrefetchDiffs = 2
 	}
+	if cfg.ScrubInterval == 0 {
+		cfg.ScrubInterval = defaultScrub
+	}
 	root, err := makeRoot(cfg.Root)
 	if err != nil {
 		return nil, fmt.Errorf("volumes at %s: %w", cfg.Root, err)
@@ -54,7 +57,7 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 		vols:  make(map[blockdev.Digest]*volume),
 		names: make(map[string]blockdev.Digest),
 	}
-	m.queue, m.proofs = m.newPrefetchQueue(), m.newProofQueue()
+	m.queue, m.proofs, m.scrubs = m.newPrefetchQueue(), m.newProofQueue(), m.newScrubQueue()
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
@@ -79,12 +82,18 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 			cfg.Log.Error("a diff that was mounted before cannot be mounted again", "diff", v.id, "error", err)
 		}
 	}
-	for _, v := range m.vols { // nobody else knows of m yet
+	for _, v := range m.volumes() {
 		if v.diff.Complete() {
 			m.prove(v)
 		}
 	}
-	return m, m.sweep()
+	if err := m.sweep(); err != nil {
+		return nil, err
+	}
+	if cfg.ScrubInterval > 0 {
+		m.scrubs.tasks.Go(func() { m.scrubber(m.scrubs.ctx) })
+	}
+	return m, nil
 }
 
 // makeRoot makes the directories, and returns Root as mountinfo will show it.
@@ -258,6 +267,7 @@ func (m *Manager) Close() error {
 	m.mu.Unlock()
 	m.queue.close(vols)
 	m.proofs.close(vols)
+	m.scrubs.close(vols)
 	if m.stop != nil {
 		m.stop()
 		<-m.serveDone

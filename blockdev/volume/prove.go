@@ -22,8 +22,9 @@ func (m *Manager) newProofQueue() *queue {
 		ended: func(v *volume, err error) {
 			// What is missing for another reason was taken away on purpose.
 			if errors.Is(err, cache.ErrDamaged) {
-				_, _ = m.queue.add(v, false) // refused: it is being removed, or closed
+				m.refetch(v)
 			}
+			m.scrubs.kick() // they wait for proofs, too
 		},
 	})
 }

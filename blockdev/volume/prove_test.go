@@ -1,10 +1,12 @@
 package volume
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -185,4 +187,75 @@ func TestProofsWait(t *testing.T) {
 		q.close(vols)
 		proofs.close(vols)
 	})
+}
+
+// TestScrub: damage under a native mount is found without anybody's reading it,
+// fetched again, and right for who reads through that mount from then on.
+func TestScrub(t *testing.T) {
+	n := newNode(t, func(c *Config) { c.ScrubInterval = -1 })
+	l := newLayer(t, 43, 1<<20)
+	n.add(l)
+	if err := n.PrefetchWait(t.Context(), l.id, nil); err != nil {
+		t.Fatal(err)
+	}
+	dir := n.mountDir(l)
+	f, err := os.OpenFile(filepath.Join(n.root, "diffs", l.id.Hex(), "data"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt([]byte{l.data[5000] ^ 1}, 5000); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(filepath.Join(dir, "file")); err != nil || bytes.Equal(got, l.content) {
+		t.Fatalf("the damage does not show: %v", err)
+	}
+	v, err := n.volume(l.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := n.scrubs.add(v, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if <-a.done; !errors.Is(a.err, cache.ErrDamaged) {
+		t.Fatalf("scrub: %v", a.err)
+	}
+	if err := n.PrefetchWait(t.Context(), l.id, nil); err != nil {
+		t.Fatal(err)
+	}
+	// The page cache is dropped behind the repair.
+	for deadline := time.Now().Add(20 * time.Second); ; {
+		got, err := os.ReadFile(filepath.Join(dir, "file"))
+		if err == nil && bytes.Equal(got, l.content) {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the mount shows wrong bytes after the repair: %v", err)
+		}
+	}
+}
+
+// TestScrubber: what has not been checked for long enough is, by itself.
+func TestScrubber(t *testing.T) {
+	n := newNode(t, nil)
+	l := newLayer(t, 44, 1<<20)
+	n.add(l)
+	if err := n.PrefetchWait(t.Context(), l.id, nil); err != nil {
+		t.Fatal(err)
+	}
+	scrubbed := filepath.Join(n.root, "diffs", l.id.Hex(), "scrubbed")
+	long := time.Now().Add(-2 * defaultScrub)
+	if err := os.Chtimes(scrubbed, long, long); err != nil {
+		t.Fatal(err)
+	}
+	n.restart()
+	for deadline := time.Now().Add(20 * time.Second); ; runtime.Gosched() {
+		if st, err := os.Stat(scrubbed); err == nil && st.ModTime().After(long) {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("never scrubbed")
+		}
+	}
 }

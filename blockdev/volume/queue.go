@@ -101,9 +101,11 @@ func (m *Manager) newPrefetchQueue() *queue {
 		final: func(error) bool { return false },
 		ended: func(v *volume, err error) {
 			if err == nil {
+				m.refresh(v)
 				m.prove(v)
 			}
 			m.proofs.kick() // they wait until nothing is being fetched
+			m.scrubs.kick()
 		},
 	})
 }

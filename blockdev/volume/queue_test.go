@@ -35,6 +35,10 @@ func (d *fakeDiff) Proof() cache.ProofState {
 	return cache.Unproven
 }
 
+func (d *fakeDiff) Scrub(context.Context) error                            { return nil }
+func (d *fakeDiff) Scrubbed() time.Time                                    { return time.Time{} }
+func (d *fakeDiff) Check(context.Context, bool) (c cache.Checked, _ error) { return c, nil }
+
 func (d *fakeDiff) Prove(ctx context.Context, hurry bool) error { return d.prove(ctx, hurry) }
 
 func (d *fakeDiff) Distrust() error                    { return nil }
@@ -43,7 +47,7 @@ func (d *fakeDiff) Prefetch(ctx context.Context) error { return d.prefetch(ctx) 
 // testQueues are queues without anything else of a Manager.
 func testQueues(most int) (prefetches, proofs *queue) {
 	m := &Manager{cfg: Config{Log: slog.New(slog.DiscardHandler), PrefetchDiffs: most}}
-	m.queue, m.proofs = m.newPrefetchQueue(), m.newProofQueue()
+	m.queue, m.proofs, m.scrubs = m.newPrefetchQueue(), m.newProofQueue(), m.newScrubQueue()
 	return m.queue, m.proofs
 }
 

@@ -34,6 +34,9 @@ type Config struct {
 	ReadTimeout time.Duration
 	// PrefetchDiffs is how many diffs are prefetched at a time. Default 2.
 	PrefetchDiffs int
+	// ScrubInterval is how often everything that is here is read and checked, slowly.
+	// Default a week; negative: never.
+	ScrubInterval time.Duration
 	// Loop mounts through loop devices even where the kernel can do without.
 	Loop bool
 }
@@ -49,6 +52,9 @@ type diff interface {
 	Prove(ctx context.Context, hurry bool) error
 	Proof() cache.ProofState
 	Distrust() error
+	Scrub(ctx context.Context) error
+	Scrubbed() time.Time
+	Check(ctx context.Context, hurry bool) (cache.Checked, error)
 	Stat() cache.Stat
 }
 
@@ -65,9 +71,12 @@ type volume struct {
 	gone bool       // removed: look it up again
 	dir  string     // mount point, "" if not mounted
 	lazy bool
+	// stale: wrong bytes may have been read through the mount.
+	stale bool
 
 	fetch fetchState // guarded by the lock of Manager.queue
 	proof fetchState // guarded by the lock of Manager.proofs
+	scrub fetchState // guarded by the lock of Manager.scrubs
 }
 
 // take waits for the volume's turn. The caller gives it back with give.
@@ -101,6 +110,7 @@ type Manager struct {
 	cache  *cache.Cache
 	queue  *queue // prefetches
 	proofs *queue
+	scrubs *queue
 
 	fuse      *os.File
 	server    *fusefs.Server
@@ -256,8 +266,7 @@ func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
 		err = m.cache.Remove(ctx, id)
 	}
 	if err != nil {
-		m.queue.allow(v)
-		m.proofs.allow(v)
+		m.allowWork(v)
 		return err
 	}
 	v.mu.Lock()
@@ -274,16 +283,22 @@ func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
 	return nil
 }
 
-// stopWork keeps both queues off a volume, or neither.
+// stopWork keeps all queues off a volume, or none.
 func (m *Manager) stopWork(ctx context.Context, v *volume) error {
-	if err := m.queue.drop(ctx, v); err != nil {
-		return err
-	}
-	if err := m.proofs.drop(ctx, v); err != nil {
-		m.queue.allow(v)
-		return err
+	for _, q := range []*queue{m.queue, m.proofs, m.scrubs} {
+		if err := q.drop(ctx, v); err != nil {
+			m.allowWork(v)
+			return err
+		}
 	}
 	return nil
+}
+
+// allowWork undoes stopWork.
+func (m *Manager) allowWork(v *volume) {
+	for _, q := range []*queue{m.queue, m.proofs, m.scrubs} {
+		q.allow(v)
+	}
 }
 
 // unmount takes the volume's mount away, also one in use if detach is set. The
@@ -349,17 +364,23 @@ func (m *Manager) Counters() cache.Stats { return m.cache.Stats() }
 
 // Stats returns all diffs, in no order.
 func (m *Manager) Stats() []Stat {
-	m.mu.RLock()
-	vols := make([]*volume, 0, len(m.vols))
-	for _, v := range m.vols {
-		vols = append(vols, v)
-	}
-	m.mu.RUnlock()
+	vols := m.volumes()
 	stats := make([]Stat, 0, len(vols))
 	for _, v := range vols {
 		stats = append(stats, m.stat(v))
 	}
 	return stats
+}
+
+// volumes returns all of them, in no order.
+func (m *Manager) volumes() []*volume {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	vols := make([]*volume, 0, len(m.vols))
+	for _, v := range m.vols {
+		vols = append(vols, v)
+	}
+	return vols
 }
 
 // Stat returns one diff; false if there is no such diff.

@@ -81,7 +81,7 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 	var late lateSnapshotter
 	vols, err := volume.Open(ctx, volume.Config{
 		Root: c.Root, Source: up, Log: log,
-		ReadTimeout: time.Duration(c.ReadTimeout),
+		ReadTimeout: time.Duration(c.ReadTimeout), ScrubInterval: scrubInterval(c),
 		Cache: cache.Config{
 			Timeout: time.Duration(c.ReadTimeout),
 			Quota:   int64(c.CacheQuota), MakeRoom: late.evict,
@@ -123,6 +123,14 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 	g.Go(func() error { return daemon.ServeMetrics(ctx, c.MetricsAddress, metrics, nil) })
 	log.Info("node is up", "version", version, "socket", c.Address, "supernodes", addresses)
 	return g.Wait()
+}
+
+// scrubInterval is as package volume wants it.
+func scrubInterval(c *config.Node) time.Duration {
+	if c.ScrubInterval == 0 {
+		return -1
+	}
+	return time.Duration(c.ScrubInterval)
 }
 
 // openUpstream connects to the supernode, or embeds one.

@@ -27,6 +27,7 @@ type Node struct {
 	IndexTimeout   Duration `toml:"index_timeout" comment:"how long a pull waits for an image's indexes before containerd unpacks it in the ordinary way"`
 	ReadTimeout    Duration `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`
 	CacheQuota     Size     `toml:"cache_quota" comment:"bytes on disk for layers; 0: what the disk has. What no container or image uses makes room; what does not fit is read without being kept"`
+	ScrubInterval  Duration `toml:"scrub_interval" comment:"how often everything on this disk is read and checked, at 32 MiB/s at most; 0s: never"`
 	Embedded       Embedded `toml:"embedded" comment:"the supernode of a node that names none"`
 	Log            Log      `toml:"log"`
 }
@@ -45,6 +46,7 @@ func DefaultNode() *Node {
 		Supernodes:     []string{},
 		IndexTimeout:   Duration(5 * time.Minute),
 		ReadTimeout:    Duration(time.Minute),
+		ScrubInterval:  Duration(7 * 24 * time.Hour),
 		Embedded:       Embedded{Store: defaultStore(), Registry: defaultRegistry()},
 		Log:            Log{Format: "text"},
 	}
@@ -61,6 +63,9 @@ func (c *Node) Check() error {
 	}
 	if q := int64(c.CacheQuota); q > 0 && q < minCacheQuota {
 		errs = append(errs, fmt.Errorf("cache_quota is %d bytes: it must be at least 64MiB, or 0 for what the disk has", q))
+	}
+	if c.ScrubInterval != 0 {
+		errs = append(errs, atLeast("scrub_interval", c.ScrubInterval, Duration(time.Hour)))
 	}
 	if c.Address == c.ControlAddress {
 		errs = append(errs, fmt.Errorf("address and control_address are both %q: containerd and the shoal command need a socket each", c.Address))
