@@ -33,6 +33,10 @@ type ImageRequest struct {
 	// Have lists layer digests of which the node has the index already; their
 	// Index comes back nil.
 	Have []Digest
+	// Progress, if not nil, is told how far the layers are while the answer is
+	// waited for. Calls come one at a time and must not block; none comes after
+	// OpenImage has returned.
+	Progress func(Progress)
 }
 
 // Layer is one layer of an image.

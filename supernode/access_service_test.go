@@ -128,12 +128,12 @@ func TestOrigins(t *testing.T) {
 		s := start(t, at(dir))
 		for range 2 {
 			other.Forget()
-			var stages []Stage
-			err := s.Warm(t.Context(), request(other.Target, "bait:v1", nobody), func(p Progress) { stages = append(stages, p.Stage) })
+			var stages []blockdev.Stage
+			err := warm(t, s, request(other.Target, "bait:v1", nobody), func(p blockdev.Progress) { stages = append(stages, p.Stage) })
 			if err != nil {
 				t.Fatal(err)
 			}
-			if last := stages[len(stages)-1]; last != StageStored {
+			if last := stages[len(stages)-1]; last != blockdev.StageStored {
 				t.Errorf("stages %v", stages)
 			}
 		}

@@ -26,8 +26,8 @@ type flight struct {
 	err  error // set when done is closed
 
 	mu       sync.Mutex
-	state    Progress
-	watchers map[*func(Progress)]struct{}
+	state    blockdev.Progress
+	watchers map[*func(blockdev.Progress)]struct{}
 }
 
 func newFlights() *flights {
@@ -45,7 +45,7 @@ func (f *flights) close() {
 // do joins the flight key, or begins it with work; led says which. watch, which
 // may be nil, is told where the work is, first of all at once; calls of it come
 // one at a time, and none after do has returned.
-func (f *flights) do(ctx context.Context, key string, watch func(Progress), work func(context.Context, *flight) error) (led bool, err error) {
+func (f *flights) do(ctx context.Context, key string, watch func(blockdev.Progress), work func(context.Context, *flight) error) (led bool, err error) {
 	f.mu.Lock()
 	fl := f.run[key]
 	if fl == nil {
@@ -54,7 +54,7 @@ func (f *flights) do(ctx context.Context, key string, watch func(Progress), work
 			return true, fmt.Errorf("the supernode is stopping: %w", blockdev.ErrUnavailable)
 		}
 		led = true
-		fl = &flight{done: make(chan struct{}), watchers: map[*func(Progress)]struct{}{}}
+		fl = &flight{done: make(chan struct{}), watchers: map[*func(blockdev.Progress)]struct{}{}}
 		f.run[key] = fl
 		f.wg.Go(func() {
 			err := work(f.ctx, fl)
@@ -80,7 +80,7 @@ func (f *flights) do(ctx context.Context, key string, watch func(Progress), work
 	}
 }
 
-func (fl *flight) watch(w *func(Progress)) (end func()) {
+func (fl *flight) watch(w *func(blockdev.Progress)) (end func()) {
 	fl.mu.Lock()
 	defer fl.mu.Unlock()
 	if fl.state.Stage != "" {
@@ -95,7 +95,7 @@ func (fl *flight) watch(w *func(Progress)) (end func()) {
 }
 
 // report tells all watchers where the work is.
-func (fl *flight) report(p Progress) {
+func (fl *flight) report(p blockdev.Progress) {
 	fl.mu.Lock()
 	defer fl.mu.Unlock()
 	fl.state = p

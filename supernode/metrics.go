@@ -21,6 +21,7 @@ type metrics struct {
 	registryBytes prometheus.Counter
 	images        *prometheus.CounterVec
 	imageSeconds  prometheus.Histogram
+	documents     *prometheus.CounterVec
 	ingests       *prometheus.CounterVec
 	ingestSeconds prometheus.Histogram
 	chunks        *prometheus.CounterVec
@@ -56,12 +57,13 @@ func newMetrics(reg prometheus.Registerer, stats func() store.Stats) (*metrics, 
 		registryBytes: counter("registry_bytes_total", "Bytes of answers received from registries."),
 		images:        byOutcome("image_requests_total", "Requests for the indexes of an image, by outcome."),
 		imageSeconds:  seconds("image_request_seconds", "Time until the indexes of an image were handed out."),
+		documents:     byOutcome("document_requests_total", "Requests for manifests and configs, by outcome."),
 		ingests:       byOutcome("layer_ingests_total", "Layers fetched from registries and stored, by outcome."),
 		ingestSeconds: seconds("layer_ingest_seconds", "Time to fetch, check and store a layer."),
 		chunks:        byOutcome("chunk_requests_total", "Chunks asked for, by outcome."),
 		chunkBytes:    counter("chunk_bytes_total", "Bytes of chunks handed out, as stored."),
 	}
-	m.collectors = []prometheus.Collector{m.registryBytes, m.images, m.imageSeconds, m.ingests, m.ingestSeconds, m.chunks, m.chunkBytes,
+	m.collectors = []prometheus.Collector{m.registryBytes, m.images, m.imageSeconds, m.documents, m.ingests, m.ingestSeconds, m.chunks, m.chunkBytes,
 		newStoreCollector(stats)}
 	if reg == nil {
 		return m, nil
@@ -94,6 +96,8 @@ func (m *metrics) image(err error, d time.Duration) {
 		m.imageSeconds.Observe(d.Seconds())
 	}
 }
+
+func (m *metrics) document(err error) { m.documents.WithLabelValues(outcome(err)).Inc() }
 
 // begin counts one who waits for a layer's ingest.
 func (m *metrics) begin(key string) {

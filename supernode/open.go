@@ -26,7 +26,7 @@ import (
 // the context's, and name the image and the cause.
 func (s *Supernode) OpenImageFor(ctx context.Context, peer string, req blockdev.ImageRequest) (*blockdev.Image, error) {
 	start := time.Now()
-	img, err := s.open(ctx, peer, req, nil)
+	img, err := s.open(ctx, peer, req)
 	s.metrics.image(err, time.Since(start))
 	if err != nil {
 		return nil, err
@@ -44,20 +44,20 @@ func (s *Supernode) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*
 // evicted, or found damaged, between the look for it and the use of it.
 const maxRounds = 3
 
-func (s *Supernode) open(ctx context.Context, peer string, req blockdev.ImageRequest, watch func(Progress)) (*blockdev.Image, error) {
+func (s *Supernode) open(ctx context.Context, peer string, req blockdev.ImageRequest) (*blockdev.Image, error) {
 	ctx, end, err := s.begin(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("%.300s: %w", req.Ref, err)
 	}
 	defer end()
-	img, err := s.image(ctx, peer, req, watch)
+	img, err := s.image(ctx, peer, req)
 	if err != nil && s.ctx.Err() != nil {
 		return nil, fmt.Errorf("%.300s: %w", req.Ref, errStopping)
 	}
 	return img, err
 }
 
-func (s *Supernode) image(ctx context.Context, peer string, req blockdev.ImageRequest, watch func(Progress)) (*blockdev.Image, error) {
+func (s *Supernode) image(ctx context.Context, peer string, req blockdev.ImageRequest) (*blockdev.Image, error) {
 	ref, err := registry.ParseReference(req.Ref)
 	if err != nil {
 		return nil, err
@@ -79,7 +79,7 @@ func (s *Supernode) image(ctx context.Context, peer string, req blockdev.ImageRe
 		for _, l := range m.Layers {
 			s.leases.take(l.DiffID)
 		}
-		img, err := s.collect(ctx, m, req, v, watch)
+		img, err := s.collect(ctx, m, req, v)
 		again := errors.Is(err, errGone) && round < maxRounds
 		if !again {
 			if err != nil {
@@ -104,8 +104,8 @@ var errGone = errors.New("removed from the store meanwhile")
 
 // collect makes sure that all layers are stored and may be handed out, and then
 // reads their indexes.
-func (s *Supernode) collect(ctx context.Context, m *registry.Manifest, req blockdev.ImageRequest, v verdict, watch func(Progress)) (*blockdev.Image, error) {
-	watch = serial(watch)
+func (s *Supernode) collect(ctx context.Context, m *registry.Manifest, req blockdev.ImageRequest, v verdict) (*blockdev.Image, error) {
+	watch := serial(req.Progress)
 	g, gctx := errgroup.WithContext(ctx)
 	begun := map[blockdev.Digest]bool{}
 	for _, l := range m.Layers {
@@ -146,12 +146,12 @@ func (s *Supernode) collect(ctx context.Context, m *registry.Manifest, req block
 }
 
 // serial makes calls of watch come one at a time; layers report side by side.
-func serial(watch func(Progress)) func(Progress) {
+func serial(watch func(blockdev.Progress)) func(blockdev.Progress) {
 	if watch == nil {
 		return nil
 	}
 	var mu sync.Mutex
-	return func(p Progress) {
+	return func(p blockdev.Progress) {
 		mu.Lock()
 		defer mu.Unlock()
 		watch(p)
@@ -165,7 +165,7 @@ const maxTurns = 4
 // ensure returns nil when the layer is stored, is what the image says it is, and
 // may be handed out on the word of the image's registry. Its errors name the
 // layer.
-func (s *Supernode) ensure(ctx context.Context, m *registry.Manifest, l registry.Layer, cred blockdev.Credential, public bool, watch func(Progress)) error {
+func (s *Supernode) ensure(ctx context.Context, m *registry.Manifest, l registry.Layer, cred blockdev.Credential, public bool, watch func(blockdev.Progress)) error {
 	open := s.openLayer(m, l, cred, public)
 	for turn := 0; turn < maxTurns; turn++ {
 		rec, err := s.store.Layer(l.Digest)
@@ -180,7 +180,7 @@ func (s *Supernode) ensure(ctx context.Context, m *registry.Manifest, l registry
 		}
 		if s.mayHandOut(rec, m.Host) {
 			if watch != nil {
-				watch(Progress{Layer: l.Digest, Done: l.Size, Total: l.Size, Stage: StageStored})
+				watch(blockdev.Progress{Layer: l.Digest, Done: l.Size, Total: l.Size, Stage: blockdev.StageStored})
 			}
 			return nil
 		}
@@ -198,7 +198,7 @@ func (s *Supernode) ensure(ctx context.Context, m *registry.Manifest, l registry
 }
 
 // ingestLayer fetches and stores a layer, or joins those who do.
-func (s *Supernode) ingestLayer(ctx context.Context, m *registry.Manifest, l registry.Layer, open ingest.Open, watch func(Progress)) (store.LayerRecord, error) {
+func (s *Supernode) ingestLayer(ctx context.Context, m *registry.Manifest, l registry.Layer, open ingest.Open, watch func(blockdev.Progress)) (store.LayerRecord, error) {
 	key := m.Host + " " + l.Digest.String() + " " + l.DiffID.String()
 	if err := s.failed.recall(key); err != nil {
 		return store.LayerRecord{}, err
@@ -207,7 +207,7 @@ func (s *Supernode) ingestLayer(ctx context.Context, m *registry.Manifest, l reg
 	if watch != nil {
 		report = func(p ingest.Progress) {
 			if p.Stage != ingest.StageStored { // it is not handed out yet
-				watch(Progress{Layer: l.Digest, Done: p.Fetched, Total: l.Size, Stage: Stage(p.Stage.String())})
+				watch(blockdev.Progress{Layer: l.Digest, Done: p.Fetched, Total: l.Size, Stage: blockdev.Stage(p.Stage.String())})
 			}
 		}
 	}
@@ -253,7 +253,7 @@ func (s *Supernode) openLayer(m *registry.Manifest, l registry.Layer, cred block
 // verifyLayer fetches a layer that is stored already from one more registry,
 // only to see that this registry really has it and lets us have it. led: this
 // call did it, not one that it joined.
-func (s *Supernode) verifyLayer(ctx context.Context, m *registry.Manifest, l registry.Layer, open ingest.Open, watch func(Progress)) (led bool, err error) {
+func (s *Supernode) verifyLayer(ctx context.Context, m *registry.Manifest, l registry.Layer, open ingest.Open, watch func(blockdev.Progress)) (led bool, err error) {
 	key := m.Host + " " + l.Digest.String()
 	if err := s.failed.recall(key); err != nil {
 		return true, err
@@ -283,7 +283,7 @@ func (s *Supernode) verify(ctx context.Context, m *registry.Manifest, l registry
 	if err != nil {
 		return err
 	}
-	h := &counted{Hash: sha256.New(), fl: fl, p: Progress{Layer: l.Digest, Total: l.Size, Stage: StageVerifying}}
+	h := &counted{Hash: sha256.New(), fl: fl, p: blockdev.Progress{Layer: l.Digest, Total: l.Size, Stage: blockdev.StageVerifying}}
 	_, err = io.Copy(h, rc)
 	if cerr := rc.Close(); err == nil {
 		err = cerr
@@ -306,7 +306,7 @@ func (s *Supernode) verify(ctx context.Context, m *registry.Manifest, l registry
 type counted struct {
 	hash.Hash
 	fl   *flight
-	p    Progress
+	p    blockdev.Progress
 	last int64
 }
 

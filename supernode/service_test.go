@@ -58,6 +58,13 @@ func request(reg registrytest.Target, image string, c blockdev.Credential) block
 
 var nobody = blockdev.Credential{}
 
+// warm makes s have an image, and tells progress how that goes.
+func warm(t testing.TB, s *Supernode, req blockdev.ImageRequest, progress func(blockdev.Progress)) error {
+	req.Progress = progress
+	_, err := s.OpenImage(t.Context(), req)
+	return err
+}
+
 // wantImage fails unless img has these layers, each with its index, and the
 // supernode has every chunk of them.
 func wantImage(t testing.TB, s *Supernode, img *blockdev.Image, layers ...registrytest.Layer) {
@@ -370,8 +377,8 @@ func TestRestartGoesOn(t *testing.T) {
 	enough := make(chan struct{})
 	go func() {
 		var once sync.Once
-		failed <- s.Warm(t.Context(), request(f.Target, "app:v1", nobody), func(p Progress) {
-			if p.Stage == StageFetching && p.Done >= int64(half)*3/4 {
+		failed <- warm(t, s, request(f.Target, "app:v1", nobody), func(p blockdev.Progress) {
+			if p.Stage == blockdev.StageFetching && p.Done >= int64(half)*3/4 {
 				once.Do(func() { close(enough) })
 			}
 		})
@@ -407,8 +414,8 @@ func TestWarm(t *testing.T) {
 	a, b := registrytest.GzipLayer(t, "a", 3<<20, 1), registrytest.GzipLayer(t, "b", 10, 2)
 	f.Push(t, "app", "v1", a, b)
 	s := start(t)
-	last := map[blockdev.Digest]Progress{}
-	err := s.Warm(t.Context(), request(f.Target, "app:v1", nobody), func(p Progress) {
+	last := map[blockdev.Digest]blockdev.Progress{}
+	err := warm(t, s, request(f.Target, "app:v1", nobody), func(p blockdev.Progress) {
 		if q := last[p.Layer]; p.Done < q.Done || p.Total == 0 {
 			t.Errorf("%+v after %+v", p, q)
 		}
@@ -418,12 +425,12 @@ func TestWarm(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, l := range []registrytest.Layer{a, b} {
-		want := Progress{Layer: blockdev.Sum(l.Blob), Done: int64(len(l.Blob)), Total: int64(len(l.Blob)), Stage: StageStored}
+		want := blockdev.Progress{Layer: blockdev.Sum(l.Blob), Done: int64(len(l.Blob)), Total: int64(len(l.Blob)), Stage: blockdev.StageStored}
 		if got := last[want.Layer]; got != want {
 			t.Errorf("%+v, want %+v", got, want)
 		}
 	}
-	wantErr(t, s.Warm(t.Context(), request(f.Target, "app:none", nobody), nil), blockdev.ErrNotFound)
+	wantErr(t, warm(t, s, request(f.Target, "app:none", nobody), nil), blockdev.ErrNotFound)
 }
 
 func TestBadConfig(t *testing.T) {

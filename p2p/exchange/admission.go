@@ -15,10 +15,11 @@ const (
 	demand kind = iota
 	prefetch
 	image
+	document
 	kinds
 )
 
-func (k kind) String() string { return [kinds]string{"demand", "prefetch", "image"}[k] }
+func (k kind) String() string { return [kinds]string{"demand", "prefetch", "image", "document"}[k] }
 
 // admission counts the requests that are worked on. What is over a limit is
 // refused at once: the peer has others to ask, and a queue would only hide that
@@ -42,8 +43,8 @@ type peerLoad struct {
 
 func newAdmission(l *Limits) *admission {
 	return &admission{
-		perPeer: [kinds]int{l.DemandPerPeer, l.PrefetchPerPeer, l.ImagesPerPeer},
-		total:   [kinds]int{l.Demand, l.Prefetch, l.Images},
+		perPeer: [kinds]int{l.DemandPerPeer, l.PrefetchPerPeer, l.ImagesPerPeer, l.DocumentsPerPeer},
+		total:   [kinds]int{l.Demand, l.Prefetch, l.Images, l.Documents},
 		pause:   l.DemandPause,
 		peers:   make(map[peer.ID]*peerLoad),
 	}

@@ -21,10 +21,10 @@ import (
 type Options struct {
 	// Name is what errors call the server: "supernode" unless set.
 	Name string
-	// Demand, Prefetch and Images are how many requests of each kind may be
-	// under way: 64, 2, 8. What is above waits here. More than the server's
-	// limits per peer gives busy answers.
-	Demand, Prefetch, Images int
+	// Demand, Prefetch, Images and Documents are how many requests of each kind
+	// may be under way: 64, 2, 8, 16. What is above waits here. More than the
+	// server's limits per peer gives busy answers.
+	Demand, Prefetch, Images, Documents int
 	// Window bounds the bytes that prefetches have under way. The clients of one
 	// machine share one; nil: this client gets its own.
 	Window *Window
@@ -32,7 +32,7 @@ type Options struct {
 	Raw bool
 	// DemandTimeout and PrefetchTimeout are how long the server may take for
 	// one chunk (15 s, 60 s); ImageTimeout how long it may be silent while it
-	// prepares an image (20 s). The context bounds the whole.
+	// prepares an image or a manifest (20 s). The context bounds the whole.
 	DemandTimeout, PrefetchTimeout, ImageTimeout time.Duration
 	// DialTimeout bounds one attempt to connect (3 s); after failures the next
 	// one comes after 50 ms, doubling up to MaxBackoff (2 s).
@@ -47,6 +47,7 @@ func (o *Options) setDefaults() {
 	setDefault(&o.Demand, 64)
 	setDefault(&o.Prefetch, 2)
 	setDefault(&o.Images, 8)
+	setDefault(&o.Documents, 16)
 	setDefault(&o.DemandTimeout, 15*time.Second)
 	setDefault(&o.PrefetchTimeout, 60*time.Second)
 	setDefault(&o.ImageTimeout, 20*time.Second)
@@ -60,7 +61,7 @@ func (o *Options) setDefaults() {
 	}
 }
 
-// Client gets chunks and indexes from one server. It keeps one connection, made
+// Client gets chunks, indexes and manifests from one server. It keeps one connection, made
 // when the Client is and again whenever it is lost. It may be used from several
 // goroutines.
 type Client struct {
@@ -70,6 +71,7 @@ type Client struct {
 	demand  *lane
 	pre     *lane
 	images  *lane
+	docs    *lane
 	window  *Window
 	zstd    decoder
 	buffers buffers
@@ -78,6 +80,8 @@ type Client struct {
 var (
 	_ blockdev.Source      = (*Client)(nil)
 	_ blockdev.ImageSource = (*Client)(nil)
+
+	_ blockdev.DocumentSource = (*Client)(nil)
 )
 
 // NewClient returns a Client of the server at info (host.ParseAddr reads one
@@ -94,6 +98,7 @@ func NewClient(h host.Host, info peer.AddrInfo, opts Options) (*Client, error) {
 	c.demand = newLane(h, info.ID, ChunkProtocol, opts.Demand)
 	c.pre = newLane(h, info.ID, ChunkProtocol, opts.Prefetch)
 	c.images = newLane(h, info.ID, IndexProtocol, opts.Images)
+	c.docs = newLane(h, info.ID, ManifestProtocol, opts.Documents)
 	c.keeper = newKeeper(h, info, opts, c.expire)
 	return c, nil
 }
@@ -102,11 +107,13 @@ func NewClient(h host.Host, info peer.AddrInfo, opts Options) (*Client, error) {
 // the host's.
 func (c *Client) Close() error {
 	c.keeper.close()
-	for _, l := range []*lane{c.demand, c.pre, c.images} {
+	for _, l := range c.lanes() {
 		l.close()
 	}
 	return nil
 }
+
+func (c *Client) lanes() []*lane { return []*lane{c.demand, c.pre, c.images, c.docs} }
 
 // Status says whether the server can be reached now, and if not why. The error
 // wraps blockdev.ErrUnavailable.
@@ -116,7 +123,7 @@ func (c *Client) Status() error { return c.explain(c.keeper.status()) }
 func (c *Client) Peer() peer.ID { return c.keeper.info.ID }
 
 func (c *Client) expire(before time.Time) {
-	for _, l := range []*lane{c.demand, c.pre, c.images} {
+	for _, l := range c.lanes() {
 		l.expire(before)
 	}
 }

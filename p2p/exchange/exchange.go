@@ -14,8 +14,9 @@ import (
 // Protocol IDs. An incompatible change gets the next number; servers may offer
 // several.
 const (
-	ChunkProtocol = "/shoal/chunk/1"
-	IndexProtocol = "/shoal/index/1"
+	ChunkProtocol    = "/shoal/chunk/1"
+	IndexProtocol    = "/shoal/index/1"
+	ManifestProtocol = "/shoal/manifest/1"
 )
 
 // Encoded is a chunk as it is stored and sent.
@@ -60,6 +61,13 @@ type Images interface {
 	// whose ID has been proven. It may take as long as fetching the image
 	// takes; ctx ends when the peer is gone.
 	OpenImageFor(ctx context.Context, peer string, req blockdev.ImageRequest) (*blockdev.Image, error)
+}
+
+// Documents is where a server's manifests and configs come from.
+type Documents interface {
+	// DocumentFor is blockdev.DocumentSource's Document on behalf of a peer,
+	// whose ID has been proven. ctx ends when the peer is gone.
+	DocumentFor(ctx context.Context, peer string, req blockdev.DocumentRequest) (*blockdev.Document, error)
 }
 
 // decoder decompresses chunks. It is made when first used: a host with raw

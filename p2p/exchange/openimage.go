@@ -30,27 +30,56 @@ func (c *Client) openImage(ctx context.Context, req *blockdev.ImageRequest) (*bl
 	if err != nil {
 		return nil, err
 	}
-	if err := c.images.enter(ctx); err != nil {
-		return nil, err
+	var img *blockdev.Image
+	err = c.converse(ctx, c.images, out, func(st *stream) (bool, error) {
+		a := imageAnswer{c: c, req: req, start: time.Now(), st: st}
+		var err error
+		img, err = a.read()
+		return a.begun, err
+	})
+	return img, err
+}
+
+// converse sends a request on a stream of its own and has take read the answer,
+// which says whether any of it has come. If nothing has, and the connection has
+// died unnoticed, it asks once more.
+func (c *Client) converse(ctx context.Context, l *lane, out []byte, take func(*stream) (begun bool, err error)) error {
+	if err := l.enter(ctx); err != nil {
+		return err
 	}
-	defer c.images.leave()
+	defer l.leave()
 	for attempt := 1; ; attempt++ {
 		if err := c.keeper.ready(ctx); err != nil {
-			return nil, err
+			return err
 		}
-		a := imageAnswer{c: c, req: req, start: time.Now()}
-		img, err := a.exchange(ctx, out)
+		begun, err := c.ask(ctx, l, out, take)
 		if err == nil {
-			return img, nil
+			return nil
 		}
 		if ctx.Err() == nil {
 			c.keeper.report()
 		}
-		// As for chunks: the connection may have died unnoticed.
-		if attempt > 1 || a.begun || !c.broken(ctx, err) {
-			return nil, c.cause(ctx, err, c.opts.ImageTimeout)
+		if attempt > 1 || begun || !c.broken(ctx, err) {
+			return c.cause(ctx, err, c.opts.ImageTimeout)
 		}
 	}
+}
+
+func (c *Client) ask(ctx context.Context, l *lane, out []byte, take func(*stream) (begun bool, err error)) (begun bool, err error) {
+	st, err := l.get(ctx, true)
+	if err != nil {
+		return false, err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = st.Reset() })
+	defer stop()
+	defer l.drop(st)
+	if err := st.SetWriteDeadline(time.Now().Add(c.opts.ImageTimeout)); err != nil {
+		return false, err
+	}
+	if _, err := st.Write(out); err != nil {
+		return false, err
+	}
+	return take(st)
 }
 
 // imageAnswer reads the frames of one answer.
@@ -66,25 +95,6 @@ type imageAnswer struct {
 	img     *blockdev.Image
 	lengths []int64 // of the indexes
 	layer   int     // whose index comes next
-}
-
-// exchange sends the request on a stream of its own and takes the answer.
-func (a *imageAnswer) exchange(ctx context.Context, out []byte) (*blockdev.Image, error) {
-	st, err := a.c.images.get(ctx, true)
-	if err != nil {
-		return nil, err
-	}
-	a.st = st
-	stop := context.AfterFunc(ctx, func() { _ = st.Reset() })
-	defer stop()
-	defer a.c.images.drop(st)
-	if err := st.SetWriteDeadline(time.Now().Add(a.c.opts.ImageTimeout)); err != nil {
-		return nil, err
-	}
-	if _, err := st.Write(out); err != nil {
-		return nil, err
-	}
-	return a.read()
 }
 
 func (a *imageAnswer) read() (_ *blockdev.Image, err error) {
@@ -109,7 +119,10 @@ func (a *imageAnswer) read() (_ *blockdev.Image, err error) {
 			return a.img, a.end()
 		case *wire.IndexFrame_Error:
 			return nil, p.Error.Err()
-		default: // working, or a part of a later version
+		case *wire.IndexFrame_Working:
+			a.progress(p.Working)
+			err = a.nothing()
+		default: // a part of a later version
 			err = a.nothing()
 		}
 		if err != nil {
@@ -118,11 +131,25 @@ func (a *imageAnswer) read() (_ *blockdev.Image, err error) {
 	}
 }
 
-// nothing allows for about 100 frames without content a second: many more than a
-// server needs, too few to keep this one busy.
+func (a *imageAnswer) progress(w *wire.Working) {
+	if a.req.Progress == nil || a.img != nil {
+		return
+	}
+	for _, p := range w.Progress() {
+		a.req.Progress(p)
+	}
+}
+
 func (a *imageAnswer) nothing() error {
-	if a.idle++; float64(a.idle) > 16+100*time.Since(a.start).Seconds() {
-		return fmt.Errorf("%d frames without content: %w", a.idle, blockdev.ErrCorrupt)
+	a.idle++
+	return checkIdle(a.idle, a.start)
+}
+
+// checkIdle allows for about 100 frames without content a second: many more than
+// a server needs, too few to keep this one busy.
+func checkIdle(frames int, since time.Time) error {
+	if float64(frames) > 16+100*time.Since(since).Seconds() {
+		return fmt.Errorf("%d frames without content: %w", frames, blockdev.ErrCorrupt)
 	}
 	return nil
 }

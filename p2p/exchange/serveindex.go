@@ -3,7 +3,6 @@ package exchange
 import (
 	"context"
 	"fmt"
-	"io"
 	"sync"
 	"time"
 
@@ -15,30 +14,23 @@ import (
 
 // serveIndex answers the one request of an index stream.
 func (s *Server) serveIndex(st network.Stream) error {
-	if err := st.SetReadDeadline(time.Now().Add(s.cfg.Limits.IdleTimeout)); err != nil {
-		return err
-	}
-	b, err := wire.ReadFrame(&byteReader{Reader: st}, wire.MaxIndexRequest, nil)
+	w := indexAnswer{answer{s: s, st: st}}
+	b, err := w.request(wire.MaxIndexRequest)
 	if isEnd(err) {
 		return nil
 	} else if err != nil {
-		return fmt.Errorf("read request: %w", err)
+		return err
 	}
-	w := indexAnswer{s: s, st: st}
-	req, err := wire.ParseIndexRequest(b)
+	req, progress, err := wire.ParseIndexRequest(b)
 	if err != nil {
-		return w.fail(&wire.Error{Code: wire.Code_CODE_INVALID, Text: wire.CleanText(err.Error(), wire.MaxErrorText)})
+		return w.fail(invalid(err))
 	}
-	from := st.Conn().RemotePeer()
-	if !s.admit.enter(from, image) {
-		s.stats.request(image, wire.ErrBusy)
-		return w.fail(wire.FromError(fmt.Errorf("requests for images of this node, or in all, are at their limit: %w", wire.ErrBusy)))
+	if err := w.enter(image, "images"); err != nil {
+		return w.fail(wire.FromError(err))
 	}
-	// Left before the last bytes go out, as for chunks.
-	w.leave = sync.OnceFunc(func() { s.admit.leave(from, image) })
-	defer w.leave()
+	defer w.done()
 
-	img, failed, err := w.open(from.String(), req)
+	img, failed, err := w.open(st.Conn().RemotePeer().String(), req, progress)
 	s.stats.request(image, failed)
 	if err != nil {
 		return err
@@ -49,71 +41,69 @@ func (s *Server) serveIndex(st network.Stream) error {
 	if err := w.image(img); err != nil {
 		return err
 	}
-	// The client closes when it has read the end; until then a reset of ours
-	// could overtake what is under way.
-	if err := st.SetReadDeadline(time.Now().Add(s.cfg.Limits.WriteTimeout)); err != nil {
-		return err
-	}
-	_, _ = io.CopyN(io.Discard, st, 1)
-	return nil
+	return w.linger()
 }
 
 // indexAnswer writes the frames of one answer.
-type indexAnswer struct {
-	s     *Server
-	st    network.Stream
-	buf   []byte
-	leave func() // nil: nothing to leave
-}
-
-func (a *indexAnswer) write(m *wire.IndexFrame) (err error) {
-	if a.buf, err = wire.AppendMessage(a.buf[:0], m); err != nil {
-		return err
-	}
-	if err := a.st.SetWriteDeadline(time.Now().Add(a.s.cfg.Limits.WriteTimeout)); err != nil {
-		return err
-	}
-	_, err = a.st.Write(a.buf)
-	return err
-}
-
-// last writes the frame that ends the answer.
-func (a *indexAnswer) last(m *wire.IndexFrame) error {
-	if a.leave != nil {
-		a.leave()
-	}
-	return a.write(m)
-}
+type indexAnswer struct{ answer }
 
 func (a *indexAnswer) fail(e *wire.Error) error {
 	return a.last(&wire.IndexFrame{Part: &wire.IndexFrame_Error{Error: e}})
 }
 
-// open asks for the image and tells the client every few seconds that somebody
-// is at it; that fails, and ends the work, once the client is gone. failed is
-// for the client to know, err is the stream's.
-func (a *indexAnswer) open(from string, req *blockdev.ImageRequest) (img *blockdev.Image, failed, err error) {
-	ctx, cancel := context.WithCancel(a.s.ctx)
-	defer cancel()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		img, failed = a.s.cfg.Images.OpenImageFor(ctx, from, *req)
-	}()
-	tick := time.NewTicker(a.s.cfg.Limits.WorkingInterval)
-	defer tick.Stop()
-	for {
-		select {
-		case <-done:
-			return img, failed, nil
-		case <-tick.C:
-			if err := a.write(&wire.IndexFrame{Part: &wire.IndexFrame_Working{Working: &wire.Working{}}}); err != nil {
-				cancel()
-				<-done
-				return nil, context.Canceled, err
-			}
-		}
+// open asks for the image and tells the client meanwhile that somebody is at it,
+// and how far it is. failed is for the client to know, err is the stream's.
+func (a *indexAnswer) open(from string, req *blockdev.ImageRequest, progress bool) (img *blockdev.Image, failed, err error) {
+	var news progressNews
+	interval := a.s.cfg.Limits.WorkingInterval
+	if progress {
+		interval = min(interval, a.s.cfg.Limits.ProgressInterval)
+		req.Progress = news.add
 	}
+	said := time.Now()
+	err = a.await(interval, func(ctx context.Context) {
+		img, failed = a.s.cfg.Images.OpenImageFor(ctx, from, *req)
+	}, func() error {
+		layers := news.take()
+		if len(layers) == 0 && time.Since(said) < a.s.cfg.Limits.WorkingInterval {
+			return nil
+		}
+		said = time.Now()
+		return a.write(&wire.IndexFrame{Part: &wire.IndexFrame_Working{Working: wire.NewWorking(layers)}})
+	})
+	if err != nil {
+		return nil, context.Canceled, err
+	}
+	return img, failed, nil
+}
+
+// progressNews is the last progress of each layer that the client has not been
+// told of. An image has a bounded number of layers, and so have the news.
+type progressNews struct {
+	mu sync.Mutex
+	m  map[blockdev.Digest]blockdev.Progress
+}
+
+func (n *progressNews) add(p blockdev.Progress) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.m == nil {
+		n.m = map[blockdev.Digest]blockdev.Progress{}
+	}
+	if _, known := n.m[p.Layer]; known || len(n.m) < wire.MaxLayers {
+		n.m[p.Layer] = p
+	}
+}
+
+func (n *progressNews) take() []blockdev.Progress {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var all []blockdev.Progress
+	for _, p := range n.m {
+		all = append(all, p)
+	}
+	clear(n.m)
+	return all
 }
 
 // image writes header, indexes and end.

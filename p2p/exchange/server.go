@@ -19,8 +19,8 @@ import (
 // stands for its default.
 type Limits struct {
 	// Requests that are worked on at the same time; more are answered busy.
-	DemandPerPeer, PrefetchPerPeer, ImagesPerPeer int // 64, 4, 8
-	Demand, Prefetch, Images                      int // 2048, 1024, 256
+	DemandPerPeer, PrefetchPerPeer, ImagesPerPeer, DocumentsPerPeer int // 64, 4, 8, 16
+	Demand, Prefetch, Images, Documents                             int // 2048, 1024, 256, 512
 
 	// ReadAhead is how many chunks of one request are read from the store while
 	// others are being sent (4), and TotalReadAhead bounds these for all
@@ -37,9 +37,10 @@ type Limits struct {
 	WriteTimeout time.Duration
 	// ChunkTimeout is how long the store may take for one chunk (30 s).
 	ChunkTimeout time.Duration
-	// WorkingInterval is how often a client that waits for an index is told
-	// that there is still somebody (5 s).
-	WorkingInterval time.Duration
+	// WorkingInterval is how often a client that waits for an index or a manifest
+	// is told that there is still somebody (5 s), and ProgressInterval how often,
+	// at most, how far the layers are, if it wants to know (500 ms).
+	WorkingInterval, ProgressInterval time.Duration
 	// DemandPause is how long a prefetch waits for the same peer's demand
 	// requests before it sends its next chunk anyway (50 ms).
 	DemandPause time.Duration
@@ -55,9 +56,11 @@ func (l *Limits) setDefaults() {
 	setDefault(&l.DemandPerPeer, 64)
 	setDefault(&l.PrefetchPerPeer, 4)
 	setDefault(&l.ImagesPerPeer, 8)
+	setDefault(&l.DocumentsPerPeer, 16)
 	setDefault(&l.Demand, 2048)
 	setDefault(&l.Prefetch, 1024)
 	setDefault(&l.Images, 256)
+	setDefault(&l.Documents, 512)
 	setDefault(&l.ReadAhead, 4)
 	setDefault(&l.TotalReadAhead, 512)
 	setDefault(&l.PrefetchReads, 32)
@@ -65,20 +68,22 @@ func (l *Limits) setDefaults() {
 	setDefault(&l.WriteTimeout, 30*time.Second)
 	setDefault(&l.ChunkTimeout, 30*time.Second)
 	setDefault(&l.WorkingInterval, 5*time.Second)
+	setDefault(&l.ProgressInterval, 500*time.Millisecond)
 	setDefault(&l.DemandPause, 50*time.Millisecond)
 }
 
 // ServerConfig says what a Server serves.
 type ServerConfig struct {
-	Chunks Chunks // nil: no chunk protocol
-	Images Images // nil: no index protocol
-	Limits Limits
-	Log    *slog.Logger // nil: no log
+	Chunks    Chunks    // nil: no chunk protocol
+	Images    Images    // nil: no index protocol
+	Documents Documents // nil: no manifest protocol
+	Limits    Limits
+	Log       *slog.Logger // nil: no log
 	// Registerer, if not nil, takes the server's metrics.
 	Registerer prometheus.Registerer
 }
 
-// Server answers requests for chunks and indexes on a host.
+// Server answers requests for chunks, indexes and manifests on a host.
 type Server struct {
 	host   host.Host
 	cfg    ServerConfig
@@ -125,6 +130,9 @@ func NewServer(h host.Host, cfg ServerConfig) (*Server, error) {
 	if cfg.Images != nil {
 		h.SetStreamHandler(IndexProtocol, s.handler(s.serveIndex))
 	}
+	if cfg.Documents != nil {
+		h.SetStreamHandler(ManifestProtocol, s.handler(s.serveDocument))
+	}
 	return s, nil
 }
 
@@ -139,6 +147,9 @@ func (s *Server) Close() error {
 	}
 	if s.cfg.Images != nil {
 		s.host.RemoveStreamHandler(IndexProtocol)
+	}
+	if s.cfg.Documents != nil {
+		s.host.RemoveStreamHandler(ManifestProtocol)
 	}
 	s.cancel()
 	s.mu.Lock()

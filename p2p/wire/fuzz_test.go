@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"errors"
+	"strings"
 	"testing"
 	"unicode"
 	"unicode/utf8"
@@ -119,7 +120,7 @@ func FuzzIndexRequest(f *testing.F) {
 	seed(f, &IndexRequest{Ref: "a", Manifest: digests(1), Platform: &Platform{Os: "linux"}, Credential: &Credential{Secret: "x"}, Have: digests(2)},
 		&IndexRequest{}, &IndexRequest{Ref: "a", Have: digests(MaxHave + 1)})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		req, err := ParseIndexRequest(b)
+		req, _, err := ParseIndexRequest(b)
 		if err != nil {
 			if !errors.Is(err, blockdev.ErrCorrupt) {
 				t.Fatal(err)
@@ -135,6 +136,7 @@ func FuzzIndexRequest(f *testing.F) {
 func FuzzIndexFrame(f *testing.F) {
 	layer := &LayerHeader{Digest: digests(1), Size: 5, DiffId: digests(1), IndexLength: 7}
 	seed(f, &IndexFrame{Part: &IndexFrame_Working{}},
+		&IndexFrame{Part: &IndexFrame_Working{Working: NewWorking([]blockdev.Progress{{Stage: blockdev.StageFetching, Done: 1, Total: 2}})}},
 		&IndexFrame{Part: &IndexFrame_Header{Header: &ImageHeader{Manifest: digests(1), Layers: []*LayerHeader{layer, layer}}}},
 		&IndexFrame{Part: &IndexFrame_Data{Data: &IndexData{Layer: 1, Data: []byte("abc")}}},
 		&IndexFrame{Part: &IndexFrame_End{}},
@@ -151,6 +153,61 @@ func FuzzIndexFrame(f *testing.F) {
 		if h := m.GetHeader(); h != nil {
 			if len(h.Layers) > MaxLayers || len(h.Manifest) != 32 {
 				t.Fatalf("header with %d layers", len(h.Layers))
+			}
+		}
+		checkProgress(t, m.GetWorking())
+	})
+}
+
+func checkProgress(t *testing.T, w *Working) {
+	all := w.Progress()
+	if len(all) > MaxLayers {
+		t.Fatalf("progress of %d layers", len(all))
+	}
+	for _, p := range all {
+		if len(p.Stage) > MaxStage || p.Done < 0 || p.Total < 0 {
+			t.Fatalf("progress %+v", p)
+		}
+	}
+}
+
+func FuzzManifestRequest(f *testing.F) {
+	seed(f, &ManifestRequest{Ref: "a/b:1", Kind: 1, Head: true, Credential: &Credential{Username: "u", Secret: "x"}},
+		&ManifestRequest{}, &ManifestRequest{Ref: "a", Kind: 7})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		req, err := ParseManifestRequest(b)
+		if err != nil {
+			if !errors.Is(err, blockdev.ErrCorrupt) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if _, err := NewManifestRequest(req); err != nil {
+			t.Fatalf("read, but not to be written: %v", err)
+		}
+	})
+}
+
+func FuzzManifestFrame(f *testing.F) {
+	seed(f, &ManifestFrame{Part: &ManifestFrame_Working{}},
+		&ManifestFrame{Part: &ManifestFrame_Header{Header: &DocumentHeader{Digest: digests(1), MediaType: "application/json", Size: 3}}},
+		&ManifestFrame{Part: &ManifestFrame_Header{Header: &DocumentHeader{Digest: digests(1), MediaType: "a\nb"}}},
+		&ManifestFrame{Part: &ManifestFrame_Header{Header: &DocumentHeader{Digest: digests(1), Size: blockdev.MaxDocument + 1}}},
+		&ManifestFrame{Part: &ManifestFrame_Data{Data: []byte("{}")}},
+		&ManifestFrame{Part: &ManifestFrame_Error{Error: &Error{Code: Code_CODE_NOT_FOUND, Text: "gone"}}})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		m, err := ParseManifestFrame(b)
+		if err != nil {
+			if !errors.Is(err, blockdev.ErrCorrupt) {
+				t.Fatal(err)
+			}
+			return
+		}
+		checkText(t, m.GetError())
+		checkProgress(t, m.GetWorking())
+		if h := m.GetHeader(); h != nil {
+			if len(h.Digest) != 32 || h.Size < 0 || h.Size > blockdev.MaxDocument || len(h.MediaType) > MaxMediaType || strings.ContainsAny(h.MediaType, "\r\n\x00") {
+				t.Fatalf("header %v", h)
 			}
 		}
 	})

@@ -48,6 +48,7 @@ func NewIndexRequest(req *blockdev.ImageRequest) (*IndexRequest, error) {
 	if req.Manifest != (blockdev.Digest{}) {
 		m.Manifest = req.Manifest[:]
 	}
+	m.Progress = req.Progress != nil
 	for _, d := range req.Have {
 		m.Have = append(m.Have, d[:]...)
 	}
@@ -57,15 +58,16 @@ func NewIndexRequest(req *blockdev.ImageRequest) (*IndexRequest, error) {
 	return m, nil
 }
 
-// ParseIndexRequest reads and checks an IndexRequest. Errors wrap
-// blockdev.ErrCorrupt; they never hold the credential.
-func ParseIndexRequest(b []byte) (*blockdev.ImageRequest, error) {
+// ParseIndexRequest reads and checks an IndexRequest, and says whether the client
+// wants to hear of progress. Errors wrap blockdev.ErrCorrupt; they never hold the
+// credential.
+func ParseIndexRequest(b []byte) (_ *blockdev.ImageRequest, progress bool, _ error) {
 	m := &IndexRequest{}
 	if err := proto.Unmarshal(b, m); err != nil {
-		return nil, corrupt("index request", err)
+		return nil, false, corrupt("index request", err)
 	}
 	if err := checkIndexRequest(m); err != nil {
-		return nil, corrupt("index request", err)
+		return nil, false, corrupt("index request", err)
 	}
 	p, c := m.GetPlatform(), m.GetCredential()
 	req := &blockdev.ImageRequest{
@@ -86,7 +88,7 @@ func ParseIndexRequest(b []byte) (*blockdev.ImageRequest, error) {
 			req.Have[i] = blockdev.Digest(m.Have[i*digestLen : (i+1)*digestLen])
 		}
 	}
-	return req, nil
+	return req, m.Progress, nil
 }
 
 func checkIndexRequest(m *IndexRequest) error {
@@ -124,6 +126,10 @@ func ParseIndexFrame(b []byte) (*IndexFrame, error) {
 	case *IndexFrame_Data:
 		if n := len(p.Data.GetData()); n == 0 || n > MaxIndexData {
 			return nil, corrupt("index frame", fmt.Errorf("%d bytes of data, not 1 to %d", n, MaxIndexData))
+		}
+	case *IndexFrame_Working:
+		if err := checkWorking(p.Working); err != nil {
+			return nil, corrupt("index frame", err)
 		}
 	}
 	return m, nil

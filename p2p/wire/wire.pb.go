@@ -368,7 +368,8 @@ type IndexRequest struct {
 	Manifest      []byte                 `protobuf:"bytes,2,opt,name=manifest,proto3" json:"manifest,omitempty"` // digest of the manifest, 32 bytes; empty: what ref names now
 	Platform      *Platform              `protobuf:"bytes,3,opt,name=platform,proto3" json:"platform,omitempty"`
 	Credential    *Credential            `protobuf:"bytes,4,opt,name=credential,proto3" json:"credential,omitempty"`
-	Have          []byte                 `protobuf:"bytes,5,opt,name=have,proto3" json:"have,omitempty"` // digests of layers whose index is not wanted, 32 bytes each, joined
+	Have          []byte                 `protobuf:"bytes,5,opt,name=have,proto3" json:"have,omitempty"`          // digests of layers whose index is not wanted, 32 bytes each, joined
+	Progress      bool                   `protobuf:"varint,6,opt,name=progress,proto3" json:"progress,omitempty"` // working may say how far the layers are
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -436,6 +437,13 @@ func (x *IndexRequest) GetHave() []byte {
 		return x.Have
 	}
 	return nil
+}
+
+func (x *IndexRequest) GetProgress() bool {
+	if x != nil {
+		return x.Progress
+	}
+	return false
 }
 
 type Platform struct {
@@ -682,9 +690,11 @@ func (*IndexFrame_End) isIndexFrame_Part() {}
 
 func (*IndexFrame_Error) isIndexFrame_Part() {}
 
-// Working is sent every few seconds while there is nothing else to send.
+// Working is sent every few seconds while there is nothing else to send, and to
+// whom has asked for progress, when there is some.
 type Working struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Layers        []*LayerProgress       `protobuf:"bytes,1,rep,name=layers,proto3" json:"layers,omitempty"` // those that are further than at the last time; 1,024 at most
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -719,6 +729,81 @@ func (*Working) Descriptor() ([]byte, []int) {
 	return file_wire_proto_rawDescGZIP(), []int{7}
 }
 
+func (x *Working) GetLayers() []*LayerProgress {
+	if x != nil {
+		return x.Layers
+	}
+	return nil
+}
+
+type LayerProgress struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        []byte                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Stage         string                 `protobuf:"bytes,2,opt,name=stage,proto3" json:"stage,omitempty"` // a word for people, at most 32 bytes
+	Done          int64                  `protobuf:"varint,3,opt,name=done,proto3" json:"done,omitempty"`  // compressed bytes
+	Total         int64                  `protobuf:"varint,4,opt,name=total,proto3" json:"total,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LayerProgress) Reset() {
+	*x = LayerProgress{}
+	mi := &file_wire_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LayerProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LayerProgress) ProtoMessage() {}
+
+func (x *LayerProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_wire_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LayerProgress.ProtoReflect.Descriptor instead.
+func (*LayerProgress) Descriptor() ([]byte, []int) {
+	return file_wire_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *LayerProgress) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
+}
+
+func (x *LayerProgress) GetStage() string {
+	if x != nil {
+		return x.Stage
+	}
+	return ""
+}
+
+func (x *LayerProgress) GetDone() int64 {
+	if x != nil {
+		return x.Done
+	}
+	return 0
+}
+
+func (x *LayerProgress) GetTotal() int64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
 type ImageHeader struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Manifest      []byte                 `protobuf:"bytes,1,opt,name=manifest,proto3" json:"manifest,omitempty"` // digest of the manifest that was used
@@ -730,7 +815,7 @@ type ImageHeader struct {
 
 func (x *ImageHeader) Reset() {
 	*x = ImageHeader{}
-	mi := &file_wire_proto_msgTypes[8]
+	mi := &file_wire_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -742,7 +827,7 @@ func (x *ImageHeader) String() string {
 func (*ImageHeader) ProtoMessage() {}
 
 func (x *ImageHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[8]
+	mi := &file_wire_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -755,7 +840,7 @@ func (x *ImageHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageHeader.ProtoReflect.Descriptor instead.
 func (*ImageHeader) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{8}
+	return file_wire_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ImageHeader) GetManifest() []byte {
@@ -791,7 +876,7 @@ type LayerHeader struct {
 
 func (x *LayerHeader) Reset() {
 	*x = LayerHeader{}
-	mi := &file_wire_proto_msgTypes[9]
+	mi := &file_wire_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -803,7 +888,7 @@ func (x *LayerHeader) String() string {
 func (*LayerHeader) ProtoMessage() {}
 
 func (x *LayerHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[9]
+	mi := &file_wire_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -816,7 +901,7 @@ func (x *LayerHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LayerHeader.ProtoReflect.Descriptor instead.
 func (*LayerHeader) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{9}
+	return file_wire_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *LayerHeader) GetDigest() []byte {
@@ -858,7 +943,7 @@ type IndexData struct {
 
 func (x *IndexData) Reset() {
 	*x = IndexData{}
-	mi := &file_wire_proto_msgTypes[10]
+	mi := &file_wire_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -870,7 +955,7 @@ func (x *IndexData) String() string {
 func (*IndexData) ProtoMessage() {}
 
 func (x *IndexData) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[10]
+	mi := &file_wire_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -883,7 +968,7 @@ func (x *IndexData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IndexData.ProtoReflect.Descriptor instead.
 func (*IndexData) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{10}
+	return file_wire_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *IndexData) GetLayer() uint32 {
@@ -908,7 +993,7 @@ type End struct {
 
 func (x *End) Reset() {
 	*x = End{}
-	mi := &file_wire_proto_msgTypes[11]
+	mi := &file_wire_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -920,7 +1005,7 @@ func (x *End) String() string {
 func (*End) ProtoMessage() {}
 
 func (x *End) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[11]
+	mi := &file_wire_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -933,7 +1018,7 @@ func (x *End) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use End.ProtoReflect.Descriptor instead.
 func (*End) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{11}
+	return file_wire_proto_rawDescGZIP(), []int{12}
 }
 
 var File_wire_proto protoreflect.FileDescriptor
@@ -960,7 +1045,7 @@ const file_wire_proto_rawDesc = "" +
 	"\x04zstd\x18\x03 \x01(\bR\x04zstd\x12\x16\n" +
 	"\x06length\x18\x04 \x01(\rR\x06length\x12*\n" +
 	"\x05error\x18\x05 \x01(\v2\x14.shoal.wire.v1.ErrorR\x05error\x12\x10\n" +
-	"\x03end\x18\x06 \x01(\bR\x03end\"\xc0\x01\n" +
+	"\x03end\x18\x06 \x01(\bR\x03end\"\xdc\x01\n" +
 	"\fIndexRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x1a\n" +
 	"\bmanifest\x18\x02 \x01(\fR\bmanifest\x123\n" +
@@ -968,7 +1053,8 @@ const file_wire_proto_rawDesc = "" +
 	"\n" +
 	"credential\x18\x04 \x01(\v2\x19.shoal.wire.v1.CredentialR\n" +
 	"credential\x12\x12\n" +
-	"\x04have\x18\x05 \x01(\fR\x04have\"X\n" +
+	"\x04have\x18\x05 \x01(\fR\x04have\x12\x1a\n" +
+	"\bprogress\x18\x06 \x01(\bR\bprogress\"X\n" +
 	"\bPlatform\x12\x0e\n" +
 	"\x02os\x18\x01 \x01(\tR\x02os\x12\"\n" +
 	"\farchitecture\x18\x02 \x01(\tR\farchitecture\x12\x18\n" +
@@ -984,8 +1070,14 @@ const file_wire_proto_rawDesc = "" +
 	"\x04data\x18\x03 \x01(\v2\x18.shoal.wire.v1.IndexDataH\x00R\x04data\x12&\n" +
 	"\x03end\x18\x04 \x01(\v2\x12.shoal.wire.v1.EndH\x00R\x03end\x12,\n" +
 	"\x05error\x18\x05 \x01(\v2\x14.shoal.wire.v1.ErrorH\x00R\x05errorB\x06\n" +
-	"\x04part\"\t\n" +
-	"\aWorking\"s\n" +
+	"\x04part\"?\n" +
+	"\aWorking\x124\n" +
+	"\x06layers\x18\x01 \x03(\v2\x1c.shoal.wire.v1.LayerProgressR\x06layers\"g\n" +
+	"\rLayerProgress\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\fR\x06digest\x12\x14\n" +
+	"\x05stage\x18\x02 \x01(\tR\x05stage\x12\x12\n" +
+	"\x04done\x18\x03 \x01(\x03R\x04done\x12\x14\n" +
+	"\x05total\x18\x04 \x01(\x03R\x05total\"s\n" +
 	"\vImageHeader\x12\x1a\n" +
 	"\bmanifest\x18\x01 \x01(\fR\bmanifest\x122\n" +
 	"\x06layers\x18\x02 \x03(\v2\x1a.shoal.wire.v1.LayerHeaderR\x06layers\x12\x14\n" +
@@ -1027,22 +1119,23 @@ func file_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_wire_proto_goTypes = []any{
-	(Priority)(0),        // 0: shoal.wire.v1.Priority
-	(Code)(0),            // 1: shoal.wire.v1.Code
-	(*Error)(nil),        // 2: shoal.wire.v1.Error
-	(*ChunkRequest)(nil), // 3: shoal.wire.v1.ChunkRequest
-	(*ChunkFrame)(nil),   // 4: shoal.wire.v1.ChunkFrame
-	(*IndexRequest)(nil), // 5: shoal.wire.v1.IndexRequest
-	(*Platform)(nil),     // 6: shoal.wire.v1.Platform
-	(*Credential)(nil),   // 7: shoal.wire.v1.Credential
-	(*IndexFrame)(nil),   // 8: shoal.wire.v1.IndexFrame
-	(*Working)(nil),      // 9: shoal.wire.v1.Working
-	(*ImageHeader)(nil),  // 10: shoal.wire.v1.ImageHeader
-	(*LayerHeader)(nil),  // 11: shoal.wire.v1.LayerHeader
-	(*IndexData)(nil),    // 12: shoal.wire.v1.IndexData
-	(*End)(nil),          // 13: shoal.wire.v1.End
+	(Priority)(0),         // 0: shoal.wire.v1.Priority
+	(Code)(0),             // 1: shoal.wire.v1.Code
+	(*Error)(nil),         // 2: shoal.wire.v1.Error
+	(*ChunkRequest)(nil),  // 3: shoal.wire.v1.ChunkRequest
+	(*ChunkFrame)(nil),    // 4: shoal.wire.v1.ChunkFrame
+	(*IndexRequest)(nil),  // 5: shoal.wire.v1.IndexRequest
+	(*Platform)(nil),      // 6: shoal.wire.v1.Platform
+	(*Credential)(nil),    // 7: shoal.wire.v1.Credential
+	(*IndexFrame)(nil),    // 8: shoal.wire.v1.IndexFrame
+	(*Working)(nil),       // 9: shoal.wire.v1.Working
+	(*LayerProgress)(nil), // 10: shoal.wire.v1.LayerProgress
+	(*ImageHeader)(nil),   // 11: shoal.wire.v1.ImageHeader
+	(*LayerHeader)(nil),   // 12: shoal.wire.v1.LayerHeader
+	(*IndexData)(nil),     // 13: shoal.wire.v1.IndexData
+	(*End)(nil),           // 14: shoal.wire.v1.End
 }
 var file_wire_proto_depIdxs = []int32{
 	1,  // 0: shoal.wire.v1.Error.code:type_name -> shoal.wire.v1.Code
@@ -1051,16 +1144,17 @@ var file_wire_proto_depIdxs = []int32{
 	6,  // 3: shoal.wire.v1.IndexRequest.platform:type_name -> shoal.wire.v1.Platform
 	7,  // 4: shoal.wire.v1.IndexRequest.credential:type_name -> shoal.wire.v1.Credential
 	9,  // 5: shoal.wire.v1.IndexFrame.working:type_name -> shoal.wire.v1.Working
-	10, // 6: shoal.wire.v1.IndexFrame.header:type_name -> shoal.wire.v1.ImageHeader
-	12, // 7: shoal.wire.v1.IndexFrame.data:type_name -> shoal.wire.v1.IndexData
-	13, // 8: shoal.wire.v1.IndexFrame.end:type_name -> shoal.wire.v1.End
+	11, // 6: shoal.wire.v1.IndexFrame.header:type_name -> shoal.wire.v1.ImageHeader
+	13, // 7: shoal.wire.v1.IndexFrame.data:type_name -> shoal.wire.v1.IndexData
+	14, // 8: shoal.wire.v1.IndexFrame.end:type_name -> shoal.wire.v1.End
 	2,  // 9: shoal.wire.v1.IndexFrame.error:type_name -> shoal.wire.v1.Error
-	11, // 10: shoal.wire.v1.ImageHeader.layers:type_name -> shoal.wire.v1.LayerHeader
-	11, // [11:11] is the sub-list for method output_type
-	11, // [11:11] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	10, // 10: shoal.wire.v1.Working.layers:type_name -> shoal.wire.v1.LayerProgress
+	12, // 11: shoal.wire.v1.ImageHeader.layers:type_name -> shoal.wire.v1.LayerHeader
+	12, // [12:12] is the sub-list for method output_type
+	12, // [12:12] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_wire_proto_init() }
@@ -1081,7 +1175,7 @@ func file_wire_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wire_proto_rawDesc), len(file_wire_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   12,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -34,7 +34,7 @@ func TestReadFrame(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		req, err := ParseIndexRequest(b)
+		req, _, err := ParseIndexRequest(b)
 		if err != nil || req.Ref != "docker.io/library/redis:7" {
 			t.Fatalf("%v, %v", req, err)
 		}
@@ -146,7 +146,7 @@ func TestUnknownFieldsAreIgnored(t *testing.T) {
 	if err := ParseChunkFrame(marshal(&ChunkFrame{Index: 3, Data: []byte{1}, Length: 1}), &f); err != nil || f.Index != 3 {
 		t.Errorf("chunk frame: %+v, %v", f, err)
 	}
-	if _, err := ParseIndexRequest(marshal(&IndexRequest{Ref: "a"})); err != nil {
+	if _, _, err := ParseIndexRequest(marshal(&IndexRequest{Ref: "a"})); err != nil {
 		t.Errorf("index request: %v", err)
 	}
 	if m, err := ParseIndexFrame(extra); err != nil || m.Part != nil {
@@ -173,7 +173,7 @@ func TestIndexRequestRoundTrip(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, err := ParseIndexRequest(b)
+		got, _, err := ParseIndexRequest(b)
 		if err != nil || !reflect.DeepEqual(*got, want) {
 			t.Fatalf("got %+v, %v; want %+v", got, err, want)
 		}

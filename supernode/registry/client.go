@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -53,6 +54,7 @@ type Client struct {
 	log   *slog.Logger
 	cache *cache // nil: none
 	quiet *logrus.Entry
+	once  *once
 
 	mu       sync.Mutex
 	hosts    map[string]*hostSet // by Reference.Host
@@ -65,6 +67,40 @@ type hostSet struct {
 	hosts []docker.RegistryHost
 	pools []*http.Transport // their connections
 	until time.Time
+
+	mu    sync.Mutex
+	loops map[string]bool // hosts that turned out to be a node's mirror
+}
+
+// loop notes a host that would ask the supernode what the supernode asks it: a
+// node's mirror, which is in the hosts.toml that containerd shares with it. What
+// comes last is the registry itself.
+func (h *hostSet) loop(host string) {
+	last := len(h.hosts) - 1
+	if !slices.ContainsFunc(h.hosts[:last], func(r docker.RegistryHost) bool { return r.Host == host }) {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.loops == nil {
+		h.loops = map[string]bool{}
+	}
+	h.loops[host] = true
+}
+
+func (h *hostSet) looping() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.loops)
+}
+
+// usable are the hosts that do not lead back here, and how many names do.
+func (h *hostSet) usable() ([]docker.RegistryHost, int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	last := len(h.hosts) - 1
+	hosts := slices.DeleteFunc(slices.Clone(h.hosts[:last]), func(r docker.RegistryHost) bool { return h.loops[r.Host] })
+	return append(hosts, h.hosts[last]), len(h.loops)
 }
 
 type sessionKey struct{ host, cred string }
@@ -74,7 +110,13 @@ type sessionKey struct{ host, cred string }
 type session struct {
 	hosts []docker.RegistryHost
 	until time.Time
+	set   *hostSet
+	loops int // how many of the set were left out
 }
+
+// stale says that a host was asked that turned out to lead back here. What it
+// answered may hide what others did.
+func (s *session) stale() bool { return s.set.looping() > s.loops }
 
 const maxSessions = 512
 
@@ -91,7 +133,7 @@ func New(cfg Config) (*Client, error) {
 	if cfg.CacheBytes == 0 {
 		cfg.CacheBytes = 256 << 20
 	}
-	c := &Client{cfg: cfg, log: cfg.Log, hosts: map[string]*hostSet{}, sessions: map[sessionKey]*session{}, down: map[string]time.Time{}}
+	c := &Client{cfg: cfg, log: cfg.Log, once: newOnce(), hosts: map[string]*hostSet{}, sessions: map[sessionKey]*session{}, down: map[string]time.Time{}}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
@@ -111,8 +153,10 @@ func New(cfg Config) (*Client, error) {
 	return c, nil
 }
 
-// Close closes idle connections. Requests that run are the callers' to end.
+// Close ends questions about manifests, configs and tags, and closes idle
+// connections. Other requests that run are the callers' to end.
 func (c *Client) Close() error {
+	c.once.close()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.closed = true
@@ -158,7 +202,7 @@ func (c *Client) wrap(hc *http.Client, set *hostSet) {
 		tr.DisableCompression = true
 		tr.MaxResponseHeaderBytes = 256 << 10
 	}
-	hc.Transport = &transport{base: hc.Transport, stall: c.cfg.Stall, count: c.cfg.Received}
+	hc.Transport = &transport{base: hc.Transport, stall: c.cfg.Stall, count: c.cfg.Received, loop: set.loop}
 }
 
 func (c *Client) hostDir(host string) (string, error) {
@@ -179,11 +223,11 @@ func (c *Client) session(ctx context.Context, host string, cred blockdev.Credent
 	key := sessionKey{host, CredentialHash(cred)}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if s := c.sessions[key]; s != nil && now.Before(s.until) && !renew {
+	if s := c.sessions[key]; s != nil && now.Before(s.until) && !renew && !s.stale() {
 		return s, false, nil
 	}
 	if c.closed {
-		return nil, false, fmt.Errorf("registry client is closed: %w", blockdev.ErrUnavailable)
+		return nil, false, errClosed
 	}
 	set := c.hosts[host]
 	if set == nil || !now.Before(set.until) {
@@ -209,8 +253,9 @@ func (c *Client) session(ctx context.Context, host string, cred blockdev.Credent
 		c.hosts[host] = set
 	}
 	server := set.hosts[len(set.hosts)-1].Host
-	s := &session{until: set.until}
-	for _, h := range set.hosts {
+	hosts, loops := set.usable()
+	s := &session{until: set.until, set: set, loops: loops}
+	for _, h := range hosts {
 		tokens := *h.Client
 		tokens.CheckRedirect = checkRedirect(nil)
 		a := authorizer{docker.NewDockerAuthorizer(docker.WithAuthClient(&tokens), docker.WithAuthHeader(h.Header),
@@ -279,6 +324,10 @@ func (c *Client) do(ctx context.Context, ref Reference, name string, cred blockd
 		switch {
 		case ctx.Err() != nil:
 			return err
+		case s.stale():
+			// At most as often as there are hosts.
+			try--
+			continue
 		case try == 0 && !fresh && (foreign || errors.Is(err, blockdev.ErrUnauthorized)):
 			continue
 		case !errors.Is(err, blockdev.ErrUnavailable) || try >= 2 ||

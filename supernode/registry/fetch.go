@@ -49,6 +49,9 @@ func (c *Client) Fetch(ctx context.Context, m *Manifest, l Layer, cred blockdev.
 		}
 		err = mapError(ctx, name, raw)
 		foreign := errors.Is(raw, context.Canceled) && ctx.Err() == nil
+		if s.stale() {
+			continue
+		}
 		if fresh || !foreign && !errors.Is(err, blockdev.ErrUnauthorized) {
 			cancel()
 			c.forget(ref.Host, cred)

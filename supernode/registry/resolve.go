@@ -31,8 +31,18 @@ func (c *Client) Check(ctx context.Context, ref string, manifest blockdev.Digest
 	if manifest == (blockdev.Digest{}) {
 		manifest = r.Digest
 	}
-	_, err = c.head(ctx, r, ref, manifest, cred)
+	d, err := c.head(ctx, r, ref, manifest, cred)
+	if err == nil && manifest == (blockdev.Digest{}) {
+		c.keepTag(r, ref, d) // so nobody has to ask the same again
+	}
 	return err
+}
+
+// keepTag writes down what a tag names now.
+func (c *Client) keepTag(r Reference, name string, d blockdev.Digest) {
+	if err := c.cache.putTag(r, d); err != nil {
+		c.log.Warn("cannot cache", "image", name, "error", err)
+	}
 }
 
 // head looks for a manifest by digest, or by r's tag if d is zero.
@@ -74,7 +84,7 @@ func (c *Client) Resolve(ctx context.Context, req blockdev.ImageRequest) (*Manif
 	}
 	if d == (blockdev.Digest{}) {
 		if d, err = q.tag(ctx); err != nil {
-			return nil, err
+			return nil, q.wrap(err)
 		}
 	}
 	m, err := q.image(ctx, d, 0, false)
@@ -101,6 +111,11 @@ func (q *query) wrap(err error) error {
 	return fmt.Errorf("%s: %w", q.name, err)
 }
 
+// key names a question: another credential may get another answer.
+func (q *query) key(kind, what string) string {
+	return kind + " " + q.ref.Name() + " " + what + " " + CredentialHash(q.cred)
+}
+
 func (q *query) tag(ctx context.Context) (blockdev.Digest, error) {
 	old, at, ok := q.c.cache.tag(q.ref)
 	if age := time.Since(at); ok && age >= 0 && age < q.c.cfg.TagTTL {
@@ -116,13 +131,15 @@ func (q *query) tag(ctx context.Context) (blockdev.Digest, error) {
 		ctx, cancel = context.WithTimeoutCause(ctx, min(q.c.cfg.Timeout, 5*time.Second), errSlow)
 		defer cancel()
 	}
-	d, err := q.c.head(ctx, q.ref, q.name, blockdev.Digest{}, q.cred)
+	f := q.c.once.do(ctx, q.key("tag", q.ref.Tag), func(ctx context.Context, f *question) {
+		if f.digest, f.err = q.c.head(ctx, q.ref, q.name, blockdev.Digest{}, q.cred); f.err == nil {
+			q.c.keepTag(q.ref, q.name, f.digest)
+		}
+	})
+	err := f.err
 	switch {
 	case err == nil:
-		if err := q.c.cache.putTag(q.ref, d); err != nil {
-			q.c.log.Warn("cannot cache", "image", q.name, "error", err)
-		}
-		return d, nil
+		return f.digest, nil
 	case ok && errors.Is(err, blockdev.ErrUnavailable):
 		q.c.setDown(q.ref.Host)
 		q.c.log.Warn("registry unavailable, using what the tag named last", "image", q.name, "manifest", old, "since", at, "error", err)
@@ -198,6 +215,14 @@ func (q *query) document(ctx context.Context, mediaType string, d descriptor, li
 	if b, ok := q.c.cache.doc(q.ref.Name(), d.digest, limit); ok {
 		return b, nil
 	}
+	f := q.c.once.do(ctx, q.key("document", d.digest.String()), func(ctx context.Context, f *question) {
+		f.data, f.err = q.fetch(ctx, mediaType, d, limit)
+	})
+	return f.data, f.err
+}
+
+// fetch reads a manifest or config from the registry, and keeps it.
+func (q *query) fetch(ctx context.Context, mediaType string, d descriptor, limit int64) ([]byte, error) {
 	var b []byte
 	err := q.c.do(ctx, q.ref, q.name, q.cred, func(ctx context.Context, s *session) (err error) {
 		b, err = readDocument(ctx, s, q.ref, mediaType, d, limit)

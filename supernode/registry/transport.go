@@ -41,7 +41,8 @@ var acceptManifests = strings.Join([]string{
 type transport struct {
 	base  http.RoundTripper
 	stall time.Duration
-	count func(n int64) // received body bytes; may be nil
+	count func(n int64)     // received body bytes; may be nil
+	loop  func(host string) // is told of a node's mirror
 }
 
 // RoundTrip implements http.RoundTripper.
@@ -56,6 +57,7 @@ func (t *transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	// Blobs are compressed as they are, offsets count their own bytes, and a
 	// second compression would let a small answer grow without bound.
 	out.Header.Set("Accept-Encoding", "identity")
+	out.Header.Add("Via", blockdev.Via)
 
 	timer := time.AfterFunc(t.stall, func() { cancel(errStalled) })
 	resp, err := t.base.RoundTrip(out)
@@ -96,6 +98,9 @@ func purpose(req *http.Request) string {
 
 func (t *transport) check(req *http.Request, resp *http.Response) error {
 	switch s := resp.StatusCode; {
+	case s == http.StatusLoopDetected:
+		t.loop(req.URL.Host)
+		return &Error{Host: req.URL.Host, Status: s, kind: blockdev.ErrUnavailable, text: "this is a mirror that asks the supernode that asks it"}
 	case s == http.StatusForbidden, s == http.StatusRequestTimeout, s == http.StatusTooManyRequests, s >= 500,
 		s == http.StatusRequestedRangeNotSatisfiable:
 		e := &Error{Host: req.URL.Host, Status: s, kind: kindOf(s), after: retryAfter(resp.Header, time.Now())}

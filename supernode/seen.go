@@ -2,55 +2,12 @@ package supernode
 
 import (
 	"container/list"
-	"context"
 	"slices"
 	"sync"
-	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/supernode/registry"
 )
-
-// Stage is what is being done with a layer.
-type Stage string
-
-// The stages. Layers that are not stored go through the first four, those that
-// are stored already and came from another registry are verified.
-const (
-	// StageWaiting: for others to be done, or for room.
-	StageWaiting Stage = "waiting"
-	// StageFetching: it comes from the registry, and is hashed, unpacked and
-	// stored as it comes.
-	StageFetching Stage = "fetching"
-	// StageUnpacking: all of it is there, the rest is being unpacked.
-	StageUnpacking Stage = "unpacking"
-	// StageStoring: its index is written.
-	StageStoring Stage = "storing"
-	// StageVerifying: it is fetched once more, only to see that this registry has
-	// it, too.
-	StageVerifying Stage = "verifying"
-	// StageStored: done.
-	StageStored Stage = "stored"
-)
-
-// Progress says where a layer is.
-type Progress struct {
-	Layer blockdev.Digest
-	// Done and Total are compressed bytes.
-	Done, Total int64
-	Stage       Stage
-}
-
-// Warm makes the supernode have an image, and tells progress how that goes, one
-// call at a time; progress may be nil and must not block. It is for whoever runs
-// this process: access is checked with req.Credential as for a peer, but nothing
-// is handed out. nil: everything is stored, every byte of it checked.
-func (s *Supernode) Warm(ctx context.Context, req blockdev.ImageRequest, progress func(Progress)) error {
-	start := time.Now()
-	_, err := s.open(ctx, "", req, progress)
-	s.metrics.image(err, time.Since(start))
-	return err
-}
 
 // StoredImage is an image that somebody has asked for and that is still stored.
 type StoredImage struct {

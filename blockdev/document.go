@@ -1,0 +1,57 @@
+package blockdev
+
+import "context"
+
+// DocumentKind says under which of a registry's paths a document is.
+type DocumentKind uint8
+
+const (
+	// Manifest is an image manifest or an image index.
+	Manifest DocumentKind = iota
+	// Config is a blob that a manifest names as its image's config.
+	Config
+)
+
+// MaxDocument is the largest document, in bytes.
+const MaxDocument = 8 << 20
+
+// DocumentRequest asks for one of the small documents that a client reads before
+// it asks for layers.
+type DocumentRequest struct {
+	// Ref names it: "host/repository:tag" or "host/repository@sha256:...". A
+	// config is named by its digest.
+	Ref  string
+	Kind DocumentKind
+	// Head asks for everything but the bytes.
+	Head bool
+	// Credential is the node's for Ref's registry.
+	Credential Credential
+}
+
+// Document is a manifest, an image index or an image config, byte for byte as its
+// registry has it.
+type Document struct {
+	Digest Digest
+	// MediaType is "application/octet-stream" for configs: only the manifest that
+	// names one knows more.
+	MediaType string
+	// Size is the length of Data, also where Data was not asked for.
+	Size int64
+	Data []byte
+}
+
+// DocumentSource is where documents come from: a supernode.
+type DocumentSource interface {
+	// Document returns a document that the request's credential may read. What a
+	// tag names may be known from a short while ago, or from the last time that
+	// the registry answered. The caller checks Data against the digest. Errors
+	// wrap ErrNotFound, ErrUnauthorized, ErrUnsupported, ErrUnavailable,
+	// ErrCorrupt or the context's error, and name the document and the cause. A
+	// blob that no manifest has made known as a config is ErrNotFound.
+	Document(ctx context.Context, req DocumentRequest) (*Document, error)
+}
+
+// Via is the value of the HTTP header of this name in a supernode's requests to
+// registries (RFC 9110, 7.6.3). A node's mirror answers them 508, loop detected:
+// who reads the same hosts.toml as containerd finds the mirror there.
+const Via = "1.1 shoal"

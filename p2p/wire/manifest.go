@@ -1,0 +1,101 @@
+package wire
+
+import (
+	"fmt"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Limits of the manifest protocol, in bytes.
+const (
+	// MaxMediaType is the longest DocumentHeader.media_type (RFC 6838, 4.2: type
+	// and subtype have at most 127 characters each).
+	MaxMediaType = 255
+	// MaxManifestRequest and MaxManifestFrame bound the messages of these names.
+	MaxManifestRequest = MaxRef + 2*MaxCredential + slack
+	MaxManifestFrame   = MaxIndexData + slack
+)
+
+// NewManifestRequest puts req into a message. An error names what is too long.
+func NewManifestRequest(req *blockdev.DocumentRequest) (*ManifestRequest, error) {
+	m := &ManifestRequest{
+		Ref: req.Ref, Head: req.Head,
+		Credential: &Credential{Username: req.Credential.Username, Secret: req.Credential.Secret},
+	}
+	if req.Kind == blockdev.Config {
+		m.Kind = DocumentKind_DOCUMENT_KIND_CONFIG
+	}
+	if err := checkManifestRequest(m); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+// ParseManifestRequest reads and checks a ManifestRequest. Errors wrap
+// blockdev.ErrCorrupt; they never hold the credential.
+func ParseManifestRequest(b []byte) (*blockdev.DocumentRequest, error) {
+	m := &ManifestRequest{}
+	if err := proto.Unmarshal(b, m); err != nil {
+		return nil, corrupt("manifest request", err)
+	}
+	if err := checkManifestRequest(m); err != nil {
+		return nil, corrupt("manifest request", err)
+	}
+	c := m.GetCredential()
+	req := &blockdev.DocumentRequest{
+		Ref: m.Ref, Head: m.Head,
+		Credential: blockdev.Credential{Username: c.GetUsername(), Secret: c.GetSecret()},
+	}
+	if m.Kind == DocumentKind_DOCUMENT_KIND_CONFIG {
+		req.Kind = blockdev.Config
+	}
+	return req, nil
+}
+
+func checkManifestRequest(m *ManifestRequest) error {
+	c := m.GetCredential()
+	switch {
+	case m.Ref == "":
+		return fmt.Errorf("empty reference")
+	case len(m.Ref) > MaxRef:
+		return fmt.Errorf("reference of %d bytes, at most %d are allowed", len(m.Ref), MaxRef)
+	case m.Kind != DocumentKind_DOCUMENT_KIND_MANIFEST && m.Kind != DocumentKind_DOCUMENT_KIND_CONFIG:
+		return fmt.Errorf("document kind %d is not known", m.Kind)
+	case len(c.GetUsername()) > MaxCredential || len(c.GetSecret()) > MaxCredential:
+		return fmt.Errorf("credential with a field of more than %d bytes", MaxCredential)
+	}
+	return nil
+}
+
+// ParseManifestFrame reads and checks a ManifestFrame: the header's fields, that
+// data is 1 to MaxIndexData bytes. A part that this version does not know gives a
+// frame without part, to be skipped. Errors wrap blockdev.ErrCorrupt.
+func ParseManifestFrame(b []byte) (*ManifestFrame, error) {
+	m := &ManifestFrame{}
+	if err := proto.Unmarshal(b, m); err != nil {
+		return nil, corrupt("manifest frame", err)
+	}
+	switch p := m.Part.(type) {
+	case *ManifestFrame_Header:
+		h := p.Header
+		switch {
+		case len(h.GetDigest()) != digestLen:
+			return nil, corrupt("manifest frame", fmt.Errorf("digest of %d bytes, not %d", len(h.GetDigest()), digestLen))
+		case len(h.GetMediaType()) > MaxMediaType || CleanText(h.GetMediaType(), MaxMediaType) != h.GetMediaType():
+			return nil, corrupt("manifest frame", fmt.Errorf("media type %.40q of %d bytes", h.GetMediaType(), len(h.GetMediaType())))
+		case h.GetSize() < 0 || h.GetSize() > blockdev.MaxDocument:
+			return nil, corrupt("manifest frame", fmt.Errorf("document of %d bytes, not 0 to %d", h.GetSize(), blockdev.MaxDocument))
+		}
+	case *ManifestFrame_Data:
+		if n := len(p.Data); n == 0 || n > MaxIndexData {
+			return nil, corrupt("manifest frame", fmt.Errorf("%d bytes of data, not 1 to %d", n, MaxIndexData))
+		}
+	case *ManifestFrame_Working:
+		if err := checkWorking(p.Working); err != nil {
+			return nil, corrupt("manifest frame", err)
+		}
+	}
+	return m, nil
+}

@@ -1,0 +1,154 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/images"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Document returns a manifest, an image index or a config as blockdev's
+// DocumentSource has it. Like Resolve, it does not ask for what is in the cache
+// for this repository, and an answer does not mean that the registry lets the
+// credential in.
+//
+// With an image manifest its config comes into the cache, too: it is what is
+// asked for next, perhaps when the registry is down. A config is only ever
+// answered from there, so that a layer never takes this way.
+func (c *Client) Document(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+	r, err := ParseReference(req.Ref)
+	if err != nil {
+		return nil, err
+	}
+	q := &query{c: c, ref: r, name: req.Ref, cred: req.Credential}
+	if req.Kind == blockdev.Config {
+		b, ok := c.cache.doc(r.Name(), r.Digest, maxConfig)
+		if !ok {
+			return nil, q.wrap(fmt.Errorf("not known as the config of an image: %w", blockdev.ErrNotFound))
+		}
+		return answer(req, r.Digest, "application/octet-stream", b), nil
+	}
+	d := r.Digest
+	if d == (blockdev.Digest{}) {
+		if d, err = q.tag(ctx); err != nil {
+			return nil, q.wrap(err)
+		}
+	}
+	b, err := q.document(ctx, ocispec.MediaTypeImageManifest, descriptor{digest: d, size: -1}, maxManifest)
+	if err != nil {
+		return nil, q.wrap(err)
+	}
+	doc, err := parseDocument(b)
+	if err != nil {
+		return nil, q.wrap(err)
+	}
+	if doc.Config != nil && images.IsConfigType(doc.Config.MediaType) {
+		q.keepConfig(ctx, doc)
+	}
+	return answer(req, d, doc.mediaType(), b), nil
+}
+
+func answer(req blockdev.DocumentRequest, d blockdev.Digest, mediaType string, b []byte) *blockdev.Document {
+	doc := &blockdev.Document{Digest: d, MediaType: mediaType, Size: int64(len(b))}
+	if !req.Head {
+		doc.Data = b
+	}
+	return doc
+}
+
+// keepConfig brings the config into the cache. Without it the manifest is as good.
+func (q *query) keepConfig(ctx context.Context, doc *document) {
+	config, err := checkDescriptor("config", *doc.Config, maxConfig)
+	if err == nil {
+		_, err = q.document(ctx, config.mediaType, config, maxConfig)
+	}
+	if err != nil && ctx.Err() == nil {
+		q.c.log.Warn("the manifest is there, the image's config is not", "image", q.name, "error", err)
+	}
+}
+
+// mediaType is what the document says of itself; OCI lets it say nothing.
+func (doc *document) mediaType() string {
+	switch {
+	case doc.MediaType != "":
+		return doc.MediaType
+	case doc.Config != nil:
+		return ocispec.MediaTypeImageManifest
+	}
+	return ocispec.MediaTypeImageIndex
+}
+
+// once runs each question once, however many want the answer at the same time.
+// It does not end when those who asked leave.
+type once struct {
+	ctx    context.Context // ends with close
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu      sync.Mutex
+	flights map[string]*question
+}
+
+// question is one that a registry is being asked; the answer is set when done is
+// closed.
+type question struct {
+	done   chan struct{}
+	digest blockdev.Digest
+	data   []byte
+	err    error
+}
+
+func newOnce() *once {
+	ctx, cancel := context.WithCancel(context.Background())
+	return &once{ctx: ctx, cancel: cancel, flights: map[string]*question{}}
+}
+
+// do joins the question key, or asks it. The error of one who leaves is that of
+// ctx, with its cause.
+func (o *once) do(ctx context.Context, key string, ask func(context.Context, *question)) *question {
+	o.mu.Lock()
+	f := o.flights[key]
+	if f == nil {
+		f = &question{done: make(chan struct{})}
+		if o.ctx.Err() != nil {
+			o.mu.Unlock()
+			f.err = errClosed
+			return f
+		}
+		o.flights[key] = f
+		o.wg.Go(func() {
+			ask(o.ctx, f)
+			if f.err != nil && o.ctx.Err() != nil {
+				f.err = errClosed
+			}
+			o.mu.Lock()
+			delete(o.flights, key)
+			o.mu.Unlock()
+			close(f.done)
+		})
+	}
+	o.mu.Unlock()
+	select {
+	case <-f.done:
+		return f
+	case <-ctx.Done():
+		if cause := context.Cause(ctx); errors.Is(cause, errSlow) {
+			return &question{err: &Error{kind: blockdev.ErrUnavailable, text: cause.Error()}}
+		}
+		return &question{err: fmt.Errorf("asking the registry: %w", ctx.Err())}
+	}
+}
+
+func (o *once) close() {
+	o.mu.Lock()
+	o.cancel()
+	o.mu.Unlock()
+	o.wg.Wait()
+}
+
+var errClosed = fmt.Errorf("registry client is closed: %w", blockdev.ErrUnavailable)
