@@ -25,6 +25,7 @@ import (
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/snapshotter"
 	"github.com/shoalfs/shoal/snapshotter/credentials"
+	"github.com/shoalfs/shoal/snapshotter/mirror"
 )
 
 func newNodeCommand() *cobra.Command {
@@ -39,7 +40,13 @@ containerd's config:
     type = "snapshot"
     address = "/run/shoal/shoal.sock"
     [proxy_plugins.shoal.exports]
-      enable_remote_snapshot_annotations = "true"`,
+      enable_remote_snapshot_annotations = "true"
+
+It is also a registry mirror on loopback, so that manifests come through the
+supernode as well. In /etc/containerd/certs.d/_default/hosts.toml:
+
+  [host."http://127.0.0.1:7704"]
+    capabilities = ["pull", "resolve"]`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c := config.DefaultNode()
@@ -57,7 +64,25 @@ containerd's config:
 type upstream interface {
 	blockdev.Source
 	blockdev.ImageSource
+	blockdev.DocumentSource
 	Close() error
+}
+
+// explained says in an error that a registry denies access if that may be for
+// want of a credential that a broken file holds.
+type explained struct {
+	upstream
+	credentials *credentials.DockerConfig
+}
+
+func (e explained) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+	im, err := e.upstream.OpenImage(ctx, req)
+	return im, e.credentials.Explain(err)
+}
+
+func (e explained) Document(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+	doc, err := e.upstream.Document(ctx, req)
+	return doc, e.credentials.Explain(err)
 }
 
 func runNode(ctx context.Context, c *config.Node) (err error) {
@@ -77,6 +102,8 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, up.Close()) }()
+	keychain := credentials.NewDockerConfig(ctx, c.DockerConfig, log)
+	up = explained{up, keychain}
 
 	var late lateSnapshotter
 	vols, err := volume.Open(ctx, volume.Config{
@@ -92,7 +119,6 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 	}
 	defer func() { err = errors.Join(err, vols.Close()) }()
 
-	keychain := credentials.NewDockerConfig(ctx, c.DockerConfig)
 	sn, err := snapshotter.New(snapshotter.Config{
 		Root: c.Root, Data: dataPath{vols}, Images: up,
 		Credentials: keychain, Platform: platform(),
@@ -104,6 +130,10 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 	defer func() { err = errors.Join(err, sn.Close()) }()
 	late.set(sn)
 
+	registryMirror, err := mirror.New(mirror.Config{Source: up, Credentials: keychain, Log: log, Registerer: metrics})
+	if err != nil {
+		return err
+	}
 	d := &nodeDaemon{vols: vols, sn: sn, up: up, credentials: keychain, addresses: addresses}
 	metrics.MustRegister(d.collectors()...)
 	server := grpc.NewServer(daemon.TraceGRPC())
@@ -121,6 +151,7 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 	})
 	g.Go(func() error { return control.Serve(ctx, c.ControlAddress, d) })
 	g.Go(func() error { return daemon.ServeMetrics(ctx, c.MetricsAddress, metrics, nil) })
+	g.Go(func() error { return daemon.ServeHTTP(ctx, "mirror_address", c.MirrorAddress, registryMirror) })
 	log.Info("node is up", "version", version, "socket", c.Address, "supernodes", addresses)
 	return g.Wait()
 }
@@ -282,12 +313,12 @@ func (d *nodeDaemon) warm(ctx context.Context, ref string, event func(control.Ev
 	if err != nil {
 		return err
 	}
-	im, err := d.up.OpenImage(ctx, blockdev.ImageRequest{Ref: ref, Platform: platform(), Credential: cred})
+	im, err := d.up.OpenImage(ctx, blockdev.ImageRequest{Ref: ref, Platform: platform(), Credential: cred, Progress: layerEvents(event)})
 	if err != nil {
 		return err
 	}
-	for _, l := range im.Layers {
-		event(control.Event{Layer: l.Digest.String(), Stage: "stored", Done: l.Size, Total: l.Size})
+	for _, l := range im.Layers { // also those that were stored before anything was said
+		event(control.Event{Layer: l.Digest.String(), Stage: string(blockdev.StageStored), Done: l.Size, Total: l.Size})
 	}
 	return nil
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/snapshotter/credentials"
 	"github.com/shoalfs/shoal/supernode"
+	"github.com/shoalfs/shoal/supernode/registry"
 )
 
 func newSupernodeCommand() *cobra.Command {
@@ -49,7 +50,8 @@ func openSupernode(root string, store config.Store, reg config.Registry, log *sl
 		Dir: root, Quota: int64(store.Quota),
 		HostDirs: hostDirs, TrustedRegistries: reg.Trusted,
 		AccessTTL: time.Duration(reg.AccessTTL), AccessGrace: time.Duration(reg.AccessGrace),
-		Log: log, Registerer: metrics,
+		Registry: registry.Config{TagTTL: time.Duration(reg.TagTTL)},
+		Log:      log, Registerer: metrics,
 	})
 }
 
@@ -75,14 +77,14 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, h.Close()) }()
-	server, err := exchange.NewServer(h, exchange.ServerConfig{Chunks: s, Images: s, Log: log, Registerer: metrics})
+	server, err := exchange.NewServer(h, exchange.ServerConfig{Chunks: s, Images: s, Documents: s, Log: log, Registerer: metrics})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, server.Close()) }()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
-		return control.Serve(ctx, c.ControlAddress, &supernodeDaemon{s, credentials.NewDockerConfig(ctx, "")})
+		return control.Serve(ctx, c.ControlAddress, &supernodeDaemon{s, credentials.NewDockerConfig(ctx, "", log)})
 	})
 	g.Go(func() error { return daemon.ServeMetrics(ctx, c.MetricsAddress, metrics, s.Healthy) })
 	for _, addr := range host.Addrs(h) {
@@ -121,9 +123,13 @@ func (d *supernodeDaemon) Prefetch(ctx context.Context, req control.PrefetchRequ
 	if err != nil {
 		return err
 	}
-	return d.s.Warm(ctx, blockdev.ImageRequest{
-		Ref: ref, Credential: cred, Platform: platform(),
-	}, func(p supernode.Progress) {
+	_, err = d.s.OpenImage(ctx, blockdev.ImageRequest{Ref: ref, Credential: cred, Platform: platform(), Progress: layerEvents(event)})
+	return d.credentials.Explain(err)
+}
+
+// layerEvents makes a layer's progress an event of the control socket.
+func layerEvents(event func(control.Event)) func(blockdev.Progress) {
+	return func(p blockdev.Progress) {
 		event(control.Event{Layer: p.Layer.String(), Stage: string(p.Stage), Done: p.Done, Total: p.Total})
-	})
+	}
 }

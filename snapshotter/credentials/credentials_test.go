@@ -30,7 +30,7 @@ func basic(user, password string) string {
 
 func TestDockerConfig(t *testing.T) {
 	dir := t.TempDir()
-	d := NewDockerConfig(t.Context(), dir)
+	d := NewDockerConfig(t.Context(), dir, nil)
 	get := func(ref string) blockdev.Credential {
 		t.Helper()
 		c, err := d.Credential(t.Context(), ref)
@@ -83,7 +83,7 @@ func TestHelper(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	d := NewDockerConfig(t.Context(), dir)
+	d := NewDockerConfig(t.Context(), dir, nil)
 	write(t, dir, `{"credHelpers":{"registry.test":"test"}}`)
 	helper(`read host; echo "{\"ServerURL\":\"$host\",\"Username\":\"h\",\"Secret\":\"s\"}"`)
 	c, err := d.Credential(t.Context(), "registry.test/a:1")

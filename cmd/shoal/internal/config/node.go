@@ -22,6 +22,7 @@ type Node struct {
 	Address        string   `toml:"address" comment:"Unix socket for containerd: [proxy_plugins.shoal] address"`
 	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status and shoal prefetch"`
 	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
+	MirrorAddress  string   `toml:"mirror_address" comment:"host:port of the registry mirror that containerd's hosts.toml names; anybody who reaches it reads manifests with this node's credentials, so keep it on loopback; empty: off"`
 	Supernodes     []string `toml:"supernodes" comment:"as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`
 	DockerConfig   string   `toml:"docker_config" comment:"directory of docker's config.json with registry credentials; empty: $DOCKER_CONFIG or ~/.docker"`
 	IndexTimeout   Duration `toml:"index_timeout" comment:"how long a pull waits for an image's indexes before containerd unpacks it in the ordinary way"`
@@ -43,6 +44,7 @@ func DefaultNode() *Node {
 		Address:        "/run/shoal/shoal.sock",
 		ControlAddress: "/run/shoal/control.sock",
 		MetricsAddress: "127.0.0.1:7702",
+		MirrorAddress:  "127.0.0.1:7704",
 		Supernodes:     []string{},
 		IndexTimeout:   Duration(5 * time.Minute),
 		ReadTimeout:    Duration(time.Minute),
@@ -72,6 +74,12 @@ func (c *Node) Check() error {
 	}
 	if c.MetricsAddress != "" {
 		errs = append(errs, checkHostPort("metrics_address", c.MetricsAddress))
+	}
+	if c.MirrorAddress != "" {
+		errs = append(errs, checkHostPort("mirror_address", c.MirrorAddress))
+		if c.MirrorAddress == c.MetricsAddress {
+			errs = append(errs, fmt.Errorf("mirror_address and metrics_address are both %q: each needs a port of its own", c.MirrorAddress))
+		}
 	}
 	if c.DockerConfig != "" {
 		errs = append(errs, checkAbs("docker_config", c.DockerConfig))

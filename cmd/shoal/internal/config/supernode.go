@@ -27,6 +27,7 @@ func (s Store) check(prefix string) error {
 type Registry struct {
 	ConfigPath  string   `toml:"config_path" comment:"containerd's directory of hosts.toml files: mirrors, CAs, plain HTTP"`
 	Trusted     []string `toml:"trusted" comment:"registry hosts whose word counts for layers that came from elsewhere, too"`
+	TagTTL      Duration `toml:"tag_ttl" comment:"how long what a tag names is believed before the registry is asked again"`
 	AccessTTL   Duration `toml:"access_ttl" comment:"how long a registry's permission to pull is believed"`
 	AccessGrace Duration `toml:"access_grace" comment:"and how long while the registry is down"`
 }
@@ -44,7 +45,9 @@ func (r Registry) check(prefix string) error {
 		return fmt.Errorf("%sregistry.access_grace (%v) is shorter than %sregistry.access_ttl (%v): while a registry is down its word would count for less time than while it is up",
 			prefix, time.Duration(r.AccessGrace), prefix, time.Duration(r.AccessTTL))
 	}
-	return atLeast(prefix+"registry.access_ttl", r.AccessTTL, Duration(time.Second))
+	return errors.Join(
+		atLeast(prefix+"registry.tag_ttl", r.TagTTL, Duration(time.Second)),
+		atLeast(prefix+"registry.access_ttl", r.AccessTTL, Duration(time.Second)))
 }
 
 // Supernode is the file of `shoal supernode`.
@@ -79,6 +82,7 @@ func defaultRegistry() Registry {
 	return Registry{
 		ConfigPath:  "/etc/containerd/certs.d",
 		Trusted:     []string{},
+		TagTTL:      Duration(time.Minute),
 		AccessTTL:   Duration(5 * time.Minute),
 		AccessGrace: Duration(24 * time.Hour),
 	}

@@ -39,13 +39,6 @@ func NewMetrics(version, role string) *prometheus.Registry {
 // why the daemon cannot work (503); nil: that it answers is all there is to know.
 // An empty addr serves nothing.
 func ServeMetrics(ctx context.Context, addr string, metrics prometheus.Gatherer, healthy func() error) error {
-	if addr == "" {
-		return nil
-	}
-	ln, err := net.Listen("tcp", addr)
-	if err != nil {
-		return fmt.Errorf("metrics_address: %w", err)
-	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
@@ -57,11 +50,28 @@ func ServeMetrics(ctx context.Context, addr string, metrics prometheus.Gatherer,
 		}
 		_, _ = w.Write([]byte("ok\n")) // who asked may have gone
 	})
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	return ServeHTTP(ctx, "metrics_address", addr, mux)
+}
+
+// ServeHTTP answers on addr, the value of a config key, until ctx ends. An empty
+// addr serves nothing. A client may take ten seconds for a request's header, and
+// two minutes for the whole exchange.
+func ServeHTTP(ctx context.Context, key, addr string, h http.Handler) error {
+	if addr == "" {
+		return nil
+	}
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		return fmt.Errorf("%s: %w", key, err)
+	}
+	srv := &http.Server{
+		Handler: h, ReadHeaderTimeout: 10 * time.Second, WriteTimeout: 2 * time.Minute, IdleTimeout: 2 * time.Minute,
+		MaxHeaderBytes: 64 << 10, BaseContext: func(net.Listener) context.Context { return ctx },
+	}
 	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
 	defer stop()
 	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("metrics: %w", err)
+		return fmt.Errorf("%s: %w", key, err)
 	}
 	return nil
 }
