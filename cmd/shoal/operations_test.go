@@ -15,6 +15,7 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/snapshotter/mirror"
 	"github.com/shoalfs/shoal/supernode"
 )
 
@@ -142,9 +143,12 @@ func metricTable(t *testing.T, register func(*testing.T, prometheus.Registerer))
 }
 
 // nodeMetrics registers what runNode does for a node with a supernode elsewhere.
-func nodeMetrics(_ *testing.T, r prometheus.Registerer) {
+func nodeMetrics(t *testing.T, r prometheus.Registerer) {
 	r.MustRegister(daemon.NewMetrics("v", "node"))
 	r.MustRegister((&nodeDaemon{}).collectors()...)
+	if _, err := mirror.New(mirror.Config{Registerer: r}); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // supernodeMetrics registers what runSupernode does.

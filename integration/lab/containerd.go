@@ -21,9 +21,10 @@ type Containerd struct {
 	// Root is its root directory.
 	Root string
 
-	lab *Lab
-	ctr string
-	run atomic.Int64
+	lab   *Lab
+	ctr   string
+	hosts string // directory of hosts.toml files; empty: none
+	run   atomic.Int64
 }
 
 // ContainerdOptions say which containerd is started, and how.
@@ -36,6 +37,9 @@ type ContainerdOptions struct {
 	Snapshotters []string
 	// Shoal is the socket of a shoal node to use as a snapshotter; empty: none.
 	Shoal string
+	// Mirror is the host:port of a node's registry mirror, which Pull asks before
+	// the registry; empty: none.
+	Mirror string
 	// Extra is added to the end of the config file.
 	Extra string
 }
@@ -78,6 +82,13 @@ func (l *Lab) StartContainerd(ctx context.Context, name string, o ContainerdOpti
 	if err != nil {
 		return nil, err
 	}
+	if o.Mirror != "" {
+		hosts := fmt.Sprintf("[host.\"http://%s\"]\n  capabilities = [\"pull\", \"resolve\"]\n", o.Mirror)
+		if _, err := l.writeFile(name+"/certs.d/_default/hosts.toml", hosts); err != nil {
+			return nil, err
+		}
+		c.hosts = l.Path(name, "certs.d")
+	}
 	if c.Process, err = l.Start(name, o.Binary, nil, "--config", cfg); err != nil {
 		return nil, err
 	}
@@ -99,6 +110,9 @@ func (c *Containerd) Ctr(ctx context.Context, args ...string) (string, error) {
 // Pull pulls ref for a snapshotter, in the way `ctr images pull` does it.
 func (c *Containerd) Pull(ctx context.Context, snapshotter, ref string, extra ...string) error {
 	args := append([]string{"images", "pull", "--snapshotter", snapshotter}, extra...)
+	if c.hosts != "" {
+		args = append(args, "--hosts-dir", c.hosts)
+	}
 	if _, err := c.Ctr(ctx, append(args, ref)...); err != nil {
 		return fmt.Errorf("%w\ncontainerd's log ends:\n%s", err, Tail(c.Log, 15))
 	}

@@ -26,6 +26,7 @@ type Blob struct {
 // Media types of the images that Push makes.
 const (
 	MediaTypeManifest  = "application/vnd.oci.image.manifest.v1+json"
+	MediaTypeIndex     = "application/vnd.oci.image.index.v1+json"
 	MediaTypeConfig    = "application/vnd.oci.image.config.v1+json"
 	MediaTypeLayer     = "application/vnd.oci.image.layer.v1.tar"
 	MediaTypeLayerGzip = MediaTypeLayer + "+gzip"

@@ -34,6 +34,8 @@ type Node struct {
 	Root string
 	// Metrics is the host:port of its metrics.
 	Metrics string
+	// Mirror is the host:port of its registry mirror.
+	Mirror string
 
 	lab *Lab
 }
@@ -111,9 +113,13 @@ func (l *Lab) StartNode(ctx context.Context, name, supernode, extra string) (*No
 	if err != nil {
 		return nil, err
 	}
+	mirror, err := l.freeAddr()
+	if err != nil {
+		return nil, err
+	}
 	n := &Node{
 		Socket: l.Path(name, "shoal.sock"), Control: l.Path(name, "control.sock"),
-		Root: l.Path(name, "r"), Metrics: metrics, lab: l,
+		Root: l.Path(name, "r"), Metrics: metrics, Mirror: mirror, lab: l,
 	}
 	list := "[]"
 	if supernode != "" {
@@ -124,8 +130,9 @@ root = %q
 address = %q
 control_address = %q
 metrics_address = %q
+mirror_address = %q
 supernodes = %s
-%s`, n.Root, n.Socket, n.Control, metrics, list, extra))
+%s`, n.Root, n.Socket, n.Control, metrics, mirror, list, extra))
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,203 @@
+package integration
+
+import (
+	"archive/tar"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/shoalfs/shoal/integration/lab"
+)
+
+// machine starts a node and a containerd that pulls through the node's mirror.
+func (s *site) machine(t *testing.T, name, nodeConfig string) (*lab.Node, *lab.Containerd) {
+	t.Helper()
+	n := must(s.StartNode(t.Context(), name, s.supernode.Address, nodeConfig))(t)
+	return n, must(s.StartContainerd(t.Context(), name+"-ctrd", lab.ContainerdOptions{Shoal: n.Socket, Mirror: n.Mirror}))(t)
+}
+
+func newMirrorSite(t *testing.T) *site {
+	t.Helper()
+	s := &site{Lab: newLab(t)}
+	s.registry = must(s.StartRegistry(t.Context(), "registry", s.Path("images"), ""))(t)
+	s.supernode = must(s.StartSupernode(t.Context(), "super", ""))(t)
+	return s
+}
+
+// TestMirror: through the mirror, the second node's pull costs the registry
+// nothing, by tag, by digest and of an image index; and with the registry gone a
+// new node pulls and runs an image that only `shoal prefetch` has ever asked for.
+func TestMirror(t *testing.T) {
+	s := newMirrorSite(t)
+	ctx := t.Context()
+	ref := s.push(t, "app", layer(t, dir("bin/"), file("bin/true", bigContent(1))))
+	s.push(t, "pinned", layer(t, dir("p/"), file("p/f", bigContent(3))))
+	byDigest := s.registry.Addr + "/pinned@" + must(s.registry.Image(ctx, "pinned", "v1"))(t).Manifest.String()
+	multi := s.pushIndex(t, "multi", layer(t, dir("d/"), file("d/f", bigContent(2))))
+	// The one static program that is surely there.
+	program := string(must(os.ReadFile(filepath.Join(s.Bin, "shoal")))(t))
+	executable := file("shoal", program).with(func(h *tar.Header) { h.Mode = 0o755 })
+	must(s.registry.Push(ctx, "static", "v1", []string{"/shoal", "version"}, layer(t, executable)))(t)
+	static := s.registry.Addr + "/static:v1"
+
+	_, first := s.machine(t, "one", "")
+	for _, r := range []string{ref, byDigest, multi} {
+		noError(t, first.Pull(ctx, "shoal", r))
+	}
+	must(s.Run(ctx, "shoal", "prefetch", "--control", s.supernode.Control, static))(t)
+
+	requests := must(s.registry.Requests(ctx))(t)
+	node, second := s.machine(t, "two", "")
+	for _, r := range []string{ref, byDigest, multi, static} {
+		noError(t, second.Pull(ctx, "shoal", r))
+		if !listed(t, node, r) {
+			t.Errorf("%s is not lazy on the second node", r)
+		}
+	}
+	if n := must(s.registry.Requests(ctx))(t) - requests; n != 0 {
+		t.Errorf("the second node's pulls cost the registry %d requests, want none", n)
+	}
+
+	noError(t, s.registry.Stop())
+	node, third := s.machine(t, "three", "")
+	for _, r := range []string{ref, byDigest, multi, static} {
+		noError(t, third.Pull(ctx, "shoal", r))
+		if !listed(t, node, r) {
+			t.Errorf("with the registry gone, %s is not lazy on a new node", r)
+		}
+	}
+	must(third.RunReady(ctx, "shoal", static, true))(t)
+	if err := third.Pull(ctx, "shoal", s.registry.Addr+"/never:seen"); err == nil {
+		t.Error("an image that nobody has was pulled")
+	}
+}
+
+// pushIndex pushes an image of these layers behind an image index, as a build for
+// several platforms does it.
+func (s *site) pushIndex(t *testing.T, repository string, layers ...lab.Blob) string {
+	t.Helper()
+	ctx := t.Context()
+	s.push(t, repository, layers...)
+	im := must(s.registry.Image(ctx, repository, "v1"))(t)
+	head := must(http.NewRequestWithContext(ctx, http.MethodHead, "http://"+s.registry.Addr+"/v2/"+repository+"/manifests/v1", nil))(t)
+	head.Header.Set("Accept", lab.MediaTypeManifest)
+	size := must(http.DefaultClient.Do(head))(t).ContentLength
+	index := must(json.Marshal(map[string]any{
+		"schemaVersion": 2, "mediaType": lab.MediaTypeIndex,
+		"manifests": []any{map[string]any{
+			"mediaType": lab.MediaTypeManifest, "digest": im.Manifest, "size": size,
+			"platform": map[string]string{"os": "linux", "architecture": "amd64"},
+		}},
+	}))(t)
+	must(s.registry.PushManifest(ctx, repository, "multi", lab.MediaTypeIndex, index))(t)
+	return s.registry.Addr + "/" + repository + ":multi"
+}
+
+// TestMirrorAccess: a private image's manifest and config are for nodes with a
+// credential that the registry takes; they ask it once for all of them.
+func TestMirrorAccess(t *testing.T) {
+	l := newLab(t)
+	ctx := t.Context()
+	open := must(l.StartRegistry(ctx, "open", l.Path("images"), ""))(t)
+	must(open.Push(ctx, "secret/app", "v1", []string{"/bin/true"}, layer(t, dir("d/"), file("d/f", bigContent(1)))))(t)
+	noError(t, open.Stop())
+	htpasswd := l.Path("htpasswd")
+	noError(t, os.WriteFile(htpasswd, must(exec.CommandContext(ctx, "htpasswd", "-nbB", "ann", "s3cret-word").Output())(t), 0o600))
+	s := &site{Lab: l, registry: must(l.StartRegistry(ctx, "private", l.Path("images"), htpasswd))(t)}
+	s.supernode = must(l.StartSupernode(ctx, "super", ""))(t)
+	ref := s.registry.Addr + "/secret/app:v1"
+	docker := func(name, config string) string {
+		dir := l.Path(name)
+		noError(t, os.MkdirAll(dir, 0o700))
+		noError(t, os.WriteFile(filepath.Join(dir, "config.json"), []byte(config), 0o600))
+		return fmt.Sprintf("docker_config = %q\n", dir)
+	}
+	auth := base64.StdEncoding.EncodeToString([]byte("ann:s3cret-word"))
+	good := docker("good", fmt.Sprintf(`{"auths":{%q:{"auth":%q}}}`, s.registry.Addr, auth))
+
+	// Neither containerd has a credential of its own: only the mirror can give it
+	// the manifest.
+	node, ctrd := s.machine(t, "ann", good)
+	noError(t, ctrd.Pull(ctx, "shoal", ref))
+	requests := must(s.registry.Requests(ctx))(t)
+	_, ctrd2 := s.machine(t, "anna", good)
+	noError(t, ctrd2.Pull(ctx, "shoal", ref))
+	if n := must(s.registry.Requests(ctx))(t) - requests; n != 0 {
+		t.Errorf("the second node with the credential cost the registry %d requests, want none", n)
+	}
+
+	other, ctrd3 := s.machine(t, "bob", docker("broken", `{"auths":`))
+	if err := ctrd3.Pull(ctx, "shoal", ref); err == nil {
+		t.Error("without a credential the pull went through")
+	}
+	_, err := l.Run(ctx, "shoal", "prefetch", "--control", other.Control, ref)
+	if err == nil || !strings.Contains(err.Error(), "denied") || !strings.Contains(err.Error(), "config.json") {
+		t.Errorf("prefetch: got %v, want an error that says that access is denied, and that config.json is broken", err)
+	}
+	if n := strings.Count(string(must(os.ReadFile(other.Log))(t)), "config.json is broken"); n != 1 {
+		t.Errorf("the log says %d times that config.json is broken, want once", n)
+	}
+	for _, log := range []string{node.Log, other.Log, s.supernode.Log} {
+		if b := string(must(os.ReadFile(log))(t)); strings.Contains(b, "s3cret-word") || strings.Contains(b, auth) {
+			t.Errorf("%s has the secret in it", log)
+		}
+	}
+}
+
+// TestMirrorRefusesWrongBytes: what a registry sends in place of a manifest
+// reaches nobody and is not kept.
+func TestMirrorRefusesWrongBytes(t *testing.T) {
+	s := newMirrorSite(t)
+	ctx := t.Context()
+	ref := s.push(t, "app", layer(t, dir("d/"), file("d/f", bigContent(1))))
+	node, ctrd := s.machine(t, "one", "")
+	im := must(s.registry.Image(ctx, "app", "v1"))(t)
+	hex := im.Manifest.Encoded()
+	blob := s.Path("images", "docker", "registry", "v2", "blobs", "sha256", hex[:2], hex, "data")
+	right := must(os.ReadFile(blob))(t)
+	wrong := strings.Replace(string(right), `"schemaVersion":2`, `"schemaVersion": 2`, 1)
+	if wrong == string(right) {
+		t.Fatalf("the manifest is not as this test expects: %s", right)
+	}
+	noError(t, os.WriteFile(blob, []byte(wrong), 0o644))
+	if err := ctrd.Pull(ctx, "shoal", s.registry.Addr+"/app@"+im.Manifest.String()); err == nil {
+		t.Error("a manifest with another digest was taken")
+	}
+	if line := logLine(t, node.Log, im.Manifest.String()); !strings.Contains(line, "502") {
+		t.Errorf("the node's log does not say that the mirror refused the manifest: %q", line)
+	}
+	noError(t, os.WriteFile(blob, right, 0o644))
+	// A containerd of its own: the first one keeps what it has fetched so far.
+	second, ctrd2 := s.machine(t, "two", "")
+	noError(t, ctrd2.Pull(ctx, "shoal", ref))
+	if !listed(t, second, ref) {
+		t.Error("with the registry repaired the image is not lazy")
+	}
+}
+
+// TestMirrorOnOneMachine: a node that embeds its supernode shares containerd's
+// hosts.toml with it, and so finds itself there as a mirror. Nothing goes in
+// circles, and a registry's refusal is seen through it.
+func TestMirrorOnOneMachine(t *testing.T) {
+	s := &site{Lab: newLab(t)}
+	ctx := t.Context()
+	s.registry = must(s.StartRegistry(ctx, "registry", s.Path("images"), ""))(t)
+	certs := s.Path("ctrd", "certs.d")
+	node := must(s.StartNode(ctx, "node", "", fmt.Sprintf("[embedded.registry]\nconfig_path = %q\n", certs)))(t)
+	ctrd := must(s.StartContainerd(ctx, "ctrd", lab.ContainerdOptions{Shoal: node.Socket, Mirror: node.Mirror}))(t)
+	ref := s.push(t, "app", layer(t, dir("d/"), file("d/f", bigContent(1))))
+	noError(t, ctrd.Pull(ctx, "shoal", ref))
+	if !listed(t, node, ref) {
+		t.Error("the image is not lazy")
+	}
+	_, err := s.Run(ctx, "shoal", "prefetch", "--control", node.Control, s.registry.Addr+"/no/such:image")
+	if err == nil || !strings.Contains(err.Error(), "not found") || strings.Contains(err.Error(), "508") {
+		t.Errorf("an image that is not there: %v, want the registry's own word", err)
+	}
+}
