@@ -58,6 +58,10 @@ type Image struct {
 	// Manifest is the digest of the manifest that was used.
 	Manifest Digest
 	Layers   []Layer
+	// Grant shows supernodes that this node was given the indexes, so that it may
+	// join the image's group; nil: there are no groups here. It counts for this
+	// node alone.
+	Grant []byte
 }
 
 // ImageSource is where indexes come from: a supernode.

@@ -31,6 +31,11 @@ func (s *Supernode) OpenImageFor(ctx context.Context, peer string, req blockdev.
 	if err != nil {
 		return nil, err
 	}
+	if s.grant != nil && peer != "" {
+		if img.Grant, err = s.grant(peer, img.Manifest); err != nil {
+			return nil, fmt.Errorf("%.300s: %w", req.Ref, err)
+		}
+	}
 	return img, nil
 }
 

@@ -48,6 +48,8 @@ type Config struct {
 	// Registry sets timeouts of the registry client. Its directories, log and
 	// counter are set here.
 	Registry registry.Config
+	// Grant, if not nil, makes blockdev.Image.Grant for a peer.
+	Grant func(peer string, manifest blockdev.Digest) ([]byte, error)
 	// Log gets what an operator should know; nil: nothing is logged.
 	Log *slog.Logger
 	// Registerer, if not nil, takes the metrics.
@@ -99,6 +101,7 @@ type Supernode struct {
 	seen      *seen
 	metrics   *metrics
 	trusted   map[string]bool
+	grant     func(peer string, manifest blockdev.Digest) ([]byte, error)
 	verifying chan struct{} // bounds verifications side by side
 	decoder   *decoder
 
@@ -125,6 +128,7 @@ func New(cfg Config) (*Supernode, error) {
 		flights:   newFlights(),
 		failed:    &failures{now: time.Now, errs: map[string]failure{}},
 		seen:      newSeen(),
+		grant:     cfg.Grant,
 		trusted:   map[string]bool{},
 		verifying: make(chan struct{}, cfg.Ingests),
 	}

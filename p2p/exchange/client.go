@@ -37,6 +37,9 @@ type Options struct {
 	// DialTimeout bounds one attempt to connect (3 s); after failures the next
 	// one comes after 50 ms, doubling up to MaxBackoff (2 s).
 	DialTimeout, MaxBackoff time.Duration
+	// Ready, if not nil, returns nil once the server, which is connected, has let
+	// this machine in. Requests wait for it.
+	Ready func(context.Context) error
 	Log                     *slog.Logger // nil: no log
 }
 
@@ -118,6 +121,14 @@ func (c *Client) lanes() []*lane { return []*lane{c.demand, c.pre, c.images, c.d
 // Status says whether the server can be reached now, and if not why. The error
 // wraps blockdev.ErrUnavailable.
 func (c *Client) Status() error { return c.explain(c.keeper.status()) }
+
+// ready waits until the server is connected and has let this machine in.
+func (c *Client) ready(ctx context.Context) error {
+	if err := c.keeper.ready(ctx); err != nil || c.opts.Ready == nil {
+		return err
+	}
+	return c.opts.Ready(ctx)
+}
 
 // Peer returns the server's peer ID.
 func (c *Client) Peer() peer.ID { return c.keeper.info.ID }

@@ -49,7 +49,7 @@ func (c *Client) converse(ctx context.Context, l *lane, out []byte, take func(*s
 	}
 	defer l.leave()
 	for attempt := 1; ; attempt++ {
-		if err := c.keeper.ready(ctx); err != nil {
+		if err := c.ready(ctx); err != nil {
 			return err
 		}
 		begun, err := c.ask(ctx, l, out, take)
@@ -158,7 +158,7 @@ func (a *imageAnswer) header(h *wire.ImageHeader) error {
 	if a.img != nil {
 		return fmt.Errorf("second image header: %w", blockdev.ErrCorrupt)
 	}
-	a.img = &blockdev.Image{Ref: a.req.Ref, Manifest: blockdev.Digest(h.Manifest)}
+	a.img = &blockdev.Image{Ref: a.req.Ref, Manifest: blockdev.Digest(h.Manifest), Grant: h.Grant}
 	var total int64
 	for i, l := range h.Layers {
 		layer := blockdev.Layer{Digest: blockdev.Digest(l.Digest), Size: l.Size, DiffID: blockdev.Digest(l.DiffId)}

@@ -111,7 +111,7 @@ func (a *indexAnswer) image(img *blockdev.Image) error {
 	if err := checkImage(img); err != nil {
 		return a.fail(wire.FromError(err))
 	}
-	header := &wire.ImageHeader{Manifest: img.Manifest[:]}
+	header := &wire.ImageHeader{Manifest: img.Manifest[:], Grant: img.Grant}
 	for i := range img.Layers {
 		l := &img.Layers[i]
 		header.Layers = append(header.Layers, &wire.LayerHeader{

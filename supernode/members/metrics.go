@@ -1,0 +1,72 @@
+package members
+
+import (
+	"fmt"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// metrics of the member list.
+type metrics struct {
+	reg           prometheus.Registerer
+	joins         prometheus.Counter
+	refused       *prometheus.CounterVec
+	expired       prometheus.Counter
+	groupsRefused prometheus.Counter
+	strangers     prometheus.Counter
+	tokenErrors   prometheus.Counter
+	pushes        prometheus.Counter
+	pushBytes     prometheus.Counter
+	all           []prometheus.Collector
+}
+
+func newMetrics(l *List, reg prometheus.Registerer) (*metrics, error) {
+	counter := func(name, help string) prometheus.Counter {
+		return prometheus.NewCounter(prometheus.CounterOpts{Name: "shoal_supernode_" + name, Help: help})
+	}
+	gauge := func(name, help string, value func() int) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "shoal_supernode_" + name, Help: help}, func() float64 {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			return float64(value())
+		})
+	}
+	m := &metrics{
+		reg:   reg,
+		joins: counter("joins_total", "Times that a node was let in."),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "shoal_supernode_joins_refused_total",
+			Help: "Times that a node was not let in, by reason: token, revoked, identity (two nodes with the same one), limit, invalid."}, []string{"reason"}),
+		expired:       counter("leases_expired_total", "Memberships that ended because the node was silent."),
+		groupsRefused: counter("groups_refused_total", "Times that a node was not let into an image's group."),
+		strangers:     counter("strangers_total", "Connections and streams of peers that were refused or ended because they have not joined, or are revoked."),
+		tokenErrors:   counter("token_file_errors_total", "Times that the token file had changed and could not be read."),
+		pushes:        counter("group_updates_total", "Messages to nodes about the members of a group."),
+		pushBytes:     counter("group_update_bytes_total", "Bytes of those."),
+	}
+	m.all = []prometheus.Collector{
+		gauge("members", "Nodes that are members.", func() int { return len(l.members) }),
+		gauge("groups", "Images that a member has.", func() int { return len(l.groups) }),
+		m.joins, m.refused, m.expired, m.groupsRefused, m.strangers, m.tokenErrors, m.pushes, m.pushBytes,
+	}
+	if reg == nil {
+		return m, nil
+	}
+	for i, c := range m.all {
+		if err := reg.Register(c); err != nil {
+			for _, done := range m.all[:i] {
+				reg.Unregister(done)
+			}
+			return nil, fmt.Errorf("members: metrics: %w", err)
+		}
+	}
+	return m, nil
+}
+
+func (m *metrics) unregister() {
+	if m.reg == nil {
+		return
+	}
+	for _, c := range m.all {
+		m.reg.Unregister(c)
+	}
+}
