@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -107,6 +108,9 @@ func (s *Snapshotter) removeDiff(ctx context.Context, id blockdev.Digest) error 
 	if err := s.cfg.Data.Remove(ctx, id); err != nil && !errors.Is(err, blockdev.ErrNotFound) {
 		return err
 	}
+	if err := s.leaveGroups(id); err != nil {
+		return err
+	}
 	return s.records.forget(id)
 }
 
@@ -123,6 +127,14 @@ func (s *Snapshotter) pruneImages(chains map[string]struct{}) error {
 			continue
 		}
 		gone = append(gone, img)
+	}
+	if s.cfg.Groups != nil {
+		for _, img := range gone {
+			here := slices.ContainsFunc(list, func(other imageRecord) bool { return other.Manifest == img.Manifest && other.Ref != img.Ref })
+			if !here {
+				s.cfg.Groups.Leave(img.Manifest)
+			}
+		}
 	}
 	return s.records.forgetImages(gone)
 }
@@ -168,6 +180,9 @@ func (s *Snapshotter) start() error {
 		return err
 	}
 	if err := s.pruneImages(chains); err != nil {
+		return err
+	}
+	if err := s.joinGroups(chains); err != nil {
 		return err
 	}
 	// What survey has found is in scratch now, with what an earlier process left there.

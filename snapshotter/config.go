@@ -71,6 +71,8 @@ type Config struct {
 	Images blockdev.ImageSource
 	// Credentials are passed to Images; nil: anonymous access only.
 	Credentials Credentials
+	// Groups is told which images are here; nil: nobody is.
+	Groups Groups
 	// Platform goes into requests for an image whose manifest the caller does not
 	// name (KeepImage).
 	Platform blockdev.Platform

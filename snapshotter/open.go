@@ -109,7 +109,7 @@ func (s *Snapshotter) check(w want, img *blockdev.Image, have map[blockdev.Diges
 		return nil, fmt.Errorf("image has %d layers, 1 to %d can be mounted: %w", n, maxLayers, blockdev.ErrUnsupported)
 	}
 	o := &openImage{imageRecord: imageRecord{
-		Ref: w.ref, Host: w.host, Manifest: img.Manifest, Opened: time.Now().UTC(),
+		Ref: w.ref, Host: w.host, Manifest: img.Manifest, Opened: time.Now().UTC(), Grant: img.Grant,
 	}}
 	diffs := make([]digest.Digest, len(img.Layers))
 	for i, l := range img.Layers {
@@ -189,6 +189,7 @@ func (s *Snapshotter) add(ctx context.Context, o *openImage, img *blockdev.Image
 		return err
 	}
 	o.release = release
+	s.joinGroup(&o.imageRecord)
 	return nil
 }
 

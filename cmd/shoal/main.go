@@ -43,7 +43,7 @@ the rest follows in the background.`,
 		SilenceErrors: true,
 	}
 	cmd.AddCommand(newNodeCommand(), newSupernodeCommand(), newConfigCommand(),
-		newPrefetchCommand(), newStatusCommand(), newVersionCommand())
+		newPrefetchCommand(), newStatusCommand(), newMembersCommand(), newVersionCommand())
 	return cmd
 }
 

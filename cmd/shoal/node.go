@@ -22,7 +22,6 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
 	"github.com/shoalfs/shoal/p2p/exchange"
-	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/snapshotter"
 	"github.com/shoalfs/shoal/snapshotter/credentials"
 	"github.com/shoalfs/shoal/snapshotter/mirror"
@@ -97,7 +96,7 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 	if err := os.MkdirAll(c.Root, 0o700); err != nil {
 		return fmt.Errorf("root: %w", err)
 	}
-	up, addresses, err := openUpstream(ctx, c, log, metrics)
+	up, membership, addresses, err := openUpstream(ctx, c, log, metrics)
 	if err != nil {
 		return err
 	}
@@ -122,6 +121,7 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 	sn, err := snapshotter.New(snapshotter.Config{
 		Root: c.Root, Data: dataPath{vols}, Images: up,
 		Credentials: keychain, Platform: platform(),
+		Groups:       membership.groups(),
 		IndexTimeout: time.Duration(c.IndexTimeout), Log: log,
 	})
 	if err != nil {
@@ -164,32 +164,28 @@ func scrubInterval(c *config.Node) time.Duration {
 	return time.Duration(c.ScrubInterval)
 }
 
-// openUpstream connects to the supernode, or embeds one.
-func openUpstream(ctx context.Context, c *config.Node, log *slog.Logger, reg prometheus.Registerer) (upstream, []string, error) {
+// openUpstream connects to the supernode, or embeds one. The membership is nil if
+// it does the latter.
+func openUpstream(ctx context.Context, c *config.Node, log *slog.Logger, reg prometheus.Registerer) (upstream, *membership, []string, error) {
 	if len(c.Supernodes) == 0 {
-		s, err := openSupernode(filepath.Join(c.Root, "supernode"), c.Embedded.Store, c.Embedded.Registry, log, reg)
+		s, err := openSupernode(filepath.Join(c.Root, "supernode"), c.Embedded.Store, c.Embedded.Registry, nil, log, reg)
 		if err != nil {
-			return nil, nil, err
+			return nil, nil, nil, err
 		}
-		return s, []string{"embedded"}, nil
+		return s, nil, []string{"embedded"}, nil
 	}
-	key, err := host.LoadIdentity(filepath.Join(c.Root, "identity"))
+	m, err := openMembership(c, log, reg)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
-	h, err := host.New(host.Config{Key: key, UserAgent: "shoal/" + version})
+	info := m.supernodes[0]
+	client, err := exchange.NewClient(m.host, info, exchange.Options{
+		Log: log, Ready: func(ctx context.Context) error { return m.node.Ready(ctx, info.ID) },
+	})
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, errors.Join(err, m.close())
 	}
-	info, err := host.ParseAddr(c.Supernodes[0])
-	if err != nil {
-		return nil, nil, errors.Join(err, h.Close())
-	}
-	client, err := exchange.NewClient(h, info, exchange.Options{Log: log})
-	if err != nil {
-		return nil, nil, errors.Join(err, h.Close())
-	}
-	return &remote{client, h.Close}, c.Supernodes, nil
+	return &remote{client, m.close}, m, c.Supernodes, nil
 }
 
 // remote is a supernode on another machine, with the host that reaches it.

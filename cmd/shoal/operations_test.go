@@ -9,14 +9,17 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
+	node "github.com/shoalfs/shoal/p2p/members"
 	"github.com/shoalfs/shoal/snapshotter/mirror"
 	"github.com/shoalfs/shoal/supernode"
+	"github.com/shoalfs/shoal/supernode/members"
 )
 
 const operations = "../../docs/operations.md"
@@ -145,6 +148,19 @@ func metricTable(t *testing.T, register func(*testing.T, prometheus.Registerer))
 // nodeMetrics registers what runNode does for a node with a supernode elsewhere.
 func nodeMetrics(t *testing.T, r prometheus.Registerer) {
 	r.MustRegister(daemon.NewMetrics("v", "node"))
+	info, err := host.ParseAddr("12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN@10.0.0.5:7700")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := node.New(node.Config{
+		Supernodes: []peer.AddrInfo{info}, Token: func() (string, error) { return "", nil }, Registerer: r,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Close(); err != nil {
+		t.Error(err)
+	}
 	r.MustRegister((&nodeDaemon{}).collectors()...)
 	if _, err := mirror.New(mirror.Config{Registerer: r}); err != nil {
 		t.Fatal(err)
@@ -166,11 +182,15 @@ func supernodeMetrics(t *testing.T, r prometheus.Registerer) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	list, err := members.New(members.Config{Dir: t.TempDir(), Key: key, Registerer: r})
+	if err != nil {
+		t.Fatal(err)
+	}
 	server, err := exchange.NewServer(h, exchange.ServerConfig{Chunks: s, Images: s, Registerer: r})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, closer := range []func() error{server.Close, h.Close, s.Close} {
+	for _, closer := range []func() error{server.Close, list.Close, h.Close, s.Close} {
 		if err := closer(); err != nil {
 			t.Error(err)
 		}

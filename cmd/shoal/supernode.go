@@ -3,7 +3,9 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -19,6 +21,7 @@ import (
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/snapshotter/credentials"
 	"github.com/shoalfs/shoal/supernode"
+	"github.com/shoalfs/shoal/supernode/members"
 	"github.com/shoalfs/shoal/supernode/registry"
 )
 
@@ -41,7 +44,8 @@ func newSupernodeCommand() *cobra.Command {
 }
 
 // openSupernode opens what a supernode is, for a daemon of its own or inside a node.
-func openSupernode(root string, store config.Store, reg config.Registry, log *slog.Logger, metrics prometheus.Registerer) (*supernode.Supernode, error) {
+// grant may be nil.
+func openSupernode(root string, store config.Store, reg config.Registry, grant grantFunc, log *slog.Logger, metrics prometheus.Registerer) (*supernode.Supernode, error) {
 	var hostDirs []string
 	if reg.ConfigPath != "" {
 		hostDirs = append(hostDirs, reg.ConfigPath)
@@ -51,9 +55,16 @@ func openSupernode(root string, store config.Store, reg config.Registry, log *sl
 		HostDirs: hostDirs, TrustedRegistries: reg.Trusted,
 		AccessTTL: time.Duration(reg.AccessTTL), AccessGrace: time.Duration(reg.AccessGrace),
 		Registry: registry.Config{TagTTL: time.Duration(reg.TagTTL)},
-		Log:      log, Registerer: metrics,
+		Grant:    grant, Log: log, Registerer: metrics,
 	})
 }
+
+// grantFunc is supernode.Config.Grant.
+type grantFunc = func(peer string, manifest blockdev.Digest) ([]byte, error)
+
+// supernodePeers is how many nodes may be connected at once. Each takes some tens
+// of kilobytes of memory, when it is there.
+const supernodePeers = 12_000
 
 func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	log := newLogger(c.Log)
@@ -63,20 +74,29 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, stopTracing()) }()
-	s, err := openSupernode(c.Root, c.Store, c.Registry, log, metrics)
-	if err != nil {
-		return err
+	if err := os.MkdirAll(c.Root, 0o700); err != nil {
+		return fmt.Errorf("root: %w", err)
 	}
-	defer func() { err = errors.Join(err, s.Close()) }()
 	key, err := host.LoadIdentity(filepath.Join(c.Root, "identity"))
 	if err != nil {
 		return err
 	}
-	h, err := host.New(host.Config{Key: key, Listen: c.Listen, UserAgent: "shoal/" + version})
+	list, err := members.New(members.Config{Dir: c.Root, TokenFile: c.TokenFile, Key: key, Log: log, Registerer: metrics})
+	if err != nil {
+		return err
+	}
+	s, err := openSupernode(c.Root, c.Store, c.Registry, list.Grant, log, metrics)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.Close()) }()
+	h, err := host.New(host.Config{Key: key, Listen: c.Listen, MaxPeers: supernodePeers, Guard: list, UserAgent: "shoal/" + version})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, h.Close()) }()
+	list.Start(h)
+	defer func() { err = errors.Join(err, list.Close()) }()
 	server, err := exchange.NewServer(h, exchange.ServerConfig{Chunks: s, Images: s, Documents: s, Log: log, Registerer: metrics})
 	if err != nil {
 		return err
@@ -84,9 +104,10 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	defer func() { err = errors.Join(err, server.Close()) }()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
-		return control.Serve(ctx, c.ControlAddress, &supernodeDaemon{s, credentials.NewDockerConfig(ctx, "", log)})
+		return control.Serve(ctx, c.ControlAddress, &supernodeDaemon{s, list, credentials.NewDockerConfig(ctx, "", log)})
 	})
 	g.Go(func() error { return daemon.ServeMetrics(ctx, c.MetricsAddress, metrics, s.Healthy) })
+	log.Info("nodes join with a token in this file: copy it to their token_file", "path", list.TokenFile())
 	for _, addr := range host.Addrs(h) {
 		log.Info("supernode is up: name this address in the nodes' config", "version", version, "supernodes", addr)
 	}
@@ -96,6 +117,7 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 // supernodeDaemon answers the control socket.
 type supernodeDaemon struct {
 	s           *supernode.Supernode
+	list        *members.List
 	credentials *credentials.DockerConfig
 }
 
@@ -110,6 +132,29 @@ func (d *supernodeDaemon) Status(context.Context) (*control.Status, error) {
 	}
 	return st, nil
 }
+
+// Members implements control.MemberList.
+func (d *supernodeDaemon) Members() []control.Member {
+	list := []control.Member{}
+	for _, m := range d.list.Members() {
+		c := control.Member{ID: m.ID, Address: m.Address, Zone: m.Zone, Rack: m.Rack, MaxUpload: m.MaxUpload,
+			Images: m.Images, Seconds: m.Seconds, State: "member"}
+		switch {
+		case m.Revoked:
+			c.State = "revoked"
+		case m.Lost:
+			c.State = "lost"
+		}
+		list = append(list, c)
+	}
+	return list
+}
+
+// Revoke implements control.MemberList.
+func (d *supernodeDaemon) Revoke(id string) error { return d.list.Revoke(id) }
+
+// Allow implements control.MemberList.
+func (d *supernodeDaemon) Allow(id string) error { return d.list.Allow(id) }
 
 func (d *supernodeDaemon) Prefetch(ctx context.Context, req control.PrefetchRequest, event func(control.Event)) error {
 	if req.Local {

@@ -52,6 +52,9 @@ func New(bin string) (*Lab, error) {
 	if err := os.Mkdir(l.Path("log"), 0o700); err != nil {
 		return nil, err
 	}
+	if err := os.WriteFile(l.TokenFile(), []byte("the lab's own token\n"), 0o600); err != nil {
+		return nil, err
+	}
 	l.OnClose(func() error { return l.removeAll() })
 	return l, nil
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -43,6 +44,20 @@ type Node struct {
 // addressLine finds in a supernode's log the address it prints for nodes.
 var addressLine = regexp.MustCompile(`12D3[0-9A-Za-z]+@[0-9a-zA-Z.:\[\]]+:[0-9]+`)
 
+// TokenFile has the token that everything in the lab joins with, unless extra
+// names another file.
+func (l *Lab) TokenFile() string { return l.Path("token") }
+
+// defaults are lines for keys that extra does not set.
+func defaults(extra string, lines map[string]string) string {
+	for key, value := range lines {
+		if !regexp.MustCompile(`(?m)^` + key + ` *=`).MatchString(extra) {
+			extra = key + " = " + value + "\n" + extra
+		}
+	}
+	return extra
+}
+
 // StartSupernode starts a supernode below Dir/name. extra is added to the end
 // of its config file.
 func (l *Lab) StartSupernode(ctx context.Context, name, extra string) (*Supernode, error) {
@@ -60,7 +75,7 @@ root = %q
 listen = [%q]
 control_address = %q
 metrics_address = %q
-%s`, l.Path(name), listen, s.Control, metrics, extra))
+%s`, l.Path(name), listen, s.Control, metrics, defaults(extra, map[string]string{"token_file": strconv.Quote(l.TokenFile())})))
 	if err != nil {
 		return nil, err
 	}
@@ -121,6 +136,13 @@ func (l *Lab) StartNode(ctx context.Context, name, supernode, extra string) (*No
 		Socket: l.Path(name, "shoal.sock"), Control: l.Path(name, "control.sock"),
 		Root: l.Path(name, "r"), Metrics: metrics, Mirror: mirror, lab: l,
 	}
+	listen, err := l.freeAddr()
+	if err != nil {
+		return nil, err
+	}
+	extra = defaults(extra, map[string]string{
+		"token_file": strconv.Quote(l.TokenFile()), "listen": fmt.Sprintf("[%q]", listen),
+	})
 	list := "[]"
 	if supernode != "" {
 		list = fmt.Sprintf("[%q]", supernode)

@@ -40,7 +40,7 @@ type Options struct {
 	// Ready, if not nil, returns nil once the server, which is connected, has let
 	// this machine in. Requests wait for it.
 	Ready func(context.Context) error
-	Log                     *slog.Logger // nil: no log
+	Log   *slog.Logger // nil: no log
 }
 
 func (o *Options) setDefaults() {

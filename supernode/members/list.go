@@ -319,21 +319,20 @@ func (l *List) common(m *member, key wire.Key) (joined []byte) {
 
 // Info describes a member to operators.
 type Info struct {
-	ID string `json:"id"`
+	ID string
 	// Address is where its connection comes from.
-	Address string `json:"address"`
-	Zone    string `json:"zone,omitempty"`
-	Rack    string `json:"rack,omitempty"`
+	Address    string
+	Zone, Rack string
 	// MaxUpload is in bytes per second; 0: no limit.
-	MaxUpload int64 `json:"max_upload"`
+	MaxUpload int64
 	// Images is how many groups it is in.
-	Images int `json:"images"`
+	Images int
 	// Seconds is for how long it has been a member.
-	Seconds int64 `json:"seconds"`
+	Seconds int64
 	// Lost: it has no connection, and its lease runs out.
-	Lost bool `json:"lost,omitempty"`
+	Lost bool
 	// Revoked: it is no member, and is not let in.
-	Revoked bool `json:"revoked,omitempty"`
+	Revoked bool
 }
 
 // Members lists all members, and who is revoked.

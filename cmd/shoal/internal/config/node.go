@@ -24,6 +24,11 @@ type Node struct {
 	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
 	MirrorAddress  string   `toml:"mirror_address" comment:"host:port of the registry mirror that containerd's hosts.toml names; anybody who reaches it reads manifests with this node's credentials, so keep it on loopback; empty: off"`
 	Supernodes     []string `toml:"supernodes" comment:"as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`
+	TokenFile      string   `toml:"token_file" comment:"the token to join the supernodes with: a copy of the one that the supernode has, or made, at the start"`
+	Listen         []string `toml:"listen" comment:"host:port addresses for other nodes; empty: this node shares nothing"`
+	Zone           string   `toml:"zone" comment:"where this node is: traffic between zones is kept low; may be empty"`
+	Rack           string   `toml:"rack" comment:"where in the zone; may be empty"`
+	MaxUpload      Size     `toml:"max_upload" comment:"bytes a second that this node sends to other nodes; 0: no limit"`
 	DockerConfig   string   `toml:"docker_config" comment:"directory of docker's config.json with registry credentials; empty: $DOCKER_CONFIG or ~/.docker"`
 	IndexTimeout   Duration `toml:"index_timeout" comment:"how long a pull waits for an image's indexes before containerd unpacks it in the ordinary way"`
 	ReadTimeout    Duration `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`
@@ -46,6 +51,8 @@ func DefaultNode() *Node {
 		MetricsAddress: "127.0.0.1:7702",
 		MirrorAddress:  "127.0.0.1:7704",
 		Supernodes:     []string{},
+		TokenFile:      "/etc/shoal/token",
+		Listen:         []string{"0.0.0.0:7703"},
 		IndexTimeout:   Duration(5 * time.Minute),
 		ReadTimeout:    Duration(time.Minute),
 		ScrubInterval:  Duration(7 * 24 * time.Hour),
@@ -87,6 +94,10 @@ func (c *Node) Check() error {
 	if len(c.Supernodes) > 0 && !reflect.DeepEqual(c.Embedded, DefaultNode().Embedded) {
 		errs = append(errs, errors.New("supernodes and embedded are both set: a node that names supernodes embeds none, so say store and registry in the supernode's own file"))
 	}
+	for _, a := range c.Listen {
+		errs = append(errs, checkHostPort("listen", a))
+	}
+	errs = append(errs, checkLabel("zone", c.Zone), checkLabel("rack", c.Rack), checkAbs("token_file", c.TokenFile))
 	for _, s := range c.Supernodes {
 		if _, err := host.ParseAddr(s); err != nil {
 			errs = append(errs, fmt.Errorf("supernodes: %w", err))

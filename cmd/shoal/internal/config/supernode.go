@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/shoalfs/shoal/p2p/wire"
 )
 
 // Store bounds what a supernode keeps.
@@ -55,7 +57,8 @@ type Supernode struct {
 	Version        int      `toml:"version"`
 	Root           string   `toml:"root" comment:"identity, chunks and indexes are kept here"`
 	Listen         []string `toml:"listen" comment:"host:port addresses for nodes"`
-	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status and shoal prefetch"`
+	TokenFile      string   `toml:"token_file" comment:"tokens that nodes join with, one a line; empty: the file token in root, which is made at the first start"`
+	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status, shoal prefetch and shoal members"`
 	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
 	Store          Store    `toml:"store"`
 	Registry       Registry `toml:"registry"`
@@ -98,6 +101,9 @@ func (c *Supernode) Check() error {
 	if len(c.Listen) == 0 {
 		errs = append(errs, errors.New("listen is empty: no node could reach this supernode"))
 	}
+	if c.TokenFile != "" {
+		errs = append(errs, checkAbs("token_file", c.TokenFile))
+	}
 	for _, a := range c.Listen {
 		errs = append(errs, checkHostPort("listen", a))
 	}
@@ -105,6 +111,13 @@ func (c *Supernode) Check() error {
 		errs = append(errs, checkHostPort("metrics_address", c.MetricsAddress))
 	}
 	return errors.Join(errs...)
+}
+
+func checkLabel(key, label string) error {
+	if err := wire.CheckLabel(key, label); err != nil {
+		return fmt.Errorf("%s is %q: %w", key, label, err)
+	}
+	return nil
 }
 
 func checkAbs(key, path string) error {

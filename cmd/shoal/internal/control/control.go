@@ -112,6 +112,7 @@ func Serve(ctx context.Context, path string, d Daemon) error {
 		}
 		send(last)
 	})
+	serveMembers(mux, d)
 	// Profiles of a running daemon, for root alone as everything here.
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)

@@ -1,0 +1,94 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
+)
+
+func newMembersCommand() *cobra.Command {
+	var socket, output string
+	client := func() control.Client {
+		if socket == "" {
+			socket = config.DefaultSupernode().ControlAddress
+		}
+		return control.Client{Path: socket}
+	}
+	cmd := &cobra.Command{
+		Use:   "members",
+		Short: "On a supernode: list its nodes, keep one out, or let it in again",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if output != "table" && output != "json" {
+				return fmt.Errorf("--output is %q: it is table or json", output)
+			}
+			list, err := client().Members(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if output == "json" {
+				enc := json.NewEncoder(cmd.OutOrStdout())
+				enc.SetIndent("", "  ")
+				return enc.Encode(list)
+			}
+			return writeMembers(cmd.OutOrStdout(), list)
+		},
+	}
+	cmd.PersistentFlags().StringVar(&socket, "control", "", "control socket of the supernode (default "+config.DefaultSupernode().ControlAddress+")")
+	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	oneID := func(cmd *cobra.Command, args []string) error {
+		if len(args) != 1 {
+			return fmt.Errorf("which node? Name one ID, as `shoal members` lists them")
+		}
+		return nil
+	}
+	cmd.AddCommand(&cobra.Command{
+		Use:   "revoke ID",
+		Short: "End a node's membership, and never let its identity in again",
+		Args:  oneID,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := client().Revoke(cmd.Context(), args[0]); err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%s is revoked. It still has the token: exchange that, or it comes back under another identity.\n", args[0])
+			return nil
+		},
+	}, &cobra.Command{
+		Use:   "allow ID",
+		Short: "Take a revocation back",
+		Args:  oneID,
+		RunE:  func(cmd *cobra.Command, args []string) error { return client().Allow(cmd.Context(), args[0]) },
+	})
+	return cmd
+}
+
+func writeMembers(w io.Writer, list []control.Member) error {
+	if len(list) == 0 {
+		fmt.Fprintln(w, "no members")
+		return nil
+	}
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "ID\tADDRESS\tZONE\tRACK\tIMAGES\tSINCE\tSTATE")
+	dash := func(s string) string {
+		if strings.TrimSpace(s) == "" {
+			return "-"
+		}
+		return s
+	}
+	for _, m := range list {
+		since := "-"
+		if m.State != "revoked" {
+			since = (time.Duration(m.Seconds) * time.Second).String()
+		}
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", m.ID, dash(m.Address), dash(m.Zone), dash(m.Rack), m.Images, since, m.State)
+	}
+	return tw.Flush()
+}

@@ -1,0 +1,90 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"path/filepath"
+
+	libp2p "github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/snapshotter"
+)
+
+// membership is a node's host, and what it knows of its supernodes and groups.
+type membership struct {
+	host       libp2p.Host
+	node       *members.Node
+	supernodes []peer.AddrInfo
+}
+
+// openMembership makes a node's host and joins the supernodes in its config.
+func openMembership(c *config.Node, log *slog.Logger, reg prometheus.Registerer) (*membership, error) {
+	token := func() (string, error) {
+		list, err := members.ReadTokens(c.TokenFile)
+		if errors.Is(err, fs.ErrNotExist) {
+			return "", fmt.Errorf("token_file: %w: copy the supernode's token there (its log names the file)", err)
+		}
+		if err != nil {
+			return "", fmt.Errorf("token_file: %w", err)
+		}
+		return list[0], nil
+	}
+	if _, err := token(); err != nil {
+		return nil, err
+	}
+	m := &membership{}
+	for _, s := range c.Supernodes {
+		info, err := host.ParseAddr(s)
+		if err != nil {
+			return nil, err
+		}
+		m.supernodes = append(m.supernodes, info)
+	}
+	key, err := host.LoadIdentity(filepath.Join(c.Root, "identity"))
+	if err != nil {
+		return nil, err
+	}
+	m.node, err = members.New(members.Config{
+		Supernodes: m.supernodes, Token: token, Zone: c.Zone, Rack: c.Rack, MaxUpload: int64(c.MaxUpload), Log: log, Registerer: reg,
+	})
+	if err != nil {
+		return nil, err
+	}
+	m.host, err = host.New(host.Config{Key: key, Listen: c.Listen, Guard: m.node, UserAgent: "shoal/" + version})
+	if err != nil {
+		return nil, errors.Join(err, m.node.Close())
+	}
+	if err := m.node.Start(m.host); err != nil {
+		return nil, errors.Join(err, m.close())
+	}
+	return m, nil
+}
+
+func (m *membership) close() error { return errors.Join(m.node.Close(), m.host.Close()) }
+
+// groups is what the snapshotter tells of its images; nil where there are no
+// groups.
+func (m *membership) groups() snapshotter.Groups {
+	if m == nil {
+		return nil
+	}
+	return groups{m.node}
+}
+
+type groups struct{ node *members.Node }
+
+// Join implements snapshotter.Groups.
+func (g groups) Join(manifest blockdev.Digest, diffs []blockdev.Digest, grant []byte) {
+	g.node.Join(members.Image{Manifest: manifest, Diffs: diffs, Grant: grant})
+}
+
+// Leave implements snapshotter.Groups.
+func (g groups) Leave(manifest blockdev.Digest) { g.node.Leave(manifest) }
