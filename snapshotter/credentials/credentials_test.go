@@ -1,9 +1,12 @@
 package credentials
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
+	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -111,5 +114,47 @@ func TestHelper(t *testing.T) {
 	}
 	for range maxRunning { // until it has ended
 		d.running <- struct{}{}
+	}
+}
+
+// TestBroken: a config.json that does not parse counts as empty, which is said
+// once in the log and wherever access is denied, without a word of the file.
+func TestBroken(t *testing.T) {
+	dir := t.TempDir()
+	var logs bytes.Buffer
+	d := NewDockerConfig(t.Context(), dir, slog.New(slog.NewTextHandler(&logs, nil)))
+	denied := fmt.Errorf("an image: %w", blockdev.ErrUnauthorized)
+	look := func() {
+		t.Helper()
+		if c, err := d.Credential(t.Context(), "registry.test/a:1"); err != nil || c != (blockdev.Credential{}) {
+			t.Errorf("%+v, %v", c, err)
+		}
+	}
+	look()
+	if err := d.Explain(denied); err.Error() != denied.Error() {
+		t.Errorf("without a file: %v", err)
+	}
+	write(t, dir, `{"auths":{"registry.test":{"auth":"secret-thing`)
+	look()
+	look()
+	if n := strings.Count(logs.String(), "level=ERROR"); n != 1 {
+		t.Errorf("logged %d times:\n%s", n, logs.String())
+	}
+	err := d.Explain(denied)
+	if !errors.Is(err, blockdev.ErrUnauthorized) || !strings.Contains(err.Error(), filepath.Join(dir, "config.json")) {
+		t.Errorf("denied: %v", err)
+	}
+	if strings.Contains(err.Error()+logs.String(), "secret-thing") {
+		t.Errorf("a word of the file: %v\n%s", err, logs.String())
+	}
+	for _, other := range []error{nil, blockdev.ErrNotFound} {
+		if got := d.Explain(other); got != other { //nolint:errorlint // untouched, not wrapped
+			t.Errorf("%v became %v", other, got)
+		}
+	}
+	write(t, dir, `{}`)
+	look()
+	if err := d.Explain(denied); strings.Contains(err.Error(), "config.json") {
+		t.Errorf("repaired: %v", err)
 	}
 }

@@ -1,0 +1,213 @@
+package exchange
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/p2p/wire"
+)
+
+// documentsFunc is a Documents made of a function.
+type documentsFunc func(ctx context.Context, peer string, req blockdev.DocumentRequest) (*blockdev.Document, error)
+
+func (f documentsFunc) DocumentFor(ctx context.Context, peer string, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+	return f(ctx, peer, req)
+}
+
+func newDocument(n int) *blockdev.Document {
+	b := blockdevtest.Bytes(1, n)
+	return &blockdev.Document{Digest: blockdev.Sum(b), MediaType: "application/vnd.oci.image.index.v1+json", Size: int64(n), Data: b}
+}
+
+func TestDocument(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	var gotPeer string
+	var gotReq blockdev.DocumentRequest
+	var have *blockdev.Document
+	newServer(t, h, ServerConfig{Documents: documentsFunc(func(_ context.Context, peer string, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+		gotPeer, gotReq = peer, req
+		doc := *have
+		if req.Head {
+			doc.Data = nil
+		}
+		return &doc, nil
+	})})
+	c := newClient(t, h, Options{})
+	for _, n := range []int{1, wire.MaxIndexData, 3*wire.MaxIndexData + 5, blockdev.MaxDocument} {
+		have = newDocument(n)
+		req := blockdev.DocumentRequest{Ref: "docker.io/library/redis:7", Credential: blockdev.Credential{Username: "u", Secret: "s"}}
+		got, err := c.Document(t.Context(), req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !reflect.DeepEqual(got, have) {
+			t.Errorf("a document of %d bytes has changed on the way", n)
+		}
+		if gotPeer != c.keeper.host.ID().String() || gotReq != req {
+			t.Errorf("peer %q asked for %+v", gotPeer, gotReq)
+		}
+		req.Kind, req.Head = blockdev.Config, true
+		want := *have
+		want.Data = nil
+		if got, err = c.Document(t.Context(), req); err != nil || !reflect.DeepEqual(got, &want) || gotReq != req {
+			t.Errorf("without the bytes: %+v, %v", got, err)
+		}
+	}
+	have = newDocument(blockdev.MaxDocument + 1)
+	if _, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnsupported) {
+		t.Errorf("too large: %v", err)
+	}
+	have = &blockdev.Document{Size: 3, Data: []byte("ab")}
+	if _, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrCorrupt) {
+		t.Errorf("a source that contradicts itself: %v", err)
+	}
+}
+
+func TestDocumentErrors(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	var fail error
+	newServer(t, h, ServerConfig{Documents: documentsFunc(func(context.Context, string, blockdev.DocumentRequest) (*blockdev.Document, error) {
+		return nil, fail
+	})})
+	c := newClient(t, h, Options{})
+	for _, want := range []error{blockdev.ErrNotFound, blockdev.ErrUnauthorized, blockdev.ErrUnsupported, blockdev.ErrUnavailable, blockdev.ErrCorrupt} {
+		fail = fmt.Errorf("registry says no: %w", want)
+		_, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: "r/a:1"})
+		if !errors.Is(err, want) || !strings.Contains(err.Error(), "r/a:1") || !strings.Contains(err.Error(), "registry says no") {
+			t.Errorf("%v came as %v", want, err)
+		}
+	}
+	if _, err := c.Document(t.Context(), blockdev.DocumentRequest{}); !errors.Is(err, blockdev.ErrUnsupported) {
+		t.Errorf("no reference: %v", err)
+	}
+}
+
+// Requests over the limit are turned away, and one that ends makes room. While a
+// slow registry is waited for, the client hears that somebody is at it.
+func TestDocumentWaits(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	release, began := make(chan struct{}), make(chan struct{}, 1)
+	newServer(t, h, ServerConfig{
+		Limits: Limits{DocumentsPerPeer: 1, WorkingInterval: 10 * time.Millisecond},
+		Documents: documentsFunc(func(ctx context.Context, _ string, _ blockdev.DocumentRequest) (*blockdev.Document, error) {
+			began <- struct{}{}
+			select {
+			case <-release:
+				return newDocument(5), nil
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		}),
+	})
+	c := newClient(t, h, Options{ImageTimeout: time.Second})
+	first := make(chan error)
+	go func() {
+		_, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: "r/a:1"})
+		first <- err
+	}()
+	<-began
+	if _, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: "r/a:1"}); !errors.Is(err, wire.ErrBusy) {
+		t.Errorf("second request: %v, want busy", err)
+	}
+	close(release)
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	if _, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: "r/a:1"}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestHostileDocumentServer(t *testing.T) {
+	header := func(size int64) *wire.ManifestFrame {
+		return &wire.ManifestFrame{Part: &wire.ManifestFrame_Header{Header: &wire.DocumentHeader{Digest: make([]byte, 32), Size: size}}}
+	}
+	data := func(n int) *wire.ManifestFrame {
+		return &wire.ManifestFrame{Part: &wire.ManifestFrame_Data{Data: make([]byte, n)}}
+	}
+	for _, c := range []struct {
+		name  string
+		write func(io.Writer) error
+		head  bool
+		want  error
+	}{
+		{"garbage", sends(bytes.Repeat([]byte{0xee}, 100)), false, blockdev.ErrCorrupt},
+		{"nothing", sends(nil), false, blockdev.ErrUnavailable},
+		{"data alone", sends(encode(t, data(1))), false, blockdev.ErrCorrupt},
+		{"two headers", sends(encode(t, header(1), header(1))), false, blockdev.ErrCorrupt},
+		{"cut", sends(encode(t, header(5), data(4))), false, blockdev.ErrUnavailable},
+		{"too much", sends(encode(t, header(5), data(6))), false, blockdev.ErrCorrupt},
+		{"claims too much", sends(encode(t, header(blockdev.MaxDocument+1))), false, blockdev.ErrCorrupt},
+		{"negative", sends(encode(t, header(-1))), true, blockdev.ErrCorrupt},
+		{"endless working", func(w io.Writer) error {
+			for b := encode(t, &wire.ManifestFrame{Part: &wire.ManifestFrame_Working{Working: &wire.Working{}}}); ; {
+				if _, err := w.Write(b); err != nil {
+					return err
+				}
+			}
+		}, false, blockdev.ErrCorrupt},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			client := liar(t, ManifestProtocol, Options{}, c.write, false)
+			doc, err := client.Document(t.Context(), blockdev.DocumentRequest{Ref: "r/a:1", Head: c.head})
+			if !errors.Is(err, c.want) || doc != nil {
+				t.Errorf("%v, want %v", err, c.want)
+			}
+		})
+	}
+}
+
+// A client that wants to know hears how far the layers are, each one's last word;
+// another one does not.
+func TestProgress(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	a, b := blockdev.Sum([]byte("a")), blockdev.Sum([]byte("b"))
+	heard := make(chan struct{})
+	newServer(t, h, ServerConfig{
+		Limits: Limits{ProgressInterval: time.Millisecond},
+		Images: imagesFunc(func(ctx context.Context, _ string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+			if req.Progress == nil {
+				return testImage(), nil
+			}
+			req.Progress(blockdev.Progress{Layer: a, Done: 1, Total: 9, Stage: blockdev.StageFetching})
+			req.Progress(blockdev.Progress{Layer: b, Total: 5, Stage: blockdev.StageWaiting})
+			req.Progress(blockdev.Progress{Layer: a, Done: 9, Total: 9, Stage: blockdev.StageUnpacking})
+			select {
+			case <-heard:
+			case <-ctx.Done():
+			}
+			return testImage(), nil
+		}),
+	})
+	c := newClient(t, h, Options{})
+	last := map[blockdev.Digest]blockdev.Progress{}
+	req := testRequest()
+	req.Progress = func(p blockdev.Progress) {
+		last[p.Layer] = p
+		if last[a].Stage == blockdev.StageUnpacking && last[b].Total == 5 {
+			close(heard)
+		}
+	}
+	if _, err := c.OpenImage(t.Context(), req); err != nil {
+		t.Fatal(err)
+	}
+	want := map[blockdev.Digest]blockdev.Progress{
+		a: {Layer: a, Done: 9, Total: 9, Stage: blockdev.StageUnpacking},
+		b: {Layer: b, Total: 5, Stage: blockdev.StageWaiting},
+	}
+	if !reflect.DeepEqual(last, want) {
+		t.Errorf("heard %v", last)
+	}
+	if _, err := c.OpenImage(t.Context(), testRequest()); err != nil {
+		t.Error(err)
+	}
+}

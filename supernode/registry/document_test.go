@@ -1,0 +1,171 @@
+package registry_test
+
+import (
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/supernode/registry"
+	"github.com/shoalfs/shoal/supernode/registry/registrytest"
+)
+
+// TestDocument: manifests, indexes and configs come byte for byte with their media
+// types, by tag and by digest; what has been known once needs no registry.
+func TestDocument(t *testing.T) {
+	f := registrytest.NewFake(t)
+	layer := registrytest.GzipLayer(t, "a", 1000, 1)
+	id := f.Push(t, "app", "v1", layer)
+	config := registrytest.Config(t, registrytest.Platform{OS: "linux", Architecture: "amd64"}, layer)
+	manifest := registrytest.Manifest(t, registrytest.TypeManifest, config, layer)
+	index := registrytest.JSON(t, map[string]any{"schemaVersion": 2, "manifests": []registrytest.Descriptor{
+		{MediaType: registrytest.TypeManifest, Digest: id, Size: len(manifest)},
+	}})
+	indexID := f.PushManifest(t, "app", "multi", registrytest.TypeIndex, index)
+	if blockdev.Sum(manifest) != id {
+		t.Fatal("the test does not know the manifest's bytes")
+	}
+	dir := t.TempDir()
+	cached := func(cfg *registry.Config) { cfg.CacheDir = dir }
+	c := newClient(t, cached)
+	name := f.Host + "/app"
+	configRef := name + "@" + blockdev.Sum(config).String()
+
+	_, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: configRef, Kind: blockdev.Config})
+	wantError(t, err, blockdev.ErrNotFound, configRef)
+	_, err = c.Document(t.Context(), blockdev.DocumentRequest{Ref: name + ":v1", Kind: blockdev.Config})
+	wantError(t, err, blockdev.ErrNotFound)
+	check := func(c *registry.Client) {
+		t.Helper()
+		for _, want := range []struct {
+			ref       string
+			kind      blockdev.DocumentKind
+			id        blockdev.Digest
+			mediaType string
+			data      []byte
+		}{
+			{name + ":multi", blockdev.Manifest, indexID, registrytest.TypeIndex, index},
+			{name + "@" + indexID.String(), blockdev.Manifest, indexID, registrytest.TypeIndex, index},
+			{name + ":v1", blockdev.Manifest, id, registrytest.TypeManifest, manifest},
+			{name + "@" + id.String(), blockdev.Manifest, id, registrytest.TypeManifest, manifest},
+			{configRef, blockdev.Config, blockdev.Sum(config), "application/octet-stream", config},
+		} {
+			doc, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: want.ref, Kind: want.kind})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if doc.Digest != want.id || doc.MediaType != want.mediaType || doc.Size != int64(len(want.data)) || string(doc.Data) != string(want.data) {
+				t.Errorf("%s: %s, %q, %d bytes", want.ref, doc.Digest, doc.MediaType, doc.Size)
+			}
+			head, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: want.ref, Kind: want.kind, Head: true})
+			if err != nil || head.Data != nil || head.Digest != want.id || head.Size != doc.Size {
+				t.Errorf("%s: without the bytes: %+v, %v", want.ref, head, err)
+			}
+		}
+	}
+	check(c)
+	// A layer is no document, though it is a blob of the repository.
+	_, err = c.Document(t.Context(), blockdev.DocumentRequest{Ref: name + "@" + blockdev.Sum(layer.Blob).String(), Kind: blockdev.Config})
+	wantError(t, err, blockdev.ErrNotFound)
+	// Nor is what another repository has.
+	_, err = c.Document(t.Context(), blockdev.DocumentRequest{Ref: f.Host + "/other@" + id.String()})
+	wantError(t, err, blockdev.ErrNotFound)
+
+	f.Close()
+	check(newClient(t, cached))
+	// Also when the tags were asked for long ago.
+	check(newClient(t, cached, func(cfg *registry.Config) { cfg.TagTTL, cfg.Timeout = time.Nanosecond, time.Second }))
+	_, err = c.Document(t.Context(), blockdev.DocumentRequest{Ref: name + ":v2"})
+	wantError(t, err, blockdev.ErrUnavailable, name+":v2")
+}
+
+func TestDocumentWrongBytes(t *testing.T) {
+	f, req, _ := image(t)
+	f.SetManifest("app", "v1", registrytest.TypeManifest, req.Manifest, []byte(`{"schemaVersion":2}`))
+	_, err := newClient(t).Document(t.Context(), blockdev.DocumentRequest{Ref: f.Host + "/app@" + req.Manifest.String()})
+	wantError(t, err, blockdev.ErrCorrupt, req.Manifest.String())
+}
+
+// TestDocumentOnce: what many ask for at the same time is asked for once, and a
+// tag that an access check has asked about is not asked about again.
+func TestDocumentOnce(t *testing.T) {
+	f, _, _ := image(t)
+	ref := f.Host + "/app:v1"
+	c := newClient(t, func(cfg *registry.Config) { cfg.CacheDir = t.TempDir() })
+	arrived, release := make(chan struct{}, 1), make(chan struct{})
+	f.SetHook(func(http.ResponseWriter, *http.Request) bool {
+		select {
+		case arrived <- struct{}{}:
+		default:
+		}
+		<-release
+		return false
+	})
+	f.Forget()
+	var wg sync.WaitGroup
+	for range 20 {
+		wg.Go(func() {
+			if _, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: ref}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	<-arrived
+	close(release)
+	wg.Wait()
+	if got := f.Requests(); len(got) != 3 {
+		t.Errorf("the registry was asked %v; want its tag, manifest and config once each", got)
+	}
+	fresh := newClient(t, func(cfg *registry.Config) { cfg.CacheDir = t.TempDir() })
+	f.Forget()
+	if err := fresh.Check(t.Context(), ref, blockdev.Digest{}, blockdev.Credential{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fresh.Document(t.Context(), blockdev.DocumentRequest{Ref: ref}); err != nil {
+		t.Fatal(err)
+	}
+	if got := f.Requests("HEAD"); len(got) != 1 {
+		t.Errorf("check and document asked for the tag %d times", len(got))
+	}
+}
+
+// TestOwnMirror: a node's mirror in the hosts.toml that containerd shares with
+// the supernode is found out and left out, and hides no answer of the registry.
+func TestOwnMirror(t *testing.T) {
+	f, req, layer := image(t)
+	f.SetAuth(registrytest.Basic, users, onlyAlice)
+	own := registrytest.NewFake(t)
+	own.SetHook(func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.Contains(r.Header.Get("Via"), blockdev.Via) {
+			t.Errorf("%s %s does not say whose request it is", r.Method, r.URL)
+		}
+		registrytest.Fail(w, http.StatusLoopDetected, "UNSUPPORTED")
+		return true
+	})
+	dir := hostsToml(t, "registry.example", fmt.Sprintf("server = \"http://%s\"\n[host.\"http://%s\"]\ncapabilities = [\"pull\", \"resolve\"]\n", f.Host, own.Host))
+	c := newClient(t, func(cfg *registry.Config) { cfg.HostDirs = []string{dir} })
+	ref := "registry.example/app:v1"
+	wantError(t, c.Check(t.Context(), ref, blockdev.Digest{}, blockdev.Credential{}), blockdev.ErrUnauthorized)
+	if n := len(own.Requests()); n != 1 {
+		t.Errorf("the mirror was asked %d times, want once", n)
+	}
+	wantError(t, c.Check(t.Context(), "registry.example/app:none", blockdev.Digest{}, alice), blockdev.ErrNotFound)
+	req.Ref, req.Credential = ref, alice
+	m, err := c.Resolve(t.Context(), req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := fetch(t.Context(), c, m, 0, alice, 0); err != nil || string(b) != string(layer.Blob) {
+		t.Errorf("%d bytes, %v", len(b), err)
+	}
+	if n := len(own.Requests()); n != 1 {
+		t.Errorf("the mirror was asked %d times in all, want once", n)
+	}
+	// Alone it is what the registry's word is.
+	dir = hostsToml(t, "registry.example", fmt.Sprintf("server = \"http://%s\"\n", own.Host))
+	c = newClient(t, func(cfg *registry.Config) { cfg.HostDirs = []string{dir} })
+	wantError(t, c.Check(t.Context(), ref, blockdev.Digest{}, alice), blockdev.ErrUnavailable, "mirror")
+}
