@@ -1,4 +1,4 @@
-// Package exchange moves chunks and indexes between machines over libp2p
+// Package exchange moves chunks, indexes and manifests between machines over libp2p
 // streams. Server answers from a store of chunks and a source of images; Client
 // is a blockdev.Source and a blockdev.ImageSource whose bytes come from one
 // server. docs/formats.md, "Wire protocol", describes what is said.

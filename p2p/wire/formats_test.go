@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"google.golang.org/protobuf/proto"
+
+	"github.com/shoalfs/shoal/blockdev"
 )
 
 // TestFormatsPage decodes the example of docs/formats.md, so that the page stays
@@ -73,4 +75,34 @@ func TestFormatsPage(t *testing.T) {
 	if r.Buffered() > 0 {
 		t.Errorf("%d bytes behind the page's answer", r.Buffered())
 	}
+
+	r = example("wire-manifest-request")
+	if b, err = ReadFrame(r, MaxManifestRequest, nil); err != nil {
+		t.Fatal(err)
+	}
+	doc, err := ParseManifestRequest(b)
+	if err != nil || *doc != (blockdev.DocumentRequest{Ref: "r.io/a:1"}) || r.Buffered() > 0 {
+		t.Errorf("the page's manifest request is %+v, %v, and %d bytes more", doc, err, r.Buffered())
+	}
+	r = example("wire-manifest-answer")
+	for i, want := range []*ManifestFrame{
+		{Part: &ManifestFrame_Header{Header: &DocumentHeader{Digest: sum([]byte("{}")), MediaType: "t/s", Size: 2}}},
+		{Part: &ManifestFrame_Data{Data: []byte("{}")}},
+	} {
+		b, err := ReadFrame(r, MaxManifestFrame, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f, err := ParseManifestFrame(b); err != nil || !proto.Equal(f, want) {
+			t.Errorf("frame %d of the page's manifest answer is %v, %v; want %v", i, f, err, want)
+		}
+	}
+	if r.Buffered() > 0 {
+		t.Errorf("%d bytes behind the page's manifest answer", r.Buffered())
+	}
+}
+
+func sum(b []byte) []byte {
+	d := blockdev.Sum(b)
+	return d[:]
 }

@@ -24,6 +24,9 @@
 //     and the cause. *Error has the facts.
 //   - What is cached is cached for one repository: that a manifest is known from
 //     one repository says nothing about another.
+//   - What many ask for at the same time, a registry is asked once. Requests say
+//     with a Via header whose they are, and a node's mirror that answers 508 to
+//     that is left out: nothing goes in circles.
 //   - Every request ends: a server that sends no byte for Config.Stall is given
 //     up.
 package registry

@@ -122,7 +122,8 @@ func (w *world) plain(ctx context.Context, snapshotters ...string) (*machine, er
 	return &machine{Containerd: c}, err
 }
 
-// lazy makes a machine with a node behind a link of its own to the supernode.
+// lazy makes a machine with a node behind a link of its own to the supernode. Its
+// containerd asks the node's registry mirror first.
 func (w *world) lazy(ctx context.Context, s *lab.Supernode) (*machine, error) {
 	link, err := w.NewLink(s.HostPort(), lab.Gigabit, supernodeDelay)
 	if err != nil {
@@ -132,7 +133,7 @@ func (w *world) lazy(ctx context.Context, s *lab.Supernode) (*machine, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := w.StartContainerd(ctx, w.name("c"), lab.ContainerdOptions{Shoal: node.Socket})
+	c, err := w.StartContainerd(ctx, w.name("c"), lab.ContainerdOptions{Shoal: node.Socket, Mirror: node.Mirror})
 	return &machine{Containerd: c, node: node, link: link}, err
 }
 
