@@ -409,6 +409,14 @@ func (c *Cache) Remove(ctx context.Context, id blockdev.Digest) error {
 	return nil
 }
 
+// Sync syncs what was written to all diffs. What fails is logged, and will be
+// fetched again.
+func (c *Cache) Sync(ctx context.Context) {
+	for _, d := range *c.list.Load() {
+		_ = d.sync(ctx)
+	}
+}
+
 // Close ends all reads and prefetches with ErrClosed, syncs what was written, and
 // lets go of the directory. A second call does nothing.
 func (c *Cache) Close() error {

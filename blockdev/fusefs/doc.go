@@ -14,9 +14,10 @@
 //     generation and the file handle of bytes 8-15. A READ names both, so it
 //     names its DiffID by 128 bits, and no two diffs can be mixed up by somebody
 //     who makes the first 64 bits collide.
-//   - Init returns the connection's FUSE_INIT request. A server that takes over
-//     gets it as Options.Init, replays it without answering, and then calls
-//     Resend.
+//   - Init returns the connection's FUSE_INIT request and the answer. A server
+//     that takes over gets them as Options.Init, replays the request without
+//     answering, agrees to nothing that the old answer did not have, and then
+//     calls Resend.
 //
 // # Invariants
 //

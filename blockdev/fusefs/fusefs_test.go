@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -61,7 +63,7 @@ func TestNames(t *testing.T) {
 	if _, err := unix.Open(s.path(idA), unix.O_RDWR, 0); !errors.Is(err, unix.EROFS) {
 		t.Errorf("open for writing: %v, want EROFS", err)
 	}
-	if s.Init() == nil {
+	if init, err := s.Init(t.Context()); err != nil || len(init) == 0 {
 		t.Error("FUSE_INIT was not kept")
 	}
 }
@@ -432,13 +434,21 @@ func TestTakeOver(t *testing.T) {
 	}
 	within(t, "reads", waiting.Wait)
 	s.stop()
-	saved := s.Init()
+	saved, err := s.Init(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
 
 	after := &memFiles{}
 	after.put(idA, &memFile{data: f.data, local: f.local})
 	s.serve(after, Options{Init: saved})
-	if !bytes.Equal(s.Init(), saved) {
-		t.Error("the new server does not have the FUSE_INIT of the old one")
+	if now, err := s.Init(t.Context()); err != nil || !bytes.Equal(now, saved) {
+		t.Errorf("the new server does not have the FUSE_INIT of the old one (%v)", err)
+	}
+	if now, err := parseAgreement(saved); err != nil {
+		t.Error(err)
+	} else if again, err := s.negotiate(now.request); err != nil || !bytes.Equal(again, now.answer) {
+		t.Errorf("the new server agrees to\n%x, the old one to\n%x (%v)", again, now.answer, err)
 	}
 	if err := s.Resend(); errors.Is(err, unix.EINVAL) {
 		t.Log("kernel cannot send requests again (before Linux 6.9)")
@@ -450,15 +460,50 @@ func TestTakeOver(t *testing.T) {
 	within(t, "reads after the change", wg.Wait)
 }
 
+// kept makes what a server keeps that was offered all flags and agreed to some.
+func kept(flags uint64) []byte {
+	b := make([]byte, 104+80)
+	in, out := b[:104], b[104:]
+	putUint32(in, uint32(len(in)))
+	putUint32(in[4:], opInit)
+	for i, v := range []uint32{7, 45, 1 << 17, math.MaxUint32, math.MaxUint32} {
+		putUint32(in[inHeaderSize+4*i:], v)
+	}
+	putUint32(out, uint32(len(out)))
+	putUint32(out[initOutFlags:], uint32(flags))
+	putUint32(out[initOutFlags2:], uint32(flags>>32))
+	return b
+}
+
+// TestDamagedInit: what was kept of a connection is checked, and binds the next
+// server.
 func TestDamagedInit(t *testing.T) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer null.Close()
-	for _, init := range [][]byte{{1}, make([]byte, 56), bytes.Repeat([]byte{56, 0, 0, 0}, 14)} {
-		if _, err := New(null, &memFiles{}, Options{Init: init}); err == nil {
-			t.Errorf("FUSE_INIT %v was taken", init)
+	for _, init := range [][]byte{{1}, make([]byte, 56), bytes.Repeat([]byte{56, 0, 0, 0}, 14), kept(0)[:104+40]} {
+		if _, err := New(null, &memFiles{}, Options{Init: init}); !errors.Is(err, blockdev.ErrCorrupt) {
+			t.Errorf("FUSE_INIT %v was taken: %v", init, err)
+		}
+	}
+	for _, flags := range []uint64{0, fuse.CAP_ASYNC_READ, fuse.CAP_ASYNC_READ | fuse.CAP_MAX_PAGES, math.MaxUint64} {
+		s, err := New(null, &memFiles{}, Options{Init: kept(flags)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, err := parseAgreement(kept(math.MaxUint64))
+		if err != nil {
+			t.Fatal(err)
+		}
+		// The kernel offers everything again; the server keeps to what it had.
+		answer, err := s.negotiate(a.request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if now := ^(agreement{nil, answer}).refused(); now&^(flags|fuse.CAP_INIT_EXT) != 0 {
+			t.Errorf("agreed to %x, and now to %x", flags, now)
 		}
 	}
 }

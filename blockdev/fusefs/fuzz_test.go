@@ -1,6 +1,7 @@
 package fusefs
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"os"
@@ -39,5 +40,25 @@ func FuzzRequest(f *testing.F) {
 		defer w.close()
 		w.handle(context.Background(), req)
 		s.slow.stop()
+	})
+}
+
+// FuzzInit adopts a connection with any bytes for what was kept of it.
+func FuzzInit(f *testing.F) {
+	f.Add(kept(0))
+	f.Add(kept(1<<63 | 1))
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { _ = null.Close() })
+	f.Fuzz(func(t *testing.T, init []byte) {
+		s, err := New(null, &memFiles{}, Options{Init: init})
+		if err != nil || len(init) == 0 {
+			return
+		}
+		if again, err := s.Init(t.Context()); err != nil || !bytes.Equal(again, init) {
+			t.Errorf("kept %x, %v; want %x", again, err, init)
+		}
 	})
 }

@@ -39,3 +39,24 @@ func Mount(dir string) (*os.File, error) {
 	}
 	return os.NewFile(uintptr(fd), "/dev/fuse"), nil
 }
+
+// Alive says whether the connection of a descriptor is still there: not aborted,
+// and mounted somewhere or in use.
+func Alive(fd *os.File) bool {
+	conn, err := fd.SyscallConn()
+	if err != nil {
+		return false
+	}
+	alive := false
+	err = conn.Control(func(fd uintptr) {
+		p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		for {
+			_, err = unix.Poll(p[:], 0)
+			if !errors.Is(err, unix.EINTR) {
+				break
+			}
+		}
+		alive = err == nil && p[0].Revents&(unix.POLLERR|unix.POLLNVAL) == 0
+	})
+	return alive && err == nil
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -59,6 +60,7 @@ func (w *worker) handle(ctx context.Context, req []byte) {
 			return
 		}
 		s.write(out)
+		s.agree(slices.Concat(req, out))
 	default:
 		w.delegate(h, req)
 	}

@@ -1,7 +1,9 @@
 package fusefs
 
 import (
+	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -31,8 +33,8 @@ type Options struct {
 	// ReadTimeout is how long a read waits for missing bytes, queueing included,
 	// before it is answered with EIO. Default: 1 minute.
 	ReadTimeout time.Duration
-	// Init is the FUSE_INIT request of a connection that another server has
-	// answered before (Server.Init). Empty: the kernel will send one.
+	// Init is what Server.Init returned on a connection that another server has
+	// answered before. Empty: the kernel will send FUSE_INIT.
 	Init []byte
 }
 
@@ -67,7 +69,8 @@ type Server struct {
 	// protocol is held for writing while INIT sets what ps has negotiated.
 	protocol sync.RWMutex
 	ps       *fuse.ProtocolServer
-	init     atomic.Pointer[[]byte]
+	init     []byte // set before agreed is closed
+	agreed   chan struct{}
 
 	// lead is held by the goroutine that waits for the next request.
 	lead sync.Mutex
@@ -87,13 +90,21 @@ func New(fd *os.File, files Files, o Options) (*Server, error) {
 	s := &Server{
 		file: fd,
 		// Fd would make it blocking later, so it is called once, now.
-		fd:    int(fd.Fd()),
-		opts:  o,
-		nodes: &nodes{files: files, ids: make(map[uint64]blockdev.Digest)},
+		fd:     int(fd.Fd()),
+		opts:   o,
+		nodes:  &nodes{files: files, ids: make(map[uint64]blockdev.Digest)},
+		agreed: make(chan struct{}),
 	}
 	s.slow = &slowReads{s: s, most: o.SlowBytes}
 	if err := unix.SetNonblock(s.fd, true); err != nil {
 		return nil, fmt.Errorf("make the FUSE descriptor non-blocking: %w", err)
+	}
+	var agreed agreement
+	if len(o.Init) > 0 {
+		var err error
+		if agreed, err = parseAgreement(o.Init); err != nil {
+			return nil, err
+		}
 	}
 	raw := &rawFS{RawFileSystem: fuse.NewDefaultRawFileSystem(), nodes: s.nodes, log: o.Log}
 	s.ps = fuse.NewProtocolServer(raw, &fuse.MountOptions{
@@ -104,32 +115,51 @@ func New(fd *os.File, files Files, o Options) (*Server, error) {
 		MaxBackground:     128,
 		ExtraCapabilities: fuse.CAP_ASYNC_DIO,
 		DisabledCapabilities: fuse.CAP_PASSTHROUGH | fuse.CAP_READDIRPLUS | fuse.CAP_NO_OPEN_SUPPORT |
-			fuse.CAP_AUTO_INVAL_DATA,
+			fuse.CAP_AUTO_INVAL_DATA | agreed.refused(),
 		DisableXAttrs: true,
 		Logger:        slog.NewLogLogger(o.Log.Handler(), slog.LevelDebug),
 	})
 	if len(o.Init) > 0 {
-		if h, ok := parseHeader(o.Init); !ok || h.opcode != opInit {
-			return nil, errors.New("the saved FUSE_INIT request is damaged")
-		}
-		if _, err := s.negotiate(o.Init); err != nil {
+		answer, err := s.negotiate(agreed.request)
+		if err != nil {
 			return nil, err
 		}
+		if !bytes.Equal(answer, agreed.answer) {
+			// Flags beyond the old ones were refused above; what is left is said so
+			// that it can be found should the kernel behave in an unexpected way.
+			o.Log.Warn("this version of shoal would have agreed with the kernel on another FUSE protocol; the connection keeps the one it has",
+				"agreed", hex.EncodeToString(agreed.answer), "would", hex.EncodeToString(answer))
+		}
+		s.agree(o.Init)
 	}
 	return s, nil
 }
 
-// Init returns the connection's FUSE_INIT request, or nil if the kernel has not
-// sent it yet. A later server of the connection needs it as Options.Init.
-func (s *Server) Init() []byte {
-	if p := s.init.Load(); p != nil {
-		return *p
+// Init returns what the kernel and the connection's first server have agreed on:
+// the FUSE_INIT request, and after it the answer, both as they went over the
+// descriptor. A later server of the connection needs it as Options.Init. Init
+// waits for the kernel to send the request, so Serve must run; it fails if ctx
+// ends before.
+func (s *Server) Init(ctx context.Context) ([]byte, error) {
+	select {
+	case <-s.agreed:
+		return s.init, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("the kernel has not sent FUSE_INIT: %w", context.Cause(ctx))
 	}
-	return nil
 }
 
-// negotiate answers INIT. What it agreed to belongs to the connection, so later
-// versions must agree to no more than this one.
+func (s *Server) agree(init []byte) {
+	s.protocol.Lock()
+	defer s.protocol.Unlock()
+	if s.init == nil {
+		s.init = bytes.Clone(init)
+		close(s.agreed)
+	}
+}
+
+// negotiate makes the answer to INIT. What it agrees to belongs to the
+// connection.
 func (s *Server) negotiate(req []byte) (answer []byte, err error) {
 	out := make([]byte, outHeaderSize+maxOutData)
 	s.protocol.Lock()
@@ -143,8 +173,6 @@ func (s *Server) negotiate(req []byte) (answer []byte, err error) {
 		// Nothing is ever written, and read(2) wants a buffer of max_write bytes.
 		putUint32(out[initOutMaxWrite:], pageSize)
 	}
-	kept := append([]byte(nil), req...)
-	s.init.Store(&kept)
 	return out, nil
 }
 
@@ -216,6 +244,11 @@ func (s *Server) loop(ctx context.Context) error {
 	w := newWorker(s)
 	defer w.close()
 	buf := make([]byte, minReadBuffer)
+	// The kernel cannot bring in a page for a process that is being killed, and
+	// fails the request that it was about to copy there.
+	for i := range buf {
+		buf[i] = 1
+	}
 	for {
 		n, err := s.next(ctx, buf)
 		if err != nil {

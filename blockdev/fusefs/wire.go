@@ -2,8 +2,11 @@ package fusefs
 
 import (
 	"encoding/binary"
+	"fmt"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/blockdev"
 )
 
 // The parts of the FUSE protocol (include/uapi/linux/fuse.h) that are handled
@@ -21,6 +24,10 @@ const (
 	// minReadBuffer is FUSE_MIN_READ_BUFFER: read(2) on the descriptor fails
 	// with EINVAL for less.
 	minReadBuffer = 8192
+	// initOutFlags and initOutFlags2 are where the two words of flags lie in the
+	// answer to INIT, header included.
+	initOutFlags  = outHeaderSize + 12
+	initOutFlags2 = outHeaderSize + 32
 	// initOutMaxWrite is where fuse_init_out.max_write lies in the answer, in
 	// bytes, header included.
 	initOutMaxWrite = outHeaderSize + 20
@@ -49,6 +56,45 @@ func parseHeader(b []byte) (h inHeader, ok bool) {
 		node:   binary.NativeEndian.Uint64(b[16:]),
 	}
 	return h, int(h.length) == len(b)
+}
+
+// agreement is a FUSE_INIT request with its answer.
+type agreement struct{ request, answer []byte }
+
+// parseAgreement reads what Server.Init returned.
+func parseAgreement(b []byte) (a agreement, err error) {
+	damaged := func(what string) (agreement, error) {
+		return agreement{}, fmt.Errorf("the saved FUSE_INIT is damaged (%s): %w", what, blockdev.ErrCorrupt)
+	}
+	if len(b) < inHeaderSize {
+		return damaged("no request")
+	}
+	n := int64(binary.NativeEndian.Uint32(b))
+	if n < inHeaderSize || n > int64(len(b)) {
+		return damaged("length of the request")
+	}
+	a = agreement{b[:n], b[n:]}
+	if h, ok := parseHeader(a.request); !ok || h.opcode != opInit {
+		return damaged("request")
+	}
+	if len(a.answer) < initOutFlags2+4 || int(binary.NativeEndian.Uint32(a.answer)) != len(a.answer) {
+		return damaged("answer")
+	}
+	if binary.NativeEndian.Uint32(a.answer[4:]) != 0 {
+		return damaged("refused by its first server")
+	}
+	return a, nil
+}
+
+// refused is every capability that the answer does not have: none for no
+// agreement.
+func (a agreement) refused() uint64 {
+	if a.answer == nil {
+		return 0
+	}
+	flags := uint64(binary.NativeEndian.Uint32(a.answer[initOutFlags:]))
+	flags |= uint64(binary.NativeEndian.Uint32(a.answer[initOutFlags2:])) << 32
+	return ^flags
 }
 
 // readIn is a READ request.

@@ -21,6 +21,9 @@ type Info struct {
 	// it is mounted; "" if it cannot be found out. For other file systems it is
 	// what mountinfo says.
 	Source string
+	// Major and Minor are the file system's device number. While one is mounted
+	// or in use, no other has it.
+	Major, Minor int
 	// Kind is how a block image is mounted, 0 for other file systems.
 	Kind Kind
 }
@@ -59,7 +62,7 @@ func List(dir string) ([]Info, error) {
 	}
 	infos := make([]Info, 0, len(found))
 	for _, m := range found {
-		i := Info{Dir: m.Mountpoint, Type: m.FSType, Source: m.Source}
+		i := Info{Dir: m.Mountpoint, Type: m.FSType, Source: m.Source, Major: m.Major, Minor: m.Minor}
 		if m.FSType == fsErofs {
 			i.Kind = File
 			if loop, ok := strings.CutPrefix(m.Source, "/dev/loop"); ok {

@@ -81,8 +81,12 @@ func TestMount(t *testing.T) {
 				t.Errorf("write: %v, want EROFS", err)
 			}
 			found, err := List(base)
-			if err != nil || len(found) != 1 || found[0] != (Info{Dir: dir, Type: "erofs", Source: meta, Kind: kind}) {
+			if err != nil || len(found) != 1 || found[0] != (Info{Dir: dir, Type: "erofs", Source: meta, Major: found[0].Major, Minor: found[0].Minor, Kind: kind}) {
 				t.Errorf("List: %+v, %v", found, err)
+			}
+			var st unix.Stat_t
+			if err := unix.Stat(dir, &st); err != nil || st.Dev != unix.Mkdev(uint32(found[0].Major), uint32(found[0].Minor)) {
+				t.Errorf("device %d:%d, want %x (%v)", found[0].Major, found[0].Minor, st.Dev, err)
 			}
 			overlay(t, base, dir, kind)
 

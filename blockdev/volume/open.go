@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/blockdev/fusefs"
@@ -24,9 +26,11 @@ const (
 )
 
 // Open opens the volumes below cfg.Root. Native mounts that an earlier process
-// left are adopted; its FUSE mount and the lazy mounts over it are detached and
-// mounted again at the same places; mounts and mount points of diffs that are
-// not there any more are removed. It fails if another process has Root open.
+// left are adopted. So is its FUSE mount, with the lazy mounts over it, if the
+// Keeper has its descriptor: reads that waited meanwhile are answered. Otherwise
+// these are detached and mounted again at the same places, and who used them gets
+// I/O errors. Mounts and mount points of diffs that are not there any more are
+// removed. It fails if another process has Root open.
 func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 	if cfg.Root == "" || cfg.Source == nil {
 		return nil, errors.New("volume: Root and Source must be set")
@@ -68,11 +72,16 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 			return nil, err
 		}
 	}
-	again, err := m.takeOver()
+	left, err := m.left()
 	if err != nil {
 		return nil, err
 	}
-	if err := m.serve(); err != nil {
+	conn := m.adoptConnection(left)
+	again, err := m.takeOver(left, conn != nil)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.serve(ctx, conn); err != nil {
 		return nil, err
 	}
 	for _, v := range again {
@@ -122,10 +131,8 @@ func makeRoot(dir string) (string, error) {
 	return root, nil
 }
 
-// takeOver goes through the mounts that an earlier process left. It returns the
-// volumes that were mounted and are to be mounted again.
-func (m *Manager) takeOver() (again []*volume, err error) {
-	var found []mount.Info
+// left lists the mounts that an earlier process left.
+func (m *Manager) left() (found []mount.Info, err error) {
 	for _, sub := range []string{fuseDir, mountsDir} {
 		in, err := mount.List(filepath.Join(m.root, sub))
 		if err != nil {
@@ -133,21 +140,37 @@ func (m *Manager) takeOver() (again []*volume, err error) {
 		}
 		found = append(found, in...)
 	}
-	// Nobody serves the FUSE mount, since the cache's lock is ours. It is not
-	// touched but to detach it, and what is over it goes first.
+	return found, nil
+}
+
+// takeOver goes through these mounts. Those through FUSE stay if its connection
+// is adopted. It returns the volumes that were mounted and are to be mounted
+// again.
+func (m *Manager) takeOver(found []mount.Info, adopted bool) (again []*volume, err error) {
+	lost := 0
+	// What is over the FUSE mount goes before it.
 	for _, i := range slices.Backward(found) {
+		if i.Type == fusefs.FSType && adopted {
+			continue
+		}
 		v := m.source(i)
 		if i.Type == fusefs.FSType || v == nil {
+			// Nobody serves it, since the cache's lock is ours. So it is not
+			// touched but to detach it.
 			if err := mount.Detach(i.Dir); err != nil {
 				return nil, err
 			}
 			continue
 		}
 		dir, _, _ := v.mounted()
-		if dir == "" && !m.marked(v.id) && v.diff.Complete() {
+		lazy := m.marked(v.id)
+		if dir == "" && (lazy && adopted || !lazy && v.diff.Complete()) {
 			m.names[filepath.Base(i.Dir)] = v.id
-			v.setMounted(i.Dir, false)
+			v.setMounted(i.Dir, lazy)
 			continue
+		}
+		if lazy {
+			lost++
 		}
 		if err := mount.Detach(i.Dir); err != nil {
 			return nil, err
@@ -157,6 +180,10 @@ func (m *Manager) takeOver() (again []*volume, err error) {
 			m.names[filepath.Base(i.Dir)] = v.id
 			again = append(again, v)
 		}
+	}
+	if lost > 0 {
+		m.cfg.Log.Error("lazy mounts of the last process could not be taken over and are made anew: containers that run on them get I/O errors until they are restarted",
+			"mounts", lost)
 	}
 	return again, nil
 }
@@ -175,27 +202,35 @@ func (m *Manager) source(i mount.Info) *volume {
 	return nil
 }
 
-// serve mounts FUSE and starts to answer.
-func (m *Manager) serve() error {
-	fd, err := fusefs.Mount(filepath.Join(m.root, fuseDir))
+// serve answers an adopted connection, or mounts FUSE and answers that.
+func (m *Manager) serve(ctx context.Context, conn *connection) (err error) {
+	adopted := conn != nil
+	if !adopted {
+		fd, err := fusefs.Mount(filepath.Join(m.root, fuseDir))
+		if err != nil {
+			return err
+		}
+		conn = &connection{fd: fd}
+	}
+	m.fuse = conn.fd
+	m.server, err = fusefs.New(conn.fd, files{m}, fusefs.Options{Log: m.cfg.Log, ReadTimeout: m.cfg.ReadTimeout, Init: conn.init})
 	if err != nil {
 		return err
 	}
-	m.fuse = fd
-	m.server, err = fusefs.New(fd, files{m}, fusefs.Options{Log: m.cfg.Log, ReadTimeout: m.cfg.ReadTimeout})
-	if err != nil {
-		return err
-	}
-	ctx, stop := context.WithCancel(context.Background())
+	life, stop := context.WithCancel(context.Background())
 	m.stop, m.serveDone = stop, make(chan struct{})
 	go func() {
 		defer close(m.serveDone)
-		if err := m.server.Serve(ctx); err != nil {
+		if err := m.server.Serve(life); err != nil {
 			m.cfg.Log.Error("FUSE server ended: lazily mounted images cannot be read until a restart", "error", err)
-		} else if ctx.Err() == nil {
+		} else if life.Err() == nil {
 			m.cfg.Log.Error("FUSE mount is gone: lazily mounted images cannot be read until a restart")
 		}
 	}()
+	if adopted {
+		return m.resume()
+	}
+	m.keepConnection(ctx)
 	return nil
 }
 
@@ -268,6 +303,8 @@ func (m *Manager) Close() error {
 	m.queue.close(vols)
 	m.proofs.close(vols)
 	m.scrubs.close(vols)
+	// While reads are still answered: it can take a while.
+	m.cache.Sync(context.Background())
 	if m.stop != nil {
 		m.stop()
 		<-m.serveDone
@@ -277,6 +314,22 @@ func (m *Manager) Close() error {
 		err = m.fuse.Close()
 	}
 	return errors.Join(err, m.cache.Close())
+}
+
+// Check asks the FUSE mount something, and returns when it has been answered: by
+// this process.
+func (m *Manager) Check(ctx context.Context) error {
+	done := make(chan error, 1)
+	go func() {
+		var st unix.Statfs_t
+		done <- unix.Statfs(filepath.Join(m.root, fuseDir), &st)
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // UnmountAll unmounts every diff and the FUSE mount, and closes the Manager. A
@@ -298,7 +351,7 @@ func (m *Manager) UnmountAll(ctx context.Context) error {
 		errs = append(errs, m.unmount(v, false))
 		v.give()
 	}
-	errs = append(errs, mount.Unmount(filepath.Join(m.root, fuseDir)), m.Close())
+	errs = append(errs, mount.Unmount(filepath.Join(m.root, fuseDir)), m.dropConnection(), m.Close())
 	return errors.Join(errs...)
 }
 

@@ -37,6 +37,9 @@ type Config struct {
 	// ScrubInterval is how often everything that is here is read and checked, slowly.
 	// Default a week; negative: never.
 	ScrubInterval time.Duration
+	// Keep holds the FUSE descriptor when this process has ended, for the next
+	// one; nil: nobody does, and lazy mounts die with the process.
+	Keep Keeper
 	// Loop mounts through loop devices even where the kernel can do without.
 	Loop bool
 }

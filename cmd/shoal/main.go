@@ -43,7 +43,7 @@ the rest follows in the background.`,
 		SilenceErrors: true,
 	}
 	cmd.AddCommand(newNodeCommand(), newSupernodeCommand(), newConfigCommand(),
-		newPrefetchCommand(), newStatusCommand(), newMembersCommand(), newVersionCommand())
+		newKeepCommand(), newPrefetchCommand(), newStatusCommand(), newMembersCommand(), newVersionCommand())
 	return cmd
 }
 

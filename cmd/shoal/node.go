@@ -21,6 +21,8 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/program"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/snapshotter"
 	"github.com/shoalfs/shoal/snapshotter/credentials"
@@ -52,7 +54,11 @@ supernode as well. In /etc/containerd/certs.d/_default/hosts.toml:
 			if err := loadConfig(cmd, path, c); err != nil {
 				return err
 			}
-			return runNode(cmd.Context(), c)
+			if err := program.Detach(); err != nil {
+				return err
+			}
+			program.SetName(cmd.Root().Name())
+			return runNode(cmd.Context(), c, fdstore.Open())
 		},
 	}
 	cmd.Flags().StringVar(&path, "config", path, "config file; the default one may be missing")
@@ -84,29 +90,20 @@ func (e explained) Document(ctx context.Context, req blockdev.DocumentRequest) (
 	return doc, e.credentials.Explain(err)
 }
 
-func runNode(ctx context.Context, c *config.Node) (err error) {
+// runNode serves FUSE first, since containers may be waiting for the answers to
+// their reads, and stops serving it last.
+func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err error) {
 	log := newLogger(c.Log)
-	metrics := daemon.NewMetrics(version, "node")
-	stopTracing, err := daemon.Trace(ctx, "shoal-node", version)
-	if err != nil {
-		return err
+	if !store.Kept() {
+		log.Warn("nobody keeps this process' descriptors: when it ends, containers on lazily mounted images get I/O errors; start it as `shoal keep -- shoal node`, or by the systemd unit that comes with shoal")
 	}
-	defer func() { err = errors.Join(err, stopTracing()) }()
-
 	if err := os.MkdirAll(c.Root, 0o700); err != nil {
 		return fmt.Errorf("root: %w", err)
 	}
-	up, membership, addresses, err := openUpstream(ctx, c, log, metrics)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, up.Close()) }()
-	keychain := credentials.NewDockerConfig(ctx, c.DockerConfig, log)
-	up = explained{up, keychain}
-
+	source := newLateSource()
 	var late lateSnapshotter
 	vols, err := volume.Open(ctx, volume.Config{
-		Root: c.Root, Source: up, Log: log,
+		Root: c.Root, Source: source, Log: log, Keep: store,
 		ReadTimeout: time.Duration(c.ReadTimeout), ScrubInterval: scrubInterval(c),
 		Cache: cache.Config{
 			Timeout: time.Duration(c.ReadTimeout),
@@ -117,6 +114,24 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, vols.Close()) }()
+
+	metrics := daemon.NewMetrics(version, "node")
+	stopTracing, err := daemon.Trace(ctx, "shoal-node", version)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stopTracing()) }()
+	up, membership, addresses, err := openUpstream(ctx, c, log, metrics)
+	if err != nil {
+		return err
+	}
+	source.set(up)
+	defer func() {
+		source.end()
+		err = errors.Join(err, up.Close())
+	}()
+	keychain := credentials.NewDockerConfig(ctx, c.DockerConfig, log)
+	up = explained{up, keychain}
 
 	sn, err := snapshotter.New(snapshotter.Config{
 		Root: c.Root, Data: dataPath{vols}, Images: up,
@@ -138,7 +153,7 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 	metrics.MustRegister(d.collectors()...)
 	server := grpc.NewServer(daemon.TraceGRPC())
 	snapshotter.Register(server, sn)
-	ln, err := control.Listen(c.Address)
+	ln, err := listenKept(store, c.Address, log)
 	if err != nil {
 		return err
 	}
@@ -146,13 +161,18 @@ func runNode(ctx context.Context, c *config.Node) (err error) {
 	g.Go(func() error { return server.Serve(ln) })
 	g.Go(func() error {
 		<-ctx.Done()
+		err := store.Stopping()
 		daemon.StopGRPC(server)
-		return nil
+		return err
 	})
 	g.Go(func() error { return control.Serve(ctx, c.ControlAddress, d) })
 	g.Go(func() error { return daemon.ServeMetrics(ctx, c.MetricsAddress, metrics, nil) })
 	g.Go(func() error { return daemon.ServeHTTP(ctx, "mirror_address", c.MirrorAddress, registryMirror) })
+	g.Go(func() error { return store.Watch(ctx, vols.Check) })
 	log.Info("node is up", "version", version, "socket", c.Address, "supernodes", addresses)
+	if err := store.Ready(); err != nil {
+		log.Error("cannot say that the node is ready", "error", err)
+	}
 	return g.Wait()
 }
 

@@ -21,7 +21,8 @@ type Supernode struct {
 	// Metrics is the host:port of its metrics.
 	Metrics string
 
-	lab *Lab
+	lab     *Lab
+	program string // under keep: where it takes the program from
 }
 
 // Node is a real `shoal node`.
@@ -38,7 +39,8 @@ type Node struct {
 	// Mirror is the host:port of its registry mirror.
 	Mirror string
 
-	lab *Lab
+	lab     *Lab
+	program string // under keep: where it takes the program from
 }
 
 // addressLine finds in a supernode's log the address it prints for nodes.
@@ -124,13 +126,25 @@ func (s *Supernode) HostPort() string {
 
 // StartNode starts a node below Dir/name. With no supernode it embeds one.
 func (l *Lab) StartNode(ctx context.Context, name, supernode, extra string) (*Node, error) {
-	metrics, err := l.freeAddr()
+	n, cfg, err := l.prepareNode(name, supernode, extra)
 	if err != nil {
 		return nil, err
 	}
+	if n.Process, err = l.Start(name, "shoal", nil, "node", "--config", cfg); err != nil {
+		return nil, err
+	}
+	return n, n.waitUp(ctx)
+}
+
+// prepareNode writes a node's config and returns its path.
+func (l *Lab) prepareNode(name, supernode, extra string) (*Node, string, error) {
+	metrics, err := l.freeAddr()
+	if err != nil {
+		return nil, "", err
+	}
 	mirror, err := l.freeAddr()
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	n := &Node{
 		Socket: l.Path(name, "shoal.sock"), Control: l.Path(name, "control.sock"),
@@ -138,7 +152,7 @@ func (l *Lab) StartNode(ctx context.Context, name, supernode, extra string) (*No
 	}
 	listen, err := l.freeAddr()
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	extra = defaults(extra, map[string]string{
 		"token_file": strconv.Quote(l.TokenFile()), "listen": fmt.Sprintf("[%q]", listen),
@@ -155,13 +169,12 @@ metrics_address = %q
 mirror_address = %q
 supernodes = %s
 %s`, n.Root, n.Socket, n.Control, metrics, mirror, list, extra))
-	if err != nil {
-		return nil, err
-	}
-	if n.Process, err = l.Start(name, "shoal", nil, "node", "--config", cfg); err != nil {
-		return nil, err
-	}
-	return n, WaitFor(ctx, "node", 30*time.Second, func() error {
+	return n, cfg, err
+}
+
+// waitUp waits until the node answers.
+func (n *Node) waitUp(ctx context.Context) error {
+	return WaitFor(ctx, "node", 30*time.Second, func() error {
 		if err := n.Alive(); err != nil {
 			return err
 		}
@@ -177,13 +190,7 @@ func (l *Lab) RestartNode(ctx context.Context, n *Node) (*Node, error) {
 	if again.Process, err = n.lab.Start(n.Name, "shoal", nil, "node", "--config", l.Path(n.Name+".toml")); err != nil {
 		return nil, err
 	}
-	return &again, WaitFor(ctx, "node", 30*time.Second, func() error {
-		if err := again.Alive(); err != nil {
-			return err
-		}
-		_, err := again.Status(ctx)
-		return err
-	})
+	return &again, again.waitUp(ctx)
 }
 
 // NodeStatus is what `shoal status --output json` prints.

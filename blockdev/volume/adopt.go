@@ -1,0 +1,191 @@
+package volume
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/fusefs"
+	"github.com/shoalfs/shoal/blockdev/mount"
+)
+
+// Keeper holds descriptors for longer than a process lives, as systemd's
+// descriptor store does.
+type Keeper interface {
+	// Take returns what an earlier process had kept under name, nil if nothing.
+	// The caller closes it; it goes on being kept.
+	Take(name string) *os.File
+	// Keep has f kept under name, and nothing else. It returns when that is so, as
+	// far as can be known.
+	Keep(name string, f *os.File) error
+	// Drop has nothing kept under name any more.
+	Drop(name string) error
+}
+
+// What a Manager has kept. Names and formats outlive versions of this program.
+const (
+	// keptFUSE is the /dev/fuse descriptor. It is kept last, so where it is, the
+	// other one is, too.
+	keptFUSE = "fuse"
+	// keptInit is a memfd with a record of the connection (encodeConnection).
+	keptInit = "fuse-init"
+)
+
+// connection is a FUSE connection that another process has mounted.
+type connection struct {
+	fd   *os.File
+	init []byte // fusefs.Options.Init
+}
+
+// The record of a connection: what follows the magic is little-endian.
+//
+//	 0   8  magic "SHOALFU" and a version byte, 1
+//	 8   4  major device number of the FUSE mount
+//	12   4  minor
+//	16      fusefs.Server.Init: FUSE_INIT request and answer, each with its length
+//	        in the first 4 bytes, in host byte order
+const (
+	recordMagic  = "SHOALFU\x01"
+	recordHeader = 16
+	recordMost   = 64 << 10
+)
+
+func encodeConnection(i mount.Info, init []byte) []byte {
+	b := append(make([]byte, 0, recordHeader+len(init)), recordMagic...)
+	b = binary.LittleEndian.AppendUint32(b, uint32(i.Major))
+	b = binary.LittleEndian.AppendUint32(b, uint32(i.Minor))
+	return append(b, init...)
+}
+
+func decodeConnection(b []byte) (major, minor int, init []byte, err error) {
+	if len(b) <= recordHeader || len(b) > recordMost || string(b[:len(recordMagic)]) != recordMagic {
+		return 0, 0, nil, fmt.Errorf("record of the FUSE connection: %w", blockdev.ErrCorrupt)
+	}
+	return int(binary.LittleEndian.Uint32(b[8:])), int(binary.LittleEndian.Uint32(b[12:])), b[recordHeader:], nil
+}
+
+// adoptConnection returns the connection of an earlier process, if it was kept
+// and is what is mounted; else nil, and the log says why if that is not as usual.
+func (m *Manager) adoptConnection(left []mount.Info) *connection {
+	if m.cfg.Keep == nil {
+		return nil
+	}
+	fd := m.cfg.Keep.Take(keptFUSE)
+	if fd == nil {
+		return nil
+	}
+	init, err := m.checkConnection(fd, left)
+	if err != nil {
+		m.cfg.Log.Warn("the FUSE connection that was kept cannot be taken over; a new one is made", "cause", err)
+		_ = fd.Close() // nothing was written
+		return nil
+	}
+	return &connection{fd, init}
+}
+
+func (m *Manager) checkConnection(fd *os.File, left []mount.Info) (init []byte, err error) {
+	record := m.cfg.Keep.Take(keptInit)
+	if record == nil {
+		return nil, errors.New("its record was not kept")
+	}
+	defer record.Close()
+	b, err := io.ReadAll(io.NewSectionReader(record, 0, recordMost+1))
+	if err != nil {
+		return nil, err
+	}
+	major, minor, init, err := decodeConnection(b)
+	if err != nil {
+		return nil, err
+	}
+	if !fusefs.Alive(fd) {
+		return nil, errors.New("it was aborted, or its mount is gone")
+	}
+	top, ok := m.fuseMount(left)
+	if !ok || top.Major != major || top.Minor != minor {
+		return nil, fmt.Errorf("it is not what is mounted at %s", filepath.Join(m.root, fuseDir))
+	}
+	return init, nil
+}
+
+// fuseMount finds the FUSE mount that is seen, which is the last one.
+func (m *Manager) fuseMount(mounts []mount.Info) (top mount.Info, ok bool) {
+	for _, i := range mounts {
+		if i.Type == fusefs.FSType && i.Dir == filepath.Join(m.root, fuseDir) {
+			top, ok = i, true
+		}
+	}
+	return top, ok
+}
+
+// resume has the kernel repeat what the last process has not answered.
+func (m *Manager) resume() error {
+	switch err := m.server.Resend(); {
+	case errors.Is(err, unix.EINVAL):
+		m.cfg.Log.Warn("reads that were under way when the last process ended fail: this kernel does not repeat them (Linux 6.9 does)")
+	case err != nil:
+		return err
+	}
+	m.cfg.Log.Info("lazy mounts of the last process taken over")
+	return nil
+}
+
+// initTimeout bounds the wait for the kernel's first request, which is under way
+// when mount(2) returns.
+const initTimeout = 10 * time.Second
+
+// keepConnection has a new connection kept, before anything is mounted over it.
+// Without it all works, until this process ends.
+func (m *Manager) keepConnection(ctx context.Context) {
+	if m.cfg.Keep == nil {
+		return
+	}
+	if err := m.tryKeep(ctx); err != nil {
+		m.cfg.Log.Error("the FUSE descriptor is not kept: if this process ends, containers on lazy mounts get I/O errors", "error", err)
+	}
+}
+
+func (m *Manager) tryKeep(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, initTimeout)
+	defer cancel()
+	init, err := m.server.Init(ctx)
+	if err != nil {
+		return err
+	}
+	mounts, err := m.left()
+	if err != nil {
+		return err
+	}
+	i, ok := m.fuseMount(mounts)
+	if !ok {
+		return fmt.Errorf("%s is not mounted any more", filepath.Join(m.root, fuseDir))
+	}
+	fd, err := unix.MemfdCreate("shoal-fuse-init", unix.MFD_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("memfd: %w", err)
+	}
+	record := os.NewFile(uintptr(fd), keptInit)
+	defer record.Close()
+	if _, err := record.Write(encodeConnection(i, init)); err != nil {
+		return err
+	}
+	if err := m.cfg.Keep.Keep(keptInit, record); err != nil {
+		return err
+	}
+	return m.cfg.Keep.Keep(keptFUSE, m.fuse)
+}
+
+// dropConnection undoes keepConnection.
+func (m *Manager) dropConnection() error {
+	if m.cfg.Keep == nil {
+		return nil
+	}
+	return errors.Join(m.cfg.Keep.Drop(keptFUSE), m.cfg.Keep.Drop(keptInit))
+}

@@ -1,0 +1,377 @@
+// Package keep is what systemd does for a daemon that it restarts, where there is
+// no systemd: it holds the descriptors that the daemon must not lose, and starts
+// the daemon again whenever it ends.
+//
+// Towards the daemon it speaks sd_notify(3): FDSTORE=1 and FDSTOREREMOVE=1 with
+// FDNAME=, BARRIER=1, READY=1; and LISTEN_FDS, LISTEN_FDNAMES and LISTEN_PID at its
+// start. Everything else that systemd understands is ignored.
+//
+// # Invariants
+//
+//   - What the daemon has sent before it ended is in the store before it is
+//     started again.
+//   - The program is held open, so what is started again is what ran before,
+//     whatever has become of the file. Only Upgrade takes the file anew; and if
+//     what is there does not get ready, the program before is started again.
+//   - The daemon outlives a keeper that is killed. It just has nobody then who
+//     would start it again.
+package keep
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"os/signal"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/cmd/shoal/internal/program"
+)
+
+// Upgrade is the signal that replaces the running program by what its file is now.
+const Upgrade = syscall.SIGUSR2
+
+const (
+	maxStored = 64
+	// settled is how long a daemon must have been ready for its end to be an
+	// accident, after which it is started at once.
+	settled              = 500 * time.Millisecond
+	firstPause, maxPause = 100 * time.Millisecond, 5 * time.Second
+)
+
+// Config of Run.
+type Config struct {
+	// Command is the daemon: a program, found in PATH if it has no slash, and its
+	// arguments.
+	Command []string
+	// Launcher is a command that ends up in Launch with the arguments added to it.
+	Launcher []string
+	// StartTimeout is how long a new version may take to get ready.
+	StartTimeout time.Duration
+	// StopTimeout is how long the daemon may take to end before it is killed.
+	StopTimeout time.Duration
+	Log         *slog.Logger
+}
+
+// Signals are those that Run wants to get.
+func Signals() []os.Signal {
+	return []os.Signal{Upgrade, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1}
+}
+
+// Run runs the daemon until a SIGTERM or SIGINT comes, which the daemon gets as
+// well, and returns how it ended. Other signals are passed on, but for Upgrade.
+func Run(cfg Config, signals <-chan os.Signal) error {
+	path, err := exec.LookPath(cfg.Command[0])
+	if err != nil {
+		return err
+	}
+	k := &keeper{Config: cfg, path: path, ready: make(chan struct{}, 1)}
+	if k.program, err = program.Open(path); err != nil {
+		return err
+	}
+	if k.socket, k.address, err = listen(); err != nil {
+		return fmt.Errorf("notification socket: %w", err)
+	}
+	go k.receive()
+	return k.loop(signals)
+}
+
+type keeper struct {
+	Config
+	path    string
+	address string // of the notification socket
+	socket  int
+
+	program  *os.File // that runs, or is to run
+	previous *os.File // that ran before an upgrade which is not over yet
+	next     *os.File // that an upgrade waits to start
+
+	child    *exec.Cmd // nil between two lives
+	ended    chan error
+	ready    chan struct{}
+	readyAt  time.Time // zero: not yet
+	failures int       // lives in a row that were short
+	stopping bool
+
+	mu     sync.Mutex
+	pid    int // whose messages count
+	stored []stored
+}
+
+type stored struct {
+	name string
+	file *os.File
+}
+
+// loop is the life of a keeper: everything but the store happens here.
+func (k *keeper) loop(signals <-chan os.Signal) error {
+	if err := k.start(); err != nil {
+		return err
+	}
+	var deadline <-chan time.Time // for the child to get ready, or to end
+	var pause <-chan time.Time    // before it is started again
+	for {
+		select {
+		case <-k.ready:
+			if !k.readyAt.IsZero() {
+				continue
+			}
+			k.readyAt = time.Now()
+			if k.previous != nil {
+				k.Log.Info("upgraded", "program", k.path)
+				k.previous.Close()
+				k.previous, deadline = nil, nil
+			}
+		case s := <-signals:
+			switch {
+			case s == Upgrade:
+				if k.child != nil && k.upgrade() {
+					deadline = time.After(k.StopTimeout)
+				}
+				continue
+			case s == syscall.SIGTERM || s == syscall.SIGINT:
+				if k.stopping = true; k.child == nil {
+					return nil
+				}
+				deadline = time.After(k.StopTimeout)
+			case k.child == nil:
+				continue
+			}
+			_ = k.child.Process.Signal(s) // it may just have ended
+		case <-deadline:
+			k.Log.Error("killed: it took too long", "program", k.path)
+			_ = k.child.Process.Kill()
+		case err := <-k.ended:
+			k.child, deadline = nil, nil
+			k.drain()
+			if k.stopping {
+				return err
+			}
+			pause = time.After(k.after(err))
+		case <-pause:
+			pause = nil
+			if err := k.start(); err != nil {
+				k.Log.Error("cannot start", "program", k.path, "error", err)
+				pause = time.After(k.after(err))
+			} else if k.previous != nil {
+				deadline = time.After(k.StartTimeout)
+			}
+		}
+	}
+}
+
+// upgrade opens what the program's file is now, and ends the child to make room
+// for it.
+func (k *keeper) upgrade() bool {
+	if k.next != nil || k.previous != nil || k.stopping {
+		k.Log.Warn("upgrade or stop under way already")
+		return false
+	}
+	next, err := program.Open(k.path)
+	if err != nil {
+		k.Log.Error("no upgrade: the new program cannot be opened; the old one goes on", "error", err)
+		return false
+	}
+	k.next = next
+	_ = k.child.Process.Signal(syscall.SIGTERM) // it may just have ended
+	return true
+}
+
+// after chooses what is started after the child has ended, and says when.
+func (k *keeper) after(err error) time.Duration {
+	switch {
+	case k.next != nil:
+		k.previous, k.program, k.next = k.program, k.next, nil
+		return 0
+	case k.previous != nil:
+		k.Log.Error("the upgrade failed: the new program did not get ready; the old one is started again", "program", k.path, "end", ending(err))
+		k.program.Close()
+		k.program, k.previous = k.previous, nil
+		return 0
+	}
+	if !k.readyAt.IsZero() && time.Since(k.readyAt) >= settled {
+		k.failures = 0
+	}
+	wait := time.Duration(0)
+	if k.failures > 0 {
+		wait = min(firstPause<<min(k.failures-1, 10), maxPause)
+	}
+	k.failures++
+	k.Log.Warn("ended, starting it again", "program", k.path, "end", ending(err), "in", wait)
+	return wait
+}
+
+func ending(err error) string {
+	if err == nil {
+		return "exit status 0"
+	}
+	return err.Error()
+}
+
+// start starts the program with all that is stored. It goes through Launch, since
+// LISTEN_PID cannot be known here.
+func (k *keeper) start() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	c := exec.Command("/proc/self/exe")
+	c.Args = slices.Concat([]string{self}, k.Launcher, []string{program.Path(k.program)}, k.Command)
+	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
+	c.Env = slices.DeleteFunc(os.Environ(), func(v string) bool {
+		return strings.HasPrefix(v, "LISTEN_") || strings.HasPrefix(v, "WATCHDOG_")
+	})
+	c.Env = append(c.Env, "NOTIFY_SOCKET="+k.address, "FDSTORE="+strconv.Itoa(maxStored))
+	if len(k.stored) > 0 {
+		var names []string
+		for _, s := range k.stored {
+			names = append(names, s.name)
+			c.ExtraFiles = append(c.ExtraFiles, s.file)
+		}
+		c.Env = append(c.Env, "LISTEN_FDS="+strconv.Itoa(len(names)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
+	}
+	if err := c.Start(); err != nil {
+		return err
+	}
+	k.child, k.pid, k.readyAt, k.ended = c, c.Process.Pid, time.Time{}, make(chan error, 1)
+	select {
+	case <-k.ready: // of an earlier child
+	default:
+	}
+	go func(ended chan<- error) { ended <- c.Wait() }(k.ended)
+	return nil
+}
+
+// Launch is the last thing that a process does which Run has started by
+// Config.Launcher: it becomes args[1:], the program at the path args[0].
+// It does not if ctx, which a signal to end cancels, has ended.
+func Launch(ctx context.Context, args []string) error {
+	if len(args) < 2 {
+		return errors.New("not to be called by hand")
+	}
+	// From here on such a signal ends the process.
+	signal.Reset(syscall.SIGTERM, syscall.SIGINT)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if os.Getenv("LISTEN_FDS") != "" {
+		if err := os.Setenv("LISTEN_PID", strconv.Itoa(os.Getpid())); err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("start %s: %w", args[1], unix.Exec(args[0], args[1:], os.Environ()))
+}
+
+// listen makes the notification socket, with a name that the kernel chooses.
+func listen() (fd int, address string, err error) {
+	fd, err = unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return 0, "", err
+	}
+	if err := errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PASSCRED, 1), unix.Bind(fd, &unix.SockaddrUnix{})); err != nil {
+		return 0, "", err
+	}
+	name, err := unix.Getsockname(fd)
+	if err != nil {
+		return 0, "", err
+	}
+	return fd, name.(*unix.SockaddrUnix).Name, nil
+}
+
+// receive handles messages as they come.
+func (k *keeper) receive() {
+	for {
+		fds := []unix.PollFd{{Fd: int32(k.socket), Events: unix.POLLIN}}
+		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
+			k.Log.Error("notification socket", "error", err)
+			return
+		}
+		k.drain()
+	}
+}
+
+// drain handles all messages that have come.
+func (k *keeper) drain() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	text := make([]byte, 4096)
+	control := make([]byte, unix.CmsgSpace(unix.SizeofUcred)+unix.CmsgSpace(4*maxStored))
+	for {
+		n, nc, _, _, err := unix.Recvmsg(k.socket, text, control, unix.MSG_CMSG_CLOEXEC)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return // nothing left
+		}
+		messages, err := unix.ParseSocketControlMessage(control[:nc])
+		if err != nil {
+			k.Log.Error("message from the daemon", "error", err)
+			continue
+		}
+		var files []*os.File
+		pid := 0
+		for _, m := range messages {
+			if cred, err := unix.ParseUnixCredentials(&m); err == nil {
+				pid = int(cred.Pid)
+			}
+			fds, _ := unix.ParseUnixRights(&m) // an error: it is no such message
+			for _, fd := range fds {
+				files = append(files, os.NewFile(uintptr(fd), "kept"))
+			}
+		}
+		if pid == k.pid {
+			files = k.handle(strings.Split(string(text[:n]), "\n"), files)
+		}
+		for _, f := range files { // for BARRIER=1 this is the answer
+			f.Close()
+		}
+	}
+}
+
+// handle does what a message says, and returns the files that were not stored.
+func (k *keeper) handle(lines []string, files []*os.File) []*os.File {
+	name := "stored"
+	for _, l := range lines {
+		if n, ok := strings.CutPrefix(l, "FDNAME="); ok && n != "" && !strings.Contains(n, ":") {
+			name = n
+		}
+	}
+	for _, l := range lines {
+		switch l {
+		case "READY=1":
+			select {
+			case k.ready <- struct{}{}:
+			default:
+			}
+		case "FDSTORE=1":
+			if len(k.stored)+len(files) > maxStored {
+				k.Log.Error("too many descriptors, not stored", "name", name)
+				continue
+			}
+			for _, f := range files {
+				k.stored = append(k.stored, stored{name, f})
+			}
+			files = nil
+		case "FDSTOREREMOVE=1":
+			k.stored = slices.DeleteFunc(k.stored, func(s stored) bool {
+				if s.name == name {
+					s.file.Close()
+				}
+				return s.name == name
+			})
+		}
+	}
+	return files
+}

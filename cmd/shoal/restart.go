@@ -1,0 +1,116 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
+)
+
+// keptListener names the socket for containerd in the descriptor store.
+const keptListener = "containerd"
+
+// listenKept returns the socket at path, with what has come to it while no
+// process was there, and has it kept for the next one.
+func listenKept(store *fdstore.Store, path string, log *slog.Logger) (net.Listener, error) {
+	if f := store.Take(keptListener); f != nil {
+		ln, err := adopt(f, path)
+		if err == nil {
+			return ln, nil
+		}
+		log.Warn("the socket that was kept cannot be taken over; a new one is made", "cause", err)
+		// Whoever still connects to the old one must not wait for ever.
+		if err := store.Drop(keptListener); err != nil {
+			return nil, err
+		}
+	}
+	ln, err := control.Listen(path)
+	if err != nil || !store.Kept() {
+		return ln, err
+	}
+	unix, ok := ln.(*net.UnixListener)
+	if !ok {
+		return ln, nil
+	}
+	f, err := unix.File()
+	if err != nil {
+		return nil, errors.Join(err, ln.Close())
+	}
+	defer f.Close()
+	if err := store.Keep(keptListener, f); err != nil {
+		log.Error("the socket for containerd is not kept: if this process ends, containerd's calls fail until it is back", "error", err)
+		return ln, nil
+	}
+	unix.SetUnlinkOnClose(false)
+	return ln, nil
+}
+
+// adopt makes a listener of f, which it closes.
+func adopt(f *os.File, path string) (net.Listener, error) {
+	defer f.Close()
+	ln, err := net.FileListener(f)
+	if err != nil {
+		return nil, err
+	}
+	unix, ok := ln.(*net.UnixListener)
+	if ok {
+		unix.SetUnlinkOnClose(false)
+	}
+	if at := ln.Addr().String(); !ok || at != path {
+		return nil, errors.Join(fmt.Errorf("it is at %s, and the config says %s", at, path), ln.Close())
+	}
+	if fi, err := os.Lstat(path); err != nil || fi.Mode().Type() != fs.ModeSocket {
+		return nil, errors.Join(fmt.Errorf("%s is not there any more", path), ln.Close())
+	}
+	return ln, nil
+}
+
+// lateSource is a Source that is there before what it asks. A request that comes
+// before waits; and one that fails because the source is being closed waits, too,
+// so that no reader gets an error that the next process would not give him.
+type lateSource struct {
+	src   blockdev.Source // valid once begun is closed
+	begun chan struct{}
+	ended chan struct{}
+	once  sync.Once
+}
+
+func newLateSource() *lateSource {
+	return &lateSource{begun: make(chan struct{}), ended: make(chan struct{})}
+}
+
+func (l *lateSource) set(src blockdev.Source) {
+	l.src = src
+	close(l.begun)
+}
+
+// end says that the source is about to be closed.
+func (l *lateSource) end() { l.once.Do(func() { close(l.ended) }) }
+
+// Fetch is that of the source.
+func (l *lateSource) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+	select {
+	case <-l.begun:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	err := l.src.Fetch(ctx, req, deliver)
+	if err == nil {
+		return nil
+	}
+	select {
+	case <-l.ended:
+		<-ctx.Done()
+		return context.Cause(ctx)
+	default:
+		return err
+	}
+}
