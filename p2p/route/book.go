@@ -104,7 +104,7 @@ func (g *Group) Report(a *Ask, t Target, o Outcome, now, took time.Duration, byt
 			}
 		}
 	}
-	b.judge(t.ID, o, now)
+	b.judge(g.id(t.Index), o, now)
 }
 
 func (b *Book) learn(demand bool, took time.Duration, bytes int) {

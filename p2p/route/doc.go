@@ -25,6 +25,10 @@
 //     of the parent cell is asked. The root of the zone's first cell asks
 //     another zone, in the same way again, and the root of all asks the
 //     supernode.
+//   - elder: a member of the cell that has the whole image (Member.Full), or else
+//     the next one below the root. A root asks there, with MaxHops, before it asks
+//     outside of the cell, so that a node that comes late does not get from the
+//     supernode what its neighbours have.
 //   - alternates: other members above a node in the tree that are asked when the
 //     parent is busy, dead or slow.
 //   - out: a peer that failed is left out of all trees for a while (ejected).
@@ -44,7 +48,7 @@
 //	for {
 //		t := group.Next(&ask, now)
 //		switch t.Kind {
-//		case route.Peer:      // ask t.ID, with hops+1 in the request
+//		case route.Peer:      // ask t.ID, with t.Hops in the request
 //		case route.Supernode: // ask the supernode
 //		case route.Later:     // all were busy: nothing before now+t.Wait
 //		case route.Nobody:    // the supernode failed too: give up
@@ -55,21 +59,25 @@
 // Batches: call Next for each chunk, then sort by Target.Index (-1: supernode)
 // and send one request to each. Requests that are served (hops > 0) are routed
 // in the same way: a parent that lacks the chunk asks its own parent, one flight
-// however many ask, and passes it on.
+// however many ask, and passes it on. Only a request that says MaxHops is never
+// forwarded: who lacks the chunk says so at once (Missing).
+//
+// Requests to a peer that is in no view any more are given up as Dead.
 //
 // While a request is under way, Book.Patience says how long to wait before a
 // second one is sent (hedge; for demand reads, and only if Book.Hedge grants the
 // bytes) and before the first is given up (Report with Slow, then Next).
 //
-// Prefetch begins at First, elsewhere on each node, and goes on from there.
+// Prefetch begins at First, elsewhere on each node, goes on from there and round,
+// and keeps as many bytes asked for as Window says.
 //
 // # Invariants
 //
-//   - A node asks only members that rank above itself in its cell, cells that
-//     rank above its own in its zone, zones that rank above its own. Rank does
-//     not depend on the view, so requests cannot go in circles however much
-//     views differ. (If nodes disagree about somebody's cell or zone, they might;
-//     then the hop limit ends it: a request of MaxHops goes to the supernode.)
+//   - Requests that may be forwarded go only to members that rank above the
+//     node in its cell, cells that rank above its own in its zone, zones that rank
+//     above its own. Rank does not depend on the view, so requests cannot go in
+//     circles however much views differ. (If nodes disagree about somebody's cell
+//     or zone, they might; then the hop limit ends it.)
 //   - Every search ends: an Ask tries at most MaxTries peers, each once, and
 //     then the supernode. So under any mix of views and deaths every chunk
 //     reaches every member for as long as the supernode has it.

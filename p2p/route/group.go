@@ -1,6 +1,7 @@
 package route
 
 import (
+	"math"
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -8,11 +9,12 @@ import (
 
 const (
 	// Fanout is how many members ask one and the same parent for a chunk.
-	Fanout = 4
+	Fanout = 3
 	// MaxTries is how many peers are tried for a chunk before the supernode is.
 	MaxTries = 8
 	// MaxHops bounds how often a request is forwarded from node to node: 30 is
-	// more than the deepest tree of trees has levels.
+	// more than a tree of trees of 10,000 members has levels. Who gets a request that says
+	// MaxHops does not forward it: it answers at once, that it lacks the chunk if so.
 	MaxHops = 30
 	// maxWaits is how often a prefetch waits for busy peers before it asks the
 	// supernode after all.
@@ -37,6 +39,8 @@ type Target struct {
 	Index int
 	// ID is the member's peer ID; empty if Kind is not Peer.
 	ID string
+	// Hops is what the request is to say. With MaxHops it is not forwarded.
+	Hops int
 	// Wait is set if Kind is Later.
 	Wait time.Duration
 }
@@ -68,8 +72,7 @@ func AskKey(key Key, p blockdev.Priority, hops int) Ask {
 // Promote turns a prefetch into a demand read, because somebody waits now.
 func (a *Ask) Promote() { a.demand = true }
 
-// Hops is how often the request was forwarded before it came to this node. A
-// request that is sent for it says one more.
+// Hops is how often the request was forwarded before it came to this node.
 func (a *Ask) Hops() int { return int(a.hops) }
 
 func (a *Ask) has(h uint64) bool {
@@ -126,8 +129,10 @@ func (g *Group) Next(a *Ask, now time.Duration) Target {
 	switch {
 	case a.last:
 		return Target{Kind: Nobody, Index: -1}
-	case a.hops >= MaxHops || a.ntried == MaxTries:
+	case a.hops >= MaxHops:
 		return g.supernode(a)
+	case a.ntried == MaxTries:
+		return g.exhausted(a, a.busy != 0)
 	}
 	g.refresh(now)
 	if a.ntried == 0 {
@@ -151,9 +156,16 @@ func (g *Group) Next(a *Ask, now time.Duration) Target {
 		}
 		return g.peer(a, int(c))
 	}
+	return g.exhausted(a, busy)
+}
+
+// exhausted is the answer when there is nobody left to try: if busy, some are
+// left who had no time, and a prefetch can wait for them.
+func (g *Group) exhausted(a *Ask, busy bool) Target {
 	if busy && !a.demand && a.waits < maxWaits {
+		wait := busyWait << min(a.waits, 8)
 		a.wait()
-		return Target{Kind: Later, Index: -1, Wait: busyWait << min(a.waits, 8)}
+		return Target{Kind: Later, Index: -1, Wait: wait}
 	}
 	return g.supernode(a)
 }
@@ -168,12 +180,17 @@ func (g *Group) id(i int) string {
 func (g *Group) peer(a *Ask, i int) Target {
 	a.tried[a.ntried] = uint32(g.t.hash[i] >> 32)
 	a.ntried++
-	return Target{Kind: Peer, Index: i, ID: g.id(i)}
+	t := Target{Kind: Peer, Index: i, ID: g.id(i), Hops: int(a.hops) + 1}
+	if i < len(g.t.view.Members) && rank(a.key, g.t.hash[i]) < rank(a.key, g.self) {
+		// One below, who would send the request back up.
+		t.Hops = MaxHops
+	}
+	return t
 }
 
 func (g *Group) supernode(a *Ask) Target {
 	a.last = true
-	return Target{Kind: Supernode, Index: -1}
+	return Target{Kind: Supernode, Index: -1, Hops: min(int(a.hops)+1, MaxHops)}
 }
 
 // refresh leaves out those who are out now.
@@ -205,30 +222,58 @@ func (g *Group) member(i int) int {
 	return i
 }
 
-// above returns the packed ranks of the members that rank above this node, in no
-// order. How many they are is the node's position in the tree.
-func (g *Group) above(key Key) []uint64 {
-	s := g.book.scratch[:0]
+// above returns the packed ranks of all members, and how many of them rank above
+// this node: its position in the tree. There is no branch that depends on a
+// rank: half of them would be mispredicted, and cost more than all the rest.
+func (g *Group) above(key Key) (s []uint64, position int) {
+	b := g.book
+	if cap(b.scratch) < 2*len(g.hash) {
+		b.scratch = make([]uint64, 2*len(g.hash))
+	}
+	s = b.scratch[:len(g.hash)]
 	own := rank(key, g.self) | indexMask
 	for i, h := range g.hash {
-		if r := rank(key, h); r > own {
-			s = append(s, pack(r, i))
+		r := rank(key, h)
+		s[i] = pack(r, i)
+		if r > own {
+			position++
 		}
 	}
-	g.book.scratch = s
-	return s
+	return s, position
 }
+
+// highest returns the n highest of s, and few or no others: ranks are as good as
+// random, so their number says how high the n-th is, about.
+func (g *Group) highest(s []uint64, n int) []uint64 {
+	few := uint64(n + 3 + 3*isqrt(n))
+	if few >= uint64(len(s)) {
+		return s
+	}
+	limit := -(math.MaxUint64 / uint64(len(s)) * few)
+	kept, k := g.book.scratch[len(s):2*len(s)], 0
+	for _, r := range s {
+		kept[k] = r
+		if r > limit {
+			k++
+		}
+	}
+	if k < n {
+		return s
+	}
+	return kept[:k]
+}
+
+func isqrt(n int) int { return int(math.Sqrt(float64(n))) }
 
 // parent returns the table's index of the first candidate, -1 for none.
 func (g *Group) parent(key Key) int {
-	if s := g.above(key); len(s) > 0 {
-		return g.member(indexOf(nth(s, (len(s)-1)/Fanout)))
+	if s, i := g.above(key); i > 0 {
+		p := (i - 1) / Fanout
+		return g.member(indexOf(nth(g.highest(s, p+1), p)))
 	}
 	var buf [maxCandidates]int32
-	for _, c := range g.across(key, buf[:0]) {
-		if !g.book.isOut(g.id(int(c))) {
-			return int(c)
-		}
+	if c := g.across(key, g.elder(key, buf[:0])); len(c) > 0 {
+		return int(c[0])
 	}
 	return -1
 }
@@ -237,12 +282,38 @@ const maxCandidates = 24
 
 // candidates appends all who may be asked, in order.
 func (g *Group) candidates(key Key, dst []int32) []int32 {
-	s := g.above(key)
-	if len(s) > 0 {
+	if s, i := g.above(key); i > 0 {
+		s = g.highest(s, i)
 		descending(s)
-		dst = g.inCell(s, dst)
+		dst = g.inCell(s[:i], dst)
 	}
-	return g.across(key, dst)
+	return g.across(key, g.elder(key, dst))
+}
+
+// elder appends a member of the cell that may have what a root lacks: who has the
+// whole image, else the next one below, which was the root if this node came
+// late. A root asks there before it asks outside of the cell, so that what those
+// who were there before it have does not come from the supernode again.
+func (g *Group) elder(key Key, dst []int32) []int32 {
+	best, bestRank := -1, uint64(0)
+	if len(g.t.full) > 0 {
+		for _, i := range g.t.full {
+			if r := rank(key, g.t.hash[i]); (best < 0 || r > bestRank) && g.t.hash[i] != g.self && !g.book.isOut(g.id(int(i))) {
+				best, bestRank = int(i), r
+			}
+		}
+	} else {
+		own := rank(key, g.self)
+		for i, h := range g.hash {
+			if r := rank(key, h); r < own && (best < 0 || r > bestRank) {
+				best, bestRank = g.member(i), r
+			}
+		}
+	}
+	if best < 0 || contains(dst, best) {
+		return dst
+	}
+	return append(dst, int32(best))
 }
 
 // inCell appends the parent, two alternates from the parent's level, and the

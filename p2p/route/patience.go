@@ -13,8 +13,9 @@ const (
 
 	demandLeast   = 20 * time.Millisecond
 	demandMost    = 150 * time.Millisecond
-	prefetchLeast = time.Second
-	prefetchMost  = 10 * time.Second
+	prefetchFirst = 5 * time.Second // before anything was learned
+	prefetchLeast = 2 * time.Second
+	prefetchMost  = 15 * time.Second
 
 	// hedgeBurst is how many bytes of hedges may be ahead of their budget: four
 	// of the longest chunks.
@@ -30,7 +31,11 @@ func (b *Book) Patience(demand bool) (hedge, giveUp time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if !demand {
-		return 0, min(max(4*b.prefetch.p95(), prefetchLeast), prefetchMost)
+		p := b.prefetch.p95()
+		if p == 0 {
+			return 0, prefetchFirst
+		}
+		return 0, min(max(4*p, prefetchLeast), prefetchMost)
 	}
 	hedge = hedgeFirst
 	if p := b.demand.p95(); p > 0 {

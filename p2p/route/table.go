@@ -23,6 +23,8 @@ type Member struct {
 	Zone, Rack string
 	// Cell is its cell. Zone and Cell together name a cell.
 	Cell uint32
+	// Full says that it has told the supernode that it has the whole image.
+	Full bool
 }
 
 // View is what one node knows about a group: the supernode hands it out.
@@ -50,8 +52,9 @@ type Table struct {
 	view View
 	// hash is that of each member's ID, then that of each gateway's.
 	hash  []uint64
-	zones []zone // the view's own first
-	cell  uint64 // hash of the view's own cell
+	full  []uint16 // members that have the whole image
+	zones []zone   // the view's own first
+	cell  uint64   // hash of the view's own cell
 }
 
 type cell struct {
@@ -85,6 +88,9 @@ func NewTable(v View) (*Table, error) {
 				v.Group, m.ID, m.Zone, m.Cell, v.Zone, v.Cell, blockdev.ErrCorrupt)
 		}
 		t.hash = append(t.hash, hashID(m.ID))
+		if m.Full && i < len(v.Members) {
+			t.full = append(t.full, uint16(i))
+		}
 	}
 	t.addCells()
 	return t, nil

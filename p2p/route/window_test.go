@@ -1,0 +1,69 @@
+package route
+
+import (
+	"testing"
+	"time"
+)
+
+// drive has a Window fetch through a pipe that gives size/latency bytes per
+// second, up to rate.
+func drive(w *Window, rounds int, latency time.Duration, rate float64) {
+	now := w.since
+	for range rounds {
+		chunk := 64 << 10
+		for range int(2*w.Bytes()) / chunk {
+			now += time.Duration(float64(chunk) / min(float64(w.Bytes())/latency.Seconds(), rate) * 1e9)
+			w.Got(now, chunk)
+		}
+	}
+}
+
+func TestWindowGrowsForAsLongAsItPays(t *testing.T) {
+	for _, c := range []struct {
+		name     string
+		latency  time.Duration
+		rate     float64
+		min, max int64
+	}{
+		{"the least fills the link", 10 * time.Millisecond, 125e6, windowLeast, 2 * windowLeast},
+		{"chunks come late", 200 * time.Millisecond, 125e6, 16 << 20, 64 << 20},
+		{"nothing is ever enough", time.Minute, 1e12, windowMost, windowMost},
+	} {
+		w := NewWindow(0)
+		drive(w, 40, c.latency, c.rate)
+		if w.Bytes() < c.min || w.Bytes() > c.max {
+			t.Errorf("%s: %d bytes, want %d to %d", c.name, w.Bytes(), c.min, c.max)
+		}
+	}
+}
+
+func TestWindowShrinksAgain(t *testing.T) {
+	w := NewWindow(0)
+	drive(w, 40, 200*time.Millisecond, 125e6)
+	if w.Bytes() < 16<<20 {
+		t.Fatalf("%d bytes do not fill the pipe", w.Bytes())
+	}
+	drive(w, 200, 2*time.Millisecond, 125e6)
+	if w.Bytes() > 2*windowLeast {
+		t.Errorf("still %d bytes where %d would do", w.Bytes(), windowLeast)
+	}
+}
+
+func TestFirstSpreadsNodes(t *testing.T) {
+	var parts [4]int
+	for i := range 1000 {
+		at := First(string(rune('a'+i%26))+string(rune('a'+i/26)), digest(1), 100)
+		if at < 0 || at >= 100 {
+			t.Fatalf("begins at %d of 100", at)
+		}
+		parts[at/25]++
+	}
+	for i, n := range parts {
+		if n < 180 || n > 320 {
+			t.Errorf("%d of 1000 begin in quarter %d", n, i)
+		}
+	}
+	if First("a", digest(1), 0) != 0 {
+		t.Error("an empty diff has no chunk to begin with but 0")
+	}
+}
