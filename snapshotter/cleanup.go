@@ -86,6 +86,9 @@ func (s *Snapshotter) removeDir(dir string) {
 
 // sweep removes the diffs that nobody uses from the data path, and says how many.
 func (s *Snapshotter) sweep(ctx context.Context) (removed int) {
+	if s.usesUnknown() {
+		return 0
+	}
 	for _, id := range s.refs.unused() {
 		if ctx.Err() != nil {
 			return removed
@@ -161,6 +164,9 @@ func (s *Snapshotter) start() error {
 	})
 	if err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("read snapshots: %w", err)
+	}
+	if err := s.adoptDiffs(); err != nil {
+		return err
 	}
 	listed, err := s.records.diffs()
 	if err != nil {

@@ -47,6 +47,12 @@ type LocalSize interface {
 	LocalSize(diffID blockdev.Digest) (bytes int64, ok bool)
 }
 
+// Implied is an optional part of Data: blockdev.Index.Implied of a diff. Without it,
+// diffs whose records were lost are not listed anew.
+type Implied interface {
+	Implied(diffID blockdev.Digest) ([]string, error)
+}
+
 // PrefetchWaiter is an optional part of Data, needed for LabelPrefetch:
 // PrefetchWait returns nil when every byte of the diff is local and verified, and
 // shown to be what the DiffID says.

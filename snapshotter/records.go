@@ -152,6 +152,16 @@ func (r *records) intend(ids []blockdev.Digest) error {
 	})
 }
 
+// adopt lists a diff that is there without a record.
+func (r *records) adopt(id blockdev.Digest, implied []string) error {
+	return r.db.Update(func(tx *bolt.Tx) error {
+		if _, ok, err := getDiff(tx, id); ok || err != nil {
+			return err
+		}
+		return putDiff(tx, id, diffRecord{Added: true, Implied: implied})
+	})
+}
+
 // opened stores an image all of whose diffs have been added. implied has an entry
 // for each diff whose index was read just now.
 func (r *records) opened(img imageRecord, implied map[blockdev.Digest][]string) error {

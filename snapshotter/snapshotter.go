@@ -75,8 +75,7 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 		// refuse to be used again.
 		s.options = append(s.options, "index=off")
 	}
-	// shoal.db goes first: its lock keeps a second process off both files.
-	if s.records, err = openRecords(filepath.Join(cfg.Root, "shoal.db")); err != nil {
+	if err := s.openDatabases(); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -84,9 +83,6 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 			_ = s.records.close()
 		}
 	}()
-	if s.ms, err = storage.NewMetaStore(filepath.Join(cfg.Root, "metadata.db")); err != nil {
-		return nil, err
-	}
 	s.base, s.cancel = context.WithCancel(context.Background())
 	s.pulls.base, s.pulls.timeout, s.pulls.idle = s.base, cfg.IndexTimeout, cfg.PullIdle
 	s.pulls.ended = func(ctx context.Context) { s.sweep(ctx) }

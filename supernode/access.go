@@ -14,6 +14,7 @@ import (
 	"go.etcd.io/bbolt"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/boltcheck"
 	"github.com/shoalfs/shoal/supernode/registry"
 )
 
@@ -21,6 +22,9 @@ import (
 type checker interface {
 	Check(ctx context.Context, ref string, manifest blockdev.Digest, cred blockdev.Credential) error
 }
+
+// accessFile is where it is kept who had access.
+const accessFile = "access.db"
 
 const (
 	// negativeTTL is how long a registry's "no" to anonymous access is believed.
@@ -78,7 +82,15 @@ type grant struct{ repo, cred string }
 var graceBucket = []byte("grace-1")
 
 func openAccess(dir string, reg checker, ttl, grace time.Duration, log *slog.Logger, now func() time.Time) (*access, error) {
-	file := filepath.Join(dir, "access.db")
+	file := filepath.Join(dir, accessFile)
+	if err := boltcheck.File(file, nil); errors.Is(err, blockdev.ErrCorrupt) {
+		aside, aerr := boltcheck.SetAside(file)
+		if aerr != nil {
+			return nil, aerr
+		}
+		log.Error("the record of who had access is damaged and was set aside; until nodes have asked again, none has access while its registry is down",
+			"aside", aside, "error", err)
+	}
 	db, err := bbolt.Open(file, 0o600, &bbolt.Options{Timeout: time.Second})
 	if err != nil {
 		return nil, fmt.Errorf("%s (is another supernode using the directory?): %w", file, err)

@@ -73,11 +73,10 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 		return nil, err
 	}
 	if cfg.bootID == "" {
-		b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-		if err != nil {
-			return nil, fmt.Errorf("cache %s: which boot this is: %w", cfg.Root, err)
+		var err error
+		if cfg.bootID, err = bootID(); err != nil {
+			return nil, fmt.Errorf("cache %s: %w", cfg.Root, err)
 		}
-		cfg.bootID = string(b)
 	}
 	for _, dir := range []string{cfg.Root, filepath.Join(cfg.Root, diffsDir), filepath.Join(cfg.Root, tmpDir), filepath.Join(cfg.Root, quarantineDir)} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -120,6 +119,15 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	return c, nil
 }
 
+// bootID names this boot of the kernel.
+func bootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", fmt.Errorf("which boot this is: %w", err)
+	}
+	return string(b), nil
+}
+
 // markOpen writes down that the cache is open during this boot. It reports whether
 // it was so during another one, which then ended without Close.
 func markOpen(path string, boot [16]byte) (unclean bool, err error) {
@@ -143,6 +151,9 @@ func markOpen(path string, boot [16]byte) (unclean bool, err error) {
 	return unclean, syncDir(filepath.Dir(path))
 }
 
+// ErrInUse: another process has the cache open.
+var ErrInUse = errors.New("another process has this cache open")
+
 // takeLock keeps a second process out, which would not know of this one's
 // flights and bits. The kernel lets go of the lock when the process ends.
 func takeLock(path string) (*os.File, error) {
@@ -152,7 +163,7 @@ func takeLock(path string) (*os.File, error) {
 	}
 	if err := control(f, func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) }); err != nil {
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = errors.New("another process has this cache open")
+			err = ErrInUse
 		}
 		return nil, errors.Join(err, f.Close())
 	}

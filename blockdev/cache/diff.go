@@ -244,15 +244,7 @@ func (d *Diff) openFiles(ix *blockdev.Index) error {
 	}
 	if !bytes.Equal(meta, ix.Meta) {
 		d.c.cfg.Log.Warn("the metadata image of a diff is damaged; it is written again from the index", "diff", d.id, "file", d.MetaPath())
-		// A new file: a mount may hold the old one.
-		tmp := d.MetaPath() + ".new"
-		if err := os.RemoveAll(tmp); err != nil {
-			return err
-		}
-		if err := writeFile(tmp, ix.Meta, true); err != nil {
-			return err
-		}
-		if err := os.Rename(tmp, d.MetaPath()); err != nil {
+		if err := d.writeMeta(ix.Meta); err != nil {
 			return err
 		}
 	}
@@ -263,6 +255,18 @@ func (d *Diff) openFiles(ix *blockdev.Index) error {
 		return err
 	}
 	return d.loadBitmap(ix)
+}
+
+// writeMeta makes a new file: a mount may hold the old one.
+func (d *Diff) writeMeta(meta []byte) error {
+	tmp := d.MetaPath() + ".new"
+	if err := os.RemoveAll(tmp); err != nil {
+		return err
+	}
+	if err := writeFile(tmp, meta, true); err != nil {
+		return err
+	}
+	return os.Rename(tmp, d.MetaPath())
 }
 
 // loadBitmap finds out which chunks are present. What of the file is not

@@ -260,6 +260,15 @@ func (p *presence) persist(w io.WriterAt, wait bool) error {
 	return nil
 }
 
+// soil has every record written again.
+func (p *presence) soil() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for g := range groups(p.n) {
+		p.dirty.set(g)
+	}
+}
+
 // counts returns the chunks and bytes that are present, and the bytes of these
 // that are not synced.
 func (p *presence) counts() (chunks int, bytes, unsynced int64) {

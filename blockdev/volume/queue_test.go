@@ -35,9 +35,12 @@ func (d *fakeDiff) Proof() cache.ProofState {
 	return cache.Unproven
 }
 
-func (d *fakeDiff) Scrub(context.Context) error                            { return nil }
-func (d *fakeDiff) Scrubbed() time.Time                                    { return time.Time{} }
-func (d *fakeDiff) Check(context.Context, bool) (c cache.Checked, _ error) { return c, nil }
+func (d *fakeDiff) Scrub(context.Context) error     { return nil }
+func (d *fakeDiff) Scrubbed() time.Time             { return time.Time{} }
+func (d *fakeDiff) Index() (*blockdev.Index, error) { return &blockdev.Index{}, nil }
+func (d *fakeDiff) Verify(context.Context, bool) (*cache.Inspection, error) {
+	return &cache.Inspection{}, nil
+}
 
 func (d *fakeDiff) Prove(ctx context.Context, hurry bool) error { return d.prove(ctx, hurry) }
 

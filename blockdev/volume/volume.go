@@ -57,7 +57,8 @@ type diff interface {
 	Distrust() error
 	Scrub(ctx context.Context) error
 	Scrubbed() time.Time
-	Check(ctx context.Context, hurry bool) (cache.Checked, error)
+	Index() (*blockdev.Index, error)
+	Verify(ctx context.Context, repair bool) (*cache.Inspection, error)
 	Stat() cache.Stat
 }
 
@@ -360,6 +361,19 @@ type Stat struct {
 	Prefetch PrefetchState
 	// Proof says whether its index is proven.
 	Proof cache.ProofState
+}
+
+// Implied returns the directories that a diff's index implies; see blockdev.Index.
+func (m *Manager) Implied(id blockdev.Digest) ([]string, error) {
+	v, err := m.volume(id)
+	if err != nil {
+		return nil, err
+	}
+	ix, err := v.diff.Index()
+	if err != nil {
+		return nil, err
+	}
+	return ix.Implied, nil
 }
 
 // Counters returns what the local diffs have counted since Open.

@@ -18,7 +18,9 @@ import (
 type fakeDaemon struct {
 	status *control.Status
 	events []control.Event
-	errs   map[string]error // of a prefetch, by reference
+	errs   map[string]error // of a prefetch, by reference; of a check
+	report *control.CheckReport
+	asked  control.CheckRequest
 }
 
 func (d *fakeDaemon) Status(context.Context) (*control.Status, error) { return d.status, nil }
@@ -28,6 +30,12 @@ func (d *fakeDaemon) Prefetch(_ context.Context, req control.PrefetchRequest, ev
 		event(e)
 	}
 	return d.errs[req.Ref]
+}
+
+func (d *fakeDaemon) Check(_ context.Context, req control.CheckRequest, event func(string)) (*control.CheckReport, error) {
+	event("layer sha256:abc")
+	d.asked = req
+	return d.report, d.errs["check"]
 }
 
 // start serves d and returns the path of its socket.

@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -23,7 +24,11 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := newCommand().ExecuteContext(ctx)
 	stop()
-	if err != nil {
+	var status *exitError
+	switch {
+	case errors.As(err, &status):
+		os.Exit(status.code) // what there is to say has been said
+	case err != nil:
 		fmt.Fprintln(os.Stderr, "shoal:", err)
 		os.Exit(1)
 	}
@@ -43,7 +48,7 @@ the rest follows in the background.`,
 		SilenceErrors: true,
 	}
 	cmd.AddCommand(newNodeCommand(), newSupernodeCommand(), newConfigCommand(),
-		newKeepCommand(), newPrefetchCommand(), newStatusCommand(), newMembersCommand(), newVersionCommand())
+		newKeepCommand(), newPrefetchCommand(), newStatusCommand(), newCheckCommand(), newMembersCommand(), newVersionCommand())
 	return cmd
 }
 

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -198,6 +199,7 @@ func (s *Store) openDB() error {
 // guard turns a panic of bbolt, which is how it reports a damaged page, into an
 // error, so that one bad page does not take the process down.
 func guard(f func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // a page number far off
 	defer func() {
 		if r := recover(); r != nil {
 			err = fmt.Errorf("store: index.db: %w: %v", blockdev.ErrCorrupt, r)

@@ -1,4 +1,4 @@
-// Package control is how `shoal status` and `shoal prefetch` talk to a running
+// Package control is how `shoal status`, `prefetch` and `check` talk to a running
 // daemon: JSON over HTTP on a Unix socket that only root may open. Prefetch
 // answers with one JSON event a line, so progress is seen as it happens, and
 // closing the connection cancels it.
@@ -76,6 +76,9 @@ type Daemon interface {
 	// Prefetch reports by calling event, from one goroutine at a time, and
 	// returns nil when every byte is where the request wants it, verified.
 	Prefetch(ctx context.Context, req PrefetchRequest, event func(Event)) error
+	// Check checks all that the daemon keeps on disk, and disturbs nobody. It calls
+	// event with what it is about to look at, from one goroutine.
+	Check(ctx context.Context, req CheckRequest, event func(what string)) (*CheckReport, error)
 }
 
 // Serve answers on a new Unix socket at path until ctx ends. A socket that a
@@ -113,6 +116,7 @@ func Serve(ctx context.Context, path string, d Daemon) error {
 		send(last)
 	})
 	serveMembers(mux, d)
+	mux.HandleFunc("POST /v1/check", func(w http.ResponseWriter, r *http.Request) { serveCheck(d, w, r) })
 	// Profiles of a running daemon, for root alone as everything here.
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
@@ -168,6 +172,9 @@ func Listen(path string) (net.Listener, error) {
 	return ln, nil
 }
 
+// ErrNoDaemon: nobody serves the socket.
+var ErrNoDaemon = errors.New("no shoal daemon answers")
+
 // Client talks to the daemon whose socket is at Path.
 type Client struct {
 	Path string
@@ -190,7 +197,7 @@ func (c Client) do(ctx context.Context, method, path string, body io.Reader) (*h
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		return nil, fmt.Errorf("no shoal daemon answers at %s (%w): is `shoal node` or `shoal supernode` running, and are you root? --control names another socket", c.Path, err)
+		return nil, fmt.Errorf("%w at %s (%w): is `shoal node` or `shoal supernode` running, and are you root? --control names another socket", ErrNoDaemon, c.Path, err)
 	}
 	if resp.StatusCode != http.StatusOK {
 		defer resp.Body.Close()

@@ -21,9 +21,14 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 type fake struct {
 	status   func(context.Context) (*Status, error)
 	prefetch func(context.Context, PrefetchRequest, func(Event)) error
+	check    func(context.Context, CheckRequest, func(string)) (*CheckReport, error)
 }
 
 func (f fake) Status(ctx context.Context) (*Status, error) { return f.status(ctx) }
+
+func (f fake) Check(ctx context.Context, req CheckRequest, event func(string)) (*CheckReport, error) {
+	return f.check(ctx, req, event)
+}
 
 func (f fake) Prefetch(ctx context.Context, req PrefetchRequest, event func(Event)) error {
 	return f.prefetch(ctx, req, event)

@@ -1,0 +1,345 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/blockdev/proof"
+)
+
+// What a repair does about it.
+const (
+	repairDiff   = "removed; its index and bytes are fetched again when they are needed"
+	repairMeta   = "written again from the index"
+	repairBitmap = "made again: every chunk is checked before it is used"
+	repairChunks = "dropped; they are fetched again"
+	repairProof  = "quarantined"
+	repairFile   = "removed"
+)
+
+// Inspection is what Inspect has looked at and found.
+type Inspection struct {
+	// Diffs of which Proven are what their DiffIDs say, shown just now, and Complete
+	// have all bytes.
+	Diffs, Complete, Proven int
+	// Chunks and Bytes that were read and checked.
+	Chunks, DamagedChunks int
+	Bytes                 int64
+	// Damaged are the diffs that were found so.
+	Damaged  []blockdev.Digest
+	Findings []blockdev.Finding
+}
+
+func (in *Inspection) add(where, repaired, format string, args ...any) {
+	in.Findings = append(in.Findings, blockdev.Finding{Where: where, Problem: fmt.Sprintf(format, args...), Repaired: repaired})
+}
+
+// Inspect reads and checks all local diffs below root while no Cache has it open;
+// if one has, the error wraps ErrInUse. Nothing is changed, and every Finding
+// says in Repaired what Repair would do.
+func Inspect(ctx context.Context, root string) (*Inspection, error) {
+	lock, err := takeLock(filepath.Join(root, lockFile))
+	if err != nil {
+		return nil, fmt.Errorf("check %s: %w", root, err)
+	}
+	defer lock.Close()
+	boot, err := bootID()
+	if err != nil {
+		return nil, fmt.Errorf("check %s: %w", root, err)
+	}
+	in := &Inspection{}
+	dirs, err := os.ReadDir(filepath.Join(root, diffsDir))
+	if err != nil {
+		return nil, fmt.Errorf("check %s: %w", root, err)
+	}
+	q, err := openQuarantine(filepath.Join(root, quarantineDir), nil, slog.New(slog.DiscardHandler))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("check %s: %w", root, err)
+	}
+	for _, e := range dirs {
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("check %s: %w", root, context.Cause(ctx))
+		}
+		dir := filepath.Join(root, diffsDir, e.Name())
+		id, ok := diffName(e.Name())
+		if !ok {
+			in.add(dir, "", "this is no diff: look what it is, and move it away")
+			continue
+		}
+		i := &inspector{in: in, dir: dir, id: id, q: q, boot: hashBoot(boot)}
+		before := len(in.Findings)
+		if err := i.run(ctx); err != nil {
+			return nil, fmt.Errorf("check diff %v: %w", id, err)
+		}
+		in.Diffs++
+		if len(in.Findings) > before {
+			in.Damaged = append(in.Damaged, id)
+		}
+	}
+	return in, in.tmp(root)
+}
+
+// tmp finds what a crash has left half-done.
+func (in *Inspection) tmp(root string) error {
+	left, err := os.ReadDir(filepath.Join(root, tmpDir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, e := range left {
+		in.add(filepath.Join(root, tmpDir, e.Name()), repairFile, "left behind when a layer was added or removed")
+	}
+	return nil
+}
+
+// diffName reads the name of a diff's directory.
+func diffName(name string) (id blockdev.Digest, ok bool) {
+	if len(name) != hex.EncodedLen(len(id)) {
+		return id, false
+	}
+	_, err := hex.Decode(id[:], []byte(name))
+	return id, err == nil && id.Hex() == name
+}
+
+// inspector looks at one diff.
+type inspector struct {
+	in  *Inspection
+	dir string
+	id  blockdev.Digest
+	q   *quarantine
+	// boot that the kernel runs. What another one has not synced nobody believes.
+	boot [16]byte
+
+	ix   *blockdev.Index
+	tab  *table
+	data *os.File
+	bits bitset // what the bitmap says is present
+}
+
+func (i *inspector) where() string { return "layer " + i.id.String() }
+
+func (i *inspector) run(ctx context.Context) error {
+	enc, err := readIndex(filepath.Join(i.dir, indexFile))
+	if err == nil {
+		i.ix, err = index.Decode(enc)
+	}
+	if err == nil && i.ix.DiffID != i.id {
+		err = fmt.Errorf("it is that of %v", i.ix.DiffID)
+	}
+	if err == nil {
+		i.tab, err = newTable(i.ix)
+	}
+	if err != nil {
+		i.in.add(i.where(), repairDiff, "index: %v", err)
+		return nil
+	}
+	meta, err := os.ReadFile(filepath.Join(i.dir, metaFile))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if !bytes.Equal(meta, i.ix.Meta) {
+		i.in.add(i.where(), repairMeta, "metadata image is not that of its index")
+	}
+	complete, err := i.bitmap(blockdev.Sum(enc))
+	if err != nil {
+		return err
+	}
+	i.data, err = os.Open(filepath.Join(i.dir, dataFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		i.in.add(i.where(), repairBitmap, "data file is missing")
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer i.data.Close()
+	damaged, err := i.chunks(ctx)
+	if err != nil {
+		return err
+	}
+	if i.q != nil && i.q.has(i.id, blockdev.Sum(enc)) {
+		i.in.add(i.where(), "", "quarantined: %v", i.q.m[i.id].Cause)
+		return nil
+	}
+	if complete && damaged == 0 {
+		i.in.Complete++
+		return i.prove(ctx)
+	}
+	return nil
+}
+
+// bitmap reads what is said to be there. What cannot be believed is not looked at:
+// nobody else believes it.
+func (i *inspector) bitmap(sum blockdev.Digest) (complete bool, err error) {
+	b, err := os.ReadFile(filepath.Join(i.dir, bitmapFile))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	h, err := decodeHeader(b)
+	n := i.tab.len()
+	switch {
+	case err != nil:
+	case h.diffID != i.id || h.index != sum:
+		err = errors.New("it is that of another index")
+	case h.chunks != uint32(n) || int64(len(b)) != bitmapSize(n):
+		err = errors.New("it is of another length")
+	}
+	p := newPresence(i.id, i.tab)
+	i.bits = p.present
+	if err != nil {
+		i.in.add(i.where(), repairBitmap, "bitmap: %v", err)
+		return false, nil
+	}
+	bad := 0
+	codec := newRecordCodec(i.id)
+	for g := range groups(n) {
+		if _, ok := codec.get(b[headerSize+g*recordSize:], g); !ok {
+			bad++
+		}
+	}
+	if bad > 0 {
+		i.in.add(i.where(), repairBitmap, "bitmap: %d of %d records do not match their checksums", bad, groups(n))
+	}
+	believed := believeSynced
+	if h.boot == i.boot {
+		believed = believePresent
+	}
+	p.load(b[headerSize:], believed)
+	return h.complete && bad == 0 && p.synced.all(0, n), nil
+}
+
+// chunks reads what is present.
+func (i *inspector) chunks(ctx context.Context) (damaged int, err error) {
+	buf := make([]byte, blockdev.MaxChunk)
+	first, seen := -1, 0
+	for k := range i.tab.len() {
+		if !i.bits.get(k) {
+			continue
+		}
+		if ctx.Err() != nil {
+			return 0, context.Cause(ctx)
+		}
+		b := buf[:i.tab.length(k)]
+		n, err := i.data.ReadAt(b, i.tab.start(k))
+		if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, unix.EIO) {
+			return 0, err
+		}
+		seen++
+		i.in.Chunks++
+		i.in.Bytes += int64(n)
+		if err != nil || blockdev.Sum(b) != i.tab.digests[k] {
+			if damaged++; first < 0 {
+				first = k
+			}
+		}
+		if seen%64 == 0 {
+			dropPages(i.data, 0, i.tab.start(k))
+		}
+	}
+	dropPages(i.data, 0, 0)
+	i.in.DamagedChunks += damaged
+	if damaged > 0 {
+		i.in.add(i.where(), repairChunks, "%d of %d chunks have other bytes than their digests say, the first at offset %d", damaged, seen, i.tab.start(first))
+	}
+	return damaged, nil
+}
+
+// prove compares a complete diff with its DiffID, if its header stream is here.
+func (i *inspector) prove(ctx context.Context) error {
+	heads := newHeaders(i.ix)
+	var f *os.File
+	if len(heads.pieces) > 0 {
+		var err error
+		if f, err = os.Open(filepath.Join(i.dir, headersFile)); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		defer f.Close()
+	}
+	buf := make([]byte, blockdev.MaxChunk)
+	next := 0
+	err := proof.Run(ctx, i.ix, i.data, func(context.Context, blockdev.Piece) ([]byte, error) {
+		k := next
+		next++
+		b, ok := heads.piece(f, k, buf)
+		if !ok {
+			return nil, ErrIncomplete
+		}
+		return b, nil
+	})
+	dropPages(i.data, 0, 0)
+	switch {
+	case err == nil:
+		i.in.Proven++
+	case errors.Is(err, proof.ErrMismatch):
+		i.in.add(i.where(), repairProof, "all bytes are here, and they are not what the index says: %v", err)
+	case errors.Is(err, ErrIncomplete):
+		// Pieces are fetched again when they are needed.
+	default:
+		return err
+	}
+	return nil
+}
+
+// noSource is for a Cache that is opened to be repaired.
+type noSource struct{}
+
+func (noSource) Fetch(context.Context, blockdev.Request, blockdev.Deliver) error {
+	return blockdev.ErrUnavailable
+}
+
+// Repair does what Inspect has said. The Inspection that it returns is of what is
+// there afterwards of the damaged diffs alone.
+func Repair(ctx context.Context, root string, damaged []blockdev.Digest, log *slog.Logger) (*Inspection, error) {
+	c, err := Open(ctx, Config{Root: root, Source: noSource{}, Log: log})
+	if err != nil {
+		return nil, err
+	}
+	err = c.repair(ctx, damaged)
+	if err := errors.Join(err, c.Close()); err != nil {
+		return nil, err
+	}
+	after := &Inspection{}
+	for _, id := range damaged {
+		dir := filepath.Join(root, diffsDir, id.Hex())
+		if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		i := &inspector{in: after, dir: dir, id: id, boot: c.boot}
+		if err := i.run(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return after, after.tmp(root)
+}
+
+func (c *Cache) repair(ctx context.Context, damaged []blockdev.Digest) error {
+	for _, id := range damaged {
+		d, ok := c.Get(id)
+		if !ok {
+			continue
+		}
+		if _, err := d.Check(ctx, true); err != nil && !errors.Is(err, ErrDamaged) {
+			return err
+		}
+		if d.Complete() && d.Proof() == Unproven {
+			// Without a Source it may be that this cannot be told.
+			if err := d.Prove(ctx, true); ctx.Err() != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

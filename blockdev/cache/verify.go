@@ -1,0 +1,93 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Verify checks the files of a diff that is in use: index, metadata image and
+// bitmap against what is known, and every chunk that is here against its digest.
+// What is damaged of the chunks is missing from then on, as with any read. With
+// repair the other files are written again where that can be done.
+func (d *Diff) Verify(ctx context.Context, repair bool) (*Inspection, error) {
+	in := &Inspection{Diffs: 1}
+	where := "layer " + d.id.String()
+	complete := d.Complete()
+	res, err := d.Check(ctx, true)
+	in.Chunks, in.Bytes, in.DamagedChunks = res.Chunks, res.Bytes, res.Damaged
+	if errors.Is(err, ErrDamaged) {
+		in.add(where, repairChunks, "%v", err)
+	} else if err != nil {
+		return nil, err
+	} else if complete {
+		in.Complete = 1
+	}
+	switch d.Proof() {
+	case Proven:
+		in.Proven = 1
+	case Quarantined:
+		in.add(where, "", "%v", d.Distrust())
+	case Unproven:
+	}
+	ix, err := d.Index()
+	if err != nil {
+		in.add(where, "", "%v: remove the images that have it and pull them again, or restart the node, which fetches it again", err)
+		return in, nil
+	}
+	meta, err := os.ReadFile(d.MetaPath())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	if !bytes.Equal(meta, ix.Meta) {
+		done := ""
+		if repair {
+			if err := d.writeMeta(ix.Meta); err != nil {
+				return nil, err
+			}
+			done = repairMeta
+		}
+		in.add(where, done, "metadata image is not that of its index (containers that have it mounted may read wrong names and sizes: restart them)")
+	}
+	return in, d.verifyBitmap(in, where, repair)
+}
+
+// verifyBitmap looks at the file after it has been brought up to date.
+func (d *Diff) verifyBitmap(in *Inspection, where string, repair bool) error {
+	var bad error
+	for range 3 { // a record that is just being written may be seen half
+		if err := d.pres.persist(d.bitmap, true); err != nil {
+			return err
+		}
+		b := make([]byte, bitmapSize(d.tab.len()))
+		if _, err := d.bitmap.ReadAt(b, 0); err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		if _, bad = decodeHeader(b); bad == nil {
+			for g := range groups(d.tab.len()) {
+				if _, ok := d.pres.codec.get(b[headerSize+g*recordSize:], g); !ok {
+					bad = fmt.Errorf("record %d does not match its checksum: %w", g, blockdev.ErrCorrupt)
+				}
+			}
+		}
+		if bad == nil {
+			return nil
+		}
+	}
+	done := ""
+	if repair {
+		d.pres.soil()
+		if err := errors.Join(d.pres.persist(d.bitmap, true), fdatasync(d.bitmap), d.writeHeader(d.complete.Load())); err != nil {
+			return err
+		}
+		done = "written again from memory"
+	}
+	in.add(where, done, "bitmap: %v", bad)
+	return nil
+}

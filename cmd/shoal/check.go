@@ -1,0 +1,172 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"text/tabwriter"
+
+	"github.com/docker/go-units"
+	"github.com/spf13/cobra"
+
+	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
+)
+
+// Exit statuses of shoal check, besides 0 (clean) and 1 (it could not be checked).
+const (
+	exitDamaged  = 2
+	exitRepaired = 3
+)
+
+// exitError ends the program with a status of its own, when all has been said.
+type exitError struct{ code int }
+
+func (e *exitError) Error() string { return fmt.Sprintf("exit status %d", e.code) }
+
+func newCheckCommand() *cobra.Command {
+	var socket, root, output string
+	var repair bool
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "Check what is on this disk: layers, databases, mounts; repair it",
+		Long: `Check reads all that a node or a supernode keeps on this machine's disk and compares
+it with its digests: layers with their indexes and DiffIDs, the store of a
+supernode with the digests of its chunks, and the databases and mounts.
+
+It asks the daemon that runs here, which waits for whatever containers read, or, if
+none runs (or --root is given), looks by itself. A running daemon drops chunks that
+are damaged, and fetches them again, in any case.
+
+With --repair damaged chunks are dropped (they are fetched again), damaged files and
+databases are made anew from what is there, and what belongs to nothing is removed.
+
+Exit status: 0 clean, 1 could not be checked, 2 damaged, 3 damaged and all of it
+repaired.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if output != "table" && output != "json" {
+				return fmt.Errorf("--output is %q: it is table or json", output)
+			}
+			if root != "" && socket != "" {
+				return errors.New("--root looks at a directory without a daemon, --control asks one: give one of them")
+			}
+			report, err := check(cmd, socket, root, repair)
+			if err != nil {
+				return err
+			}
+			return showReport(cmd.OutOrStdout(), report, output, repair)
+		},
+	}
+	addControlFlag(cmd, &socket)
+	cmd.Flags().StringVar(&root, "root", "", "data directory of a node or supernode that does not run")
+	cmd.Flags().BoolVar(&repair, "repair", false, "repair what is damaged")
+	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	return cmd
+}
+
+// check asks the daemon, or looks by itself where none runs.
+func check(cmd *cobra.Command, socket, root string, repair bool) (*control.CheckReport, error) {
+	progress := func(what string) { fmt.Fprintln(cmd.ErrOrStderr(), "checking", what) }
+	if root == "" {
+		client := controlClient(socket)
+		if socket != "" || exists(client.Path) {
+			report, err := client.Check(cmd.Context(), control.CheckRequest{Repair: repair}, progress)
+			if !errors.Is(err, control.ErrNoDaemon) || socket != "" {
+				return report, err
+			}
+		}
+		var err error
+		if root, err = defaultRoot(); err != nil {
+			return nil, err
+		}
+	}
+	log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
+	return checkRoot(cmd.Context(), root, repair, progress, log)
+}
+
+// defaultRoot is where the config of this machine's node, or else of its supernode,
+// says that its data is.
+func defaultRoot() (string, error) {
+	node, supernode := config.DefaultNode(), config.DefaultSupernode()
+	if exists(nodeConfigPath) {
+		if err := config.Load(nodeConfigPath, node); err != nil {
+			return "", err
+		}
+	}
+	if exists(supernodeConfigPath) {
+		if err := config.Load(supernodeConfigPath, supernode); err != nil {
+			return "", err
+		}
+	}
+	for _, root := range []string{node.Root, supernode.Root} {
+		if exists(root) {
+			return root, nil
+		}
+	}
+	return "", fmt.Errorf("neither %s nor %s is there: name the data directory with --root", node.Root, supernode.Root)
+}
+
+// showReport writes the report and turns it into an exit status.
+func showReport(w io.Writer, r *control.CheckReport, output string, repair bool) error {
+	if output == "json" {
+		enc := json.NewEncoder(w)
+		enc.SetIndent("", "  ")
+		if err := enc.Encode(r); err != nil {
+			return err
+		}
+	} else if err := writeReport(w, r, repair); err != nil {
+		return err
+	}
+	switch r.Result {
+	case control.Clean:
+		return nil
+	case control.Repaired:
+		return &exitError{code: exitRepaired}
+	default:
+		return &exitError{code: exitDamaged}
+	}
+}
+
+func writeReport(w io.Writer, r *control.CheckReport, repair bool) error {
+	fmt.Fprintf(w, "%s", r.Role)
+	if r.Root != "" {
+		fmt.Fprintf(w, " at %s", r.Root)
+	}
+	fmt.Fprintf(w, ": %d layers (%d complete, %d proven), %d chunks (%s), %d mounts, %d databases, %d snapshots\n",
+		r.Layers, r.Complete, r.Proven, r.Chunks, units.HumanSize(float64(r.Bytes)), r.Mounts, r.Databases, r.Snapshots)
+	if len(r.Findings) > 0 {
+		tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(tw, "\nWHERE\tPROBLEM\tREPAIRED")
+		for _, f := range r.Findings {
+			done := f.Repaired
+			if done == "" {
+				done = "no"
+			}
+			fmt.Fprintf(tw, "%s\t%s\t%s\n", f.Where, f.Problem, done)
+		}
+		if err := tw.Flush(); err != nil {
+			return err
+		}
+		fmt.Fprintln(w)
+	}
+	switch {
+	case r.Result == control.Damaged && !repair:
+		fmt.Fprintln(w, "damaged: shoal check --repair repairs what it can")
+	case r.Result == control.Damaged:
+		fmt.Fprintln(w, "damaged: what says \"no\" could not be repaired")
+	default:
+		fmt.Fprintln(w, r.Result)
+	}
+	return nil
+}
+
+// isDir says whether there is such a directory.
+func isDir(path ...string) bool {
+	fi, err := os.Stat(filepath.Join(path...))
+	return err == nil && fi.IsDir()
+}

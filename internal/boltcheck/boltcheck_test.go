@@ -1,0 +1,136 @@
+package boltcheck
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+func newDB(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "db")
+	db, err := bolt.Open(path, 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for round := range 3 {
+		err := db.Update(func(tx *bolt.Tx) error {
+			for _, name := range []string{"a", "b"} {
+				b, err := tx.CreateBucketIfNotExists([]byte(name))
+				if err != nil {
+					return err
+				}
+				if b, err = b.CreateBucketIfNotExists([]byte("inner")); err != nil {
+					return err
+				}
+				for i := range 300 {
+					if err := b.Put(fmt.Appendf(nil, "key %d", i), bytes.Repeat([]byte{byte(i)}, 50+round*i)); err != nil {
+						return err
+					}
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestFile(t *testing.T) {
+	path := newDB(t)
+	if err := File(path, nil); err != nil {
+		t.Errorf("a sound database: %v", err)
+	}
+	bad := errors.New("what is this")
+	if err := File(path, func(*bolt.Tx) error { return bad }); !errors.Is(err, bad) || !errors.Is(err, blockdev.ErrCorrupt) {
+		t.Errorf("damage that the visitor finds: %v", err)
+	}
+	if err := File(path+"x", nil); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no file: %v", err)
+	}
+	if err := os.WriteFile(path+"0", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := File(path+"0", nil); err != nil {
+		t.Errorf("an empty file: %v", err)
+	}
+	db, err := bolt.Open(path, 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := File(path, nil); !errors.Is(err, ErrInUse) || errors.Is(err, blockdev.ErrCorrupt) {
+		t.Errorf("in use: %v", err)
+	}
+	if err := db.View(func(tx *bolt.Tx) error { return Tx(tx, nil) }); err != nil {
+		t.Errorf("by who has it open: %v", err)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	aside, err := SetAside(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(aside); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("still there: %v", err)
+	}
+	if _, err := SetAside(path); err != nil {
+		t.Errorf("nothing to set aside: %v", err)
+	}
+}
+
+// TestDamage: no damage takes the process down, and what is not found does not
+// change what is read but for the flipped bits themselves.
+func TestDamage(t *testing.T) {
+	path := newDB(t)
+	good, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rng := rand.New(rand.NewPCG(1, 2))
+	found := 0
+	for round := range 300 {
+		b := bytes.Clone(good)
+		switch round % 3 {
+		case 0: // a page of garbage
+			page := rng.IntN(len(b) / 4096)
+			for i := range 4096 {
+				b[page*4096+i] = byte(rng.Uint32())
+			}
+		case 1: // a flipped bit in a page's header or its first elements
+			page := rng.IntN(len(b) / 4096)
+			b[page*4096+rng.IntN(64)] ^= 1 << rng.IntN(8)
+		case 2: // cut short
+			b = b[:rng.IntN(len(b))]
+		}
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := File(path, nil); errors.Is(err, blockdev.ErrCorrupt) {
+			found++
+		} else if err != nil {
+			t.Errorf("round %d: %v", round, err)
+		}
+	}
+	// Most pages of a small database are free, and what is in them is nothing.
+	if found < 75 {
+		t.Errorf("%d of 300 databases were found damaged", found)
+	}
+}

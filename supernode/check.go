@@ -1,0 +1,72 @@
+package supernode
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"path/filepath"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/boltcheck"
+	"github.com/shoalfs/shoal/supernode/store"
+)
+
+// Check checks the store while it is in use: see store.Check.
+func (s *Supernode) Check(ctx context.Context) (*store.Health, error) {
+	ctx, end, err := s.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	return s.store.Check(ctx, true)
+}
+
+// Inspect checks the data directory of a supernode that does not run; if one does,
+// the error wraps boltcheck.ErrInUse. With repair, what is damaged is forgotten, to
+// be fetched again.
+func Inspect(ctx context.Context, dir string, repair bool, log *slog.Logger) (_ *store.Health, err error) {
+	access := filepath.Join(dir, accessFile)
+	aerr := boltcheck.File(access, nil)
+	if aerr != nil && !errors.Is(aerr, fs.ErrNotExist) && !errors.Is(aerr, blockdev.ErrCorrupt) {
+		return nil, aerr
+	}
+	h := &store.Health{}
+	root := filepath.Join(dir, "store")
+	switch err := store.CheckIndex(root); {
+	case errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, blockdev.ErrCorrupt) && !repair:
+		h.Findings = append(h.Findings, blockdev.Finding{Where: filepath.Join(root, "index.db"), Problem: fmt.Sprintf("%v: the next start begins with an empty store", err)})
+	case errors.Is(err, blockdev.ErrCorrupt):
+		h.Findings = append(h.Findings, blockdev.Finding{Where: filepath.Join(root, "index.db"), Problem: err.Error(), Repaired: "begun anew, with an empty store: layers are fetched again when they are asked for"})
+		fallthrough
+	case err == nil:
+		// Without a quota, and without compressing anything: only what a crash has
+		// left is cleaned up.
+		s, err := store.Open(store.Config{Dir: root, Log: log, Idle: -1})
+		if err != nil {
+			return nil, err
+		}
+		found, err := s.Check(ctx, repair)
+		if err := errors.Join(err, s.Close()); err != nil {
+			return nil, err
+		}
+		found.Findings = append(h.Findings, found.Findings...)
+		h = found
+	default:
+		return nil, err
+	}
+	if errors.Is(aerr, blockdev.ErrCorrupt) {
+		f := blockdev.Finding{Where: access, Problem: fmt.Sprintf("%v: the next start sets it aside", aerr)}
+		if repair {
+			aside, err := boltcheck.SetAside(access)
+			if err != nil {
+				return nil, err
+			}
+			f.Repaired = "set aside as " + aside + ": until nodes have asked again, none has access while its registry is down"
+		}
+		h.Findings = append(h.Findings, f)
+	}
+	return h, nil
+}

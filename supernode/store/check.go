@@ -1,0 +1,223 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/klauspost/compress/zstd"
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/internal/boltcheck"
+)
+
+// Health is what Check has looked at and found.
+type Health struct {
+	Chunks, Diffs, Layers int
+	Bytes                 int64 // of chunks, uncompressed
+	Findings              []blockdev.Finding
+}
+
+func (h *Health) add(where, repaired, format string, args ...any) {
+	h.Findings = append(h.Findings, blockdev.Finding{Where: where, Problem: fmt.Sprintf(format, args...), Repaired: repaired})
+}
+
+// checkBatch is how many records one transaction reads: long ones keep pages from
+// being used again.
+const checkBatch = 256
+
+// maxFindings bounds how many damaged chunks are named one by one.
+const maxFindings = 100
+
+const forgotten = "its layers are fetched again when they are asked for"
+
+// CheckIndex checks the index.db of a store that nobody has open. Errors wrap
+// blockdev.ErrCorrupt for damage (Open starts with an empty store then) and
+// boltcheck.ErrInUse.
+func CheckIndex(dir string) error {
+	s := &Store{cfg: Config{Dir: dir}}
+	return boltcheck.File(s.dbPath(), nil)
+}
+
+// Check reads every chunk and compares it with its digest, and every index with its
+// diff, while the store is in use. With mark, layers that have damage are forgotten,
+// to be fetched again, as is done when a read finds it.
+func (s *Store) Check(ctx context.Context, mark bool) (*Health, error) {
+	h := &Health{}
+	if err := s.view(func(tx *bolt.Tx) error { return boltcheck.Tx(tx, nil) }); errors.Is(err, blockdev.ErrCorrupt) {
+		h.add("index.db", "", "%v: stop the supernode and delete its store, which is fetched again", err)
+		return h, nil
+	} else if err != nil {
+		return nil, err
+	}
+	if err := s.checkDiffs(ctx, h, mark); err != nil {
+		return nil, err
+	}
+	if err := s.checkChunks(ctx, h, mark); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h.Layers = len(s.layers)
+	for l, r := range s.layers {
+		if s.diffs[r.DiffID] == nil {
+			h.add("layer "+l.String(), "", "its diff %v is not here", r.DiffID)
+		}
+	}
+	return h, nil
+}
+
+func (s *Store) checkDiffs(ctx context.Context, h *Health, mark bool) error {
+	for _, id := range s.diffIDs() {
+		if ctx.Err() != nil {
+			return fmt.Errorf("check store: %w", ctx.Err())
+		}
+		h.Diffs++
+		bad, err := s.checkDiff(id)
+		if err != nil {
+			return err
+		}
+		if bad == nil {
+			continue
+		}
+		done := ""
+		if mark {
+			s.forgetLayers(id)
+			done = forgotten
+		}
+		h.add("diff "+id.String(), done, "%v", bad)
+	}
+	return nil
+}
+
+// checkDiff returns in bad what is wrong with a diff's index or reference list.
+func (s *Store) checkDiff(id blockdev.Digest) (bad, err error) {
+	for range lookups {
+		r, ok, err := s.diffRecord(id)
+		if errors.Is(err, blockdev.ErrCorrupt) {
+			return err, nil
+		}
+		if err != nil || !ok { // evicted
+			return nil, err
+		}
+		var b []byte
+		if b, bad = s.packs.read(r.Index, nil); bad == nil {
+			_, bad = s.packs.read(r.Refs, nil)
+		}
+		if bad == nil {
+			var ix *blockdev.Index
+			if ix, bad = index.Decode(b); bad == nil && ix.DiffID != id {
+				bad = fmt.Errorf("index is that of diff %v: %w", ix.DiffID, blockdev.ErrCorrupt)
+			}
+		}
+		if bad == nil {
+			return nil, nil
+		}
+		if !errors.Is(bad, blockdev.ErrCorrupt) {
+			return nil, bad
+		}
+		if again, ok, err := s.diffRecord(id); err == nil && ok && again == r {
+			return bad, nil // else it was moved, or evicted
+		}
+	}
+	return nil, nil
+}
+
+// checkChunks goes through all records in portions.
+func (s *Store) checkChunks(ctx context.Context, h *Health, mark bool) error {
+	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecodeAllCapLimit(true))
+	if err != nil {
+		return fmt.Errorf("check store: %w", err)
+	}
+	defer dec.Close()
+	raw := make([]byte, 0, blockdev.MaxChunk)
+	more := 0
+	var next []byte
+	for {
+		keys := make([]blockdev.Digest, 0, checkBatch)
+		err := s.view(func(tx *bolt.Tx) error {
+			c := tx.Bucket(bucketChunks).Cursor()
+			k, _ := c.Seek(next)
+			for ; k != nil && len(keys) < checkBatch; k, _ = c.Next() {
+				if len(k) == len(blockdev.Digest{}) {
+					keys = append(keys, blockdev.Digest(k))
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		for _, d := range keys {
+			if ctx.Err() != nil {
+				return fmt.Errorf("check store: %w", ctx.Err())
+			}
+			at, bad, err := s.checkChunk(d, dec, raw, h)
+			if err != nil {
+				return err
+			}
+			if bad == nil {
+				continue
+			}
+			done := ""
+			if mark {
+				s.damaged(d, at)
+				done = forgotten
+			}
+			if len(h.Findings) < maxFindings {
+				h.add("chunk "+d.String(), done, "%v", bad)
+			} else {
+				more++
+			}
+		}
+		if len(keys) < checkBatch {
+			break
+		}
+		next = append(keys[len(keys)-1][:], 0)
+	}
+	if more > 0 {
+		done := ""
+		if mark {
+			done = forgotten
+		}
+		h.add("chunks", done, "%d more are damaged", more)
+	}
+	return nil
+}
+
+// checkChunk returns in bad what is wrong with a chunk, and where it lies. One that
+// is known to be damaged, and so not used, is passed over.
+func (s *Store) checkChunk(d blockdev.Digest, dec *zstd.Decoder, raw []byte, h *Health) (at extent, bad, err error) {
+	for range lookups {
+		r, ok, err := s.lookup(d)
+		if errors.Is(err, blockdev.ErrCorrupt) {
+			return extent{}, err, nil
+		}
+		if err != nil || !ok || r.damaged() {
+			return extent{}, nil, err
+		}
+		data, bad := s.packs.read(r.extent, nil)
+		if bad == nil && r.flags&flagZstd != 0 {
+			if data, bad = dec.DecodeAll(data, raw[:0]); bad != nil {
+				bad = fmt.Errorf("%w: %w", blockdev.ErrCorrupt, bad)
+			}
+		}
+		if bad == nil && (len(data) != int(r.raw) || blockdev.Sum(data) != d) {
+			bad = fmt.Errorf("pack %016x offset %d has other bytes than the digest says: %w", r.Pack, r.Offset, blockdev.ErrCorrupt)
+		}
+		if bad == nil {
+			h.Chunks++
+			h.Bytes += int64(len(data))
+			return extent{}, nil, nil
+		}
+		if !errors.Is(bad, blockdev.ErrCorrupt) {
+			return extent{}, nil, bad
+		}
+		if again, ok, err := s.lookup(d); err == nil && ok && again.extent == r.extent {
+			return r.extent, bad, nil // else it was moved, or evicted
+		}
+	}
+	return extent{}, nil, nil
+}
