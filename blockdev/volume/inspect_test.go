@@ -68,7 +68,7 @@ func TestCheck(t *testing.T) {
 	}
 	n.damage(whole, "data", 9000)
 	n.damage(whole, "meta", 1100)
-	n.damage(whole, "bitmap", 20)
+	n.damage(part, "bitmap", 20)
 	in := n.checkAll(true)
 	for _, text := range []string{"is damaged on this disk", "metadata image", "bitmap"} {
 		if f := says(in.Findings, text); f == nil || f.Repaired == "" {

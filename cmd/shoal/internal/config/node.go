@@ -20,7 +20,7 @@ type Node struct {
 	Version        int      `toml:"version"`
 	Root           string   `toml:"root" comment:"indexes, local diffs and mounts are kept here; a short path leaves room for images of many layers"`
 	Address        string   `toml:"address" comment:"Unix socket for containerd: [proxy_plugins.shoal] address"`
-	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status and shoal prefetch"`
+	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status, prefetch and check"`
 	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
 	MirrorAddress  string   `toml:"mirror_address" comment:"host:port of the registry mirror that containerd's hosts.toml names; anybody who reaches it reads manifests with this node's credentials, so keep it on loopback; empty: off"`
 	Supernodes     []string `toml:"supernodes" comment:"as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`

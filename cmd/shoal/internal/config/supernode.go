@@ -58,7 +58,7 @@ type Supernode struct {
 	Root           string   `toml:"root" comment:"identity, chunks and indexes are kept here"`
 	Listen         []string `toml:"listen" comment:"host:port addresses for nodes"`
 	TokenFile      string   `toml:"token_file" comment:"tokens that nodes join with, one a line; empty: the file token in root, which is made at the first start"`
-	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status, shoal prefetch and shoal members"`
+	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status, prefetch, members and check"`
 	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
 	Store          Store    `toml:"store"`
 	Registry       Registry `toml:"registry"`
