@@ -93,12 +93,12 @@ func clearLoop(dev string) error {
 	return unix.IoctlSetInt(int(f.Fd()), unix.LOOP_CLR_FD, 0)
 }
 
-// Check checks every diff and mount while they are in use: it waits for demand
+// Verify checks every diff and mount while they are in use: it waits for demand
 // reads, and disturbs nobody. Damaged chunks are fetched again in any case; with
-// repair, Check waits for that, other files are written again where that can be
+// repair, Verify waits for that, other files are written again where that can be
 // done, and mounts of no diff are taken away. progress, which may be nil, is
 // called with each diff before it is read.
-func (m *Manager) Check(ctx context.Context, repair bool, progress func(id blockdev.Digest)) (*cache.Inspection, int, error) {
+func (m *Manager) Verify(ctx context.Context, repair bool, progress func(id blockdev.Digest)) (*cache.Inspection, int, error) {
 	sum := &cache.Inspection{}
 	for _, v := range m.volumes() {
 		if progress != nil {

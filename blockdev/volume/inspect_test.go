@@ -17,7 +17,7 @@ import (
 
 func (n *node) checkAll(repair bool) *cache.Inspection {
 	n.t.Helper()
-	in, _, err := n.Check(context.Background(), repair, nil)
+	in, _, err := n.Verify(context.Background(), repair, nil)
 	if err != nil {
 		n.t.Fatal(err)
 	}

@@ -135,7 +135,7 @@ func addStore(r *control.CheckReport, h *store.Health) {
 // Check checks a running node.
 func (d *nodeDaemon) Check(ctx context.Context, req control.CheckRequest, event func(string)) (*control.CheckReport, error) {
 	r := &control.CheckReport{Role: "node", Findings: []blockdev.Finding{}}
-	in, mounts, err := d.vols.Check(ctx, req.Repair, func(id blockdev.Digest) { event("layer " + id.String()) })
+	in, mounts, err := d.vols.Verify(ctx, req.Repair, func(id blockdev.Digest) { event("layer " + id.String()) })
 	if err != nil {
 		return nil, err
 	}
