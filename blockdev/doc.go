@@ -23,6 +23,7 @@
 //   - erofs: the EROFS metadata emitter
 //   - cdc: content-defined chunking
 //   - index: the index codec
+//   - profile: the codec of startup profiles
 //   - cache: local diffs on a node's disk, filled chunk by chunk
 //   - fusefs: the FUSE mount that shows local diffs as files
 //   - mount: EROFS mounts over those files

@@ -49,6 +49,9 @@ type Layer struct {
 	// Index is the encoded index (package index reads it); nil where the
 	// request's Have named Digest.
 	Index []byte
+	// Profile is what containers have read of it in their first seconds, if that
+	// is known; also where Index is nil. It is a hint and not checked.
+	Profile Profile
 }
 
 // Image is what an ImageRequest gives, layers from the bottom up.

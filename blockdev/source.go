@@ -11,6 +11,9 @@ const (
 	Prefetch Priority = iota
 	// Demand is a read that somebody is blocked on.
 	Demand
+	// Startup is what a container that starts will read in a moment, by its
+	// startup profile: after demand, before prefetch.
+	Startup
 )
 
 // Request asks for chunks of one diff.

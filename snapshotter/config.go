@@ -60,6 +60,12 @@ type PrefetchWaiter interface {
 	PrefetchWait(ctx context.Context, diffID blockdev.Digest) error
 }
 
+// StartupFetcher is an optional part of Data: it begins to fetch what containers
+// of an image are known to read at their start, and returns at once.
+type StartupFetcher interface {
+	FetchStartup(profiles []blockdev.DiffProfile)
+}
+
 // Credentials gives the node's credential for the registry host of an image
 // reference. No credential is the zero value and no error.
 type Credentials interface {

@@ -67,6 +67,7 @@ func (s *Snapshotter) open(ctx context.Context, w want) (_ *openImage, err error
 	if err := s.add(ctx, o, img); err != nil {
 		return nil, err
 	}
+	s.fetchStartup(img)
 	s.log.Info("image is lazy", "image", w.ref, "manifest", o.Manifest, "layers", len(o.Layers),
 		"known", len(have), "took", time.Since(began).Round(time.Millisecond))
 	return o, nil
@@ -191,6 +192,25 @@ func (s *Snapshotter) add(ctx context.Context, o *openImage, img *blockdev.Image
 	o.release = release
 	s.joinGroup(&o.imageRecord)
 	return nil
+}
+
+// fetchStartup has the data path fetch, from now on and not when the container
+// begins to wait for it, what earlier starts of the image have read.
+func (s *Snapshotter) fetchStartup(img *blockdev.Image) {
+	data, ok := s.cfg.Data.(StartupFetcher)
+	if !ok {
+		return
+	}
+	var profiles []blockdev.DiffProfile
+	for i, l := range img.Layers {
+		again := slices.ContainsFunc(img.Layers[:i], func(o blockdev.Layer) bool { return o.DiffID == l.DiffID })
+		if len(l.Profile) > 0 && !again {
+			profiles = append(profiles, blockdev.DiffProfile{Diff: l.DiffID, Profile: l.Profile})
+		}
+	}
+	if len(profiles) > 0 {
+		data.FetchStartup(profiles)
+	}
 }
 
 // addIndex adds one index that must be that of diff id, and returns its implied

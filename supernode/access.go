@@ -386,11 +386,15 @@ func (a *access) forgetLocked(peer, repo string) {
 	}
 }
 
-// bound makes room in a map of times: the oldest eighth goes.
+// bound makes room in a map of maxAnswers times.
 func bound[K comparable](m map[K]time.Time) {
-	if len(m) < maxAnswers {
-		return
+	if len(m) >= maxAnswers {
+		dropOldest(m)
 	}
+}
+
+// dropOldest drops the oldest eighth of the time that a map spans.
+func dropOldest[K comparable](m map[K]time.Time) {
 	var lo, hi time.Time
 	for _, t := range m {
 		if lo.IsZero() || t.Before(lo) {

@@ -26,6 +26,7 @@ type metrics struct {
 	ingestSeconds prometheus.Histogram
 	chunks        *prometheus.CounterVec
 	chunkBytes    prometheus.Counter
+	profiles      prometheus.Counter
 
 	mu      sync.Mutex
 	running map[string]*ingestRun
@@ -62,8 +63,9 @@ func newMetrics(reg prometheus.Registerer, stats func() store.Stats) (*metrics, 
 		ingestSeconds: seconds("layer_ingest_seconds", "Time to fetch, check and store a layer."),
 		chunks:        byOutcome("chunk_requests_total", "Chunks asked for, by outcome."),
 		chunkBytes:    counter("chunk_bytes_total", "Bytes of chunks handed out, as stored."),
+		profiles:      counter("startup_profiles_total", "Reports of what a container has read at its start that were taken, one for each layer."),
 	}
-	m.collectors = []prometheus.Collector{m.registryBytes, m.images, m.imageSeconds, m.documents, m.ingests, m.ingestSeconds, m.chunks, m.chunkBytes,
+	m.collectors = []prometheus.Collector{m.registryBytes, m.images, m.imageSeconds, m.documents, m.ingests, m.ingestSeconds, m.chunks, m.chunkBytes, m.profiles,
 		newStoreCollector(stats)}
 	if reg == nil {
 		return m, nil

@@ -91,6 +91,7 @@ func (s *Supernode) image(ctx context.Context, peer string, req blockdev.ImageRe
 				return nil, named(req.Ref, err)
 			}
 			s.seen.add(m)
+			s.profiles.handOut(peer, img)
 			return img, nil
 		}
 	}

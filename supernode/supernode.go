@@ -87,13 +87,15 @@ func (c *Config) setDefaults() error {
 const spoolShare = 5
 
 // Supernode is a running supernode. It is safe for concurrent use. It implements
-// exchange.Chunks and exchange.Images for a server, and blockdev.Source and
-// blockdev.ImageSource for the process that it lives in.
+// exchange.Chunks, exchange.Images and exchange.Profiles for a server, and
+// blockdev.Source, blockdev.ImageSource and blockdev.ProfileSink for the process
+// that it lives in.
 type Supernode struct {
 	log       *slog.Logger
 	reg       *registry.Client
 	store     *store.Store
 	access    *access
+	profiles  *profiles
 	ingest    *ingest.Ingester
 	leases    *leases
 	flights   *flights
@@ -167,6 +169,10 @@ func (s *Supernode) start(cfg Config) error {
 		return fmt.Errorf("supernode: %w", err)
 	}
 	s.onClose(s.access.Close)
+	if s.profiles, err = openProfiles(cfg.Dir, cfg.Log, time.Now); err != nil {
+		return fmt.Errorf("supernode: %w", err)
+	}
+	s.onClose(s.profiles.Close)
 	s.leases = newLeases(s.store.Pin, cfg.Lease)
 	s.onClose(func() error { s.leases.close(); return nil })
 	s.ingest, err = ingest.New(ingest.Config{Store: s.store, SpoolDir: filepath.Join(cfg.Dir, "spool"), SpoolQuota: cfg.Quota / spoolShare,

@@ -54,6 +54,9 @@ type Diff struct {
 	scrubbed     atomic.Int64 // Unix nanoseconds
 	bitmapBad    atomic.Bool  // logged that the bitmap cannot be written
 
+	track atomic.Pointer[track] // of the Recording under way; nil: none
+	keep  atomic.Int64          // Unix nanoseconds until when a sync leaves pages in the page cache
+
 	syncing     chan struct{} // token: one sync at a time
 	prefetching chan struct{} // token: one prefetch at a time
 	proving     chan struct{} // token: one proof at a time

@@ -17,7 +17,7 @@ const (
 	lastBackoff  = time.Second
 )
 
-// errPromoted ends a prefetch request of which a demand read has waited too
+// errPromoted ends a request of lower priority of which a demand read has waited too
 // long. It never reaches a caller.
 var errPromoted = errors.New("asked for again with demand priority")
 
@@ -86,7 +86,7 @@ func (d *Diff) awaited(f *flight) bool {
 }
 
 // run gets the group's chunks. A demand group tries again until it has them or
-// nobody waits; a prefetch group tries once.
+// nobody waits; any other tries once.
 func (g *group) run() {
 	defer g.d.wg.Done()
 	err := g.get()
@@ -125,7 +125,7 @@ func (g *group) get() error {
 		if err == nil {
 			continue // what could not be copied on this disk is fetched now
 		}
-		if g.prio == blockdev.Prefetch || !worthRetry(err) {
+		if g.prio != blockdev.Demand || !worthRetry(err) {
 			return err
 		}
 		if g.keepAwaited(err); len(g.todo) == 0 {
@@ -148,11 +148,11 @@ func worthRetry(err error) bool {
 	return !errors.Is(err, blockdev.ErrNotFound) && !errors.Is(err, blockdev.ErrUnauthorized) && !errors.Is(err, blockdev.ErrUnsupported)
 }
 
-// promote turns a prefetch group that demand reads wait for into a demand
-// group, and reports whether it did.
+// promote turns a group of lower priority that demand reads wait for into a
+// demand group, and reports whether it did.
 func (g *group) promote() bool {
 	g.d.mu.Lock()
-	now := g.promoted && g.prio == blockdev.Prefetch
+	now := g.promoted && g.prio != blockdev.Demand
 	if now {
 		g.prio = blockdev.Demand
 		g.parent = g.d.life
@@ -169,7 +169,7 @@ func (g *group) promote() bool {
 func (g *group) hurry() {
 	g.d.mu.Lock()
 	defer g.d.mu.Unlock()
-	if g.prio == blockdev.Prefetch && !g.promoted {
+	if g.prio != blockdev.Demand && !g.promoted {
 		g.promoted = true
 		if g.cancel != nil {
 			g.cancel(errPromoted)
@@ -219,7 +219,7 @@ func (g *group) attempt() error {
 	defer cancel(nil)
 	g.d.mu.Lock()
 	g.cancel = cancel
-	if g.promoted && g.prio == blockdev.Prefetch {
+	if g.promoted && g.prio != blockdev.Demand {
 		cancel(errPromoted)
 	}
 	prio := g.prio

@@ -12,8 +12,8 @@ import (
 )
 
 // Local reports whether every byte of [off, off+n) is present, and returns the
-// file that has them at the same offsets. It takes no lock and makes no system
-// call. The range may reach into the zeros behind the diff, up to Size.
+// file that has them at the same offsets. It takes no lock (but for chunks that
+// a Recording sees for the first time) and makes no system call. The range may reach into the zeros behind the diff, up to Size.
 //
 // The file stays open until the diff is removed or the Cache closed. Use it
 // through ReadAt or SyscallConn, which keep the descriptor from being closed
@@ -26,10 +26,14 @@ func (d *Diff) isLocal(off int64, n int) bool {
 	if off < 0 || n < 0 || int64(n) > d.size-off {
 		return false
 	}
-	if d.complete.Load() {
+	tr := d.track.Load()
+	if tr == nil && d.complete.Load() {
 		return true
 	}
 	lo, hi := d.tab.span(off, off+int64(n))
+	if tr != nil {
+		tr.touch(lo, hi)
+	}
 	return d.pres.present.all(lo, hi)
 }
 
@@ -123,7 +127,7 @@ func (d *Diff) readError(off int64, n int, err error) error {
 type wait struct {
 	*flight
 	own      bool // the reader's own request
-	prefetch bool // a prefetch request, when the reader joined
+	prefetch bool // a request of lower priority, when the reader joined
 }
 
 // readPart reads a part that one request may fetch.
@@ -180,7 +184,7 @@ func (d *Diff) join(lo, hi int, mem [][]byte) ([]wait, error) {
 			f = d.depart(own, i)
 		}
 		f.waiters++
-		waits = append(waits, wait{f, f.group == own, f.group.prio == blockdev.Prefetch})
+		waits = append(waits, wait{f, f.group == own, f.group.prio != blockdev.Demand})
 	}
 	if own != nil {
 		ahead := d.seq.ahead(own.todo[0].chunk, d.c.cfg.ReadAhead, d.c.cfg.MaxReadAhead)

@@ -10,9 +10,9 @@ import (
 
 // Stats counts what a Cache did since it was opened.
 type Stats struct {
-	// DemandBytes and PrefetchBytes came from the Source, by the priority they
-	// were asked for with. Read-ahead counts as demand.
-	DemandBytes, PrefetchBytes int64
+	// DemandBytes, StartupBytes and PrefetchBytes came from the Source, by the
+	// priority they were asked for with. Read-ahead counts as demand.
+	DemandBytes, StartupBytes, PrefetchBytes int64
 	// CopiedBytes were missing, but found on this disk.
 	CopiedBytes int64
 	// Missed is demand reads that had to wait for a chunk, Failed those of them
@@ -35,13 +35,16 @@ type Stats struct {
 }
 
 type counters struct {
-	demand, prefetch, copied, missed, failed, waited, corrupt, damaged, notKept, proven, quarantined atomic.Int64
+	demand, startup, prefetch, copied, missed, failed, waited, corrupt, damaged, notKept, proven, quarantined atomic.Int64
 }
 
 func (n *counters) fetched(prio blockdev.Priority, bytes int) {
-	if prio == blockdev.Demand {
+	switch prio {
+	case blockdev.Demand:
 		n.demand.Add(int64(bytes))
-	} else {
+	case blockdev.Startup:
+		n.startup.Add(int64(bytes))
+	default:
 		n.prefetch.Add(int64(bytes))
 	}
 }
@@ -53,7 +56,7 @@ func (c *Cache) Stats() Stats {
 	used := c.space.used
 	c.space.mu.Unlock()
 	return Stats{
-		DemandBytes: n.demand.Load(), PrefetchBytes: n.prefetch.Load(), CopiedBytes: n.copied.Load(),
+		DemandBytes: n.demand.Load(), StartupBytes: n.startup.Load(), PrefetchBytes: n.prefetch.Load(), CopiedBytes: n.copied.Load(),
 		Missed: n.missed.Load(), Failed: n.failed.Load(), Waited: time.Duration(n.waited.Load()),
 		NotKept: n.notKept.Load(), Used: used, Quota: c.cfg.Quota,
 		CorruptChunks: n.corrupt.Load(), DamagedChunks: n.damaged.Load(),

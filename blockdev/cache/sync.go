@@ -13,7 +13,8 @@ import (
 )
 
 // sync takes what is present to stable storage, tells the bitmap so, and drops
-// the pages: EROFS has its own copy of those that somebody reads. One sync of a
+// the pages: EROFS has its own copy of those that somebody reads. (Not while a
+// container starts: it is about to read them.) One sync of a
 // diff at a time; d.syncing is the token that says whose turn it is.
 func (d *Diff) sync(ctx context.Context) error {
 	select {
@@ -42,6 +43,13 @@ func (d *Diff) syncNow() error {
 		}
 		if err != nil {
 			return d.c.writeFailed(d, fmt.Errorf("sync diff %v: %w", d.id, err))
+		}
+		if until := d.keep.Load(); until != 0 {
+			if time.Now().UnixNano() < until {
+				return nil
+			}
+			d.keep.Store(0)
+			dropPages(d.data, 0, 0) // all that was left there
 		}
 		for _, r := range ranges {
 			from := d.tab.start(r[0])

@@ -144,6 +144,16 @@ func Encode(ix *blockdev.Index) ([]byte, error) {
 	return out, nil
 }
 
+// Chunks returns how many chunks the encoded index has, by its header, which is
+// the one part that it looks at. Errors are those of Decode.
+func Chunks(encoded []byte) (int, error) {
+	h, err := decodeHeader(encoded)
+	if err != nil {
+		return 0, fmt.Errorf("decode index: %w", err)
+	}
+	return h.chunks, nil
+}
+
 // Decode reads an encoded index. Errors wrap blockdev.ErrUnsupported for another
 // version of the format or unknown flags, blockdev.ErrCorrupt for anything else.
 // The index does not refer to b.

@@ -55,11 +55,12 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 		return nil, err
 	}
 	m := &Manager{
-		cfg:   cfg,
-		root:  root,
-		cache: c,
-		vols:  make(map[blockdev.Digest]*volume),
-		names: make(map[string]blockdev.Digest),
+		cfg:      cfg,
+		root:     root,
+		cache:    c,
+		startups: newStartups(),
+		vols:     make(map[blockdev.Digest]*volume),
+		names:    make(map[string]blockdev.Digest),
 	}
 	m.queue, m.proofs, m.scrubs = m.newPrefetchQueue(), m.newProofQueue(), m.newScrubQueue()
 	defer func() {
@@ -300,6 +301,7 @@ func (m *Manager) Close() error {
 		vols = append(vols, v)
 	}
 	m.mu.Unlock()
+	m.EndStartups()
 	m.queue.close(vols)
 	m.proofs.close(vols)
 	m.scrubs.close(vols)

@@ -318,13 +318,19 @@ func (q *queue) close(all []*volume) {
 
 // Prefetch fetches everything of these diffs in the background, in this order,
 // behind what is queued already and behind the reads of the container that is
-// about to start. Attempts that fail are repeated until they succeed or the diff
+// about to start, whose first reads are recorded (Config.Profiles). Attempts that fail are repeated until they succeed or the diff
 // is removed. Unknown and complete diffs are passed over.
 func (m *Manager) Prefetch(ids ...blockdev.Digest) {
 	m.cache.ExpectDemand()
+	var vols []*volume
 	for _, id := range ids {
-		v, err := m.volume(id)
-		if err != nil || v.diff.Complete() {
+		if v, err := m.volume(id); err == nil {
+			vols = append(vols, v)
+		}
+	}
+	m.record(vols)
+	for _, v := range vols {
+		if v.diff.Complete() {
 			continue
 		}
 		// What add refuses is being removed or closed.

@@ -24,6 +24,9 @@ type Config struct {
 	Root string
 	// Source is where missing chunks come from.
 	Source blockdev.Source
+	// Profiles takes what containers have read at their start; nil: it is not
+	// recorded.
+	Profiles blockdev.ProfileSink
 	// Log takes warnings and errors.
 	Log *slog.Logger
 	// Cache is the configuration of the local diffs; its Root, Source and Log are
@@ -52,6 +55,7 @@ type diff interface {
 	DataPath() string
 	Complete() bool
 	Prefetch(ctx context.Context) error
+	FetchStartup(ctx context.Context, chunks []uint32) error
 	Prove(ctx context.Context, hurry bool) error
 	Proof() cache.ProofState
 	Distrust() error
@@ -77,6 +81,8 @@ type volume struct {
 	lazy bool
 	// stale: wrong bytes may have been read through the mount.
 	stale bool
+	// started: a container has begun to read since it was mounted.
+	started bool
 
 	fetch fetchState // guarded by the lock of Manager.queue
 	proof fetchState // guarded by the lock of Manager.proofs
@@ -104,17 +110,34 @@ func (v *volume) mounted() (dir string, lazy, gone bool) {
 func (v *volume) setMounted(dir string, lazy bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.dir, v.lazy = dir, lazy
+	v.dir, v.lazy, v.started = dir, lazy, false
+}
+
+// firstStart reports whether the volume is mounted lazily and this is the first
+// container that starts on that mount.
+func (v *volume) firstStart() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	first := v.lazy && v.dir != "" && !v.started
+	v.started = true
+	return first
+}
+
+func (v *volume) setStarted(started bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.started = started
 }
 
 // Manager is a node's volumes.
 type Manager struct {
-	cfg    Config
-	root   string // absolute, without symbolic links
-	cache  *cache.Cache
-	queue  *queue // prefetches
-	proofs *queue
-	scrubs *queue
+	cfg      Config
+	root     string // absolute, without symbolic links
+	cache    *cache.Cache
+	queue    *queue // prefetches
+	proofs   *queue
+	scrubs   *queue
+	startups *startups
 
 	fuse      *os.File
 	server    *fusefs.Server

@@ -70,6 +70,7 @@ type upstream interface {
 	blockdev.Source
 	blockdev.ImageSource
 	blockdev.DocumentSource
+	blockdev.ProfileSink
 	Close() error
 }
 
@@ -103,7 +104,7 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	source := newLateSource()
 	var late lateSnapshotter
 	vols, err := volume.Open(ctx, volume.Config{
-		Root: c.Root, Source: source, Log: log, Keep: store,
+		Root: c.Root, Source: source, Profiles: source, Log: log, Keep: store,
 		ReadTimeout: time.Duration(c.ReadTimeout), ScrubInterval: scrubInterval(c),
 		Cache: cache.Config{
 			Timeout: time.Duration(c.ReadTimeout),
@@ -127,6 +128,7 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	}
 	source.set(up)
 	defer func() {
+		vols.EndStartups() // reports to up what it was recording
 		source.end()
 		err = errors.Join(err, up.Close())
 	}()

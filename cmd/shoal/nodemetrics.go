@@ -29,6 +29,7 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 	const fetched, fetchedHelp = "shoal_node_fetched_bytes_total", "Uncompressed bytes that were fetched, read-ahead with demand."
 	return []prometheus.Collector{
 		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "demand"}, func(s cache.Stats) float64 { return float64(s.DemandBytes) }),
+		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "startup"}, func(s cache.Stats) float64 { return float64(s.StartupBytes) }),
 		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "prefetch"}, func(s cache.Stats) float64 { return float64(s.PrefetchBytes) }),
 		counter("shoal_node_copied_bytes_total", "Bytes of chunks that another layer on this disk had.", nil, func(s cache.Stats) float64 { return float64(s.CopiedBytes) }),
 		counter("shoal_node_demand_waits_total", "Reads that had to wait for bytes.", nil, func(s cache.Stats) float64 { return float64(s.Missed) }),

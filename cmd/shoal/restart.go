@@ -77,23 +77,39 @@ func adopt(f *os.File, path string) (net.Listener, error) {
 // before waits; and one that fails because the source is being closed waits, too,
 // so that no reader gets an error that the next process would not give him.
 type lateSource struct {
-	src   blockdev.Source // valid once begun is closed
+	src   chunksAndProfiles // valid once begun is closed
 	begun chan struct{}
 	ended chan struct{}
 	once  sync.Once
+}
+
+// chunksAndProfiles is what a node's volumes ask of its upstream.
+type chunksAndProfiles interface {
+	blockdev.Source
+	blockdev.ProfileSink
 }
 
 func newLateSource() *lateSource {
 	return &lateSource{begun: make(chan struct{}), ended: make(chan struct{})}
 }
 
-func (l *lateSource) set(src blockdev.Source) {
+func (l *lateSource) set(src chunksAndProfiles) {
 	l.src = src
 	close(l.begun)
 }
 
 // end says that the source is about to be closed.
 func (l *lateSource) end() { l.once.Do(func() { close(l.ended) }) }
+
+// ReportProfiles is that of the source.
+func (l *lateSource) ReportProfiles(ctx context.Context, profiles []blockdev.DiffProfile) error {
+	select {
+	case <-l.begun:
+		return l.src.ReportProfiles(ctx, profiles)
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
 
 // Fetch is that of the source.
 func (l *lateSource) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {

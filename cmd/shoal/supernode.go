@@ -97,7 +97,7 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	defer func() { err = errors.Join(err, h.Close()) }()
 	list.Start(h)
 	defer func() { err = errors.Join(err, list.Close()) }()
-	server, err := exchange.NewServer(h, exchange.ServerConfig{Chunks: s, Images: s, Documents: s, Log: log, Registerer: metrics})
+	server, err := exchange.NewServer(h, exchange.ServerConfig{Chunks: s, Images: s, Documents: s, Profiles: s, Log: log, Registerer: metrics})
 	if err != nil {
 		return err
 	}

@@ -13,20 +13,24 @@ type kind int
 
 const (
 	demand kind = iota
+	startup
 	prefetch
 	image
 	document
+	profiles
 	kinds
 )
 
-func (k kind) String() string { return [kinds]string{"demand", "prefetch", "image", "document"}[k] }
+func (k kind) String() string {
+	return [kinds]string{"demand", "startup", "prefetch", "image", "document", "profile"}[k]
+}
 
 // admission counts the requests that are worked on. What is over a limit is
 // refused at once: the peer has others to ask, and a queue would only hide that
 // from it.
 type admission struct {
 	perPeer, total [kinds]int
-	pause          time.Duration
+	pause          [kinds]time.Duration
 
 	mu    sync.Mutex
 	now   [kinds]int
@@ -43,9 +47,9 @@ type peerLoad struct {
 
 func newAdmission(l *Limits) *admission {
 	return &admission{
-		perPeer: [kinds]int{l.DemandPerPeer, l.PrefetchPerPeer, l.ImagesPerPeer, l.DocumentsPerPeer},
-		total:   [kinds]int{l.Demand, l.Prefetch, l.Images, l.Documents},
-		pause:   l.DemandPause,
+		perPeer: [kinds]int{l.DemandPerPeer, l.StartupPerPeer, l.PrefetchPerPeer, l.ImagesPerPeer, l.DocumentsPerPeer, 1},
+		total:   [kinds]int{l.Demand, l.Startup, l.Prefetch, l.Images, l.Documents, l.Profiles},
+		pause:   [kinds]time.Duration{prefetch: l.DemandPause, startup: l.StartupPause},
 		peers:   make(map[peer.ID]*peerLoad),
 	}
 }
@@ -86,10 +90,10 @@ func (a *admission) leave(p peer.ID, k kind) {
 	}
 }
 
-// waitForDemand lets demand requests of p go first: it returns when there are
-// none, or after the pause, so that a steady stream of them slows prefetch to a
-// trickle and does not stop it.
-func (a *admission) waitForDemand(ctx context.Context, p peer.ID) {
+// waitForDemand lets demand requests of p go before the next chunk of a request
+// of kind k: it returns when there are none, or after the kind's pause, so that a
+// steady stream of them slows prefetch to a trickle and does not stop it.
+func (a *admission) waitForDemand(ctx context.Context, p peer.ID, k kind) {
 	a.mu.Lock()
 	var ch chan struct{}
 	if load := a.peers[p]; load != nil {
@@ -99,7 +103,7 @@ func (a *admission) waitForDemand(ctx context.Context, p peer.ID) {
 	if ch == nil {
 		return
 	}
-	t := time.NewTimer(a.pause)
+	t := time.NewTimer(a.pause[k])
 	defer t.Stop()
 	select {
 	case <-ch:

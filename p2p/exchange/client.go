@@ -21,10 +21,10 @@ import (
 type Options struct {
 	// Name is what errors call the server: "supernode" unless set.
 	Name string
-	// Demand, Prefetch, Images and Documents are how many requests of each kind
-	// may be under way: 64, 2, 8, 16. What is above waits here. More than the
-	// server's limits per peer gives busy answers.
-	Demand, Prefetch, Images, Documents int
+	// Demand, Startup, Prefetch, Images and Documents are how many requests of each
+	// kind may be under way: 64, 3, 2, 8, 16. What is above waits here. More than
+	// the server's limits per peer gives busy answers.
+	Demand, Startup, Prefetch, Images, Documents int
 	// Window bounds the bytes that prefetches have under way. The clients of one
 	// machine share one; nil: this client gets its own.
 	Window *Window
@@ -48,6 +48,7 @@ func (o *Options) setDefaults() {
 		o.Name = "supernode"
 	}
 	setDefault(&o.Demand, 64)
+	setDefault(&o.Startup, 3)
 	setDefault(&o.Prefetch, 2)
 	setDefault(&o.Images, 8)
 	setDefault(&o.Documents, 16)
@@ -72,18 +73,23 @@ type Client struct {
 	name    string // for errors
 	keeper  *keeper
 	demand  *lane
+	startup *lane
 	pre     *lane
 	images  *lane
 	docs    *lane
+	reports *lane
 	window  *Window
-	zstd    decoder
-	buffers buffers
+	// starting is the window of chunks by a startup profile. It is bounded, but not
+	// closed by demand reads: who starts is about to need these as well.
+	starting *Window
+	zstd     decoder
+	buffers  buffers
 }
 
 var (
-	_ blockdev.Source      = (*Client)(nil)
-	_ blockdev.ImageSource = (*Client)(nil)
-
+	_ blockdev.Source         = (*Client)(nil)
+	_ blockdev.ImageSource    = (*Client)(nil)
+	_ blockdev.ProfileSink    = (*Client)(nil)
 	_ blockdev.DocumentSource = (*Client)(nil)
 )
 
@@ -97,11 +103,13 @@ func NewClient(h host.Host, info peer.AddrInfo, opts Options) (*Client, error) {
 	if info.ID == h.ID() {
 		return nil, fmt.Errorf("%s %s: that is this machine's own identity", opts.Name, info.ID)
 	}
-	c := &Client{opts: opts, name: opts.Name + " " + info.ID.String(), window: opts.Window}
+	c := &Client{opts: opts, name: opts.Name + " " + info.ID.String(), window: opts.Window, starting: NewWindow()}
 	c.demand = newLane(h, info.ID, ChunkProtocol, opts.Demand)
+	c.startup = newLane(h, info.ID, ChunkProtocol, opts.Startup)
 	c.pre = newLane(h, info.ID, ChunkProtocol, opts.Prefetch)
 	c.images = newLane(h, info.ID, IndexProtocol, opts.Images)
 	c.docs = newLane(h, info.ID, ManifestProtocol, opts.Documents)
+	c.reports = newLane(h, info.ID, ProfileProtocol, 1)
 	c.keeper = newKeeper(h, info, opts, c.expire)
 	return c, nil
 }
@@ -115,8 +123,6 @@ func (c *Client) Close() error {
 	}
 	return nil
 }
-
-func (c *Client) lanes() []*lane { return []*lane{c.demand, c.pre, c.images, c.docs} }
 
 // Status says whether the server can be reached now, and if not why. The error
 // wraps blockdev.ErrUnavailable.
@@ -137,6 +143,10 @@ func (c *Client) expire(before time.Time) {
 	for _, l := range c.lanes() {
 		l.expire(before)
 	}
+}
+
+func (c *Client) lanes() []*lane {
+	return []*lane{c.demand, c.startup, c.pre, c.images, c.docs, c.reports}
 }
 
 // explain puts the server's name in front of err.

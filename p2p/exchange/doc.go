@@ -1,4 +1,4 @@
-// Package exchange moves chunks, indexes and manifests between machines over libp2p
+// Package exchange moves chunks, indexes, manifests and startup profiles between machines over libp2p
 // streams. Server answers from a store of chunks and a source of images; Client
 // is a blockdev.Source and a blockdev.ImageSource whose bytes come from one
 // server. docs/formats.md, "Wire protocol", describes what is said.
@@ -8,8 +8,8 @@
 //   - request: up to 256 digests of one diff, answered in their order on the
 //     stream that it came on. Streams are used again, so that a demand read
 //     costs one round trip.
-//   - lane: the client's streams of one kind (demand, prefetch, index) with its
-//     own limit, so that no kind waits for another.
+//   - lane: the client's streams of one kind (demand, startup, prefetch, index,
+//     profile) with its own limit, so that no kind waits for another.
 //   - window: the bytes of prefetch that a machine has under way to it. Whatever
 //     is, may stand in front of a demand read.
 //
@@ -21,6 +21,7 @@
 //     the index says, and Deliver judges the bytes. Whoever breaks a rule loses
 //     the stream, and the error wraps blockdev.ErrCorrupt.
 //   - The server never queues a request beyond its limits: it answers busy.
-//   - Demand goes first: while a peer waits for one, its prefetches pause.
+//   - Demand goes first: while a peer waits for one, its prefetches pause, and
+//     what it asks for by a startup profile nearly so.
 //   - No lock is held across I/O.
 package exchange

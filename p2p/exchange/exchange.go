@@ -17,6 +17,8 @@ const (
 	ChunkProtocol    = "/shoal/chunk/1"
 	IndexProtocol    = "/shoal/index/1"
 	ManifestProtocol = "/shoal/manifest/1"
+	// ProfileProtocol carries what nodes have learned of starts.
+	ProfileProtocol = "/shoal/profile/1"
 )
 
 // Encoded is a chunk as it is stored and sent.
@@ -68,6 +70,14 @@ type Documents interface {
 	// DocumentFor is blockdev.DocumentSource's Document on behalf of a peer,
 	// whose ID has been proven. ctx ends when the peer is gone.
 	DocumentFor(ctx context.Context, peer string, req blockdev.DocumentRequest) (*blockdev.Document, error)
+}
+
+// Profiles takes startup profiles that peers report.
+type Profiles interface {
+	// ReportProfileFrom takes what a start on a peer, whose ID has been proven,
+	// has read of one diff. Nothing of it has been checked against the diff, or
+	// that this peer may speak of it.
+	ReportProfileFrom(ctx context.Context, peer string, p blockdev.DiffProfile) error
 }
 
 // decoder decompresses chunks. It is made when first used: a host with raw

@@ -24,12 +24,16 @@ func (c *Client) Fetch(ctx context.Context, req blockdev.Request, deliver blockd
 			return fmt.Errorf("chunk %s of %d bytes, not 1 to %d: %w", ch.Digest.Hex(), ch.Length, blockdev.MaxChunk, blockdev.ErrCorrupt)
 		}
 	}
-	if req.Priority == blockdev.Demand {
+	switch req.Priority {
+	case blockdev.Demand:
 		f.lane, f.timeout = c.demand, c.opts.DemandTimeout
 		f.msg.Priority = wire.Priority_PRIORITY_DEMAND
 		c.window.demandBegins()
 		defer c.window.demandEnds()
-	} else {
+	case blockdev.Startup:
+		f.lane, f.window = c.startup, c.starting
+		f.msg.Priority = wire.Priority_PRIORITY_STARTUP
+	default:
 		f.window = c.window
 	}
 	for f.base = 0; f.base < len(req.Chunks); f.base += wire.MaxDigests {
@@ -52,7 +56,7 @@ type fetch struct {
 	deliver blockdev.Deliver
 	msg     wire.ChunkRequest
 
-	window *Window // of prefetch; nil: demand
+	window *Window // of prefetch, or of startup chunks; nil: demand
 
 	base   int              // of chunks, in the caller's request
 	chunks []blockdev.Chunk // of the batch

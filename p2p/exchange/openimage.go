@@ -3,10 +3,12 @@ package exchange
 import (
 	"context"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/profile"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -162,6 +164,10 @@ func (a *imageAnswer) header(h *wire.ImageHeader) error {
 	var total int64
 	for i, l := range h.Layers {
 		layer := blockdev.Layer{Digest: blockdev.Digest(l.Digest), Size: l.Size, DiffID: blockdev.Digest(l.DiffId)}
+		var err error
+		if layer.Profile, err = profile.Decode(l.Profile, math.MaxUint32); err != nil {
+			return fmt.Errorf("layer %d: %w", i, err)
+		}
 		n := l.IndexLength
 		switch {
 		case n > wire.MaxIndex || total+n > wire.MaxImageIndex:

@@ -59,8 +59,11 @@ func (s *Server) refuse(st network.Stream, out *deadline, e *wire.Error) error {
 // more use; failures with single chunks are the client's to know.
 func (s *Server) answerChunks(st network.Stream, out *deadline, from peer.ID, req *wire.ChunkRequest) (err error) {
 	k := prefetch
-	if req.Priority == wire.Priority_PRIORITY_DEMAND {
+	switch req.Priority {
+	case wire.Priority_PRIORITY_DEMAND:
 		k = demand
+	case wire.Priority_PRIORITY_STARTUP:
+		k = startup
 	}
 	if !s.admit.enter(from, k) {
 		s.stats.request(k, wire.ErrBusy)
@@ -129,8 +132,8 @@ func (a *chunkAnswer) run(ctx context.Context) (failed, err error) {
 		if err != nil {
 			return failed, err
 		}
-		if a.kind == prefetch {
-			a.s.admit.waitForDemand(ctx, a.from)
+		if a.kind != demand {
+			a.s.admit.waitForDemand(ctx, a.from, a.kind)
 		}
 		if res.err != nil && failed == nil {
 			failed = res.err
@@ -203,7 +206,7 @@ func (a *chunkAnswer) chunk(ctx context.Context, n int) (chunkResult, error) {
 func (a *chunkAnswer) read(ctx context.Context, i int) (res chunkResult) {
 	ctx, cancel := context.WithTimeout(ctx, a.s.cfg.Limits.ChunkTimeout)
 	defer cancel()
-	if a.kind == prefetch {
+	if a.kind != demand {
 		if err := a.s.prefetchReads.Acquire(ctx, 1); err != nil {
 			return chunkResult{err: fmt.Errorf("waiting to read the store: %w", err)}
 		}

@@ -9,6 +9,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/profile"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -112,11 +113,16 @@ func (a *indexAnswer) image(img *blockdev.Image) error {
 		return a.fail(wire.FromError(err))
 	}
 	header := &wire.ImageHeader{Manifest: img.Manifest[:], Grant: img.Grant}
+	room := wire.MaxImageProfile
 	for i := range img.Layers {
 		l := &img.Layers[i]
-		header.Layers = append(header.Layers, &wire.LayerHeader{
-			Digest: l.Digest[:], Size: l.Size, DiffId: l.DiffID[:], IndexLength: int64(len(l.Index)),
-		})
+		h := &wire.LayerHeader{Digest: l.Digest[:], Size: l.Size, DiffId: l.DiffID[:], IndexLength: int64(len(l.Index))}
+		// What has no room is a hint less.
+		if p := profile.Append(nil, l.Profile); len(p) <= room {
+			h.Profile = p
+			room -= len(p)
+		}
+		header.Layers = append(header.Layers, h)
 	}
 	if err := a.write(&wire.IndexFrame{Part: &wire.IndexFrame_Header{Header: header}}); err != nil {
 		return err

@@ -19,15 +19,18 @@ import (
 // stands for its default.
 type Limits struct {
 	// Requests that are worked on at the same time; more are answered busy.
-	DemandPerPeer, PrefetchPerPeer, ImagesPerPeer, DocumentsPerPeer int // 64, 4, 8, 16
-	Demand, Prefetch, Images, Documents                             int // 2048, 1024, 256, 512
+	DemandPerPeer, StartupPerPeer, PrefetchPerPeer, ImagesPerPeer, DocumentsPerPeer int // 64, 8, 4, 8, 16
+	Demand, Startup, Prefetch, Images, Documents                                    int // 2048, 1024, 1024, 256, 512
+	// Profiles is how many startup profiles are taken at the same time (64), one
+	// of each peer.
+	Profiles int
 
 	// ReadAhead is how many chunks of one request are read from the store while
 	// others are being sent (4), and TotalReadAhead bounds these for all
 	// requests together (512). A request always has one chunk in hand.
 	ReadAhead, TotalReadAhead int
 	// PrefetchReads is how many chunks are read from the store for prefetches
-	// at the same time (32).
+	// and by startup profiles at the same time (32).
 	PrefetchReads int
 
 	// IdleTimeout closes streams on which no request comes (2 min). It is
@@ -44,6 +47,9 @@ type Limits struct {
 	// DemandPause is how long a prefetch waits for the same peer's demand
 	// requests before it sends its next chunk anyway (50 ms).
 	DemandPause time.Duration
+	// StartupPause is the same for chunks by a startup profile (5 ms): whoever
+	// starts is about to wait for these, too.
+	StartupPause time.Duration
 }
 
 func setDefault[T int | time.Duration](p *T, v T) {
@@ -54,13 +60,16 @@ func setDefault[T int | time.Duration](p *T, v T) {
 
 func (l *Limits) setDefaults() {
 	setDefault(&l.DemandPerPeer, 64)
+	setDefault(&l.StartupPerPeer, 8)
 	setDefault(&l.PrefetchPerPeer, 4)
 	setDefault(&l.ImagesPerPeer, 8)
 	setDefault(&l.DocumentsPerPeer, 16)
 	setDefault(&l.Demand, 2048)
+	setDefault(&l.Startup, 1024)
 	setDefault(&l.Prefetch, 1024)
 	setDefault(&l.Images, 256)
 	setDefault(&l.Documents, 512)
+	setDefault(&l.Profiles, 64)
 	setDefault(&l.ReadAhead, 4)
 	setDefault(&l.TotalReadAhead, 512)
 	setDefault(&l.PrefetchReads, 32)
@@ -70,6 +79,7 @@ func (l *Limits) setDefaults() {
 	setDefault(&l.WorkingInterval, 5*time.Second)
 	setDefault(&l.ProgressInterval, 500*time.Millisecond)
 	setDefault(&l.DemandPause, 50*time.Millisecond)
+	setDefault(&l.StartupPause, 5*time.Millisecond)
 }
 
 // ServerConfig says what a Server serves.
@@ -77,6 +87,7 @@ type ServerConfig struct {
 	Chunks    Chunks    // nil: no chunk protocol
 	Images    Images    // nil: no index protocol
 	Documents Documents // nil: no manifest protocol
+	Profiles  Profiles  // nil: no profile protocol
 	Limits    Limits
 	Log       *slog.Logger // nil: no log
 	// Registerer, if not nil, takes the server's metrics.
@@ -133,6 +144,9 @@ func NewServer(h host.Host, cfg ServerConfig) (*Server, error) {
 	if cfg.Documents != nil {
 		h.SetStreamHandler(ManifestProtocol, s.handler(s.serveDocument))
 	}
+	if cfg.Profiles != nil {
+		h.SetStreamHandler(ProfileProtocol, s.handler(s.serveProfiles))
+	}
 	return s, nil
 }
 
@@ -150,6 +164,9 @@ func (s *Server) Close() error {
 	}
 	if s.cfg.Documents != nil {
 		s.host.RemoveStreamHandler(ManifestProtocol)
+	}
+	if s.cfg.Profiles != nil {
+		s.host.RemoveStreamHandler(ProfileProtocol)
 	}
 	s.cancel()
 	s.mu.Lock()

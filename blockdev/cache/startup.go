@@ -1,0 +1,135 @@
+package cache
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// FetchStartup fetches those of the chunks (numbers in the chunk table) that are
+// missing and that nobody has asked for, in one request of their own priority:
+// a container that starts is about to read them. Numbers that the diff does not
+// have are passed over. It does not give way to demand reads, whose requests
+// overtake this one; prefetch gives way to it. The caller bounds the request by
+// the number of chunks. It returns when the request is over: an error is the
+// Source's, the disk's, ctx's, ErrRemoved or ErrClosed.
+func (d *Diff) FetchStartup(ctx context.Context, chunks []uint32) error {
+	if err := d.enter(); err != nil {
+		return fmt.Errorf("startup chunks of diff %v: %w", d.id, err)
+	}
+	defer d.wg.Done()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(d.life, func() { cancel(context.Cause(d.life)) })()
+
+	var err error
+	g := &group{d: d, prio: blockdev.Startup, parent: ctx, release: func(e error) { err = e }}
+	d.mu.Lock()
+	if d.gone == nil {
+		for _, c := range chunks {
+			if i := int(c); i < d.tab.len() && !d.pres.present.get(i) && d.flights[i] == nil {
+				d.depart(g, i)
+			}
+		}
+	}
+	if len(g.todo) == 0 {
+		d.mu.Unlock()
+		return nil
+	}
+	d.wg.Add(1)
+	d.mu.Unlock()
+	d.c.gate.enter()
+	defer d.c.gate.leave()
+	d.keep.Store(time.Now().Add(keepStartup).UnixNano())
+	g.run()
+	if err != nil {
+		return fmt.Errorf("startup chunks of diff %v: %w", d.id, err)
+	}
+	return nil
+}
+
+// keepStartup is how long pages of startup chunks stay in the page cache after
+// they were synced, so that the container that is about to read them does not
+// wait for the disk.
+const keepStartup = 30 * time.Second
+
+// Recording notes which chunks of some diffs are read, whether they are there
+// already or not, in the order of their first touch among all these diffs. It is
+// bounded: blockdev.MaxProfile chunks of each diff.
+type Recording struct {
+	tracks []*track
+	ranks  atomic.Uint32
+	last   atomic.Int64 // Unix nanoseconds of the last first touch; 0: none
+}
+
+// track is a Recording's part on one diff.
+type track struct {
+	r    *Recording
+	d    *Diff
+	seen bitset
+
+	mu      sync.Mutex
+	touches blockdev.Profile
+}
+
+// Record starts to note the reads of diffs. One that another Recording notes is
+// left out. The caller must Stop it.
+func Record(diffs ...*Diff) *Recording {
+	r := &Recording{}
+	for _, d := range diffs {
+		t := &track{r: r, d: d, seen: newBitset(d.tab.len())}
+		if d.track.CompareAndSwap(nil, t) {
+			r.tracks = append(r.tracks, t)
+		}
+	}
+	return r
+}
+
+// touch notes a read of the chunks [lo, hi).
+func (t *track) touch(lo, hi int) {
+	if t.seen.all(lo, hi) {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for i := lo; i < hi; i++ {
+		if t.seen.get(i) {
+			continue
+		}
+		t.seen.set(i)
+		if len(t.touches) < blockdev.MaxProfile {
+			t.touches = append(t.touches, blockdev.Touch{Chunk: uint32(i), Rank: t.r.ranks.Add(1) - 1})
+		}
+	}
+	t.r.last.Store(time.Now().UnixNano())
+}
+
+// Last returns when a chunk was touched for the first time last; the zero time if
+// none was.
+func (r *Recording) Last() time.Time {
+	if n := r.last.Load(); n != 0 {
+		return time.Unix(0, n)
+	}
+	return time.Time{}
+}
+
+// Stop ends the recording and returns what it has noted, without diffs of which
+// nothing was read.
+func (r *Recording) Stop() []blockdev.DiffProfile {
+	var all []blockdev.DiffProfile
+	for _, t := range r.tracks {
+		t.d.track.CompareAndSwap(t, nil)
+		t.mu.Lock()
+		p := t.touches
+		t.touches = nil
+		t.mu.Unlock()
+		if len(p) > 0 {
+			all = append(all, blockdev.DiffProfile{Diff: t.d.id, Profile: p})
+		}
+	}
+	return all
+}

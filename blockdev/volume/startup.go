@@ -1,0 +1,193 @@
+package volume
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache"
+)
+
+const (
+	// startupRequests are under way at a time for one image: one that is being
+	// answered, one that waits for it, and one whose chunks are being checked
+	// and written.
+	startupRequests = 3
+	// startupWindow is how many chunks, by rank, are sorted into one request for
+	// each diff: about 1 MiB.
+	startupWindow = 16
+	// maxStartup bounds the chunks of one image that are fetched by its profiles.
+	maxStartup = 2 * blockdev.MaxProfile
+
+	// A recording ends when nothing new has been read for recordUntilQuiet, or after
+	// recordAtMost.
+	recordUntilQuiet = 5 * time.Second
+	recordAtMost     = time.Minute
+	// reportTimeout bounds handing over what was recorded, also when the node
+	// stops.
+	reportTimeout = 3 * time.Second
+)
+
+// startups are the startup fetches and recordings under way.
+type startups struct {
+	ctx   context.Context // ends with the Manager: it is its life, not a caller's
+	end   context.CancelFunc
+	tasks sync.WaitGroup
+
+	mu     sync.Mutex
+	closed bool
+}
+
+func newStartups() *startups {
+	ctx, end := context.WithCancel(context.Background())
+	return &startups{ctx: ctx, end: end}
+}
+
+// run starts a task, unless close has begun.
+func (s *startups) run(task func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closed {
+		s.tasks.Go(task)
+	}
+}
+
+// close ends all tasks and waits for them.
+func (s *startups) close() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.end()
+	s.tasks.Wait()
+}
+
+// EndStartups ends startup fetches and recordings for good, and reports what was
+// recorded so far. Close does the same; call it before, if Config.Profiles does not
+// outlive the Manager.
+func (m *Manager) EndStartups() { m.startups.close() }
+
+// FetchStartup begins to fetch what containers of an image are known to read in
+// their first seconds, in that order, and returns at once. Profiles are not
+// trusted: diffs and chunks that are not there are passed over, and the number
+// of chunks is bounded. What cannot be fetched is left to reads and prefetch.
+func (m *Manager) FetchStartup(profiles []blockdev.DiffProfile) {
+	line := m.startupLine(profiles)
+	if len(line) == 0 {
+		return
+	}
+	m.startups.run(func() {
+		var workers sync.WaitGroup
+		work := make(chan startupRequest)
+		for range startupRequests {
+			workers.Go(func() {
+				for r := range work {
+					err := r.v.diff.FetchStartup(m.startups.ctx, r.chunks)
+					if err != nil && m.startups.ctx.Err() == nil && !errors.Is(err, cache.ErrRemoved) {
+						m.cfg.Log.Info("startup chunks not fetched; they are when they are read", "error", err)
+					}
+				}
+			})
+		}
+		defer workers.Wait()
+		defer close(work)
+		for _, r := range line {
+			select {
+			case work <- r:
+			case <-m.startups.ctx.Done():
+				return
+			}
+		}
+	})
+}
+
+// startupRequest is some chunks of one diff.
+type startupRequest struct {
+	v      *volume
+	chunks []uint32
+}
+
+// startupLine makes requests of profiles: windows of the image's chunks by rank,
+// each sorted by diff.
+func (m *Manager) startupLine(profiles []blockdev.DiffProfile) []startupRequest {
+	type row struct {
+		v *volume
+		blockdev.Touch
+	}
+	var rows []row
+	for _, p := range profiles {
+		v, err := m.volume(p.Diff)
+		if err != nil || v.diff.Complete() {
+			continue
+		}
+		for _, t := range p.Profile[:min(len(p.Profile), blockdev.MaxProfile)] {
+			rows = append(rows, row{v, t})
+		}
+	}
+	slices.SortStableFunc(rows, func(a, b row) int { return cmp.Compare(a.Rank, b.Rank) })
+	rows = rows[:min(len(rows), maxStartup)]
+	var line []startupRequest
+	for window := range slices.Chunk(rows, startupWindow) {
+		at := make(map[*volume]int)
+		for _, r := range window {
+			i, ok := at[r.v]
+			if !ok {
+				i = len(line)
+				at[r.v] = i
+				line = append(line, startupRequest{v: r.v})
+			}
+			line[i].chunks = append(line[i].chunks, r.Chunk)
+		}
+	}
+	return line
+}
+
+// record notes what the container that is about to start reads of those diffs
+// that nothing has read since they were mounted, and reports it: a diff whose
+// pages EROFS has already would only show what others have not read before.
+func (m *Manager) record(vols []*volume) {
+	if m.cfg.Profiles == nil {
+		return
+	}
+	var diffs []*cache.Diff
+	var recorded []*volume
+	for _, v := range vols {
+		if d, ok := v.diff.(*cache.Diff); ok && v.firstStart() {
+			diffs, recorded = append(diffs, d), append(recorded, v)
+		}
+	}
+	if len(diffs) == 0 {
+		return
+	}
+	m.startups.run(func() {
+		r := cache.Record(diffs...)
+		began := time.Now()
+		tick := time.NewTicker(recordUntilQuiet / 5)
+		defer tick.Stop()
+		for done := false; !done; {
+			select {
+			case now := <-tick.C:
+				last := r.Last()
+				done = now.Sub(began) >= recordAtMost || (!last.IsZero() && now.Sub(last) >= recordUntilQuiet)
+			case <-m.startups.ctx.Done():
+				done = true
+			}
+		}
+		profiles := r.Stop()
+		if len(profiles) == 0 {
+			for _, v := range recorded {
+				v.setStarted(false) // it was no start, or one that read nothing
+			}
+			return
+		}
+		// Also when the node stops: what was learned is for others.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(m.startups.ctx), reportTimeout)
+		defer cancel()
+		if err := m.cfg.Profiles.ReportProfiles(ctx, profiles); err != nil {
+			m.cfg.Log.Info("what a container has read at its start was not reported; later starts do not profit from it", "error", err)
+		}
+	})
+}
