@@ -183,6 +183,7 @@ type fakeData struct {
 	removed    []blockdev.Digest
 	prefetched []blockdev.Digest
 	waited     []blockdev.Digest
+	startup    []blockdev.DiffProfile
 	mountErr   map[blockdev.Digest]error
 	addErr     error
 	removeErr  error
@@ -256,6 +257,17 @@ func (d *fakeData) Prefetch(ids ...blockdev.Digest) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.prefetched = append(d.prefetched, ids...)
+}
+
+func (d *fakeData) FetchStartup(profiles []blockdev.DiffProfile) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, p := range profiles {
+		if d.dirs[p.Diff] == "" {
+			d.t.Errorf("startup profile of diff %s before it was added", p.Diff)
+		}
+	}
+	d.startup = append(d.startup, profiles...)
 }
 
 func (d *fakeData) PrefetchWait(_ context.Context, id blockdev.Digest) error {

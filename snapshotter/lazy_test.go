@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -409,4 +410,26 @@ func TestManyLayers(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestStartupProfiles: what is known of an image's start goes to the data path
+// when its diffs are there, once for each of them.
+func TestStartupProfiles(t *testing.T) {
+	n := newNode(t)
+	layers := threeLayers(t)
+	img := newImage("docker.io/library/app:1", layers[0], layers[1], layers[1], layers[2])
+	n.images.publish(img)
+	p := blockdev.Profile{{Chunk: 0, Rank: 3}}
+	n.images.change = func(i *blockdev.Image) {
+		i.Layers[1].Profile, i.Layers[2].Profile = p, p
+	}
+	if _, _, err := n.pull(t.Context(), img); err != nil {
+		t.Fatal(err)
+	}
+	n.data.set(func() {
+		want := []blockdev.DiffProfile{{Diff: layers[1].diffID, Profile: p}}
+		if !reflect.DeepEqual(n.data.startup, want) {
+			t.Errorf("told of %v, want %v", n.data.startup, want)
+		}
+	})
 }

@@ -22,13 +22,14 @@ const (
 	AtLeast Cmp = ">="
 )
 
-// Row is one measured figure beside its bar.
+// Row is one measured figure beside its bar; without Cmp it has none, and is
+// there to explain the others.
 type Row struct {
 	Name  string  `json:"name"`
 	Value float64 `json:"value"` // the median of the runs
 	Unit  string  `json:"unit"`
-	Cmp   Cmp     `json:"cmp"`
-	Bar   float64 `json:"bar"`
+	Cmp   Cmp     `json:"cmp,omitempty"`
+	Bar   float64 `json:"bar,omitempty"`
 	Runs  int     `json:"runs"`
 	Min   float64 `json:"min"`
 	Max   float64 `json:"max"`
@@ -36,10 +37,13 @@ type Row struct {
 
 // Holds says whether the value is on the bar's right side.
 func (r Row) Holds() bool {
-	if r.Cmp == AtLeast {
+	switch r.Cmp {
+	case AtLeast:
 		return r.Value >= r.Bar
+	case AtMost:
+		return r.Value <= r.Bar
 	}
-	return r.Value <= r.Bar
+	return true
 }
 
 // Report collects the rows of one measuring target.
@@ -59,6 +63,11 @@ func (r *Report) Add(name, unit string, cmp Cmp, bar float64, samples ...float64
 	r.Rows = append(r.Rows, Row{Name: name, Value: median, Unit: unit, Cmp: cmp, Bar: bar, Runs: n, Min: s[0], Max: s[n-1]})
 }
 
+// Note adds a row without a bar.
+func (r *Report) Note(name, unit string, samples ...float64) {
+	r.Add(name, unit, "", 0, samples...)
+}
+
 // Save writes DIR/NAME.json.
 func (r *Report) Save(dir, name string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -76,11 +85,14 @@ func (r *Report) Print(w io.Writer) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(tw, "WHAT\tVALUE\tBAR\t\tMIN\tMAX\tRUNS")
 	for _, row := range r.Rows {
-		mark := "ok"
-		if !row.Holds() {
+		mark, bar := "ok", fmt.Sprintf("%s %.4g", row.Cmp, row.Bar)
+		switch {
+		case row.Cmp == "":
+			mark, bar = "", ""
+		case !row.Holds():
 			mark = "MISSED"
 		}
-		fmt.Fprintf(tw, "%s\t%.4g %s\t%s %.4g\t%s\t%.4g\t%.4g\t%d\n", row.Name, row.Value, row.Unit, row.Cmp, row.Bar, mark, row.Min, row.Max, row.Runs)
+		fmt.Fprintf(tw, "%s\t%.4g %s\t%s\t%s\t%.4g\t%.4g\t%d\n", row.Name, row.Value, row.Unit, bar, mark, row.Min, row.Max, row.Runs)
 	}
 	return tw.Flush()
 }

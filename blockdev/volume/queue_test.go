@@ -15,12 +15,14 @@ import (
 	"github.com/shoalfs/shoal/blockdev/fusefs"
 )
 
-// fakeDiff is a diff of which only the prefetch matters.
+// fakeDiff is a diff of which only the prefetch and startup fetches matter.
 type fakeDiff struct {
 	fusefs.File
 	name     string
 	prefetch func(context.Context) error
 	prove    func(context.Context, bool) error // nil: it is proven
+
+	startup func(chunks []uint32) error
 }
 
 func (d *fakeDiff) ID() blockdev.Digest { return blockdev.Sum([]byte(d.name)) }
@@ -53,6 +55,8 @@ func testQueues(most int) (prefetches, proofs *queue) {
 	m.queue, m.proofs, m.scrubs = m.newPrefetchQueue(), m.newProofQueue(), m.newScrubQueue()
 	return m.queue, m.proofs
 }
+
+func (d *fakeDiff) FetchStartup(_ context.Context, chunks []uint32) error { return d.startup(chunks) }
 
 // script notes which attempts began, and lets each take a second.
 type script struct {

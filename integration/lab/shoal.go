@@ -193,6 +193,23 @@ func (l *Lab) RestartNode(ctx context.Context, n *Node) (*Node, error) {
 	return &again, again.waitUp(ctx)
 }
 
+// RestartSupernode starts the supernode again on the same directory and address,
+// after Stop or Kill.
+func (l *Lab) RestartSupernode(ctx context.Context, s *Supernode) (*Supernode, error) {
+	again := *s
+	var err error
+	if again.Process, err = l.Start(s.Name, "shoal", nil, "supernode", "--config", l.Path(s.Name+".toml")); err != nil {
+		return nil, err
+	}
+	return &again, WaitFor(ctx, "supernode", 20*time.Second, func() error {
+		if err := again.Alive(); err != nil {
+			return err
+		}
+		_, err := again.Metric(ctx, "shoal_build_info")
+		return err
+	})
+}
+
 // NodeStatus is what `shoal status --output json` prints.
 type NodeStatus struct {
 	Images []struct {

@@ -164,9 +164,11 @@ func (a *imageAnswer) header(h *wire.ImageHeader) error {
 	var total int64
 	for i, l := range h.Layers {
 		layer := blockdev.Layer{Digest: blockdev.Digest(l.Digest), Size: l.Size, DiffID: blockdev.Digest(l.DiffId)}
-		var err error
-		if layer.Profile, err = profile.Decode(l.Profile, math.MaxUint32); err != nil {
-			return fmt.Errorf("layer %d: %w", i, err)
+		if len(l.Profile) > 0 {
+			var err error
+			if layer.Profile, err = profile.Decode(l.Profile, math.MaxUint32); err != nil {
+				return fmt.Errorf("layer %d: %w", i, err)
+			}
 		}
 		n := l.IndexLength
 		switch {

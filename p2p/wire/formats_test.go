@@ -4,7 +4,9 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/hex"
+	"io"
 	"os"
+	"reflect"
 	"regexp"
 	"strings"
 	"testing"
@@ -12,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/profile"
 )
 
 // TestFormatsPage decodes the example of docs/formats.md, so that the page stays
@@ -74,6 +77,15 @@ func TestFormatsPage(t *testing.T) {
 	}
 	if r.Buffered() > 0 {
 		t.Errorf("%d bytes behind the page's answer", r.Buffered())
+	}
+
+	enc, err := io.ReadAll(example("profile-example"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	prof, err := profile.Decode(enc, 7)
+	if want := (blockdev.Profile{{Chunk: 5, Rank: 0}, {Chunk: 6, Rank: 1}, {Chunk: 2, Rank: 5}}); err != nil || !reflect.DeepEqual(prof, want) {
+		t.Errorf("the page's profile is %v, %v", prof, err)
 	}
 
 	r = example("wire-manifest-request")

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/shoalfs/shoal/bench/report"
+	"github.com/shoalfs/shoal/integration/lab"
 )
 
 // warmBars are the bars of pull + READY against overlayfs, supernode warm.
@@ -23,19 +24,23 @@ var warmBars = map[string]float64{
 }
 
 func startCommand(o *options) *cobra.Command {
-	return &cobra.Command{
+	unlearned := true
+	cmd := &cobra.Command{
 		Use:   "start",
 		Short: "Pull and start of the real images against overlayfs",
 		Args:  cobra.NoArgs,
-		RunE:  func(cmd *cobra.Command, _ []string) error { return benchStart(cmd.Context(), o) },
+		RunE:  func(cmd *cobra.Command, _ []string) error { return benchStart(cmd.Context(), o, unlearned) },
 	}
+	cmd.Flags().BoolVar(&unlearned, "unlearned", unlearned, "also measure a warm supernode that has seen no start")
+	return cmd
 }
 
 // startFigures are the samples of one image, a sample a run.
 type startFigures struct {
 	overlay, cold, warm []float64 // seconds of pull + READY
+	unlearned           []float64 // the same as warm, without startup profiles
 	pullOver            []float64 // seconds of a pull over what manifest and config cost
-	pullBytes           []float64 // bytes that reached the node during the pull
+	indexBytes          []float64 // bytes of indexes that reached the node
 }
 
 func (f *startFigures) ratios(part []float64) []float64 {
@@ -46,11 +51,12 @@ func (f *startFigures) ratios(part []float64) []float64 {
 	return r
 }
 
-func benchStart(ctx context.Context, o *options) (err error) {
+func benchStart(ctx context.Context, o *options, unlearned bool) (err error) {
 	w, err := newWorld(ctx, o, "public")
 	if err != nil {
 		return err
 	}
+	w.unlearned = unlearned
 	defer func() { err = errors.Join(err, w.Close()) }()
 	figures := map[string]*startFigures{}
 	for run := range o.runs {
@@ -73,7 +79,7 @@ func benchStart(ctx context.Context, o *options) (err error) {
 			return err
 		}
 		var share []float64
-		for _, b := range f.pullBytes {
+		for _, b := range f.indexBytes {
 			share = append(share, 100*b/float64(m.compressed()))
 		}
 		r.Add("metadata that reaches the node before start, of the compressed image: torch", "%", report.AtMost, 0.5, share...)
@@ -86,6 +92,11 @@ func benchStart(ctx context.Context, o *options) (err error) {
 	for _, image := range allImages {
 		if f := figures[image]; f != nil && warmBars[image] > 0 {
 			r.Add("supernode warm, pull + READY against overlayfs: "+image, "x", report.AtMost, warmBars[image], f.ratios(f.warm)...)
+		}
+	}
+	for _, image := range allImages {
+		if f := figures[image]; f != nil && len(f.unlearned) > 0 {
+			r.Note("the same, image never started before (no startup profile): "+image, "x", f.ratios(f.unlearned)...)
 		}
 	}
 	for _, image := range allImages {
@@ -111,7 +122,10 @@ func benchStart(ctx context.Context, o *options) (err error) {
 }
 
 // measureStart takes one sample of everything about one image: overlayfs, shoal
-// with a cold and then with a warm supernode, each on a fresh machine.
+// with a cold and then with a warm supernode, each on a fresh machine. Warm means
+// that the image was started once in the datacenter: by the cold run, which
+// leaves layers, index and startup profile on the supernode. At last the
+// supernode forgets its profiles, as if the image had only been pulled before.
 func (w *world) measureStart(ctx context.Context, image string, f *startFigures) error {
 	ref := w.ref(image, "v1")
 	plain, err := w.plain(ctx)
@@ -137,41 +151,95 @@ func (w *world) measureStart(ctx context.Context, image string, f *startFigures)
 	if err := super.Settle(ctx, 5*time.Minute); err != nil {
 		return err
 	}
-	second, err := w.lazy(ctx, super)
+	warm, err := w.measureWarm(ctx, super, image)
 	if err != nil {
 		return err
 	}
-	registryBefore := w.link.Down()
-	nodeBefore := second.link.Down()
-	began := time.Now()
-	if err := second.Pull(ctx, "shoal", ref); err != nil {
+	say("%-14s overlayfs %.2f s, shoal cold %.2f s (%.2fx), warm %.2f s (%.2fx), pull %.2f s (manifest and config alone %.2f s), index %.2f MB",
+		image, over.ready.Seconds(), cold.ready.Seconds(), cold.ready.Seconds()/over.ready.Seconds(),
+		warm.ready.Seconds(), warm.ready.Seconds()/over.ready.Seconds(), warm.pulled.Seconds(), warm.metadata.Seconds(), warm.index/1e6)
+	say("%-14s   warm: %s", "", warm.node)
+	f.overlay = append(f.overlay, over.ready.Seconds())
+	f.cold = append(f.cold, cold.ready.Seconds())
+	f.warm = append(f.warm, warm.ready.Seconds())
+	f.pullOver = append(f.pullOver, (warm.pulled - warm.metadata).Seconds())
+	f.indexBytes = append(f.indexBytes, warm.index)
+	if !w.unlearned {
+		return super.Stop()
+	}
+	if err := super.Stop(); err != nil {
 		return err
 	}
-	pulled := time.Since(began)
-	pullBytes := second.link.Down() - nodeBefore
-	if n := w.link.Down() - registryBefore; n > 1<<20 {
-		return fmt.Errorf("the pull with a warm supernode fetched %d bytes from the registry: layers were not lazy", n)
+	if err := os.Remove(w.Path(super.Name, "profiles.db")); err != nil {
+		return err
+	}
+	if super, err = w.RestartSupernode(ctx, super); err != nil {
+		return err
+	}
+	unlearned, err := w.measureWarm(ctx, super, image)
+	if err != nil {
+		return err
+	}
+	say("%-14s   warm, without a profile: %.2f s (%.2fx), %s", "", unlearned.ready.Seconds(), unlearned.ready.Seconds()/over.ready.Seconds(), unlearned.node)
+	f.unlearned = append(f.unlearned, unlearned.ready.Seconds())
+	return super.Stop()
+}
+
+// warmStart is a start with a warm supernode.
+type warmStart struct {
+	start
+	metadata time.Duration // what manifest and config alone cost
+	index    float64       // bytes of indexes, with their profiles, that reached the node
+	node     string        // what the node says of it
+}
+
+// measureWarm pulls and starts an image that the supernode has on a fresh machine.
+func (w *world) measureWarm(ctx context.Context, super *lab.Supernode, image string) (*warmStart, error) {
+	ref := w.ref(image, "v1")
+	m, err := w.lazy(ctx, super)
+	if err != nil {
+		return nil, err
+	}
+	const indexBytes = `shoal_p2p_sent_bytes_total{kind="image"}`
+	before, err := super.Metric(ctx, indexBytes)
+	if err != nil {
+		return nil, err
+	}
+	registry := w.link.Down()
+	began := time.Now()
+	if err := m.Pull(ctx, "shoal", ref); err != nil {
+		return nil, err
+	}
+	s := &warmStart{start: start{pulled: time.Since(began)}}
+	if n := w.link.Down() - registry; n > 1<<20 {
+		return nil, fmt.Errorf("the pull with a warm supernode fetched %d bytes from the registry: layers were not lazy", n)
 	}
 	// After the pull, so that what the supernode had to ask the registry counts as
 	// the pull's.
-	metadata, _, err := w.measureMetadata(ctx, image, second.node.Mirror)
+	if s.metadata, _, err = w.measureMetadata(ctx, image, m.node.Mirror); err != nil {
+		return nil, err
+	}
+	ready, err := m.RunReady(ctx, "shoal", ref, false)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	ready, err := second.RunReady(ctx, "shoal", ref, false)
-	if err := errors.Join(err, second.stop(), super.Stop()); err != nil {
-		return err
+	s.ready = s.pulled + ready
+	after, err := super.Metric(ctx, indexBytes)
+	if err != nil {
+		return nil, err
 	}
-	warm := pulled + ready
-	say("%-14s overlayfs %.2f s, shoal cold %.2f s (%.2fx), warm %.2f s (%.2fx), pull %.2f s (manifest and config alone %.2f s), %.2f MB",
-		image, over.ready.Seconds(), cold.ready.Seconds(), cold.ready.Seconds()/over.ready.Seconds(),
-		warm.Seconds(), warm.Seconds()/over.ready.Seconds(), pulled.Seconds(), metadata.Seconds(), float64(pullBytes)/1e6)
-	f.overlay = append(f.overlay, over.ready.Seconds())
-	f.cold = append(f.cold, cold.ready.Seconds())
-	f.warm = append(f.warm, warm.Seconds())
-	f.pullOver = append(f.pullOver, (pulled - metadata).Seconds())
-	f.pullBytes = append(f.pullBytes, float64(pullBytes))
-	return nil
+	s.index = after - before
+	var v [4]float64
+	for i, name := range []string{
+		`shoal_node_fetched_bytes_total{priority="startup"}`, `shoal_node_fetched_bytes_total{priority="demand"}`,
+		"shoal_node_demand_waits_total", "shoal_node_demand_wait_seconds_total",
+	} {
+		if v[i], err = m.node.Metric(ctx, name); err != nil {
+			return nil, err
+		}
+	}
+	s.node = fmt.Sprintf("%.1f MB by the profile, %.1f MB by reads, of which %.0f waited %.2f s in all", v[0]/1e6, v[1]/1e6, v[2], v[3])
+	return s, m.stop()
 }
 
 // measureMetadata asks for what every pull asks for, the manifest by its tag and by

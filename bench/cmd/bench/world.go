@@ -48,6 +48,8 @@ type world struct {
 	// link is the way from the datacenter to the registry.
 	link *lab.Link
 	n    int // how many machines were made
+	// unlearned: measure starts without a startup profile, too.
+	unlearned bool
 }
 
 func imagesDir() (string, error) {
