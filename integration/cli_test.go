@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"crypto/rand"
 	"encoding/json"
 	"os"
 	"strings"
@@ -98,4 +99,22 @@ func TestCommands(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestPrefetchProgress: through a node, too, one sees how far the supernode is.
+func TestPrefetchProgress(t *testing.T) {
+	s := &site{Lab: newLab(t)}
+	ctx := t.Context()
+	s.registry = must(s.StartRegistry(ctx, "registry", s.Path("images"), ""))(t)
+	s.supernode = must(s.StartSupernode(ctx, "super", ""))(t)
+	s.node = must(s.StartNode(ctx, "node", s.supernode.Address, ""))(t)
+	slow := must(s.NewLink(s.registry.Addr, 4<<20, 0))(t)
+	content := make([]byte, 10<<20)
+	_, err := rand.Read(content)
+	noError(t, err)
+	s.push(t, "big", layer(t, file("f", string(content))))
+	out := must(s.Run(ctx, "shoal", "prefetch", "--control", s.node.Control, slow.Addr+"/big:v1"))(t)
+	if !strings.Contains(out, " fetching (10") || !strings.HasSuffix(strings.TrimSpace(out), "done") {
+		t.Errorf("nothing was said while the layer came:\n%s", out)
+	}
 }
