@@ -67,6 +67,10 @@ bench-upgrade: setup build ## new bytes from v1 to v2 -> bench/out/upgrade.json
 bench-ingest: setup build ## ingest and memory of the biggest image -> bench/out/ingest.json
 	cd bench && $(GO) run ./cmd/bench ingest --bin $(BIN)
 
+.PHONY: sim
+sim: ## 1,000 and 10,000 simulated nodes, and other designs in the same network -> bench/out/sim.json, plots
+	cd bench && $(GO) run ./cmd/sim
+
 .PHONY: images
 images: setup ## build the ten real images that tests and benchmarks use
 	bench/images/build.sh public
