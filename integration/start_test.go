@@ -3,7 +3,6 @@ package integration
 import (
 	"context"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -23,15 +22,7 @@ type realSite struct {
 func newRealSite(t *testing.T, supernodeConfig string) *realSite {
 	t.Helper()
 	s := &realSite{site: &site{Lab: newLab(t)}}
-	build := exec.CommandContext(t.Context(), "../bench/images/build.sh", "redis")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build the images: %v\n%s", err, out)
-	}
-	cache := os.Getenv("SHOAL_CACHE")
-	if cache == "" {
-		cache = filepath.Join(must(os.UserHomeDir())(t), ".cache", "shoal")
-	}
-	s.registry = must(s.StartRegistry(t.Context(), "registry", filepath.Join(cache, "images", "registry"), ""))(t)
+	s.registry = realRegistry(t, s.Lab, "redis")
 	s.link = must(s.NewLink(s.registry.Addr, 0, 0))(t)
 	s.supernode = must(s.StartSupernode(t.Context(), "super", supernodeConfig))(t)
 	s.nodeLink = must(s.NewLink(s.supernode.HostPort(), 0, 0))(t)

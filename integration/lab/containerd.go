@@ -168,6 +168,51 @@ func (c *Containerd) RunReady(ctx context.Context, snapshotter, ref string, anyL
 	return ready, nil
 }
 
+// Container is a container that runs in the background. Its process is ctr, and
+// the process's log is what the container says.
+type Container struct {
+	*Process
+	id string
+	c  *Containerd
+}
+
+// StartContainer starts a container of ref with a command of its own.
+func (c *Containerd) StartContainer(ctx context.Context, name, snapshotter, ref string, args ...string) (*Container, error) {
+	id := fmt.Sprintf("%s-%s-%d", filepath.Base(c.lab.Dir), c.Name, c.run.Add(1))
+	p, err := c.lab.Start(name, c.ctr, nil, append([]string{"--address", c.Address, "run", "--rm", "--snapshotter", snapshotter, ref, id}, args...)...)
+	if err != nil {
+		return nil, err
+	}
+	x := &Container{p, id, c}
+	c.lab.OnClose(x.End)
+	return x, WaitFor(ctx, "container "+id, time.Minute, func() error {
+		if err := p.Alive(); err != nil {
+			return err
+		}
+		_, err := c.Ctr(ctx, "tasks", "metrics", id)
+		return err
+	})
+}
+
+// End kills the container and waits for its removal. It may be called more than
+// once, and after the container has ended by itself.
+func (x *Container) End() error {
+	if x.Alive() != nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if _, err := x.c.Ctr(ctx, "tasks", "kill", "--signal", "SIGKILL", x.id); err != nil {
+		return err
+	}
+	select {
+	case <-x.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("container %s was killed and is still there", x.id)
+	}
+}
+
 // MountImage mounts an image that was pulled, read-only, at dir. The function
 // that it returns unmounts it.
 func (c *Containerd) MountImage(ctx context.Context, snapshotter, ref, dir string) (unmount func() error, err error) {

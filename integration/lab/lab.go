@@ -55,7 +55,7 @@ func New(bin string) (*Lab, error) {
 	if err := os.WriteFile(l.TokenFile(), []byte("the lab's own token\n"), 0o600); err != nil {
 		return nil, err
 	}
-	l.OnClose(func() error { return l.removeAll() })
+	l.OnClose(func() error { return l.RemoveAll(l.Dir) })
 	return l, nil
 }
 
@@ -95,8 +95,10 @@ func (l *Lab) Close() error {
 }
 
 // Mounts lists the mount points below the lab's directory, deepest first.
-func (l *Lab) Mounts() ([]string, error) {
-	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(l.Dir))
+func (l *Lab) Mounts() ([]string, error) { return mountsBelow(l.Dir) }
+
+func mountsBelow(dir string) ([]string, error) {
+	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	if err != nil {
 		return nil, err
 	}
@@ -108,8 +110,9 @@ func (l *Lab) Mounts() ([]string, error) {
 	return dirs, nil
 }
 
-func (l *Lab) removeAll() error {
-	mounts, err := l.Mounts()
+// RemoveAll removes a directory of the lab, and first whatever is mounted below it.
+func (l *Lab) RemoveAll(dir string) error {
+	mounts, err := mountsBelow(dir)
 	if err != nil {
 		return err
 	}
@@ -122,7 +125,7 @@ func (l *Lab) removeAll() error {
 	if err := errors.Join(errs...); err != nil {
 		return err // removing would reach into what is still mounted
 	}
-	return os.RemoveAll(l.Dir)
+	return os.RemoveAll(dir)
 }
 
 // FreeAddr returns a loopback address that nothing listens on.

@@ -48,7 +48,7 @@ func (im *Image) Compressed() int64 {
 // Image reads an image's manifest and config.
 func (r *Registry) Image(ctx context.Context, repository, tag string) (*Image, error) {
 	im := &Image{Ref: r.Addr + "/" + repository + ":" + tag}
-	body, err := r.get(ctx, repository+"/manifests/"+tag)
+	body, err := r.get(ctx, repository+"/manifests/"+tag, 8<<20)
 	if err != nil {
 		return nil, err
 	}
@@ -61,7 +61,7 @@ func (r *Registry) Image(ctx context.Context, repository, tag string) (*Image, e
 		return nil, fmt.Errorf("manifest of %s: %w", im.Ref, err)
 	}
 	im.Config, im.Layers = man.Config, man.Layers
-	if body, err = r.get(ctx, repository+"/blobs/"+im.Config.Digest); err != nil {
+	if body, err = r.Blob(ctx, repository, im.Config.Digest); err != nil {
 		return nil, err
 	}
 	var config struct {
@@ -82,7 +82,12 @@ func (r *Registry) Image(ctx context.Context, repository, tag string) (*Image, e
 	return im, nil
 }
 
-func (r *Registry) get(ctx context.Context, path string) ([]byte, error) {
+// Blob reads a blob, of 1 GiB at most.
+func (r *Registry) Blob(ctx context.Context, repository, digest string) ([]byte, error) {
+	return r.get(ctx, repository+"/blobs/"+digest, 1<<30)
+}
+
+func (r *Registry) get(ctx context.Context, path string, limit int64) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+r.Addr+"/v2/"+path, nil)
 	if err != nil {
 		return nil, err
@@ -93,7 +98,7 @@ func (r *Registry) get(ctx context.Context, path string) ([]byte, error) {
 		return nil, err
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, 8<<20))
+	body, err := io.ReadAll(io.LimitReader(resp.Body, limit))
 	if err == nil && resp.StatusCode != http.StatusOK {
 		err = fmt.Errorf("GET %s: %s: %.1024s", path, resp.Status, body)
 	}

@@ -8,7 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/shoalfs/shoal/bench/report"
+	"github.com/shoalfs/shoal/integration/report"
 )
 
 func ingestCommand(o *options) *cobra.Command {

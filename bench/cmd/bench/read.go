@@ -15,8 +15,8 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"github.com/shoalfs/shoal/bench/report"
 	"github.com/shoalfs/shoal/integration/lab"
+	"github.com/shoalfs/shoal/integration/report"
 )
 
 // The image whose biggest file is read, and the one that is read whole.

@@ -14,8 +14,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/shoalfs/shoal/bench/report"
 	"github.com/shoalfs/shoal/integration/lab"
+	"github.com/shoalfs/shoal/integration/report"
 )
 
 // warmBars are the bars of pull + READY against overlayfs, supernode warm.

@@ -10,8 +10,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/shoalfs/shoal/bench/report"
 	"github.com/shoalfs/shoal/integration/lab"
+	"github.com/shoalfs/shoal/integration/report"
 )
 
 // upgradeBars bound the new bytes against the bytes of changed files. redis'
