@@ -75,7 +75,7 @@ func snapshotIDs(ctx context.Context) (map[string]string, error) {
 
 // Inspect checks databases and directories below root while no Snapshotter has it
 // open; if one has, the error wraps boltcheck.ErrInUse. With repair, damaged databases
-// are set aside, as New does it, and what belongs to no snapshot is removed.
+// are left for New to set aside, and what belongs to no snapshot is removed.
 func Inspect(ctx context.Context, root string, repair bool) (*Health, error) {
 	h := &Health{}
 	sound := true
@@ -113,12 +113,15 @@ func Inspect(ctx context.Context, root string, repair bool) (*Health, error) {
 			return err
 		}
 		h.Snapshots = len(ids)
+		if !repair { // what a removed snapshot has left goes at the next start
+			return nil
+		}
 		return h.orphans(root, ids)
 	})
 	if err := errors.Join(err, ms.Close()); err != nil {
 		return nil, err
 	}
-	for i := before; repair && i < len(h.Findings); i++ {
+	for i := before; i < len(h.Findings); i++ {
 		f := &h.Findings[i]
 		// What is mounted inside must not be descended into.
 		if err := unmountClones(filepath.Join(f.Where, "i")); err != nil {

@@ -102,10 +102,6 @@ func TestCheckRoot(t *testing.T) {
 		"half made": {func(t *testing.T, d string) {
 			_ = os.MkdirAll(filepath.Join(d, "..", "..", "tmp", "7", "x"), 0o700)
 		}, "left behind"},
-		"orphan": {func(t *testing.T, d string) {
-			_ = os.MkdirAll(filepath.Join(d, "..", "..", "s", "12", "fs"), 0o700)
-			_ = os.WriteFile(filepath.Join(d, "..", "..", "metadata.db"), nil, 0o600)
-		}, "belongs to no snapshot"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			root, id := nodeRoot(t)

@@ -137,6 +137,9 @@ func (n *Node) Pull(ctx context.Context, im *Image) error {
 			snapshotters.TargetLayerDigestLabel:    l.Digest,
 			snapshotters.TargetImageLayersLabel:    strings.Join(all[i:], ","),
 		}))
+		if err == nil { // an ordinary one, which would be in the way of the next attempt
+			err = s.Remove(ctx, "extract-"+chain)
+		}
 		if !errdefs.IsAlreadyExists(err) {
 			return fmt.Errorf("%s on %s: layer %d is not lazy: %w\n%s", im.Ref, n.Name, i, orSuccess(err), Tail(n.Log, 5))
 		}
