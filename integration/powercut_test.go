@@ -223,7 +223,7 @@ func TestQuarantine(t *testing.T) {
 	if n := bytes.Count(must(os.ReadFile(s.node.Log))(t), []byte("it is quarantined")); n != 1 {
 		t.Errorf("%d lines in the log, want 1", n)
 	}
-	if n := must(lab.Metric(ctx, s.node.Metrics, "shoal_node_quarantined_diffs"))(t); n != 1 {
+	if n := must(s.node.Metric(ctx, "shoal_node_quarantined_diffs"))(t); n != 1 {
 		t.Errorf("shoal_node_quarantined_diffs is %v", n)
 	}
 	if out, err := s.Lab.Run(ctx, "shoal", "status", "--control", s.node.Control); err != nil || !strings.Contains(out, "QUARANTINED") {

@@ -183,23 +183,6 @@ func (n *Node) waitUp(ctx context.Context) error {
 	})
 }
 
-// RestartSupernode starts the supernode again on the same directory, after Stop or
-// Kill.
-func (l *Lab) RestartSupernode(ctx context.Context, s *Supernode) (*Supernode, error) {
-	again := *s
-	var err error
-	if again.Process, err = l.Start(s.Name, "shoal", nil, "supernode", "--config", l.Path(s.Name+".toml")); err != nil {
-		return nil, err
-	}
-	return &again, WaitFor(ctx, "supernode", 20*time.Second, func() error {
-		if err := again.Alive(); err != nil {
-			return err
-		}
-		_, err := l.Run(ctx, "shoal", "status", "--control", again.Control)
-		return err
-	})
-}
-
 // RestartNode starts the node again on the same directories, after Stop or Kill.
 func (l *Lab) RestartNode(ctx context.Context, n *Node) (*Node, error) {
 	again := *n
