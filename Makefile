@@ -67,6 +67,10 @@ bench-upgrade: setup build ## new bytes from v1 to v2 -> bench/out/upgrade.json
 bench-ingest: setup build ## ingest and memory of the biggest image -> bench/out/ingest.json
 	cd bench && $(GO) run ./cmd/bench ingest --bin $(BIN)
 
+.PHONY: sim
+sim: ## 1,000 and 10,000 simulated nodes, and other designs in the same network -> bench/out/sim.json, plots
+	cd bench && $(GO) run ./cmd/sim
+
 .PHONY: drill
 ROUNDS ?= 300
 drill: setup build ## break one thing at a time under real containers, ROUNDS times (300) -> bench/out/drill.json

@@ -61,8 +61,9 @@ func (w *Window) Bytes() int64 { return w.size }
 // Got says that so many bytes of prefetches came.
 func (w *Window) Got(now time.Duration, bytes int) {
 	w.got += int64(bytes)
-	// A round takes two windows: the first is what was asked for before it.
-	if w.got < 2*w.size || now <= w.since {
+	// A round takes a window: after a doubling, half of it was asked for before it,
+	// and half shows what it brings.
+	if w.got < w.size || now <= w.since {
 		return
 	}
 	rate := float64(w.got) / (now - w.since).Seconds()

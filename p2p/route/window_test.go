@@ -11,7 +11,7 @@ func drive(w *Window, rounds int, latency time.Duration, rate float64) {
 	now := w.since
 	for range rounds {
 		chunk := 64 << 10
-		for range int(2*w.Bytes()) / chunk {
+		for range int(w.Bytes()) / chunk {
 			now += time.Duration(float64(chunk) / min(float64(w.Bytes())/latency.Seconds(), rate) * 1e9)
 			w.Got(now, chunk)
 		}
