@@ -68,8 +68,8 @@
 // second one is sent (hedge; for demand reads, and only if Book.Hedge grants the
 // bytes) and before the first is given up (Report with Slow, then Next).
 //
-// Prefetch begins at First, elsewhere on each node, goes on from there and round,
-// and keeps as many bytes asked for as Window says.
+// Prefetch takes the chunks in the image's order, the same on every node, and keeps
+// as many bytes asked for as Window says.
 //
 // # Invariants
 //

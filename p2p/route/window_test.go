@@ -48,22 +48,3 @@ func TestWindowShrinksAgain(t *testing.T) {
 		t.Errorf("still %d bytes where %d would do", w.Bytes(), windowLeast)
 	}
 }
-
-func TestFirstSpreadsNodes(t *testing.T) {
-	var parts [4]int
-	for i := range 1000 {
-		at := First(string(rune('a'+i%26))+string(rune('a'+i/26)), digest(1), 100)
-		if at < 0 || at >= 100 {
-			t.Fatalf("begins at %d of 100", at)
-		}
-		parts[at/25]++
-	}
-	for i, n := range parts {
-		if n < 180 || n > 320 {
-			t.Errorf("%d of 1000 begin in quarter %d", n, i)
-		}
-	}
-	if First("a", digest(1), 0) != 0 {
-		t.Error("an empty diff has no chunk to begin with but 0")
-	}
-}

@@ -5,7 +5,6 @@ import (
 	"math/rand/v2"
 	"time"
 
-	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/p2p/route"
 )
 
@@ -82,11 +81,6 @@ func newSwarm(s setup) (*swarm, error) {
 		}
 	}
 	for i := range w.nodes {
-		n := &w.nodes[i]
-		n.start = int32(route.First(w.members[i].ID, blockdev.Digest{}, w.n))
-		if s.parent != nil {
-			n.start = 0 // FaaSNet's trees, and the plain client, read on from the start
-		}
 		w.net.after(r.Int64N(int64(s.spread+2*time.Millisecond)), evJoin, int32(i), 0, 0)
 	}
 	for _, d := range s.kill {

@@ -70,7 +70,6 @@ type node struct {
 	cell    int
 	window  *route.Window
 	flights []int32
-	start   int32 // of the order
 	cursor  int32 // chunks looked at
 	own     int32 // prefetches under way
 	have    int32
@@ -176,11 +175,8 @@ func (w *swarm) room(n *node) int32 {
 func (w *swarm) prefetch(i int32) {
 	n := &w.nodes[i]
 	for room := w.room(n); room > 0 && int(n.cursor) < w.n; {
-		c := n.start + n.cursor
+		c := n.cursor
 		n.cursor++
-		if int(c) >= w.n {
-			c -= int32(w.n)
-		}
 		switch st := *w.at(i, c); {
 		case st == 0:
 			n.own++
