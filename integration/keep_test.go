@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"archive/tar"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -8,6 +9,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -28,8 +32,7 @@ func rounds(t *testing.T, short int) int {
 // lazily and read all the time.
 type keptSite struct {
 	*site
-	link    *lab.Link // to the supernode
-	readers *lab.Readers
+	link *lab.Link // to the supernode
 }
 
 // newKeptSite: rate bounds the link to the supernode.
@@ -136,4 +139,160 @@ func wait(ctx context.Context, d time.Duration) {
 	case <-time.After(d):
 	case <-ctx.Done():
 	}
+}
+
+// TestUpgradeUnderLoad replaces the node's program again and again while programs
+// read, by one that works and now and then by one that does not.
+func TestUpgradeUnderLoad(t *testing.T) {
+	s := newKeptSite(t, 0)
+	ctx := t.Context()
+	ref, files := s.pullFiles(t, "app", 1, 32, 300_000)
+	if err := s.node.WaitLocal(ctx, ref, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	readers := lab.StartReaders(4, files)
+	var took pauses
+	shoal := must(filepath.Abs(filepath.Join(s.Bin, "shoal")))(t)
+	mounts := len(must(s.Mounts())(t))
+	for i := range rounds(t, 6) {
+		program, want := shoal, true
+		if i%3 == 2 {
+			program, want = "/bin/false", false
+		}
+		if err := s.node.Install(program); err != nil {
+			t.Fatal(err)
+		}
+		readers.Longest()
+		if ok := must(s.node.Upgrade(ctx))(t); ok != want {
+			t.Errorf("upgrade to %s: %v", program, ok)
+		}
+		must(s.node.Status(ctx))(t)
+		if want {
+			took = append(took, readers.Longest())
+		}
+		// The calls of containerd find the next one as well.
+		must(s.Ctr(ctx, "snapshots", "--snapshotter", "shoal", "ls"))(t)
+	}
+	for _, err := range readers.Stop() {
+		t.Error(err)
+	}
+	t.Logf("%v; %d reads", took, readers.Reads())
+	if now := len(must(s.Mounts())(t)); now != mounts {
+		t.Errorf("%d mounts, %d before", now, mounts)
+	}
+}
+
+// TestProgramFromImage runs a node whose program lies on an image that it serves
+// itself, on one of Go's CPUs, and kills it again and again.
+func TestProgramFromImage(t *testing.T) {
+	s := newKeptSite(t, 0, "GOMAXPROCS=1")
+	ctx := t.Context()
+	program := string(must(os.ReadFile(filepath.Join(s.Bin, "shoal")))(t))
+	ref := s.push(t, "shoal", lab.PlainLayer(makeTar(t, file("shoal", program).with(func(h *tar.Header) { h.Mode = 0o755 }))))
+	if err := s.Pull(ctx, "shoal", ref); err != nil {
+		t.Fatal(err)
+	}
+	installed := filepath.Join(s.mountImage(t, "shoal", ref), "shoal")
+	_, files := s.pullFiles(t, "app", 1, 16, 300_000)
+	if err := s.node.Install(installed); err != nil {
+		t.Fatal(err)
+	}
+	if !must(s.node.Upgrade(ctx))(t) {
+		t.Fatal("the program on the image did not get ready")
+	}
+	files = append(files, lab.Checked{Path: installed, Data: []byte(program)})
+	readers := lab.StartReaders(2, files)
+	for range rounds(t, 5) {
+		wait(ctx, rand.N(500*time.Millisecond))
+		must(s.node.KillNode(ctx))(t)
+		before := readers.Reads()
+		err := lab.WaitFor(ctx, "reads after a kill", 30*time.Second, func() error {
+			if n := readers.Reads() - before; n < 10 {
+				return fmt.Errorf("%d reads", n)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, err := range readers.Stop() {
+		t.Error(err)
+	}
+}
+
+// TestKillDuringCalls kills the node while containerd makes, commits and removes
+// snapshots. A call may fail, and then says why; the next one succeeds.
+func TestKillDuringCalls(t *testing.T) {
+	s := newKeptSite(t, 0)
+	ctx := t.Context()
+	ref, _ := s.pullFiles(t, "app", 1, 8, 100_000)
+	chain := must(s.Ctr(ctx, "snapshots", "--snapshotter", "shoal", "ls"))(t)
+	parent := ""
+	for _, l := range strings.Split(chain, "\n") {
+		if f := strings.Fields(l); len(f) == 3 && f[2] == "Committed" && f[1] != "" {
+			parent = f[0]
+		}
+	}
+	if parent == "" {
+		t.Fatalf("%s has no snapshot with a parent:\n%s", ref, chain)
+	}
+	calls, stop := context.WithCancel(ctx)
+	defer stop()
+	var wg sync.WaitGroup
+	var done, failed atomic.Int64
+	wg.Go(func() {
+		for i := 0; calls.Err() == nil; i++ {
+			key := fmt.Sprint("k", i)
+			for _, args := range [][]string{{"prepare", key, parent}, {"commit", key + "-done", key}, {"rm", key + "-done"}} {
+				_, err := s.Ctr(ctx, append([]string{"snapshots", "--snapshotter", "shoal"}, args...)...)
+				switch {
+				case err == nil:
+					done.Add(1)
+				case cutOff(err), strings.Contains(err.Error(), "not found"), strings.Contains(err.Error(), "already exists"):
+					// Under way when the node was killed; or it needs one that was.
+					failed.Add(1)
+				default:
+					t.Errorf("%v: %v", args, err)
+				}
+			}
+		}
+	})
+	waited := 0
+	n := rounds(t, 10)
+	for range n {
+		wait(ctx, rand.N(300*time.Millisecond))
+		must(s.node.KillNode(ctx))(t)
+		// What begins now waits for the next process, unless containerd does not
+		// know yet that its connection is gone.
+		_, err := s.Ctr(ctx, "snapshots", "--snapshotter", "shoal", "ls")
+		if err == nil {
+			waited++
+		} else if t.Logf("call after a kill: %v", err); !cutOff(err) {
+			t.Error("which says not enough")
+		}
+		must(s.node.Status(ctx))(t)
+	}
+	if waited < n/2 {
+		t.Errorf("%d of %d calls waited", waited, n)
+	}
+	stop()
+	wg.Wait()
+	if done.Load() == 0 {
+		t.Error("no call succeeded")
+	}
+	t.Logf("%d calls succeeded, %d failed; %d of %d waited", done.Load(), failed.Load(), waited, n)
+	if err := s.node.WaitLocal(ctx, ref, time.Minute); err != nil {
+		t.Error(err)
+	}
+}
+
+// cutOff says whether a call failed because the connection broke under it.
+func cutOff(err error) bool {
+	for _, s := range []string{"error reading from server", "connection error", "transport is closing", "connection reset"} {
+		if strings.Contains(err.Error(), s) {
+			return true
+		}
+	}
+	return false
 }

@@ -61,6 +61,13 @@ func parseHeader(b []byte) (h inHeader, ok bool) {
 // agreement is a FUSE_INIT request with its answer.
 type agreement struct{ request, answer []byte }
 
+// CheckInit says whether New will take init as Options.Init; an error wraps
+// blockdev.ErrCorrupt.
+func CheckInit(init []byte) error {
+	_, err := parseAgreement(init)
+	return err
+}
+
 // parseAgreement reads what Server.Init returned.
 func parseAgreement(b []byte) (a agreement, err error) {
 	damaged := func(what string) (agreement, error) {

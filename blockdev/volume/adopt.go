@@ -69,7 +69,8 @@ func decodeConnection(b []byte) (major, minor int, init []byte, err error) {
 	if len(b) <= recordHeader || len(b) > recordMost || string(b[:len(recordMagic)]) != recordMagic {
 		return 0, 0, nil, fmt.Errorf("record of the FUSE connection: %w", blockdev.ErrCorrupt)
 	}
-	return int(binary.LittleEndian.Uint32(b[8:])), int(binary.LittleEndian.Uint32(b[12:])), b[recordHeader:], nil
+	major, minor, init = int(binary.LittleEndian.Uint32(b[8:])), int(binary.LittleEndian.Uint32(b[12:])), b[recordHeader:]
+	return major, minor, init, fusefs.CheckInit(init)
 }
 
 // adoptConnection returns the connection of an earlier process, if it was kept
@@ -129,7 +130,7 @@ func (m *Manager) fuseMount(mounts []mount.Info) (top mount.Info, ok bool) {
 func (m *Manager) resume() error {
 	switch err := m.server.Resend(); {
 	case errors.Is(err, unix.EINVAL):
-		m.cfg.Log.Warn("reads that were under way when the last process ended fail: this kernel does not repeat them (Linux 6.9 does)")
+		m.cfg.Log.Warn("reads that were under way when the last process ended may never be answered: this kernel does not repeat them (Linux 6.9 does)")
 	case err != nil:
 		return err
 	}

@@ -155,9 +155,13 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	metrics.MustRegister(d.collectors()...)
 	server := grpc.NewServer(daemon.TraceGRPC())
 	snapshotter.Register(server, sn)
-	ln, err := listenKept(store, c.Address, log)
+	ln, err := listenKept(store, keptContainerd, c.Address, log)
 	if err != nil {
 		return err
+	}
+	controlLn, err := listenKept(store, keptControl, c.ControlAddress, log)
+	if err != nil {
+		return errors.Join(err, ln.Close())
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return server.Serve(ln) })
@@ -167,7 +171,7 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 		daemon.StopGRPC(server)
 		return err
 	})
-	g.Go(func() error { return control.Serve(ctx, c.ControlAddress, d) })
+	g.Go(func() error { return control.ServeOn(ctx, controlLn, d) })
 	g.Go(func() error { return daemon.ServeMetrics(ctx, c.MetricsAddress, metrics, nil) })
 	g.Go(func() error { return daemon.ServeHTTP(ctx, "mirror_address", c.MirrorAddress, registryMirror) })
 	g.Go(func() error { return store.Watch(ctx, vols.Check) })

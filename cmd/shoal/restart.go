@@ -15,20 +15,23 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
 )
 
-// keptListener names the socket for containerd in the descriptor store.
-const keptListener = "containerd"
+// Names of a node's sockets in the descriptor store.
+const (
+	keptContainerd = "containerd"
+	keptControl    = "control"
+)
 
 // listenKept returns the socket at path, with what has come to it while no
-// process was there, and has it kept for the next one.
-func listenKept(store *fdstore.Store, path string, log *slog.Logger) (net.Listener, error) {
-	if f := store.Take(keptListener); f != nil {
+// process was there, and has it kept under name for the next one.
+func listenKept(store *fdstore.Store, name, path string, log *slog.Logger) (net.Listener, error) {
+	if f := store.Take(name); f != nil {
 		ln, err := adopt(f, path)
 		if err == nil {
 			return ln, nil
 		}
-		log.Warn("the socket that was kept cannot be taken over; a new one is made", "cause", err)
+		log.Warn("a socket that was kept cannot be taken over; a new one is made", "socket", name, "cause", err)
 		// Whoever still connects to the old one must not wait for ever.
-		if err := store.Drop(keptListener); err != nil {
+		if err := store.Drop(name); err != nil {
 			return nil, err
 		}
 	}
@@ -45,8 +48,8 @@ func listenKept(store *fdstore.Store, path string, log *slog.Logger) (net.Listen
 		return nil, errors.Join(err, ln.Close())
 	}
 	defer f.Close()
-	if err := store.Keep(keptListener, f); err != nil {
-		log.Error("the socket for containerd is not kept: if this process ends, containerd's calls fail until it is back", "error", err)
+	if err := store.Keep(name, f); err != nil {
+		log.Error("a socket is not kept: if this process ends, calls fail until it is back", "socket", name, "error", err)
 		return ln, nil
 	}
 	unix.SetUnlinkOnClose(false)

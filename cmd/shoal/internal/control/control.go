@@ -88,6 +88,11 @@ func Serve(ctx context.Context, path string, d Daemon) error {
 	if err != nil {
 		return err
 	}
+	return ServeOn(ctx, ln, d)
+}
+
+// ServeOn answers on a socket, which it closes, until ctx ends.
+func ServeOn(ctx context.Context, ln net.Listener, d Daemon) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
 		st, err := d.Status(r.Context())
@@ -131,12 +136,12 @@ func Serve(ctx context.Context, path string, d Daemon) error {
 		_ = srv.Shutdown(wait) // what is still there then is cut off
 		_ = srv.Close()
 	})
-	err = srv.Serve(ln)
+	err := srv.Serve(ln)
 	if !stop() {
 		<-stopped
 	}
 	if !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("control socket %s: %w", path, err)
+		return fmt.Errorf("control socket %s: %w", ln.Addr(), err)
 	}
 	return nil
 }

@@ -42,9 +42,8 @@ const Upgrade = syscall.SIGUSR2
 
 const (
 	maxStored = 64
-	// settled is how long a daemon must have been ready for its end to be an
-	// accident, after which it is started at once.
-	settled              = 500 * time.Millisecond
+	// Pauses before a daemon is started again that did not get ready, but for the
+	// first time. One that did is started at once.
 	firstPause, maxPause = 100 * time.Millisecond, 5 * time.Second
 )
 
@@ -98,8 +97,8 @@ type keeper struct {
 	child    *exec.Cmd // nil between two lives
 	ended    chan error
 	ready    chan struct{}
-	readyAt  time.Time // zero: not yet
-	failures int       // lives in a row that were short
+	wasReady bool // the child has said so
+	failures int  // children in a row that did not
 	stopping bool
 
 	mu     sync.Mutex
@@ -122,10 +121,7 @@ func (k *keeper) loop(signals <-chan os.Signal) error {
 	for {
 		select {
 		case <-k.ready:
-			if !k.readyAt.IsZero() {
-				continue
-			}
-			k.readyAt = time.Now()
+			k.wasReady, k.failures = true, 0
 			if k.previous != nil {
 				k.Log.Info("upgraded", "program", k.path)
 				k.previous.Close()
@@ -198,14 +194,13 @@ func (k *keeper) after(err error) time.Duration {
 		k.program, k.previous = k.previous, nil
 		return 0
 	}
-	if !k.readyAt.IsZero() && time.Since(k.readyAt) >= settled {
-		k.failures = 0
-	}
 	wait := time.Duration(0)
-	if k.failures > 0 {
-		wait = min(firstPause<<min(k.failures-1, 10), maxPause)
+	if !k.wasReady {
+		if k.failures > 0 {
+			wait = min(firstPause<<min(k.failures-1, 10), maxPause)
+		}
+		k.failures++
 	}
-	k.failures++
 	k.Log.Warn("ended, starting it again", "program", k.path, "end", ending(err), "in", wait)
 	return wait
 }
@@ -244,7 +239,7 @@ func (k *keeper) start() error {
 	if err := c.Start(); err != nil {
 		return err
 	}
-	k.child, k.pid, k.readyAt, k.ended = c, c.Process.Pid, time.Time{}, make(chan error, 1)
+	k.child, k.pid, k.wasReady, k.ended = c, c.Process.Pid, false, make(chan error, 1)
 	select {
 	case <-k.ready: // of an earlier child
 	default:
