@@ -34,7 +34,6 @@ type host struct {
 
 type lane struct {
 	head, tail int32 // of sends, -1: none
-	n          int32
 }
 
 type send struct {
@@ -97,19 +96,9 @@ func (n *network) send(from, to, chunk int32, demand bool) {
 		l.head = i
 	}
 	l.tail = i
-	l.n++
 	if !h.sending {
 		n.transmit(from)
 	}
-}
-
-// queued is how many chunks wait for the uplink.
-func (n *network) queued(host int32, demand bool) int {
-	h := &n.hosts[host]
-	if demand {
-		return int(h.queues[1].n)
-	}
-	return int(h.queues[0].n + h.queues[1].n)
 }
 
 // transmit sends the next chunk of the queue.
@@ -124,7 +113,6 @@ func (n *network) transmit(from int32) {
 			if q.head = s.next; q.head < 0 {
 				q.tail = -1
 			}
-			q.n--
 			n.sends[i].next, n.free = n.free, i
 			if h.dead || n.hosts[s.to].dead {
 				continue
