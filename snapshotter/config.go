@@ -60,6 +60,12 @@ type PrefetchWaiter interface {
 	PrefetchWait(ctx context.Context, diffID blockdev.Digest) error
 }
 
+// DecodedAdder is an optional part of Data: Add with the decoded form of the same
+// index, so that it is not decoded twice while a pull waits.
+type DecodedAdder interface {
+	AddDecoded(ctx context.Context, encodedIndex []byte, ix *blockdev.Index) (blockdev.Digest, error)
+}
+
 // StartupFetcher is an optional part of Data: it begins to fetch what containers
 // of an image are known to read at their start, and returns at once.
 type StartupFetcher interface {

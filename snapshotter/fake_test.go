@@ -259,6 +259,23 @@ func (d *fakeData) Prefetch(ids ...blockdev.Digest) {
 	d.prefetched = append(d.prefetched, ids...)
 }
 
+// decodedData is a data path that takes decoded indexes as well.
+type decodedData struct {
+	*fakeData
+	decoded int
+}
+
+func (d *decodedData) AddDecoded(ctx context.Context, enc []byte, ix *blockdev.Index) (blockdev.Digest, error) {
+	id, err := d.Add(ctx, enc)
+	if id != ix.DiffID {
+		d.t.Errorf("index of %s, decoded one of %s", id, ix.DiffID)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.decoded++
+	return id, err
+}
+
 func (d *fakeData) FetchStartup(profiles []blockdev.DiffProfile) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

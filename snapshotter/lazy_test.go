@@ -433,3 +433,25 @@ func TestStartupProfiles(t *testing.T) {
 		}
 	})
 }
+
+// TestAddDecoded: a data path that can takes the index that was decoded already.
+func TestAddDecoded(t *testing.T) {
+	var data *decodedData
+	n := newNode(t, func(c *Config) {
+		fake, ok := c.Data.(*fakeData)
+		if !ok {
+			t.Fatalf("data path %T", c.Data)
+		}
+		data = &decodedData{fakeData: fake}
+		c.Data = data
+	})
+	layers := threeLayers(t)
+	img := newImage("docker.io/library/app:1", layers...)
+	n.images.publish(img)
+	if _, fetched, err := n.pull(t.Context(), img); err != nil || len(fetched) > 0 {
+		t.Fatalf("unpacked %v, %v", fetched, err)
+	}
+	if data.decoded != len(layers) {
+		t.Errorf("%d of %d indexes came decoded", data.decoded, len(layers))
+	}
+}

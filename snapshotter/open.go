@@ -223,7 +223,12 @@ func (s *Snapshotter) addIndex(ctx context.Context, id blockdev.Digest, enc []by
 	if ix.DiffID != id {
 		return nil, fmt.Errorf("index of diff %s is that of %s: %w", id, ix.DiffID, blockdev.ErrCorrupt)
 	}
-	got, err := s.cfg.Data.Add(ctx, enc)
+	var got blockdev.Digest
+	if data, ok := s.cfg.Data.(DecodedAdder); ok {
+		got, err = data.AddDecoded(ctx, enc, ix)
+	} else {
+		got, err = s.cfg.Data.Add(ctx, enc)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("add diff %s: %w", id, err)
 	}

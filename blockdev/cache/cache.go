@@ -294,6 +294,12 @@ func (c *Cache) Add(ctx context.Context, encodedIndex []byte) (*Diff, error) {
 	if err != nil {
 		return nil, fmt.Errorf("add diff: index: %w", err)
 	}
+	return c.AddDecoded(ctx, encodedIndex, ix)
+}
+
+// AddDecoded is Add for who has decoded the index already: ix is what encodedIndex
+// says.
+func (c *Cache) AddDecoded(ctx context.Context, encodedIndex []byte, ix *blockdev.Index) (*Diff, error) {
 	tab, err := newTable(ix)
 	if err != nil {
 		return nil, fmt.Errorf("add diff %v: index: %w", ix.DiffID, err)

@@ -15,6 +15,7 @@ type gate struct {
 	readers int
 	idle    chan struct{} // closed when readers is 0 again
 	last    time.Time     // when it became 0, or a demand read was announced
+	busy    time.Time     // a program that starts is busy until then
 }
 
 func (g *gate) enter() {
@@ -41,18 +42,34 @@ func (g *gate) expect() {
 	g.last = time.Now()
 }
 
-// wait returns when there has been no demand read for quiet, or after most at
-// the latest.
+// startBusy is how long after a program that starts has read something new it is
+// thought to be still at it, even if it did not have to wait for the bytes: it
+// computes, and prefetch would take the processor from it.
+const startBusy = 2 * time.Second
+
+// starting is called when a program that starts has read something new.
+func (g *gate) starting() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.busy = time.Now().Add(startBusy)
+}
+
+// wait returns when there has been no demand read for quiet and no program is
+// starting, or after most at the latest.
 func (g *gate) wait(ctx context.Context, quiet, most time.Duration) error {
 	deadline := time.Now().Add(most)
 	for ctx.Err() == nil {
 		g.mu.Lock()
-		busy, idle, last := g.readers > 0, g.idle, g.last
+		busy, idle, last, starts := g.readers > 0, g.idle, g.last, g.busy
 		g.mu.Unlock()
 		until := deadline
 		if !busy {
 			idle = nil
-			if q := last.Add(quiet); q.Before(until) {
+			q := last.Add(quiet)
+			if starts.After(q) {
+				q = starts
+			}
+			if q.Before(until) {
 				until = q
 			}
 		}

@@ -59,7 +59,8 @@ const keepStartup = 30 * time.Second
 
 // Recording notes which chunks of some diffs are read, whether they are there
 // already or not, in the order of their first touch among all these diffs. It is
-// bounded: blockdev.MaxProfile chunks of each diff.
+// bounded: blockdev.MaxProfile chunks of each diff. While it sees new ones, prefetch
+// gives way as it does for demand reads.
 type Recording struct {
 	tracks []*track
 	ranks  atomic.Uint32
@@ -106,6 +107,7 @@ func (t *track) touch(lo, hi int) {
 		}
 	}
 	t.r.last.Store(time.Now().UnixNano())
+	t.d.c.gate.starting()
 }
 
 // Last returns when a chunk was touched for the first time last; the zero time if

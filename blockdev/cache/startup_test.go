@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -198,4 +199,33 @@ func TestStartupPagesStay(t *testing.T) {
 	if n := cachedBytes(t, r.d.data); n > 64<<10 {
 		t.Errorf("%d bytes stay in the page cache", n)
 	}
+}
+
+// TestPrefetchWaitsForAStart: as long as a program that starts reads new chunks,
+// though they are there, prefetch gives way.
+func TestPrefetchWaitsForAStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var g gate
+		began := time.Now()
+		waited := func() time.Duration {
+			from := time.Now()
+			if err := g.wait(t.Context(), 500*time.Millisecond, 10*time.Second); err != nil {
+				t.Fatal(err)
+			}
+			return time.Since(from)
+		}
+		if d := waited(); d != 0 {
+			t.Errorf("nobody starts, and it waited %v", d)
+		}
+		g.starting()
+		time.AfterFunc(time.Second, g.starting)
+		waited()
+		if d := time.Since(began); d != time.Second+startBusy {
+			t.Errorf("prefetch goes on %v after the start's first read, want %v", d, time.Second+startBusy)
+		}
+		g.starting()
+		if err := g.wait(t.Context(), time.Millisecond, time.Second); err != nil || time.Since(began) != 2*time.Second+startBusy {
+			t.Errorf("it waits longer than it may: %v, %v", time.Since(began), err)
+		}
+	})
 }

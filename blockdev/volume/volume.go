@@ -155,8 +155,18 @@ var errClosed = errors.New("the volume manager is closed")
 // Add takes in an encoded index, and returns its DiffID. Data is not fetched
 // before somebody reads or prefetches it. Adding what is there is no error.
 func (m *Manager) Add(ctx context.Context, encodedIndex []byte) (blockdev.Digest, error) {
+	return m.add(ctx, func() (*cache.Diff, error) { return m.cache.Add(ctx, encodedIndex) })
+}
+
+// AddDecoded is Add for who has decoded the index already: ix is what encodedIndex
+// says. A large index takes tens of milliseconds to decode, and a pull waits.
+func (m *Manager) AddDecoded(ctx context.Context, encodedIndex []byte, ix *blockdev.Index) (blockdev.Digest, error) {
+	return m.add(ctx, func() (*cache.Diff, error) { return m.cache.AddDecoded(ctx, encodedIndex, ix) })
+}
+
+func (m *Manager) add(ctx context.Context, add func() (*cache.Diff, error)) (blockdev.Digest, error) {
 	for {
-		d, err := m.cache.Add(ctx, encodedIndex)
+		d, err := add()
 		if err != nil {
 			return blockdev.Digest{}, err
 		}

@@ -158,6 +158,8 @@ func (w *world) measureStart(ctx context.Context, image string, f *startFigures)
 	say("%-14s overlayfs %.2f s, shoal cold %.2f s (%.2fx), warm %.2f s (%.2fx), pull %.2f s (manifest and config alone %.2f s), index %.2f MB",
 		image, over.ready.Seconds(), cold.ready.Seconds(), cold.ready.Seconds()/over.ready.Seconds(),
 		warm.ready.Seconds(), warm.ready.Seconds()/over.ready.Seconds(), warm.pulled.Seconds(), warm.metadata.Seconds(), warm.index/1e6)
+	say("%-14s   of these, after the pull: overlayfs %.2f s, cold %.2f s, warm %.2f s", "",
+		(over.ready - over.pulled).Seconds(), (cold.ready - cold.pulled).Seconds(), (warm.ready - warm.pulled).Seconds())
 	say("%-14s   warm: %s", "", warm.node)
 	f.overlay = append(f.overlay, over.ready.Seconds())
 	f.cold = append(f.cold, cold.ready.Seconds())
