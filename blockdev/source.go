@@ -22,6 +22,9 @@ type Request struct {
 	Diff Digest
 	// Priority orders requests where they compete.
 	Priority Priority
+	// Hops is how often the request was forwarded from node to node before it
+	// came to this one; 0: it is this node's own.
+	Hops int
 	// Chunks are wanted, in this order of preference. Pieces of the header stream
 	// are asked for as chunks, too; their Offset lies behind the diff. The callee
 	// does not keep the slice.

@@ -42,6 +42,7 @@ type flight struct {
 type group struct {
 	d    *Diff
 	todo []*flight
+	hops int // of the request of another node that it is for; 0: this node's own
 	// parent ends the group: the diff's life, or what called Prefetch.
 	parent context.Context
 	// release is called once, when the group ends or is a prefetch no longer.
@@ -285,7 +286,7 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 
 	var returned atomic.Bool
 	left := len(flights)
-	err := d.c.cfg.Source.Fetch(ctx, blockdev.Request{Diff: d.id, Priority: prio, Chunks: chunks}, func(i int, data []byte) error {
+	err := d.c.cfg.Source.Fetch(ctx, blockdev.Request{Diff: d.id, Priority: prio, Hops: g.hops, Chunks: chunks}, func(i int, data []byte) error {
 		if returned.Load() {
 			return errors.New("delivered after the request had ended")
 		}

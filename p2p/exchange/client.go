@@ -25,9 +25,21 @@ type Options struct {
 	// kind may be under way: 64, 3, 2, 8, 16. What is above waits here. More than
 	// the server's limits per peer gives busy answers.
 	Demand, Startup, Prefetch, Images, Documents int
+	// Forwards is how many prefetches on behalf of other nodes may be under way:
+	// 8. They do not count with those of this machine, nor wait for the window:
+	// a node that let the one wait for the other could wait for itself.
+	Forwards int
+	// Peer: the server gets chunks from others as this machine does, maybe from
+	// this machine. So that nobody waits for himself in the end, prefetches
+	// beyond their limit fail with wire.ErrBusy and do not wait, neither for each
+	// other nor for the window: whoever calls bounds them.
+	Peer bool
 	// Window bounds the bytes that prefetches have under way. The clients of one
 	// machine share one; nil: this client gets its own.
 	Window *Window
+	// Download is the budget for chunks, shared by the clients of one machine;
+	// nil: no limit.
+	Download *Pacer
 	// Raw asks for chunks without compression.
 	Raw bool
 	// DemandTimeout and PrefetchTimeout are how long the server may take for
@@ -52,6 +64,7 @@ func (o *Options) setDefaults() {
 	setDefault(&o.Prefetch, 2)
 	setDefault(&o.Images, 8)
 	setDefault(&o.Documents, 16)
+	setDefault(&o.Forwards, 8)
 	setDefault(&o.DemandTimeout, 15*time.Second)
 	setDefault(&o.PrefetchTimeout, 60*time.Second)
 	setDefault(&o.ImageTimeout, 20*time.Second)
@@ -75,6 +88,7 @@ type Client struct {
 	demand  *lane
 	startup *lane
 	pre     *lane
+	forward *lane
 	images  *lane
 	docs    *lane
 	reports *lane
@@ -83,7 +97,7 @@ type Client struct {
 	// closed by demand reads: who starts is about to need these as well.
 	starting *Window
 	zstd     decoder
-	buffers  buffers
+	buffers  Buffers
 }
 
 var (
@@ -107,6 +121,7 @@ func NewClient(h host.Host, info peer.AddrInfo, opts Options) (*Client, error) {
 	c.demand = newLane(h, info.ID, ChunkProtocol, opts.Demand)
 	c.startup = newLane(h, info.ID, ChunkProtocol, opts.Startup)
 	c.pre = newLane(h, info.ID, ChunkProtocol, opts.Prefetch)
+	c.forward = newLane(h, info.ID, ChunkProtocol, opts.Forwards)
 	c.images = newLane(h, info.ID, IndexProtocol, opts.Images)
 	c.docs = newLane(h, info.ID, ManifestProtocol, opts.Documents)
 	c.reports = newLane(h, info.ID, ProfileProtocol, 1)
@@ -139,14 +154,14 @@ func (c *Client) ready(ctx context.Context) error {
 // Peer returns the server's peer ID.
 func (c *Client) Peer() peer.ID { return c.keeper.info.ID }
 
+func (c *Client) lanes() []*lane {
+	return []*lane{c.demand, c.startup, c.pre, c.forward, c.images, c.docs, c.reports}
+}
+
 func (c *Client) expire(before time.Time) {
 	for _, l := range c.lanes() {
 		l.expire(before)
 	}
-}
-
-func (c *Client) lanes() []*lane {
-	return []*lane{c.demand, c.startup, c.pre, c.images, c.docs, c.reports}
 }
 
 // explain puts the server's name in front of err.

@@ -5,7 +5,7 @@
 //
 // # Terms
 //
-//   - request: up to 256 digests of one diff, answered in their order on the
+//   - request: up to 256 digests of one diff, answered in any order on the
 //     stream that it came on. Streams are used again, so that a demand read
 //     costs one round trip.
 //   - lane: the client's streams of one kind (demand, startup, prefetch, index,
@@ -17,8 +17,8 @@
 //
 //   - Neither end waits for the other without a deadline, nor holds more for one
 //     stream than a few chunks.
-//   - The client believes nothing: frames come in order, with the length that
-//     the index says, and Deliver judges the bytes. Whoever breaks a rule loses
+//   - The client believes nothing: each frame is for a chunk that was asked for
+//     and has not come, with the length that the index says, and Deliver judges the bytes. Whoever breaks a rule loses
 //     the stream, and the error wraps blockdev.ErrCorrupt.
 //   - The server never queues a request beyond its limits: it answers busy.
 //   - Demand goes first: while a peer waits for one, its prefetches pause, and

@@ -113,12 +113,15 @@ func (d *decoder) decode(dst, src []byte, n int) ([]byte, error) {
 	return out, nil
 }
 
-// buffers lends buffers of two sizes: for most chunks, and for the largest frame.
-type buffers struct{ small, large sync.Pool }
+// Buffers lends buffers of two sizes: for most chunks, and for the largest frame.
+// The zero value is ready.
+type Buffers struct{ small, large sync.Pool }
 
 const smallBuffer = blockdev.AvgChunk + 8<<10
 
-func (b *buffers) get(n int) *[]byte {
+// Get returns a buffer of at least n bytes, which must not be more than the largest
+// message with a chunk has.
+func (b *Buffers) Get(n int) *[]byte {
 	pool, size := &b.small, smallBuffer
 	if n > smallBuffer {
 		pool, size = &b.large, wire.MaxChunkFrame
@@ -130,7 +133,8 @@ func (b *buffers) get(n int) *[]byte {
 	return &p
 }
 
-func (b *buffers) put(p *[]byte) {
+// Put takes a buffer of Get back.
+func (b *Buffers) Put(p *[]byte) {
 	if cap(*p) > smallBuffer {
 		b.large.Put(p)
 	} else {

@@ -11,11 +11,30 @@ import (
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
+// Via is what a request to a node says about its way.
+type Via struct {
+	// Group is the manifest digest of the image in whose group it travels.
+	Group blockdev.Digest
+	// Hops is how often it was forwarded, this time included.
+	Hops int
+	// Failed, if not nil, is told of each chunk that the server refuses, as the
+	// answer comes; such a chunk is no failure of the request then.
+	Failed func(i int, err error)
+}
+
 // Fetch implements blockdev.Source. Chunks that the server does not have do not
 // keep it from delivering the others.
 func (c *Client) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
-	f := fetch{c: c, lane: c.pre, timeout: c.opts.PrefetchTimeout, deliver: deliver}
-	f.msg = wire.ChunkRequest{Diff: req.Diff[:], AcceptZstd: !c.opts.Raw}
+	return c.FetchVia(ctx, Via{}, req, deliver)
+}
+
+// FetchVia is Fetch for requests from node to node.
+func (c *Client) FetchVia(ctx context.Context, via Via, req blockdev.Request, deliver blockdev.Deliver) error {
+	f := fetch{c: c, lane: c.pre, timeout: c.opts.PrefetchTimeout, priority: req.Priority, deliver: deliver, failed: via.Failed}
+	f.msg = wire.ChunkRequest{Diff: req.Diff[:], AcceptZstd: !c.opts.Raw, Hops: uint32(via.Hops)}
+	if via.Group != (blockdev.Digest{}) {
+		f.msg.Group = via.Group[:]
+	}
 	if ctx.Err() != nil {
 		return c.explain(contextError(ctx))
 	}
@@ -34,7 +53,12 @@ func (c *Client) Fetch(ctx context.Context, req blockdev.Request, deliver blockd
 		f.lane, f.window = c.startup, c.starting
 		f.msg.Priority = wire.Priority_PRIORITY_STARTUP
 	default:
-		f.window = c.window
+		if f.window = c.window; req.Hops > 0 {
+			f.lane, f.forward = c.forward, true
+		}
+	}
+	if c.opts.Peer {
+		f.window = nil
 	}
 	for f.base = 0; f.base < len(req.Chunks); f.base += wire.MaxDigests {
 		f.chunks = req.Chunks[f.base:min(f.base+wire.MaxDigests, len(req.Chunks))]
@@ -54,19 +78,22 @@ type fetch struct {
 	lane    *lane
 	timeout time.Duration
 	deliver blockdev.Deliver
+	failed  func(i int, err error)
 	msg     wire.ChunkRequest
 
-	window *Window // of prefetch, or of startup chunks; nil: demand
+	window   *Window // of prefetch, or of startup chunks; nil: nothing to wait for
+	priority blockdev.Priority
+	forward  bool // prefetch for another node
 
 	base   int              // of chunks, in the caller's request
 	chunks []blockdev.Chunk // of the batch
 
-	// The batch on its stream: requests for chunks [next, asked) are under way,
-	// the first of them for [next-seen, ends[0]).
-	next, asked int
-	seen        int   // frames of the first request that have come
-	ends        []int // where each request ends
-	counted     int64 // bytes of chunks that count in the window
+	// The batch on its stream:
+	asked   int    // how many chunks were asked for
+	parts   []part // the requests under way, the oldest first
+	seen    int    // frames of the oldest that have come
+	have    [wire.MaxDigests]bool
+	counted int64 // bytes of chunks that count in the window
 
 	begun   bool // a frame of the batch has come
 	missed  int
@@ -90,7 +117,13 @@ func (f *fetch) fail(err error) error {
 // may have died unnoticed: if nothing came of the first attempt, there is a
 // second one, on a new stream.
 func (f *fetch) batch(ctx context.Context) error {
-	if err := f.lane.enter(ctx); err != nil {
+	var err error
+	if f.priority != blockdev.Demand && f.c.opts.Peer {
+		err = f.lane.tryEnter()
+	} else {
+		err = f.lane.enter(ctx)
+	}
+	if err != nil {
 		return err
 	}
 	defer f.lane.leave()
@@ -131,7 +164,8 @@ func (f *fetch) exchange(ctx context.Context, st *stream) (err error) {
 		}
 	}()
 	defer f.uncount()
-	f.next, f.asked, f.seen, f.ends = 0, 0, 0, f.ends[:0]
+	f.asked, f.parts = 0, f.parts[:0]
+	f.newPart()
 	for {
 		if err := f.ask(ctx, st); err != nil {
 			return err
@@ -144,19 +178,32 @@ func (f *fetch) exchange(ctx context.Context, st *stream) (err error) {
 			continue
 		}
 		if end.Err != nil {
-			keep = len(f.ends) == 1 // else more is on its way
+			keep = len(f.parts) == 1 // else more is on its way
 			return end.Err.Err()
 		}
-		if f.next < f.ends[0] {
-			return fmt.Errorf("answer ends after %d of %d chunks: %w", f.seen, f.seen+f.ends[0]-f.next, blockdev.ErrCorrupt)
+		if n := f.parts[0].len(); f.seen < n {
+			return fmt.Errorf("answer ends after %d of %d chunks: %w", f.seen, n, blockdev.ErrCorrupt)
 		}
-		f.seen = 0
-		f.ends = append(f.ends[:0], f.ends[1:]...)
-		if f.next == len(f.chunks) {
+		f.parts = append(f.parts[:0], f.parts[1:]...)
+		f.newPart()
+		if len(f.parts) == 0 && f.asked == len(f.chunks) {
 			keep = true
 			return nil
 		}
 	}
+}
+
+// part is the chunks [from, end) of a batch, asked for in one request.
+type part struct {
+	from, end int
+	longest   uint32 // of the chunks, in bytes
+}
+
+func (p *part) len() int { return p.end - p.from }
+
+// newPart begins to take the answer to the oldest request.
+func (f *fetch) newPart() {
+	f.seen, f.have = 0, [wire.MaxDigests]bool{}
 }
 
 // maxPipeline is how many requests of one batch may be under way.
@@ -165,7 +212,7 @@ const maxPipeline = 8
 // ask sends requests: a demand read's for all chunks, prefetch's for as many as
 // the window has room for, and waits for that room only if nothing is under way.
 func (f *fetch) ask(ctx context.Context, st *stream) error {
-	for f.asked < len(f.chunks) && len(f.ends) < maxPipeline {
+	for f.asked < len(f.chunks) && len(f.parts) < maxPipeline {
 		end := len(f.chunks)
 		if f.window != nil {
 			var n int64
@@ -173,7 +220,9 @@ func (f *fetch) ask(ctx context.Context, st *stream) error {
 			for share := f.window.share(); end < len(f.chunks) && n < share; end++ {
 				n += int64(f.chunks[end].Length)
 			}
-			if len(f.ends) > 0 {
+			if f.forward {
+				f.window.add(n)
+			} else if len(f.parts) > 0 {
 				if !f.window.try(n) {
 					return nil
 				}
@@ -182,13 +231,32 @@ func (f *fetch) ask(ctx context.Context, st *stream) error {
 			}
 			f.counted += n
 		}
+		if err := f.pace(ctx, f.chunks[f.asked:end]); err != nil {
+			return err
+		}
 		if err := f.send(ctx, st, f.chunks[f.asked:end]); err != nil {
 			return err
 		}
+		p := part{from: f.asked, end: end}
+		for i := p.from; i < end; i++ {
+			p.longest = max(p.longest, f.chunks[i].Length)
+		}
 		f.asked = end
-		f.ends = append(f.ends, end)
+		f.parts = append(f.parts, p)
 	}
 	return nil
+}
+
+// pace waits for the download budget.
+func (f *fetch) pace(ctx context.Context, chunks []blockdev.Chunk) error {
+	if f.c.opts.Download == nil {
+		return nil
+	}
+	var n int64
+	for i := range chunks {
+		n += int64(chunks[i].Length)
+	}
+	return f.c.opts.Download.take(ctx, f.c.keeper.info.ID, f.priority, n)
 }
 
 // uncount gives back to the window what has not come.
@@ -221,20 +289,20 @@ func (f *fetch) send(ctx context.Context, st *stream, chunks []blockdev.Chunk) e
 	return err
 }
 
-// frame takes one frame, which must be for the next chunk of the first request
-// under way, or that request's end, which is returned.
+// frame takes one frame, which must be for a chunk of the oldest request under
+// way that has not come, or that request's end, which is returned.
 func (f *fetch) frame(st *stream) (end *wire.Frame, err error) {
 	if err := st.wait.renew(st.SetReadDeadline); err != nil {
 		return nil, err
 	}
 	// The longest frame that is expected here, not the longest there is, so
 	// that a lie costs nothing.
-	n := 0
-	if f.next < f.ends[0] {
-		n = int(f.chunks[f.next].Length)
+	n, p := 0, &f.parts[0]
+	if f.seen < p.len() {
+		n = int(p.longest)
 	}
-	buf := f.c.buffers.get(n + frameOverhead)
-	defer f.c.buffers.put(buf)
+	buf := f.c.buffers.Get(n + frameOverhead)
+	defer f.c.buffers.Put(buf)
 	b, err := wire.ReadFrame(st.r, max(n+frameOverhead, maxErrorFrame), *buf)
 	if err != nil {
 		return nil, err
@@ -247,17 +315,21 @@ func (f *fetch) frame(st *stream) (end *wire.Frame, err error) {
 	if fr.End {
 		return &fr, nil
 	}
-	if f.next >= f.ends[0] || fr.Index != f.seen {
-		return nil, fmt.Errorf("frame for chunk %d where %d is next of %d: %w", fr.Index, f.seen, f.seen+f.ends[0]-f.next, blockdev.ErrCorrupt)
+	if fr.Index >= p.len() || f.have[fr.Index] {
+		return nil, fmt.Errorf("frame for chunk %d, which is not asked for or has come: %w", fr.Index, blockdev.ErrCorrupt)
 	}
-	i := f.next
-	f.next++
+	f.have[fr.Index] = true
 	f.seen++
+	i := p.from + fr.Index
 	if f.window != nil {
-		f.window.arrived(int64(n))
-		f.counted -= int64(n)
+		f.window.arrived(int64(f.chunks[i].Length))
+		f.counted -= int64(f.chunks[i].Length)
 	}
 	if fr.Err != nil {
+		if f.failed != nil {
+			f.failed(f.base+i, fr.Err.Err())
+			return nil, nil
+		}
 		f.missed++
 		if f.missing == nil {
 			f.missing = fr.Err.Err()
@@ -281,8 +353,8 @@ func (f *fetch) take(i int, chunk *blockdev.Chunk, fr *wire.Frame) error {
 	}
 	data := fr.Data
 	if fr.Zstd {
-		buf := f.c.buffers.get(fr.Length)
-		defer f.c.buffers.put(buf)
+		buf := f.c.buffers.Get(fr.Length)
+		defer f.c.buffers.Put(buf)
 		var err error
 		if data, err = f.c.zstd.decode(*buf, fr.Data, fr.Length); err != nil {
 			return fmt.Errorf("chunk %s: %w", chunk.Digest.Hex(), err)

@@ -101,8 +101,9 @@ func TestHostileChunkServer(t *testing.T) {
 		{"garbage", sends([]byte("HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\nno")), 0, blockdev.ErrCorrupt, ""},
 		{"nothing", sends(nil), 0, blockdev.ErrUnavailable, ""},
 		{"cut", sends(encode(t, good(0))[:100]), 0, blockdev.ErrUnavailable, ""},
-		{"out of order", sends(encode(t, good(1))), 0, blockdev.ErrCorrupt, "chunk 1 where 0 is next"},
-		{"twice", sends(encode(t, good(0), good(0))), 1, blockdev.ErrCorrupt, "chunk 0 where 1 is next"},
+		{"beyond the last", sends(encode(t, &wire.ChunkFrame{Index: 2, Data: data[0], Length: 5000})), 0, blockdev.ErrCorrupt, "chunk 2, which"},
+		{"another's length", sends(encode(t, &wire.ChunkFrame{Index: 1, Data: data[0], Length: 5000})), 0, blockdev.ErrCorrupt, "the index says 6000"},
+		{"twice", sends(encode(t, good(0), good(0))), 1, blockdev.ErrCorrupt, "chunk 0, which"},
 		{"one too many", sends(encode(t, good(0), good(1), good(1))), 2, blockdev.ErrCorrupt, ""},
 		{"endless chunks", endless(encode(t, good(0))), 1, blockdev.ErrCorrupt, ""},
 		{"endless message", func(w io.Writer) error {

@@ -13,6 +13,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/protocol"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/wire"
 )
 
 // maxIdle is how many streams a lane keeps for later requests.
@@ -65,6 +66,16 @@ func (l *lane) enter(ctx context.Context) error {
 		return nil
 	case <-ctx.Done():
 		return contextError(ctx)
+	}
+}
+
+// tryEnter takes a slot if one is free.
+func (l *lane) tryEnter() error {
+	select {
+	case l.slots <- struct{}{}:
+		return nil
+	default:
+		return fmt.Errorf("%d requests are under way: %w", cap(l.slots), wire.ErrBusy)
 	}
 }
 

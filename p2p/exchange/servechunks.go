@@ -10,6 +10,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 
+	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -42,6 +43,24 @@ func (s *Server) serveChunks(st network.Stream) error {
 	}
 }
 
+// query is req for a Provider.
+func query(from peer.ID, req *wire.ChunkRequest) *Query {
+	q := &Query{From: from, Diff: blockdev.Digest(req.Diff), Hops: int(req.Hops), Digests: make([]blockdev.Digest, req.Count())}
+	switch req.Priority {
+	case wire.Priority_PRIORITY_DEMAND:
+		q.Priority = blockdev.Demand
+	case wire.Priority_PRIORITY_STARTUP:
+		q.Priority = blockdev.Startup
+	}
+	if len(req.Group) > 0 {
+		q.Group = blockdev.Digest(req.Group)
+	}
+	for i := range q.Digests {
+		q.Digests[i] = req.Digest(i)
+	}
+	return q
+}
+
 // refuse answers a whole request with an error.
 func (s *Server) refuse(st network.Stream, out *deadline, e *wire.Error) error {
 	b, err := wire.AppendMessage(nil, &wire.ChunkFrame{End: true, Error: e})
@@ -58,16 +77,22 @@ func (s *Server) refuse(st network.Stream, out *deadline, e *wire.Error) error {
 // answerChunks answers one request. Its error means that the stream is of no
 // more use; failures with single chunks are the client's to know.
 func (s *Server) answerChunks(st network.Stream, out *deadline, from peer.ID, req *wire.ChunkRequest) (err error) {
-	k := prefetch
-	switch req.Priority {
-	case wire.Priority_PRIORITY_DEMAND:
+	k, q := prefetch, query(from, req)
+	switch q.Priority {
+	case blockdev.Demand:
 		k = demand
-	case wire.Priority_PRIORITY_STARTUP:
+	case blockdev.Startup:
 		k = startup
 	}
+	refuse := func(err error) error {
+		s.stats.request(k, err)
+		return s.refuse(st, out, wire.FromError(err))
+	}
+	if err := s.cfg.Upload.busy(q.Priority); err != nil {
+		return refuse(err)
+	}
 	if !s.admit.enter(from, k) {
-		s.stats.request(k, wire.ErrBusy)
-		return s.refuse(st, out, wire.FromError(fmt.Errorf("%s requests of this node, or in all, are at their limit: %w", k, wire.ErrBusy)))
+		return refuse(fmt.Errorf("%s requests of this node, or in all, are at their limit: %w", k, wire.ErrBusy))
 	}
 	// Left before the last bytes go out: a client at its own limit sends the
 	// next request as soon as it has them, and must not find itself counted.
@@ -77,10 +102,17 @@ func (s *Server) answerChunks(st network.Stream, out *deadline, from peer.ID, re
 	ctx, cancel := s.ctx, context.CancelFunc(func() {})
 	if ms := req.TimeoutMs; ms > 0 {
 		ctx, cancel = context.WithTimeout(ctx, time.Duration(ms)*time.Millisecond)
-	} else if req.Count() > 1 {
+	} else if req.Count() > 1 || s.cfg.Provider != nil {
 		ctx, cancel = context.WithCancel(ctx)
 	}
 	defer cancel()
+
+	answer, err := s.source.Provide(ctx, q)
+	if err != nil {
+		leave()
+		return refuse(err)
+	}
+	defer answer.Close()
 
 	w, _ := s.writers.Get().(*bufio.Writer)
 	w.Reset(st)
@@ -88,9 +120,14 @@ func (s *Server) answerChunks(st network.Stream, out *deadline, from peer.ID, re
 		w.Reset(nil)
 		s.writers.Put(w)
 	}()
-	a := chunkAnswer{s: s, st: st, out: out, w: w, from: from, kind: k, req: req, leave: leave}
+	a := chunkAnswer{s: s, st: st, out: out, w: w, from: from, kind: k, req: req, priority: q.Priority, answer: answer, leave: leave}
 	defer a.discard(cancel)
-	failed, err := a.run(ctx)
+	var failed error
+	if s.cfg.Provider != nil {
+		failed, err = a.runReady(ctx, cancel)
+	} else {
+		failed, err = a.run(ctx)
+	}
 	if err == nil {
 		s.stats.request(k, failed)
 	} else {
@@ -111,6 +148,9 @@ type chunkAnswer struct {
 	req   *wire.ChunkRequest
 	leave func()
 
+	priority blockdev.Priority
+	answer   Answer
+
 	ahead   []chan chunkResult // of chunks taken..started-1, a ring
 	taken   int                // how many results have been taken out of ahead
 	started int                // how many chunks have been asked of the store
@@ -123,6 +163,82 @@ type chunkResult struct {
 	budget bool // holds one of Server.readAhead
 }
 
+// maxWaits is how many chunks of one request are waited for at the same time.
+const maxWaits = 64
+
+// runReady is run for a Provider: chunks go out as they become ready. cancel ends
+// ctx.
+func (a *chunkAnswer) runReady(ctx context.Context, cancel context.CancelFunc) (failed, err error) {
+	n := a.req.Count()
+	ready := make(chan int, min(n, maxWaits))
+	started := 0
+	start := func() {
+		i := started
+		started++
+		go func() {
+			a.answer.Wait(ctx, i)
+			ready <- i
+		}()
+	}
+	sent := 0
+	defer func() {
+		cancel()
+		for ; sent < started; sent++ {
+			<-ready // nobody is left when answer is closed
+		}
+	}()
+	for range cap(ready) {
+		start()
+	}
+	for sent < n {
+		if len(ready) == 0 && a.w.Buffered() > 0 {
+			if err := a.w.Flush(); err != nil {
+				return failed, err
+			}
+		}
+		i := <-ready // Wait ends with ctx
+		sent++
+		if started < n {
+			start()
+		}
+		res := a.read(ctx, i)
+		if res.err != nil && failed == nil {
+			failed = res.err
+		}
+		if err := a.sendTurn(ctx, i, res); err != nil {
+			return failed, err
+		}
+	}
+	return failed, a.sendEnd()
+}
+
+// sendTurn sends a chunk when it is its turn: after demand, within the budget.
+func (a *chunkAnswer) sendTurn(ctx context.Context, i int, res chunkResult) error {
+	defer a.release(res)
+	if err := a.pace(ctx, len(res.enc.Data)); err != nil {
+		return err
+	}
+	if a.kind != demand {
+		a.s.admit.waitForDemand(ctx, a.from, a.kind)
+	}
+	return a.send(i, res)
+}
+
+func (a *chunkAnswer) sendEnd() error {
+	end, err := wire.AppendMessage(nil, &wire.ChunkFrame{End: true})
+	if err != nil {
+		return err
+	}
+	if err := a.out.renew(a.st.SetWriteDeadline); err != nil {
+		return err
+	}
+	a.leave()
+	if _, err := a.w.Write(end); err != nil {
+		return err
+	}
+	return a.w.Flush()
+}
+
 // run sends all chunks and the end. failed is the first chunk's failure that was
 // reported to the client; err is that of the stream.
 func (a *chunkAnswer) run(ctx context.Context) (failed, err error) {
@@ -132,30 +248,31 @@ func (a *chunkAnswer) run(ctx context.Context) (failed, err error) {
 		if err != nil {
 			return failed, err
 		}
-		if a.kind != demand {
-			a.s.admit.waitForDemand(ctx, a.from, a.kind)
-		}
 		if res.err != nil && failed == nil {
 			failed = res.err
 		}
-		err = a.send(i, res)
-		a.release(res)
-		if err != nil {
+		if err := a.sendTurn(ctx, i, res); err != nil {
 			return failed, err
 		}
 	}
-	end, err := wire.AppendMessage(nil, &wire.ChunkFrame{End: true})
-	if err != nil {
-		return failed, err
+	return failed, a.sendEnd()
+}
+
+// pace waits for n bytes of the upload budget. What was written before goes out
+// if there is a wait.
+func (a *chunkAnswer) pace(ctx context.Context, n int) error {
+	if a.s.cfg.Upload == nil {
+		return nil
 	}
-	if err := a.out.renew(a.st.SetWriteDeadline); err != nil {
-		return failed, err
+	if a.w.Buffered() > 0 {
+		if err := a.out.renew(a.st.SetWriteDeadline); err != nil {
+			return err
+		}
+		if err := a.w.Flush(); err != nil {
+			return err
+		}
 	}
-	a.leave()
-	if _, err := a.w.Write(end); err != nil {
-		return failed, err
-	}
-	return failed, a.w.Flush()
+	return a.s.cfg.Upload.take(ctx, a.from, a.priority, int64(n))
 }
 
 // chunk returns the next chunk, one of n, having started to read those
@@ -206,14 +323,13 @@ func (a *chunkAnswer) chunk(ctx context.Context, n int) (chunkResult, error) {
 func (a *chunkAnswer) read(ctx context.Context, i int) (res chunkResult) {
 	ctx, cancel := context.WithTimeout(ctx, a.s.cfg.Limits.ChunkTimeout)
 	defer cancel()
-	if a.kind != demand {
+	if a.kind != demand && a.s.cfg.Provider == nil {
 		if err := a.s.prefetchReads.Acquire(ctx, 1); err != nil {
 			return chunkResult{err: fmt.Errorf("waiting to read the store: %w", err)}
 		}
 		defer a.s.prefetchReads.Release(1)
 	}
-	d := a.req.Digest(i)
-	enc, err := a.s.cfg.Chunks.Chunk(ctx, d)
+	enc, err := a.answer.Chunk(ctx, i)
 	if err == nil {
 		if err = enc.check(); err == nil && enc.Zstd && !a.req.AcceptZstd {
 			err = a.s.unpack(&enc)
@@ -223,21 +339,21 @@ func (a *chunkAnswer) read(ctx context.Context, i int) (res chunkResult) {
 		}
 	}
 	if err != nil {
-		return chunkResult{err: fmt.Errorf("chunk %s: %w", d.Hex(), err)}
+		return chunkResult{err: fmt.Errorf("chunk %s: %w", a.req.Digest(i).Hex(), err)}
 	}
 	return chunkResult{enc: enc}
 }
 
 // unpack replaces a compressed chunk by a plain one, in a lent buffer.
 func (s *Server) unpack(enc *Encoded) error {
-	buf := s.buffers.get(int(enc.Length))
+	buf := s.buffers.Get(int(enc.Length))
 	raw, err := s.zstd.decode(*buf, enc.Data, int(enc.Length))
 	if err != nil {
-		s.buffers.put(buf)
+		s.buffers.Put(buf)
 		return err
 	}
 	enc.release()
-	*enc = Encoded{Data: raw, Length: uint32(len(raw)), Release: func() { s.buffers.put(buf) }}
+	*enc = Encoded{Data: raw, Length: uint32(len(raw)), Release: func() { s.buffers.Put(buf) }}
 	return nil
 }
 

@@ -19,7 +19,7 @@ import (
 // stands for its default.
 type Limits struct {
 	// Requests that are worked on at the same time; more are answered busy.
-	DemandPerPeer, StartupPerPeer, PrefetchPerPeer, ImagesPerPeer, DocumentsPerPeer int // 64, 8, 4, 8, 16
+	DemandPerPeer, StartupPerPeer, PrefetchPerPeer, ImagesPerPeer, DocumentsPerPeer int // 64, 8, 16, 8, 16
 	Demand, Startup, Prefetch, Images, Documents                                    int // 2048, 1024, 1024, 256, 512
 	// Profiles is how many startup profiles are taken at the same time (64), one
 	// of each peer.
@@ -29,8 +29,8 @@ type Limits struct {
 	// others are being sent (4), and TotalReadAhead bounds these for all
 	// requests together (512). A request always has one chunk in hand.
 	ReadAhead, TotalReadAhead int
-	// PrefetchReads is how many chunks are read from the store for prefetches
-	// and by startup profiles at the same time (32).
+	// PrefetchReads is how many chunks are read from Chunks for prefetches
+	// and by startup profiles at the same time (32). A Provider bounds this itself.
 	PrefetchReads int
 
 	// IdleTimeout closes streams on which no request comes (2 min). It is
@@ -61,7 +61,7 @@ func setDefault[T int | time.Duration](p *T, v T) {
 func (l *Limits) setDefaults() {
 	setDefault(&l.DemandPerPeer, 64)
 	setDefault(&l.StartupPerPeer, 8)
-	setDefault(&l.PrefetchPerPeer, 4)
+	setDefault(&l.PrefetchPerPeer, 16)
 	setDefault(&l.ImagesPerPeer, 8)
 	setDefault(&l.DocumentsPerPeer, 16)
 	setDefault(&l.Demand, 2048)
@@ -84,12 +84,16 @@ func (l *Limits) setDefaults() {
 
 // ServerConfig says what a Server serves.
 type ServerConfig struct {
-	Chunks    Chunks    // nil: no chunk protocol
+	// Chunks or Provider is where chunks come from; both nil: no chunk protocol.
+	Chunks    Chunks
+	Provider  Provider
 	Images    Images    // nil: no index protocol
 	Documents Documents // nil: no manifest protocol
 	Profiles  Profiles  // nil: no profile protocol
-	Limits    Limits
-	Log       *slog.Logger // nil: no log
+	// Upload is the budget for chunks; nil: no limit.
+	Upload *Pacer
+	Limits Limits
+	Log    *slog.Logger // nil: no log
 	// Registerer, if not nil, takes the server's metrics.
 	Registerer prometheus.Registerer
 }
@@ -102,12 +106,13 @@ type Server struct {
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 	admit  *admission
+	source Provider
 	stats  *serverMetrics
 
 	prefetchReads *semaphore.Weighted
 	readAhead     *semaphore.Weighted
 	zstd          decoder
-	buffers       buffers
+	buffers       Buffers
 	writers       sync.Pool // *bufio.Writer
 
 	mu      sync.Mutex
@@ -129,6 +134,7 @@ func NewServer(h host.Host, cfg ServerConfig) (*Server, error) {
 	s := &Server{
 		host: h, cfg: cfg, log: cfg.Log, stats: stats,
 		admit:         newAdmission(&cfg.Limits),
+		source:        cfg.Provider,
 		prefetchReads: semaphore.NewWeighted(int64(cfg.Limits.PrefetchReads)),
 		readAhead:     semaphore.NewWeighted(int64(cfg.Limits.TotalReadAhead)),
 		streams:       make(map[network.Stream]struct{}),
@@ -136,6 +142,9 @@ func NewServer(h host.Host, cfg ServerConfig) (*Server, error) {
 	s.writers.New = func() any { return bufio.NewWriterSize(nil, writeBuffer) }
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	if cfg.Chunks != nil {
+		s.source = storeProvider{cfg.Chunks}
+	}
+	if s.source != nil {
 		h.SetStreamHandler(ChunkProtocol, s.handler(s.serveChunks))
 	}
 	if cfg.Images != nil {
@@ -156,7 +165,7 @@ const writeBuffer = 64<<10 - 12
 
 // Close resets all streams and waits until nothing of them is left.
 func (s *Server) Close() error {
-	if s.cfg.Chunks != nil {
+	if s.source != nil {
 		s.host.RemoveStreamHandler(ChunkProtocol)
 	}
 	if s.cfg.Images != nil {

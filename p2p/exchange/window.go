@@ -61,6 +61,14 @@ func NewWindow() *Window {
 	return &Window{size: firstWindow, search: search{step: growing}}
 }
 
+// Hurried says whether this machine has demand reads under way, or had a moment
+// ago.
+func (w *Window) Hurried() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.hurried(time.Now())
+}
+
 // share is how many bytes one request should ask for: a part of the window, so
 // that the next request is on its way while the answer to this one comes.
 func (w *Window) share() int64 {
@@ -99,6 +107,13 @@ func (w *Window) try(n int64) bool {
 	}
 	w.used += n
 	return true
+}
+
+// add counts n bytes whether they fit or not.
+func (w *Window) add(n int64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.used += n
 }
 
 // acquire waits until n bytes fit.

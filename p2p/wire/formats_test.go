@@ -51,7 +51,7 @@ func TestFormatsPage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := &ChunkRequest{Priority: Priority_PRIORITY_DEMAND, Diff: fill(0xee), Digests: append(fill(0xc1), fill(0xc2)...), TimeoutMs: 5000, AcceptZstd: true}
+	want := &ChunkRequest{Priority: Priority_PRIORITY_DEMAND, Diff: fill(0xee), Digests: append(fill(0xc1), fill(0xc2)...), TimeoutMs: 5000, AcceptZstd: true, Group: fill(0x9a), Hops: 1}
 	if !proto.Equal(req, want) || r.Buffered() > 0 {
 		t.Errorf("the page's request is %v, and %d bytes more", req, r.Buffered())
 	}

@@ -16,6 +16,8 @@ import (
 const (
 	// MaxDigests is how many chunks one ChunkRequest may ask for.
 	MaxDigests = 256
+	// MaxHops bounds ChunkRequest.hops. Nodes stop forwarding long before.
+	MaxHops = 255
 	// MaxHave is how many layers one IndexRequest may name as known.
 	MaxHave = 1024
 	// MaxLayers is how many layers an ImageHeader may list.
@@ -40,7 +42,7 @@ const (
 
 	// MaxChunkRequest, MaxChunkFrame, MaxIndexRequest and MaxIndexFrame bound
 	// the messages of these names.
-	MaxChunkRequest = (MaxDigests+1)*32 + slack
+	MaxChunkRequest = (MaxDigests+2)*32 + slack
 	MaxChunkFrame   = blockdev.MaxChunk + slack
 	MaxIndexRequest = MaxRef + 3*MaxPlatform + 2*MaxCredential + MaxHave*32 + slack
 	MaxIndexFrame   = MaxIndexData + slack

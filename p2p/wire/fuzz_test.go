@@ -67,7 +67,7 @@ func FuzzReadFrame(f *testing.F) {
 }
 
 func FuzzChunkRequest(f *testing.F) {
-	seed(f, &ChunkRequest{Diff: digests(1), Digests: digests(2), Priority: 1, TimeoutMs: 5, AcceptZstd: true},
+	seed(f, &ChunkRequest{Diff: digests(1), Digests: digests(2), Priority: 1, TimeoutMs: 5, AcceptZstd: true, Group: digests(1), Hops: 2},
 		&ChunkRequest{}, &ChunkRequest{Diff: digests(1), Digests: digests(MaxDigests + 1)})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		m, err := ParseChunkRequest(b)

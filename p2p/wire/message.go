@@ -23,6 +23,12 @@ func ParseChunkRequest(b []byte) (*ChunkRequest, error) {
 	if n := len(m.Digests); n == 0 || n%digestLen != 0 || n > MaxDigests*digestLen {
 		return nil, corrupt("chunk request", fmt.Errorf("%d bytes of digests, not 1 to %d times %d", n, MaxDigests, digestLen))
 	}
+	if n := len(m.Group); n != 0 && n != digestLen {
+		return nil, corrupt("chunk request", fmt.Errorf("group of %d bytes, not %d", n, digestLen))
+	}
+	if m.Hops > MaxHops {
+		return nil, corrupt("chunk request", fmt.Errorf("forwarded %d times, at most %d are possible", m.Hops, MaxHops))
+	}
 	return m, nil
 }
 

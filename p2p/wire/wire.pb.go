@@ -202,7 +202,7 @@ func (x *Error) GetText() string {
 }
 
 // ChunkRequest asks for chunks of one diff. It is answered by one ChunkFrame per
-// digest, in the order asked for, and one with end set.
+// digest, in any order, and one with end set.
 type ChunkRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Priority      Priority               `protobuf:"varint,1,opt,name=priority,proto3,enum=shoal.wire.v1.Priority" json:"priority,omitempty"`
@@ -210,6 +210,8 @@ type ChunkRequest struct {
 	Digests       []byte                 `protobuf:"bytes,3,opt,name=digests,proto3" json:"digests,omitempty"`                          // SHA-256 of each chunk, 32 bytes each, joined; 1 to 256 of them
 	TimeoutMs     uint32                 `protobuf:"varint,4,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`    // how long the client waits for the whole answer; 0: not said
 	AcceptZstd    bool                   `protobuf:"varint,5,opt,name=accept_zstd,json=acceptZstd,proto3" json:"accept_zstd,omitempty"` // data may come as one zstd frame
+	Group         []byte                 `protobuf:"bytes,6,opt,name=group,proto3" json:"group,omitempty"`                              // manifest digest of the image in whose group the request travels, 32 bytes; empty: none
+	Hops          uint32                 `protobuf:"varint,7,opt,name=hops,proto3" json:"hops,omitempty"`                               // how often the request was forwarded from node to node; at most 255
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -277,6 +279,20 @@ func (x *ChunkRequest) GetAcceptZstd() bool {
 		return x.AcceptZstd
 	}
 	return false
+}
+
+func (x *ChunkRequest) GetGroup() []byte {
+	if x != nil {
+		return x.Group
+	}
+	return nil
+}
+
+func (x *ChunkRequest) GetHops() uint32 {
+	if x != nil {
+		return x.Hops
+	}
+	return 0
 }
 
 // ChunkFrame carries one chunk, or says why it does not, or ends the answer.
@@ -1040,7 +1056,7 @@ const file_wire_proto_rawDesc = "" +
 	"wire.proto\x12\rshoal.wire.v1\"D\n" +
 	"\x05Error\x12'\n" +
 	"\x04code\x18\x01 \x01(\x0e2\x13.shoal.wire.v1.CodeR\x04code\x12\x12\n" +
-	"\x04text\x18\x02 \x01(\tR\x04text\"\xb1\x01\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text\"\xdb\x01\n" +
 	"\fChunkRequest\x123\n" +
 	"\bpriority\x18\x01 \x01(\x0e2\x17.shoal.wire.v1.PriorityR\bpriority\x12\x12\n" +
 	"\x04diff\x18\x02 \x01(\fR\x04diff\x12\x18\n" +
@@ -1048,7 +1064,9 @@ const file_wire_proto_rawDesc = "" +
 	"\n" +
 	"timeout_ms\x18\x04 \x01(\rR\ttimeoutMs\x12\x1f\n" +
 	"\vaccept_zstd\x18\x05 \x01(\bR\n" +
-	"acceptZstd\"\xa0\x01\n" +
+	"acceptZstd\x12\x14\n" +
+	"\x05group\x18\x06 \x01(\fR\x05group\x12\x12\n" +
+	"\x04hops\x18\a \x01(\rR\x04hops\"\xa0\x01\n" +
 	"\n" +
 	"ChunkFrame\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\rR\x05index\x12\x12\n" +

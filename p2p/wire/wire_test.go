@@ -204,6 +204,8 @@ func TestRequestsRefused(t *testing.T) {
 		"part of a one":  {Diff: d, Digests: make([]byte, 33)},
 		"too many":       {Diff: d, Digests: make([]byte, 32*(MaxDigests+1))},
 		"diff too short": {Diff: d[:31], Digests: d},
+		"group":          {Diff: d, Digests: d, Group: d[:5]},
+		"hops":           {Diff: d, Digests: d, Hops: MaxHops + 1},
 	} {
 		b, err := proto.Marshal(m)
 		if err != nil {
@@ -214,7 +216,7 @@ func TestRequestsRefused(t *testing.T) {
 		}
 	}
 	// The largest of each kind must fit the limit of its frame.
-	if n := proto.Size(&ChunkRequest{Priority: 1, Diff: d, Digests: make([]byte, 32*MaxDigests), TimeoutMs: 1 << 31, AcceptZstd: true}); n > MaxChunkRequest {
+	if n := proto.Size(&ChunkRequest{Priority: 1, Diff: d, Digests: make([]byte, 32*MaxDigests), TimeoutMs: 1 << 31, AcceptZstd: true, Group: d, Hops: MaxHops}); n > MaxChunkRequest {
 		t.Errorf("largest chunk request: %d bytes > %d", n, MaxChunkRequest)
 	}
 	text := long(MaxErrorText)

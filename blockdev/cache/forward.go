@@ -1,0 +1,184 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Forward is chunks of one diff that another node has asked this one for. What
+// is missing here is fetched as this node's own chunks are: in the same flights,
+// checked and stored once, whoever wants it.
+type Forward struct {
+	d    *Diff
+	prio blockdev.Priority
+	hops int
+	nums []int // of the chunks; -1: the diff has none with that digest
+}
+
+// Forward finds chunks of a diff for another node. hops is how often the request
+// was forwarded before it came here. A diff that is not in the cache is
+// blockdev.ErrNotFound.
+func (c *Cache) Forward(diff blockdev.Digest, prio blockdev.Priority, hops int, digests []blockdev.Digest) (*Forward, error) {
+	d, ok := c.Get(diff)
+	if !ok {
+		return nil, fmt.Errorf("diff %v is not on this node: %w", diff, blockdev.ErrNotFound)
+	}
+	f := &Forward{d: d, prio: prio, hops: hops, nums: make([]int, len(digests))}
+	for i := range digests {
+		f.nums[i] = -1
+		if nums := d.tab.find(&digests[i]); len(nums) > 0 {
+			f.nums[i] = int(nums[0])
+		}
+	}
+	return f, nil
+}
+
+// Missing is how many of the chunks, all of which the diff may have, are not on
+// this node's disk now.
+func (f *Forward) Missing() (n int) {
+	for i := range f.nums {
+		if f.Absent(i) {
+			n++
+		}
+	}
+	return n
+}
+
+// Absent says whether the i-th chunk is one of the diff's, but not on this node's
+// disk now.
+func (f *Forward) Absent(i int) bool {
+	return f.nums[i] >= 0 && !f.d.pres.present.get(f.nums[i])
+}
+
+// Start asks for what is missing and not in flight, in requests of the usual
+// size, and returns without waiting for it. Chunk does so as well, one by one.
+func (f *Forward) Start() error {
+	d := f.d
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.gone != nil {
+		return fmt.Errorf("diff %v: %w", d.id, d.gone)
+	}
+	var g *group
+	var size int64
+	for _, i := range f.nums {
+		if i < 0 || d.pres.present.get(i) || d.flights[i] != nil {
+			continue
+		}
+		if g == nil || size >= d.c.cfg.RequestBytes {
+			f.launch(g)
+			g, size = f.group(), 0
+		}
+		d.depart(g, i)
+		size += int64(d.tab.length(i))
+	}
+	f.launch(g)
+	return nil
+}
+
+func (f *Forward) group() *group {
+	return &group{d: f.d, prio: f.prio, hops: f.hops, parent: f.d.life, release: func(error) {}}
+}
+
+// launch runs a group, if there is one; Diff.mu is held.
+func (f *Forward) launch(g *group) {
+	if g != nil {
+		f.d.wg.Add(1)
+		go g.run()
+	}
+}
+
+// Chunk waits for the i-th chunk and returns its bytes, checked, in the buffer of
+// at least n bytes that alloc returns when they are there. Its errors wrap the cause:
+// blockdev.ErrNotFound if the diff has no such chunk, the Source's error,
+// ErrRemoved, ErrClosed, or ctx's.
+func (f *Forward) Chunk(ctx context.Context, i int, alloc func(n int) []byte) ([]byte, error) {
+	d, k := f.d, f.nums[i]
+	if k < 0 {
+		return nil, fmt.Errorf("diff %v has no such chunk: %w", d.id, blockdev.ErrNotFound)
+	}
+	n := d.tab.length(k)
+	for try := 0; ; try++ {
+		if d.pres.present.get(k) {
+			buf := alloc(n)[:n]
+			if ok, err := d.readChunk(k, buf); ok || err != nil {
+				return buf, err
+			}
+		}
+		w, err := f.join(k)
+		if err != nil {
+			return nil, err
+		}
+		if w.flight == nil {
+			continue // it has come meanwhile
+		}
+		err = d.await(ctx, []wait{w})
+		if b := w.unwritten(); b != nil {
+			return append(alloc(n)[:0], b...), nil
+		}
+		if err == nil && try > 0 {
+			err = w.err // await has seen its end
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+}
+
+// Wait returns when Chunk need not wait for the i-th chunk any more.
+func (f *Forward) Wait(ctx context.Context, i int) {
+	k := f.nums[i]
+	if k < 0 || f.d.pres.present.get(k) {
+		return
+	}
+	if w, err := f.join(k); err == nil && w.flight != nil {
+		_ = f.d.await(ctx, []wait{w}) // Chunk finds out what came of it
+	}
+}
+
+// readChunk reads chunk k, which is present, and checks it: a node does not pass
+// on what its disk has spoiled. Then it is not present any more, and false is
+// returned.
+func (d *Diff) readChunk(k int, buf []byte) (bool, error) {
+	_, err := d.data.ReadAt(buf, d.tab.start(k))
+	switch {
+	case errors.Is(err, os.ErrClosed):
+		return false, d.goneErr()
+	case err != nil:
+		d.damaged(k, err)
+		return false, nil
+	case blockdev.Sum(buf) != d.tab.digests[k]:
+		d.damaged(k, blockdev.ErrCorrupt)
+		return false, nil
+	}
+	return true, nil
+}
+
+// join returns the flight of chunk k to wait for, a new one if there is none;
+// without a flight if the chunk is there.
+func (f *Forward) join(k int) (wait, error) {
+	d := f.d
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.gone != nil {
+		return wait{}, d.gone
+	}
+	if d.pres.present.get(k) {
+		return wait{}, nil
+	}
+	fl := d.flights[k]
+	own := fl == nil
+	if own {
+		g := f.group()
+		fl = d.depart(g, k)
+		f.launch(g)
+	}
+	fl.waiters++
+	// Only a demand read has a prefetch request hurry.
+	hurry := f.prio == blockdev.Demand && fl.group.prio == blockdev.Prefetch
+	return wait{fl, own, hurry}, nil
+}

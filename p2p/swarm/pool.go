@@ -1,0 +1,154 @@
+package swarm
+
+import (
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/exchange"
+	"github.com/shoalfs/shoal/p2p/wire"
+)
+
+const (
+	// What one peer is asked for at a time. Its limits for one node
+	// (NodeLimits) are no less.
+	peerDemand, peerPrefetch, peerForwards = 32, 8, 8
+	// demandPeer is how long a peer may take for one chunk before its stream is
+	// given up, whatever route says; prefetchPeer the same for prefetch.
+	demandPeer   = 5 * time.Second
+	prefetchPeer = 20 * time.Second
+	// dialPeer bounds one attempt to connect.
+	dialPeer = 3 * time.Second
+)
+
+// pool keeps clients of peers: made when first asked, closed when idle.
+type pool struct {
+	cfg  *Config
+	stop chan struct{}
+	wg   sync.WaitGroup
+
+	mu      sync.Mutex
+	closed  bool
+	clients map[peer.ID]*pooled
+}
+
+// pooled is a client in the pool, or out of it and waiting for its last user.
+type pooled struct {
+	*exchange.Client
+	users int
+	last  time.Time // when users became 0
+}
+
+func newPool(cfg *Config) *pool {
+	p := &pool{cfg: cfg, stop: make(chan struct{}), clients: make(map[peer.ID]*pooled)}
+	p.wg.Go(p.sweep)
+	return p
+}
+
+// get returns a client of a peer; give it back with put.
+func (p *pool) get(id string) (*pooled, error) {
+	pid, err := peer.Decode(id)
+	if err != nil {
+		return nil, fmt.Errorf("%q is no peer ID: %w", id, blockdev.ErrCorrupt)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil, fmt.Errorf("%w: the node is shutting down", blockdev.ErrUnavailable)
+	}
+	if c := p.clients[pid]; c != nil {
+		c.users++
+		return c, nil
+	}
+	info, ok := p.cfg.Groups.Addrs(pid)
+	if !ok {
+		return nil, fmt.Errorf("it is not known where peer %s listens: %w", id, blockdev.ErrUnavailable)
+	}
+	if len(p.clients) >= p.cfg.MaxPeers && !p.makeRoom() {
+		return nil, fmt.Errorf("%d peers are being asked already: %w", len(p.clients), wire.ErrBusy)
+	}
+	c, err := exchange.NewClient(p.cfg.Host, info, exchange.Options{
+		Name: "peer", Raw: true,
+		Demand: peerDemand, Prefetch: peerPrefetch, Forwards: peerForwards, Peer: true,
+		DemandTimeout: demandPeer, PrefetchTimeout: prefetchPeer, DialTimeout: dialPeer,
+		Window: p.cfg.Window, Download: p.cfg.Download,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", blockdev.ErrUnavailable, err)
+	}
+	pc := &pooled{Client: c, users: 1}
+	p.clients[pid] = pc
+	return pc, nil
+}
+
+func (p *pool) put(c *pooled) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if c.users--; c.users == 0 {
+		c.last = time.Now()
+	}
+}
+
+// makeRoom drops the client that has been idle longest; false: none is idle.
+func (p *pool) makeRoom() bool {
+	var oldest *pooled
+	for _, c := range p.clients {
+		if c.users == 0 && (oldest == nil || c.last.Before(oldest.last)) {
+			oldest = c
+		}
+	}
+	if oldest == nil {
+		return false
+	}
+	p.drop(oldest)
+	return true
+}
+
+// drop takes a client out and closes it, which waits for a dial under way.
+func (p *pool) drop(c *pooled) {
+	delete(p.clients, c.Peer())
+	p.wg.Go(func() { _ = c.Close() })
+}
+
+// sweep drops clients that have been idle for long.
+func (p *pool) sweep() {
+	t := time.NewTicker(p.cfg.IdlePeer / 4)
+	defer t.Stop()
+	for {
+		select {
+		case <-p.stop:
+			return
+		case now := <-t.C:
+			p.mu.Lock()
+			for _, c := range p.clients {
+				if c.users == 0 && now.Sub(c.last) > p.cfg.IdlePeer {
+					p.drop(c)
+				}
+			}
+			p.mu.Unlock()
+		}
+	}
+}
+
+func (p *pool) len() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.clients)
+}
+
+// close ends all requests and closes all clients.
+func (p *pool) close() {
+	p.mu.Lock()
+	if !p.closed {
+		p.closed = true
+		close(p.stop)
+		for _, c := range p.clients {
+			p.drop(c)
+		}
+	}
+	p.mu.Unlock()
+	p.wg.Wait()
+}

@@ -1,0 +1,105 @@
+package swarm
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache"
+	"github.com/shoalfs/shoal/p2p/exchange"
+	"github.com/shoalfs/shoal/p2p/wire"
+)
+
+// Store is what a node has of its diffs: *cache.Cache.
+type Store interface {
+	Forward(diff blockdev.Digest, prio blockdev.Priority, hops int, digests []blockdev.Digest) (*cache.Forward, error)
+}
+
+// Provider returns what answers other nodes out of store.
+func (s *Swarm) Provider(store Store) exchange.Provider { return &provider{s, store} }
+
+type provider struct {
+	s     *Swarm
+	store Store
+}
+
+// Provide implements exchange.Provider. Who is not in the group hears that there
+// is nothing, which is what anybody hears who asks for what is not here.
+func (p *provider) Provide(ctx context.Context, q *exchange.Query) (exchange.Answer, error) {
+	if err := p.s.cfg.Groups.Allowed(ctx, q.Group, q.From); err != nil {
+		p.s.metrics.refused.Inc()
+		p.s.log.Debug("a peer asks for chunks of a group that it is not in", "peer", q.From, "group", q.Group, "cause", err)
+		return nil, fmt.Errorf("not here: %w", blockdev.ErrNotFound)
+	}
+	f, err := p.store.Forward(q.Diff, q.Priority, q.Hops, q.Digests)
+	if err != nil {
+		return nil, err
+	}
+	n := f.Missing()
+	if n == 0 {
+		return &answer{s: p.s, f: f}, nil
+	}
+	if q.Priority == blockdev.Prefetch && p.s.cfg.Window.Hurried() {
+		// Readers here wait for this node's link; who does not wait may ask
+		// somebody else.
+		return &answer{s: p.s, f: f, absent: errReaders}, nil
+	}
+	p.s.metrics.forwarded.Add(float64(n))
+	if err := f.Start(); err != nil {
+		return nil, err
+	}
+	return &answer{s: p.s, f: f}, nil
+}
+
+type answer struct {
+	s      *Swarm
+	f      *cache.Forward
+	absent error // the answer for what is not here; nil: it is fetched
+}
+
+var errReaders = fmt.Errorf("not on this node now, and its demand reads go first: %w", wire.ErrBusy)
+
+// Chunk implements exchange.Answer.
+func (a *answer) Chunk(ctx context.Context, i int) (exchange.Encoded, error) {
+	if a.absent != nil && a.f.Absent(i) {
+		return exchange.Encoded{}, a.absent
+	}
+	var buf *[]byte
+	data, err := a.f.Chunk(ctx, i, func(n int) []byte {
+		if buf == nil {
+			buf = a.s.buffers.Get(n)
+		}
+		return *buf
+	})
+	release := func() {
+		if buf != nil {
+			a.s.buffers.Put(buf)
+		}
+	}
+	if err != nil {
+		release()
+		return exchange.Encoded{}, err
+	}
+	return exchange.Encoded{Data: data, Length: uint32(len(data)), Release: release}, nil
+}
+
+// Wait implements exchange.Answer.
+func (a *answer) Wait(ctx context.Context, i int) {
+	if a.absent == nil {
+		a.f.Wait(ctx, i)
+	}
+}
+
+// Close implements exchange.Answer.
+func (a *answer) Close() {}
+
+// NodeLimits are the limits of a node's exchange.Server: a node has a workload of
+// its own to serve, so it says busy sooner than a supernode, and its buffers are
+// bounded to some 50 MiB.
+func NodeLimits() exchange.Limits {
+	return exchange.Limits{
+		DemandPerPeer: peerDemand, PrefetchPerPeer: peerPrefetch + peerForwards, ImagesPerPeer: 1,
+		Demand: 512, Prefetch: 96, Images: 1,
+		ReadAhead: 2, TotalReadAhead: 96,
+	}
+}

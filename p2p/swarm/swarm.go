@@ -1,0 +1,215 @@
+package swarm
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/exchange"
+	"github.com/shoalfs/shoal/p2p/route"
+)
+
+// Groups says with whom this node shares chunks; members.Node is one.
+type Groups interface {
+	// Groups returns the groups of the images here that have this diff, the one
+	// to ask first.
+	Groups(diff blockdev.Digest) []blockdev.Digest
+	// View returns what is known of a group, nil if that is nothing. Nobody
+	// changes a View.
+	View(group blockdev.Digest) *route.View
+	// Addrs returns where a peer listens.
+	Addrs(id peer.ID) (peer.AddrInfo, bool)
+	// Allowed returns nil if the peer may ask for chunks of the group.
+	Allowed(ctx context.Context, group blockdev.Digest, id peer.ID) error
+}
+
+// Config of a Swarm. Host, Groups and Supernode are required; what else is zero
+// gets its default.
+type Config struct {
+	Host      host.Host
+	Groups    Groups
+	Supernode blockdev.Source // who is asked last, and if there are no peers
+	// Zone and Rack are where this node is.
+	Zone, Rack string
+	// Window and Download bound what comes in (exchange.Options); Supernode's
+	// client should have the same.
+	Window   *exchange.Window
+	Download *exchange.Pacer
+	// MaxPeers is how many peers may be connected for asking at a time: 128.
+	// Who was asked longest ago makes room.
+	MaxPeers int
+	// IdlePeer is how long a peer is kept after the last request: 1 min.
+	IdlePeer time.Duration
+	Log      *slog.Logger // nil: no log
+	// Registerer, if not nil, takes the metrics.
+	Registerer prometheus.Registerer
+}
+
+// Swarm gets chunks from other nodes and gives chunks to them. It may be used from
+// several goroutines.
+type Swarm struct {
+	cfg     Config
+	log     *slog.Logger
+	self    route.Member
+	book    *route.Book
+	began   time.Time // the clock that route sees starts here
+	pool    *pool
+	metrics *metrics
+	buffers exchange.Buffers
+
+	mu     sync.Mutex
+	groups map[blockdev.Digest]*group
+	told   map[peer.ID]route.Outcome // peers whose trouble is in the log
+}
+
+// group is a route.Group and the view that it was made of.
+type group struct {
+	*route.Group
+	id   blockdev.Digest
+	view *route.View
+}
+
+// New makes a Swarm. Close it before the host.
+func New(c Config) (*Swarm, error) {
+	if c.Host == nil || c.Groups == nil || c.Supernode == nil {
+		return nil, errors.New("swarm: Host, Groups and Supernode must be set")
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Window == nil {
+		c.Window = exchange.NewWindow()
+	}
+	if c.MaxPeers <= 0 {
+		c.MaxPeers = 128
+	}
+	if c.IdlePeer <= 0 {
+		c.IdlePeer = time.Minute
+	}
+	s := &Swarm{
+		cfg: c, log: c.Log,
+		self:   route.Member{ID: c.Host.ID().String(), Zone: c.Zone, Rack: c.Rack},
+		book:   route.NewBook(route.BookOptions{}),
+		began:  time.Now(),
+		groups: make(map[blockdev.Digest]*group),
+		told:   make(map[peer.ID]route.Outcome),
+	}
+	s.pool = newPool(&s.cfg)
+	m, err := newMetrics(c.Registerer, s)
+	if err != nil {
+		s.pool.close()
+		return nil, err
+	}
+	s.metrics = m
+	return s, nil
+}
+
+// Close ends all requests to peers. It does not close what Config names.
+func (s *Swarm) Close() error {
+	s.pool.close()
+	s.metrics.unregister()
+	return nil
+}
+
+func (s *Swarm) now() time.Duration { return time.Since(s.began) }
+
+// group returns the group to ask for chunks of a diff, nil if there are no peers
+// to ask.
+func (s *Swarm) group(diff blockdev.Digest) *group {
+	for _, id := range s.cfg.Groups.Groups(diff) {
+		v := s.cfg.Groups.View(id)
+		if v == nil {
+			continue
+		}
+		s.mu.Lock()
+		g := s.groups[id]
+		s.mu.Unlock()
+		if g != nil && g.view == v {
+			return g
+		}
+		t, err := route.NewTable(*v)
+		if err != nil {
+			s.log.Error("the supernode's list of a group cannot be used; its chunks come from the supernode", "group", id, "cause", err)
+			continue
+		}
+		g = &group{Group: route.NewGroup(s.self, t, s.book), id: id, view: v}
+		s.mu.Lock()
+		if len(s.groups) >= maxGroups {
+			clear(s.groups) // of images that are gone, mostly; made again when needed
+		}
+		s.groups[id] = g
+		s.mu.Unlock()
+		return g
+	}
+	return nil
+}
+
+// maxGroups bounds the tables that are kept.
+const maxGroups = 256
+
+// zone says whether a peer is in this node's zone.
+func (s *Swarm) zone(g *group, t route.Target) string {
+	if t.Index >= 0 && g.Table().Member(t.Index).Zone == s.self.Zone {
+		return sameZone
+	}
+	return otherZone
+}
+
+// report tells route, the metrics and, once for each peer until it is well again,
+// the log what became of a chunk.
+func (s *Swarm) report(g *group, a *route.Ask, t route.Target, o route.Outcome, took time.Duration, n int, cause error) {
+	g.Report(a, t, o, s.now(), took, n)
+	if t.Kind != route.Peer || o == route.OK {
+		return
+	}
+	s.metrics.failures[o].Inc()
+	if o == route.Busy || o == route.Missing || o == route.Slow {
+		return
+	}
+	id, err := peer.Decode(t.ID)
+	if err != nil {
+		return // route took it from a view; it cannot be dialed either
+	}
+	s.mu.Lock()
+	_, known := s.told[id]
+	if !known {
+		if len(s.told) >= maxTold {
+			clear(s.told)
+		}
+		s.told[id] = o
+	}
+	s.mu.Unlock()
+	if known {
+		return
+	}
+	if o == route.Corrupt {
+		s.log.Error("a peer sends wrong bytes or breaks the protocol; it is left out for a while, its chunks come from elsewhere", "peer", t.ID, "cause", cause)
+	} else {
+		s.log.Warn("a peer does not answer; it is left out for a while", "peer", t.ID, "cause", cause)
+	}
+}
+
+// well is called when a peer has sent a right chunk.
+func (s *Swarm) well(t route.Target) {
+	s.mu.Lock()
+	none := len(s.told) == 0
+	s.mu.Unlock()
+	if none {
+		return
+	}
+	if id, err := peer.Decode(t.ID); err == nil {
+		s.mu.Lock()
+		delete(s.told, id)
+		s.mu.Unlock()
+	}
+}
+
+// maxTold bounds the peers that are remembered as logged.
+const maxTold = 4096
