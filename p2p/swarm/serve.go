@@ -7,6 +7,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/p2p/exchange"
+	"github.com/shoalfs/shoal/p2p/route"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -39,6 +40,12 @@ func (p *provider) Provide(ctx context.Context, q *exchange.Query) (exchange.Ans
 	if n == 0 {
 		return &answer{s: p.s, f: f}, nil
 	}
+	if q.Hops >= route.MaxHops {
+		// The root of a tree asks those below it in this way. They may have asked
+		// for the same chunk, up to that root: who waited for them would wait for
+		// itself.
+		return &answer{s: p.s, f: f, absent: errNotHere}, nil
+	}
 	if q.Priority == blockdev.Prefetch && p.s.cfg.Window.Hurried() {
 		// Readers here wait for this node's link; who does not wait may ask
 		// somebody else.
@@ -56,6 +63,8 @@ type answer struct {
 	f      *cache.Forward
 	absent error // the answer for what is not here; nil: it is fetched
 }
+
+var errNotHere = fmt.Errorf("not on this node now: %w", blockdev.ErrNotFound)
 
 var errReaders = fmt.Errorf("not on this node now, and its demand reads go first: %w", wire.ErrBusy)
 
