@@ -33,6 +33,10 @@ type ImageRequest struct {
 	// Have lists layer digests of which the node has the index already; their
 	// Index comes back nil.
 	Have []Digest
+	// Only and Stored are for supernodes among themselves: which layers (by
+	// digest) are wanted, if not all; and that nothing is to be fetched for it.
+	Only   []Digest
+	Stored bool
 	// Progress, if not nil, is told how far the layers are while the answer is
 	// waited for. Calls come one at a time and must not block; none comes after
 	// OpenImage has returned.

@@ -67,7 +67,7 @@ func (s *Supernode) image(ctx context.Context, peer string, req blockdev.ImageRe
 	if err != nil {
 		return nil, err
 	}
-	v, err := s.access.allow(ctx, peer, ref, req)
+	v, err := s.mayOpen(ctx, peer, ref, req)
 	if err != nil {
 		return nil, err
 	}
@@ -80,18 +80,23 @@ func (s *Supernode) image(ctx context.Context, peer string, req blockdev.ImageRe
 	if err != nil {
 		return nil, err
 	}
+	if m, err = only(m, req.Only); err != nil {
+		return nil, err
+	}
 	for round := 1; ; round++ {
 		for _, l := range m.Layers {
 			s.leases.take(l.DiffID)
 		}
-		img, err := s.collect(ctx, m, req, v)
+		img, err := s.collect(ctx, peer, m, req, v)
 		again := errors.Is(err, errGone) && round < maxRounds
 		if !again {
 			if err != nil {
 				return nil, named(req.Ref, err)
 			}
-			s.seen.add(m)
-			s.profiles.handOut(peer, img)
+			if len(req.Only) == 0 {
+				s.seen.add(m)
+				s.profiles.handOut(peer, img)
+			}
 			return img, nil
 		}
 	}
@@ -110,7 +115,7 @@ var errGone = errors.New("removed from the store meanwhile")
 
 // collect makes sure that all layers are stored and may be handed out, and then
 // reads their indexes.
-func (s *Supernode) collect(ctx context.Context, m *registry.Manifest, req blockdev.ImageRequest, v verdict) (*blockdev.Image, error) {
+func (s *Supernode) collect(ctx context.Context, from string, m *registry.Manifest, req blockdev.ImageRequest, v verdict) (*blockdev.Image, error) {
 	watch := serial(req.Progress)
 	g, gctx := errgroup.WithContext(ctx)
 	begun := map[blockdev.Digest]bool{}
@@ -120,7 +125,7 @@ func (s *Supernode) collect(ctx context.Context, m *registry.Manifest, req block
 		}
 		begun[l.Digest] = true
 		g.Go(func() error {
-			return s.ensure(gctx, m, l, req.Credential, v.public, watch)
+			return s.ensure(gctx, wanted{from: from, m: m, l: l, cred: req.Credential, public: v.public, stored: req.Stored, watch: watch})
 		})
 	}
 	if err := g.Wait(); err != nil {
@@ -171,12 +176,13 @@ const maxTurns = 4
 // ensure returns nil when the layer is stored, is what the image says it is, and
 // may be handed out on the word of the image's registry. Its errors name the
 // layer.
-func (s *Supernode) ensure(ctx context.Context, m *registry.Manifest, l registry.Layer, cred blockdev.Credential, public bool, watch func(blockdev.Progress)) error {
-	open := s.openLayer(m, l, cred, public)
+func (s *Supernode) ensure(ctx context.Context, r wanted) error {
+	m, l, watch := r.m, r.l, r.watch
+	open := s.openLayer(m, l, r.cred, r.public)
 	for turn := 0; turn < maxTurns; turn++ {
 		rec, err := s.store.Layer(l.Digest)
 		if errors.Is(err, blockdev.ErrNotFound) {
-			rec, err = s.ingestLayer(ctx, m, l, open, watch)
+			rec, err = s.obtain(ctx, r, open)
 		}
 		if err != nil {
 			return err

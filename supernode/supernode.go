@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -50,6 +51,11 @@ type Config struct {
 	Registry registry.Config
 	// Grant, if not nil, makes blockdev.Image.Grant for a peer.
 	Grant func(peer string, manifest blockdev.Digest) ([]byte, error)
+	// Self is this supernode's peer ID, and Siblings are the other supernodes, by
+	// theirs. All of them are to have the same list, each without itself: a layer
+	// belongs to one by rendezvous hash of its DiffID.
+	Self     peer.ID
+	Siblings map[peer.ID]Sibling
 	// Log gets what an operator should know; nil: nothing is logged.
 	Log *slog.Logger
 	// Registerer, if not nil, takes the metrics.
@@ -104,6 +110,8 @@ type Supernode struct {
 	metrics   *metrics
 	trusted   map[string]bool
 	grant     func(peer string, manifest blockdev.Digest) ([]byte, error)
+	self      peer.ID
+	siblings  map[peer.ID]Sibling
 	verifying chan struct{} // bounds verifications side by side
 	decoder   *decoder
 
@@ -131,6 +139,8 @@ func New(cfg Config) (*Supernode, error) {
 		failed:    &failures{now: time.Now, errs: map[string]failure{}},
 		seen:      newSeen(),
 		grant:     cfg.Grant,
+		self:      cfg.Self,
+		siblings:  cfg.Siblings,
 		trusted:   map[string]bool{},
 		verifying: make(chan struct{}, cfg.Ingests),
 	}

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
@@ -24,6 +25,7 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/program"
 	"github.com/shoalfs/shoal/p2p/exchange"
+	"github.com/shoalfs/shoal/p2p/uplink"
 	"github.com/shoalfs/shoal/snapshotter"
 	"github.com/shoalfs/shoal/snapshotter/credentials"
 	"github.com/shoalfs/shoal/snapshotter/mirror"
@@ -194,7 +196,7 @@ func scrubInterval(c *config.Node) time.Duration {
 // it does the latter.
 func openUpstream(ctx context.Context, c *config.Node, log *slog.Logger, reg prometheus.Registerer) (upstream, *membership, []string, error) {
 	if len(c.Supernodes) == 0 {
-		s, err := openSupernode(filepath.Join(c.Root, "supernode"), c.Embedded.Store, c.Embedded.Registry, nil, log, reg)
+		s, err := openSupernode(filepath.Join(c.Root, "supernode"), c.Embedded.Store, c.Embedded.Registry, place{}, log, reg)
 		if err != nil {
 			return nil, nil, nil, err
 		}
@@ -204,23 +206,33 @@ func openUpstream(ctx context.Context, c *config.Node, log *slog.Logger, reg pro
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	info := m.supernodes[0]
-	client, err := exchange.NewClient(m.host, info, exchange.Options{
-		Log: log, Ready: func(ctx context.Context) error { return m.node.Ready(ctx, info.ID) },
-	})
+	clients := map[peer.ID]uplink.Supernode{}
+	for _, info := range m.supernodes {
+		client, err := exchange.NewClient(m.host, info, exchange.Options{
+			Log: log, Ready: func(ctx context.Context) error { return m.node.Ready(ctx, info.ID) },
+		})
+		if err != nil {
+			for _, c := range clients {
+				err = errors.Join(err, c.Close())
+			}
+			return nil, nil, nil, errors.Join(err, m.close())
+		}
+		clients[info.ID] = client
+	}
+	up, err := uplink.New(clients)
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, m.close())
 	}
-	return &remote{client, m.close}, m, c.Supernodes, nil
+	return &remote{up, m.close}, m, c.Supernodes, nil
 }
 
-// remote is a supernode on another machine, with the host that reaches it.
+// remote are supernodes on other machines, with the host that reaches them.
 type remote struct {
-	*exchange.Client
+	*uplink.Uplink
 	closeHost func() error
 }
 
-func (r *remote) Close() error { return errors.Join(r.Client.Close(), r.closeHost()) }
+func (r *remote) Close() error { return errors.Join(r.Uplink.Close(), r.closeHost()) }
 
 // dataPath is the volumes as the snapshotter sees them.
 type dataPath struct{ *volume.Manager }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
@@ -44,8 +45,8 @@ func newSupernodeCommand() *cobra.Command {
 }
 
 // openSupernode opens what a supernode is, for a daemon of its own or inside a node.
-// grant may be nil.
-func openSupernode(root string, store config.Store, reg config.Registry, grant grantFunc, log *slog.Logger, metrics prometheus.Registerer) (*supernode.Supernode, error) {
+// The place is empty for the latter.
+func openSupernode(root string, store config.Store, reg config.Registry, at place, log *slog.Logger, metrics prometheus.Registerer) (*supernode.Supernode, error) {
 	var hostDirs []string
 	if reg.ConfigPath != "" {
 		hostDirs = append(hostDirs, reg.ConfigPath)
@@ -55,12 +56,16 @@ func openSupernode(root string, store config.Store, reg config.Registry, grant g
 		HostDirs: hostDirs, TrustedRegistries: reg.Trusted,
 		AccessTTL: time.Duration(reg.AccessTTL), AccessGrace: time.Duration(reg.AccessGrace),
 		Registry: registry.Config{TagTTL: time.Duration(reg.TagTTL)},
-		Grant:    grant, Log: log, Registerer: metrics,
+		Grant:    at.grant, Self: at.self, Siblings: at.siblings, Log: log, Registerer: metrics,
 	})
 }
 
-// grantFunc is supernode.Config.Grant.
-type grantFunc = func(peer string, manifest blockdev.Digest) ([]byte, error)
+// place is where a supernode is among others.
+type place struct {
+	grant    func(peer string, manifest blockdev.Digest) ([]byte, error)
+	self     peer.ID
+	siblings siblings
+}
 
 // supernodePeers is how many nodes may be connected at once. Each takes some tens
 // of kilobytes of memory, when it is there.
@@ -81,20 +86,35 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	if err != nil {
 		return err
 	}
-	list, err := members.New(members.Config{Dir: c.Root, TokenFile: c.TokenFile, Key: key, Log: log, Registerer: metrics})
+	self, err := host.ID(key)
 	if err != nil {
 		return err
 	}
-	s, err := openSupernode(c.Root, c.Store, c.Registry, list.Grant, log, metrics)
+	others, err := parseSiblings(c.Siblings, self)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.Close()) }()
+	list, err := members.New(members.Config{
+		Dir: c.Root, TokenFile: c.TokenFile, Key: key, Siblings: peerIDs(others), Log: log, Registerer: metrics,
+	})
+	if err != nil {
+		return err
+	}
 	h, err := host.New(host.Config{Key: key, Listen: c.Listen, MaxPeers: supernodePeers, Guard: list, UserAgent: "shoal/" + version})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, h.Close()) }()
+	sibs, err := openSiblings(h, others, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, sibs.close()) }()
+	s, err := openSupernode(c.Root, c.Store, c.Registry, place{list.Grant, self, sibs}, log, metrics)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.Close()) }()
 	list.Start(h)
 	defer func() { err = errors.Join(err, list.Close()) }()
 	server, err := exchange.NewServer(h, exchange.ServerConfig{Chunks: s, Images: s, Documents: s, Profiles: s, Log: log, Registerer: metrics})

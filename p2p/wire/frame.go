@@ -44,7 +44,7 @@ const (
 	// the messages of these names.
 	MaxChunkRequest = (MaxDigests+2)*32 + slack
 	MaxChunkFrame   = blockdev.MaxChunk + slack
-	MaxIndexRequest = MaxRef + 3*MaxPlatform + 2*MaxCredential + MaxHave*32 + slack
+	MaxIndexRequest = MaxRef + 3*MaxPlatform + 2*MaxCredential + 2*MaxHave*32 + slack
 	MaxIndexFrame   = MaxIndexData + slack
 )
 

@@ -58,6 +58,10 @@ func NewIndexRequest(req *blockdev.ImageRequest) (*IndexRequest, error) {
 	for _, d := range req.Have {
 		m.Have = append(m.Have, d[:]...)
 	}
+	for _, d := range req.Only {
+		m.Only = append(m.Only, d[:]...)
+	}
+	m.Stored = req.Stored
 	if err := checkIndexRequest(m); err != nil {
 		return nil, err
 	}
@@ -88,12 +92,13 @@ func ParseIndexRequest(b []byte) (_ *blockdev.ImageRequest, progress bool, _ err
 	if len(m.Manifest) > 0 {
 		req.Manifest = blockdev.Digest(m.Manifest)
 	}
-	if n := len(m.Have) / digestLen; n > 0 {
-		req.Have = make([]blockdev.Digest, n)
-		for i := range req.Have {
-			req.Have[i] = blockdev.Digest(m.Have[i*digestLen : (i+1)*digestLen])
-		}
+	for d := range Keys(m.Have) {
+		req.Have = append(req.Have, d)
 	}
+	for d := range Keys(m.Only) {
+		req.Only = append(req.Only, d)
+	}
+	req.Stored = m.Stored
 	return req, m.Progress, nil
 }
 
@@ -112,6 +117,8 @@ func checkIndexRequest(m *IndexRequest) error {
 		return fmt.Errorf("credential with a field of more than %d bytes", MaxCredential)
 	case len(m.Have)%digestLen != 0 || len(m.Have) > MaxHave*digestLen:
 		return fmt.Errorf("%d bytes of known layers, not 0 to %d times %d", len(m.Have), MaxHave, digestLen)
+	case len(m.Only)%digestLen != 0 || len(m.Only) > MaxHave*digestLen:
+		return fmt.Errorf("%d bytes of wanted layers, not 0 to %d times %d", len(m.Only), MaxHave, digestLen)
 	}
 	return nil
 }

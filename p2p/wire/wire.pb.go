@@ -382,13 +382,16 @@ func (x *ChunkFrame) GetEnd() bool {
 
 // IndexRequest asks for the indexes of an image.
 type IndexRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
-	Manifest      []byte                 `protobuf:"bytes,2,opt,name=manifest,proto3" json:"manifest,omitempty"` // digest of the manifest, 32 bytes; empty: what ref names now
-	Platform      *Platform              `protobuf:"bytes,3,opt,name=platform,proto3" json:"platform,omitempty"`
-	Credential    *Credential            `protobuf:"bytes,4,opt,name=credential,proto3" json:"credential,omitempty"`
-	Have          []byte                 `protobuf:"bytes,5,opt,name=have,proto3" json:"have,omitempty"`          // digests of layers whose index is not wanted, 32 bytes each, joined
-	Progress      bool                   `protobuf:"varint,6,opt,name=progress,proto3" json:"progress,omitempty"` // working may say how far the layers are
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Ref        string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	Manifest   []byte                 `protobuf:"bytes,2,opt,name=manifest,proto3" json:"manifest,omitempty"` // digest of the manifest, 32 bytes; empty: what ref names now
+	Platform   *Platform              `protobuf:"bytes,3,opt,name=platform,proto3" json:"platform,omitempty"`
+	Credential *Credential            `protobuf:"bytes,4,opt,name=credential,proto3" json:"credential,omitempty"`
+	Have       []byte                 `protobuf:"bytes,5,opt,name=have,proto3" json:"have,omitempty"`          // digests of layers whose index is not wanted, 32 bytes each, joined
+	Progress   bool                   `protobuf:"varint,6,opt,name=progress,proto3" json:"progress,omitempty"` // working may say how far the layers are
+	// Of supernodes among themselves; from others, the request is refused.
+	Only          []byte `protobuf:"bytes,7,opt,name=only,proto3" json:"only,omitempty"`      // digests of the layers that are wanted, 32 bytes each, joined; empty: all
+	Stored        bool   `protobuf:"varint,8,opt,name=stored,proto3" json:"stored,omitempty"` // only what is stored: nothing is to be fetched for it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -461,6 +464,20 @@ func (x *IndexRequest) GetHave() []byte {
 func (x *IndexRequest) GetProgress() bool {
 	if x != nil {
 		return x.Progress
+	}
+	return false
+}
+
+func (x *IndexRequest) GetOnly() []byte {
+	if x != nil {
+		return x.Only
+	}
+	return nil
+}
+
+func (x *IndexRequest) GetStored() bool {
+	if x != nil {
+		return x.Stored
 	}
 	return false
 }
@@ -1074,7 +1091,7 @@ const file_wire_proto_rawDesc = "" +
 	"\x04zstd\x18\x03 \x01(\bR\x04zstd\x12\x16\n" +
 	"\x06length\x18\x04 \x01(\rR\x06length\x12*\n" +
 	"\x05error\x18\x05 \x01(\v2\x14.shoal.wire.v1.ErrorR\x05error\x12\x10\n" +
-	"\x03end\x18\x06 \x01(\bR\x03end\"\xdc\x01\n" +
+	"\x03end\x18\x06 \x01(\bR\x03end\"\x88\x02\n" +
 	"\fIndexRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x1a\n" +
 	"\bmanifest\x18\x02 \x01(\fR\bmanifest\x123\n" +
@@ -1083,7 +1100,9 @@ const file_wire_proto_rawDesc = "" +
 	"credential\x18\x04 \x01(\v2\x19.shoal.wire.v1.CredentialR\n" +
 	"credential\x12\x12\n" +
 	"\x04have\x18\x05 \x01(\fR\x04have\x12\x1a\n" +
-	"\bprogress\x18\x06 \x01(\bR\bprogress\"X\n" +
+	"\bprogress\x18\x06 \x01(\bR\bprogress\x12\x12\n" +
+	"\x04only\x18\a \x01(\fR\x04only\x12\x16\n" +
+	"\x06stored\x18\b \x01(\bR\x06stored\"X\n" +
 	"\bPlatform\x12\x0e\n" +
 	"\x02os\x18\x01 \x01(\tR\x02os\x12\"\n" +
 	"\farchitecture\x18\x02 \x01(\tR\farchitecture\x12\x18\n" +

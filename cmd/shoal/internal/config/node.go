@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"reflect"
 	"time"
-
-	"github.com/shoalfs/shoal/p2p/host"
 )
 
 // Embedded configures the supernode inside a node that names no other.
@@ -23,7 +21,7 @@ type Node struct {
 	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status, prefetch and check"`
 	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
 	MirrorAddress  string   `toml:"mirror_address" comment:"host:port of the registry mirror that containerd's hosts.toml names; anybody who reaches it reads manifests with this node's credentials, so keep it on loopback; empty: off"`
-	Supernodes     []string `toml:"supernodes" comment:"as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`
+	Supernodes     []string `toml:"supernodes" comment:"each as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`
 	TokenFile      string   `toml:"token_file" comment:"the token to join the supernodes with: a copy of the one that the supernode has, or made, at the start"`
 	Listen         []string `toml:"listen" comment:"host:port addresses for other nodes; empty: this node shares nothing"`
 	Zone           string   `toml:"zone" comment:"where this node is: traffic between zones is kept low; may be empty"`
@@ -98,13 +96,6 @@ func (c *Node) Check() error {
 		errs = append(errs, checkHostPort("listen", a))
 	}
 	errs = append(errs, checkLabel("zone", c.Zone), checkLabel("rack", c.Rack), checkAbs("token_file", c.TokenFile))
-	for _, s := range c.Supernodes {
-		if _, err := host.ParseAddr(s); err != nil {
-			errs = append(errs, fmt.Errorf("supernodes: %w", err))
-		}
-	}
-	if len(c.Supernodes) > 1 {
-		errs = append(errs, fmt.Errorf("supernodes names %d: this version uses one", len(c.Supernodes)))
-	}
+	errs = append(errs, checkSupernodes("supernodes", c.Supernodes))
 	return errors.Join(errs...)
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -58,6 +59,7 @@ type Supernode struct {
 	Root           string   `toml:"root" comment:"identity, chunks and indexes are kept here"`
 	Listen         []string `toml:"listen" comment:"host:port addresses for nodes"`
 	TokenFile      string   `toml:"token_file" comment:"tokens that nodes join with, one a line; empty: the file token in root, which is made at the first start"`
+	Siblings       []string `toml:"siblings" comment:"the supernodes of this datacenter, ID@host:port, if there are several; the same list on each; its own address may be in it"`
 	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status, prefetch, members and check"`
 	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
 	Store          Store    `toml:"store"`
@@ -71,6 +73,7 @@ func DefaultSupernode() *Supernode {
 		Version:        Version,
 		Root:           "/var/lib/shoal-supernode",
 		Listen:         []string{"0.0.0.0:7700"},
+		Siblings:       []string{},
 		ControlAddress: "/run/shoal/supernode.sock",
 		MetricsAddress: "127.0.0.1:7701",
 		Store:          defaultStore(),
@@ -104,11 +107,31 @@ func (c *Supernode) Check() error {
 	if c.TokenFile != "" {
 		errs = append(errs, checkAbs("token_file", c.TokenFile))
 	}
+	errs = append(errs, checkSupernodes("siblings", c.Siblings))
 	for _, a := range c.Listen {
 		errs = append(errs, checkHostPort("listen", a))
 	}
 	if c.MetricsAddress != "" {
 		errs = append(errs, checkHostPort("metrics_address", c.MetricsAddress))
+	}
+	return errors.Join(errs...)
+}
+
+// checkSupernodes checks a list of addresses, each with another ID.
+func checkSupernodes(key string, list []string) error {
+	var errs []error
+	seen := map[string]bool{}
+	for _, s := range list {
+		info, err := host.ParseAddr(s)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", key, err))
+			continue
+		}
+		if id := info.ID.String(); seen[id] {
+			errs = append(errs, fmt.Errorf("%s names %s twice: one address for each supernode; a host name may stand for several", key, id))
+		} else {
+			seen[id] = true
+		}
 	}
 	return errors.Join(errs...)
 }

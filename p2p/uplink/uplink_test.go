@@ -1,0 +1,169 @@
+package uplink
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/members"
+)
+
+// fake is a supernode that has some chunks.
+type fake struct {
+	away   error
+	chunks map[blockdev.Digest]bool
+	image  error
+	asked  int
+}
+
+func (f *fake) Status() error { return f.away }
+func (f *fake) Close() error  { return nil }
+
+func (f *fake) OpenImage(context.Context, blockdev.ImageRequest) (*blockdev.Image, error) {
+	f.asked++
+	if err := errors.Join(f.away, f.image); err != nil {
+		return nil, err
+	}
+	return &blockdev.Image{}, nil
+}
+
+func (f *fake) Document(context.Context, blockdev.DocumentRequest) (*blockdev.Document, error) {
+	f.asked++
+	return nil, f.image
+}
+
+func (f *fake) Fetch(_ context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+	f.asked++
+	if f.away != nil {
+		return f.away
+	}
+	var missing error
+	for i, c := range req.Chunks {
+		if !f.chunks[c.Digest] {
+			missing = blockdev.ErrNotFound
+			continue
+		}
+		if err := deliver(i, c.Digest[:1]); err != nil {
+			return err
+		}
+	}
+	return missing
+}
+
+var (
+	errGone = fmt.Errorf("gone: %w", blockdev.ErrUnavailable)
+	key     = blockdev.Sum([]byte("key"))
+)
+
+// newUplink returns an Uplink to n supernodes, and these in the order of key.
+func newUplink(t *testing.T, n int) (*Uplink, []*fake) {
+	t.Helper()
+	nodes := map[peer.ID]Supernode{}
+	var ids []peer.ID
+	for i := range n {
+		id := peer.ID(fmt.Sprint("super", i))
+		ids = append(ids, id)
+		nodes[id] = &fake{chunks: map[blockdev.Digest]bool{}}
+	}
+	u, err := New(nodes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var fakes []*fake
+	for _, id := range members.Order(key, ids) {
+		fakes = append(fakes, nodes[id].(*fake))
+	}
+	return u, fakes
+}
+
+func chunks(n int) (list []blockdev.Chunk) {
+	for i := range n {
+		list = append(list, blockdev.Chunk{Length: 1, Digest: blockdev.Sum([]byte{byte(i)})})
+	}
+	return list
+}
+
+// fetch gets all chunks and returns how often each was delivered.
+func fetchAll(t *testing.T, u *Uplink, list []blockdev.Chunk) ([]int, error) {
+	t.Helper()
+	got := make([]int, len(list))
+	err := u.Fetch(t.Context(), blockdev.Request{Diff: key, Chunks: list}, func(i int, data []byte) error {
+		if data[0] != list[i].Digest[0] {
+			t.Errorf("chunk %d comes with the bytes of another", i)
+		}
+		got[i]++
+		return nil
+	})
+	return got, err
+}
+
+func TestFetch(t *testing.T) {
+	list := chunks(10)
+	u, s := newUplink(t, 3)
+	for i, c := range list {
+		s[0].chunks[c.Digest] = i%2 == 0
+		s[2].chunks[c.Digest] = true
+	}
+	got, err := fetchAll(t, u, list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, n := range got {
+		if n != 1 {
+			t.Errorf("chunk %d was delivered %d times", i, n)
+		}
+	}
+	if s[0].asked != 1 || s[1].asked != 1 || s[2].asked != 1 {
+		t.Errorf("asked %d, %d, %d times", s[0].asked, s[1].asked, s[2].asked)
+	}
+	// The owner is away: the next one first, and the owner not at all.
+	s[0].away = errGone
+	for _, c := range list {
+		s[1].chunks[c.Digest] = true
+	}
+	if _, err := fetchAll(t, u, list); err != nil || s[0].asked != 1 || s[1].asked != 2 {
+		t.Errorf("%v, asked %d and %d times", err, s[0].asked, s[1].asked)
+	}
+	// Nobody has it.
+	for _, f := range s {
+		f.away, f.chunks = nil, nil
+	}
+	if _, err := fetchAll(t, u, list); !errors.Is(err, blockdev.ErrNotFound) {
+		t.Errorf("nobody has it: %v", err)
+	}
+}
+
+// An error of the taker ends the request, whatever it wraps.
+func TestDeliverFails(t *testing.T) {
+	u, s := newUplink(t, 2)
+	list := chunks(2)
+	for _, f := range s {
+		f.chunks = map[blockdev.Digest]bool{list[0].Digest: true, list[1].Digest: true}
+	}
+	full := fmt.Errorf("disk: %w", blockdev.ErrUnavailable)
+	calls := 0
+	err := u.Fetch(t.Context(), blockdev.Request{Diff: key, Chunks: list}, func(int, []byte) error {
+		calls++
+		return full
+	})
+	if !errors.Is(err, full) || calls != 1 {
+		t.Errorf("%v after %d calls", err, calls)
+	}
+}
+
+func TestOpenImage(t *testing.T) {
+	u, s := newUplink(t, 2)
+	req := blockdev.ImageRequest{Manifest: key}
+	s[0].image = errGone
+	if _, err := u.OpenImage(t.Context(), req); err != nil || s[1].asked != 1 {
+		t.Errorf("%v, the second was asked %d times", err, s[1].asked)
+	}
+	s[0].image = fmt.Errorf("no: %w", blockdev.ErrUnauthorized)
+	if _, err := u.OpenImage(t.Context(), req); !errors.Is(err, blockdev.ErrUnauthorized) || s[1].asked != 1 {
+		t.Errorf("%v, the second was asked %d times: a no is final", err, s[1].asked)
+	}
+}
