@@ -5,6 +5,7 @@
 //   - registry: what an image reference means, and the bytes of its layers
 //   - ingest: a layer's stream -> checked, unpacked, chunked, stored
 //   - store: chunks and indexes on disk, below a quota
+//   - members: who may talk to a supernode, and who has which image
 //
 // This package joins them and decides who gets what.
 //
@@ -14,8 +15,15 @@
 // supernode lives in. A layer's origins are the registry hosts from which this
 // supernode itself has fetched and hashed it.
 //
+// A sibling is another supernode of the same datacenter. A layer's owner is one of
+// them all, the first by rendezvous hash of its DiffID.
+//
 // # Invariants
 //
+//   - Among siblings, a layer is fetched from the registry by its owner, or by the
+//     next one that can be reached, and copied to another one. Requests between
+//     them go up in the order of owners, or ask for what is stored, so they go in
+//     no circles.
 //   - An index is handed out only to who may pull the repository by the word of
 //     its registry (Config.AccessTTL, Config.AccessGrace), and only for layers
 //     of which that registry is an origin, or is trusted in the configuration.

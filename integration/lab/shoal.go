@@ -3,6 +3,7 @@ package lab
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"regexp"
@@ -34,6 +35,8 @@ type Node struct {
 	Control string
 	// Root is where it keeps its diffs and mounts.
 	Root string
+	// Listen is the host:port for other nodes.
+	Listen string
 	// Metrics is the host:port of its metrics.
 	Metrics string
 	// Mirror is the host:port of its registry mirror.
@@ -100,6 +103,46 @@ metrics_address = %q
 	return s, err
 }
 
+// StartSupernodes starts n supernodes that know each other, below Dir/super0 and
+// so on. As an operator would, it starts each alone first, to learn its address.
+func (l *Lab) StartSupernodes(ctx context.Context, n int, extra string) ([]*Supernode, error) {
+	var all []*Supernode
+	var addresses []string
+	for i := range n {
+		s, err := l.StartSupernode(ctx, fmt.Sprintf("super%d", i), extra)
+		if err == nil {
+			err = s.Stop()
+		}
+		if err != nil {
+			return nil, err
+		}
+		all, addresses = append(all, s), append(addresses, strconv.Quote(s.Address))
+	}
+	for _, s := range all {
+		cfg := l.Path(s.Name + ".toml")
+		b, err := os.ReadFile(cfg)
+		if err != nil {
+			return nil, err
+		}
+		siblings := "siblings = [" + strings.Join(addresses, ", ") + "]\n"
+		if err := os.WriteFile(cfg, append([]byte(siblings), b...), 0o600); err != nil {
+			return nil, err
+		}
+		if s.Process, err = l.Start(s.Name, "shoal", nil, "supernode", "--config", cfg); err != nil {
+			return nil, err
+		}
+	}
+	for _, s := range all {
+		if err := WaitFor(ctx, "supernode", 20*time.Second, func() error {
+			_, err := s.Metric(ctx, "shoal_supernode_members")
+			return errors.Join(err, s.Alive())
+		}); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
 // Settle waits until the supernode has compressed all that it has stored, as it
 // does when nothing is being ingested.
 func (s *Supernode) Settle(ctx context.Context, timeout time.Duration) error {
@@ -146,13 +189,13 @@ func (l *Lab) prepareNode(name, supernode, extra string) (*Node, string, error) 
 	if err != nil {
 		return nil, "", err
 	}
-	n := &Node{
-		Socket: l.Path(name, "shoal.sock"), Control: l.Path(name, "control.sock"),
-		Root: l.Path(name, "r"), Metrics: metrics, Mirror: mirror, lab: l,
-	}
 	listen, err := l.freeAddr()
 	if err != nil {
 		return nil, "", err
+	}
+	n := &Node{
+		Socket: l.Path(name, "shoal.sock"), Control: l.Path(name, "control.sock"),
+		Root: l.Path(name, "r"), Listen: listen, Metrics: metrics, Mirror: mirror, lab: l,
 	}
 	extra = defaults(extra, map[string]string{
 		"token_file": strconv.Quote(l.TokenFile()), "listen": fmt.Sprintf("[%q]", listen),

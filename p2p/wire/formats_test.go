@@ -88,6 +88,33 @@ func TestFormatsPage(t *testing.T) {
 		t.Errorf("the page's profile is %v, %v", prof, err)
 	}
 
+	if b, err = ReadFrame(example("member-request"), MaxMemberRequest, nil); err != nil {
+		t.Fatal(err)
+	}
+	mr, err := ParseMemberRequest(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := []byte{10, 0, 0, 5, 0x1e, 0x17}
+	hello := &Hello{Token: "lab", Instance: bytes.Repeat([]byte{0x1d}, InstanceLen), Zone: "east", Addrs: [][]byte{addr}}
+	if !proto.Equal(mr.GetHello(), hello) {
+		t.Errorf("the page's hello is %v", mr)
+	}
+	r = example("member-events")
+	for i, want := range []*MemberEvent{
+		{Part: &MemberEvent_Welcome{Welcome: &Welcome{LeaseMs: 15000}}},
+		{Part: &MemberEvent_Update{Update: &GroupUpdate{Group: fill(0xee), Version: 7, From: 6, Cell: 1, Zone: "east",
+			Joined: []*GroupMember{{Key: fill(0xa1), Addrs: [][]byte{addr}}}, Left: fill(0xa2)}}},
+	} {
+		if b, err = ReadFrame(r, MaxMemberEvent, nil); err != nil {
+			t.Fatal(err)
+		}
+		ev, err := ParseMemberEvent(b)
+		if err != nil || !proto.Equal(ev, want) {
+			t.Errorf("event %d of the page is %v, %v", i, ev, err)
+		}
+	}
+
 	r = example("wire-manifest-request")
 	if b, err = ReadFrame(r, MaxManifestRequest, nil); err != nil {
 		t.Fatal(err)

@@ -212,3 +212,83 @@ func FuzzManifestFrame(f *testing.F) {
 		}
 	})
 }
+
+func FuzzMemberRequest(f *testing.F) {
+	seed(f, &MemberRequest{Part: &MemberRequest_Hello{Hello: &Hello{Token: "t", Instance: make([]byte, InstanceLen), Zone: "z", Addrs: [][]byte{{10, 0, 0, 1, 30, 23}}}}},
+		&MemberRequest{Part: &MemberRequest_Join{Join: &GroupJoin{Group: digests(1), Grant: []byte{1}}}},
+		&MemberRequest{Part: &MemberRequest_Leave{Leave: &GroupLeave{Group: digests(1)}}},
+		&MemberRequest{Part: &MemberRequest_Who{Who: &Who{Keys: digests(2)}}},
+		&MemberRequest{Part: &MemberRequest_Renew{Renew: &Renew{}}}, &MemberRequest{})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		m, err := ParseMemberRequest(b)
+		if err != nil {
+			if !errors.Is(err, blockdev.ErrCorrupt) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if h := m.GetHello(); h != nil {
+			if len(h.Instance) != InstanceLen || len(h.Addrs) > MaxAddrs || len(h.Zone) > MaxLabel {
+				t.Fatalf("%v", h)
+			}
+			for _, a := range h.Addrs {
+				checkAddr(t, a)
+			}
+		}
+		if j := m.GetJoin(); j != nil && (len(j.Group) != 32 || len(j.Grant) > MaxGrant) {
+			t.Fatalf("%v", j)
+		}
+		if w := m.GetWho(); w != nil && (len(w.Keys) == 0 || len(w.Keys) > 32*MaxWho || len(w.Keys)%32 != 0) {
+			t.Fatalf("%v", w)
+		}
+	})
+}
+
+// checkAddr is what must hold for an address that was accepted.
+func checkAddr(t *testing.T, b []byte) {
+	ap, err := ParseAddr(b)
+	if err != nil || ap.Port() == 0 || !ap.Addr().IsValid() {
+		t.Fatalf("%v, %v", ap, err)
+	}
+	if again, err := ParseAddr(AppendAddr(nil, ap)); err != nil || again.Addr().Unmap() != ap.Addr().Unmap() || again.Port() != ap.Port() {
+		t.Fatalf("%v is written as %v, %v", ap, again, err)
+	}
+}
+
+func FuzzMemberEvent(f *testing.F) {
+	m := &GroupMember{Key: digests(1), Rack: "r", Addrs: [][]byte{{10, 0, 0, 1, 30, 23}}}
+	seed(f, &MemberEvent{Part: &MemberEvent_Welcome{Welcome: &Welcome{LeaseMs: 15000}}},
+		&MemberEvent{Part: &MemberEvent_Error{Error: &Error{Code: 2, Text: "no"}}},
+		&MemberEvent{Part: &MemberEvent_Update{Update: &GroupUpdate{Group: digests(1), Version: 2, From: 1, Cell: 3, Joined: []*GroupMember{m}, Left: digests(1),
+			Cells: []*GroupCell{{Cell: 4, Zone: "z", Gateways: []*GroupMember{m}}}}}},
+		&MemberEvent{Part: &MemberEvent_Refusal{Refusal: &GroupRefusal{Group: digests(1), Error: &Error{}}}},
+		&MemberEvent{Part: &MemberEvent_Answer{Answer: &Answer{Key: digests(1), Groups: digests(2)}}})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		m, err := ParseMemberEvent(b)
+		if err != nil {
+			if !errors.Is(err, blockdev.ErrCorrupt) {
+				t.Fatal(err)
+			}
+			return
+		}
+		checkText(t, m.GetError())
+		if r := m.GetRefusal(); r != nil {
+			checkText(t, r.Error)
+		}
+		if u := m.GetUpdate(); u != nil {
+			if len(u.Group) != 32 || u.From >= u.Version || len(u.Left)%32 != 0 {
+				t.Fatalf("%v", u)
+			}
+			for _, c := range u.Cells {
+				if len(c.Gateways) > MaxGateways {
+					t.Fatalf("%d gateways", len(c.Gateways))
+				}
+			}
+			for _, m := range u.Joined {
+				if len(m.Key) != 32 || len(m.Addrs) > MaxAddrs {
+					t.Fatalf("%v", m)
+				}
+			}
+		}
+	})
+}

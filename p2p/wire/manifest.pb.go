@@ -5,7 +5,7 @@
 // versions:
 // 	protoc-gen-go v1.36.12
 // 	protoc        v3.21.12
-// source: manifest.proto
+// source: p2p/wire/manifest.proto
 
 package wire
 
@@ -55,11 +55,11 @@ func (x DocumentKind) String() string {
 }
 
 func (DocumentKind) Descriptor() protoreflect.EnumDescriptor {
-	return file_manifest_proto_enumTypes[0].Descriptor()
+	return file_p2p_wire_manifest_proto_enumTypes[0].Descriptor()
 }
 
 func (DocumentKind) Type() protoreflect.EnumType {
-	return &file_manifest_proto_enumTypes[0]
+	return &file_p2p_wire_manifest_proto_enumTypes[0]
 }
 
 func (x DocumentKind) Number() protoreflect.EnumNumber {
@@ -68,7 +68,7 @@ func (x DocumentKind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use DocumentKind.Descriptor instead.
 func (DocumentKind) EnumDescriptor() ([]byte, []int) {
-	return file_manifest_proto_rawDescGZIP(), []int{0}
+	return file_p2p_wire_manifest_proto_rawDescGZIP(), []int{0}
 }
 
 // ManifestRequest asks for one document.
@@ -84,7 +84,7 @@ type ManifestRequest struct {
 
 func (x *ManifestRequest) Reset() {
 	*x = ManifestRequest{}
-	mi := &file_manifest_proto_msgTypes[0]
+	mi := &file_p2p_wire_manifest_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -96,7 +96,7 @@ func (x *ManifestRequest) String() string {
 func (*ManifestRequest) ProtoMessage() {}
 
 func (x *ManifestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_manifest_proto_msgTypes[0]
+	mi := &file_p2p_wire_manifest_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -109,7 +109,7 @@ func (x *ManifestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ManifestRequest.ProtoReflect.Descriptor instead.
 func (*ManifestRequest) Descriptor() ([]byte, []int) {
-	return file_manifest_proto_rawDescGZIP(), []int{0}
+	return file_p2p_wire_manifest_proto_rawDescGZIP(), []int{0}
 }
 
 func (x *ManifestRequest) GetRef() string {
@@ -158,7 +158,7 @@ type ManifestFrame struct {
 
 func (x *ManifestFrame) Reset() {
 	*x = ManifestFrame{}
-	mi := &file_manifest_proto_msgTypes[1]
+	mi := &file_p2p_wire_manifest_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -170,7 +170,7 @@ func (x *ManifestFrame) String() string {
 func (*ManifestFrame) ProtoMessage() {}
 
 func (x *ManifestFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_manifest_proto_msgTypes[1]
+	mi := &file_p2p_wire_manifest_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -183,7 +183,7 @@ func (x *ManifestFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ManifestFrame.ProtoReflect.Descriptor instead.
 func (*ManifestFrame) Descriptor() ([]byte, []int) {
-	return file_manifest_proto_rawDescGZIP(), []int{1}
+	return file_p2p_wire_manifest_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *ManifestFrame) GetPart() isManifestFrame_Part {
@@ -268,7 +268,7 @@ type DocumentHeader struct {
 
 func (x *DocumentHeader) Reset() {
 	*x = DocumentHeader{}
-	mi := &file_manifest_proto_msgTypes[2]
+	mi := &file_p2p_wire_manifest_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -280,7 +280,7 @@ func (x *DocumentHeader) String() string {
 func (*DocumentHeader) ProtoMessage() {}
 
 func (x *DocumentHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_manifest_proto_msgTypes[2]
+	mi := &file_p2p_wire_manifest_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -293,7 +293,7 @@ func (x *DocumentHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DocumentHeader.ProtoReflect.Descriptor instead.
 func (*DocumentHeader) Descriptor() ([]byte, []int) {
-	return file_manifest_proto_rawDescGZIP(), []int{2}
+	return file_p2p_wire_manifest_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *DocumentHeader) GetDigest() []byte {
@@ -317,12 +317,11 @@ func (x *DocumentHeader) GetSize() int64 {
 	return 0
 }
 
-var File_manifest_proto protoreflect.FileDescriptor
+var File_p2p_wire_manifest_proto protoreflect.FileDescriptor
 
-const file_manifest_proto_rawDesc = "" +
+const file_p2p_wire_manifest_proto_rawDesc = "" +
 	"\n" +
-	"\x0emanifest.proto\x12\rshoal.wire.v1\x1a\n" +
-	"wire.proto\"\xa3\x01\n" +
+	"\x17p2p/wire/manifest.proto\x12\rshoal.wire.v1\x1a\x13p2p/wire/wire.proto\"\xa3\x01\n" +
 	"\x0fManifestRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12/\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1b.shoal.wire.v1.DocumentKindR\x04kind\x12\x12\n" +
@@ -346,20 +345,20 @@ const file_manifest_proto_rawDesc = "" +
 	"\x14DOCUMENT_KIND_CONFIG\x10\x01B#Z!github.com/shoalfs/shoal/p2p/wireb\x06proto3"
 
 var (
-	file_manifest_proto_rawDescOnce sync.Once
-	file_manifest_proto_rawDescData []byte
+	file_p2p_wire_manifest_proto_rawDescOnce sync.Once
+	file_p2p_wire_manifest_proto_rawDescData []byte
 )
 
-func file_manifest_proto_rawDescGZIP() []byte {
-	file_manifest_proto_rawDescOnce.Do(func() {
-		file_manifest_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_manifest_proto_rawDesc), len(file_manifest_proto_rawDesc)))
+func file_p2p_wire_manifest_proto_rawDescGZIP() []byte {
+	file_p2p_wire_manifest_proto_rawDescOnce.Do(func() {
+		file_p2p_wire_manifest_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_p2p_wire_manifest_proto_rawDesc), len(file_p2p_wire_manifest_proto_rawDesc)))
 	})
-	return file_manifest_proto_rawDescData
+	return file_p2p_wire_manifest_proto_rawDescData
 }
 
-var file_manifest_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_manifest_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
-var file_manifest_proto_goTypes = []any{
+var file_p2p_wire_manifest_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_p2p_wire_manifest_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
+var file_p2p_wire_manifest_proto_goTypes = []any{
 	(DocumentKind)(0),       // 0: shoal.wire.v1.DocumentKind
 	(*ManifestRequest)(nil), // 1: shoal.wire.v1.ManifestRequest
 	(*ManifestFrame)(nil),   // 2: shoal.wire.v1.ManifestFrame
@@ -368,7 +367,7 @@ var file_manifest_proto_goTypes = []any{
 	(*Working)(nil),         // 5: shoal.wire.v1.Working
 	(*Error)(nil),           // 6: shoal.wire.v1.Error
 }
-var file_manifest_proto_depIdxs = []int32{
+var file_p2p_wire_manifest_proto_depIdxs = []int32{
 	0, // 0: shoal.wire.v1.ManifestRequest.kind:type_name -> shoal.wire.v1.DocumentKind
 	4, // 1: shoal.wire.v1.ManifestRequest.credential:type_name -> shoal.wire.v1.Credential
 	5, // 2: shoal.wire.v1.ManifestFrame.working:type_name -> shoal.wire.v1.Working
@@ -381,13 +380,13 @@ var file_manifest_proto_depIdxs = []int32{
 	0, // [0:5] is the sub-list for field type_name
 }
 
-func init() { file_manifest_proto_init() }
-func file_manifest_proto_init() {
-	if File_manifest_proto != nil {
+func init() { file_p2p_wire_manifest_proto_init() }
+func file_p2p_wire_manifest_proto_init() {
+	if File_p2p_wire_manifest_proto != nil {
 		return
 	}
-	file_wire_proto_init()
-	file_manifest_proto_msgTypes[1].OneofWrappers = []any{
+	file_p2p_wire_wire_proto_init()
+	file_p2p_wire_manifest_proto_msgTypes[1].OneofWrappers = []any{
 		(*ManifestFrame_Working)(nil),
 		(*ManifestFrame_Header)(nil),
 		(*ManifestFrame_Data)(nil),
@@ -397,18 +396,18 @@ func file_manifest_proto_init() {
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
-			RawDescriptor: unsafe.Slice(unsafe.StringData(file_manifest_proto_rawDesc), len(file_manifest_proto_rawDesc)),
+			RawDescriptor: unsafe.Slice(unsafe.StringData(file_p2p_wire_manifest_proto_rawDesc), len(file_p2p_wire_manifest_proto_rawDesc)),
 			NumEnums:      1,
 			NumMessages:   3,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
-		GoTypes:           file_manifest_proto_goTypes,
-		DependencyIndexes: file_manifest_proto_depIdxs,
-		EnumInfos:         file_manifest_proto_enumTypes,
-		MessageInfos:      file_manifest_proto_msgTypes,
+		GoTypes:           file_p2p_wire_manifest_proto_goTypes,
+		DependencyIndexes: file_p2p_wire_manifest_proto_depIdxs,
+		EnumInfos:         file_p2p_wire_manifest_proto_enumTypes,
+		MessageInfos:      file_p2p_wire_manifest_proto_msgTypes,
 	}.Build()
-	File_manifest_proto = out.File
-	file_manifest_proto_goTypes = nil
-	file_manifest_proto_depIdxs = nil
+	File_p2p_wire_manifest_proto = out.File
+	file_p2p_wire_manifest_proto_goTypes = nil
+	file_p2p_wire_manifest_proto_depIdxs = nil
 }

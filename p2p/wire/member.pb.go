@@ -12,7 +12,7 @@
 // versions:
 // 	protoc-gen-go v1.36.12
 // 	protoc        v3.21.12
-// source: member.proto
+// source: p2p/wire/member.proto
 
 package wire
 
@@ -49,7 +49,7 @@ type MemberRequest struct {
 
 func (x *MemberRequest) Reset() {
 	*x = MemberRequest{}
-	mi := &file_member_proto_msgTypes[0]
+	mi := &file_p2p_wire_member_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -61,7 +61,7 @@ func (x *MemberRequest) String() string {
 func (*MemberRequest) ProtoMessage() {}
 
 func (x *MemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_member_proto_msgTypes[0]
+	mi := &file_p2p_wire_member_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -74,7 +74,7 @@ func (x *MemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberRequest.ProtoReflect.Descriptor instead.
 func (*MemberRequest) Descriptor() ([]byte, []int) {
-	return file_member_proto_rawDescGZIP(), []int{0}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{0}
 }
 
 func (x *MemberRequest) GetPart() isMemberRequest_Part {
@@ -193,7 +193,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_member_proto_msgTypes[1]
+	mi := &file_p2p_wire_member_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -205,7 +205,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_member_proto_msgTypes[1]
+	mi := &file_p2p_wire_member_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -218,7 +218,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_member_proto_rawDescGZIP(), []int{1}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *Hello) GetToken() string {
@@ -272,7 +272,7 @@ type Renew struct {
 
 func (x *Renew) Reset() {
 	*x = Renew{}
-	mi := &file_member_proto_msgTypes[2]
+	mi := &file_p2p_wire_member_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -284,7 +284,7 @@ func (x *Renew) String() string {
 func (*Renew) ProtoMessage() {}
 
 func (x *Renew) ProtoReflect() protoreflect.Message {
-	mi := &file_member_proto_msgTypes[2]
+	mi := &file_p2p_wire_member_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -297,7 +297,7 @@ func (x *Renew) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Renew.ProtoReflect.Descriptor instead.
 func (*Renew) Descriptor() ([]byte, []int) {
-	return file_member_proto_rawDescGZIP(), []int{2}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{2}
 }
 
 // GroupJoin says that this node has the image with this manifest.
@@ -311,7 +311,7 @@ type GroupJoin struct {
 
 func (x *GroupJoin) Reset() {
 	*x = GroupJoin{}
-	mi := &file_member_proto_msgTypes[3]
+	mi := &file_p2p_wire_member_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -323,7 +323,7 @@ func (x *GroupJoin) String() string {
 func (*GroupJoin) ProtoMessage() {}
 
 func (x *GroupJoin) ProtoReflect() protoreflect.Message {
-	mi := &file_member_proto_msgTypes[3]
+	mi := &file_p2p_wire_member_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -336,7 +336,7 @@ func (x *GroupJoin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupJoin.ProtoReflect.Descriptor instead.
 func (*GroupJoin) Descriptor() ([]byte, []int) {
-	return file_member_proto_rawDescGZIP(), []int{3}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *GroupJoin) GetGroup() []byte {
@@ -363,7 +363,7 @@ type GroupLeave struct {
 
 func (x *GroupLeave) Reset() {
 	*x = GroupLeave{}
-	mi := &file_member_proto_msgTypes[4]
+	mi := &file_p2p_wire_member_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -375,7 +375,7 @@ func (x *GroupLeave) String() string {
 func (*GroupLeave) ProtoMessage() {}
 
 func (x *GroupLeave) ProtoReflect() protoreflect.Message {
-	mi := &file_member_proto_msgTypes[4]
+	mi := &file_p2p_wire_member_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -388,7 +388,7 @@ func (x *GroupLeave) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupLeave.ProtoReflect.Descriptor instead.
 func (*GroupLeave) Descriptor() ([]byte, []int) {
-	return file_member_proto_rawDescGZIP(), []int{4}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *GroupLeave) GetGroup() []byte {
@@ -408,7 +408,7 @@ type Who struct {
 
 func (x *Who) Reset() {
 	*x = Who{}
-	mi := &file_member_proto_msgTypes[5]
+	mi := &file_p2p_wire_member_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -420,7 +420,7 @@ func (x *Who) String() string {
 func (*Who) ProtoMessage() {}
 
 func (x *Who) ProtoReflect() protoreflect.Message {
-	mi := &file_member_proto_msgTypes[5]
+	mi := &file_p2p_wire_member_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -433,7 +433,7 @@ func (x *Who) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Who.ProtoReflect.Descriptor instead.
 func (*Who) Descriptor() ([]byte, []int) {
-	return file_member_proto_rawDescGZIP(), []int{5}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Who) GetKeys() []byte {
@@ -452,7 +452,7 @@ type Goodbye struct {
 
 func (x *Goodbye) Reset() {
 	*x = Goodbye{}
-	mi := &file_member_proto_msgTypes[6]
+	mi := &file_p2p_wire_member_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -464,7 +464,7 @@ func (x *Goodbye) String() string {
 func (*Goodbye) ProtoMessage() {}
 
 func (x *Goodbye) ProtoReflect() protoreflect.Message {
-	mi := &file_member_proto_msgTypes[6]
+	mi := &file_p2p_wire_member_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -477,7 +477,7 @@ func (x *Goodbye) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Goodbye.ProtoReflect.Descriptor instead.
 func (*Goodbye) Descriptor() ([]byte, []int) {
-	return file_member_proto_rawDescGZIP(), []int{6}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{6}
 }
 
 // MemberEvent is what a supernode sends: welcome first, or error and nothing else.
@@ -497,7 +497,7 @@ type MemberEvent struct {
 
 func (x *MemberEvent) Reset() {
 	*x = MemberEvent{}
-	mi := &file_member_proto_msgTypes[7]
+	mi := &file_p2p_wire_member_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -509,7 +509,7 @@ func (x *MemberEvent) String() string {
 func (*MemberEvent) ProtoMessage() {}
 
 func (x *MemberEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_member_proto_msgTypes[7]
+	mi := &file_p2p_wire_member_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -522,7 +522,7 @@ func (x *MemberEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberEvent.ProtoReflect.Descriptor instead.
 func (*MemberEvent) Descriptor() ([]byte, []int) {
-	return file_member_proto_rawDescGZIP(), []int{7}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *MemberEvent) GetPart() isMemberEvent_Part {
@@ -620,7 +620,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_member_proto_msgTypes[8]
+	mi := &file_p2p_wire_member_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -632,7 +632,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_member_proto_msgTypes[8]
+	mi := &file_p2p_wire_member_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -645,7 +645,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_member_proto_rawDescGZIP(), []int{8}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Welcome) GetLeaseMs() uint32 {
@@ -673,7 +673,7 @@ type GroupUpdate struct {
 
 func (x *GroupUpdate) Reset() {
 	*x = GroupUpdate{}
-	mi := &file_member_proto_msgTypes[9]
+	mi := &file_p2p_wire_member_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -685,7 +685,7 @@ func (x *GroupUpdate) String() string {
 func (*GroupUpdate) ProtoMessage() {}
 
 func (x *GroupUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_member_proto_msgTypes[9]
+	mi := &file_p2p_wire_member_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -698,7 +698,7 @@ func (x *GroupUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupUpdate.ProtoReflect.Descriptor instead.
 func (*GroupUpdate) Descriptor() ([]byte, []int) {
-	return file_member_proto_rawDescGZIP(), []int{9}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GroupUpdate) GetGroup() []byte {
@@ -768,7 +768,7 @@ type GroupMember struct {
 
 func (x *GroupMember) Reset() {
 	*x = GroupMember{}
-	mi := &file_member_proto_msgTypes[10]
+	mi := &file_p2p_wire_member_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -780,7 +780,7 @@ func (x *GroupMember) String() string {
 func (*GroupMember) ProtoMessage() {}
 
 func (x *GroupMember) ProtoReflect() protoreflect.Message {
-	mi := &file_member_proto_msgTypes[10]
+	mi := &file_p2p_wire_member_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -793,7 +793,7 @@ func (x *GroupMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupMember.ProtoReflect.Descriptor instead.
 func (*GroupMember) Descriptor() ([]byte, []int) {
-	return file_member_proto_rawDescGZIP(), []int{10}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GroupMember) GetKey() []byte {
@@ -829,7 +829,7 @@ type GroupCell struct {
 
 func (x *GroupCell) Reset() {
 	*x = GroupCell{}
-	mi := &file_member_proto_msgTypes[11]
+	mi := &file_p2p_wire_member_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -841,7 +841,7 @@ func (x *GroupCell) String() string {
 func (*GroupCell) ProtoMessage() {}
 
 func (x *GroupCell) ProtoReflect() protoreflect.Message {
-	mi := &file_member_proto_msgTypes[11]
+	mi := &file_p2p_wire_member_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -854,7 +854,7 @@ func (x *GroupCell) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupCell.ProtoReflect.Descriptor instead.
 func (*GroupCell) Descriptor() ([]byte, []int) {
-	return file_member_proto_rawDescGZIP(), []int{11}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GroupCell) GetCell() uint32 {
@@ -889,7 +889,7 @@ type GroupRefusal struct {
 
 func (x *GroupRefusal) Reset() {
 	*x = GroupRefusal{}
-	mi := &file_member_proto_msgTypes[12]
+	mi := &file_p2p_wire_member_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -901,7 +901,7 @@ func (x *GroupRefusal) String() string {
 func (*GroupRefusal) ProtoMessage() {}
 
 func (x *GroupRefusal) ProtoReflect() protoreflect.Message {
-	mi := &file_member_proto_msgTypes[12]
+	mi := &file_p2p_wire_member_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -914,7 +914,7 @@ func (x *GroupRefusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupRefusal.ProtoReflect.Descriptor instead.
 func (*GroupRefusal) Descriptor() ([]byte, []int) {
-	return file_member_proto_rawDescGZIP(), []int{12}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *GroupRefusal) GetGroup() []byte {
@@ -942,7 +942,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_member_proto_msgTypes[13]
+	mi := &file_p2p_wire_member_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -954,7 +954,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_member_proto_msgTypes[13]
+	mi := &file_p2p_wire_member_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -967,7 +967,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_member_proto_rawDescGZIP(), []int{13}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Answer) GetKey() []byte {
@@ -984,12 +984,11 @@ func (x *Answer) GetGroups() []byte {
 	return nil
 }
 
-var File_member_proto protoreflect.FileDescriptor
+var File_p2p_wire_member_proto protoreflect.FileDescriptor
 
-const file_member_proto_rawDesc = "" +
+const file_p2p_wire_member_proto_rawDesc = "" +
 	"\n" +
-	"\fmember.proto\x12\rshoal.wire.v1\x1a\n" +
-	"wire.proto\"\xb2\x02\n" +
+	"\x15p2p/wire/member.proto\x12\rshoal.wire.v1\x1a\x13p2p/wire/wire.proto\"\xb2\x02\n" +
 	"\rMemberRequest\x12,\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.shoal.wire.v1.HelloH\x00R\x05hello\x12,\n" +
 	"\x05renew\x18\x02 \x01(\v2\x14.shoal.wire.v1.RenewH\x00R\x05renew\x12.\n" +
@@ -1050,19 +1049,19 @@ const file_member_proto_rawDesc = "" +
 	"\x06groups\x18\x02 \x01(\fR\x06groupsB#Z!github.com/shoalfs/shoal/p2p/wireb\x06proto3"
 
 var (
-	file_member_proto_rawDescOnce sync.Once
-	file_member_proto_rawDescData []byte
+	file_p2p_wire_member_proto_rawDescOnce sync.Once
+	file_p2p_wire_member_proto_rawDescData []byte
 )
 
-func file_member_proto_rawDescGZIP() []byte {
-	file_member_proto_rawDescOnce.Do(func() {
-		file_member_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_member_proto_rawDesc), len(file_member_proto_rawDesc)))
+func file_p2p_wire_member_proto_rawDescGZIP() []byte {
+	file_p2p_wire_member_proto_rawDescOnce.Do(func() {
+		file_p2p_wire_member_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_p2p_wire_member_proto_rawDesc), len(file_p2p_wire_member_proto_rawDesc)))
 	})
-	return file_member_proto_rawDescData
+	return file_p2p_wire_member_proto_rawDescData
 }
 
-var file_member_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
-var file_member_proto_goTypes = []any{
+var file_p2p_wire_member_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_p2p_wire_member_proto_goTypes = []any{
 	(*MemberRequest)(nil), // 0: shoal.wire.v1.MemberRequest
 	(*Hello)(nil),         // 1: shoal.wire.v1.Hello
 	(*Renew)(nil),         // 2: shoal.wire.v1.Renew
@@ -1079,7 +1078,7 @@ var file_member_proto_goTypes = []any{
 	(*Answer)(nil),        // 13: shoal.wire.v1.Answer
 	(*Error)(nil),         // 14: shoal.wire.v1.Error
 }
-var file_member_proto_depIdxs = []int32{
+var file_p2p_wire_member_proto_depIdxs = []int32{
 	1,  // 0: shoal.wire.v1.MemberRequest.hello:type_name -> shoal.wire.v1.Hello
 	2,  // 1: shoal.wire.v1.MemberRequest.renew:type_name -> shoal.wire.v1.Renew
 	3,  // 2: shoal.wire.v1.MemberRequest.join:type_name -> shoal.wire.v1.GroupJoin
@@ -1102,13 +1101,13 @@ var file_member_proto_depIdxs = []int32{
 	0,  // [0:15] is the sub-list for field type_name
 }
 
-func init() { file_member_proto_init() }
-func file_member_proto_init() {
-	if File_member_proto != nil {
+func init() { file_p2p_wire_member_proto_init() }
+func file_p2p_wire_member_proto_init() {
+	if File_p2p_wire_member_proto != nil {
 		return
 	}
-	file_wire_proto_init()
-	file_member_proto_msgTypes[0].OneofWrappers = []any{
+	file_p2p_wire_wire_proto_init()
+	file_p2p_wire_member_proto_msgTypes[0].OneofWrappers = []any{
 		(*MemberRequest_Hello)(nil),
 		(*MemberRequest_Renew)(nil),
 		(*MemberRequest_Join)(nil),
@@ -1116,7 +1115,7 @@ func file_member_proto_init() {
 		(*MemberRequest_Who)(nil),
 		(*MemberRequest_Goodbye)(nil),
 	}
-	file_member_proto_msgTypes[7].OneofWrappers = []any{
+	file_p2p_wire_member_proto_msgTypes[7].OneofWrappers = []any{
 		(*MemberEvent_Welcome)(nil),
 		(*MemberEvent_Error)(nil),
 		(*MemberEvent_Update)(nil),
@@ -1127,17 +1126,17 @@ func file_member_proto_init() {
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
-			RawDescriptor: unsafe.Slice(unsafe.StringData(file_member_proto_rawDesc), len(file_member_proto_rawDesc)),
+			RawDescriptor: unsafe.Slice(unsafe.StringData(file_p2p_wire_member_proto_rawDesc), len(file_p2p_wire_member_proto_rawDesc)),
 			NumEnums:      0,
 			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
-		GoTypes:           file_member_proto_goTypes,
-		DependencyIndexes: file_member_proto_depIdxs,
-		MessageInfos:      file_member_proto_msgTypes,
+		GoTypes:           file_p2p_wire_member_proto_goTypes,
+		DependencyIndexes: file_p2p_wire_member_proto_depIdxs,
+		MessageInfos:      file_p2p_wire_member_proto_msgTypes,
 	}.Build()
-	File_member_proto = out.File
-	file_member_proto_goTypes = nil
-	file_member_proto_depIdxs = nil
+	File_p2p_wire_member_proto = out.File
+	file_p2p_wire_member_proto_goTypes = nil
+	file_p2p_wire_member_proto_depIdxs = nil
 }

@@ -8,7 +8,7 @@
 // versions:
 // 	protoc-gen-go v1.36.12
 // 	protoc        v3.21.12
-// source: wire.proto
+// source: p2p/wire/wire.proto
 
 package wire
 
@@ -61,11 +61,11 @@ func (x Priority) String() string {
 }
 
 func (Priority) Descriptor() protoreflect.EnumDescriptor {
-	return file_wire_proto_enumTypes[0].Descriptor()
+	return file_p2p_wire_wire_proto_enumTypes[0].Descriptor()
 }
 
 func (Priority) Type() protoreflect.EnumType {
-	return &file_wire_proto_enumTypes[0]
+	return &file_p2p_wire_wire_proto_enumTypes[0]
 }
 
 func (x Priority) Number() protoreflect.EnumNumber {
@@ -74,7 +74,7 @@ func (x Priority) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Priority.Descriptor instead.
 func (Priority) EnumDescriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{0}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{0}
 }
 
 // Code is the cause of a failure, for programs to act upon.
@@ -132,11 +132,11 @@ func (x Code) String() string {
 }
 
 func (Code) Descriptor() protoreflect.EnumDescriptor {
-	return file_wire_proto_enumTypes[1].Descriptor()
+	return file_p2p_wire_wire_proto_enumTypes[1].Descriptor()
 }
 
 func (Code) Type() protoreflect.EnumType {
-	return &file_wire_proto_enumTypes[1]
+	return &file_p2p_wire_wire_proto_enumTypes[1]
 }
 
 func (x Code) Number() protoreflect.EnumNumber {
@@ -145,7 +145,7 @@ func (x Code) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Code.Descriptor instead.
 func (Code) EnumDescriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{1}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{1}
 }
 
 // Error says why there is no answer.
@@ -159,7 +159,7 @@ type Error struct {
 
 func (x *Error) Reset() {
 	*x = Error{}
-	mi := &file_wire_proto_msgTypes[0]
+	mi := &file_p2p_wire_wire_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -171,7 +171,7 @@ func (x *Error) String() string {
 func (*Error) ProtoMessage() {}
 
 func (x *Error) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[0]
+	mi := &file_p2p_wire_wire_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -184,7 +184,7 @@ func (x *Error) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Error.ProtoReflect.Descriptor instead.
 func (*Error) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{0}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{0}
 }
 
 func (x *Error) GetCode() Code {
@@ -218,7 +218,7 @@ type ChunkRequest struct {
 
 func (x *ChunkRequest) Reset() {
 	*x = ChunkRequest{}
-	mi := &file_wire_proto_msgTypes[1]
+	mi := &file_p2p_wire_wire_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -230,7 +230,7 @@ func (x *ChunkRequest) String() string {
 func (*ChunkRequest) ProtoMessage() {}
 
 func (x *ChunkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[1]
+	mi := &file_p2p_wire_wire_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -243,7 +243,7 @@ func (x *ChunkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChunkRequest.ProtoReflect.Descriptor instead.
 func (*ChunkRequest) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{1}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *ChunkRequest) GetPriority() Priority {
@@ -310,7 +310,7 @@ type ChunkFrame struct {
 
 func (x *ChunkFrame) Reset() {
 	*x = ChunkFrame{}
-	mi := &file_wire_proto_msgTypes[2]
+	mi := &file_p2p_wire_wire_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -322,7 +322,7 @@ func (x *ChunkFrame) String() string {
 func (*ChunkFrame) ProtoMessage() {}
 
 func (x *ChunkFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[2]
+	mi := &file_p2p_wire_wire_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -335,7 +335,7 @@ func (x *ChunkFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChunkFrame.ProtoReflect.Descriptor instead.
 func (*ChunkFrame) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{2}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *ChunkFrame) GetIndex() uint32 {
@@ -398,7 +398,7 @@ type IndexRequest struct {
 
 func (x *IndexRequest) Reset() {
 	*x = IndexRequest{}
-	mi := &file_wire_proto_msgTypes[3]
+	mi := &file_p2p_wire_wire_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -410,7 +410,7 @@ func (x *IndexRequest) String() string {
 func (*IndexRequest) ProtoMessage() {}
 
 func (x *IndexRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[3]
+	mi := &file_p2p_wire_wire_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -423,7 +423,7 @@ func (x *IndexRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IndexRequest.ProtoReflect.Descriptor instead.
 func (*IndexRequest) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{3}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *IndexRequest) GetRef() string {
@@ -493,7 +493,7 @@ type Platform struct {
 
 func (x *Platform) Reset() {
 	*x = Platform{}
-	mi := &file_wire_proto_msgTypes[4]
+	mi := &file_p2p_wire_wire_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -505,7 +505,7 @@ func (x *Platform) String() string {
 func (*Platform) ProtoMessage() {}
 
 func (x *Platform) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[4]
+	mi := &file_p2p_wire_wire_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -518,7 +518,7 @@ func (x *Platform) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Platform.ProtoReflect.Descriptor instead.
 func (*Platform) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{4}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Platform) GetOs() string {
@@ -552,7 +552,7 @@ type Credential struct {
 
 func (x *Credential) Reset() {
 	*x = Credential{}
-	mi := &file_wire_proto_msgTypes[5]
+	mi := &file_p2p_wire_wire_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -564,7 +564,7 @@ func (x *Credential) String() string {
 func (*Credential) ProtoMessage() {}
 
 func (x *Credential) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[5]
+	mi := &file_p2p_wire_wire_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -577,7 +577,7 @@ func (x *Credential) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Credential.ProtoReflect.Descriptor instead.
 func (*Credential) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{5}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Credential) GetUsername() string {
@@ -612,7 +612,7 @@ type IndexFrame struct {
 
 func (x *IndexFrame) Reset() {
 	*x = IndexFrame{}
-	mi := &file_wire_proto_msgTypes[6]
+	mi := &file_p2p_wire_wire_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -624,7 +624,7 @@ func (x *IndexFrame) String() string {
 func (*IndexFrame) ProtoMessage() {}
 
 func (x *IndexFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[6]
+	mi := &file_p2p_wire_wire_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -637,7 +637,7 @@ func (x *IndexFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IndexFrame.ProtoReflect.Descriptor instead.
 func (*IndexFrame) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{6}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *IndexFrame) GetPart() isIndexFrame_Part {
@@ -737,7 +737,7 @@ type Working struct {
 
 func (x *Working) Reset() {
 	*x = Working{}
-	mi := &file_wire_proto_msgTypes[7]
+	mi := &file_p2p_wire_wire_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -749,7 +749,7 @@ func (x *Working) String() string {
 func (*Working) ProtoMessage() {}
 
 func (x *Working) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[7]
+	mi := &file_p2p_wire_wire_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -762,7 +762,7 @@ func (x *Working) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Working.ProtoReflect.Descriptor instead.
 func (*Working) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{7}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Working) GetLayers() []*LayerProgress {
@@ -784,7 +784,7 @@ type LayerProgress struct {
 
 func (x *LayerProgress) Reset() {
 	*x = LayerProgress{}
-	mi := &file_wire_proto_msgTypes[8]
+	mi := &file_p2p_wire_wire_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -796,7 +796,7 @@ func (x *LayerProgress) String() string {
 func (*LayerProgress) ProtoMessage() {}
 
 func (x *LayerProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[8]
+	mi := &file_p2p_wire_wire_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -809,7 +809,7 @@ func (x *LayerProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LayerProgress.ProtoReflect.Descriptor instead.
 func (*LayerProgress) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{8}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *LayerProgress) GetDigest() []byte {
@@ -851,7 +851,7 @@ type ImageHeader struct {
 
 func (x *ImageHeader) Reset() {
 	*x = ImageHeader{}
-	mi := &file_wire_proto_msgTypes[9]
+	mi := &file_p2p_wire_wire_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -863,7 +863,7 @@ func (x *ImageHeader) String() string {
 func (*ImageHeader) ProtoMessage() {}
 
 func (x *ImageHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[9]
+	mi := &file_p2p_wire_wire_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -876,7 +876,7 @@ func (x *ImageHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageHeader.ProtoReflect.Descriptor instead.
 func (*ImageHeader) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{9}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ImageHeader) GetManifest() []byte {
@@ -913,7 +913,7 @@ type LayerHeader struct {
 
 func (x *LayerHeader) Reset() {
 	*x = LayerHeader{}
-	mi := &file_wire_proto_msgTypes[10]
+	mi := &file_p2p_wire_wire_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -925,7 +925,7 @@ func (x *LayerHeader) String() string {
 func (*LayerHeader) ProtoMessage() {}
 
 func (x *LayerHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[10]
+	mi := &file_p2p_wire_wire_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -938,7 +938,7 @@ func (x *LayerHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LayerHeader.ProtoReflect.Descriptor instead.
 func (*LayerHeader) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{10}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *LayerHeader) GetDigest() []byte {
@@ -987,7 +987,7 @@ type IndexData struct {
 
 func (x *IndexData) Reset() {
 	*x = IndexData{}
-	mi := &file_wire_proto_msgTypes[11]
+	mi := &file_p2p_wire_wire_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -999,7 +999,7 @@ func (x *IndexData) String() string {
 func (*IndexData) ProtoMessage() {}
 
 func (x *IndexData) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[11]
+	mi := &file_p2p_wire_wire_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1012,7 +1012,7 @@ func (x *IndexData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IndexData.ProtoReflect.Descriptor instead.
 func (*IndexData) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{11}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *IndexData) GetLayer() uint32 {
@@ -1037,7 +1037,7 @@ type End struct {
 
 func (x *End) Reset() {
 	*x = End{}
-	mi := &file_wire_proto_msgTypes[12]
+	mi := &file_p2p_wire_wire_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1049,7 +1049,7 @@ func (x *End) String() string {
 func (*End) ProtoMessage() {}
 
 func (x *End) ProtoReflect() protoreflect.Message {
-	mi := &file_wire_proto_msgTypes[12]
+	mi := &file_p2p_wire_wire_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1062,15 +1062,14 @@ func (x *End) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use End.ProtoReflect.Descriptor instead.
 func (*End) Descriptor() ([]byte, []int) {
-	return file_wire_proto_rawDescGZIP(), []int{12}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{12}
 }
 
-var File_wire_proto protoreflect.FileDescriptor
+var File_p2p_wire_wire_proto protoreflect.FileDescriptor
 
-const file_wire_proto_rawDesc = "" +
+const file_p2p_wire_wire_proto_rawDesc = "" +
 	"\n" +
-	"\n" +
-	"wire.proto\x12\rshoal.wire.v1\"D\n" +
+	"\x13p2p/wire/wire.proto\x12\rshoal.wire.v1\"D\n" +
 	"\x05Error\x12'\n" +
 	"\x04code\x18\x01 \x01(\x0e2\x13.shoal.wire.v1.CodeR\x04code\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\"\xdb\x01\n" +
@@ -1157,20 +1156,20 @@ const file_wire_proto_rawDesc = "" +
 	"\rCODE_INTERNAL\x10\tB#Z!github.com/shoalfs/shoal/p2p/wireb\x06proto3"
 
 var (
-	file_wire_proto_rawDescOnce sync.Once
-	file_wire_proto_rawDescData []byte
+	file_p2p_wire_wire_proto_rawDescOnce sync.Once
+	file_p2p_wire_wire_proto_rawDescData []byte
 )
 
-func file_wire_proto_rawDescGZIP() []byte {
-	file_wire_proto_rawDescOnce.Do(func() {
-		file_wire_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_wire_proto_rawDesc), len(file_wire_proto_rawDesc)))
+func file_p2p_wire_wire_proto_rawDescGZIP() []byte {
+	file_p2p_wire_wire_proto_rawDescOnce.Do(func() {
+		file_p2p_wire_wire_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_p2p_wire_wire_proto_rawDesc), len(file_p2p_wire_wire_proto_rawDesc)))
 	})
-	return file_wire_proto_rawDescData
+	return file_p2p_wire_wire_proto_rawDescData
 }
 
-var file_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
-var file_wire_proto_goTypes = []any{
+var file_p2p_wire_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_p2p_wire_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_p2p_wire_wire_proto_goTypes = []any{
 	(Priority)(0),         // 0: shoal.wire.v1.Priority
 	(Code)(0),             // 1: shoal.wire.v1.Code
 	(*Error)(nil),         // 2: shoal.wire.v1.Error
@@ -1187,7 +1186,7 @@ var file_wire_proto_goTypes = []any{
 	(*IndexData)(nil),     // 13: shoal.wire.v1.IndexData
 	(*End)(nil),           // 14: shoal.wire.v1.End
 }
-var file_wire_proto_depIdxs = []int32{
+var file_p2p_wire_wire_proto_depIdxs = []int32{
 	1,  // 0: shoal.wire.v1.Error.code:type_name -> shoal.wire.v1.Code
 	0,  // 1: shoal.wire.v1.ChunkRequest.priority:type_name -> shoal.wire.v1.Priority
 	2,  // 2: shoal.wire.v1.ChunkFrame.error:type_name -> shoal.wire.v1.Error
@@ -1207,12 +1206,12 @@ var file_wire_proto_depIdxs = []int32{
 	0,  // [0:12] is the sub-list for field type_name
 }
 
-func init() { file_wire_proto_init() }
-func file_wire_proto_init() {
-	if File_wire_proto != nil {
+func init() { file_p2p_wire_wire_proto_init() }
+func file_p2p_wire_wire_proto_init() {
+	if File_p2p_wire_wire_proto != nil {
 		return
 	}
-	file_wire_proto_msgTypes[6].OneofWrappers = []any{
+	file_p2p_wire_wire_proto_msgTypes[6].OneofWrappers = []any{
 		(*IndexFrame_Working)(nil),
 		(*IndexFrame_Header)(nil),
 		(*IndexFrame_Data)(nil),
@@ -1223,18 +1222,18 @@ func file_wire_proto_init() {
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
-			RawDescriptor: unsafe.Slice(unsafe.StringData(file_wire_proto_rawDesc), len(file_wire_proto_rawDesc)),
+			RawDescriptor: unsafe.Slice(unsafe.StringData(file_p2p_wire_wire_proto_rawDesc), len(file_p2p_wire_wire_proto_rawDesc)),
 			NumEnums:      2,
 			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
-		GoTypes:           file_wire_proto_goTypes,
-		DependencyIndexes: file_wire_proto_depIdxs,
-		EnumInfos:         file_wire_proto_enumTypes,
-		MessageInfos:      file_wire_proto_msgTypes,
+		GoTypes:           file_p2p_wire_wire_proto_goTypes,
+		DependencyIndexes: file_p2p_wire_wire_proto_depIdxs,
+		EnumInfos:         file_p2p_wire_wire_proto_enumTypes,
+		MessageInfos:      file_p2p_wire_wire_proto_msgTypes,
 	}.Build()
-	File_wire_proto = out.File
-	file_wire_proto_goTypes = nil
-	file_wire_proto_depIdxs = nil
+	File_p2p_wire_wire_proto = out.File
+	file_p2p_wire_wire_proto_goTypes = nil
+	file_p2p_wire_wire_proto_depIdxs = nil
 }
