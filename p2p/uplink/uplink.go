@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 
@@ -16,6 +17,7 @@ type Supernode interface {
 	blockdev.Source
 	blockdev.ImageSource
 	blockdev.DocumentSource
+	blockdev.ProfileSink
 	// Status returns nil if it can be reached.
 	Status() error
 	Close() error
@@ -25,12 +27,21 @@ type Supernode interface {
 type Uplink struct {
 	ids   []peer.ID
 	nodes map[peer.ID]Supernode
+
+	mu sync.Mutex
+	// from says who gave out a diff's index: who is told what containers read of
+	// it, and hands that out with the image again.
+	from map[blockdev.Digest]Supernode
 }
+
+// maxFrom bounds Uplink.from.
+const maxFrom = 16384
 
 var (
 	_ blockdev.Source         = (*Uplink)(nil)
 	_ blockdev.ImageSource    = (*Uplink)(nil)
 	_ blockdev.DocumentSource = (*Uplink)(nil)
+	_ blockdev.ProfileSink    = (*Uplink)(nil)
 )
 
 // New returns an Uplink to these supernodes, at least one.
@@ -38,7 +49,7 @@ func New(nodes map[peer.ID]Supernode) (*Uplink, error) {
 	if len(nodes) == 0 {
 		return nil, errors.New("uplink: no supernode")
 	}
-	u := &Uplink{nodes: nodes}
+	u := &Uplink{nodes: nodes, from: map[blockdev.Digest]Supernode{}}
 	for id := range nodes {
 		u.ids = append(u.ids, id)
 	}
@@ -105,10 +116,47 @@ func imageKey(ref string, manifest blockdev.Digest) blockdev.Digest {
 // OpenImage implements blockdev.ImageSource.
 func (u *Uplink) OpenImage(ctx context.Context, req blockdev.ImageRequest) (img *blockdev.Image, err error) {
 	err = u.each(ctx, imageKey(req.Ref, req.Manifest), func(s Supernode) error {
-		img, err = s.OpenImage(ctx, req)
+		if img, err = s.OpenImage(ctx, req); err == nil {
+			u.note(img, s)
+		}
 		return err
 	})
 	return img, err
+}
+
+func (u *Uplink) note(img *blockdev.Image, s Supernode) {
+	if len(u.ids) == 1 {
+		return
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if len(u.from) > maxFrom {
+		clear(u.from)
+	}
+	for i := range img.Layers {
+		u.from[img.Layers[i].DiffID] = s
+	}
+}
+
+// ReportProfiles implements blockdev.ProfileSink. Profiles of a diff that no
+// supernode has given out since this process began go to its owner, which may
+// refuse them.
+func (u *Uplink) ReportProfiles(ctx context.Context, profiles []blockdev.DiffProfile) error {
+	to := map[Supernode][]blockdev.DiffProfile{}
+	for _, p := range profiles {
+		u.mu.Lock()
+		s := u.from[p.Diff]
+		u.mu.Unlock()
+		if s == nil {
+			s = u.order(p.Diff)[0]
+		}
+		to[s] = append(to[s], p)
+	}
+	var errs []error
+	for s, list := range to {
+		errs = append(errs, s.ReportProfiles(ctx, list))
+	}
+	return errors.Join(errs...)
 }
 
 // Document implements blockdev.DocumentSource.

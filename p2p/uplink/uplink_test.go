@@ -18,6 +18,7 @@ type fake struct {
 	chunks map[blockdev.Digest]bool
 	image  error
 	asked  int
+	told   []blockdev.DiffProfile
 }
 
 func (f *fake) Status() error { return f.away }
@@ -28,7 +29,12 @@ func (f *fake) OpenImage(context.Context, blockdev.ImageRequest) (*blockdev.Imag
 	if err := errors.Join(f.away, f.image); err != nil {
 		return nil, err
 	}
-	return &blockdev.Image{}, nil
+	return &blockdev.Image{Layers: []blockdev.Layer{{DiffID: layerDiff}}}, nil
+}
+
+func (f *fake) ReportProfiles(_ context.Context, list []blockdev.DiffProfile) error {
+	f.told = append(f.told, list...)
+	return nil
 }
 
 func (f *fake) Document(context.Context, blockdev.DocumentRequest) (*blockdev.Document, error) {
@@ -56,7 +62,10 @@ func (f *fake) Fetch(_ context.Context, req blockdev.Request, deliver blockdev.D
 
 var (
 	errGone = fmt.Errorf("gone: %w", blockdev.ErrUnavailable)
-	key     = blockdev.Sum([]byte("key"))
+	// layerDiff is that of the one layer of a fake's image.
+	layerDiff = blockdev.Sum([]byte("diff"))
+
+	key = blockdev.Sum([]byte("key"))
 )
 
 // newUplink returns an Uplink to n supernodes, and these in the order of key.
@@ -161,6 +170,10 @@ func TestOpenImage(t *testing.T) {
 	s[0].image = errGone
 	if _, err := u.OpenImage(t.Context(), req); err != nil || s[1].asked != 1 {
 		t.Errorf("%v, the second was asked %d times", err, s[1].asked)
+	}
+	// Who has given out the image is told what was read of it.
+	if err := u.ReportProfiles(t.Context(), []blockdev.DiffProfile{{Diff: layerDiff}}); err != nil || len(s[0].told) != 0 || len(s[1].told) != 1 {
+		t.Errorf("%v, told %d and %d", err, len(s[0].told), len(s[1].told))
 	}
 	s[0].image = fmt.Errorf("no: %w", blockdev.ErrUnauthorized)
 	if _, err := u.OpenImage(t.Context(), req); !errors.Is(err, blockdev.ErrUnauthorized) || s[1].asked != 1 {

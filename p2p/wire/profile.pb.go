@@ -5,7 +5,7 @@
 // versions:
 // 	protoc-gen-go v1.36.12
 // 	protoc        v3.21.12
-// source: profile.proto
+// source: p2p/wire/profile.proto
 
 package wire
 
@@ -36,7 +36,7 @@ type ProfileReport struct {
 
 func (x *ProfileReport) Reset() {
 	*x = ProfileReport{}
-	mi := &file_profile_proto_msgTypes[0]
+	mi := &file_p2p_wire_profile_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -48,7 +48,7 @@ func (x *ProfileReport) String() string {
 func (*ProfileReport) ProtoMessage() {}
 
 func (x *ProfileReport) ProtoReflect() protoreflect.Message {
-	mi := &file_profile_proto_msgTypes[0]
+	mi := &file_p2p_wire_profile_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -61,7 +61,7 @@ func (x *ProfileReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileReport.ProtoReflect.Descriptor instead.
 func (*ProfileReport) Descriptor() ([]byte, []int) {
-	return file_profile_proto_rawDescGZIP(), []int{0}
+	return file_p2p_wire_profile_proto_rawDescGZIP(), []int{0}
 }
 
 func (x *ProfileReport) GetDiff() []byte {
@@ -87,7 +87,7 @@ type ProfileAnswer struct {
 
 func (x *ProfileAnswer) Reset() {
 	*x = ProfileAnswer{}
-	mi := &file_profile_proto_msgTypes[1]
+	mi := &file_p2p_wire_profile_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -99,7 +99,7 @@ func (x *ProfileAnswer) String() string {
 func (*ProfileAnswer) ProtoMessage() {}
 
 func (x *ProfileAnswer) ProtoReflect() protoreflect.Message {
-	mi := &file_profile_proto_msgTypes[1]
+	mi := &file_p2p_wire_profile_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -112,7 +112,7 @@ func (x *ProfileAnswer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileAnswer.ProtoReflect.Descriptor instead.
 func (*ProfileAnswer) Descriptor() ([]byte, []int) {
-	return file_profile_proto_rawDescGZIP(), []int{1}
+	return file_p2p_wire_profile_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *ProfileAnswer) GetError() *Error {
@@ -122,12 +122,11 @@ func (x *ProfileAnswer) GetError() *Error {
 	return nil
 }
 
-var File_profile_proto protoreflect.FileDescriptor
+var File_p2p_wire_profile_proto protoreflect.FileDescriptor
 
-const file_profile_proto_rawDesc = "" +
+const file_p2p_wire_profile_proto_rawDesc = "" +
 	"\n" +
-	"\rprofile.proto\x12\rshoal.wire.v1\x1a\n" +
-	"wire.proto\"=\n" +
+	"\x16p2p/wire/profile.proto\x12\rshoal.wire.v1\x1a\x13p2p/wire/wire.proto\"=\n" +
 	"\rProfileReport\x12\x12\n" +
 	"\x04diff\x18\x01 \x01(\fR\x04diff\x12\x18\n" +
 	"\aprofile\x18\x02 \x01(\fR\aprofile\";\n" +
@@ -135,24 +134,24 @@ const file_profile_proto_rawDesc = "" +
 	"\x05error\x18\x01 \x01(\v2\x14.shoal.wire.v1.ErrorR\x05errorB#Z!github.com/shoalfs/shoal/p2p/wireb\x06proto3"
 
 var (
-	file_profile_proto_rawDescOnce sync.Once
-	file_profile_proto_rawDescData []byte
+	file_p2p_wire_profile_proto_rawDescOnce sync.Once
+	file_p2p_wire_profile_proto_rawDescData []byte
 )
 
-func file_profile_proto_rawDescGZIP() []byte {
-	file_profile_proto_rawDescOnce.Do(func() {
-		file_profile_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_profile_proto_rawDesc), len(file_profile_proto_rawDesc)))
+func file_p2p_wire_profile_proto_rawDescGZIP() []byte {
+	file_p2p_wire_profile_proto_rawDescOnce.Do(func() {
+		file_p2p_wire_profile_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_p2p_wire_profile_proto_rawDesc), len(file_p2p_wire_profile_proto_rawDesc)))
 	})
-	return file_profile_proto_rawDescData
+	return file_p2p_wire_profile_proto_rawDescData
 }
 
-var file_profile_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
-var file_profile_proto_goTypes = []any{
+var file_p2p_wire_profile_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
+var file_p2p_wire_profile_proto_goTypes = []any{
 	(*ProfileReport)(nil), // 0: shoal.wire.v1.ProfileReport
 	(*ProfileAnswer)(nil), // 1: shoal.wire.v1.ProfileAnswer
 	(*Error)(nil),         // 2: shoal.wire.v1.Error
 }
-var file_profile_proto_depIdxs = []int32{
+var file_p2p_wire_profile_proto_depIdxs = []int32{
 	2, // 0: shoal.wire.v1.ProfileAnswer.error:type_name -> shoal.wire.v1.Error
 	1, // [1:1] is the sub-list for method output_type
 	1, // [1:1] is the sub-list for method input_type
@@ -161,27 +160,27 @@ var file_profile_proto_depIdxs = []int32{
 	0, // [0:1] is the sub-list for field type_name
 }
 
-func init() { file_profile_proto_init() }
-func file_profile_proto_init() {
-	if File_profile_proto != nil {
+func init() { file_p2p_wire_profile_proto_init() }
+func file_p2p_wire_profile_proto_init() {
+	if File_p2p_wire_profile_proto != nil {
 		return
 	}
-	file_wire_proto_init()
+	file_p2p_wire_wire_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
-			RawDescriptor: unsafe.Slice(unsafe.StringData(file_profile_proto_rawDesc), len(file_profile_proto_rawDesc)),
+			RawDescriptor: unsafe.Slice(unsafe.StringData(file_p2p_wire_profile_proto_rawDesc), len(file_p2p_wire_profile_proto_rawDesc)),
 			NumEnums:      0,
 			NumMessages:   2,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
-		GoTypes:           file_profile_proto_goTypes,
-		DependencyIndexes: file_profile_proto_depIdxs,
-		MessageInfos:      file_profile_proto_msgTypes,
+		GoTypes:           file_p2p_wire_profile_proto_goTypes,
+		DependencyIndexes: file_p2p_wire_profile_proto_depIdxs,
+		MessageInfos:      file_p2p_wire_profile_proto_msgTypes,
 	}.Build()
-	File_profile_proto = out.File
-	file_profile_proto_goTypes = nil
-	file_profile_proto_depIdxs = nil
+	File_p2p_wire_profile_proto = out.File
+	file_p2p_wire_profile_proto_goTypes = nil
+	file_p2p_wire_profile_proto_depIdxs = nil
 }
