@@ -236,7 +236,7 @@ func TestTwoSupernodes(t *testing.T) {
 
 	supers := must(l.StartSupernodes(ctx, 2, ""))(t)
 	node := func(name string) *lab.Node {
-		return must(l.StartNode(ctx, name, supers[0].Address+`", "`+supers[1].Address, ""))(t)
+		return must(l.StartNode(ctx, name, supers[0].Address+","+supers[1].Address, ""))(t)
 	}
 	fetched := func() (sum float64) {
 		for _, s := range supers {

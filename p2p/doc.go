@@ -9,6 +9,7 @@
 //   - members: a node's membership: joining supernodes, groups, who may connect
 //   - swarm: a node among others: whom route names is asked, and answered
 //   - exchange: the chunk and the index protocol, server and client
+//   - uplink: several supernodes as one source
 //
 // # Terms
 //

@@ -167,7 +167,8 @@ func (s *Supernode) HostPort() string {
 	return addr
 }
 
-// StartNode starts a node below Dir/name. With no supernode it embeds one.
+// StartNode starts a node below Dir/name. supernode is an address, or several
+// with commas between them; with none it embeds one.
 func (l *Lab) StartNode(ctx context.Context, name, supernode, extra string) (*Node, error) {
 	n, cfg, err := l.prepareNode(name, supernode, extra)
 	if err != nil {
@@ -202,7 +203,7 @@ func (l *Lab) prepareNode(name, supernode, extra string) (*Node, string, error) 
 	})
 	list := "[]"
 	if supernode != "" {
-		list = fmt.Sprintf("[%q]", supernode)
+		list = `["` + strings.ReplaceAll(supernode, ",", `", "`) + `"]`
 	}
 	cfg, err := l.writeFile(name+".toml", fmt.Sprintf(`version = 1
 root = %q

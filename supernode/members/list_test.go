@@ -8,7 +8,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
 	phost "github.com/shoalfs/shoal/p2p/host"
@@ -346,4 +348,62 @@ func TestSupernodeRestart(t *testing.T) {
 		return len(list) == 2 && list[0].Images == 1 && list[1].Images == 1
 	})
 	a.knows(t, image, a, b)
+}
+
+// With two supernodes a group is kept by one, and by the other when that is gone.
+func TestFailover(t *testing.T) {
+	keys := []crypto.PrivKey{newKey(t), newKey(t)}
+	var supers []*super
+	for i := range keys {
+		other, err := phost.ID(keys[1-i])
+		if err != nil {
+			t.Fatal(err)
+		}
+		supers = append(supers, newSuper(t, func(c *Config) { c.Key, c.Siblings = keys[i], []peer.ID{other} }))
+	}
+	a, b := newNode(t, nil, supers...), newNode(t, nil, supers...)
+	for _, n := range []*aNode{a, b} {
+		ready(t, n, supers[0])
+		ready(t, n, supers[1])
+		n.has(t, supers[0], image) // also for the other, which is a sibling
+	}
+	a.knows(t, image, a, b)
+	home := supers[0]
+	if node.Order(image, []peer.ID{supers[0].host.ID(), supers[1].host.ID()})[0] != home.host.ID() {
+		home = supers[1]
+	}
+	in := func(s *super) (n int) {
+		for _, m := range s.Members() {
+			n += m.Images
+		}
+		return n
+	}
+	eventually(t, "the group is at its home alone", func() bool { return in(supers[0])+in(supers[1]) == 2 && in(home) == 2 })
+	other := supers[0]
+	if other == home {
+		other = supers[1]
+	}
+	if err := home.host.Network().Close(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the group has moved", func() bool { return in(other) == 2 })
+	c := newNode(t, nil, supers...)
+	c.has(t, other, image)
+	a.knows(t, image, a, b, c)
+}
+
+// Without any supernode a list counts for a while, and then not.
+func TestOutage(t *testing.T) {
+	s := newSuper(t, nil)
+	a := newNode(t, func(c *node.Config) { c.Outage = 2 * time.Second }, s)
+	a.has(t, s, image)
+	a.knows(t, image, a)
+	if err := s.host.Network().Close(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "a has lost the supernode", func() bool { return a.Ready(t.Context(), s.host.ID()) != nil })
+	if a.View(image) == nil {
+		t.Error("the view is gone at once")
+	}
+	eventually(t, "a has dropped the view", func() bool { return a.View(image) == nil })
 }
