@@ -267,10 +267,28 @@ func TestTwoSupernodes(t *testing.T) {
 		before[i] = must(s.Metric(ctx, "shoal_supernode_registry_bytes_total"))(t)
 	}
 	b := node("b")
+	// A container starts on a, which makes it fetch all; and then on b.
+	mount := func(n *lab.Node) {
+		dir := l.Path("view-" + n.Name)
+		unmount := must(n.Mount(ctx, im, "view", dir))(t)
+		t.Cleanup(func() {
+			if err := unmount(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	mount(a)
 	noError(t, supers[0].Kill())
 	noError(t, a.WaitLocal(ctx, im.Ref, 60*time.Second))
 	noError(t, b.Pull(ctx, im))
+	mount(b)
 	noError(t, b.WaitLocal(ctx, im.Ref, 60*time.Second))
+	for i := range 6 {
+		got := string(must(os.ReadFile(filepath.Join(l.Path("view-b"), fmt.Sprintf("f%d", i))))(t))
+		if got != bigContent(10+i) {
+			t.Errorf("f%d has other content than was pushed", i)
+		}
+	}
 	after := must(supers[1].Metric(ctx, "shoal_supernode_registry_bytes_total"))(t)
 	if more := after - before[1]; more > 0.05*float64(im.Compressed())+64<<10 {
 		t.Errorf("after one was killed the registry has sent %.0f bytes more, of an image of %d", more, im.Compressed())
