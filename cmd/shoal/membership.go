@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/volume"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
@@ -37,9 +38,8 @@ func openMembership(c *config.Node, log *slog.Logger, reg prometheus.Registerer)
 		}
 		return list[0], nil
 	}
-	if _, err := token(); err != nil {
-		return nil, err
-	}
+	// A token that is missing now is no reason not to serve what is here: it is
+	// looked for again, and the log says so.
 	m := &membership{}
 	for _, s := range c.Supernodes {
 		info, err := host.ParseAddr(s)
@@ -69,6 +69,17 @@ func openMembership(c *config.Node, log *slog.Logger, reg prometheus.Registerer)
 }
 
 func (m *membership) close() error { return errors.Join(m.node.Close(), m.host.Close()) }
+
+// watch has others told which images are complete here; m may be nil.
+func (m *membership) watch(vols *volume.Manager) {
+	if m == nil {
+		return
+	}
+	m.node.Watch(func(diff blockdev.Digest) bool {
+		s, ok := vols.Stat(diff)
+		return ok && s.Complete
+	})
+}
 
 // groups is what the snapshotter tells of its images; nil where there are no
 // groups.

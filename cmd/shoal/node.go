@@ -128,6 +128,7 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	if err != nil {
 		return err
 	}
+	membership.watch(vols)
 	source.set(up)
 	defer func() {
 		vols.EndStartups() // reports to up what it was recording

@@ -22,6 +22,7 @@ type group struct {
 	grant   []byte
 	home    *session // that keeps it; nil: none yet
 	refused bool     // by home
+	full    bool     // every byte of the image is here
 
 	from    *session // that the view is from
 	version uint64
@@ -43,10 +44,11 @@ type entry struct {
 	id    peer.ID
 	rack  string
 	addrs []ma.Multiaddr
+	full  bool
 }
 
 func newEntry(m *wire.GroupMember) (*entry, error) {
-	e := &entry{id: host.FromKey(wire.Key(m.Key)), rack: m.Rack}
+	e := &entry{id: host.FromKey(wire.Key(m.Key)), rack: m.Rack, full: m.Full}
 	for _, b := range m.Addrs {
 		ap, err := wire.ParseAddr(b)
 		if err != nil {
@@ -120,7 +122,7 @@ func (g *group) remake() error {
 	v := &route.View{Group: g.id, Version: g.version, Zone: g.zone, Cell: g.cell}
 	v.Members = make([]route.Member, 0, len(g.members))
 	for _, e := range g.members {
-		v.Members = append(v.Members, route.Member{ID: string(e.id), Zone: g.zone, Rack: e.rack, Cell: g.cell})
+		v.Members = append(v.Members, route.Member{ID: string(e.id), Zone: g.zone, Rack: e.rack, Cell: g.cell, Full: e.full})
 	}
 	g.gates = make(map[peer.ID]*entry, wire.MaxGateways*len(g.cells))
 	for id, c := range g.cells {

@@ -219,6 +219,7 @@ func (n *Node) sweep() {
 		case <-n.ctx.Done():
 			return
 		}
+		n.lookFull()
 		n.expire(time.Now())
 		for _, id := range n.host.Network().Peers() {
 			if n.overdue(id, time.Now()) {

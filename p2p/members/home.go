@@ -166,13 +166,56 @@ func (n *Node) groupRefused(s *session, id blockdev.Digest, err error) {
 	n.changedLocked()
 }
 
-// grant returns what to join a group of s with; false: it is not s's any more.
-func (n *Node) grant(s *session, id blockdev.Digest) ([]byte, bool) {
+// joinMessage returns what to join a group of s with; nil: it is not s's any more.
+func (n *Node) joinMessage(s *session, id blockdev.Digest) *wire.GroupJoin {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	g := n.groups[id]
 	if g == nil || g.home != s {
-		return nil, false
+		return nil
 	}
-	return g.grant, true
+	return &wire.GroupJoin{Group: id[:], Grant: g.grant, Full: g.full}
+}
+
+// Watch has n look, every second, whether images have become complete: complete
+// says so of a diff, and must not block. Others in the group prefer to ask a node
+// that has everything where nobody else is left to ask.
+func (n *Node) Watch(complete func(diff blockdev.Digest) bool) { n.complete.Store(&complete) }
+
+// lookFull finds images that are complete now, or not any more.
+func (n *Node) lookFull() {
+	complete := n.complete.Load()
+	if complete == nil {
+		return
+	}
+	type image struct {
+		id    blockdev.Digest
+		diffs []blockdev.Digest
+	}
+	var images []image
+	n.mu.Lock()
+	for id, g := range n.groups {
+		images = append(images, image{id, g.diffs})
+	}
+	n.mu.Unlock()
+	for _, im := range images {
+		full := true
+		for _, d := range im.diffs {
+			full = full && (*complete)(d)
+		}
+		n.setFull(im.id, full)
+	}
+}
+
+func (n *Node) setFull(id blockdev.Digest, full bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	g := n.groups[id]
+	if g == nil || g.full == full {
+		return
+	}
+	g.full = full
+	if g.home != nil && !g.refused {
+		g.home.want(id, true)
+	}
 }

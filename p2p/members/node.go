@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/host"
@@ -65,6 +66,7 @@ type Node struct {
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
 	host     host.Host // set by Start
+	complete atomic.Pointer[func(blockdev.Digest) bool]
 
 	mu        sync.Mutex
 	groups    map[blockdev.Digest]*group

@@ -337,11 +337,11 @@ func (s *session) pending() []*wire.MemberRequest {
 	for id, in := range groups {
 		m := &wire.MemberRequest{Part: &wire.MemberRequest_Leave{Leave: &wire.GroupLeave{Group: id[:]}}}
 		if in {
-			grant, ok := s.n.grant(s, id)
-			if !ok {
+			join := s.n.joinMessage(s, id)
+			if join == nil {
 				continue // left, or moved, meanwhile
 			}
-			m.Part = &wire.MemberRequest_Join{Join: &wire.GroupJoin{Group: id[:], Grant: grant}}
+			m.Part = &wire.MemberRequest_Join{Join: join}
 		}
 		out = append(out, m)
 	}

@@ -300,11 +300,13 @@ func (*Renew) Descriptor() ([]byte, []int) {
 	return file_p2p_wire_member_proto_rawDescGZIP(), []int{2}
 }
 
-// GroupJoin says that this node has the image with this manifest.
+// GroupJoin says that this node has the image with this manifest. It is sent again
+// when full has changed, or to be told everything.
 type GroupJoin struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Group         []byte                 `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"` // digest of the manifest, 32 bytes
 	Grant         []byte                 `protobuf:"bytes,2,opt,name=grant,proto3" json:"grant,omitempty"` // as it came with the image's indexes
+	Full          bool                   `protobuf:"varint,3,opt,name=full,proto3" json:"full,omitempty"`  // every byte of the image is on this node
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -351,6 +353,13 @@ func (x *GroupJoin) GetGrant() []byte {
 		return x.Grant
 	}
 	return nil
+}
+
+func (x *GroupJoin) GetFull() bool {
+	if x != nil {
+		return x.Full
+	}
+	return false
 }
 
 // GroupLeave says that it has it no more.
@@ -762,6 +771,7 @@ type GroupMember struct {
 	Key           []byte                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
 	Rack          string                 `protobuf:"bytes,2,opt,name=rack,proto3" json:"rack,omitempty"`
 	Addrs         [][]byte               `protobuf:"bytes,3,rep,name=addrs,proto3" json:"addrs,omitempty"` // at most 8
+	Full          bool                   `protobuf:"varint,4,opt,name=full,proto3" json:"full,omitempty"`  // it has every byte of the image; not said of gateways
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -815,6 +825,13 @@ func (x *GroupMember) GetAddrs() [][]byte {
 		return x.Addrs
 	}
 	return nil
+}
+
+func (x *GroupMember) GetFull() bool {
+	if x != nil {
+		return x.Full
+	}
+	return false
 }
 
 // GroupCell lists a cell's gateways. The node's own cell is listed as well.
@@ -1005,10 +1022,11 @@ const file_p2p_wire_member_proto_rawDesc = "" +
 	"\n" +
 	"max_upload\x18\x05 \x01(\x04R\tmaxUpload\x12\x14\n" +
 	"\x05addrs\x18\x06 \x03(\fR\x05addrs\"\a\n" +
-	"\x05Renew\"7\n" +
+	"\x05Renew\"K\n" +
 	"\tGroupJoin\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\fR\x05group\x12\x14\n" +
-	"\x05grant\x18\x02 \x01(\fR\x05grant\"\"\n" +
+	"\x05grant\x18\x02 \x01(\fR\x05grant\x12\x12\n" +
+	"\x04full\x18\x03 \x01(\bR\x04full\"\"\n" +
 	"\n" +
 	"GroupLeave\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\fR\x05group\"\x19\n" +
@@ -1032,11 +1050,12 @@ const file_p2p_wire_member_proto_rawDesc = "" +
 	"\x06joined\x18\x05 \x03(\v2\x1a.shoal.wire.v1.GroupMemberR\x06joined\x12\x12\n" +
 	"\x04left\x18\x06 \x01(\fR\x04left\x12.\n" +
 	"\x05cells\x18\a \x03(\v2\x18.shoal.wire.v1.GroupCellR\x05cells\x12\x12\n" +
-	"\x04zone\x18\b \x01(\tR\x04zone\"I\n" +
+	"\x04zone\x18\b \x01(\tR\x04zone\"]\n" +
 	"\vGroupMember\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\fR\x03key\x12\x12\n" +
 	"\x04rack\x18\x02 \x01(\tR\x04rack\x12\x14\n" +
-	"\x05addrs\x18\x03 \x03(\fR\x05addrs\"k\n" +
+	"\x05addrs\x18\x03 \x03(\fR\x05addrs\x12\x12\n" +
+	"\x04full\x18\x04 \x01(\bR\x04full\"k\n" +
 	"\tGroupCell\x12\x12\n" +
 	"\x04cell\x18\x01 \x01(\rR\x04cell\x12\x12\n" +
 	"\x04zone\x18\x02 \x01(\tR\x04zone\x126\n" +

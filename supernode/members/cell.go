@@ -25,6 +25,15 @@ type seat struct {
 	cell   *cell
 	pos    int  // in cell.seats
 	synced bool // the member has what its cell was told last
+	full   bool // the member has all of the image
+}
+
+// message is how the members of the cell are told of the seat's.
+func (s *seat) message() *wire.GroupMember {
+	if !s.full {
+		return s.m.message
+	}
+	return &wire.GroupMember{Key: s.m.message.Key, Rack: s.m.message.Rack, Addrs: s.m.message.Addrs, Full: true}
 }
 
 // cell is a part of a group.
@@ -60,6 +69,14 @@ func (g *group) add(m *member) *seat {
 	g.size++
 	c.put(s)
 	return s
+}
+
+// setFull notes that a member has all of the image now, or not any more.
+func (s *seat) setFull(full bool) {
+	if s.full != full {
+		s.full = full
+		s.cell.joined[s] = struct{}{}
+	}
 }
 
 // place finds the cell for a new member.
@@ -227,7 +244,7 @@ func (g *group) update(c *cell, from uint64) *wire.GroupUpdate {
 func (g *group) whole(c *cell) ([]byte, error) {
 	u := g.update(c, 0)
 	for _, s := range c.seats {
-		u.Joined = append(u.Joined, s.m.message)
+		u.Joined = append(u.Joined, s.message())
 	}
 	for _, other := range g.cells {
 		if other != c {
@@ -241,7 +258,7 @@ func (g *group) whole(c *cell) ([]byte, error) {
 func (g *group) diff(c *cell, from uint64, changes map[uint32][]*seat) ([]byte, error) {
 	u := g.update(c, from)
 	for s := range c.joined {
-		u.Joined = append(u.Joined, s.m.message)
+		u.Joined = append(u.Joined, s.message())
 	}
 	for key := range c.left {
 		u.Left = append(u.Left, key[:]...)

@@ -251,8 +251,9 @@ func (l *List) detach(m *member, bye bool, lease time.Duration) {
 	})
 }
 
-// join makes a member one of a group, or has it told everything if it is.
-func (l *List) join(m *member, id blockdev.Digest, grant []byte) error {
+// join makes a member one of a group. If it is one already, it is told everything,
+// unless all it wants to say is that it has the whole image now.
+func (l *List) join(m *member, id blockdev.Digest, grant []byte, full bool) error {
 	if err := l.granter.check(grant, m.key, id); err != nil {
 		return err
 	}
@@ -263,7 +264,8 @@ func (l *List) join(m *member, id blockdev.Digest, grant []byte) error {
 	}
 	g := l.groups[id]
 	if s := m.groups[id]; s != nil {
-		s.synced = false
+		s.synced = s.synced && s.full != full
+		s.setFull(full)
 	} else {
 		if len(m.groups) >= wire.MaxGroups || g != nil && g.size >= maxGroup {
 			return fmt.Errorf("the node is in %d groups, or the group is full: %w", len(m.groups), wire.ErrBusy)
@@ -272,7 +274,9 @@ func (l *List) join(m *member, id blockdev.Digest, grant []byte) error {
 			g = &groupState{group: newGroup(id)}
 			l.groups[id] = g
 		}
-		m.groups[id] = g.add(m)
+		s := g.add(m)
+		s.full = full
+		m.groups[id] = s
 	}
 	l.dirtyLocked(g)
 	return nil

@@ -53,6 +53,15 @@ func TestGroup(t *testing.T) {
 	if err := a.Allowed(t.Context(), image, b.id()); err != nil {
 		t.Error(err)
 	}
+	a.Watch(func(blockdev.Digest) bool { return true })
+	eventually(t, "b knows that a has the whole image", func() bool {
+		for _, m := range b.View(image).Members {
+			if m.Full != (m.ID == string(a.id())) {
+				return false
+			}
+		}
+		return true
+	})
 	b.Leave(image)
 	a.knows(t, image, a)
 	if b.View(image) != nil {

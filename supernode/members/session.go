@@ -303,7 +303,7 @@ func (l *List) requests(st network.Stream, r *bufio.Reader, m *member, s *sessio
 
 func (l *List) serveJoin(m *member, s *session, j *wire.GroupJoin) error {
 	id := blockdev.Digest(j.Group)
-	err := l.join(m, id, j.Grant)
+	err := l.join(m, id, j.Grant, j.Full)
 	if err == nil {
 		return nil
 	}
