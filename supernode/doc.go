@@ -21,9 +21,8 @@
 // # Invariants
 //
 //   - Among siblings, a layer is fetched from the registry by its owner, or by the
-//     next one that can be reached, and copied to another one. Requests between
-//     them go up in the order of owners, or ask for what is stored, so they go in
-//     no circles.
+//     next one that can be reached, and copied to another one. What they ask each
+//     other is never passed on, so it goes in no circles.
 //   - An index is handed out only to who may pull the repository by the word of
 //     its registry (Config.AccessTTL, Config.AccessGrace), and only for layers
 //     of which that registry is an origin, or is trusted in the configuration.

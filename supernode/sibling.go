@@ -105,8 +105,8 @@ func (s *Supernode) order(diff blockdev.Digest) []peer.ID {
 // be reached; if that is this supernode, from whichever sibling has it, and from
 // the registry if none has.
 //
-// A request between supernodes is never passed on to the one that it comes from,
-// nor to one that comes later in the order, so there are no circles.
+// A request between supernodes is never passed on; all that follows from one are
+// questions for what is stored. So there are no circles.
 func (s *Supernode) obtain(ctx context.Context, r wanted, open ingest.Open) (store.LayerRecord, error) {
 	if len(s.siblings) == 0 {
 		return s.ingestLayer(ctx, r.m, r.l, open, r.watch)
@@ -134,7 +134,9 @@ func (s *Supernode) obtain(ctx context.Context, r wanted, open ingest.Open) (sto
 		s.log.Info("the supernode that a layer belongs to does not answer; going on without it", "layer", r.l.Digest, "supernode", id, "err", err)
 	}
 	for _, id := range order {
-		if id == s.self || id == from || s.siblings[id].Status() != nil {
+		// Also the one that asks: it may have fetched the layer when this
+		// supernode could not be reached, and want it to be here, too.
+		if id == s.self || s.siblings[id].Status() != nil {
 			continue
 		}
 		if rec, err := s.copyLayer(ctx, r, id, true); err == nil {

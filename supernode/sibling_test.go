@@ -3,6 +3,8 @@ package supernode
 import (
 	"context"
 	"fmt"
+	"net/http"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -230,4 +232,33 @@ func TestSiblingsAccess(t *testing.T) {
 	req.Only = []blockdev.Digest{blockdev.Sum(layers[0].Blob)}
 	_, err := c.s[0].OpenImageFor(t.Context(), "node", req)
 	wantErr(t, err, blockdev.ErrUnauthorized, "only supernodes")
+}
+
+// Who has fetched in its place gives the layer to the owner when that is back, and
+// the registry is not asked again, however that comes about.
+func TestReplicateToOwner(t *testing.T) {
+	reg := registrytest.NewFake(t)
+	c := startCluster(t, 2)
+	var l registrytest.Layer
+	for i := 0; ; i++ {
+		if l = registrytest.GzipLayer(t, fmt.Sprint("file", i), 300_000, uint64(i+1)); c.owner(l) == 1 {
+			break
+		}
+	}
+	reg.Push(t, "team/app", "v1", l)
+	// The owner is away when it is asked, and there again when it is to have a copy.
+	reg.SetHook(func(_ http.ResponseWriter, r *http.Request) bool {
+		if strings.Contains(r.URL.Path, "/blobs/"+blockdev.Sum(l.Blob).String()) {
+			c.cut[1].Store(false)
+		}
+		return false
+	})
+	c.cut[1].Store(true)
+	if _, err := c.s[0].OpenImageFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody)); err != nil {
+		t.Fatal(err)
+	}
+	c.stored(t, 1, l)
+	if most := blobs(reg, []registrytest.Layer{l}); most != 1 {
+		t.Errorf("the layer was fetched %d times from the registry", most)
+	}
 }
