@@ -201,16 +201,14 @@ func (k *keeper) ready(ctx context.Context) error {
 }
 
 func (k *keeper) status() error {
-	if k.connected() {
-		return nil // perhaps it was the other end that dialed
-	}
 	k.mu.Lock()
-	defer k.mu.Unlock()
+	up, err := k.up, k.err
+	k.mu.Unlock()
 	switch {
-	case k.up:
+	case up, k.ctx.Err() == nil && k.connected(): // perhaps it was the other end that dialed
 		return nil
-	case k.err == nil:
+	case err == nil:
 		return fmt.Errorf("%w: still connecting to %v", blockdev.ErrUnavailable, k.info.Addrs)
 	}
-	return fmt.Errorf("%w: cannot connect to %v: %w", blockdev.ErrUnavailable, k.info.Addrs, k.err)
+	return fmt.Errorf("%w: cannot connect to %v: %w", blockdev.ErrUnavailable, k.info.Addrs, err)
 }
