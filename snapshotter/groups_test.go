@@ -1,0 +1,79 @@
+package snapshotter
+
+import (
+	"slices"
+	"sync"
+	"testing"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// fakeGroups keeps what it was told.
+type fakeGroups struct {
+	mu     sync.Mutex
+	diffs  map[blockdev.Digest][]blockdev.Digest
+	grants map[blockdev.Digest]string
+}
+
+func (g *fakeGroups) Join(manifest blockdev.Digest, diffs []blockdev.Digest, grant []byte) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.diffs == nil {
+		g.diffs, g.grants = map[blockdev.Digest][]blockdev.Digest{}, map[blockdev.Digest]string{}
+	}
+	g.diffs[manifest], g.grants[manifest] = diffs, string(grant)
+}
+
+func (g *fakeGroups) Leave(manifest blockdev.Digest) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.diffs, manifest)
+}
+
+func (g *fakeGroups) in(manifest blockdev.Digest) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.diffs[manifest] != nil
+}
+
+// A node is in an image's group from the pull until the removal, and again after
+// a restart, with what the supernode gave it to join.
+func TestGroups(t *testing.T) {
+	g := &fakeGroups{}
+	with := func(g *fakeGroups) func(*Config) { return func(c *Config) { c.Groups = g } }
+	n := newNode(t, with(g))
+	shared := newLayer(t, file("shared"))
+	a := newImage("registry.test/a:1", shared, newLayer(t, file("a")))
+	b := newImage("registry.test/b:1", shared, newLayer(t, file("b")))
+	n.images.change = func(img *blockdev.Image) { img.Grant = []byte("granted") }
+	for _, img := range []image{a, b} {
+		n.images.publish(img)
+		_, _, err := n.pull(bg, img)
+		check(t, err)
+	}
+	if !g.in(a.manifest) || !g.in(b.manifest) || len(g.diffs[a.manifest]) != 2 || g.grants[a.manifest] != "granted" {
+		t.Fatalf("after the pulls: %v", g.diffs)
+	}
+	g = &fakeGroups{}
+	n.crash(with(g))
+	if !g.in(a.manifest) || !g.in(b.manifest) || g.grants[b.manifest] != "granted" {
+		t.Fatalf("after a restart: %v", g.diffs)
+	}
+	for _, i := range slices.Backward([]int{0, 1}) {
+		if err := n.Remove(bg, a.chain(i)); err != nil && i == 1 {
+			t.Fatal(err) // the lower one is b's as well
+		}
+	}
+	check(t, n.Cleanup(bg))
+	if g.in(a.manifest) || !g.in(b.manifest) {
+		t.Errorf("after the removal of one of two: %v", g.diffs)
+	}
+	kept := must(n.KeepImage(bg, a.ref, a.manifest))(t)
+	if !g.in(a.manifest) {
+		t.Error("a kept image is not shared")
+	}
+	check(t, n.ReleaseImage(bg, kept.Manifest))
+	if g.in(a.manifest) {
+		t.Error("a released image is shared")
+	}
+}
