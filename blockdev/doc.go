@@ -27,6 +27,7 @@
 //   - cache: local diffs on a node's disk, filled chunk by chunk
 //   - fusefs: the FUSE mount that shows local diffs as files
 //   - mount: EROFS mounts over those files
+//   - background: work that has only the processor time nobody else wants
 //
 // # Invariants
 //

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/background"
 	"github.com/shoalfs/shoal/blockdev/erofs"
 )
 
@@ -48,6 +49,9 @@ type Options struct {
 	// the tar so that no 512-byte blocks address it; it is kept in the metadata.
 	// Default 64 MiB.
 	MaxInline int64
+	// Background leaves the processors to whoever else wants them (package
+	// background). Put should then do nothing that others wait for.
+	Background bool
 }
 
 func (o Options) withDefaults() Options {
@@ -84,17 +88,26 @@ func Build(ctx context.Context, r io.Reader, put Put, o Options) (*blockdev.Inde
 	}
 	s := &scanner{in: in, out: out, tree: newTree(o), maxInline: o.MaxInline}
 	var diffID blockdev.Digest
+	start := group.Go
+	if o.Background {
+		start = func(f func() error) {
+			group.Go(func() error {
+				background.Goroutine()
+				return f()
+			})
+		}
+	}
 
 	group.Go(func() error { return in.read(r) })
-	group.Go(func() error {
+	start(func() error {
 		var err error
 		diffID, err = in.hash()
 		return err
 	})
 	for range o.Workers {
-		group.Go(out.work)
+		start(out.work)
 	}
-	group.Go(func() error {
+	start(func() error {
 		defer close(out.jobs) // the workers end when they have put what is there
 		if err := s.run(); err != nil {
 			return err

@@ -33,7 +33,7 @@ func Run(ctx context.Context, ix *blockdev.Index, masked io.ReaderAt, piece Piec
 		buildErr error
 	)
 	wg.Go(func() {
-		rebuilt, buildErr = layer.Build(ctx, pr, discard, layer.Options{Workers: 1})
+		rebuilt, buildErr = layer.Build(ctx, pr, discard, layer.Options{Workers: 1, Background: true})
 		if buildErr != nil {
 			// The rest is still to be hashed: whether this is the diff at all is the
 			// first question.

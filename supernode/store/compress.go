@@ -2,13 +2,12 @@ package store
 
 import (
 	"fmt"
-	"runtime"
 	"sync"
 
 	"github.com/klauspost/compress/zstd"
-	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/background"
 )
 
 // compressor makes zstd frames of chunks, on a thread of its own with the lowest
@@ -56,16 +55,11 @@ func newCompressor() (*compressor, error) {
 // work compresses until close. Only this is done at low priority, so that nobody
 // waits for a lock that a thread holds which is not let run.
 func (c *compressor) work() {
-	runtime.LockOSThread() // never unlocked: the runtime ends the thread with the goroutine
-	// Allowed to everybody. Where it is not, the thread competes with others.
-	_ = unix.Setpriority(unix.PRIO_PROCESS, 0, lowestPriority)
+	background.Goroutine()
 	for j := range c.jobs {
 		j.frame <- c.enc.EncodeAll(j.raw, j.buf)
 	}
 }
-
-// lowestPriority is the nice value of what runs only where nobody else wants to.
-const lowestPriority = 19
 
 // compress calls use with what is to be stored for raw: a zstd frame if that is
 // at least 1/16 shorter (less does not pay for decompressing it everywhere),
