@@ -409,6 +409,11 @@ func (m *Manager) Implied(id blockdev.Digest) ([]string, error) {
 	return ix.Implied, nil
 }
 
+// Forward finds chunks of a diff for another node: cache.Cache's Forward.
+func (m *Manager) Forward(diff blockdev.Digest, prio blockdev.Priority, hops int, digests []blockdev.Digest) (*cache.Forward, error) {
+	return m.cache.Forward(diff, prio, hops, digests)
+}
+
 // Counters returns what the local diffs have counted since Open.
 func (m *Manager) Counters() cache.Stats { return m.cache.Stats() }
 

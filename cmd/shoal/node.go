@@ -135,6 +135,11 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 		source.end()
 		err = errors.Join(err, up.Close())
 	}()
+	stopSharing, err := share(c, up, vols, log, metrics)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stopSharing()) }()
 	keychain := credentials.NewDockerConfig(ctx, c.DockerConfig, log)
 	up = explained{up, keychain}
 
@@ -207,9 +212,11 @@ func openUpstream(ctx context.Context, c *config.Node, log *slog.Logger, reg pro
 	if err != nil {
 		return nil, nil, nil, err
 	}
+	window, download := exchange.NewWindow(), exchange.NewPacer(int64(c.MaxDownload))
 	clients := map[peer.ID]uplink.Supernode{}
 	for _, info := range m.supernodes {
 		client, err := exchange.NewClient(m.host, info, exchange.Options{
+			Window: window, Download: download,
 			Log: log, Ready: func(ctx context.Context) error { return m.node.Ready(ctx, info.ID) },
 		})
 		if err != nil {
@@ -224,16 +231,12 @@ func openUpstream(ctx context.Context, c *config.Node, log *slog.Logger, reg pro
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, m.close())
 	}
-	return &remote{up, m.close}, m, c.Supernodes, nil
+	r, err := newRemote(c, m, up, window, download, log, reg)
+	if err != nil {
+		return nil, nil, nil, errors.Join(err, up.Close(), m.close())
+	}
+	return r, m, c.Supernodes, nil
 }
-
-// remote are supernodes on other machines, with the host that reaches them.
-type remote struct {
-	*uplink.Uplink
-	closeHost func() error
-}
-
-func (r *remote) Close() error { return errors.Join(r.Uplink.Close(), r.closeHost()) }
 
 // dataPath is the volumes as the snapshotter sees them.
 type dataPath struct{ *volume.Manager }

@@ -17,6 +17,7 @@ import (
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
 	node "github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/p2p/swarm"
 	"github.com/shoalfs/shoal/snapshotter/mirror"
 	"github.com/shoalfs/shoal/supernode"
 	"github.com/shoalfs/shoal/supernode/members"
@@ -158,9 +159,26 @@ func nodeMetrics(t *testing.T, r prometheus.Registerer) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := n.Close(); err != nil {
-		t.Error(err)
+	defer n.Close()
+	key, err := host.LoadIdentity(t.TempDir() + "/identity")
+	if err != nil {
+		t.Fatal(err)
 	}
+	h, err := host.New(host.Config{Key: key})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	s, err := swarm.New(swarm.Config{Host: h, Groups: n, Supernode: &supernode.Supernode{}, Registerer: r})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	server, err := exchange.NewServer(h, exchange.ServerConfig{Provider: s.Provider(nil), Registerer: r})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
 	r.MustRegister((&nodeDaemon{}).collectors()...)
 	if _, err := mirror.New(mirror.Config{Registerer: r}); err != nil {
 		t.Fatal(err)

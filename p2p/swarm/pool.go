@@ -50,10 +50,7 @@ func newPool(cfg *Config) *pool {
 
 // get returns a client of a peer; give it back with put.
 func (p *pool) get(id string) (*pooled, error) {
-	pid, err := peer.Decode(id)
-	if err != nil {
-		return nil, fmt.Errorf("%q is no peer ID: %w", id, blockdev.ErrCorrupt)
-	}
+	pid := peer.ID(id)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
@@ -65,7 +62,7 @@ func (p *pool) get(id string) (*pooled, error) {
 	}
 	info, ok := p.cfg.Groups.Addrs(pid)
 	if !ok {
-		return nil, fmt.Errorf("it is not known where peer %s listens: %w", id, blockdev.ErrUnavailable)
+		return nil, fmt.Errorf("it is not known where peer %s listens: %w", pid, blockdev.ErrUnavailable)
 	}
 	if len(p.clients) >= p.cfg.MaxPeers && !p.makeRoom() {
 		return nil, fmt.Errorf("%d peers are being asked already: %w", len(p.clients), wire.ErrBusy)

@@ -107,7 +107,7 @@ func (w *world) join(h lphost.Host, zone string) {
 	defer w.mu.Unlock()
 	v := *w.view
 	v.Version++
-	m := route.Member{ID: h.ID().String(), Zone: zone}
+	m := route.Member{ID: string(h.ID()), Zone: zone}
 	if zone == "" {
 		v.Members = append(append([]route.Member(nil), v.Members...), m)
 	} else {

@@ -21,8 +21,8 @@ type Groups interface {
 	// Groups returns the groups of the images here that have this diff, the one
 	// to ask first.
 	Groups(diff blockdev.Digest) []blockdev.Digest
-	// View returns what is known of a group, nil if that is nothing. Nobody
-	// changes a View.
+	// View returns what is known of a group, nil if that is nothing. Its members'
+	// IDs are string(peer.ID), the bytes. Nobody changes a View.
 	View(group blockdev.Digest) *route.View
 	// Addrs returns where a peer listens.
 	Addrs(id peer.ID) (peer.AddrInfo, bool)
@@ -95,7 +95,7 @@ func New(c Config) (*Swarm, error) {
 	}
 	s := &Swarm{
 		cfg: c, log: c.Log,
-		self:   route.Member{ID: c.Host.ID().String(), Zone: c.Zone, Rack: c.Rack},
+		self:   route.Member{ID: string(c.Host.ID()), Zone: c.Zone, Rack: c.Rack},
 		book:   route.NewBook(route.BookOptions{}),
 		began:  time.Now(),
 		groups: make(map[blockdev.Digest]*group),
@@ -173,10 +173,7 @@ func (s *Swarm) report(g *group, a *route.Ask, t route.Target, o route.Outcome, 
 	if o == route.Busy || o == route.Missing || o == route.Slow {
 		return
 	}
-	id, err := peer.Decode(t.ID)
-	if err != nil {
-		return // route took it from a view; it cannot be dialed either
-	}
+	id := peer.ID(t.ID)
 	s.mu.Lock()
 	_, known := s.told[id]
 	if !known {
@@ -190,9 +187,9 @@ func (s *Swarm) report(g *group, a *route.Ask, t route.Target, o route.Outcome, 
 		return
 	}
 	if o == route.Corrupt {
-		s.log.Error("a peer sends wrong bytes or breaks the protocol; it is left out for a while, its chunks come from elsewhere", "peer", t.ID, "cause", cause)
+		s.log.Error("a peer sends wrong bytes or breaks the protocol; it is left out for a while, its chunks come from elsewhere", "peer", id, "cause", cause)
 	} else {
-		s.log.Warn("a peer does not answer; it is left out for a while", "peer", t.ID, "cause", cause)
+		s.log.Warn("a peer does not answer; it is left out for a while", "peer", id, "cause", cause)
 	}
 }
 
@@ -204,11 +201,9 @@ func (s *Swarm) well(t route.Target) {
 	if none {
 		return
 	}
-	if id, err := peer.Decode(t.ID); err == nil {
-		s.mu.Lock()
-		delete(s.told, id)
-		s.mu.Unlock()
-	}
+	s.mu.Lock()
+	delete(s.told, peer.ID(t.ID))
+	s.mu.Unlock()
 }
 
 // maxTold bounds the peers that are remembered as logged.

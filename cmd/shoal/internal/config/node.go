@@ -27,6 +27,7 @@ type Node struct {
 	Zone           string   `toml:"zone" comment:"where this node is: traffic between zones is kept low; may be empty"`
 	Rack           string   `toml:"rack" comment:"where in the zone; may be empty"`
 	MaxUpload      Size     `toml:"max_upload" comment:"bytes a second that this node sends to other nodes; 0: no limit"`
+	MaxDownload    Size     `toml:"max_download" comment:"bytes a second of chunks that this node takes from other nodes and supernodes; 0: no limit"`
 	DockerConfig   string   `toml:"docker_config" comment:"directory of docker's config.json with registry credentials; empty: $DOCKER_CONFIG or ~/.docker"`
 	IndexTimeout   Duration `toml:"index_timeout" comment:"how long a pull waits for an image's indexes before containerd unpacks it in the ordinary way"`
 	ReadTimeout    Duration `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`

@@ -1,0 +1,61 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/p2p/exchange"
+	"github.com/shoalfs/shoal/p2p/swarm"
+	"github.com/shoalfs/shoal/p2p/uplink"
+)
+
+// remote is supernodes on other machines, and before them the nodes of this one's
+// groups.
+type remote struct {
+	*uplink.Uplink
+	membership *membership
+	swarm      *swarm.Swarm
+}
+
+// newRemote puts the swarm before the supernodes.
+func newRemote(c *config.Node, m *membership, up *uplink.Uplink, window *exchange.Window, download *exchange.Pacer, log *slog.Logger, reg prometheus.Registerer) (*remote, error) {
+	s, err := swarm.New(swarm.Config{
+		Host: m.host, Groups: m.node, Supernode: up, Zone: c.Zone, Rack: c.Rack,
+		Window: window, Download: download, Log: log, Registerer: reg,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &remote{up, m, s}, nil
+}
+
+// Fetch implements blockdev.Source.
+func (r *remote) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+	return r.swarm.Fetch(ctx, req, deliver)
+}
+
+func (r *remote) Close() error {
+	return errors.Join(r.swarm.Close(), r.Uplink.Close(), r.membership.close())
+}
+
+// share serves other nodes out of store, if there are any and the config wants it.
+// The result ends that.
+func share(c *config.Node, up upstream, store swarm.Store, log *slog.Logger, reg prometheus.Registerer) (func() error, error) {
+	r, ok := up.(*remote)
+	if !ok || len(c.Listen) == 0 {
+		return func() error { return nil }, nil
+	}
+	server, err := exchange.NewServer(r.membership.host, exchange.ServerConfig{
+		Provider: r.swarm.Provider(store), Limits: swarm.NodeLimits(),
+		Upload: exchange.NewPacer(int64(c.MaxUpload)), Log: log, Registerer: reg,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return server.Close, nil
+}
