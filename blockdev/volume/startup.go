@@ -162,8 +162,9 @@ func (m *Manager) record(vols []*volume) {
 	if len(diffs) == 0 {
 		return
 	}
+	// From here on, not from whenever the task is let run: the first reads count.
+	r := cache.Record(diffs...)
 	m.startups.run(func() {
-		r := cache.Record(diffs...)
 		began := time.Now()
 		tick := time.NewTicker(recordUntilQuiet / 5)
 		defer tick.Stop()

@@ -93,7 +93,8 @@ func TestZones(t *testing.T) {
 		w.read(b, i)
 	}
 	got := b.metric(t, "shoal_node_received_bytes_total", otherZone) + b.metric(t, "shoal_node_received_bytes_total", "supernode")
-	if got != float64(len(w.data)) || b.metric(t, "shoal_node_received_bytes_total", otherZone) == 0 {
+	// A read that peers are slow to answer goes to the supernode as well.
+	if got < float64(len(w.data)) || got > 1.5*float64(len(w.data)) || b.metric(t, "shoal_node_received_bytes_total", otherZone) == 0 {
 		t.Errorf("%v bytes came from the other zone and the supernode, %v of these from the zone", got, b.metric(t, "shoal_node_received_bytes_total", otherZone))
 	}
 }
