@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -295,4 +296,80 @@ func cutOff(err error) bool {
 		}
 	}
 	return false
+}
+
+// previousBuild builds the program as it was before the last change to it, or at
+// the last tag.
+func previousBuild(t *testing.T, l *lab.Lab) string {
+	t.Helper()
+	git := func(args ...string) (string, error) {
+		out, err := exec.CommandContext(t.Context(), "git", args...).Output()
+		return strings.TrimSpace(string(out)), err
+	}
+	top, err := git("rev-parse", "--show-toplevel")
+	if err != nil {
+		t.Skip("not a git checkout: there is no previous version to build")
+	}
+	rev, err := git("describe", "--tags", "--abbrev=0", "HEAD^")
+	if err != nil {
+		rev, err = git("-C", top, "rev-list", "-n", "1", "--skip=1", "HEAD", "--", "cmd", "blockdev", "snapshotter", "supernode", "p2p")
+	}
+	if err != nil || rev == "" {
+		t.Skip("the history is cut off before the previous version: fetch all of it")
+	}
+	tree, program := l.Path("previous"), l.Path("shoal-"+rev)
+	if out, err := exec.CommandContext(t.Context(), "git", "-C", top, "worktree", "add", "--detach", tree, rev).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	l.OnClose(func() error {
+		return exec.Command("git", "-C", top, "worktree", "remove", "--force", tree).Run()
+	})
+	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags", "-s -w -X main.version="+rev, "-o", program, "./cmd/shoal")
+	build.Dir = tree
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build %s: %v: %s", rev, err, out)
+	}
+	return program
+}
+
+// TestPreviousVersion upgrades from the previous version, on its data and with its
+// mounts, and goes back, while programs read.
+func TestPreviousVersion(t *testing.T) {
+	s := newKeptSite(t, 0)
+	ctx := t.Context()
+	programs := []string{previousBuild(t, s.Lab), must(filepath.Abs(filepath.Join(s.Bin, "shoal")))(t)}
+	upgrade := func(program string) {
+		t.Helper()
+		if err := s.node.Install(program); err != nil {
+			t.Fatal(err)
+		}
+		if !must(s.node.Upgrade(ctx))(t) {
+			t.Fatalf("%s did not take over", program)
+		}
+	}
+	upgrade(programs[0])
+	_, files := s.pullFiles(t, "app", 1, 16, 300_000)
+	readers := lab.StartReaders(2, files)
+	for i := range 4 {
+		program := programs[(i+1)%2]
+		upgrade(program)
+		version := must(s.Run(ctx, program, "version"))(t)
+		if st := must(s.node.Status(ctx))(t); len(st.Images) != 1 || !strings.Contains(version, st.Version) {
+			t.Errorf("after the upgrade to %s: version %s, %d images", version, st.Version, len(st.Images))
+		}
+		before := readers.Reads()
+		err := lab.WaitFor(ctx, "reads after an upgrade", 30*time.Second, func() error {
+			if n := readers.Reads() - before; n < 10 {
+				return fmt.Errorf("%d reads", n)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, err := range readers.Stop() {
+		t.Error(err)
+	}
 }

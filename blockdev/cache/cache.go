@@ -3,17 +3,14 @@ package cache
 import (
 	"bytes"
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
@@ -48,6 +45,9 @@ type Cache struct {
 	recent     recent
 	serial     atomic.Uint64 // makes names in tmp unique
 
+	started int64         // makes names in tmp unlike those of earlier processes
+	opened  chan struct{} // closed when all diffs are open that were found
+
 	// life ends with Close.
 	life context.Context
 	end  context.CancelFunc
@@ -59,15 +59,17 @@ type Cache struct {
 	mu     sync.Mutex
 	closed bool
 	diffs  map[blockdev.Digest]*Diff
+	found  map[blockdev.Digest]*found        // not opened yet
 	busy   map[blockdev.Digest]chan struct{} // being added or removed; closed when that is over
 
 	evicting    *eviction // under way
 	evictedNone time.Time // when MakeRoom found nothing last
 }
 
-// Open opens the cache in cfg.Root, or makes it. Diffs whose index is damaged are
-// dropped with a log line; so is what a crash left unfinished. It fails if
-// another process has the cache open.
+// Open opens the cache in cfg.Root, or makes it. It does not wait for the diffs to
+// be read: each is opened when it is asked for, all of them in the background.
+// Those whose index is damaged are dropped with a log line; so is what a crash
+// left unfinished. It fails if another process has the cache open.
 func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
@@ -93,7 +95,9 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 		window: make(chan struct{}, cfg.PrefetchRequests),
 		kicked: make(chan struct{}, 1),
 		diffs:  make(map[blockdev.Digest]*Diff),
-		busy:   make(map[blockdev.Digest]chan struct{}),
+		found:  make(map[blockdev.Digest]*found),
+		opened: make(chan struct{}), started: time.Now().UnixNano(),
+		busy: make(map[blockdev.Digest]chan struct{}),
 	}
 	c.publish()
 	if c.unclean, err = markOpen(filepath.Join(cfg.Root, openFile), c.boot); err != nil {
@@ -107,15 +111,13 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("cache: %w", err), lock.Close())
 	}
-	if err := c.findDiffs(ctx); err != nil {
-		for _, d := range c.diffs {
-			err = errors.Join(err, d.closeFiles())
-		}
+	left, err := c.find(ctx)
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("cache %s: %w", cfg.Root, err), lock.Close())
 	}
 	c.life, c.end = context.WithCancel(context.Background())
-	c.wg.Add(1)
-	go c.syncer()
+	c.wg.Go(c.syncer)
+	c.wg.Go(func() { c.openFound(left) })
 	return c, nil
 }
 
@@ -170,64 +172,6 @@ func takeLock(path string) (*os.File, error) {
 	return f, nil
 }
 
-func (c *Cache) findDiffs(ctx context.Context) error {
-	tmp := filepath.Join(c.cfg.Root, tmpDir)
-	left, err := os.ReadDir(tmp)
-	if err != nil {
-		return err
-	}
-	for _, e := range left {
-		if err := os.RemoveAll(filepath.Join(tmp, e.Name())); err != nil {
-			return err
-		}
-	}
-	dirs, err := os.ReadDir(filepath.Join(c.cfg.Root, diffsDir))
-	if err != nil {
-		return err
-	}
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(runtime.GOMAXPROCS(0))
-	for _, e := range dirs {
-		g.Go(func() error {
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
-			return c.findDiff(e.Name())
-		})
-	}
-	err = g.Wait()
-	c.publish()
-	return err
-}
-
-// findDiff opens one directory of diffs. A diff that cannot be opened for other
-// reasons than damage is left where it is, for the next Open or Add.
-func (c *Cache) findDiff(name string) error {
-	dir := filepath.Join(c.cfg.Root, diffsDir, name)
-	var id blockdev.Digest
-	if n, err := hex.Decode(id[:], []byte(name)); len(name) != hex.EncodedLen(len(id)) || n != len(id) || err != nil || id.Hex() != name {
-		c.cfg.Log.Warn("not a diff, left alone", "path", dir)
-		return nil
-	}
-	d, err := c.openDiff(dir, id)
-	switch {
-	case errors.Is(err, blockdev.ErrCorrupt):
-		c.cfg.Log.Error("a diff is damaged and is dropped; it will be fetched again when it is added", "diff", id, "dir", dir, "cause", err)
-		trash, err := c.discard(dir)
-		if err != nil {
-			return err
-		}
-		return os.RemoveAll(trash)
-	case err != nil:
-		c.cfg.Log.Error("cannot open a diff; it is not used", "diff", id, "dir", dir, "cause", err)
-		return nil
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.diffs[id] = d
-	return nil
-}
-
 // publish makes list anew; mu is held, or nobody else knows of c.
 func (c *Cache) publish() {
 	list := make([]*Diff, 0, len(c.diffs))
@@ -243,18 +187,39 @@ func (c *Cache) ExpectDemand() { c.gate.expect() }
 
 // Get returns the diff, if the cache has it.
 func (c *Cache) Get(id blockdev.Digest) (*Diff, bool) {
+	c.openNow(id)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	d, ok := c.diffs[id]
 	return d, ok
 }
 
-// Diffs returns all diffs, in no order.
-func (c *Cache) Diffs() []*Diff { return append([]*Diff(nil), *c.list.Load()...) }
+// Known returns the diffs that the cache has, as far as it knows before all of them
+// are open, in no order.
+func (c *Cache) Known() []blockdev.Digest {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	ids := make([]blockdev.Digest, 0, len(c.diffs)+len(c.found))
+	for id := range c.diffs {
+		ids = append(ids, id)
+	}
+	for id := range c.found {
+		ids = append(ids, id)
+	}
+	return ids
+}
+
+// Diffs returns all diffs, in no order. It waits until those are open that Open
+// has found, or the cache is closed.
+func (c *Cache) Diffs() []*Diff {
+	<-c.opened
+	return append([]*Diff(nil), *c.list.Load()...)
+}
 
 // reserve waits until nobody adds or removes id, and keeps others from it until
 // the returned function is called. Returns the diff if there is one.
 func (c *Cache) reserve(ctx context.Context, id blockdev.Digest) (*Diff, func(), error) {
+	c.openNow(id)
 	for {
 		c.mu.Lock()
 		if c.closed {
@@ -372,7 +337,7 @@ func (c *Cache) create(ctx context.Context, enc []byte, ix *blockdev.Index, tab 
 }
 
 func (c *Cache) tmpName() string {
-	return filepath.Join(c.cfg.Root, tmpDir, fmt.Sprint(c.serial.Add(1)))
+	return filepath.Join(c.cfg.Root, tmpDir, fmt.Sprintf("%x-%d", c.started, c.serial.Add(1)))
 }
 
 // discard takes a diff's directory away in one step and returns where to; what

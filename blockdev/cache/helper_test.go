@@ -107,6 +107,7 @@ func (r *rig) open() {
 	if err != nil {
 		r.t.Fatal(err)
 	}
+	c.Diffs() // all are open, and in the log is what there is to say
 	r.Cache = c
 }
 

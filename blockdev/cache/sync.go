@@ -121,7 +121,6 @@ func control(f *os.File, fn func(fd int) error) error {
 // syncer syncs diffs in the background, one at a time: those with much unsynced
 // when kicked, all of them at every interval.
 func (c *Cache) syncer() {
-	defer c.wg.Done()
 	t := time.NewTicker(c.cfg.SyncInterval)
 	defer t.Stop()
 	for {

@@ -68,22 +68,30 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 			err = errors.Join(err, m.Close())
 		}
 	}()
-	for _, d := range c.Diffs() {
-		if _, err := m.adopt(d); err != nil {
-			return nil, err
-		}
-	}
 	left, err := m.left()
 	if err != nil {
 		return nil, err
 	}
 	conn := m.adoptConnection(left)
+	if conn != nil {
+		// Somebody waits for it. The rest takes its time.
+		if err := m.serve(ctx, conn); err != nil {
+			return nil, err
+		}
+	}
+	for _, d := range c.Diffs() {
+		if _, err := m.adopt(d); err != nil {
+			return nil, err
+		}
+	}
 	again, err := m.takeOver(left, conn != nil)
 	if err != nil {
 		return nil, err
 	}
-	if err := m.serve(ctx, conn); err != nil {
-		return nil, err
+	if conn == nil {
+		if err := m.serve(ctx, nil); err != nil {
+			return nil, err
+		}
 	}
 	for _, v := range again {
 		// One that cannot be mounted now is reported, and tried again when it is
@@ -357,25 +365,22 @@ func (m *Manager) UnmountAll(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// files shows the cache's diffs to FUSE.
+// files shows the cache's diffs to FUSE. It is asked before there is a volume for
+// each of them, and then opens what it is asked for.
 type files struct{ m *Manager }
 
 func (f files) Open(id blockdev.Digest) (fusefs.File, bool) {
 	f.m.mu.RLock()
-	defer f.m.mu.RUnlock()
 	v, ok := f.m.vols[id]
+	f.m.mu.RUnlock()
+	if ok {
+		return v.diff, true
+	}
+	d, ok := f.m.cache.Get(id)
 	if !ok {
 		return nil, false
 	}
-	return v.diff, true
+	return d, true
 }
 
-func (f files) List() []blockdev.Digest {
-	f.m.mu.RLock()
-	defer f.m.mu.RUnlock()
-	ids := make([]blockdev.Digest, 0, len(f.m.vols))
-	for id := range f.m.vols {
-		ids = append(ids, id)
-	}
-	return ids
-}
+func (f files) List() []blockdev.Digest { return f.m.cache.Known() }

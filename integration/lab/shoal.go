@@ -256,7 +256,8 @@ func (l *Lab) RestartSupernode(ctx context.Context, s *Supernode) (*Supernode, e
 
 // NodeStatus is what `shoal status --output json` prints.
 type NodeStatus struct {
-	Images []struct {
+	Version string
+	Images  []struct {
 		Ref    string
 		Layers []struct {
 			DiffID string `json:"diff_id"`
