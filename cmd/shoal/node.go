@@ -171,6 +171,9 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	if err != nil {
 		return errors.Join(err, ln.Close())
 	}
+	if err := store.DropRest(); err != nil {
+		log.Error("what another version has kept cannot be dropped", "error", err)
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return server.Serve(ln) })
 	g.Go(func() error {

@@ -131,6 +131,21 @@ func (s *Store) Drop(name string) error {
 	return s.barrier()
 }
 
+// DropRest drops what was kept when this process started and nobody has taken. It
+// belongs to a version that keeps more than this one; a socket of which there is
+// a copy that nobody answers would make its callers wait for ever.
+func (s *Store) DropRest() error {
+	s.mu.Lock()
+	rest := s.files
+	s.files = make(map[string]*os.File)
+	s.mu.Unlock()
+	var errs []error
+	for name, f := range rest {
+		errs = append(errs, f.Close(), s.Drop(name))
+	}
+	return errors.Join(errs...)
+}
+
 // send sends one message, with descriptors.
 func (s *Store) send(state string, fds ...int) error {
 	// net.UnixConn sends no descriptors on a connected datagram socket.

@@ -85,8 +85,13 @@ func runDaemon(dir string) error {
 	if _, err := next.WriteString(strconv.Itoa(number)); err != nil {
 		return err
 	}
-	if err := store.Keep("number", next); err != nil {
+	if err := store.DropRest(); err != nil {
 		return err
+	}
+	for _, name := range []string{"number", fmt.Sprint("unknown to the next one, ", number)} {
+		if err := store.Keep(name, next); err != nil {
+			return err
+		}
 	}
 	if never {
 		select {}
