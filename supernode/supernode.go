@@ -27,8 +27,9 @@ type Config struct {
 	// Dir is the data directory; it is made if its parent is there. One process
 	// at a time uses it.
 	Dir string
-	// Quota bounds chunks, indexes and layers that are being fetched together, in
-	// bytes on disk; 0: what the file system has. A fifth of it is for the latter.
+	// Quota bounds chunks, indexes, manifests and layers that are being fetched
+	// together, in bytes on disk; 0: what the file system has. A fifth of it is for
+	// the latter, and up to 256 MiB, or a 32nd of it, for manifests.
 	Quota int64
 	// HostDirs are containerd's certs.d directories (hosts.toml).
 	HostDirs []string
@@ -88,9 +89,14 @@ func (c *Config) setDefaults() error {
 	return nil
 }
 
-// spoolShare is the part of the quota, one in so many, that is for layers while
-// they come.
-const spoolShare = 5
+// spoolShare and manifestShare are the parts of the quota, one in so many, that
+// are for layers while they come, and for manifests and configs, of which
+// maxManifests is enough in any case.
+const (
+	spoolShare    = 5
+	manifestShare = 32
+	maxManifests  = 256 << 20 // bytes
+)
 
 // Supernode is a running supernode. It is safe for concurrent use. It implements
 // exchange.Chunks, exchange.Images and exchange.Profiles for a server, and
@@ -161,7 +167,12 @@ func (s *Supernode) start(cfg Config) error {
 		return err
 	}
 	s.onClose(s.decoder.close)
-	if s.store, err = store.Open(store.Config{Dir: filepath.Join(cfg.Dir, "store"), Quota: cfg.Quota - cfg.Quota/spoolShare, Log: cfg.Log}); err != nil {
+	manifests := int64(maxManifests)
+	if cfg.Quota > 0 {
+		manifests = max(1, min(manifests, cfg.Quota/manifestShare))
+	}
+	quota := max(0, cfg.Quota-cfg.Quota/spoolShare-manifests)
+	if s.store, err = store.Open(store.Config{Dir: filepath.Join(cfg.Dir, "store"), Quota: quota, Log: cfg.Log}); err != nil {
 		return fmt.Errorf("supernode: %w", err)
 	}
 	s.onClose(s.store.Close)
@@ -170,7 +181,8 @@ func (s *Supernode) start(cfg Config) error {
 	}
 	s.onClose(func() error { s.metrics.unregister(); return nil })
 	rc := cfg.Registry
-	rc.HostDirs, rc.CacheDir, rc.Log, rc.Received = cfg.HostDirs, filepath.Join(cfg.Dir, "manifests"), cfg.Log, s.metrics.received
+	rc.HostDirs, rc.CacheDir, rc.CacheBytes = cfg.HostDirs, filepath.Join(cfg.Dir, "manifests"), manifests
+	rc.Log, rc.Received = cfg.Log, s.metrics.received
 	if s.reg, err = registry.New(rc); err != nil {
 		return err
 	}

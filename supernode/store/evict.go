@@ -10,12 +10,8 @@ import (
 
 // reserve takes n bytes of the quota, and evicts to get them.
 func (s *Store) reserve(ctx context.Context, n int64) error {
-	free, err := s.freeSpace()
-	if err != nil {
+	if err := s.fitQuota(); err != nil {
 		return err
-	}
-	if free < n {
-		return fmt.Errorf("store: %w: the disk of %s has %d MiB left for it", blockdev.ErrNoSpace, s.cfg.Dir, max(0, free)>>20)
 	}
 	if s.tryReserve(n) {
 		return nil
@@ -26,7 +22,13 @@ func (s *Store) reserve(ctx context.Context, n int64) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	for !s.tryReserve(n) {
+	for {
+		if err := s.fitQuota(); err != nil {
+			return err
+		}
+		if s.tryReserve(n) {
+			return nil
+		}
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -38,12 +40,31 @@ func (s *Store) reserve(ctx context.Context, n int64) error {
 			return s.errQuota()
 		}
 	}
+}
+
+// fitQuota makes the quota what the user allows, or what the disk has if that is
+// less now: others fill it, and free it again.
+func (s *Store) fitQuota() error {
+	free, err := s.freeSpace()
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.quota = max(0, s.used+free)
+	if s.cfg.Quota > 0 {
+		s.quota = min(s.quota, s.cfg.Quota)
+	}
 	return nil
 }
 
 func (s *Store) errQuota() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.cfg.Quota <= 0 || s.quota < s.cfg.Quota {
+		return fmt.Errorf("store: %w: the disk of %s has %d MiB left for it, and what the store has is in use (%d diffs pinned, %d ingests running); make room on it",
+			blockdev.ErrNoSpace, s.cfg.Dir, max(0, s.quota-s.used)>>20, len(s.pins), len(s.sessions))
+	}
 	return fmt.Errorf("store: %w: the quota of %d MiB is taken by images in use (%d diffs pinned, %d ingests running); raise %s",
 		blockdev.ErrNoSpace, s.quota>>20, len(s.pins), len(s.sessions), s.cfg.QuotaKey)
 }

@@ -47,16 +47,11 @@ func (s *Store) load() error {
 	if err := s.collectOrphans(); err != nil {
 		return err
 	}
-	free, err := s.freeSpace()
-	if err != nil {
+	if err := s.fitQuota(); err != nil {
 		return err
 	}
-	s.quota = s.cfg.Quota
-	if room := max(0, s.used+free); s.quota <= 0 || s.quota > room {
-		if s.quota > 0 {
-			s.cfg.Log.Warn("the quota is larger than the disk; using what the disk has", "key", s.cfg.QuotaKey, "quota", s.quota, "disk", room)
-		}
-		s.quota = room
+	if s.quota < s.cfg.Quota {
+		s.cfg.Log.Warn("the quota is larger than the disk; using what the disk has", "key", s.cfg.QuotaKey, "quota", s.cfg.Quota, "disk", s.quota)
 	}
 	return s.shrink()
 }

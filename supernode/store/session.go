@@ -265,7 +265,10 @@ func (in *Ingest) reserve(ctx context.Context, n int64) error {
 	}
 	// Several Puts may get here at once and take a step each; Publish gives
 	// back what is too much.
-	take := max(need, min(reserveStep, in.s.quota/64))
+	in.s.mu.Lock()
+	step := min(reserveStep, in.s.quota/64)
+	in.s.mu.Unlock()
+	take := max(need, step)
 	if err := in.s.reserve(ctx, take); err != nil {
 		return err
 	}
