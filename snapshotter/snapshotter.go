@@ -39,6 +39,7 @@ type Snapshotter struct {
 
 	// recovering is held by who fetches lost indexes.
 	recovering chan struct{}
+	rewarmings map[string]*rewarming // under mu; by image
 
 	mu         sync.Mutex
 	unlabelled string              // last ChainID asked for without an image's name
@@ -58,7 +59,7 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
-	s := &Snapshotter{cfg: cfg, log: cfg.Log, idmapping: make(map[string]struct{}), recovering: make(chan struct{}, 1)}
+	s := &Snapshotter{cfg: cfg, log: cfg.Log, idmapping: make(map[string]struct{}), recovering: make(chan struct{}, 1), rewarmings: make(map[string]*rewarming)}
 	s.idmapDone = sync.NewCond(&s.mu)
 	for _, dir := range []string{"", "s", "scratch", "l"} {
 		if err := os.MkdirAll(filepath.Join(cfg.Root, dir), 0o700); err != nil {
@@ -98,7 +99,9 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 // stays mounted. A second call does nothing.
 func (s *Snapshotter) Close() error {
 	s.closed.Do(func() {
-		s.cancel()
+		s.mu.Lock()
+		s.cancel() // nobody adds to bg from here on
+		s.mu.Unlock()
 		s.pulls.close()
 		s.bg.Wait()
 		s.closeErr = errors.Join(s.ms.Close(), s.records.close())

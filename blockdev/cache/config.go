@@ -29,8 +29,9 @@ type Config struct {
 	// reports whether there were any. It must not wait for an Add or a Prefetch.
 	MakeRoom func(ctx context.Context) (freed bool)
 
-	// Timeout bounds a demand read, retries included, and the time that a request to
-	// Source may go without delivering anything. Default 30 s.
+	// Timeout bounds a demand read, retries included. A request to Source may go
+	// for three quarters of it without delivering anything, so that who gives up
+	// can say why. Default 30 s.
 	Timeout time.Duration
 	// ReadAhead is how many bytes of missing chunks behind a demand read are
 	// asked for in the same request. Default 256 KiB; negative: none.

@@ -73,8 +73,8 @@ func TestSourceFaults(t *testing.T) {
 					t.Errorf("the error does not name %s: %v", part, err)
 				}
 			}
-			if r.log.count("a read has failed") != 1 || r.Stats().Failed != 1 {
-				t.Errorf("log:\n%s", r.log.b.String())
+			if r.Stats().Failed != 1 {
+				t.Errorf("%d failed reads counted", r.Stats().Failed)
 			}
 			if err := r.d.Prefetch(t.Context()); !errors.Is(err, fault.want) {
 				t.Errorf("prefetch: %v, want %v", err, fault.want)

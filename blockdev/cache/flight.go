@@ -278,7 +278,7 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 	for i, f := range flights {
 		chunks[i] = d.tab.chunk(f.chunk)
 	}
-	timeout := d.c.cfg.Timeout
+	timeout := d.c.cfg.Timeout * 3 / 4
 	idle := time.AfterFunc(timeout, func() {
 		cancel(fmt.Errorf("the source has delivered nothing for %v: %w", timeout, blockdev.ErrUnavailable))
 	})

@@ -108,9 +108,9 @@ func (d *Diff) readMissing(parent context.Context, p []byte, off int64) (n int, 
 		}
 		if err := d.readPart(ctx, part, off+int64(n)); err != nil {
 			err = d.readError(off, len(p), err)
-			if parent.Err() == nil && !errors.Is(err, ErrRemoved) && !errors.Is(err, ErrClosed) {
+			// A caller's deadline is a failure, too; a caller that has gone is none.
+			if !errors.Is(parent.Err(), context.Canceled) && !errors.Is(err, ErrRemoved) && !errors.Is(err, ErrClosed) {
 				d.c.stats.failed.Add(1)
-				d.c.cfg.Log.Error("a read has failed", "error", err)
 			}
 			return n, err
 		}
@@ -256,7 +256,7 @@ func (d *Diff) leave(waits []wait) {
 // lateErr says why a read ended before it had its bytes.
 func (d *Diff) lateErr(ctx context.Context, f *flight) error {
 	cause := context.Cause(ctx)
-	if !errors.Is(cause, errTimeout) {
+	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return cause
 	}
 	last := blockdev.ErrUnavailable
@@ -266,6 +266,9 @@ func (d *Diff) lateErr(ctx context.Context, f *flight) error {
 			last = f.group.lastErr
 		}
 		d.mu.Unlock()
+	}
+	if !errors.Is(cause, errTimeout) {
+		return fmt.Errorf("%w: %w", cause, last) // the caller's deadline came first
 	}
 	return fmt.Errorf("gave up after %v: %w", d.c.cfg.Timeout, last)
 }

@@ -246,3 +246,43 @@ func TestDiskFilledByOthers(t *testing.T) {
 		t.Errorf("the end of it was logged %d times", n)
 	}
 }
+
+// TestOffer: a chunk that comes by is kept if it is right and missing, and whoever
+// waits for it has it.
+func TestOffer(t *testing.T) {
+	r := newRig(t, 2<<20, nil)
+	asked, hold := make(chan struct{}, 1), make(chan struct{})
+	r.source(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+		select {
+		case asked <- struct{}{}:
+		default:
+		}
+		<-hold
+		return r.mem.Fetch(ctx, req, deliver)
+	})
+	defer close(hold)
+	c := r.ix.Chunks[3]
+	data := r.data[c.Offset:][:c.Length]
+	done := make(chan error)
+	go func() {
+		p := make([]byte, c.Length)
+		_, err := r.d.ReadAt(context.Background(), p, c.Offset)
+		if err == nil && !bytes.Equal(p, data) {
+			err = errors.New("wrong bytes")
+		}
+		done <- err
+	}()
+	<-asked
+	r.d.Offer(c.Digest, make([]byte, c.Length))
+	r.d.Offer(blockdev.Sum([]byte("no chunk of this diff")), data)
+	if n := r.present(); n != 0 || r.Stats().CorruptChunks != 1 {
+		t.Errorf("%d chunks present, %+v", n, r.Stats())
+	}
+	r.d.Offer(c.Digest, data)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if n := r.present(); n != 1 {
+		t.Errorf("%d chunks present", n)
+	}
+}

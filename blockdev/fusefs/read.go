@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -184,17 +185,47 @@ func (s *Server) fail(unique uint64, errno unix.Errno) {
 	s.write(b[:])
 }
 
-// failRead answers a read with EIO and says why in the log, at most once a
-// second: a source that is down fails very many.
+// failRead answers a read with EIO and says why in the log.
 func (s *Server) failRead(id blockdev.Digest, r readIn, err error) {
 	s.fail(r.unique, unix.EIO)
-	now := time.Now().Unix()
-	if last := s.lastLog.Load(); last == now || !s.lastLog.CompareAndSwap(last, now) {
-		s.unlogged.Add(1)
+	others, ok := s.failures.next(time.Now())
+	if !ok {
 		return
 	}
-	s.opts.Log.Error("read failed, the process gets EIO", "diff", id, "offset", r.off, "bytes", r.size, "error", err,
-		"others", s.unlogged.Swap(0))
+	attrs := append(s.opts.Describe(id), "diff", id, "offset", r.off, "bytes", r.size, "error", err)
+	if others > 0 {
+		attrs = append(attrs, "others", others)
+	}
+	s.opts.Log.Error("read failed, the process gets EIO", attrs...)
+}
+
+// failureLog bounds the lines about failed reads: a source that is down fails
+// very many.
+type failureLog struct {
+	mu     sync.Mutex
+	second int64 // Unix time
+	lines  int   // in that second
+	others int   // failed reads without a line since the last one
+}
+
+// maxFailureLines is how many lines there are in a second.
+const maxFailureLines = 16
+
+// next says whether there is to be a line, and for how many reads before it there
+// was none.
+func (l *failureLog) next(now time.Time) (others int, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if s := now.Unix(); s != l.second {
+		l.second, l.lines = s, 0
+	}
+	if l.lines == maxFailureLines {
+		l.others++
+		return 0, false
+	}
+	l.lines++
+	others, l.others = l.others, 0
+	return others, true
 }
 
 // write sends one answer, as it must be, in one go.

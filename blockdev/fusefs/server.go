@@ -33,6 +33,9 @@ type Options struct {
 	// ReadTimeout is how long a read waits for missing bytes, queueing included,
 	// before it is answered with EIO. Default: 1 minute.
 	ReadTimeout time.Duration
+	// Describe returns what an operator calls a diff, as attributes of log lines:
+	// its image and layer. Default: none.
+	Describe func(blockdev.Digest) []any
 	// Init is what Server.Init returned on a connection that another server has
 	// answered before. Empty: the kernel will send FUSE_INIT.
 	Init []byte
@@ -49,6 +52,9 @@ func (o *Options) setDefaults() {
 		o.SlowBytes = 32 << 20
 	}
 	o.SlowBytes = max(o.SlowBytes, MaxRead)
+	if o.Describe == nil {
+		o.Describe = func(blockdev.Digest) []any { return nil }
+	}
 	if o.ReadTimeout <= 0 {
 		o.ReadTimeout = time.Minute
 	}
@@ -63,8 +69,7 @@ type Server struct {
 	slow  *slowReads
 
 	buffers  buffers
-	lastLog  atomic.Int64 // second in which a failed read was logged last
-	unlogged atomic.Int64 // failed reads since
+	failures failureLog
 
 	// protocol is held for writing while INIT sets what ps has negotiated.
 	protocol sync.RWMutex
@@ -95,7 +100,7 @@ func New(fd *os.File, files Files, o Options) (*Server, error) {
 		nodes:  &nodes{files: files, ids: make(map[uint64]blockdev.Digest)},
 		agreed: make(chan struct{}),
 	}
-	s.slow = &slowReads{s: s, most: o.SlowBytes}
+	s.slow = &slowReads{s: s, most: o.SlowBytes, began: make(map[uint64]time.Time)}
 	if err := unix.SetNonblock(s.fd, true); err != nil {
 		return nil, fmt.Errorf("make the FUSE descriptor non-blocking: %w", err)
 	}

@@ -33,7 +33,8 @@ type slowReads struct {
 	stopped bool
 	used    int64
 	line    []slowRead
-	head    int // line[:head] is done
+	head    int                  // line[:head] is done
+	began   map[uint64]time.Time // of all that are waiting, by the request's number
 }
 
 var (
@@ -53,9 +54,30 @@ func (q *slowReads) add(ctx context.Context, r slowRead) error {
 		return errLineFull
 	}
 	q.line = append(q.line, r)
+	q.began[r.unique] = time.Now()
 	q.next(ctx)
 	return nil
 }
+
+// waiting counts the reads that have waited for at least each of ages.
+func (q *slowReads) waiting(ages []time.Duration) []int {
+	now := time.Now()
+	n := make([]int, len(ages))
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, t := range q.began {
+		for i, age := range ages {
+			if now.Sub(t) >= age {
+				n[i]++
+			}
+		}
+	}
+	return n
+}
+
+// Waiting returns, for each of ages, how many reads wait for missing bytes and have
+// done so for at least that long.
+func (s *Server) Waiting(ages ...time.Duration) []int { return s.slow.waiting(ages) }
 
 // next starts those for which there is room. The caller holds the lock.
 func (q *slowReads) next(ctx context.Context) {
@@ -79,6 +101,7 @@ func (q *slowReads) next(ctx context.Context) {
 			q.mu.Lock()
 			defer q.mu.Unlock()
 			q.used -= int64(r.n)
+			delete(q.began, r.unique)
 			q.next(ctx)
 		})
 	}

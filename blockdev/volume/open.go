@@ -222,7 +222,7 @@ func (m *Manager) serve(ctx context.Context, conn *connection) (err error) {
 		conn = &connection{fd: fd}
 	}
 	m.fuse = conn.fd
-	m.server, err = fusefs.New(conn.fd, files{m}, fusefs.Options{Log: m.cfg.Log, ReadTimeout: m.cfg.ReadTimeout, Init: conn.init})
+	m.server, err = fusefs.New(conn.fd, files{m}, fusefs.Options{Log: m.cfg.Log, ReadTimeout: m.cfg.ReadTimeout, Describe: m.cfg.Describe, Init: conn.init})
 	if err != nil {
 		return err
 	}

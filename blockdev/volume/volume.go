@@ -35,6 +35,9 @@ type Config struct {
 	// ReadTimeout bounds how long a process may wait for missing bytes, before it
 	// gets EIO. Default: that of package fusefs.
 	ReadTimeout time.Duration
+	// Describe returns what an operator calls a diff, as attributes of log lines;
+	// nil: there is no other name.
+	Describe func(blockdev.Digest) []any
 	// PrefetchDiffs is how many diffs are prefetched at a time. Default 2.
 	PrefetchDiffs int
 	// ScrubInterval is how often everything that is here is read and checked, slowly.
@@ -416,6 +419,18 @@ func (m *Manager) Forward(diff blockdev.Digest, prio blockdev.Priority, hops int
 
 // Counters returns what the local diffs have counted since Open.
 func (m *Manager) Counters() cache.Stats { return m.cache.Stats() }
+
+// Waiting returns, for each of ages, how many reads wait for missing bytes and have
+// done so for at least that long.
+func (m *Manager) Waiting(ages ...time.Duration) []int { return m.server.Waiting(ages...) }
+
+// Offer takes a chunk of a diff that nobody has asked for but that has come by, if
+// it is missing and there is room for it.
+func (m *Manager) Offer(id, chunk blockdev.Digest, data []byte) {
+	if d, ok := m.cache.Get(id); ok {
+		d.Offer(chunk, data)
+	}
+}
 
 // Stats returns all diffs, in no order.
 func (m *Manager) Stats() []Stat {

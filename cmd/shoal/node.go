@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -97,6 +96,7 @@ func (e explained) Document(ctx context.Context, req blockdev.DocumentRequest) (
 // their reads, and stops serving it last.
 func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err error) {
 	log := newLogger(c.Log)
+	daemon.LimitMemory(log)
 	if !store.Kept() {
 		log.Warn("nobody keeps this process' descriptors: when it ends, containers on lazily mounted images get I/O errors; start it as `shoal keep -- shoal node`, or by the systemd unit that comes with shoal")
 	}
@@ -104,9 +104,9 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 		return fmt.Errorf("root: %w", err)
 	}
 	source := newLateSource()
-	var late lateSnapshotter
+	var late parts
 	vols, err := volume.Open(ctx, volume.Config{
-		Root: c.Root, Source: source, Profiles: source, Log: log, Keep: store,
+		Root: c.Root, Source: source, Profiles: source, Log: log, Keep: store, Describe: late.describe,
 		ReadTimeout: time.Duration(c.ReadTimeout), ScrubInterval: scrubInterval(c),
 		Cache: cache.Config{
 			Timeout: time.Duration(c.ReadTimeout),
@@ -117,6 +117,7 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 		return err
 	}
 	defer func() { err = errors.Join(err, vols.Close()) }()
+	late.vols.Store(vols)
 
 	metrics := daemon.NewMetrics(version, "node")
 	stopTracing, err := daemon.Trace(ctx, "shoal-node", version)
@@ -129,19 +130,25 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 		return err
 	}
 	membership.watch(vols)
-	source.set(up)
+	defer func() { err = errors.Join(err, up.Close()) }()
+	keychain := credentials.NewDockerConfig(ctx, c.DockerConfig, log)
+	plain := up
+	up = explained{up, keychain}
+	src, err := newSources(c, up, &late, keychain, log, metrics)
+	if err != nil {
+		return err
+	}
+	source.set(src)
 	defer func() {
-		vols.EndStartups() // reports to up what it was recording
+		vols.EndStartups() // reports what it was recording
 		source.end()
-		err = errors.Join(err, up.Close())
+		err = errors.Join(err, src.Close())
 	}()
-	stopSharing, err := share(c, up, vols, log, metrics)
+	stopSharing, err := share(c, plain, vols, log, metrics)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, stopSharing()) }()
-	keychain := credentials.NewDockerConfig(ctx, c.DockerConfig, log)
-	up = explained{up, keychain}
 
 	sn, err := snapshotter.New(snapshotter.Config{
 		Root: c.Root, Data: dataPath{vols}, Images: up,
@@ -153,7 +160,7 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 		return err
 	}
 	defer func() { err = errors.Join(err, sn.Close()) }()
-	late.set(sn)
+	late.sn.Store(sn)
 
 	registryMirror, err := mirror.New(mirror.Config{Source: up, Credentials: keychain, Log: log, Registerer: metrics})
 	if err != nil {
@@ -251,19 +258,6 @@ func (d dataPath) PrefetchWait(ctx context.Context, id blockdev.Digest) error {
 func (d dataPath) LocalSize(id blockdev.Digest) (int64, bool) {
 	s, ok := d.Manager.Stat(id)
 	return s.Local, ok
-}
-
-// lateSnapshotter is the snapshotter for those parts that are made before it.
-type lateSnapshotter struct {
-	sn atomic.Pointer[snapshotter.Snapshotter]
-}
-
-func (l *lateSnapshotter) set(sn *snapshotter.Snapshotter) { l.sn.Store(sn) }
-
-// evict is cache.Config.MakeRoom.
-func (l *lateSnapshotter) evict(ctx context.Context) bool {
-	sn := l.sn.Load()
-	return sn != nil && sn.Evict(ctx)
 }
 
 // nodeDaemon answers the control socket.

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"fmt"
+	"time"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev/cache"
@@ -15,6 +18,12 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 	}
 	usage := func(name, help string, value func(cache.Stats) float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return value(d.vols.Counters()) })
+	}
+	waiting := func(age time.Duration) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "shoal_node_reads_in_flight", Help: "Reads that wait for bytes now, and have waited for at least age.",
+			ConstLabels: prometheus.Labels{"age": fmt.Sprintf("%.0fs", age.Seconds())},
+		}, func() float64 { return float64(d.vols.Waiting(age)[0]) })
 	}
 	gauge := func(name, help string, value func(volume.Stat) float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 {
@@ -39,6 +48,7 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 		counter("shoal_node_damaged_chunks_total", "Chunks that turned out wrong or unreadable on this disk.", nil, func(s cache.Stats) float64 { return float64(s.DamagedChunks) }),
 		counter(proofs, proofsHelp, prometheus.Labels{"outcome": "proven"}, func(s cache.Stats) float64 { return float64(s.Proven) }),
 		counter(proofs, proofsHelp, prometheus.Labels{"outcome": "quarantined"}, func(s cache.Stats) float64 { return float64(s.Quarantined) }),
+		waiting(0), waiting(time.Second), waiting(10 * time.Second), waiting(time.Minute),
 		counter("shoal_node_not_kept_bytes_total", "Bytes that came for reads and were not kept, for want of room.", nil, func(s cache.Stats) float64 { return float64(s.NotKept) }),
 		usage("shoal_node_cache_bytes", "Bytes on disk that layers take.", func(s cache.Stats) float64 { return float64(s.Used) }),
 		usage("shoal_node_cache_quota_bytes", "Bytes on disk that layers may take; 0: what the disk has.", func(s cache.Stats) float64 { return float64(s.Quota) }),

@@ -73,6 +73,7 @@ const supernodePeers = 12_000
 
 func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	log := newLogger(c.Log)
+	daemon.LimitMemory(log)
 	metrics := daemon.NewMetrics(version, "supernode")
 	stopTracing, err := daemon.Trace(ctx, "shoal-supernode", version)
 	if err != nil {

@@ -247,7 +247,7 @@ func (f *flight) reason(ctx context.Context, first, fetchErr error) error {
 
 // build unpacks what r brings.
 func (f *flight) build(ctx context.Context, r io.Reader, session *store.Ingest) (*blockdev.Index, error) {
-	tar, err := decompress(r)
+	tar, err := Decompress(r)
 	if err != nil {
 		return nil, err
 	}

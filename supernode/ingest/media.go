@@ -64,9 +64,10 @@ var foreignMagic = []struct{ name, magic string }{
 	{"lz4", "\x04\x22\x4d\x18"},
 }
 
-// decompress returns the tar stream in r. The reader's errors wrap
-// blockdev.ErrCorrupt or blockdev.ErrUnsupported, or are r's.
-func decompress(r io.Reader) (io.ReadCloser, error) {
+// Decompress returns the tar stream in r, a layer as a registry has it: gzip, zstd
+// or neither. The reader's errors wrap blockdev.ErrCorrupt or
+// blockdev.ErrUnsupported, or are r's.
+func Decompress(r io.Reader) (io.ReadCloser, error) {
 	in := &source{r: r}
 	br := bufio.NewReaderSize(in, 256<<10)
 	head, err := br.Peek(6)

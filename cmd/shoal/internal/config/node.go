@@ -15,26 +15,27 @@ type Embedded struct {
 
 // Node is the file of `shoal node`.
 type Node struct {
-	Version        int      `toml:"version"`
-	Root           string   `toml:"root" comment:"indexes, local diffs and mounts are kept here; a short path leaves room for images of many layers"`
-	Address        string   `toml:"address" comment:"Unix socket for containerd: [proxy_plugins.shoal] address"`
-	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status, prefetch and check"`
-	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
-	MirrorAddress  string   `toml:"mirror_address" comment:"host:port of the registry mirror that containerd's hosts.toml names; anybody who reaches it reads manifests with this node's credentials, so keep it on loopback; empty: off"`
-	Supernodes     []string `toml:"supernodes" comment:"each as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`
-	TokenFile      string   `toml:"token_file" comment:"the token to join the supernodes with: a copy of the one that the supernode has, or made, at the start"`
-	Listen         []string `toml:"listen" comment:"host:port addresses for other nodes; empty: this node shares nothing"`
-	Zone           string   `toml:"zone" comment:"where this node is: traffic between zones is kept low; may be empty"`
-	Rack           string   `toml:"rack" comment:"where in the zone; may be empty"`
-	MaxUpload      Size     `toml:"max_upload" comment:"bytes a second that this node sends to other nodes; 0: no limit"`
-	MaxDownload    Size     `toml:"max_download" comment:"bytes a second of chunks that this node takes from other nodes and supernodes; 0: no limit"`
-	DockerConfig   string   `toml:"docker_config" comment:"directory of docker's config.json with registry credentials; empty: $DOCKER_CONFIG or ~/.docker"`
-	IndexTimeout   Duration `toml:"index_timeout" comment:"how long a pull waits for an image's indexes before containerd unpacks it in the ordinary way"`
-	ReadTimeout    Duration `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`
-	CacheQuota     Size     `toml:"cache_quota" comment:"bytes on disk for layers; 0: what the disk has. What no container or image uses makes room; what does not fit is read without being kept"`
-	ScrubInterval  Duration `toml:"scrub_interval" comment:"how often everything on this disk is read and checked, at 32 MiB/s at most; 0s: never"`
-	Embedded       Embedded `toml:"embedded" comment:"the supernode of a node that names none"`
-	Log            Log      `toml:"log"`
+	Version            int      `toml:"version"`
+	Root               string   `toml:"root" comment:"indexes, local diffs and mounts are kept here; a short path leaves room for images of many layers"`
+	Address            string   `toml:"address" comment:"Unix socket for containerd: [proxy_plugins.shoal] address"`
+	ControlAddress     string   `toml:"control_address" comment:"Unix socket for shoal status, prefetch and check"`
+	MetricsAddress     string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
+	MirrorAddress      string   `toml:"mirror_address" comment:"host:port of the registry mirror that containerd's hosts.toml names; anybody who reaches it reads manifests with this node's credentials, so keep it on loopback; empty: off"`
+	Supernodes         []string `toml:"supernodes" comment:"each as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`
+	TokenFile          string   `toml:"token_file" comment:"the token to join the supernodes with: a copy of the one that the supernode has, or made, at the start"`
+	Listen             []string `toml:"listen" comment:"host:port addresses for other nodes; empty: this node shares nothing"`
+	Zone               string   `toml:"zone" comment:"where this node is: traffic between zones is kept low; may be empty"`
+	Rack               string   `toml:"rack" comment:"where in the zone; may be empty"`
+	MaxUpload          Size     `toml:"max_upload" comment:"bytes a second that this node sends to other nodes; 0: no limit"`
+	MaxDownload        Size     `toml:"max_download" comment:"bytes a second of chunks that this node takes from other nodes and supernodes; 0: no limit"`
+	DockerConfig       string   `toml:"docker_config" comment:"directory of docker's config.json with registry credentials; empty: $DOCKER_CONFIG or ~/.docker"`
+	IndexTimeout       Duration `toml:"index_timeout" comment:"how long a pull waits for an image's indexes before containerd unpacks it in the ordinary way"`
+	ReadTimeout        Duration `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`
+	CacheQuota         Size     `toml:"cache_quota" comment:"bytes on disk for layers; 0: what the disk has. What no container or image uses makes room; what does not fit is read without being kept"`
+	ScrubInterval      Duration `toml:"scrub_interval" comment:"how often everything on this disk is read and checked, at 32 MiB/s at most; 0s: never"`
+	RegistryConfigPath string   `toml:"registry_config_path" comment:"containerd's directory of hosts.toml files, for layers that no supernode has and this node reads from the registry itself"`
+	Embedded           Embedded `toml:"embedded" comment:"the supernode of a node that names none"`
+	Log                Log      `toml:"log"`
 }
 
 // minCacheQuota leaves room for the indexes and metadata of some images.
@@ -43,20 +44,21 @@ const minCacheQuota = 64 << 20
 // DefaultNode returns the defaults.
 func DefaultNode() *Node {
 	return &Node{
-		Version:        Version,
-		Root:           "/var/lib/shoal",
-		Address:        "/run/shoal/shoal.sock",
-		ControlAddress: "/run/shoal/control.sock",
-		MetricsAddress: "127.0.0.1:7702",
-		MirrorAddress:  "127.0.0.1:7704",
-		Supernodes:     []string{},
-		TokenFile:      "/etc/shoal/token",
-		Listen:         []string{"0.0.0.0:7703"},
-		IndexTimeout:   Duration(5 * time.Minute),
-		ReadTimeout:    Duration(time.Minute),
-		ScrubInterval:  Duration(7 * 24 * time.Hour),
-		Embedded:       Embedded{Store: defaultStore(), Registry: defaultRegistry()},
-		Log:            Log{Format: "text"},
+		Version:            Version,
+		Root:               "/var/lib/shoal",
+		Address:            "/run/shoal/shoal.sock",
+		ControlAddress:     "/run/shoal/control.sock",
+		MetricsAddress:     "127.0.0.1:7702",
+		MirrorAddress:      "127.0.0.1:7704",
+		Supernodes:         []string{},
+		TokenFile:          "/etc/shoal/token",
+		Listen:             []string{"0.0.0.0:7703"},
+		IndexTimeout:       Duration(5 * time.Minute),
+		ReadTimeout:        Duration(time.Minute),
+		ScrubInterval:      Duration(7 * 24 * time.Hour),
+		RegistryConfigPath: defaultRegistry().ConfigPath,
+		Embedded:           Embedded{Store: defaultStore(), Registry: defaultRegistry()},
+		Log:                Log{Format: "text"},
 	}
 }
 
@@ -71,6 +73,9 @@ func (c *Node) Check() error {
 	}
 	if q := int64(c.CacheQuota); q > 0 && q < minCacheQuota {
 		errs = append(errs, fmt.Errorf("cache_quota is %d bytes: it must be at least 64MiB, or 0 for what the disk has", q))
+	}
+	if c.RegistryConfigPath != "" {
+		errs = append(errs, checkAbs("registry_config_path", c.RegistryConfigPath))
 	}
 	if c.ScrubInterval != 0 {
 		errs = append(errs, atLeast("scrub_interval", c.ScrubInterval, Duration(time.Hour)))

@@ -1,0 +1,239 @@
+package chain
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Step is one source of a Chain.
+type Step struct {
+	// Name is what errors call it.
+	Name   string
+	Source blockdev.Source
+	// Patience is how long it may deliver nothing to a demand request before the
+	// next one is asked; 0: for ever. The last source that is asked has all the
+	// time that the request has.
+	Patience time.Duration
+	// PrefetchAfter keeps prefetch from this source until the ones before it have
+	// delivered nothing for so long: a registry is not to be asked by all nodes
+	// at once because a supernode is being restarted.
+	PrefetchAfter time.Duration
+	// Heal, if not nil, is called when the source says blockdev.ErrNotFound. If
+	// it returns nil, the source is asked once more: a supernode that has lost or
+	// evicted a layer has fetched it again.
+	Heal func(ctx context.Context, diff blockdev.Digest) error
+}
+
+// silentFor is how long demand requests try a source last that has been silent.
+const silentFor = 10 * time.Second
+
+// Chain is a blockdev.Source made of others.
+type Chain struct {
+	steps []*step
+}
+
+// step is a Step with what is known of it.
+type step struct {
+	Step
+
+	mu    sync.Mutex
+	avoid time.Time // demand tries it last until then
+	good  time.Time // when it last delivered, or the Chain was made
+}
+
+// New returns a Chain that asks steps in this order.
+func New(steps ...Step) *Chain {
+	c := &Chain{}
+	for _, s := range steps {
+		c.steps = append(c.steps, &step{Step: s, good: time.Now()})
+	}
+	return c
+}
+
+// Fetch implements blockdev.Source. Its error is an *Error, unless deliver or the
+// context has ended the request before a source was asked.
+func (c *Chain) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+	r := &request{Request: req, ctx: ctx, deliver: deliver, open: make([]int, len(req.Chunks))}
+	for i := range r.open {
+		r.open[i] = i
+	}
+	steps := c.order(req.Priority)
+	if len(req.Chunks) == 0 {
+		return nil
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("chunks of diff %s: %w", req.Diff, context.Cause(ctx))
+	}
+	var tried Error
+	for k, s := range steps {
+		err := r.ask(s, k == len(steps)-1)
+		if r.refused != nil {
+			return r.refused
+		}
+		if len(r.open) == 0 {
+			return nil
+		}
+		if err == nil {
+			err = fmt.Errorf("it says that it is done, but %d of %d chunks did not come: %w", len(r.open), len(req.Chunks), blockdev.ErrUnavailable)
+		}
+		tried.tries = append(tried.tries, try{s.Name, err})
+		if ctx.Err() != nil {
+			tried.ended = context.Cause(ctx)
+			break
+		}
+	}
+	if len(tried.tries) == 0 {
+		return fmt.Errorf("no source to ask: %w", blockdev.ErrUnavailable)
+	}
+	return &tried
+}
+
+// order is whom a request of this priority asks.
+func (c *Chain) order(prio blockdev.Priority) []*step {
+	now := time.Now()
+	var first, last []*step
+	var good time.Time // the latest of those before
+	for k, s := range c.steps {
+		s.mu.Lock()
+		avoid, served := now.Before(s.avoid), s.good
+		s.mu.Unlock()
+		if k > 0 && prio == blockdev.Prefetch && s.PrefetchAfter > 0 && now.Sub(good) < s.PrefetchAfter {
+			continue
+		}
+		if served.After(good) {
+			good = served
+		}
+		if avoid && prio == blockdev.Demand {
+			last = append(last, s)
+		} else {
+			first = append(first, s)
+		}
+	}
+	return append(first, last...)
+}
+
+// request is one call of Fetch.
+type request struct {
+	blockdev.Request
+	ctx     context.Context // of the call
+	deliver blockdev.Deliver
+	open    []int // chunks that nobody has delivered yet
+	refused error // deliver's, that ends the request
+}
+
+var errSilent = errors.New("the source is silent")
+
+// ask asks one source for what is open, and once more when it could be healed.
+func (r *request) ask(s *step, last bool) error {
+	ctx, cancel := context.WithCancelCause(r.ctx)
+	defer cancel(nil)
+	var silent *time.Timer
+	if s.Patience > 0 && r.Priority == blockdev.Demand && !last {
+		silent = time.AfterFunc(s.Patience, func() { cancel(errSilent) })
+		defer silent.Stop()
+	}
+	err := r.once(ctx, s, silent)
+	if s.Heal != nil && r.refused == nil && len(r.open) > 0 && ctx.Err() == nil && errors.Is(err, blockdev.ErrNotFound) {
+		if herr := s.Heal(ctx, r.Diff); herr == nil {
+			err = r.once(ctx, s, silent)
+		} else {
+			err = fmt.Errorf("%w; and it cannot get it again: %w", err, herr)
+		}
+	}
+	if r.ctx.Err() == nil && errors.Is(context.Cause(ctx), errSilent) {
+		s.mu.Lock()
+		s.avoid = time.Now().Add(silentFor)
+		s.mu.Unlock()
+		return fmt.Errorf("no chunk for %v: %w", s.Patience, blockdev.ErrUnavailable)
+	}
+	return err
+}
+
+func (r *request) once(ctx context.Context, s *step, silent *time.Timer) error {
+	asked := r.open
+	chunks := make([]blockdev.Chunk, len(asked))
+	for k, i := range asked {
+		chunks[k] = r.Chunks[i]
+	}
+	got := make([]bool, len(asked))
+	err := s.Source.Fetch(ctx, blockdev.Request{Diff: r.Diff, Priority: r.Priority, Chunks: chunks}, func(k int, data []byte) error {
+		if k < 0 || k >= len(asked) {
+			return fmt.Errorf("delivered chunk number %d of a request for %d", k, len(asked))
+		}
+		if r.refused != nil {
+			return r.refused
+		}
+		if got[k] {
+			return nil
+		}
+		err := r.deliver(asked[k], data)
+		switch {
+		case err == nil:
+			got[k] = true
+			s.served()
+			if silent != nil {
+				silent.Reset(s.Patience)
+			}
+		case !errors.Is(err, blockdev.ErrCorrupt):
+			r.refused = err
+		}
+		return err
+	})
+	r.open = slices.DeleteFunc(slices.Clone(asked), func(i int) bool { return got[slices.Index(asked, i)] })
+	return err
+}
+
+// served notes that a chunk has come.
+func (s *step) served() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.good, s.avoid = time.Now(), time.Time{}
+}
+
+// Error says which sources were asked, and why each has failed.
+type Error struct {
+	tries []try
+	ended error // the context's, if it has ended the request
+}
+
+type try struct {
+	name string
+	err  error
+}
+
+func (e *Error) Error() string {
+	parts := make([]string, len(e.tries))
+	for i, t := range e.tries {
+		parts[i] = t.err.Error()
+		if !strings.HasPrefix(parts[i], t.name) {
+			parts[i] = t.name + ": " + parts[i]
+		}
+	}
+	return strings.Join(parts, "; ")
+}
+
+// Unwrap returns the errors of the sources. Where some give hope that trying
+// again helps and others do not, it returns those that do.
+func (e *Error) Unwrap() []error {
+	var all, hope []error
+	for _, t := range e.tries {
+		all = append(all, t.err)
+		if !errors.Is(t.err, blockdev.ErrNotFound) && !errors.Is(t.err, blockdev.ErrUnauthorized) && !errors.Is(t.err, blockdev.ErrUnsupported) {
+			hope = append(hope, t.err)
+		}
+	}
+	switch {
+	case e.ended != nil:
+		return append(all, e.ended)
+	case len(hope) > 0:
+		return hope
+	}
+	return all
+}

@@ -1,0 +1,224 @@
+package chain
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// counted counts what a source is asked for.
+type counted struct {
+	blockdev.Source
+	requests, chunks atomic.Int64
+}
+
+func (c *counted) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+	c.requests.Add(1)
+	c.chunks.Add(int64(len(req.Chunks)))
+	return c.Source.Fetch(ctx, req, deliver)
+}
+
+func failing(err error) blockdevtest.SourceFunc {
+	return func(context.Context, blockdev.Request, blockdev.Deliver) error { return err }
+}
+
+// silent delivers nothing and ends with its context.
+func silent(ctx context.Context, _ blockdev.Request, _ blockdev.Deliver) error {
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+func memory(data [][]byte) *blockdevtest.Memory {
+	m := new(blockdevtest.Memory)
+	for _, b := range data {
+		m.Put(b)
+	}
+	return m
+}
+
+// TestSource: a chain is a Source, whichever of its sources has the chunks.
+func TestSource(t *testing.T) {
+	down := Step{Name: "empty", Source: new(blockdevtest.Memory)}
+	for name, steps := range map[string]func([][]byte) []Step{
+		"one":    func(d [][]byte) []Step { return []Step{{Name: "all", Source: memory(d)}} },
+		"second": func(d [][]byte) []Step { return []Step{down, {Name: "all", Source: memory(d)}} },
+		"halves": func(d [][]byte) []Step {
+			n := len(d) / 2
+			return []Step{{Name: "front", Source: memory(d[:n])}, down, {Name: "back", Source: memory(d[n:])}}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			blockdevtest.TestSource(t, func(_ *testing.T, data [][]byte) blockdev.Source { return New(steps(data)...) })
+		})
+	}
+}
+
+// fetch asks for all of a diff and returns how many chunks came right.
+func fetch(ctx context.Context, s blockdev.Source, prio blockdev.Priority, ix *blockdev.Index) (n int, err error) {
+	err = s.Fetch(ctx, blockdev.Request{Diff: ix.DiffID, Priority: prio, Chunks: ix.Chunks}, func(i int, data []byte) error {
+		if blockdev.Sum(data) != ix.Chunks[i].Digest {
+			return fmt.Errorf("chunk %d: %w", i, blockdev.ErrCorrupt)
+		}
+		n++
+		return nil
+	})
+	return n, err
+}
+
+func fixture() (*blockdev.Index, *blockdevtest.Memory) {
+	ix, data := blockdevtest.Diff(1, 1<<20)
+	m := new(blockdevtest.Memory)
+	m.PutDiff(ix, data)
+	return ix, m
+}
+
+// TestRest: the next source is asked for nothing that has come, and for all that
+// has not, also for what came wrong.
+func TestRest(t *testing.T) {
+	ix, m := fixture()
+	half := blockdevtest.SourceFunc(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+		req.Chunks = req.Chunks[:len(req.Chunks)/2]
+		if err := m.Fetch(ctx, req, deliver); err != nil {
+			return err
+		}
+		return deliver(len(req.Chunks), []byte("wrong"))
+	})
+	rest := &counted{Source: m}
+	n, err := fetch(t.Context(), New(Step{Name: "half", Source: half}, Step{Name: "rest", Source: rest}), blockdev.Demand, ix)
+	if err != nil || n != len(ix.Chunks) {
+		t.Fatalf("%d of %d chunks, %v", n, len(ix.Chunks), err)
+	}
+	if want := len(ix.Chunks) - len(ix.Chunks)/2; int(rest.chunks.Load()) != want {
+		t.Errorf("the second source was asked for %d chunks, want %d", rest.chunks.Load(), want)
+	}
+}
+
+// TestError: the error names everybody who was asked, and gives hope if anybody
+// does.
+func TestError(t *testing.T) {
+	ix, _ := fixture()
+	c := New(Step{Name: "supernode", Source: failing(fmt.Errorf("supernode 12D3: gone: %w", blockdev.ErrNotFound))},
+		Step{Name: "registry", Source: failing(fmt.Errorf("on fire: %w", blockdev.ErrUnavailable))})
+	_, err := fetch(t.Context(), c, blockdev.Demand, ix)
+	if err == nil || err.Error() != "supernode 12D3: gone: not found; registry: on fire: source unavailable" {
+		t.Errorf("error is %v", err)
+	}
+	if errors.Is(err, blockdev.ErrNotFound) || !errors.Is(err, blockdev.ErrUnavailable) {
+		t.Errorf("%v does not say that trying again may help", err)
+	}
+	c = New(Step{Name: "a", Source: failing(blockdev.ErrNotFound)}, Step{Name: "b", Source: failing(blockdev.ErrUnauthorized)})
+	if _, err = fetch(t.Context(), c, blockdev.Demand, ix); !errors.Is(err, blockdev.ErrNotFound) || !errors.Is(err, blockdev.ErrUnauthorized) {
+		t.Errorf("error is %v", err)
+	}
+	c = New(Step{Name: "liar", Source: failing(nil)})
+	if _, err = fetch(t.Context(), c, blockdev.Demand, ix); !errors.Is(err, blockdev.ErrUnavailable) || !strings.Contains(err.Error(), "liar") {
+		t.Errorf("error is %v", err)
+	}
+	if _, err = fetch(t.Context(), New(), blockdev.Demand, ix); !errors.Is(err, blockdev.ErrUnavailable) {
+		t.Errorf("error of a chain of nobody is %v", err)
+	}
+}
+
+// TestSilent: a source that never answers costs its patience once; for a while it
+// is asked last, and when it is all there is, it has all the time.
+func TestSilent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ix, m := fixture()
+		mute := &counted{Source: blockdevtest.SourceFunc(silent)}
+		c := New(Step{Name: "mute", Source: mute, Patience: 5 * time.Second}, Step{Name: "registry", Source: m})
+		began := time.Now()
+		for range 3 {
+			if n, err := fetch(t.Context(), c, blockdev.Demand, ix); err != nil || n != len(ix.Chunks) {
+				t.Fatal(n, err)
+			}
+		}
+		if d := time.Since(began); d != 5*time.Second || mute.requests.Load() != 1 {
+			t.Errorf("took %v and %d requests, want 5s and one", d, mute.requests.Load())
+		}
+		time.Sleep(silentFor)
+		if _, err := fetch(t.Context(), c, blockdev.Demand, ix); err != nil || mute.requests.Load() != 2 {
+			t.Errorf("not tried again: %v", err)
+		}
+		c = New(Step{Name: "mute", Source: mute, Patience: 5 * time.Second})
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		began = time.Now()
+		if _, err := fetch(ctx, c, blockdev.Demand, ix); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) != time.Minute {
+			t.Errorf("%v after %v", err, time.Since(began))
+		}
+	})
+}
+
+// TestPrefetchAfter: prefetch leaves the registry alone for a while.
+func TestPrefetchAfter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ix, m := fixture()
+		var up atomic.Bool
+		super := blockdevtest.SourceFunc(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+			if up.Load() {
+				return m.Fetch(ctx, req, deliver)
+			}
+			return blockdev.ErrUnavailable
+		})
+		registry := &counted{Source: m}
+		c := New(Step{Name: "supernode", Source: super}, Step{Name: "registry", Source: registry, PrefetchAfter: 30 * time.Second})
+		expect := func(ok bool, asked int64) {
+			t.Helper()
+			if _, err := fetch(t.Context(), c, blockdev.Prefetch, ix); (err == nil) != ok || registry.requests.Load() != asked {
+				t.Errorf("%v, the registry has been asked %d times", err, registry.requests.Load())
+			}
+		}
+		expect(false, 0)
+		time.Sleep(31 * time.Second)
+		expect(true, 1)
+		up.Store(true)
+		expect(true, 1)
+		up.Store(false)
+		expect(false, 1)
+		if _, err := fetch(t.Context(), c, blockdev.Demand, ix); err != nil {
+			t.Errorf("demand does not wait: %v", err)
+		}
+	})
+}
+
+// TestHeal: a source that has lost a diff and got it again is asked once more.
+func TestHeal(t *testing.T) {
+	ix, m := fixture()
+	var there atomic.Bool
+	lost := blockdevtest.SourceFunc(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+		if there.Load() {
+			return m.Fetch(ctx, req, deliver)
+		}
+		return blockdev.ErrNotFound
+	})
+	heal := func(_ context.Context, diff blockdev.Digest) error {
+		if diff != ix.DiffID {
+			t.Errorf("heal of %v", diff)
+		}
+		there.Store(true)
+		return nil
+	}
+	if n, err := fetch(t.Context(), New(Step{Name: "s", Source: lost, Heal: heal}), blockdev.Demand, ix); err != nil || n != len(ix.Chunks) {
+		t.Fatal(n, err)
+	}
+	there.Store(false)
+	cannot := func(context.Context, blockdev.Digest) error {
+		return fmt.Errorf("registry down: %w", blockdev.ErrUnavailable)
+	}
+	_, err := fetch(t.Context(), New(Step{Name: "s", Source: lost, Heal: cannot}), blockdev.Demand, ix)
+	if err == nil || !strings.Contains(err.Error(), "registry down") {
+		t.Errorf("error is %v", err)
+	}
+}

@@ -1,0 +1,13 @@
+// Package chain asks several sources of chunks one after the other: peers and the
+// supernode first, the registry last.
+//
+// # Invariants
+//
+//   - What a source has not delivered, the next one is asked for; what one has
+//     delivered wrongly (blockdev.ErrCorrupt), too.
+//   - A source that stays silent does not use up the time of the others: after
+//     Step.Patience without a chunk, a demand request goes on to the next one,
+//     and for a while demand requests try the silent source last.
+//   - The error names every source that was asked, and why each has failed. It
+//     wraps what makes trying again worth while, if any of them gives hope.
+package chain

@@ -1,0 +1,156 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/chain"
+	"github.com/shoalfs/shoal/blockdev/volume"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/snapshotter"
+	"github.com/shoalfs/shoal/snapshotter/credentials"
+	"github.com/shoalfs/shoal/supernode/direct"
+	"github.com/shoalfs/shoal/supernode/registry"
+)
+
+const (
+	// supernodePatience is how long a read waits for the supernode, and those
+	// before it, to bring anything, before the registry is asked: a fifth of
+	// read_timeout, and not more than this.
+	supernodePatience = 10 * time.Second
+	// registryPrefetch is how long the supernode must have brought nothing before
+	// prefetch goes to the registry.
+	registryPrefetch = time.Minute
+)
+
+// parts are those parts of a node that others, which are made before them, call
+// back.
+type parts struct {
+	sn   atomic.Pointer[snapshotter.Snapshotter]
+	vols atomic.Pointer[volume.Manager]
+}
+
+// evict is cache.Config.MakeRoom.
+func (p *parts) evict(ctx context.Context) bool {
+	sn := p.sn.Load()
+	return sn != nil && sn.Evict(ctx)
+}
+
+// describe is volume.Config.Describe.
+func (p *parts) describe(diff blockdev.Digest) []any {
+	if sn := p.sn.Load(); sn != nil {
+		return sn.Describe(diff)
+	}
+	return nil
+}
+
+// rewarm is chain.Step.Heal of the supernode.
+func (p *parts) rewarm(ctx context.Context, diff blockdev.Digest) error {
+	if sn := p.sn.Load(); sn != nil {
+		return sn.Rewarm(ctx, diff)
+	}
+	return errStarting
+}
+
+var errStarting = errors.New("the node is still starting")
+
+// layers is direct.Config.Layers.
+func (p *parts) layers(_ context.Context, diff blockdev.Digest) ([]direct.Layer, error) {
+	sn := p.sn.Load()
+	if sn == nil {
+		return nil, errStarting
+	}
+	found, err := sn.Origins(diff)
+	var layers []direct.Layer
+	for _, o := range found {
+		layers = append(layers, direct.Layer{Ref: o.Ref, Manifest: o.Manifest, Digest: o.Digest, Size: o.Size})
+	}
+	return layers, err
+}
+
+// keep is direct.Config.Keep.
+func (p *parts) keep(diff, chunk blockdev.Digest, data []byte) {
+	if vols := p.vols.Load(); vols != nil {
+		vols.Offer(diff, chunk, data)
+	}
+}
+
+// sources is where a node's missing chunks come from: up, and at last the registry.
+// Startup profiles go to up.
+type sources struct {
+	*chain.Chain
+	blockdev.ProfileSink
+	client *registry.Client
+	direct *direct.Source
+}
+
+func newSources(c *config.Node, up chunksAndProfiles, p *parts, keychain *credentials.DockerConfig, log *slog.Logger, metrics prometheus.Registerer) (*sources, error) {
+	received, err := registryBytes(metrics)
+	if err != nil {
+		return nil, err
+	}
+	cfg := registry.Config{Log: log, Received: func(n int64) { received.Add(float64(n)) }}
+	hosts := c.RegistryConfigPath
+	if len(c.Supernodes) == 0 {
+		hosts = c.Embedded.Registry.ConfigPath
+	}
+	if hosts != "" {
+		cfg.HostDirs = []string{hosts}
+	}
+	client, err := registry.New(cfg)
+	if err != nil {
+		return nil, err
+	}
+	d, err := direct.New(direct.Config{Layers: p.layers, Keep: p.keep, Open: openBlob(client, keychain), Log: log})
+	if err != nil {
+		return nil, errors.Join(err, client.Close())
+	}
+	return &sources{
+		ProfileSink: up,
+		Chain: chain.New(
+			chain.Step{Name: "supernode", Source: up, Patience: min(supernodePatience, time.Duration(c.ReadTimeout)/5), Heal: p.rewarm},
+			chain.Step{Name: "registry", Source: d, PrefetchAfter: registryPrefetch}),
+		client: client, direct: d,
+	}, nil
+}
+
+// registryBytes is the metric of what the last source has brought.
+func registryBytes(metrics prometheus.Registerer) (prometheus.Counter, error) {
+	c := prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "shoal_node_registry_bytes_total", Help: "Bytes of answers of registries that this node has read layers from itself.",
+	})
+	return c, metrics.Register(c)
+}
+
+func (s *sources) Close() error { return errors.Join(s.direct.Close(), s.client.Close()) }
+
+// openBlob is direct.Config.Open, with the node's own credentials.
+func openBlob(client *registry.Client, keychain *credentials.DockerConfig) func(context.Context, direct.Layer, int64) (io.ReadCloser, error) {
+	return func(ctx context.Context, l direct.Layer, offset int64) (io.ReadCloser, error) {
+		ref, err := registry.ParseReference(l.Ref)
+		if err != nil {
+			return nil, err
+		}
+		cred, err := keychain.Credential(ctx, l.Ref)
+		if err != nil {
+			return nil, err
+		}
+		m := &registry.Manifest{Ref: l.Ref, Host: ref.Host, Repository: ref.Repository, Digest: l.Manifest}
+		// The type says no more than that it is a blob.
+		layer := registry.Layer{Digest: l.Digest, Size: l.Size, MediaType: ocispec.MediaTypeImageLayerGzip}
+		rc, err := client.Fetch(ctx, m, layer, cred, offset)
+		if cred != (blockdev.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
+			// A credential that has expired does not keep anybody from what is public.
+			rc, err = client.Fetch(ctx, m, layer, blockdev.Credential{}, offset)
+		}
+		return rc, keychain.Explain(err)
+	}
+}
