@@ -3,6 +3,7 @@ package lab
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -85,7 +86,7 @@ func (r *Readers) one(rng *rand.Rand, buf []byte) {
 	got, err := file.ReadAt(buf[:n], off)
 	took := time.Since(began)
 	switch {
-	case err != nil && (err != io.EOF || got < n):
+	case err != nil && (!errors.Is(err, io.EOF) || got < n):
 		r.fail(fmt.Errorf("%d bytes at %d: %w", n, off, err))
 	case !bytes.Equal(buf[:n], f.Data[off:off+int64(n)]):
 		r.fail(fmt.Errorf("%s: %d bytes at %d are wrong", f.Path, n, off))

@@ -22,8 +22,7 @@ type Supernode struct {
 	// Metrics is the host:port of its metrics.
 	Metrics string
 
-	lab     *Lab
-	program string // under keep: where it takes the program from
+	lab *Lab
 }
 
 // Node is a real `shoal node`.
