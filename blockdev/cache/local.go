@@ -102,7 +102,7 @@ func (d *Diff) damaged(k int, why error) {
 func (d *Diff) store(i int, data []byte, u use) error {
 	n := d.c.space.blocks(d.tab.start(i), int64(len(data)))
 	if err := d.c.roomFor(d, n, u); err != nil {
-		if u == forDemand { // what stops prefetch, Prefetch says itself
+		if u == forDemand && !errors.Is(err, errCounting) { // what stops prefetch, Prefetch says itself
 			err = d.c.writeFailed(d, err)
 		}
 		return err

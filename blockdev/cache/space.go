@@ -266,8 +266,26 @@ func diskUse(f *os.File) (int64, error) {
 	return st.Blocks * 512, nil
 }
 
-// roomFor reserves room for a chunk.
+// errCounting: there is a quota, and what is on disk is not counted yet.
+var errCounting = errors.New("the diffs are still being opened and counted")
+
+// counted reports whether all that is on disk is in the count, so that the quota
+// can be held.
+func (c *Cache) counted() bool {
+	select {
+	case <-c.opened:
+		return true
+	default:
+		return c.cfg.Quota == 0
+	}
+}
+
+// roomFor reserves room for a chunk. Its error is errCounting for a moment after
+// the start: the chunk is not kept then.
 func (c *Cache) roomFor(d *Diff, n int64, u use) error {
+	if !c.counted() {
+		return errCounting
+	}
 	err := c.space.take(&d.taken, n, u)
 	if errors.Is(err, blockdev.ErrNoSpace) && !c.space.settled() {
 		for _, o := range *c.list.Load() {
@@ -318,6 +336,13 @@ func (c *Cache) makeRoom() *eviction {
 // waitRoom returns nil when try does. Between its attempts diffs that nobody
 // uses are removed.
 func (c *Cache) waitRoom(ctx context.Context, try func() error) error {
+	if c.cfg.Quota > 0 {
+		select {
+		case <-c.opened:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 	for {
 		err := try()
 		if !errors.Is(err, blockdev.ErrNoSpace) {

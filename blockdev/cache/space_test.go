@@ -128,6 +128,25 @@ func TestQuotaHolds(t *testing.T) {
 	}
 }
 
+// TestQuotaAtStart: until all that an earlier process has left is counted, nothing
+// is added to it; reads are right all the same.
+func TestQuotaAtStart(t *testing.T) {
+	r := newRig(t, 4<<20, func(c *Config) { c.Quota = 32 << 20 })
+	<-r.opened
+	opened := r.Cache.opened
+	r.Cache.opened = make(chan struct{})
+	r.checkRead(0, 1<<20)
+	r.quiet()
+	if n := r.present(); n != 0 {
+		t.Errorf("%d chunks kept before the others are counted", n)
+	}
+	if n := r.log.count("the cache is full"); n != 0 {
+		t.Errorf("called full %d times", n)
+	}
+	r.Cache.opened = opened
+	r.prefetch()
+}
+
 // TestQuotaLeavesRoomForIndexes: with a cache that is full of data, an image's
 // index still fits, and what its programs read first is kept.
 func TestQuotaLeavesRoomForIndexes(t *testing.T) {
