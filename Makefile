@@ -71,6 +71,10 @@ bench-ingest: setup build ## ingest and memory of the biggest image -> bench/out
 sim: ## 1,000 and 10,000 simulated nodes, and other designs in the same network -> bench/out/sim.json, plots
 	cd bench && $(GO) run ./cmd/sim
 
+.PHONY: swarm
+swarm: setup build ## 32 real nodes in network namespaces with slow links; some die -> bench/out/swarm.json
+	cd bench && $(GO) run ./cmd/bench swarm --bin $(BIN)
+
 .PHONY: drill
 ROUNDS ?= 300
 drill: setup build ## break one thing at a time under real containers, ROUNDS times (300) -> bench/out/drill.json

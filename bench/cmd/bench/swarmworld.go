@@ -1,0 +1,166 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/shoalfs/shoal/integration/lab"
+)
+
+// swarmWorld is a datacenter of two zones in network namespaces: a registry and
+// the supernodes in zone 0, nodes in both, each with a link of its own.
+type swarmWorld struct {
+	*lab.Lab
+	o        *swarmOptions
+	net      *lab.Net
+	registry *lab.Registry
+	// upstream is the registry's machine: what leaves it is what it sent.
+	upstream *lab.Host
+	hosts    []*lab.Host // of nodes, used again and again
+	n        int
+}
+
+// swarmSupernode is a supernode and the machine it runs on.
+type swarmSupernode struct {
+	*lab.Supernode
+	host *lab.Host
+}
+
+// swarmNode is a node and the machine it runs on.
+type swarmNode struct {
+	*lab.Node
+	host *lab.Host
+}
+
+func newSwarmWorld(ctx context.Context, o *swarmOptions, images ...string) (_ *swarmWorld, err error) {
+	if err := buildImages(ctx, images...); err != nil {
+		return nil, err
+	}
+	dir, err := imagesDir()
+	if err != nil {
+		return nil, err
+	}
+	l, err := lab.New(o.bin)
+	if err != nil {
+		return nil, err
+	}
+	w := &swarmWorld{Lab: l, o: o}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.Close())
+		}
+	}()
+	if w.net, err = l.NewNet(ctx, 2); err != nil {
+		return nil, err
+	}
+	if w.upstream, err = w.net.NewHost(ctx, "registry", 0, lab.Gigabit); err != nil {
+		return nil, err
+	}
+	if w.registry, err = l.At(w.upstream).StartRegistry(ctx, "registry", filepath.Join(dir, "registry"), ""); err != nil {
+		return nil, err
+	}
+	if err := w.writeHosts(); err != nil {
+		return nil, err
+	}
+	// Zones alternate, so that every number of nodes is spread over both.
+	for i := range o.nodes {
+		h, err := w.net.NewHost(ctx, fmt.Sprintf("h%d", i), i%2, o.nodeRate())
+		if err != nil {
+			return nil, err
+		}
+		w.hosts = append(w.hosts, h)
+	}
+	return w, nil
+}
+
+// certs is the directory of hosts.toml files by which everybody finds the registry.
+func (w *swarmWorld) certs() string { return w.Path("certs.d") }
+
+func (w *swarmWorld) writeHosts() error {
+	dir := filepath.Join(w.certs(), w.registry.Addr)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(fmt.Sprintf("server = %q\n", "http://"+w.registry.Addr)), 0o600)
+}
+
+func (w *swarmWorld) name(kind string) string {
+	w.n++
+	return kind + strconv.Itoa(w.n)
+}
+
+// supernode starts a supernode on a machine of its own.
+func (w *swarmWorld) supernode(ctx context.Context, extra string) (*swarmSupernode, error) {
+	name := w.name("s")
+	h, err := w.net.NewHost(ctx, name, 0, w.o.supernodeRate())
+	if err != nil {
+		return nil, err
+	}
+	s, err := w.At(h).StartSupernode(ctx, name, fmt.Sprintf("%s\n[registry]\nconfig_path = %q\n", extra, w.certs()))
+	return &swarmSupernode{s, h}, err
+}
+
+// warm has a supernode take in an image, and waits until it has settled.
+func (w *swarmWorld) warm(ctx context.Context, s *swarmSupernode, image, tag string) error {
+	if _, err := w.Run(ctx, "shoal", "prefetch", "--control", s.Control, w.ref(image, tag)); err != nil {
+		return err
+	}
+	return s.Settle(ctx, 5*time.Minute)
+}
+
+func (w *swarmWorld) ref(image, tag string) string { return w.registry.Addr + "/" + image + ":" + tag }
+
+// nodesOn starts one node on each of the machines. extra goes into their config.
+func (w *swarmWorld) nodesOn(ctx context.Context, hosts []*lab.Host, supernode string, extra string) ([]*swarmNode, error) {
+	nodes := make([]*swarmNode, len(hosts))
+	for i, h := range hosts {
+		// One at a time: they share two cores, and what is measured comes later.
+		n, err := w.At(h).StartNode(ctx, w.name("n"), supernode, fmt.Sprintf("zone = %q\n%s", "z"+strconv.Itoa(h.Zone), extra))
+		if err != nil {
+			return nodes, err
+		}
+		nodes[i] = &swarmNode{n, h}
+	}
+	return nodes, nil
+}
+
+// stopNodes stops nodes and removes what they kept: disks are not endless.
+func (w *swarmWorld) stopNodes(nodes []*swarmNode) error {
+	errs := make([]error, len(nodes))
+	var all sync.WaitGroup
+	for i, n := range nodes {
+		if n == nil {
+			continue
+		}
+		all.Go(func() {
+			errs[i] = errors.Join(n.Stop(), w.RemoveAll(n.Root))
+		})
+	}
+	all.Wait()
+	return errors.Join(errs...)
+}
+
+// prefetch brings an image to a node, all of it, and returns how long that took.
+func (w *swarmWorld) prefetch(ctx context.Context, n *swarmNode, ref string) (time.Duration, error) {
+	began := time.Now()
+	_, err := w.Run(ctx, "shoal", "prefetch", "--local", "--control", n.Control, ref)
+	return time.Since(began), err
+}
+
+// prefetchAll does so on all nodes at once.
+func (w *swarmWorld) prefetchAll(ctx context.Context, nodes []*swarmNode, ref string) ([]time.Duration, error) {
+	took := make([]time.Duration, len(nodes))
+	errs := make([]error, len(nodes))
+	var all sync.WaitGroup
+	for i, n := range nodes {
+		all.Go(func() { took[i], errs[i] = w.prefetch(ctx, n, ref) })
+	}
+	all.Wait()
+	return took, errors.Join(errs...)
+}
