@@ -31,7 +31,7 @@ func (h *Health) add(where, repaired, format string, args ...any) {
 // Cleanup removes by itself is no finding.
 func (s *Snapshotter) Check(ctx context.Context, repair bool) (*Health, error) {
 	h := &Health{Databases: 2}
-	if err := s.records.db.View(func(tx *bolt.Tx) error { return boltcheck.Tx(tx, visitRecords) }); err != nil {
+	if err := boltcheck.Live(s.records.db, visitRecords); err != nil {
 		h.add(recordsFile, "", "%v: it is set aside at the next start of the node", err)
 	}
 	before := &Health{}

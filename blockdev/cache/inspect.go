@@ -326,6 +326,7 @@ func Repair(ctx context.Context, root string, damaged []blockdev.Digest, log *sl
 }
 
 func (c *Cache) repair(ctx context.Context, damaged []blockdev.Digest) error {
+	c.Diffs() // waits until what a crash left behind is gone
 	for _, id := range damaged {
 		d, ok := c.Get(id)
 		if !ok {

@@ -48,7 +48,7 @@ func File(path string, visit func(tx *bolt.Tx) error) error {
 			return err
 		}
 		// A view holds no lock that Close waits for once it has panicked.
-		err = db.View(func(tx *bolt.Tx) error { return Tx(tx, visit) })
+		err = db.View(func(tx *bolt.Tx) error { return check(tx, visit) })
 		return errors.Join(err, db.Close())
 	})
 	var system syscall.Errno
@@ -64,8 +64,19 @@ func File(path string, visit func(tx *bolt.Tx) error) error {
 	}
 }
 
-// Tx checks the database of a transaction.
-func Tx(tx *bolt.Tx, visit func(tx *bolt.Tx) error) error {
+// Live checks a database that is in use. Writers wait meanwhile: bbolt compares the
+// pages with its list of free ones, which is that of the newest transaction.
+func Live(db *bolt.DB, visit func(tx *bolt.Tx) error) (err error) {
+	tx, err := db.Begin(true)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, tx.Rollback()) }()
+	return check(tx, visit)
+}
+
+// check checks the database of a transaction that no other one writes beside.
+func check(tx *bolt.Tx, visit func(tx *bolt.Tx) error) error {
 	// What can be walked through here does not fault in bbolt's own goroutine.
 	err := guard(func() error {
 		return tx.ForEach(func(_ []byte, b *bolt.Bucket) error { return walk(b) })

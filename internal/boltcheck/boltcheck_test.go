@@ -75,7 +75,7 @@ func TestFile(t *testing.T) {
 	if err := File(path, nil); !errors.Is(err, ErrInUse) || errors.Is(err, blockdev.ErrCorrupt) {
 		t.Errorf("in use: %v", err)
 	}
-	if err := db.View(func(tx *bolt.Tx) error { return Tx(tx, nil) }); err != nil {
+	if err := Live(db, nil); err != nil {
 		t.Errorf("by who has it open: %v", err)
 	}
 	if err := db.Close(); err != nil {

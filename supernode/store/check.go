@@ -46,7 +46,7 @@ func CheckIndex(dir string) error {
 // to be fetched again, as is done when a read finds it.
 func (s *Store) Check(ctx context.Context, mark bool) (*Health, error) {
 	h := &Health{}
-	if err := s.view(func(tx *bolt.Tx) error { return boltcheck.Tx(tx, nil) }); errors.Is(err, blockdev.ErrCorrupt) {
+	if err := mapClosed(boltcheck.Live(s.db, nil)); errors.Is(err, blockdev.ErrCorrupt) {
 		h.add("index.db", "", "%v: stop the supernode and delete its store, which is fetched again", err)
 		return h, nil
 	} else if err != nil {
