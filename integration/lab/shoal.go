@@ -263,6 +263,7 @@ type NodeStatus struct {
 			Size   int64
 			Local  int64
 			Mount  string
+			Proof  string
 		}
 	}
 }
@@ -291,6 +292,29 @@ func (n *Node) WaitLocal(ctx context.Context, ref string, timeout time.Duration)
 			for _, layer := range im.Layers {
 				if layer.Local < layer.Size {
 					return fmt.Errorf("%s: %d of %d bytes", layer.DiffID, layer.Local, layer.Size)
+				}
+			}
+			return nil
+		}
+		return fmt.Errorf("shoal status does not list %s", ref)
+	})
+}
+
+// WaitProven waits until ref is on the node's disk and every layer's index has been
+// proven, which fetches a little more: until then the node's traffic is not over.
+func (n *Node) WaitProven(ctx context.Context, ref string, timeout time.Duration) error {
+	return WaitFor(ctx, "proof of "+ref+" on the node", timeout, func() error {
+		st, err := n.Status(ctx)
+		if err != nil {
+			return err
+		}
+		for _, im := range st.Images {
+			if im.Ref != ref {
+				continue
+			}
+			for _, layer := range im.Layers {
+				if layer.Proof != "proven" {
+					return fmt.Errorf("%s is %q", layer.DiffID, layer.Proof)
 				}
 			}
 			return nil

@@ -78,7 +78,7 @@ func (w *world) measureUpgrade(ctx context.Context, image string) (fetched, chan
 		if _, err := m.pullAndRun(ctx, "shoal", ref, false); err != nil {
 			return 0, 0, 0, err
 		}
-		if err := m.node.WaitLocal(ctx, ref, 5*time.Minute); err != nil {
+		if err := m.node.WaitProven(ctx, ref, 5*time.Minute); err != nil {
 			return 0, 0, 0, err
 		}
 		st, err := m.node.Status(ctx)
