@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
@@ -56,21 +54,6 @@ func TestMain(m *testing.M) {
 		}
 	}
 	os.Exit(code)
-}
-
-// realRegistry serves the real images, of which those named are built if they are
-// not there.
-func realRegistry(t *testing.T, l *lab.Lab, names ...string) *lab.Registry {
-	t.Helper()
-	build := exec.CommandContext(t.Context(), "../bench/images/build.sh", names...)
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build the images: %v\n%s", err, out)
-	}
-	cache := os.Getenv("SHOAL_CACHE")
-	if cache == "" {
-		cache = filepath.Join(must(os.UserHomeDir())(t), ".cache", "shoal")
-	}
-	return must(l.StartRegistry(t.Context(), "registry-of-real-images", filepath.Join(cache, "images", "registry"), ""))(t)
 }
 
 // TestDrillKill kills the node at random moments, while four containers work and

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -47,6 +48,18 @@ func newLab(t *testing.T) *lab.Lab {
 		}
 	})
 	return l
+}
+
+// realRegistry serves the real images, of which those named are built if they are
+// not there.
+func realRegistry(t *testing.T, l *lab.Lab, names ...string) *lab.Registry {
+	t.Helper()
+	build := exec.CommandContext(t.Context(), "../bench/images/build.sh", names...)
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build the images: %v\n%s", err, out)
+	}
+	images := must(lab.ImagesDir())(t)
+	return must(l.StartRegistry(t.Context(), "registry-of-real-images", filepath.Join(images, "registry"), ""))(t)
 }
 
 // site is the usual set-up: a registry of our own, a supernode, and a machine

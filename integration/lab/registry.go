@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 )
 
@@ -76,4 +77,18 @@ http:
 func (r *Registry) Requests(ctx context.Context) (int64, error) {
 	n, err := metric(ctx, r.lab.client(), r.debug, "registry_http_requests_total")
 	return int64(n), err
+}
+
+// ImagesDir is where bench/images/build.sh keeps the real images; their registry's
+// storage is the directory registry in it.
+func ImagesDir() (string, error) {
+	cache := os.Getenv("SHOAL_CACHE")
+	if cache == "" {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return "", err
+		}
+		cache = filepath.Join(home, ".cache", "shoal")
+	}
+	return filepath.Join(cache, "images"), nil
 }

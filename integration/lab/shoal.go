@@ -258,14 +258,17 @@ type NodeStatus struct {
 	Version string
 	Images  []struct {
 		Ref    string
-		Layers []struct {
-			DiffID string `json:"diff_id"`
-			Size   int64
-			Local  int64
-			Mount  string
-			Proof  string
-		}
+		Layers []NodeLayer
 	}
+}
+
+// NodeLayer is a layer in a NodeStatus; Size and Local are bytes.
+type NodeLayer struct {
+	DiffID string `json:"diff_id"`
+	Size   int64
+	Local  int64
+	Mount  string
+	Proof  string
 }
 
 // Status runs `shoal status`.
@@ -280,30 +283,28 @@ func (n *Node) Status(ctx context.Context) (*NodeStatus, error) {
 
 // WaitLocal waits until every byte of ref is on the node's disk.
 func (n *Node) WaitLocal(ctx context.Context, ref string, timeout time.Duration) error {
-	return WaitFor(ctx, "all of "+ref+" on the node", timeout, func() error {
-		st, err := n.Status(ctx)
-		if err != nil {
-			return err
+	return n.waitLayers(ctx, "all of "+ref+" on the node", ref, timeout, func(l NodeLayer) error {
+		if l.Local < l.Size {
+			return fmt.Errorf("%s: %d of %d bytes", l.DiffID, l.Local, l.Size)
 		}
-		for _, im := range st.Images {
-			if im.Ref != ref {
-				continue
-			}
-			for _, layer := range im.Layers {
-				if layer.Local < layer.Size {
-					return fmt.Errorf("%s: %d of %d bytes", layer.DiffID, layer.Local, layer.Size)
-				}
-			}
-			return nil
-		}
-		return fmt.Errorf("shoal status does not list %s", ref)
+		return nil
 	})
 }
 
 // WaitProven waits until ref is on the node's disk and every layer's index has been
 // proven, which fetches a little more: until then the node's traffic is not over.
 func (n *Node) WaitProven(ctx context.Context, ref string, timeout time.Duration) error {
-	return WaitFor(ctx, "proof of "+ref+" on the node", timeout, func() error {
+	return n.waitLayers(ctx, "proof of "+ref+" on the node", ref, timeout, func(l NodeLayer) error {
+		if l.Proof != "proven" {
+			return fmt.Errorf("%s is %q", l.DiffID, l.Proof)
+		}
+		return nil
+	})
+}
+
+// waitLayers waits until ok says so of every layer of ref.
+func (n *Node) waitLayers(ctx context.Context, what, ref string, timeout time.Duration, ok func(NodeLayer) error) error {
+	return WaitFor(ctx, what, timeout, func() error {
 		st, err := n.Status(ctx)
 		if err != nil {
 			return err
@@ -312,9 +313,9 @@ func (n *Node) WaitProven(ctx context.Context, ref string, timeout time.Duration
 			if im.Ref != ref {
 				continue
 			}
-			for _, layer := range im.Layers {
-				if layer.Proof != "proven" {
-					return fmt.Errorf("%s is %q", layer.DiffID, layer.Proof)
+			for _, l := range im.Layers {
+				if err := ok(l); err != nil {
+					return err
 				}
 			}
 			return nil

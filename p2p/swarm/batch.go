@@ -71,8 +71,32 @@ func (b *batch) fetch() error {
 // connected says whether there is a connection to the peer; search.mu is held.
 func (b *batch) connected() bool { return b.client != nil && b.client.Status() == nil }
 
-// deliver is the batch's blockdev.Deliver.
+// deliver is the batch's blockdev.Deliver. What it does with the bytes (it checks
+// and writes them) is done without the search's lock, so that others are hedged and
+// given up in time.
 func (b *batch) deliver(k int, data []byte) error {
+	f := b.f
+	f.turn.Lock()
+	defer f.turn.Unlock()
+	wanted, err := b.arrived(k, len(data))
+	if !wanted {
+		return err
+	}
+	if err := f.deliver(b.chunks[k], data); err != nil {
+		if !errors.Is(err, blockdev.ErrCorrupt) {
+			f.mu.Lock()
+			f.err = err
+			f.mu.Unlock()
+			f.wake()
+		}
+		return err
+	}
+	b.delivered(k, len(data))
+	return nil
+}
+
+// arrived notes that bytes of a chunk have come, and says whether they are wanted.
+func (b *batch) arrived(k, n int) (wanted bool, err error) {
 	f := b.f
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -82,22 +106,25 @@ func (b *batch) deliver(k int, data []byte) error {
 		b.took = now.Sub(b.began)
 	}
 	if f.over {
-		return context.Canceled
+		return false, context.Canceled
 	}
 	w := &f.want[b.chunks[k]]
-	if w.got {
-		b.done[k] = true
-		w.flying--
-		f.s.metrics.twice.Add(float64(len(data)))
-		return nil
+	if !w.got {
+		return true, nil
 	}
-	if err := f.deliver(b.chunks[k], data); err != nil {
-		if !errors.Is(err, blockdev.ErrCorrupt) {
-			f.err = err
-			f.wake()
-		}
-		return err
-	}
+	b.done[k] = true
+	w.flying--
+	f.s.metrics.twice.Add(float64(n))
+	return false, nil
+}
+
+// delivered notes that a chunk was right and has been taken.
+func (b *batch) delivered(k, n int) {
+	f := b.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	b.last = time.Now() // a slow disk here is not the peer's fault
+	w := &f.want[b.chunks[k]]
 	b.done[k] = true
 	w.got = true
 	w.flying--
@@ -105,14 +132,13 @@ func (b *batch) deliver(k int, data []byte) error {
 		f.wake()
 	}
 	s := f.s
-	s.report(f.g, &w.ask, b.target, route.OK, b.took, len(data), nil)
+	s.report(f.g, &w.ask, b.target, route.OK, b.took, n, nil)
 	if b.target.Kind == route.Peer {
-		s.metrics.peer[s.zone(f.g, b.target)].Add(float64(len(data)))
+		s.metrics.peer[s.zone(f.g, b.target)].Add(float64(n))
 		s.well(b.target)
 	} else {
-		s.metrics.supernode.Add(float64(len(data)))
+		s.metrics.supernode.Add(float64(n))
 	}
-	return nil
 }
 
 // failed takes a chunk that the peer refuses.

@@ -28,5 +28,6 @@
 //     reads do: one flight, checked, stored once.
 //   - Connections, streams, requests under way and buffers are bounded; a demand
 //     read never waits for a slot that prefetch holds.
-//   - No lock but a search's own is held while Deliver runs.
+//   - Deliver is called once at a time for a search, and holds up nothing else of
+//     it: no other lock is held meanwhile.
 package swarm

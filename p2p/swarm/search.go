@@ -51,7 +51,9 @@ type search struct {
 	until   time.Time
 	dead    int // chunks that nobody has
 
-	mu   sync.Mutex
+	turn sync.Mutex // held while Deliver runs: one call at a time; taken before mu
+
+	mu   sync.Mutex // for what follows; never held across I/O
 	want []want
 	live map[*batch]struct{}
 	left int   // chunks that have not come
@@ -70,6 +72,8 @@ type want struct {
 
 func (f *search) end() {
 	f.cancel()
+	f.turn.Lock() // a Deliver under way ends first
+	defer f.turn.Unlock()
 	f.mu.Lock()
 	f.over = true // whatever comes now is not delivered
 	f.mu.Unlock()

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net/http"
 	"os"
 	"strings"
@@ -320,6 +319,5 @@ func (w *world) measureTwoNodes(ctx context.Context, image string) (float64, err
 	err = errors.Join(errs[0], errs[1], machines[0].stop(), machines[1].stop(), super.Stop())
 	x := float64(got) / float64(man.compressed())
 	say("two nodes at once: %d bytes from the registry, the image has %d: %s", got, man.compressed(), strings.TrimSpace(fmt.Sprintf("%.4fx", x)))
-	// The bar has two digits: HTTP headers are not a second image.
-	return math.Round(x*100) / 100, err
+	return round2(x), err
 }

@@ -42,7 +42,7 @@ func newSwarmWorld(ctx context.Context, o *swarmOptions, images ...string) (_ *s
 	if err := buildImages(ctx, images...); err != nil {
 		return nil, err
 	}
-	dir, err := imagesDir()
+	dir, err := lab.ImagesDir()
 	if err != nil {
 		return nil, err
 	}

@@ -52,18 +52,6 @@ type world struct {
 	unlearned bool
 }
 
-func imagesDir() (string, error) {
-	cache := os.Getenv("SHOAL_CACHE")
-	if cache == "" {
-		home, err := os.UserHomeDir()
-		if err != nil {
-			return "", err
-		}
-		cache = filepath.Join(home, ".cache", "shoal")
-	}
-	return filepath.Join(cache, "images"), nil
-}
-
 // buildImages builds those of the images that are not there yet.
 func buildImages(ctx context.Context, names ...string) error {
 	cmd := exec.CommandContext(ctx, "images/build.sh", names...)
@@ -79,7 +67,7 @@ func newWorld(ctx context.Context, o *options, images ...string) (*world, error)
 	if err := buildImages(ctx, images...); err != nil {
 		return nil, err
 	}
-	dir, err := imagesDir()
+	dir, err := lab.ImagesDir()
 	if err != nil {
 		return nil, err
 	}
