@@ -326,7 +326,11 @@ func Repair(ctx context.Context, root string, damaged []blockdev.Digest, log *sl
 }
 
 func (c *Cache) repair(ctx context.Context, damaged []blockdev.Digest) error {
-	c.Diffs() // waits until what a crash left behind is gone
+	select {
+	case <-c.opened: // and what a crash left behind is gone
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 	for _, id := range damaged {
 		d, ok := c.Get(id)
 		if !ok {

@@ -1,0 +1,186 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// reserve waits until nobody adds or removes id, and keeps others from it until
+// the returned function is called. Returns the diff if there is one.
+func (c *Cache) reserve(ctx context.Context, id blockdev.Digest) (*Diff, func(), error) {
+	c.openNow(id)
+	for {
+		c.mu.Lock()
+		if c.closed {
+			c.mu.Unlock()
+			return nil, nil, ErrClosed
+		}
+		ch, ok := c.busy[id]
+		if !ok {
+			ch = make(chan struct{})
+			c.busy[id] = ch
+			c.wg.Add(1)
+			d := c.diffs[id]
+			c.mu.Unlock()
+			return d, func() {
+				c.mu.Lock()
+				delete(c.busy, id)
+				c.mu.Unlock()
+				close(ch)
+				c.wg.Done()
+			}, nil
+		}
+		c.mu.Unlock()
+		select {
+		case <-ch:
+		case <-ctx.Done():
+			return nil, nil, context.Cause(ctx)
+		}
+	}
+}
+
+// Add makes a diff from its encoded index, or returns the one that is there. It
+// fails with blockdev.ErrCorrupt or blockdev.ErrUnsupported if the index does not
+// parse, with blockdev.ErrQuarantined if it is known not to be that of its DiffID,
+// and with blockdev.ErrNoSpace.
+func (c *Cache) Add(ctx context.Context, encodedIndex []byte) (*Diff, error) {
+	ix, err := c.cfg.decode(encodedIndex)
+	if err != nil {
+		return nil, fmt.Errorf("add diff: index: %w", err)
+	}
+	return c.AddDecoded(ctx, encodedIndex, ix)
+}
+
+// AddDecoded is Add for who has decoded the index already: ix is what encodedIndex
+// says.
+func (c *Cache) AddDecoded(ctx context.Context, encodedIndex []byte, ix *blockdev.Index) (*Diff, error) {
+	tab, err := newTable(ix)
+	if err != nil {
+		return nil, fmt.Errorf("add diff %v: index: %w", ix.DiffID, err)
+	}
+	d, release, err := c.reserve(ctx, ix.DiffID)
+	if err != nil {
+		return nil, fmt.Errorf("add diff %v: %w", ix.DiffID, err)
+	}
+	defer release()
+	if c.quarantine.has(ix.DiffID, blockdev.Sum(encodedIndex)) {
+		return nil, fmt.Errorf("add diff: %w", c.quarantine.why(ix.DiffID))
+	}
+	if d != nil {
+		if err := d.Distrust(); err != nil {
+			return nil, fmt.Errorf("add diff: %w", err)
+		}
+		return d, nil
+	}
+	if d, err = c.create(ctx, encodedIndex, ix, tab); err != nil {
+		if isNoSpace(err) {
+			err = fmt.Errorf("%w: %w", blockdev.ErrNoSpace, err)
+		}
+		return nil, fmt.Errorf("add diff %v: %w", ix.DiffID, err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.diffs[ix.DiffID] = d
+	c.publish()
+	return d, nil
+}
+
+func (c *Cache) create(ctx context.Context, enc []byte, ix *blockdev.Index, tab *table) (*Diff, error) {
+	diffs := filepath.Join(c.cfg.Root, diffsDir)
+	dir := filepath.Join(diffs, ix.DiffID.Hex())
+	if _, err := os.Lstat(dir); err == nil {
+		// A diff that Open could not use.
+		trash, err := c.discard(dir)
+		if err == nil {
+			err = os.RemoveAll(trash)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	// Until the diff is counted by itself: two directories, the record of a proof to
+	// come, the data file's extents, and three files.
+	need := int64(4+tab.len()/extentsPerBlock) * c.space.block
+	for _, n := range []int64{int64(len(enc)), int64(len(ix.Meta)), bitmapSize(len(ix.Chunks))} {
+		need += c.space.blocks(0, n)
+	}
+	if err := c.waitRoom(ctx, func() error { return c.space.add(need) }); err != nil {
+		return nil, err
+	}
+	defer c.space.sub(need)
+	tmp := c.tmpName()
+	if err := writeDiff(tmp, enc, ix, c.boot); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(tmp))
+	}
+	if err := os.Rename(tmp, dir); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(tmp))
+	}
+	if err := syncDir(diffs); err != nil {
+		return nil, err
+	}
+	d, err := c.newDiff(dir, blockdev.Sum(enc), ix, tab)
+	if err == nil {
+		d.noteScrub() // there is nothing to check yet
+	}
+	return d, err
+}
+
+func (c *Cache) tmpName() string {
+	return filepath.Join(c.cfg.Root, tmpDir, fmt.Sprintf("%x-%d", c.started, c.serial.Add(1)))
+}
+
+// discard takes a diff's directory away in one step and returns where to; what
+// is left of it after a crash is deleted by Open.
+func (c *Cache) discard(dir string) (string, error) {
+	trash := c.tmpName()
+	return trash, os.Rename(dir, trash)
+}
+
+// Remove takes a diff out of the cache and deletes its files. Reads and prefetches
+// of it end with ErrRemoved. If ctx ends first the diff is gone all the same, and
+// its files are deleted as soon as the Source has let go of its requests. A diff
+// that is not there is no error. The caller sees to it that no EROFS mount uses
+// the files; one that does keeps their disk space.
+func (c *Cache) Remove(ctx context.Context, id blockdev.Digest) error {
+	d, release, err := c.reserve(ctx, id)
+	if err != nil {
+		return fmt.Errorf("remove diff %v: %w", id, err)
+	}
+	if d == nil {
+		release()
+		return nil
+	}
+	trash, err := c.discard(d.dir)
+	if err != nil {
+		release()
+		return fmt.Errorf("remove diff %v: %w", id, err)
+	}
+	c.mu.Lock()
+	delete(c.diffs, id)
+	c.publish()
+	c.mu.Unlock()
+
+	done := make(chan error, 1)
+	go func() {
+		d.stop(ErrRemoved)
+		c.recent.forget(d)
+		err := errors.Join(d.closeFiles(), os.RemoveAll(trash))
+		c.space.leave(d)
+		release()
+		done <- err
+	}()
+	select {
+	case err = <-done:
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("remove diff %v: %w", id, err)
+	}
+	return nil
+}

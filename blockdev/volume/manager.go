@@ -1,0 +1,338 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache"
+	"github.com/shoalfs/shoal/blockdev/fusefs"
+	"github.com/shoalfs/shoal/blockdev/mount"
+)
+
+// Config of a Manager. Root, Source and Log are required; the zero value of the
+// rest means its default.
+type Config struct {
+	// Root is the directory of everything that a Manager keeps. It is made if it
+	// is not there, for root only. No commas.
+	Root string
+	// Source is where missing chunks come from.
+	Source blockdev.Source
+	// Profiles takes what containers have read at their start; nil: it is not
+	// recorded.
+	Profiles blockdev.ProfileSink
+	// Log takes warnings and errors.
+	Log *slog.Logger
+	// Cache is the configuration of the local diffs; its Root, Source and Log are
+	// set from those above.
+	Cache cache.Config
+	// ReadTimeout bounds how long a process may wait for missing bytes, before it
+	// gets EIO. Default: that of package fusefs.
+	ReadTimeout time.Duration
+	// Describe returns what an operator calls a diff, as attributes of log lines;
+	// nil: there is no other name.
+	Describe func(blockdev.Digest) []any
+	// PrefetchDiffs is how many diffs are prefetched at a time. Default 2.
+	PrefetchDiffs int
+	// ScrubInterval is how often everything that is here is read and checked, slowly.
+	// Default a week; negative: never.
+	ScrubInterval time.Duration
+	// Keep holds the FUSE descriptor when this process has ended, for the next
+	// one; nil: nobody does, and lazy mounts die with the process.
+	Keep Keeper
+	// Loop mounts through loop devices even where the kernel can do without.
+	Loop bool
+}
+
+// Manager is a node's volumes.
+type Manager struct {
+	cfg      Config
+	root     string // absolute, without symbolic links
+	cache    *cache.Cache
+	queue    *queue // prefetches
+	proofs   *queue
+	scrubs   *queue
+	startups *startups
+
+	fuse      *os.File
+	server    *fusefs.Server
+	stop      context.CancelFunc
+	serveDone chan struct{}
+
+	mu     sync.RWMutex // guards the maps; never held across I/O
+	vols   map[blockdev.Digest]*volume
+	names  map[string]blockdev.Digest
+	closed bool
+}
+
+var errClosed = errors.New("the volume manager is closed")
+
+// Add takes in an encoded index, and returns its DiffID. Data is not fetched
+// before somebody reads or prefetches it. Adding what is there is no error.
+func (m *Manager) Add(ctx context.Context, encodedIndex []byte) (blockdev.Digest, error) {
+	return m.add(ctx, func() (*cache.Diff, error) { return m.cache.Add(ctx, encodedIndex) })
+}
+
+// AddDecoded is Add for who has decoded the index already: ix is what encodedIndex
+// says. A large index takes tens of milliseconds to decode, and a pull waits.
+func (m *Manager) AddDecoded(ctx context.Context, encodedIndex []byte, ix *blockdev.Index) (blockdev.Digest, error) {
+	return m.add(ctx, func() (*cache.Diff, error) { return m.cache.AddDecoded(ctx, encodedIndex, ix) })
+}
+
+func (m *Manager) add(ctx context.Context, add func() (*cache.Diff, error)) (blockdev.Digest, error) {
+	for {
+		d, err := add()
+		if err != nil {
+			return blockdev.Digest{}, err
+		}
+		v, err := m.adopt(d)
+		if err != nil {
+			return d.ID(), err
+		}
+		if v.diff == diff(d) {
+			return d.ID(), nil
+		}
+		// The volume of an earlier life of this diff is just being removed.
+		if err := v.take(ctx); err != nil {
+			return d.ID(), err
+		}
+		v.give()
+	}
+}
+
+// adopt returns the volume of a diff, a new one if there is none.
+func (m *Manager) adopt(d diff) (*volume, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return nil, errClosed
+	}
+	if v, ok := m.vols[d.ID()]; ok {
+		return v, nil
+	}
+	v := &volume{id: d.ID(), diff: d, turn: make(chan struct{}, 1)}
+	m.vols[v.id] = v
+	return v, nil
+}
+
+func (m *Manager) volume(id blockdev.Digest) (*volume, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.closed {
+		return nil, errClosed
+	}
+	if v, ok := m.vols[id]; ok {
+		return v, nil
+	}
+	return nil, fmt.Errorf("diff %s on this node: %w", id, blockdev.ErrNotFound)
+}
+
+// Diffs returns all diffs, in no order.
+func (m *Manager) Diffs() []blockdev.Digest { return files{m}.List() }
+
+// Has says whether the node has the index of a diff.
+func (m *Manager) Has(id blockdev.Digest) bool {
+	_, err := m.volume(id)
+	return err == nil
+}
+
+// Mount mounts a diff, if it is not mounted yet, and returns where: from the
+// local file if the diff is complete, else through FUSE. The error wraps
+// blockdev.ErrNotFound if there is no such diff, blockdev.ErrUnsupported if this
+// kernel cannot mount it, and blockdev.ErrQuarantined if it is not what its index
+// said: then it may be mounted, for who reads it already.
+func (m *Manager) Mount(ctx context.Context, id blockdev.Digest) (dir string, err error) {
+	v, err := m.volume(id)
+	if err != nil {
+		return "", err
+	}
+	if err := v.diff.Distrust(); err != nil {
+		return "", err
+	}
+	if dir, _, gone := v.mounted(); dir != "" && !gone {
+		return dir, nil
+	}
+	if err := v.take(ctx); err != nil {
+		return "", err
+	}
+	defer v.give()
+	dir, _, gone := v.mounted()
+	switch {
+	case gone:
+		return "", fmt.Errorf("diff %s on this node: %w (just removed)", id, blockdev.ErrNotFound)
+	case dir != "":
+		return dir, nil
+	}
+	return m.mount(v)
+}
+
+// mount does it. The caller has the volume's turn.
+func (m *Manager) mount(v *volume) (string, error) {
+	name, err := m.name(v.id)
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(m.root, mountsDir, name)
+	if err := mount.MkdirMountpoint(dir); err != nil {
+		return "", err
+	}
+	lazy, data := false, v.diff.DataPath()
+	if !v.diff.Complete() {
+		lazy, data = true, filepath.Join(m.root, fuseDir, v.id.Hex())
+		if err := m.mark(v.id); err != nil {
+			return "", err
+		}
+	} else if err := m.unmark(v.id); err != nil {
+		return "", err
+	}
+	if _, err := mount.Mount(v.diff.MetaPath(), data, dir, mount.Options{Loop: m.cfg.Loop}); err != nil {
+		return "", fmt.Errorf("diff %s: %w", v.id, errors.Join(err, m.unmark(v.id)))
+	}
+	v.setMounted(dir, lazy)
+	return dir, nil
+}
+
+// Remove unmounts a diff, stops its prefetch and frees its bytes. It is the
+// caller's to know that nobody needs it. A mount that is in use all the same is
+// taken out of the tree, and its users get errors for what they have not read.
+// Removing what is not there is no error.
+func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
+	v, err := m.volume(id)
+	if errors.Is(err, blockdev.ErrNotFound) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	if err := v.take(ctx); err != nil {
+		return err
+	}
+	defer v.give()
+	if _, _, gone := v.mounted(); gone {
+		return nil
+	}
+	if err := m.stopWork(ctx, v); err != nil {
+		return err
+	}
+	err = m.unmount(v, true)
+	if err == nil {
+		err = m.cache.Remove(ctx, id)
+	}
+	if err != nil {
+		m.allowWork(v)
+		return err
+	}
+	v.mu.Lock()
+	v.gone = true
+	v.mu.Unlock()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.vols, id)
+	for name, owner := range m.names {
+		if owner == id {
+			delete(m.names, name)
+		}
+	}
+	return nil
+}
+
+// stopWork keeps all queues off a volume, or none.
+func (m *Manager) stopWork(ctx context.Context, v *volume) error {
+	for _, q := range []*queue{m.queue, m.proofs, m.scrubs} {
+		if err := q.drop(ctx, v); err != nil {
+			m.allowWork(v)
+			return err
+		}
+	}
+	return nil
+}
+
+// allowWork undoes stopWork.
+func (m *Manager) allowWork(v *volume) {
+	for _, q := range []*queue{m.queue, m.proofs, m.scrubs} {
+		q.allow(v)
+	}
+}
+
+// unmount takes the volume's mount away, also one in use if detach is set. The
+// caller has the volume's turn.
+func (m *Manager) unmount(v *volume, detach bool) error {
+	dir, _, _ := v.mounted()
+	if dir == "" {
+		return nil
+	}
+	err := mount.Unmount(dir)
+	if errors.Is(err, mount.ErrBusy) && detach {
+		m.cfg.Log.Warn("a removed diff is still in use: detached; its users may get I/O errors", "diff", v.id, "dir", dir)
+		err = mount.Detach(dir)
+	}
+	if err != nil {
+		return fmt.Errorf("diff %s: %w", v.id, err)
+	}
+	v.setMounted("", false)
+	if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+		m.cfg.Log.Warn("mount point stays behind", "dir", dir, "error", err)
+	}
+	return m.unmark(v.id)
+}
+
+// nameDigits is the length of a mount point's name.
+const nameDigits = 12
+
+// name gives a diff a mount point's name: the first digits of its DiffID that
+// are not another diff's name.
+func (m *Manager) name(id blockdev.Digest) (string, error) {
+	hex := id.Hex()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i := 0; i+nameDigits <= len(hex); i += nameDigits {
+		name := hex[i : i+nameDigits]
+		if owner, taken := m.names[name]; !taken || owner == id {
+			m.names[name] = id
+			return name, nil
+		}
+	}
+	return "", fmt.Errorf("diff %s: each part of its name is taken as a mount point by another diff", id)
+}
+
+// Implied returns the directories that a diff's index implies; see blockdev.Index.
+func (m *Manager) Implied(id blockdev.Digest) ([]string, error) {
+	v, err := m.volume(id)
+	if err != nil {
+		return nil, err
+	}
+	ix, err := v.diff.Index()
+	if err != nil {
+		return nil, err
+	}
+	return ix.Implied, nil
+}
+
+// Forward finds chunks of a diff for another node: cache.Cache's Forward.
+func (m *Manager) Forward(diff blockdev.Digest, prio blockdev.Priority, hops int, digests []blockdev.Digest) (*cache.Forward, error) {
+	return m.cache.Forward(diff, prio, hops, digests)
+}
+
+// Offer takes a chunk of a diff that nobody has asked for but that has come by, if
+// it is missing and there is room for it.
+func (m *Manager) Offer(id, chunk blockdev.Digest, data []byte) {
+	if d, ok := m.cache.Get(id); ok {
+		d.Offer(chunk, data)
+	}
+}
+
+// volumes returns all of them, in no order.
+func (m *Manager) volumes() []*volume {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	vols := make([]*volume, 0, len(m.vols))
+	for _, v := range m.vols {
+		vols = append(vols, v)
+	}
+	return vols
+}

@@ -1,0 +1,58 @@
+package volume
+
+import (
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache"
+)
+
+// Stat is one diff, for people to look at.
+type Stat struct {
+	ID blockdev.Digest
+	// Local of Total bytes of the masked diff are here.
+	Local, Total int64
+	// Complete: all of them, verified and synced.
+	Complete bool
+	// Dir is the mount point, "" if it is not mounted.
+	Dir string
+	// Lazy: mounted through FUSE.
+	Lazy bool
+	// Prefetch is what the queue does with it.
+	Prefetch PrefetchState
+	// Proof says whether its index is proven.
+	Proof cache.ProofState
+}
+
+// Stats returns all diffs, in no order.
+func (m *Manager) Stats() []Stat {
+	vols := m.volumes()
+	stats := make([]Stat, 0, len(vols))
+	for _, v := range vols {
+		stats = append(stats, m.stat(v))
+	}
+	return stats
+}
+
+// Stat returns one diff; false if there is no such diff.
+func (m *Manager) Stat(id blockdev.Digest) (Stat, bool) {
+	v, err := m.volume(id)
+	if err != nil {
+		return Stat{}, false
+	}
+	return m.stat(v), true
+}
+
+func (m *Manager) stat(v *volume) Stat {
+	d := v.diff.Stat()
+	s := Stat{ID: v.id, Local: d.BytesPresent, Total: d.Bytes, Complete: d.Complete, Prefetch: m.queue.state(v), Proof: d.Proof}
+	s.Dir, s.Lazy, _ = v.mounted()
+	return s
+}
+
+// Counters returns what the local diffs have counted since Open.
+func (m *Manager) Counters() cache.Stats { return m.cache.Stats() }
+
+// Waiting returns, for each of ages, how many reads wait for missing bytes and have
+// done so for at least that long.
+func (m *Manager) Waiting(ages ...time.Duration) []int { return m.server.Waiting(ages...) }
