@@ -28,8 +28,9 @@ func TestBadImages(t *testing.T) {
 	}
 	otherDiffID := layer(t, file("a", "a"))
 	otherDiffID.DiffID = good.DiffID
+	// Its DiffID is that of a layer nobody has: containerd asks for no chain that it has.
 	notGzip := lab.NewBlob(lab.MediaTypeLayerGzip, []byte("this is no gzip stream at all"))
-	notGzip.DiffID = good.DiffID
+	notGzip.DiffID = layer(t, file("c", "c")).DiffID
 	encrypted := layer(t, file("b", "b"))
 	encrypted.MediaType = lab.MediaTypeLayerGzip + "+encrypted"
 	cases := map[string]struct {

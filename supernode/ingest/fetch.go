@@ -79,7 +79,7 @@ func (f *fetcher) all(ctx context.Context) error {
 		if vain++; f.at > before {
 			vain = 0
 		}
-		if final(err) || vain > f.in.cfg.Retries || attempt >= maxAttempts {
+		if final(err) || (vain > 0 && errors.Is(err, blockdev.ErrCorrupt)) || vain > f.in.cfg.Retries || attempt >= maxAttempts {
 			return fmt.Errorf("after %d of %d bytes and %d attempts: %w", f.at, f.l.Size, attempt, err)
 		}
 		f.in.stats.retries.Add(1)

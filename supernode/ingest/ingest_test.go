@@ -154,6 +154,29 @@ func TestCutBodies(t *testing.T) {
 	}
 }
 
+// A blob that ends before its size is not asked for again and again: once from the
+// seam on, and once as a whole.
+func TestBlobEndsEarly(t *testing.T) {
+	diff := makeTar(t, 1, 1<<20)
+	f := newFixture(t, Config{})
+	l := f.reg.add(gzipped(t, diff), diff, gzipType)
+	end, open, opened := l.Size, l.Open, 0
+	l.Size += 10
+	l.Open = func(ctx context.Context, off int64) (io.ReadCloser, error) {
+		if opened++; off >= end {
+			return nil, fmt.Errorf("there is nothing at %d: %w", off, blockdev.ErrCorrupt)
+		}
+		return open(ctx, off)
+	}
+	if _, err := f.in.Layer(t.Context(), l, nil); !errors.Is(err, blockdev.ErrCorrupt) {
+		t.Fatalf("error %v, want %v", err, blockdev.ErrCorrupt)
+	}
+	if opened > 4 {
+		t.Errorf("asked for %d times", opened)
+	}
+	checkAbsent(t, f.st, l)
+}
+
 func TestRefusalsThatPass(t *testing.T) {
 	diff := makeTar(t, 1, 1<<20)
 	f := newFixture(t, Config{Retries: 3})
