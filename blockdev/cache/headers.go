@@ -134,7 +134,7 @@ func (d *Diff) fetchPieces(ctx context.Context, f *os.File, want []int) error {
 		}
 		idle.Reset(timeout)
 		got[k] = true
-		d.c.stats.fetched(blockdev.Prefetch, len(data))
+		d.c.stats.headers.Add(int64(len(data)))
 		if _, err := f.WriteAt(data, d.heads.starts[want[k]]); err != nil {
 			return d.c.writeFailed(d, fmt.Errorf("write %s: %w", d.headersPath(), err))
 		}

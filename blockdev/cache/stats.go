@@ -13,6 +13,9 @@ type Stats struct {
 	// DemandBytes, StartupBytes and PrefetchBytes came from the Source, by the
 	// priority they were asked for with. Read-ahead counts as demand.
 	DemandBytes, StartupBytes, PrefetchBytes int64
+	// HeaderBytes came from the Source, too: pieces of header streams, which only
+	// the proof reads.
+	HeaderBytes int64
 	// CopiedBytes were missing, but found on this disk.
 	CopiedBytes int64
 	// Missed is demand reads that had to wait for a chunk, Failed those of them
@@ -35,7 +38,7 @@ type Stats struct {
 }
 
 type counters struct {
-	demand, startup, prefetch, copied, missed, failed, waited, corrupt, damaged, notKept, proven, quarantined atomic.Int64
+	demand, startup, prefetch, headers, copied, missed, failed, waited, corrupt, damaged, notKept, proven, quarantined atomic.Int64
 }
 
 func (n *counters) fetched(prio blockdev.Priority, bytes int) {
@@ -56,7 +59,8 @@ func (c *Cache) Stats() Stats {
 	used := c.space.used
 	c.space.mu.Unlock()
 	return Stats{
-		DemandBytes: n.demand.Load(), StartupBytes: n.startup.Load(), PrefetchBytes: n.prefetch.Load(), CopiedBytes: n.copied.Load(),
+		DemandBytes: n.demand.Load(), StartupBytes: n.startup.Load(), PrefetchBytes: n.prefetch.Load(),
+		HeaderBytes: n.headers.Load(), CopiedBytes: n.copied.Load(),
 		Missed: n.missed.Load(), Failed: n.failed.Load(), Waited: time.Duration(n.waited.Load()),
 		NotKept: n.notKept.Load(), Used: used, Quota: c.cfg.Quota,
 		CorruptChunks: n.corrupt.Load(), DamagedChunks: n.damaged.Load(),

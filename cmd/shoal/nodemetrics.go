@@ -35,11 +35,12 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 		})
 	}
 	const proofs, proofsHelp = "shoal_node_proofs_total", "Layers that were hashed and indexed anew once all their bytes were here, by outcome."
-	const fetched, fetchedHelp = "shoal_node_fetched_bytes_total", "Uncompressed bytes that were fetched, read-ahead with demand."
+	const fetched, fetchedHelp = "shoal_node_fetched_bytes_total", "Uncompressed bytes that were fetched, read-ahead with demand; proof: tar headers, which only the proof reads."
 	return []prometheus.Collector{
 		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "demand"}, func(s cache.Stats) float64 { return float64(s.DemandBytes) }),
 		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "startup"}, func(s cache.Stats) float64 { return float64(s.StartupBytes) }),
 		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "prefetch"}, func(s cache.Stats) float64 { return float64(s.PrefetchBytes) }),
+		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "proof"}, func(s cache.Stats) float64 { return float64(s.HeaderBytes) }),
 		counter("shoal_node_copied_bytes_total", "Bytes of chunks that another layer on this disk had.", nil, func(s cache.Stats) float64 { return float64(s.CopiedBytes) }),
 		counter("shoal_node_demand_waits_total", "Reads that had to wait for bytes.", nil, func(s cache.Stats) float64 { return float64(s.Missed) }),
 		counter("shoal_node_demand_wait_seconds_total", "Time that those reads took, all together.", nil, func(s cache.Stats) float64 { return s.Waited.Seconds() }),
