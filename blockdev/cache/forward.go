@@ -48,6 +48,9 @@ func (f *Forward) Missing() (n int) {
 	return n
 }
 
+// Has says whether the i-th chunk is one of the diff's.
+func (f *Forward) Has(i int) bool { return f.nums[i] >= 0 }
+
 // Absent says whether the i-th chunk is one of the diff's, but not on this node's
 // disk now.
 func (f *Forward) Absent(i int) bool {

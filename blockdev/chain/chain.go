@@ -158,12 +158,13 @@ func (r *request) ask(s *step, last bool) error {
 
 func (r *request) once(ctx context.Context, s *step, silent *time.Timer) error {
 	asked := r.open
-	chunks := make([]blockdev.Chunk, len(asked))
+	req := r.Request // with its hops: what is forwarded must not wait for what is this node's own
+	req.Chunks = make([]blockdev.Chunk, len(asked))
 	for k, i := range asked {
-		chunks[k] = r.Chunks[i]
+		req.Chunks[k] = r.Chunks[i]
 	}
 	got := make([]bool, len(asked))
-	err := s.Source.Fetch(ctx, blockdev.Request{Diff: r.Diff, Priority: r.Priority, Chunks: chunks}, func(k int, data []byte) error {
+	err := s.Source.Fetch(ctx, req, func(k int, data []byte) error {
 		if k < 0 || k >= len(asked) {
 			return fmt.Errorf("delivered chunk number %d of a request for %d", k, len(asked))
 		}

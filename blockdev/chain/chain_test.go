@@ -105,6 +105,26 @@ func TestRest(t *testing.T) {
 	}
 }
 
+// TestRequest: the sources see the request that was made, but for what has come.
+func TestRequest(t *testing.T) {
+	ix, m := fixture()
+	seen := 0
+	source := blockdevtest.SourceFunc(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+		seen++
+		if req.Diff != ix.DiffID || req.Priority != blockdev.Startup || req.Hops != 3 {
+			t.Errorf("request is %v, priority %v, %d hops", req.Diff, req.Priority, req.Hops)
+		}
+		if seen == 1 {
+			return blockdev.ErrUnavailable
+		}
+		return m.Fetch(ctx, req, deliver)
+	})
+	req := blockdev.Request{Diff: ix.DiffID, Priority: blockdev.Startup, Hops: 3, Chunks: ix.Chunks}
+	if err := New(Step{Name: "a", Source: source}, Step{Name: "b", Source: source}).Fetch(t.Context(), req, func(int, []byte) error { return nil }); err != nil || seen != 2 {
+		t.Errorf("%d sources asked, %v", seen, err)
+	}
+}
+
 // TestError: the error names everybody who was asked, and gives hope if anybody
 // does.
 func TestError(t *testing.T) {

@@ -222,11 +222,11 @@ func openUpstream(ctx context.Context, c *config.Node, log *slog.Logger, reg pro
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	window, download := exchange.NewWindow(), exchange.NewPacer(int64(c.MaxDownload))
+	in := newIntake(c)
 	clients := map[peer.ID]uplink.Supernode{}
 	for _, info := range m.supernodes {
 		client, err := exchange.NewClient(m.host, info, exchange.Options{
-			Window: window, Download: download,
+			Window: in.window, Download: in.download, Frames: in.frames,
 			Log: log, Ready: func(ctx context.Context) error { return m.node.Ready(ctx, info.ID) },
 		})
 		if err != nil {
@@ -241,7 +241,7 @@ func openUpstream(ctx context.Context, c *config.Node, log *slog.Logger, reg pro
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, m.close())
 	}
-	r, err := newRemote(c, m, up, window, download, log, reg)
+	r, err := newRemote(c, m, up, in, log, reg)
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, up.Close(), m.close())
 	}

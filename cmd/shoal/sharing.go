@@ -22,11 +22,30 @@ type remote struct {
 	swarm      *swarm.Swarm
 }
 
+// keepFrames is how many bytes of compressed chunks a node keeps in memory to pass
+// them on. Nodes that fetch an image together are a few megabytes apart.
+const keepFrames = 16 << 20
+
+// intake is what all that a node gets from others goes through.
+type intake struct {
+	window   *exchange.Window
+	download *exchange.Pacer
+	frames   *exchange.Frames // nil: this node passes nothing on
+}
+
+func newIntake(c *config.Node) intake {
+	in := intake{window: exchange.NewWindow(), download: exchange.NewPacer(int64(c.MaxDownload))}
+	if len(c.Listen) > 0 {
+		in.frames = exchange.NewFrames(keepFrames)
+	}
+	return in
+}
+
 // newRemote puts the swarm before the supernodes.
-func newRemote(c *config.Node, m *membership, up *uplink.Uplink, window *exchange.Window, download *exchange.Pacer, log *slog.Logger, reg prometheus.Registerer) (*remote, error) {
+func newRemote(c *config.Node, m *membership, up *uplink.Uplink, in intake, log *slog.Logger, reg prometheus.Registerer) (*remote, error) {
 	s, err := swarm.New(swarm.Config{
 		Host: m.host, Groups: m.node, Supernode: up, Zone: c.Zone, Rack: c.Rack,
-		Window: window, Download: download, Log: log, Registerer: reg,
+		Window: in.window, Download: in.download, Frames: in.frames, Log: log, Registerer: reg,
 	})
 	if err != nil {
 		return nil, err

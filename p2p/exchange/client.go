@@ -40,6 +40,9 @@ type Options struct {
 	// Download is the budget for chunks, shared by the clients of one machine;
 	// nil: no limit.
 	Download *Pacer
+	// Frames, if not nil, is given the chunks that come compressed, once Deliver
+	// has returned nil for them.
+	Frames *Frames
 	// Raw asks for chunks without compression.
 	Raw bool
 	// DemandTimeout and PrefetchTimeout are how long the server may take for

@@ -352,6 +352,7 @@ func (f *fetch) take(i int, chunk *blockdev.Chunk, fr *wire.Frame) error {
 		return fmt.Errorf("chunk %s comes with %d bytes, the index says %d: %w", chunk.Digest.Hex(), fr.Length, chunk.Length, blockdev.ErrCorrupt)
 	}
 	data := fr.Data
+	var kept *frame
 	if fr.Zstd {
 		buf := f.c.buffers.Get(fr.Length)
 		defer f.c.buffers.Put(buf)
@@ -359,8 +360,11 @@ func (f *fetch) take(i int, chunk *blockdev.Chunk, fr *wire.Frame) error {
 		if data, err = f.c.zstd.decode(*buf, fr.Data, fr.Length); err != nil {
 			return fmt.Errorf("chunk %s: %w", chunk.Digest.Hex(), err)
 		}
+		kept = f.c.opts.Frames.offer(chunk.Digest, fr.Data, fr.Length)
 	}
-	if err := f.deliver(f.base+i, data); err != nil {
+	err := f.deliver(f.base+i, data)
+	f.c.opts.Frames.settle(kept, err == nil)
+	if err != nil {
 		return deliverError{err}
 	}
 	return nil

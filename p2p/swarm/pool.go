@@ -68,7 +68,7 @@ func (p *pool) get(id string) (*pooled, error) {
 		return nil, fmt.Errorf("%d peers are being asked already: %w", len(p.clients), wire.ErrBusy)
 	}
 	c, err := exchange.NewClient(p.cfg.Host, info, exchange.Options{
-		Name: "peer", Raw: true,
+		Name: "peer", Frames: p.cfg.Frames,
 		Demand: peerDemand, Prefetch: peerPrefetch, Forwards: peerForwards, Peer: true,
 		DemandTimeout: demandPeer, PrefetchTimeout: prefetchPeer, DialTimeout: dialPeer,
 		Window: p.cfg.Window, Download: p.cfg.Download,

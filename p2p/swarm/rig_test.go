@@ -165,6 +165,7 @@ type options struct {
 	upload *exchange.Pacer
 	limits exchange.Limits
 	quiet  time.Duration
+	frames *exchange.Frames
 }
 
 func (w *world) node(o options) *node {
@@ -172,7 +173,7 @@ func (w *world) node(o options) *node {
 	n := &node{host: newHost(w.t), reg: prometheus.NewRegistry(), log: &logBuffer{}}
 	log := slog.New(slog.NewTextHandler(io.MultiWriter(n.log), nil))
 	var err error
-	if n.swarm, err = New(Config{Host: n.host, Groups: w, Supernode: w, Zone: o.zone, Log: log, Registerer: n.reg}); err != nil {
+	if n.swarm, err = New(Config{Host: n.host, Groups: w, Supernode: w, Zone: o.zone, Frames: o.frames, Log: log, Registerer: n.reg}); err != nil {
 		w.t.Fatal(err)
 	}
 	if o.quiet == 0 {
@@ -187,7 +188,7 @@ func (w *world) node(o options) *node {
 	if o.limits == (exchange.Limits{}) {
 		o.limits = NodeLimits()
 	}
-	if n.server, err = exchange.NewServer(n.host, exchange.ServerConfig{Provider: n.swarm.Provider(n.cache), Limits: o.limits, Upload: o.upload, Log: log}); err != nil {
+	if n.server, err = exchange.NewServer(n.host, exchange.ServerConfig{Provider: n.swarm.Provider(n.cache), Limits: o.limits, Upload: o.upload, Log: log, Registerer: n.reg}); err != nil {
 		w.t.Fatal(err)
 	}
 	w.t.Cleanup(n.stop)

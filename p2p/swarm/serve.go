@@ -38,28 +38,29 @@ func (p *provider) Provide(ctx context.Context, q *exchange.Query) (exchange.Ans
 	}
 	n := f.Missing()
 	if n == 0 {
-		return &answer{s: p.s, f: f}, nil
+		return &answer{s: p.s, q: q, f: f}, nil
 	}
 	if q.Hops >= route.MaxHops {
 		// The root of a tree asks those below it in this way. They may have asked
 		// for the same chunk, up to that root: who waited for them would wait for
 		// itself.
-		return &answer{s: p.s, f: f, absent: errNotHere}, nil
+		return &answer{s: p.s, q: q, f: f, absent: errNotHere}, nil
 	}
 	if q.Priority == blockdev.Prefetch && p.s.cfg.Window.Hurried() {
 		// Readers here wait for this node's link; who does not wait may ask
 		// somebody else.
-		return &answer{s: p.s, f: f, absent: errReaders}, nil
+		return &answer{s: p.s, q: q, f: f, absent: errReaders}, nil
 	}
 	p.s.metrics.forwarded.Add(float64(n))
 	if err := f.Start(); err != nil {
 		return nil, err
 	}
-	return &answer{s: p.s, f: f}, nil
+	return &answer{s: p.s, q: q, f: f}, nil
 }
 
 type answer struct {
 	s      *Swarm
+	q      *exchange.Query
 	f      *cache.Forward
 	absent error // the answer for what is not here; nil: it is fetched
 }
@@ -72,6 +73,12 @@ var errReaders = fmt.Errorf("not on this node now, and its demand reads go first
 func (a *answer) Chunk(ctx context.Context, i int) (exchange.Encoded, error) {
 	if a.absent != nil && a.f.Absent(i) {
 		return exchange.Encoded{}, a.absent
+	}
+	// Whoever has waited finds it there: it is kept before it is delivered.
+	if a.f.Has(i) {
+		if e, ok := a.s.cfg.Frames.Get(ctx, a.q.Digests[i]); ok {
+			return e, nil
+		}
 	}
 	var buf *[]byte
 	data, err := a.f.Chunk(ctx, i, func(n int) []byte {

@@ -42,6 +42,9 @@ type Config struct {
 	// client should have the same.
 	Window   *exchange.Window
 	Download *exchange.Pacer
+	// Frames are the chunks that came a moment ago, to be passed on as they came;
+	// Supernode's client should have the same. nil: everything is sent raw.
+	Frames *exchange.Frames
 	// MaxPeers is how many peers may be connected for asking at a time: 128.
 	// Who was asked longest ago makes room.
 	MaxPeers int
