@@ -8,8 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -17,17 +15,8 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/integration/lab"
+	"github.com/shoalfs/shoal/integration/report"
 )
-
-// rounds is how often something is broken: SHOAL_ROUNDS, or the short number.
-func rounds(t *testing.T, short int) int {
-	t.Helper()
-	s := os.Getenv("SHOAL_ROUNDS")
-	if s == "" {
-		return short
-	}
-	return must(strconv.Atoi(s))(t)
-}
 
 // keptSite is a site whose node runs under keep, with an image that is mounted
 // lazily and read all the time.
@@ -86,140 +75,99 @@ func (s *keptSite) pullFiles(t *testing.T, name string, seed uint64, files, size
 	return ref, all
 }
 
-// pauses are the longest reads of each round.
-type pauses []time.Duration
-
-func (p pauses) String() string {
-	slices.Sort(p)
-	at := func(q float64) time.Duration { return p[int(q*float64(len(p)-1))].Round(time.Millisecond) }
-	return fmt.Sprintf("%d rounds: longest read p50 %v, p99 %v, max %v", len(p), at(0.5), at(0.99), at(1))
+// install has keep replace the node's program, and says whether that one took over.
+func (s *keptSite) install(t *testing.T, program string) (ok bool) {
+	t.Helper()
+	noError(t, s.node.Install(program))
+	return must(s.node.Upgrade(t.Context()))(t)
 }
 
-// TestKillUnderLoad kills the node again and again while programs read, from
-// files that are here and from files that are still being fetched.
-func TestKillUnderLoad(t *testing.T) {
+// TestDrillUpgrade replaces the node's program under load: the previous version's by
+// this one and back, with its data and mounts, and now and then by one that does
+// not get ready.
+func TestDrillUpgrade(t *testing.T) {
 	s := newKeptSite(t, 8<<20)
 	ctx := t.Context()
-	ref, here := s.pullFiles(t, "here", 1, 32, 300_000)
-	if err := s.node.WaitLocal(ctx, ref, time.Minute); err != nil {
-		t.Fatal(err)
+	d := &tally{drill: "upgrade of the node under load, old to new and back", rounds: min(rounds(t, 6), 50)}
+	programs := []string{previousBuild(t, s.Lab), must(filepath.Abs(filepath.Join(s.Bin, "shoal")))(t)}
+	if !s.install(t, programs[0]) {
+		t.Fatal("the previous version did not take over")
 	}
+	l := s.startLoad(t)
+	_, here := s.pullFiles(t, "here", 1, 32, 300_000)
 	_, coming := s.pullFiles(t, "coming", 1000, 64, 1_000_000)
-	local, slow := lab.StartReaders(4, here), lab.StartReaders(2, coming)
+	local, slow := lab.StartReaders(2, here), lab.StartReaders(2, coming)
 	mounts := len(must(s.Mounts())(t))
-	var took pauses
-	for range rounds(t, 10) {
-		wait(ctx, rand.N(time.Second))
-		local.Longest()
-		must(s.node.KillNode(ctx))(t)
-		before := local.Reads()
-		// Each of them has been answered by the next process, or waits for it.
-		err := lab.WaitFor(ctx, "reads after a kill", 30*time.Second, func() error {
-			if n := local.Reads() - before; n < 20 {
-				return fmt.Errorf("%d reads", n)
+	l.goOn(t)
+	var broken pauses
+	refused := 0
+	for i := range d.rounds {
+		if i%5 == 0 {
+			local.Longest()
+			if s.install(t, "/bin/false") {
+				t.Error("a program that only fails took over")
 			}
-			return nil
-		})
-		if err != nil {
-			t.Fatal(err)
+			noError(t, goOn(ctx, local, 20))
+			broken = append(broken, local.Longest())
 		}
-		took = append(took, local.Longest())
-	}
-	for _, err := range append(local.Stop(), slow.Stop()...) {
-		t.Error(err)
-	}
-	t.Logf("%v; %d reads of local bytes, %d of bytes on their way", took, local.Reads(), slow.Reads())
-	if now := len(must(s.Mounts())(t)); now != mounts {
-		t.Errorf("%d mounts, %d before", now, mounts)
-	}
-}
-
-// wait is the moment at which something is broken.
-func wait(ctx context.Context, d time.Duration) {
-	select {
-	case <-time.After(d):
-	case <-ctx.Done():
-	}
-}
-
-// TestUpgradeUnderLoad replaces the node's program again and again while programs
-// read, by one that works and now and then by one that does not.
-func TestUpgradeUnderLoad(t *testing.T) {
-	s := newKeptSite(t, 0)
-	ctx := t.Context()
-	ref, files := s.pullFiles(t, "app", 1, 32, 300_000)
-	if err := s.node.WaitLocal(ctx, ref, time.Minute); err != nil {
-		t.Fatal(err)
-	}
-	readers := lab.StartReaders(4, files)
-	var took pauses
-	shoal := must(filepath.Abs(filepath.Join(s.Bin, "shoal")))(t)
-	mounts := len(must(s.Mounts())(t))
-	for i := range rounds(t, 6) {
-		program, want := shoal, true
-		if i%3 == 2 {
-			program, want = "/bin/false", false
+		program := programs[(i+1)%2]
+		local.Longest()
+		if !s.install(t, program) {
+			refused++
 		}
-		if err := s.node.Install(program); err != nil {
-			t.Fatal(err)
-		}
-		readers.Longest()
-		if ok := must(s.node.Upgrade(ctx))(t); ok != want {
-			t.Errorf("upgrade to %s: %v", program, ok)
-		}
-		must(s.node.Status(ctx))(t)
-		if want {
-			took = append(took, readers.Longest())
+		noError(t, goOn(ctx, local, 20))
+		d.pauses = append(d.pauses, local.Longest())
+		version := must(s.Run(ctx, program, "version"))(t)
+		if st := must(s.node.Status(ctx))(t); len(st.Images) != 3 || !strings.Contains(version, st.Version) {
+			t.Errorf("after the upgrade to %s: version %s, %d images", version, st.Version, len(st.Images))
 		}
 		// The calls of containerd find the next one as well.
 		must(s.Ctr(ctx, "snapshots", "--snapshotter", "shoal", "ls"))(t)
 	}
-	for _, err := range readers.Stop() {
-		t.Error(err)
-	}
-	t.Logf("%v; %d reads", took, readers.Reads())
-	if now := len(must(s.Mounts())(t)); now != mounts {
-		t.Errorf("%d mounts, %d before", now, mounts)
-	}
+	l.goOn(t)
+	count(t, d.drill+": mounts left over", len(must(s.Mounts())(t))-mounts)
+	d.end(local, slow)
+	l.into(t, d)
+	d.rows(t)
+	count(t, d.drill+": did not take over", refused)
+	figure(t, d.drill+": pause p99", "s", report.AtMost, 0.2, d.pauses.at(0.99).Seconds())
+	figure(t, "upgrade to a program that ends at once: longest pause", "s", "", 0, broken.at(1).Seconds())
 }
 
-// TestProgramFromImage runs a node whose program lies on an image that it serves
+// TestDrillOwnImage runs a node whose program lies on an image that it serves
 // itself, on one of Go's CPUs, and kills it again and again.
-func TestProgramFromImage(t *testing.T) {
+func TestDrillOwnImage(t *testing.T) {
 	s := newKeptSite(t, 0, "GOMAXPROCS=1")
 	ctx := t.Context()
+	d := &tally{drill: "kill -9 of a node with GOMAXPROCS=1 whose program it serves itself", rounds: min(rounds(t, 5), 100)}
 	program := string(must(os.ReadFile(filepath.Join(s.Bin, "shoal")))(t))
 	ref := s.push(t, "shoal", lab.PlainLayer(makeTar(t, file("shoal", program).with(func(h *tar.Header) { h.Mode = 0o755 }))))
-	if err := s.Pull(ctx, "shoal", ref); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, s.Pull(ctx, "shoal", ref))
 	installed := filepath.Join(s.mountImage(t, "shoal", ref), "shoal")
 	_, files := s.pullFiles(t, "app", 1, 16, 300_000)
-	if err := s.node.Install(installed); err != nil {
-		t.Fatal(err)
-	}
-	if !must(s.node.Upgrade(ctx))(t) {
+	if !s.install(t, installed) {
 		t.Fatal("the program on the image did not get ready")
 	}
-	files = append(files, lab.Checked{Path: installed, Data: []byte(program)})
-	readers := lab.StartReaders(2, files)
-	for range rounds(t, 5) {
+	readers := lab.StartReaders(2, append(files, lab.Checked{Path: installed, Data: []byte(program)}))
+	stuck := 0
+	for range d.rounds {
 		wait(ctx, rand.N(500*time.Millisecond))
+		readers.Longest()
 		must(s.node.KillNode(ctx))(t)
-		before := readers.Reads()
-		err := lab.WaitFor(ctx, "reads after a kill", 30*time.Second, func() error {
-			if n := readers.Reads() - before; n < 10 {
-				return fmt.Errorf("%d reads", n)
-			}
-			return nil
-		})
-		if err != nil {
-			t.Fatal(err)
+		if err := goOn(ctx, readers, 10); err != nil {
+			t.Log(err)
+			stuck = 1
+			break
 		}
+		d.pauses = append(d.pauses, readers.Longest())
 	}
-	for _, err := range readers.Stop() {
-		t.Error(err)
+	count(t, d.drill+": deadlocks", stuck)
+	if stuck == 0 {
+		d.end(readers)
+	} else { // they would never end
+		d.add(readers.Reads())
 	}
+	d.rows(t)
 }
 
 // TestKillDuringCalls kills the node while containerd makes, commits and removes
@@ -334,45 +282,4 @@ func previousBuild(t *testing.T, l *lab.Lab) string {
 		t.Fatalf("build %s: %v: %s", rev, err, out)
 	}
 	return program
-}
-
-// TestPreviousVersion upgrades from the previous version, on its data and with its
-// mounts, and goes back, while programs read.
-func TestPreviousVersion(t *testing.T) {
-	s := newKeptSite(t, 0)
-	ctx := t.Context()
-	programs := []string{previousBuild(t, s.Lab), must(filepath.Abs(filepath.Join(s.Bin, "shoal")))(t)}
-	upgrade := func(program string) {
-		t.Helper()
-		if err := s.node.Install(program); err != nil {
-			t.Fatal(err)
-		}
-		if !must(s.node.Upgrade(ctx))(t) {
-			t.Fatalf("%s did not take over", program)
-		}
-	}
-	upgrade(programs[0])
-	_, files := s.pullFiles(t, "app", 1, 16, 300_000)
-	readers := lab.StartReaders(2, files)
-	for i := range 4 {
-		program := programs[(i+1)%2]
-		upgrade(program)
-		version := must(s.Run(ctx, program, "version"))(t)
-		if st := must(s.node.Status(ctx))(t); len(st.Images) != 1 || !strings.Contains(version, st.Version) {
-			t.Errorf("after the upgrade to %s: version %s, %d images", version, st.Version, len(st.Images))
-		}
-		before := readers.Reads()
-		err := lab.WaitFor(ctx, "reads after an upgrade", 30*time.Second, func() error {
-			if n := readers.Reads() - before; n < 10 {
-				return fmt.Errorf("%d reads", n)
-			}
-			return nil
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, err := range readers.Stop() {
-		t.Error(err)
-	}
 }

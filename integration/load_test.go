@@ -64,17 +64,20 @@ func loadImage(t *testing.T, to *lab.Registry, real *lab.Registry) string {
 // load is what runs in containers while something is being broken: fio with check
 // sums, a thousand files read again and again, a large Python import, a database.
 type load struct {
+	ref        string
 	containers []*lab.Container
-	failed     []string
+	failed     []error
 	stop       context.CancelFunc
 	dropping   chan error // of the loop that empties the page cache
 }
 
-// startLoad starts the containers from ref, which has to be pulled.
-func startLoad(t *testing.T, s *site, ref string) *load {
+// startLoad pulls the image and starts the containers.
+func (s *site) startLoad(t *testing.T) *load {
 	t.Helper()
+	ref := s.registry.Addr + "/" + loadImage(t, s.registry, realRegistry(t, s.Lab, "python-django")) + ":v1"
+	noError(t, s.Pull(t.Context(), "shoal", ref))
 	ctx, stop := context.WithCancel(context.WithoutCancel(t.Context()))
-	l := &load{stop: stop, dropping: make(chan error, 1)}
+	l := &load{ref: ref, stop: stop, dropping: make(chan error, 1)}
 	for name, args := range map[string][]string{
 		"cat": {"/bin/bash", "/drill/cat.sh"}, "import": {"/bin/bash", "/drill/import.sh"},
 		"db": {"python3", "-B", "/drill/db.py"}, "fio": {"/bin/bash", "/drill/fio.sh"},
@@ -122,22 +125,34 @@ func (l *load) goOn(t *testing.T) {
 	}))
 }
 
+// into stops the load, and counts what it has seen: a round as a read.
+func (l *load) into(t *testing.T, d *tally) {
+	t.Helper()
+	good, failed := l.end(t)
+	d.add(int64(good), failed...)
+}
+
 // end stops the load, and returns how many rounds went well in all, and what did
-// not. It may be called more than once.
-func (l *load) end(t *testing.T) (good int, failed []string) {
+// not: with lab.ErrWrong where a container has found wrong bytes. It may be called
+// more than once.
+func (l *load) end(t *testing.T) (good int, failed []error) {
 	t.Helper()
 	for _, n := range l.rounds(t) {
 		good += n
 	}
 	for _, c := range l.containers {
 		if err := c.Alive(); err != nil {
-			l.failed = append(l.failed, err.Error())
+			l.failed = append(l.failed, err)
 		}
 		noError(t, c.End())
 		for line := range strings.Lines(string(must(os.ReadFile(c.Log))(t))) {
-			// ctr's own lines begin with a time.
-			if line != "OK\n" && !strings.HasPrefix(line, "time=") {
-				l.failed = append(l.failed, c.Name+": "+strings.TrimSpace(line))
+			line = strings.TrimSpace(line)
+			switch {
+			case line == "OK", strings.HasPrefix(line, "time="): // ctr's own lines begin with a time
+			case strings.HasPrefix(line, "WRONG"):
+				l.failed = append(l.failed, fmt.Errorf("%s: %s: %w", c.Name, line, lab.ErrWrong))
+			default:
+				l.failed = append(l.failed, fmt.Errorf("%s: %s", c.Name, line))
 			}
 		}
 	}

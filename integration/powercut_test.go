@@ -48,14 +48,9 @@ func pushContent(t *testing.T, r *lab.Registry, name string, seed uint64) (*lab.
 }
 
 // compare reads all files below dir.
-func (c imageFiles) compare(t *testing.T, dir string) {
-	t.Helper()
+func (c imageFiles) compare(d *tally, dir string) {
 	for path, want := range c {
-		if got, err := os.ReadFile(filepath.Join(dir, path)); err != nil {
-			t.Errorf("%s: %v", path, err)
-		} else if string(got) != want {
-			t.Errorf("%s: wrong bytes", path)
-		}
+		d.file(filepath.Join(dir, path), want)
 	}
 }
 
@@ -65,21 +60,28 @@ func shoalCheck(t *testing.T, l *lab.Lab, root string, args ...string) (string, 
 	return l.Run(t.Context(), "shoal", append([]string{"check", "--root", root}, args...)...)
 }
 
-// TestPowerCutNode: the node's machine loses its power at random moments of pulls,
-// reads and prefetch. Every byte that is read afterwards is right.
-func TestPowerCutNode(t *testing.T) {
+// TestDrillPowerCutNode: the node's machine loses its power at random moments of
+// pulls, reads and prefetch. Every byte that is read afterwards is right.
+func TestDrillPowerCutNode(t *testing.T) {
 	l := newLab(t)
 	ctx := t.Context()
+	d := &tally{drill: "power cut of the node's machine", rounds: min(rounds(t, 5), 50)}
 	registry := must(l.StartRegistry(ctx, "registry", l.Path("images"), ""))(t)
 	super := must(l.StartSupernode(ctx, "super", ""))(t)
 	disk := must(l.NewDisk(ctx, "node", 512<<20))(t)
 	node := must(l.StartNode(ctx, "node", super.Address, ""))(t)
-	var images []*lab.Image
-	var wants []imageFiles
-	rng := rand.New(rand.NewPCG(3, 4))
-	for round := range 5 {
+	type pulled struct {
+		*lab.Image
+		want imageFiles
+	}
+	var images []pulled // the newest few
+	for round := range d.rounds {
 		im, want := pushContent(t, registry, fmt.Sprintf("app%d", round), uint64(round))
-		images, wants = append(images, im), append(wants, want)
+		images = append(images, pulled{im, want})
+		if len(images) > 5 {
+			noError(t, node.RemoveImage(ctx, images[0].Image))
+			images = images[1:]
+		}
 		reading, stop := context.WithCancel(ctx)
 		var wg sync.WaitGroup
 		wg.Go(func() {
@@ -94,43 +96,34 @@ func TestPowerCutNode(t *testing.T) {
 			for path, w := range want {
 				// An error is what a machine without power may give; wrong bytes are not.
 				if got, err := os.ReadFile(filepath.Join(dir, path)); err == nil && string(got) != w && reading.Err() == nil {
-					t.Errorf("round %d: %s: wrong bytes", round, path)
+					d.add(1, fmt.Errorf("round %d: %s: %w", round, path, lab.ErrWrong))
 				}
 			}
 			_ = unmount() // the node may be gone
 		})
-		time.Sleep(time.Duration(50+rng.IntN(1500)) * time.Millisecond) // the moment is the point of it
-		if err := disk.Cut(); err != nil {
-			t.Fatal(err)
-		}
+		wait(ctx, 50*time.Millisecond+rand.N(1500*time.Millisecond))
+		noError(t, disk.Cut())
 		stop()
-		if err := node.Kill(); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, node.Kill())
 		wg.Wait()
 		detachBelow(t, l.Path(fmt.Sprintf("view%d", round)))
-		if err := disk.Restore(ctx); err != nil {
-			t.Fatal(err)
-		}
+		noError(t, disk.Restore(ctx))
 		node = must(l.RestartNode(ctx, node))(t)
 		for i, im := range images {
-			if err := node.Pull(ctx, im); err != nil {
+			if err := node.Pull(ctx, im.Image); err != nil {
 				t.Fatalf("round %d, image %d: %v", round, i, err)
 			}
 			dir := l.Path("all")
-			unmount := must(node.Mount(ctx, im, fmt.Sprintf("all%d-%d", round, i), dir))(t)
-			wants[i].compare(t, dir)
-			if err := unmount(); err != nil {
-				t.Error(err)
-			}
+			unmount := must(node.Mount(ctx, im.Image, fmt.Sprintf("all%d-%d", round, i), dir))(t)
+			im.want.compare(d, dir)
+			noError(t, unmount())
 		}
 	}
-	if err := node.Stop(); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, node.Stop())
 	if out, err := shoalCheck(t, l, node.Root); err != nil {
 		t.Errorf("after all of it: %v\n%s", err, out)
 	}
+	d.rows(t)
 }
 
 // detachBelow unmounts what an interrupted reader has left.
@@ -141,57 +134,43 @@ func detachBelow(t *testing.T, dir string) {
 	}
 }
 
-// TestPowerCutSupernode: the same for the supernode, while it ingests, compresses
-// and serves. It keeps its identity, and what it hands out is right.
-func TestPowerCutSupernode(t *testing.T) {
+// TestDrillPowerCutSupernode: the same for the supernode, while it ingests,
+// compresses and serves. It keeps its identity, and what it hands out is right.
+func TestDrillPowerCutSupernode(t *testing.T) {
 	l := newLab(t)
 	ctx := t.Context()
+	d := &tally{drill: "power cut of the supernode's machine", rounds: min(rounds(t, 4), 50)}
 	registry := must(l.StartRegistry(ctx, "registry", l.Path("images"), ""))(t)
-	disk := must(l.NewDisk(ctx, "super", 1<<30))(t)
+	disk := must(l.NewDisk(ctx, "super", 2<<30))(t)
 	super := must(l.StartSupernode(ctx, "super", ""))(t)
-	address := super.Address
-	node := must(l.StartNode(ctx, "node", address, ""))(t)
-	rng := rand.New(rand.NewPCG(5, 6))
-	for round := range 4 {
+	node := must(l.StartNode(ctx, "node", super.Address, ""))(t)
+	for round := range d.rounds {
 		im, want := pushContent(t, registry, fmt.Sprintf("app%d", round), 100+uint64(round))
 		pulled := make(chan error, 1)
 		go func() { pulled <- node.Pull(ctx, im) }()
-		time.Sleep(time.Duration(20+rng.IntN(1200)) * time.Millisecond) // the moment is the point of it
-		if err := disk.Cut(); err != nil {
-			t.Fatal(err)
-		}
-		if err := super.Kill(); err != nil {
-			t.Fatal(err)
-		}
-		if err := disk.Restore(ctx); err != nil {
-			t.Fatal(err)
-		}
+		wait(ctx, 20*time.Millisecond+rand.N(1200*time.Millisecond))
+		noError(t, disk.Cut())
+		noError(t, super.Kill())
+		noError(t, disk.Restore(ctx))
 		super = must(l.RestartSupernode(ctx, super))(t)
-		if super.Address != address {
-			t.Fatalf("round %d: the supernode was %s and is %s", round, address, super.Address)
-		}
 		<-pulled // whatever came of it
-		err := lab.WaitFor(ctx, "the pull after the power cut", time.Minute, func() error { return node.Pull(ctx, im) })
-		if err != nil {
-			t.Fatal(err)
-		}
+		// The node names the identity of the supernode that it talks to.
+		noError(t, lab.WaitFor(ctx, "the pull after the power cut", time.Minute, func() error { return node.Pull(ctx, im) }))
 		dir := l.Path("all")
 		unmount := must(node.Mount(ctx, im, fmt.Sprintf("all%d", round), dir))(t)
-		want.compare(t, dir)
-		if err := unmount(); err != nil {
-			t.Error(err)
-		}
+		want.compare(d, dir)
+		noError(t, unmount())
+		noError(t, node.RemoveImage(ctx, im))
 	}
 	out, err := l.Run(ctx, "shoal", "check", "--control", super.Control)
 	if err != nil {
 		t.Errorf("running: %v\n%s", err, out)
 	}
-	if err := super.Stop(); err != nil {
-		t.Fatal(err)
-	}
+	noError(t, super.Stop())
 	if out, err := shoalCheck(t, l, l.Path("super")); err != nil {
 		t.Errorf("stopped: %v\n%s", err, out)
 	}
+	d.rows(t)
 }
 
 // TestQuarantine: a node whose index is not that of its layer finds out when it has

@@ -205,3 +205,66 @@ func stopContext(t *testing.T) context.Context {
 	t.Cleanup(cancel)
 	return ctx
 }
+
+// TestDrillSourcesAway takes the supernode, the registry, or both away for seconds,
+// and the supernode's store for ever. Containers that run, and what is cached, never
+// notice, and containers of it start; what was still being fetched is read to its
+// end.
+func TestDrillSourcesAway(t *testing.T) {
+	s := newKeptSite(t, 16<<20)
+	ctx := t.Context()
+	d := &tally{drill: "supernode killed, wiped, registry down, both", rounds: min(rounds(t, 4), 24)}
+	l := s.startLoad(t)
+	noError(t, s.node.WaitLocal(ctx, l.ref, 2*time.Minute))
+	_, here := s.pullFiles(t, "here", 1, 32, 300_000)
+	local := lab.StartReaders(2, here)
+	l.goOn(t)
+	notStarted := 0
+	for i := range d.rounds {
+		_, coming := s.pullFiles(t, fmt.Sprint("coming", i), uint64(1000*(i+1)), 16, 1_000_000)
+		slow := lab.StartReaders(2, coming)
+		local.Longest()
+		wait(ctx, rand.N(500*time.Millisecond))
+		back := s.takeAway(t, i%4)
+		if _, err := s.RunReady(ctx, "shoal", l.ref, true); err != nil {
+			t.Log(err)
+			notStarted++
+		}
+		wait(ctx, rand.N(2*time.Second))
+		back()
+		noError(t, goOn(ctx, slow, 20))
+		d.pauses = append(d.pauses, local.Longest())
+		d.end(slow)
+		for _, f := range coming {
+			d.file(f.Path, string(f.Data))
+		}
+	}
+	l.goOn(t)
+	d.end(local)
+	l.into(t, d)
+	d.rows(t)
+	count(t, d.drill+": containers of cached images that did not start", notStarted)
+}
+
+// takeAway kills what the node gets bytes from; back brings it again.
+func (s *keptSite) takeAway(t *testing.T, what int) (back func()) {
+	t.Helper()
+	super, registry := what != 2, what >= 2
+	if super {
+		noError(t, s.supernode.Kill())
+	}
+	if registry {
+		noError(t, s.registry.Kill())
+	}
+	if what == 1 {
+		noError(t, wipe(s.Path("super")))
+	}
+	return func() {
+		if registry {
+			s.registry = must(s.RestartRegistry(t.Context(), s.registry))(t)
+		}
+		if super {
+			s.supernode = must(s.RestartSupernode(t.Context(), s.supernode))(t)
+		}
+	}
+}

@@ -28,6 +28,13 @@ type Readers struct {
 	errs    []error
 }
 
+// ErrWrong is in the chain of every error that is about wrong bytes, and of none
+// that is about a read that failed.
+var ErrWrong = errors.New("wrong bytes")
+
+// mostErrors bounds what Readers remember.
+const mostErrors = 1000
+
 // Checked is a file with its content.
 type Checked struct {
 	Path string
@@ -56,7 +63,7 @@ func (r *Readers) Reads() int64 { return r.reads.Load() }
 // Longest is the time that the longest read took since the last call.
 func (r *Readers) Longest() time.Duration { return time.Duration(r.longest.Swap(0)) }
 
-// Stop ends the readers, and returns what went wrong, the first few of it.
+// Stop ends the readers, and returns what went wrong: the first mostErrors of it.
 func (r *Readers) Stop() []error {
 	r.cancel()
 	r.wg.Wait()
@@ -66,7 +73,7 @@ func (r *Readers) Stop() []error {
 func (r *Readers) fail(err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.errs) < 20 {
+	if len(r.errs) < mostErrors {
 		r.errs = append(r.errs, err)
 	}
 }
@@ -89,7 +96,7 @@ func (r *Readers) one(rng *rand.Rand, buf []byte) {
 	case err != nil && (!errors.Is(err, io.EOF) || got < n):
 		r.fail(fmt.Errorf("%d bytes at %d: %w", n, off, err))
 	case !bytes.Equal(buf[:n], f.Data[off:off+int64(n)]):
-		r.fail(fmt.Errorf("%s: %d bytes at %d are wrong", f.Path, n, off))
+		r.fail(fmt.Errorf("%s: %d bytes at %d: %w", f.Path, n, off, ErrWrong))
 	}
 	r.reads.Add(1)
 	for {

@@ -56,21 +56,33 @@ http:
 	if err != nil {
 		return nil, err
 	}
-	p, err := l.Start(name, "docker-registry", []string{"OTEL_TRACES_EXPORTER=none"}, "serve", cfg)
+	r := &Registry{Addr: addr, debug: debug, lab: l}
+	return r, r.serve(ctx, name, cfg)
+}
+
+// serve starts the program and waits until it answers.
+func (r *Registry) serve(ctx context.Context, name, cfg string) (err error) {
+	r.Process, err = r.lab.Start(name, "docker-registry", []string{"OTEL_TRACES_EXPORTER=none"}, "serve", cfg)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	err = WaitFor(ctx, "registry", 20*time.Second, func() error {
-		if err := p.Alive(); err != nil {
+	return WaitFor(ctx, "registry", 20*time.Second, func() error {
+		if err := r.Alive(); err != nil {
 			return err
 		}
-		resp, err := l.client().Get("http://" + addr + "/v2/")
+		resp, err := r.lab.client().Get("http://" + r.Addr + "/v2/")
 		if err != nil {
 			return err
 		}
 		return resp.Body.Close()
 	})
-	return &Registry{Process: p, Addr: addr, debug: debug, lab: l}, err
+}
+
+// RestartRegistry starts the registry again on the same storage and address, after
+// Stop or Kill.
+func (l *Lab) RestartRegistry(ctx context.Context, r *Registry) (*Registry, error) {
+	again := *r
+	return &again, again.serve(ctx, r.Name, l.Path(r.Name, "config.yml"))
 }
 
 // Requests returns how many requests the registry has answered.
