@@ -8,10 +8,10 @@ import (
 	"io"
 	"strings"
 
-	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/supernode/gunzip"
 )
 
 // layerTypes are the media types of layers that are tar streams. Their
@@ -76,11 +76,11 @@ func Decompress(r io.Reader) (io.ReadCloser, error) {
 	}
 	switch {
 	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
-		z, err := gzip.NewReader(br)
+		z, err := gunzip.NewReader(br)
 		if err != nil {
 			return nil, in.explain("gzip", err)
 		}
-		return &tarStream{r: z, in: in, name: "gzip", close: func() { _ = z.Close() }}, nil
+		return &tarStream{r: z, in: in, name: "gzip", close: func() {}}, nil
 	case isZstd(head):
 		z, err := zstd.NewReader(br,
 			zstd.WithDecoderConcurrency(1),

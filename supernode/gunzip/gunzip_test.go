@@ -1,0 +1,255 @@
+package gunzip
+
+import (
+	"bytes"
+	"compress/gzip"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"testing"
+	"testing/iotest"
+
+	kgzip "github.com/klauspost/compress/gzip"
+)
+
+// contents are what compressors make different kinds of blocks of.
+func contents() map[string][]byte {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	noise := make([]byte, 300_000)
+	for i := range noise {
+		noise[i] = byte(rnd.Uint32())
+	}
+	words := make([]byte, 0, 2<<20)
+	for len(words) < 1<<20 {
+		words = fmt.Appendf(words, "entry %d of %d lies at %x\n", rnd.IntN(100), rnd.IntN(1000), rnd.Uint32())
+	}
+	// Matches of all short distances and many lengths, and some far back.
+	var repeats []byte
+	for range 4000 {
+		from := rnd.IntN(40) + 1
+		if rnd.IntN(8) == 0 {
+			from = rnd.IntN(32 << 10)
+		}
+		if from > len(repeats) {
+			repeats = append(repeats, noise[len(repeats):len(repeats)+from]...)
+		}
+		for range rnd.IntN(300) {
+			repeats = append(repeats, repeats[len(repeats)-from])
+		}
+		repeats = append(repeats, byte(rnd.Uint32()))
+	}
+	// Counts that fall by half make the longest codes that there are.
+	var skewed []byte
+	for i := range 20 {
+		skewed = append(skewed, bytes.Repeat([]byte{byte(i)}, 1<<(19-i))...)
+	}
+	rnd.Shuffle(len(skewed), func(i, j int) { skewed[i], skewed[j] = skewed[j], skewed[i] })
+	return map[string][]byte{
+		"empty": {}, "byte": {7}, "zeros": make([]byte, 1<<20), "noise": noise, "words": words, "repeats": repeats, "skewed": skewed,
+		"mixed": bytes.Join([][]byte{words[:100_000], noise, make([]byte, 70_000), repeats, words[:5]}, nil),
+	}
+}
+
+func compress(tb testing.TB, data []byte, level int) []byte {
+	tb.Helper()
+	var b bytes.Buffer
+	w, err := gzip.NewWriterLevel(&b, level)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if _, err := w.Write(data); err != nil {
+		tb.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		tb.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+func gunzip(r io.Reader) ([]byte, error) {
+	z, err := NewReader(r)
+	if err != nil {
+		return nil, err
+	}
+	return io.ReadAll(z)
+}
+
+func TestReader(t *testing.T) {
+	for name, data := range contents() {
+		for _, level := range []int{gzip.HuffmanOnly, gzip.NoCompression, gzip.BestSpeed, gzip.DefaultCompression, gzip.BestCompression} {
+			t.Run(fmt.Sprintf("%s/%d", name, level), func(t *testing.T) {
+				gz := compress(t, data, level)
+				for kind, r := range map[string]io.Reader{
+					"whole":   bytes.NewReader(gz),
+					"halves":  iotest.HalfReader(bytes.NewReader(gz)),
+					"dataErr": iotest.DataErrReader(bytes.NewReader(gz)),
+					"pieces":  &pieces{b: gz, rnd: rand.New(rand.NewPCG(3, 4))},
+				} {
+					got, err := gunzip(r)
+					if err != nil || !bytes.Equal(got, data) {
+						t.Errorf("%s: %d bytes of %d, %v", kind, len(got), len(data), err)
+					}
+				}
+			})
+		}
+	}
+}
+
+// pieces gives a few bytes at a time.
+type pieces struct {
+	b   []byte
+	rnd *rand.Rand
+}
+
+func (p *pieces) Read(b []byte) (int, error) {
+	if len(p.b) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(b[:min(len(b), 1+p.rnd.IntN(40))], p.b)
+	p.b = p.b[n:]
+	return n, nil
+}
+
+func TestMembers(t *testing.T) {
+	data := contents()
+	var gz, want []byte
+	for range 3 {
+		for _, name := range []string{"words", "empty", "byte", "repeats"} {
+			gz = append(gz, compress(t, data[name], 6)...)
+			want = append(want, data[name]...)
+		}
+	}
+	got, err := gunzip(bytes.NewReader(gz))
+	if err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%d bytes of %d, %v", len(got), len(want), err)
+	}
+	if _, err := gunzip(bytes.NewReader(append(gz, "more"...))); err == nil {
+		t.Error("what follows the last member was passed over")
+	}
+	// A match may not reach into the member before.
+	member := compress(t, bytes.Repeat([]byte("abcdefgh"), 100), 6)
+	far := append(bytes.Clone(member), headerOf(member)...)
+	// A fixed block: the length code 257 (seven bits) and the distance code 0 (five).
+	far = append(far, 0b0000_0011|1<<7, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+	if _, err := gunzip(bytes.NewReader(far)); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("match in the member before: %v", err)
+	}
+}
+
+func headerOf(member []byte) []byte { return member[:10] }
+
+func TestHeader(t *testing.T) {
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	w.Name, w.Comment, w.Extra = "name", "comment", []byte("extra field")
+	if _, err := w.Write([]byte("content")); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := gunzip(&b); err != nil || string(got) != "content" {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// A stream that is cut anywhere gives no more than its content's beginning, and one
+// of two errors of which only the one means damage.
+func TestCut(t *testing.T) {
+	data := contents()["mixed"][:200_000]
+	gz := compress(t, data, 6)
+	for n := 0; n < len(gz); n += 1 + n/10 {
+		got, err := gunzip(bytes.NewReader(gz[:n]))
+		if !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Fatalf("cut after %d of %d bytes: %v", n, len(gz), err)
+		}
+		if !bytes.HasPrefix(data, got) {
+			t.Fatalf("cut after %d bytes: other content", n)
+		}
+	}
+	broken := errors.New("broken")
+	_, err := gunzip(io.MultiReader(bytes.NewReader(gz[:len(gz)/2]), iotest.ErrReader(broken)))
+	if !errors.Is(err, broken) {
+		t.Errorf("the source's error became %v", err)
+	}
+}
+
+func TestDamage(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(5, 6))
+	for name, data := range contents() {
+		gz := compress(t, data, 6)
+		for range 60 {
+			bad := bytes.Clone(gz)
+			bad[rnd.IntN(len(bad))] ^= 1 << rnd.IntN(8)
+			if !same(t, bad) {
+				t.Errorf("%s", name)
+			}
+		}
+	}
+}
+
+// same compares the Reader with compress/gzip, and says whether they agree.
+func same(t *testing.T, input []byte) bool {
+	t.Helper()
+	var want []byte
+	z, wantErr := gzip.NewReader(bytes.NewReader(input))
+	if wantErr == nil {
+		want, wantErr = io.ReadAll(io.LimitReader(z, 8<<20))
+	}
+	var got []byte
+	r, err := NewReader(bytes.NewReader(input))
+	if err == nil {
+		got, err = io.ReadAll(io.LimitReader(r, 8<<20))
+	}
+	switch {
+	case (err == nil) != (wantErr == nil):
+		t.Errorf("error %v, compress/gzip: %v", err, wantErr)
+	case err == nil && !bytes.Equal(got, want):
+		t.Errorf("%d bytes, other than the %d of compress/gzip", len(got), len(want))
+	case err != nil && !errors.Is(err, ErrCorrupt) && !errors.Is(err, io.ErrUnexpectedEOF):
+		t.Errorf("error of no kind: %v", err)
+	default:
+		return true
+	}
+	return false
+}
+
+func FuzzReader(f *testing.F) {
+	for _, data := range contents() {
+		for _, level := range []int{gzip.HuffmanOnly, gzip.NoCompression, gzip.BestSpeed, gzip.BestCompression} {
+			f.Add(compress(f, data[:min(len(data), 2000)], level))
+		}
+	}
+	f.Fuzz(func(t *testing.T, input []byte) {
+		same(t, input)
+		// Most mutations make a bad header: once more as a block of its own.
+		same(t, append([]byte{0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0xff}, input...))
+	})
+}
+
+func BenchmarkReader(b *testing.B) {
+	data := contents()["mixed"]
+	gz := compress(b, data, 6)
+	for _, bench := range []struct {
+		name string
+		open func() (io.Reader, error)
+	}{
+		{"this", func() (io.Reader, error) { return NewReader(bytes.NewReader(gz)) }},
+		{"klauspost", func() (io.Reader, error) { return kgzip.NewReader(bytes.NewReader(gz)) }},
+		{"std", func() (io.Reader, error) { return gzip.NewReader(bytes.NewReader(gz)) }},
+	} {
+		b.Run(bench.name, func(b *testing.B) {
+			b.SetBytes(int64(len(data)))
+			for b.Loop() {
+				r, err := bench.open()
+				if err != nil {
+					b.Fatal(err)
+				}
+				if _, err := io.Copy(io.Discard, r); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
