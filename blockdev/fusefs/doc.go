@@ -17,7 +17,9 @@
 //   - Init returns the connection's FUSE_INIT request and the answer. A server
 //     that takes over gets them as Options.Init, replays the request without
 //     answering, agrees to nothing that the old answer did not have, and then
-//     calls Resend.
+//     calls Resume.
+//   - Requests are read into a table that outlives the process (Options.Pending),
+//     for kernels that do not repeat what a dead process has read.
 //
 // # Invariants
 //

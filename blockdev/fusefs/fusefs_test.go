@@ -407,8 +407,16 @@ func TestUnmounted(t *testing.T) {
 }
 
 // TestTakeOver stops a server while reads wait, and lets another one answer them
-// on the same descriptor, with nothing but the saved FUSE_INIT.
+// on the same descriptor, with nothing but the saved FUSE_INIT, and on a kernel
+// that does not repeat requests with the table of those that were worked on.
 func TestTakeOver(t *testing.T) {
+	t.Run("repeated", func(t *testing.T) { testTakeOver(t, Options{}) })
+	t.Run("noted", func(t *testing.T) { testTakeOver(t, Options{Pending: newPending(t), noResend: true}) })
+	t.Run("both", func(t *testing.T) { testTakeOver(t, Options{Pending: newPending(t)}) })
+	t.Run("neither", func(t *testing.T) { testTakeOver(t, Options{noResend: true}) })
+}
+
+func testTakeOver(t *testing.T, o Options) {
 	f := onDisk(t, 17, 4<<20)
 	var waiting sync.WaitGroup
 	const readers = 6
@@ -421,13 +429,18 @@ func TestTakeOver(t *testing.T) {
 	}
 	files := &memFiles{}
 	files.put(idA, f)
-	s := start(t, files, Options{})
+	s := start(t, files, o)
 	var wg sync.WaitGroup
 	for i := range readers {
 		wg.Go(func() {
 			buf := make([]byte, 5000)
 			off := int64(i) << 19
-			if _, err := openRaw(t, s.path(idA)).ReadAt(buf, off); err != nil || !bytes.Equal(buf, f.data[off:off+5000]) {
+			_, err := openRaw(t, s.path(idA)).ReadAt(buf, off)
+			if o.noResend && o.Pending == nil {
+				if err == nil {
+					t.Error("a read that nobody knows of was answered")
+				}
+			} else if err != nil || !bytes.Equal(buf, f.data[off:off+5000]) {
 				t.Errorf("read over a change of server: %v, or other bytes", err)
 			}
 		})
@@ -441,7 +454,8 @@ func TestTakeOver(t *testing.T) {
 
 	after := &memFiles{}
 	after.put(idA, &memFile{data: f.data, local: f.local})
-	s.serve(after, Options{Init: saved})
+	o.Init = saved
+	s.serve(after, o)
 	if now, err := s.Init(t.Context()); err != nil || !bytes.Equal(now, saved) {
 		t.Errorf("the new server does not have the FUSE_INIT of the old one (%v)", err)
 	}
@@ -450,8 +464,12 @@ func TestTakeOver(t *testing.T) {
 	} else if again, err := s.negotiate(now.request); err != nil || !bytes.Equal(again, now.answer) {
 		t.Errorf("the new server agrees to\n%x, the old one to\n%x (%v)", again, now.answer, err)
 	}
-	if err := s.Resend(); errors.Is(err, unix.EINVAL) {
-		t.Log("kernel cannot send requests again (before Linux 6.9)")
+	if err := s.Resume(); errors.Is(err, blockdev.ErrUnsupported) {
+		if o.Pending != nil {
+			t.Error("they were noted")
+		}
+		t.Log("neither the kernel (Linux 6.9) nor anybody else knows them")
+		s.stop()
 		_ = mount.Detach(s.dir)
 		_ = s.fd.Close()
 	} else if err != nil {

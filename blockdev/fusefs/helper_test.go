@@ -23,6 +23,13 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(servesFor) != "" {
+		if err := serveForTest(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	code := m.Run()
 	if code == 0 {
 		if err := goleak.Find(); err != nil {

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"time"
+	"unsafe"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -21,18 +22,46 @@ const maxOutData = 512
 // worker is what one loop goroutine needs to answer requests.
 type worker struct {
 	s    *Server
+	slot slot   // of the request that is read next, or worked on
+	rest []byte // behind the first slotSize bytes, the part of a request that no slot has room for
 	out  []byte // for answers of go-fuse
 	pipe *pipe  // nil: not to be had
 }
 
 func newWorker(s *Server) *worker {
-	return &worker{s: s, out: make([]byte, 16<<10), pipe: newPipe()}
+	w := &worker{s: s, slot: s.pending.take(), rest: make([]byte, minReadBuffer), out: make([]byte, 16<<10), pipe: newPipe()}
+	if w.slot == nil {
+		w.slot = make(slot, slotSize) // dies with the process, as all of them do without a table
+	}
+	// The kernel cannot bring in a page for a process that is being killed, and
+	// fails the request that it was about to copy there.
+	for i := range w.rest {
+		w.rest[i] = 1
+	}
+	return w
 }
 
 func (w *worker) close() {
 	if w.pipe != nil {
 		w.pipe.close()
 	}
+}
+
+// receive reads a request, its beginning into the slot. It does not wait.
+func (w *worker) receive() (int, unix.Errno) {
+	rest := w.rest[slotSize:]
+	iov := [2]unix.Iovec{{Base: &w.slot[0], Len: slotSize}, {Base: &rest[0], Len: uint64(len(rest))}}
+	n, _, errno := unix.Syscall(unix.SYS_READV, uintptr(w.s.fd), uintptr(unsafe.Pointer(&iov[0])), uintptr(len(iov)))
+	return int(n), errno
+}
+
+// request is what receive has read, in one piece.
+func (w *worker) request(n int) []byte {
+	if n <= slotSize {
+		return w.slot[:n]
+	}
+	copy(w.rest, w.slot)
+	return w.rest[:n]
 }
 
 // handle answers one request, or sees to it that it will be answered.
@@ -119,10 +148,18 @@ func (w *worker) read(ctx context.Context, r readIn) {
 	if local, ok := f.Local(r.off, n); ok && w.readLocal(local, r, n) {
 		return
 	}
-	err := s.slow.add(ctx, slowRead{readIn: r, id: id, file: f, n: n, deadline: time.Now().Add(s.opts.ReadTimeout)})
-	if err != nil && !errors.Is(err, errStopped) {
-		s.failRead(id, r, err)
+	next := s.pending.take()
+	if next == nil {
+		s.failRead(id, r, errLineFull)
+		return
 	}
+	err := s.slow.add(ctx, slowRead{readIn: r, slot: w.slot, id: id, file: f, n: n, deadline: time.Now().Add(s.opts.ReadTimeout)})
+	if err != nil && !errors.Is(err, errStopped) {
+		s.pending.give(next)
+		s.failRead(id, r, err)
+		return
+	}
+	w.slot = next // that of the request belongs to who answers it, or stays for the next server
 }
 
 // readLocal answers a read from a file that has all its bytes. It returns false

@@ -39,6 +39,14 @@ type Options struct {
 	// Init is what Server.Init returned on a connection that another server has
 	// answered before. Empty: the kernel will send FUSE_INIT.
 	Init []byte
+	// Pending is what NewPending has made for this connection, here or in an earlier
+	// process: requests are noted in it while they are worked on, so that whoever
+	// serves the connection next knows what is left to be answered. It may be closed
+	// when New has returned. Default: nobody will know.
+	Pending *os.File
+
+	// noResend is for tests: the kernel does as one before Linux 6.9.
+	noResend bool
 }
 
 func (o *Options) setDefaults() {
@@ -70,6 +78,9 @@ type Server struct {
 
 	buffers  buffers
 	failures failureLog
+	pending  *pending
+	// repeat is closed when what is left in pending is to be answered.
+	repeat chan struct{}
 
 	// protocol is held for writing while INIT sets what ps has negotiated.
 	protocol sync.RWMutex
@@ -99,6 +110,7 @@ func New(fd *os.File, files Files, o Options) (*Server, error) {
 		opts:   o,
 		nodes:  &nodes{files: files, ids: make(map[uint64]blockdev.Digest)},
 		agreed: make(chan struct{}),
+		repeat: make(chan struct{}),
 	}
 	s.slow = &slowReads{s: s, most: o.SlowBytes, began: make(map[uint64]time.Time)}
 	if err := unix.SetNonblock(s.fd, true); err != nil {
@@ -136,6 +148,10 @@ func New(fd *os.File, files Files, o Options) (*Server, error) {
 				"agreed", hex.EncodeToString(agreed.answer), "would", hex.EncodeToString(answer))
 		}
 		s.agree(o.Init)
+	}
+	var err error
+	if s.pending, err = openPending(o.Pending); err != nil {
+		return nil, err
 	}
 	return s, nil
 }
@@ -181,18 +197,63 @@ func (s *Server) negotiate(req []byte) (answer []byte, err error) {
 	return out, nil
 }
 
-// Resend asks the kernel to send every request again that has been read by an
-// earlier server and not been answered (Linux 6.9; EINVAL before). It is called
-// once, after the earlier server has ended, while Serve runs or before it.
-func (s *Server) Resend() error {
+// Resume sees to it that requests are answered which an earlier server has read and
+// not answered: the kernel sends them again (Linux 6.9), or else they are in
+// Options.Pending. If it does not and they are not, the error wraps
+// blockdev.ErrUnsupported: then they stay without an answer. Resume is called once,
+// after the earlier server has ended, while Serve runs or before it.
+func (s *Server) Resume() error {
+	err := s.resend()
+	switch {
+	case err == nil:
+		for _, l := range s.pending.left {
+			s.pending.give(l)
+		}
+		return nil
+	case !errors.Is(err, unix.EINVAL):
+		return fmt.Errorf("FUSE_NOTIFY_RESEND: %w", err)
+	case s.opts.Pending == nil:
+		return fmt.Errorf("this kernel does not repeat requests (Linux 6.9 does): %w", blockdev.ErrUnsupported)
+	}
+	close(s.repeat)
+	return nil
+}
+
+// resend fails with EINVAL before Linux 6.9.
+func (s *Server) resend() error {
+	if s.opts.noResend {
+		return unix.EINVAL
+	}
 	var b [outHeaderSize]byte
 	// A notification is an answer to request 0 with its code as the error.
 	putOutHeader(b[:], 0, 0, 0)
 	putUint32(b[4:], notifyResend)
-	if _, err := unix.Write(s.fd, b[:]); err != nil {
-		return fmt.Errorf("FUSE_NOTIFY_RESEND: %w", err)
+	_, err := unix.Write(s.fd, b[:])
+	return err
+}
+
+// repeated answers what an earlier server has left, once Resume says so.
+func (s *Server) repeated(ctx context.Context) {
+	select {
+	case <-s.repeat:
+	case <-ctx.Done():
+		return
 	}
-	return nil
+	w := newWorker(s)
+	defer w.close()
+	s.pending.give(w.slot)
+	for _, w.slot = range s.pending.left {
+		if ctx.Err() != nil {
+			return // the next one finds them
+		}
+		if n := *w.slot.length(); n <= slotSize {
+			w.handle(ctx, w.slot[:n])
+		} else {
+			h, _ := parseHeader(w.slot)
+			s.fail(h.unique, unix.EIO)
+		}
+		s.pending.give(w.slot) // it, or a free one if the request is still worked on
+	}
 }
 
 // Serve answers requests until ctx ends or the mount is gone (nil in both
@@ -230,13 +291,14 @@ func (s *Server) Serve(ctx context.Context) error {
 			cancel(errStopped)
 		})
 	}
+	loops.Go(func() { s.repeated(ctx) })
 	loops.Wait()
 	s.slow.stop()
 	if !unhook() {
 		<-woken // it uses the eventfd
 	}
 	runtime.KeepAlive(s.file)
-	return first
+	return errors.Join(first, s.pending.close())
 }
 
 func (s *Server) wake() {
@@ -248,37 +310,33 @@ func (s *Server) wake() {
 func (s *Server) loop(ctx context.Context) error {
 	w := newWorker(s)
 	defer w.close()
-	buf := make([]byte, minReadBuffer)
-	// The kernel cannot bring in a page for a process that is being killed, and
-	// fails the request that it was about to copy there.
-	for i := range buf {
-		buf[i] = 1
-	}
 	for {
-		n, err := s.next(ctx, buf)
+		n, err := s.next(ctx, w)
 		if err != nil {
 			return err
 		}
-		w.handle(ctx, buf[:n])
+		w.handle(ctx, w.request(n))
+		w.slot.clear()
 	}
 }
 
 // next reads one request. One goroutine at a time waits here, the others for the
 // lock: they cost no thread.
-func (s *Server) next(ctx context.Context, buf []byte) (int, error) {
+func (s *Server) next(ctx context.Context, w *worker) (int, error) {
 	s.lead.Lock()
 	defer s.lead.Unlock()
 	for {
 		if ctx.Err() != nil {
 			return 0, errStopped
 		}
-		n, err := unix.Read(s.fd, buf)
-		switch {
-		case err == nil && n > 0:
-			return n, nil
-		case err == nil:
+		n, errno := w.receive()
+		switch errno {
+		case 0:
+			if n > 0 {
+				return n, nil
+			}
 			return 0, unix.ENODEV
-		case err == unix.EAGAIN:
+		case unix.EAGAIN:
 			fds := [2]unix.PollFd{
 				{Fd: int32(s.fd), Events: unix.POLLIN},
 				{Fd: int32(s.stop), Events: unix.POLLIN},
@@ -286,10 +344,10 @@ func (s *Server) next(ctx context.Context, buf []byte) (int, error) {
 			if _, err := unix.Poll(fds[:], -1); err != nil && err != unix.EINTR {
 				return 0, err
 			}
-		case err == unix.EINTR, err == unix.ENOENT:
+		case unix.EINTR, unix.ENOENT:
 			// ENOENT: the request was withdrawn while it was being read.
 		default:
-			return 0, err
+			return 0, errno
 		}
 	}
 }

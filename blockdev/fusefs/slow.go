@@ -16,6 +16,7 @@ const maxLine = 1 << 16
 // slowRead is a read of which not all bytes are local.
 type slowRead struct {
 	readIn
+	slot     slot // has the request until it is answered
 	id       blockdev.Digest
 	file     File
 	n        int // bytes to answer
@@ -97,7 +98,9 @@ func (q *slowReads) next(ctx context.Context) {
 		}
 		q.used += int64(r.n)
 		q.tasks.Go(func() {
-			q.s.answerSlow(ctx, r)
+			if q.s.answerSlow(ctx, r) {
+				q.s.pending.give(r.slot)
+			}
 			q.mu.Lock()
 			defer q.mu.Unlock()
 			q.used -= int64(r.n)
@@ -116,9 +119,9 @@ func (q *slowReads) stop() {
 	q.tasks.Wait()
 }
 
-// answerSlow reads and answers. It leaves the read unanswered if Serve has been
-// told to stop.
-func (s *Server) answerSlow(ctx context.Context, r slowRead) {
+// answerSlow reads and answers. It leaves the read unanswered, and returns false, if
+// Serve has been told to stop.
+func (s *Server) answerSlow(ctx context.Context, r slowRead) bool {
 	ctx, cancel := context.WithDeadlineCause(ctx, r.deadline, errTimeout)
 	defer cancel()
 	b := s.buffers.get(r.n)
@@ -127,7 +130,7 @@ func (s *Server) answerSlow(ctx context.Context, r slowRead) {
 	n, err := r.file.ReadAt(ctx, p, r.off)
 	if err = slowEnd(r.file, r.off, p, n, err); err == nil {
 		s.answer(r.unique, b, r.n)
-		return
+		return true
 	}
 	cause := context.Cause(ctx)
 	switch {
@@ -135,7 +138,8 @@ func (s *Server) answerSlow(ctx context.Context, r slowRead) {
 	case errors.Is(cause, errTimeout):
 		err = errors.Join(cause, err)
 	default:
-		return // stopped: whoever comes next will answer
+		return false // stopped: whoever comes next will answer
 	}
 	s.failRead(r.id, r.readIn, err)
+	return true
 }

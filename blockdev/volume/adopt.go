@@ -33,16 +33,20 @@ type Keeper interface {
 // What a Manager has kept. Names and formats outlive versions of this program.
 const (
 	// keptFUSE is the /dev/fuse descriptor. It is kept last, so where it is, the
-	// other one is, too.
+	// others are, too.
 	keptFUSE = "fuse"
+	// keptPending is a memfd with the requests that are being worked on. Versions
+	// before this one had none.
+	keptPending = "fuse-pending"
 	// keptInit is a memfd with a record of the connection (encodeConnection).
 	keptInit = "fuse-init"
 )
 
 // connection is a FUSE connection that another process has mounted.
 type connection struct {
-	fd   *os.File
-	init []byte // fusefs.Options.Init
+	fd      *os.File
+	init    []byte   // fusefs.Options.Init
+	pending *os.File // fusefs.Options.Pending; nil: requests are not noted
 }
 
 // The record of a connection: what follows the magic is little-endian.
@@ -89,7 +93,38 @@ func (m *Manager) adoptConnection(left []mount.Info) *connection {
 		_ = fd.Close() // nothing was written
 		return nil
 	}
-	return &connection{fd, init}
+	return &connection{fd, init, m.adoptPending()}
+}
+
+// adoptPending returns the table of requests that the earlier process has worked
+// on, or keeps a new one.
+func (m *Manager) adoptPending() *os.File {
+	f := m.cfg.Keep.Take(keptPending)
+	if f != nil {
+		err := fusefs.CheckPending(f)
+		if err == nil {
+			return f
+		}
+		m.cfg.Log.Warn("what the last process was working on is not known; a new record of it is begun", "cause", err)
+		_ = f.Close() // nothing was written
+	}
+	f, err := m.keepPending()
+	if err != nil {
+		m.cfg.Log.Error("requests that are being worked on are not noted: if this process ends, a kernel before Linux 6.9 forgets them", "error", err)
+	}
+	return f
+}
+
+// keepPending makes a table of requests and has it kept.
+func (m *Manager) keepPending() (*os.File, error) {
+	f, err := fusefs.NewPending()
+	if err != nil {
+		return nil, err
+	}
+	if err := m.cfg.Keep.Keep(keptPending, f); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }
 
 func (m *Manager) checkConnection(fd *os.File, left []mount.Info) (init []byte, err error) {
@@ -126,11 +161,11 @@ func (m *Manager) fuseMount(mounts []mount.Info) (top mount.Info, ok bool) {
 	return top, ok
 }
 
-// resume has the kernel repeat what the last process has not answered.
+// resume has answered what the last process has not.
 func (m *Manager) resume() error {
-	switch err := m.server.Resend(); {
-	case errors.Is(err, unix.EINVAL):
-		m.cfg.Log.Warn("reads that were under way when the last process ended may never be answered: this kernel does not repeat them (Linux 6.9 does)")
+	switch err := m.server.Resume(); {
+	case errors.Is(err, blockdev.ErrUnsupported):
+		m.cfg.Log.Warn("reads that were under way when the last process ended will not be answered", "cause", err)
 	case err != nil:
 		return err
 	}
@@ -188,5 +223,5 @@ func (m *Manager) dropConnection() error {
 	if m.cfg.Keep == nil {
 		return nil
 	}
-	return errors.Join(m.cfg.Keep.Drop(keptFUSE), m.cfg.Keep.Drop(keptInit))
+	return errors.Join(m.cfg.Keep.Drop(keptFUSE), m.cfg.Keep.Drop(keptPending), m.cfg.Keep.Drop(keptInit))
 }

@@ -214,8 +214,8 @@ func (k *keeper) damage(t *testing.T) {
 func TestUnmountAllDrops(t *testing.T) {
 	k := newKeeper(t)
 	n := newNode(t, func(c *Config) { c.Keep = k })
-	if len(k.kept) != 2 {
-		t.Errorf("%d descriptors are kept, want 2", len(k.kept))
+	if len(k.kept) != 3 {
+		t.Errorf("%d descriptors are kept, want 3", len(k.kept))
 	}
 	if err := n.UnmountAll(ctx); err != nil {
 		t.Fatal(err)

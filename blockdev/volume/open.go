@@ -220,9 +220,19 @@ func (m *Manager) serve(ctx context.Context, conn *connection) (err error) {
 			return err
 		}
 		conn = &connection{fd: fd}
+		if m.cfg.Keep != nil {
+			// Kept before the descriptor is. Where it cannot be, that cannot be, too, and
+			// keepConnection says so.
+			conn.pending, _ = m.keepPending()
+		}
+	}
+	if conn.pending != nil {
+		defer func() { _ = conn.pending.Close() }() // mapped, and kept
 	}
 	m.fuse = conn.fd
-	m.server, err = fusefs.New(conn.fd, files{m}, fusefs.Options{Log: m.cfg.Log, ReadTimeout: m.cfg.ReadTimeout, Describe: m.cfg.Describe, Init: conn.init})
+	m.server, err = fusefs.New(conn.fd, files{m}, fusefs.Options{
+		Log: m.cfg.Log, ReadTimeout: m.cfg.ReadTimeout, Describe: m.cfg.Describe, Init: conn.init, Pending: conn.pending,
+	})
 	if err != nil {
 		return err
 	}

@@ -117,6 +117,10 @@ func (s *Store) Keep(name string, f *os.File) error {
 	if err := errors.Join(err, serr); err != nil {
 		return err
 	}
+	// What was there is not left over any more.
+	if old := s.Take(name); old != nil {
+		_ = old.Close() // nothing was written
+	}
 	return s.barrier()
 }
 
