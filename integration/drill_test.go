@@ -80,7 +80,9 @@ func TestMain(m *testing.M) {
 type tally struct {
 	drill  string
 	rounds int
-	pauses pauses // one for each time something was broken, where that is looked at
+	// The longest read around each time that something was broken, and, to
+	// compare, before it; where that is looked at.
+	pauses, calm pauses
 
 	mu            sync.Mutex
 	reads         int64
@@ -135,7 +137,10 @@ func (d *tally) rows(t *testing.T) {
 	if len(d.pauses) > 0 {
 		figure(t, d.drill+": longest pause", "s", "", 0, d.pauses.at(1).Seconds())
 	}
-	t.Logf("%d rounds, %d reads, %d failed, %d wrong; %v", d.rounds, d.reads, len(d.failed), len(d.wrong), d.pauses)
+	if len(d.calm) > 0 {
+		figure(t, d.drill+": longest read between two, p99", "s", "", 0, d.calm.at(0.99).Seconds())
+	}
+	t.Logf("%d rounds, %d reads, %d failed, %d wrong; %v; in between %v", d.rounds, d.reads, len(d.failed), len(d.wrong), d.pauses, d.calm)
 }
 
 // pauses are the longest reads of each round.
@@ -187,8 +192,9 @@ func TestDrillKill(t *testing.T) {
 	mounts := len(must(s.Mounts())(t))
 	l.goOn(t)
 	for range d.rounds {
-		wait(ctx, rand.N(time.Second))
 		local.Longest()
+		wait(ctx, rand.N(time.Second))
+		d.calm = append(d.calm, local.Longest())
 		must(s.node.KillNode(ctx))(t)
 		noError(t, goOn(ctx, local, 20))
 		d.pauses = append(d.pauses, local.Longest())

@@ -112,6 +112,8 @@ func TestDrillUpgrade(t *testing.T) {
 		}
 		program := programs[(i+1)%2]
 		local.Longest()
+		wait(ctx, rand.N(time.Second))
+		d.calm = append(d.calm, local.Longest())
 		if !s.install(t, program) {
 			refused++
 		}

@@ -97,7 +97,7 @@ func TestDrillMemoryLimit(t *testing.T) {
 	group := newMemoryGroup(t, 256<<20)
 	s := &site{Lab: newLab(t)}
 	ctx := t.Context()
-	d := &tally{drill: "cgroup of 256 MiB, prefetch and demand at full rate", rounds: min(rounds(t, 1), 8)}
+	d := &tally{drill: "cgroup of 256 MiB, prefetch and demand at full rate", rounds: min(rounds(t, 1), 3)}
 	s.registry = must(s.StartRegistry(ctx, "registry", s.Path("images"), ""))(t)
 	s.supernode = must(s.StartSupernode(ctx, "super", ""))(t)
 	group.within(t, func() { s.node = must(s.StartNode(ctx, "node", s.supernode.Address, ""))(t) })

@@ -96,7 +96,7 @@ func TestPrivateImage(t *testing.T) {
 func TestDrillPrivate(t *testing.T) {
 	l := newLab(t)
 	ctx := t.Context()
-	d := &tally{drill: "private image: token expired, credentials rotated, daemon restarted", rounds: min(rounds(t, 6), 30)}
+	d := &tally{drill: "private image: token expired, credentials rotated, daemon restarted", rounds: min(rounds(t, 6), 18)}
 	open := must(l.StartRegistry(ctx, "open", l.Path("images"), ""))(t)
 	gate := newTokenGate(t, open.Addr)
 	docker := l.Path("docker")

@@ -213,7 +213,7 @@ func stopContext(t *testing.T) context.Context {
 func TestDrillSourcesAway(t *testing.T) {
 	s := newKeptSite(t, 16<<20)
 	ctx := t.Context()
-	d := &tally{drill: "supernode killed, wiped, registry down, both", rounds: min(rounds(t, 4), 24)}
+	d := &tally{drill: "supernode killed, wiped, registry down, both", rounds: min(rounds(t, 4), 16)}
 	l := s.startLoad(t)
 	noError(t, s.node.WaitLocal(ctx, l.ref, 2*time.Minute))
 	_, here := s.pullFiles(t, "here", 1, 32, 300_000)

@@ -76,7 +76,7 @@ func diskUse(t *testing.T, dirs ...string) (n int64) {
 func TestDrillNodeDiskFull(t *testing.T) {
 	s := &site{Lab: newLab(t)}
 	ctx := t.Context()
-	d := &tally{drill: "disk full on the node, then freed", rounds: min(rounds(t, 2), 15)}
+	d := &tally{drill: "disk full on the node, then freed", rounds: min(rounds(t, 2), 10)}
 	disk := s.Path("node")
 	smallDisk(t, disk, 192)
 	s.registry = must(s.StartRegistry(ctx, "registry", s.Path("images"), ""))(t)
@@ -127,7 +127,7 @@ func TestDrillNodeDiskFull(t *testing.T) {
 func TestDrillSupernodeDiskFull(t *testing.T) {
 	s := &site{Lab: newLab(t)}
 	ctx := t.Context()
-	d := &tally{drill: "disk full on the supernode, then freed", rounds: min(rounds(t, 2), 10)}
+	d := &tally{drill: "disk full on the supernode, then freed", rounds: min(rounds(t, 2), 6)}
 	disk := s.Path("super")
 	smallDisk(t, disk, 256)
 	s.registry = must(s.StartRegistry(ctx, "registry", s.Path("images"), ""))(t)
