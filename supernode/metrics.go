@@ -25,6 +25,7 @@ type metrics struct {
 	ingests       *prometheus.CounterVec
 	ingestSeconds prometheus.Histogram
 	copies        prometheus.Counter
+	restores      prometheus.Counter
 	chunks        *prometheus.CounterVec
 	chunkBytes    prometheus.Counter
 	profiles      prometheus.Counter
@@ -63,11 +64,12 @@ func newMetrics(reg prometheus.Registerer, stats func() store.Stats) (*metrics, 
 		ingests:       byOutcome("layer_ingests_total", "Layers fetched from registries and stored, by outcome."),
 		ingestSeconds: seconds("layer_ingest_seconds", "Time to fetch, check and store a layer."),
 		copies:        counter("layer_copies_total", "Layers copied from another supernode."),
+		restores:      counter("layer_restores_total", "Layers that no supernode had any more, and a node gave back."),
 		chunks:        byOutcome("chunk_requests_total", "Chunks asked for, by outcome."),
 		chunkBytes:    counter("chunk_bytes_total", "Bytes of chunks handed out, as stored."),
 		profiles:      counter("startup_profiles_total", "Reports of what a container has read at its start that were taken, one for each layer."),
 	}
-	m.collectors = []prometheus.Collector{m.registryBytes, m.images, m.imageSeconds, m.documents, m.ingests, m.ingestSeconds, m.copies, m.chunks, m.chunkBytes, m.profiles,
+	m.collectors = []prometheus.Collector{m.registryBytes, m.images, m.imageSeconds, m.documents, m.ingests, m.ingestSeconds, m.copies, m.restores, m.chunks, m.chunkBytes, m.profiles,
 		newStoreCollector(stats)}
 	if reg == nil {
 		return m, nil

@@ -32,7 +32,11 @@ func (s *Supernode) OpenImageFor(ctx context.Context, peer string, req blockdev.
 		return nil, err
 	}
 	if s.grant != nil && peer != "" {
-		if img.Grant, err = s.grant(peer, img.Manifest); err != nil {
+		ref, err := registry.ParseReference(req.Ref)
+		if err != nil {
+			return nil, err
+		}
+		if img.Grant, err = s.grant(peer, img.Manifest, ref.Host); err != nil {
 			return nil, fmt.Errorf("%.300s: %w", req.Ref, err)
 		}
 	}

@@ -102,14 +102,14 @@ func (s *Supernode) order(diff blockdev.Digest) []peer.ID {
 }
 
 // obtain gets a layer that is not stored: from its owner, or the next one that can
-// be reached; if that is this supernode, from whichever sibling has it, and from
-// the registry if none has.
+// be reached; if that is this supernode, from whichever sibling has it, from a node
+// that has it if none has, and from the registry if there is none.
 //
 // A request between supernodes is never passed on; all that follows from one are
 // questions for what is stored. So there are no circles.
 func (s *Supernode) obtain(ctx context.Context, r wanted, open ingest.Open) (store.LayerRecord, error) {
 	if len(s.siblings) == 0 {
-		return s.ingestLayer(ctx, r.m, r.l, open, r.watch)
+		return s.fetch(ctx, r, open)
 	}
 	if r.stored {
 		return store.LayerRecord{}, fmt.Errorf("layer %s: not stored here: %w", r.l.Digest, blockdev.ErrNotFound)
@@ -145,11 +145,20 @@ func (s *Supernode) obtain(ctx context.Context, r wanted, open ingest.Open) (sto
 			return rec, err
 		}
 	}
-	rec, err := s.ingestLayer(ctx, r.m, r.l, open, r.watch)
+	rec, err := s.fetch(ctx, r, open)
 	if err == nil {
 		s.replicate(r, order)
 	}
 	return rec, err
+}
+
+// fetch gets a layer that no supernode has, from a node that has it or else from
+// the registry.
+func (s *Supernode) fetch(ctx context.Context, r wanted, open ingest.Open) (store.LayerRecord, error) {
+	if rec, err := s.fromHolders(ctx, r); err == nil || ctx.Err() != nil {
+		return rec, err
+	}
+	return s.ingestLayer(ctx, r.m, r.l, open, r.watch)
 }
 
 // elsewhere says whether another supernode may do what this one could not.
@@ -243,12 +252,8 @@ func (s *Supernode) copyFrom(ctx context.Context, r wanted, id peer.ID, sib Sibl
 	if err := fetchAll(ctx, sib, r.l.DiffID, chunks, session); err != nil {
 		return err
 	}
-	all := make([]blockdev.Digest, len(chunks))
-	for i, c := range chunks {
-		all[i] = c.Digest
-	}
 	rec := store.LayerRecord{Layer: r.l.Digest, Size: r.l.Size, DiffID: r.l.DiffID, Origins: []string{r.m.Host}}
-	if err := session.Publish(ctx, rec, enc, all); err != nil {
+	if err := session.Publish(ctx, rec, enc, digests(chunks)); err != nil {
 		return err
 	}
 	s.metrics.copies.Inc()

@@ -50,8 +50,13 @@ type Config struct {
 	// Registry sets timeouts of the registry client. Its directories, log and
 	// counter are set here.
 	Registry registry.Config
-	// Grant, if not nil, makes blockdev.Image.Grant for a peer.
-	Grant func(peer string, manifest blockdev.Digest) ([]byte, error)
+	// Grant, if not nil, makes blockdev.Image.Grant for a peer that got the image on
+	// the word of the registry host origin.
+	Grant func(peer string, manifest blockdev.Digest, origin string) ([]byte, error)
+	// Holders, if not nil, returns up to n nodes that have all of an image on the
+	// word of the registry host origin. They are asked for layers that no supernode
+	// has any more, and closed then.
+	Holders func(manifest blockdev.Digest, origin string, n int) []Holder
 	// Self is this supernode's peer ID, and Siblings are the other supernodes, by
 	// theirs. All of them are to have the same list, each without itself: a layer
 	// belongs to one by rendezvous hash of its DiffID.
@@ -115,10 +120,12 @@ type Supernode struct {
 	seen      *seen
 	metrics   *metrics
 	trusted   map[string]bool
-	grant     func(peer string, manifest blockdev.Digest) ([]byte, error)
+	grant     func(peer string, manifest blockdev.Digest, origin string) ([]byte, error)
+	holders   func(manifest blockdev.Digest, origin string, n int) []Holder
 	self      peer.ID
 	siblings  map[peer.ID]Sibling
 	verifying chan struct{} // bounds verifications side by side
+	restoring chan struct{} // bounds layers that come from holders side by side
 	decoder   *decoder
 
 	closers []func() error
@@ -145,10 +152,12 @@ func New(cfg Config) (*Supernode, error) {
 		failed:    &failures{now: time.Now, errs: map[string]failure{}},
 		seen:      newSeen(),
 		grant:     cfg.Grant,
+		holders:   cfg.Holders,
 		self:      cfg.Self,
 		siblings:  cfg.Siblings,
 		trusted:   map[string]bool{},
 		verifying: make(chan struct{}, cfg.Ingests),
+		restoring: make(chan struct{}, maxRestores),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	for _, h := range cfg.TrustedRegistries {

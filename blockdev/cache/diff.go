@@ -98,6 +98,19 @@ func (d *Diff) Complete() bool { return d.complete.Load() }
 
 // Index reads the whole index from disk again; a Diff keeps only what reads need.
 func (d *Diff) Index() (*blockdev.Index, error) {
+	enc, err := d.encodedIndex()
+	if err != nil {
+		return nil, err
+	}
+	ix, err := d.c.cfg.decode(enc)
+	if err != nil {
+		return nil, fmt.Errorf("index of diff %v: %w", d.id, err)
+	}
+	return ix, nil
+}
+
+// encodedIndex reads the index as it came.
+func (d *Diff) encodedIndex() ([]byte, error) {
 	enc, err := os.ReadFile(filepath.Join(d.dir, indexFile))
 	if err != nil {
 		return nil, fmt.Errorf("index of diff %v: %w", d.id, err)
@@ -105,11 +118,7 @@ func (d *Diff) Index() (*blockdev.Index, error) {
 	if blockdev.Sum(enc) != d.sum {
 		return nil, fmt.Errorf("index of diff %v has changed on disk since it was opened: %w", d.id, blockdev.ErrCorrupt)
 	}
-	ix, err := d.c.cfg.decode(enc)
-	if err != nil {
-		return nil, fmt.Errorf("index of diff %v: %w", d.id, err)
-	}
-	return ix, nil
+	return enc, nil
 }
 
 // Stat says how much of a diff is present.

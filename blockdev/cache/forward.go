@@ -37,6 +37,17 @@ func (c *Cache) Forward(diff blockdev.Digest, prio blockdev.Priority, hops int, 
 	return f, nil
 }
 
+// EncodedIndex returns the index of a diff as it was added, for another node. A
+// diff that is not in the cache, or is under quarantine, is blockdev.ErrNotFound;
+// an index that the disk has spoiled is blockdev.ErrCorrupt.
+func (c *Cache) EncodedIndex(diff blockdev.Digest) ([]byte, error) {
+	d, ok := c.Get(diff)
+	if !ok || d.Proof() == Quarantined {
+		return nil, fmt.Errorf("diff %v is not on this node: %w", diff, blockdev.ErrNotFound)
+	}
+	return d.encodedIndex()
+}
+
 // Missing is how many of the chunks, all of which the diff may have, are not on
 // this node's disk now.
 func (f *Forward) Missing() (n int) {

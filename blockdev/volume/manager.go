@@ -318,6 +318,12 @@ func (m *Manager) Forward(diff blockdev.Digest, prio blockdev.Priority, hops int
 	return m.cache.Forward(diff, prio, hops, digests)
 }
 
+// EncodedIndex returns the index of a diff for another node: cache.Cache's
+// EncodedIndex.
+func (m *Manager) EncodedIndex(diff blockdev.Digest) ([]byte, error) {
+	return m.cache.EncodedIndex(diff)
+}
+
 // Offer takes a chunk of a diff that nobody has asked for but that has come by, if
 // it is missing and there is room for it.
 func (m *Manager) Offer(id, chunk blockdev.Digest, data []byte) {

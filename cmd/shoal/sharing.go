@@ -70,7 +70,7 @@ func share(c *config.Node, up upstream, store swarm.Store, log *slog.Logger, reg
 		return func() error { return nil }, nil
 	}
 	server, err := exchange.NewServer(r.membership.host, exchange.ServerConfig{
-		Provider: r.swarm.Provider(store), Limits: swarm.NodeLimits(),
+		Provider: r.swarm.Provider(store), Images: r.swarm.Images(store), Limits: swarm.NodeLimits(),
 		Upload: exchange.NewPacer(int64(c.MaxUpload)), Log: log, Registerer: reg,
 	})
 	if err != nil {

@@ -56,13 +56,14 @@ func openSupernode(root string, store config.Store, reg config.Registry, at plac
 		HostDirs: hostDirs, TrustedRegistries: reg.Trusted,
 		AccessTTL: time.Duration(reg.AccessTTL), AccessGrace: time.Duration(reg.AccessGrace),
 		Registry: registry.Config{TagTTL: time.Duration(reg.TagTTL)},
-		Grant:    at.grant, Self: at.self, Siblings: at.siblings, Log: log, Registerer: metrics,
+		Grant:    at.grant, Holders: at.holders, Self: at.self, Siblings: at.siblings, Log: log, Registerer: metrics,
 	})
 }
 
 // place is where a supernode is among others.
 type place struct {
-	grant    func(peer string, manifest blockdev.Digest) ([]byte, error)
+	grant    func(peer string, manifest blockdev.Digest, origin string) ([]byte, error)
+	holders  func(manifest blockdev.Digest, origin string, n int) []supernode.Holder
 	self     peer.ID
 	siblings siblings
 }
@@ -111,7 +112,7 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, sibs.close()) }()
-	s, err := openSupernode(c.Root, c.Store, c.Registry, place{list.Grant, self, sibs}, log, metrics)
+	s, err := openSupernode(c.Root, c.Store, c.Registry, place{list.Grant, holders{h, list, log}.of, self, sibs}, log, metrics)
 	if err != nil {
 		return err
 	}

@@ -146,11 +146,14 @@ func (n *Node) resolveLocked(id peer.ID, q *question) {
 	n.changedLocked()
 }
 
-// Allowed returns nil if the peer is a member of the group, and so may ask this
-// node for its chunks. Where it is not on the list, supernodes are asked, and the
+// Allowed returns nil if the peer is a member of the group, or one of this node's
+// supernodes, and so may ask this node for its chunks. Where it is not on the list, supernodes are asked, and the
 // call waits for them or for ctx: lists lag behind in a burst of joins, and name
 // few members of other cells.
 func (n *Node) Allowed(ctx context.Context, group blockdev.Digest, id peer.ID) error {
+	if n.super[id] != nil {
+		return nil
+	}
 	for {
 		n.mu.Lock()
 		now := time.Now()
@@ -202,9 +205,6 @@ func (n *Node) Connect(id peer.ID, dir network.Direction) bool {
 
 // Stream implements host.Guard.
 func (n *Node) Stream(ctx context.Context, id peer.ID, _ protocol.ID) error {
-	if n.super[id] != nil {
-		return nil
-	}
 	return n.Allowed(ctx, blockdev.Digest{}, id)
 }
 

@@ -13,6 +13,9 @@ import (
 
 // Store is what a node has of its diffs: *cache.Cache.
 type Store interface {
+	// EncodedIndex returns the index of a diff, as it came. It wraps
+	// blockdev.ErrNotFound if the diff is not here.
+	EncodedIndex(diff blockdev.Digest) ([]byte, error)
 	Forward(diff blockdev.Digest, prio blockdev.Priority, hops int, digests []blockdev.Digest) (*cache.Forward, error)
 }
 
@@ -114,8 +117,8 @@ func (a *answer) Close() {}
 // bounded to some 50 MiB.
 func NodeLimits() exchange.Limits {
 	return exchange.Limits{
-		DemandPerPeer: peerDemand, PrefetchPerPeer: peerPrefetch + peerForwards, ImagesPerPeer: 1,
-		Demand: 512, Prefetch: 96, Images: 1,
+		DemandPerPeer: peerDemand, PrefetchPerPeer: peerPrefetch + peerForwards, ImagesPerPeer: 2,
+		Demand: 512, Prefetch: 96, Images: 4,
 		ReadAhead: 2, TotalReadAhead: 96,
 	}
 }

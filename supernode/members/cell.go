@@ -23,9 +23,10 @@ const (
 type seat struct {
 	m      *member
 	cell   *cell
-	pos    int  // in cell.seats
-	synced bool // the member has what its cell was told last
-	full   bool // the member has all of the image
+	pos    int             // in cell.seats
+	synced bool            // the member has what its cell was told last
+	full   bool            // the member has all of the image
+	origin blockdev.Digest // the registry on whose word it has it (originOf)
 }
 
 // message is how the members of the cell are told of the seat's.

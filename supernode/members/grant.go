@@ -2,7 +2,9 @@ package members
 
 import (
 	"crypto/ed25519"
+	"crypto/sha256"
 	"fmt"
+	"slices"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -12,17 +14,20 @@ import (
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
-// A grant says that a supernode has given a peer the indexes of an image: version
-// (1), the supernode's key (32), and its signature (64) of
+// A grant says that a supernode has given a peer the indexes of an image, on the
+// word of a registry: version (1), the supernode's key (32), the SHA-256 of the
+// registry's host (32), and the supernode's signature (64) of
 //
-//	"shoal grant 1\n" | the peer's key (32) | the manifest's digest (32)
+//	"shoal grant 2\n" | the peer's key (32) | the manifest's digest (32) | SHA-256 of the host (32)
 //
 // So it is worth nothing to another peer, and a supernode needs to remember
 // nothing: it counts after a restart, and for siblings that know the key.
 const (
-	grantVersion = 1
-	grantLen     = 1 + wire.KeyLen + ed25519.SignatureSize
-	grantText    = "shoal grant 1\n"
+	grantVersion = 2
+	grantOrigin  = 1 + wire.KeyLen
+	grantSig     = grantOrigin + sha256.Size
+	grantLen     = grantSig + ed25519.SignatureSize
+	grantText    = "shoal grant 2\n"
 )
 
 // granter makes and checks grants.
@@ -49,29 +54,33 @@ func newGranter(key crypto.PrivKey, siblings []peer.ID) (*granter, error) {
 	return g, nil
 }
 
-func grantMessage(holder wire.Key, manifest blockdev.Digest) []byte {
-	return append(append([]byte(grantText), holder[:]...), manifest[:]...)
+func grantMessage(holder wire.Key, manifest, origin blockdev.Digest) []byte {
+	return slices.Concat([]byte(grantText), holder[:], manifest[:], origin[:])
 }
 
-func (g *granter) make(holder wire.Key, manifest blockdev.Digest) ([]byte, error) {
-	sig, err := g.key.Sign(grantMessage(holder, manifest))
+// originOf is how a grant names a registry host.
+func originOf(host string) blockdev.Digest { return blockdev.Sum([]byte(host)) }
+
+func (g *granter) make(holder wire.Key, manifest, origin blockdev.Digest) ([]byte, error) {
+	sig, err := g.key.Sign(grantMessage(holder, manifest, origin))
 	if err != nil {
 		return nil, fmt.Errorf("sign a grant: %w", err)
 	}
-	return append(append([]byte{grantVersion}, g.self[:]...), sig...), nil
+	return slices.Concat([]byte{grantVersion}, g.self[:], origin[:], sig), nil
 }
 
-// check returns nil if the grant is for this holder and manifest.
-func (g *granter) check(grant []byte, holder wire.Key, manifest blockdev.Digest) error {
+// check returns the grant's origin if it is for this holder and manifest.
+func (g *granter) check(grant []byte, holder wire.Key, manifest blockdev.Digest) (origin blockdev.Digest, err error) {
 	if len(grant) != grantLen || grant[0] != grantVersion {
-		return fmt.Errorf("grant of %d bytes, not %d, or of another version: %w", len(grant), grantLen, blockdev.ErrUnauthorized)
+		return origin, fmt.Errorf("grant of %d bytes, not %d, or of another version: %w", len(grant), grantLen, blockdev.ErrUnauthorized)
 	}
 	signer := wire.Key(grant[1:])
 	if !g.trusted[signer] {
-		return fmt.Errorf("grant of %s, which is neither this supernode nor named in its siblings: %w", host.FromKey(signer), blockdev.ErrUnauthorized)
+		return origin, fmt.Errorf("grant of %s, which is neither this supernode nor named in its siblings: %w", host.FromKey(signer), blockdev.ErrUnauthorized)
 	}
-	if !ed25519.Verify(signer[:], grantMessage(holder, manifest), grant[1+wire.KeyLen:]) {
-		return fmt.Errorf("grant for another node or image: %w", blockdev.ErrUnauthorized)
+	origin = blockdev.Digest(grant[grantOrigin:])
+	if !ed25519.Verify(signer[:], grantMessage(holder, manifest, origin), grant[grantSig:]) {
+		return origin, fmt.Errorf("grant for another node or image: %w", blockdev.ErrUnauthorized)
 	}
-	return nil
+	return origin, nil
 }

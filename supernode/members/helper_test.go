@@ -25,6 +25,8 @@ const (
 	goodToken  = "a token of some length"
 	otherToken = "another token of some length"
 	testLease  = time.Second // the shortest there is
+
+	registryHost = "registry.example"
 )
 
 func newKey(t testing.TB) crypto.PrivKey {
@@ -151,7 +153,7 @@ func (n *aNode) id() peer.ID { return n.host.ID() }
 // has gives n an image by way of s.
 func (n *aNode) has(t testing.TB, s *super, manifest blockdev.Digest) {
 	t.Helper()
-	grant, err := s.Grant(n.id().String(), manifest)
+	grant, err := s.Grant(n.id().String(), manifest, registryHost)
 	if err != nil {
 		t.Fatal(err)
 	}

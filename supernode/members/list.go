@@ -170,8 +170,8 @@ func (l *List) Close() error {
 }
 
 // Grant returns what a peer shows to join the image's group. It is given to who
-// got the image's indexes.
-func (l *List) Grant(id string, manifest blockdev.Digest) ([]byte, error) {
+// got the image's indexes on the word of the registry host origin.
+func (l *List) Grant(id string, manifest blockdev.Digest, origin string) ([]byte, error) {
 	p, err := peer.Decode(id)
 	if err != nil {
 		return nil, fmt.Errorf("grant for %q: %w", id, err)
@@ -180,7 +180,7 @@ func (l *List) Grant(id string, manifest blockdev.Digest) ([]byte, error) {
 	if !ok {
 		return nil, fmt.Errorf("grant for %s, whose key is not Ed25519", p)
 	}
-	return l.granter.make(key, manifest)
+	return l.granter.make(key, manifest, originOf(origin))
 }
 
 // add lets a node in that has said hello. Its error is for the node to know.
@@ -254,7 +254,8 @@ func (l *List) detach(m *member, bye bool, lease time.Duration) {
 // join makes a member one of a group. If it is one already, it is told everything,
 // unless all it wants to say is that it has the whole image now.
 func (l *List) join(m *member, id blockdev.Digest, grant []byte, full bool) error {
-	if err := l.granter.check(grant, m.key, id); err != nil {
+	origin, err := l.granter.check(grant, m.key, id)
+	if err != nil {
 		return err
 	}
 	l.mu.Lock()
@@ -266,6 +267,7 @@ func (l *List) join(m *member, id blockdev.Digest, grant []byte, full bool) erro
 	if s := m.groups[id]; s != nil {
 		s.synced = s.synced && s.full != full
 		s.setFull(full)
+		s.origin = origin
 	} else {
 		if len(m.groups) >= wire.MaxGroups || g != nil && g.size >= maxGroup {
 			return fmt.Errorf("the node is in %d groups, or the group is full: %w", len(m.groups), wire.ErrBusy)
@@ -275,7 +277,7 @@ func (l *List) join(m *member, id blockdev.Digest, grant []byte, full bool) erro
 			l.groups[id] = g
 		}
 		s := g.add(m)
-		s.full = full
+		s.full, s.origin = full, origin
 		m.groups[id] = s
 	}
 	l.dirtyLocked(g)

@@ -299,11 +299,11 @@ func TestGrants(t *testing.T) {
 	ready(t, b, s)
 	a.has(t, s, image)
 	a.knows(t, image, a)
-	stolen, err := s.Grant(a.id().String(), image)
+	stolen, err := s.Grant(a.id().String(), image, registryHost)
 	if err != nil {
 		t.Fatal(err)
 	}
-	elsewhere, err := other.Grant(b.id().String(), image)
+	elsewhere, err := other.Grant(b.id().String(), image, registryHost)
 	if err != nil {
 		t.Fatal(err)
 	}

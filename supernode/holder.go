@@ -1,0 +1,249 @@
+package supernode
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/blockdev/proof"
+	"github.com/shoalfs/shoal/supernode/store"
+)
+
+// Holder is a node that has all of an image, on the word of the image's registry.
+// It is not trusted: what it says is proven against the DiffID.
+type Holder interface {
+	blockdev.Source
+	// OpenImage returns the indexes of those layers of the request's Manifest whose
+	// DiffIDs are in Only. It gets no credential.
+	blockdev.ImageSource
+	Close() error
+}
+
+const (
+	// maxHolders is how many nodes are asked before the registry is.
+	maxHolders = 3
+	// maxRestores is how many layers come from holders at a time. A node answers as
+	// many requests for an index.
+	maxRestores = 2
+	// holderRequest is how many chunks a holder is asked for at a time. Two such
+	// requests are in memory for each layer: at most 32 MiB, 8 MiB as a rule.
+	holderRequest = 64
+	// A holder that needs more than restoreTime, and a second for restoreRate bytes of
+	// the blob, is given up: somebody waits, and there is a registry.
+	restoreTime = 30 * time.Second
+	restoreRate = 1 << 20
+)
+
+// fromHolders gets a layer from a node that has it: this supernode had it, too, or
+// the group would have nobody, and has lost it since. So its registry sends
+// nothing twice, and is not needed.
+func (s *Supernode) fromHolders(ctx context.Context, r wanted) (store.LayerRecord, error) {
+	if s.holders == nil {
+		return store.LayerRecord{}, blockdev.ErrNotFound
+	}
+	key := "holders " + r.m.Host + " " + r.l.Digest.String() + " " + r.l.DiffID.String()
+	_, err := s.flights.do(ctx, key, nil, func(ctx context.Context, _ *flight) error {
+		select {
+		case s.restoring <- struct{}{}:
+			defer func() { <-s.restoring }()
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		return s.restore(ctx, r)
+	})
+	if err != nil {
+		return store.LayerRecord{}, err
+	}
+	return s.store.Layer(r.l.Digest)
+}
+
+// restore asks one holder after the other.
+func (s *Supernode) restore(ctx context.Context, r wanted) error {
+	holders := s.holders(r.m.Digest, r.m.Host, maxHolders)
+	defer func() {
+		for _, h := range holders {
+			_ = h.Close() // nothing is under way any more
+		}
+	}()
+	err := fmt.Errorf("no node has layer %s: %w", r.l.Digest, blockdev.ErrNotFound)
+	for _, h := range holders {
+		began := time.Now()
+		if err = s.restoreFrom(ctx, r, h); err == nil {
+			s.metrics.restores.Inc()
+			s.log.Info("layer restored from a node that has the image", "image", r.m.Ref, "layer", r.l.Digest, "took", time.Since(began))
+			return nil
+		}
+		if ctx.Err() != nil {
+			return err
+		}
+		s.log.Info("a node that has the image does not give the layer", "image", r.m.Ref, "layer", r.l.Digest, "error", err)
+	}
+	return err
+}
+
+// restoreFrom stores what a holder has, and publishes it if it is the layer: while
+// it comes, the tar is put together again, hashed and indexed anew.
+func (s *Supernode) restoreFrom(ctx context.Context, r wanted, h Holder) error {
+	ctx, cancel := context.WithTimeout(ctx, restoreTime+time.Duration(r.l.Size/restoreRate)*time.Second)
+	defer cancel()
+	ask, stop := context.WithTimeout(ctx, askTimeout)
+	defer stop()
+	img, err := h.OpenImage(ask, blockdev.ImageRequest{Ref: r.m.Ref, Manifest: r.m.Digest, Only: []blockdev.Digest{r.l.DiffID}, Stored: true})
+	if err != nil {
+		return err
+	}
+	if len(img.Layers) != 1 {
+		return fmt.Errorf("%d layers where one was asked for: %w", len(img.Layers), blockdev.ErrCorrupt)
+	}
+	enc := img.Layers[0].Index
+	ix, err := index.Decode(enc)
+	if err != nil {
+		return err
+	}
+	if ix.DiffID != r.l.DiffID {
+		return fmt.Errorf("the index is that of %s: %w", ix.DiffID, blockdev.ErrCorrupt)
+	}
+	session, err := s.store.Begin(r.l.Digest)
+	if err != nil {
+		return err
+	}
+	var fetches sync.WaitGroup
+	defer func() {
+		cancel()
+		fetches.Wait()
+		session.Abort()
+	}()
+	pieces := make([]blockdev.Chunk, len(ix.Headers))
+	for i, p := range ix.Headers {
+		pieces[i] = blockdev.Chunk{Length: p.Length, Digest: p.Digest}
+	}
+	masked := &inOrder{next: bring(ctx, &fetches, h, ix.DiffID, ix.Chunks, session)}
+	piece := bring(ctx, &fetches, h, ix.DiffID, pieces, session)
+	if err := proof.Run(ctx, ix, masked, func(context.Context, blockdev.Piece) ([]byte, error) { return piece() }); err != nil {
+		return err
+	}
+	rec := store.LayerRecord{Layer: r.l.Digest, Size: r.l.Size, DiffID: r.l.DiffID, Origins: []string{r.m.Host}}
+	return session.Publish(ctx, rec, enc, digests(slices.Concat(ix.Chunks, pieces)))
+}
+
+func digests(chunks []blockdev.Chunk) []blockdev.Digest {
+	all := make([]blockdev.Digest, len(chunks))
+	for i, c := range chunks {
+		all[i] = c.Digest
+	}
+	return all
+}
+
+// bring fetches chunks, checks and stores them, one request ahead of the function
+// that it returns, which gives them in their order, in a goroutine that ends with ctx.
+func bring(ctx context.Context, wg *sync.WaitGroup, from blockdev.Source, diff blockdev.Digest, chunks []blockdev.Chunk, session *store.Ingest) func() ([]byte, error) {
+	type batch struct {
+		data [][]byte
+		err  error
+	}
+	batches := make(chan batch)
+	begun := false
+	run := func() {
+		defer close(batches)
+		for want := range slices.Chunk(chunks, holderRequest) {
+			data, err := fetchBatch(ctx, from, diff, want, session)
+			select {
+			case batches <- batch{data, err}:
+			case <-ctx.Done():
+				return
+			}
+			if err != nil {
+				return
+			}
+		}
+	}
+	var now [][]byte
+	return func() ([]byte, error) {
+		if !begun {
+			begun = true
+			wg.Go(run)
+		}
+		for len(now) == 0 {
+			b, ok := <-batches
+			switch {
+			case !ok && ctx.Err() != nil:
+				return nil, ctx.Err()
+			case !ok:
+				return nil, io.EOF
+			case b.err != nil:
+				return nil, b.err
+			}
+			now = b.data
+		}
+		b := now[0]
+		now = now[1:]
+		return b, nil
+	}
+}
+
+// fetchBatch fetches and stores chunks, each digest once.
+func fetchBatch(ctx context.Context, from blockdev.Source, diff blockdev.Digest, want []blockdev.Chunk, session *store.Ingest) ([][]byte, error) {
+	byDigest := make(map[blockdev.Digest][]byte, len(want))
+	var ask []blockdev.Chunk
+	for _, c := range want {
+		if _, twice := byDigest[c.Digest]; !twice {
+			byDigest[c.Digest] = nil
+			ask = append(ask, c)
+		}
+	}
+	err := from.Fetch(ctx, blockdev.Request{Diff: diff, Chunks: ask}, func(i int, data []byte) error {
+		if d := ask[i].Digest; len(data) != int(ask[i].Length) || blockdev.Sum(data) != d {
+			return fmt.Errorf("chunk %s has other bytes: %w", d, blockdev.ErrCorrupt)
+		}
+		if err := session.Put(ctx, ask[i].Digest, data); err != nil {
+			return err
+		}
+		byDigest[ask[i].Digest] = slices.Clone(data)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	data := make([][]byte, len(want))
+	for i, c := range want {
+		if data[i] = byDigest[c.Digest]; len(data[i]) != int(c.Length) {
+			return nil, fmt.Errorf("chunk %s has %d bytes and, in another place, %d: %w", c.Digest, len(data[i]), c.Length, blockdev.ErrCorrupt)
+		}
+	}
+	return data, nil
+}
+
+// inOrder is an io.ReaderAt over chunks that come in their order, for who reads on
+// from where they begin.
+type inOrder struct {
+	next  func() ([]byte, error)
+	chunk []byte
+	start int64 // of chunk
+}
+
+// ReadAt implements io.ReaderAt.
+func (r *inOrder) ReadAt(p []byte, off int64) (n int, err error) {
+	if off < r.start {
+		return 0, errors.New("read in front of what has been read")
+	}
+	for n < len(p) {
+		at := off + int64(n) - r.start
+		if at < int64(len(r.chunk)) {
+			n += copy(p[n:], r.chunk[at:])
+			continue
+		}
+		b, err := r.next()
+		if err != nil {
+			return n, err
+		}
+		r.start += int64(len(r.chunk))
+		r.chunk = b
+	}
+	return n, nil
+}
