@@ -268,3 +268,37 @@ func (s *keptSite) takeAway(t *testing.T, what int) (back func()) {
 		}
 	}
 }
+
+// TestNodesRestoreSupernode: a supernode that has lost all it had gets a layer from
+// a node that has it, not from the registry.
+func TestNodesRestoreSupernode(t *testing.T) {
+	s := newSite(t, "")
+	one, a := noisy(t, "a", 3, 12)
+	ref := s.push(t, "app", one)
+	if err := s.Pull(t.Context(), "shoal", ref); err != nil {
+		t.Fatal(err)
+	}
+	s.mountImage(t, "shoal", ref) // the rest follows once somebody uses it
+	noError(t, s.node.WaitProven(t.Context(), ref, time.Minute)) // it has the tar headers, too
+	noError(t, s.supernode.Kill())
+	noError(t, wipe(s.Path("super")))
+	s.supernode = must(s.RestartSupernode(t.Context(), s.supernode))(t)
+	noError(t, lab.WaitFor(t.Context(), "the node in its group again", 20*time.Second, func() error {
+		n, err := s.supernode.Metric(t.Context(), "shoal_supernode_groups")
+		if err == nil && n < 1 {
+			err = fmt.Errorf("%v groups", n)
+		}
+		return err
+	}))
+	second := must(s.StartNode(t.Context(), "second", s.supernode.Address, ""))(t)
+	im := must(s.registry.Image(t.Context(), "app", "v1"))(t)
+	noError(t, second.Pull(t.Context(), im))
+	unmount := must(second.Mount(t.Context(), im, "view", s.Path("view")))(t)
+	expectFile(t, filepath.Join(s.Path("view"), "a"), a)
+	noError(t, unmount())
+	for name, want := range map[string]float64{"shoal_supernode_layer_restores_total": 1, `shoal_supernode_layer_ingests_total{outcome="ok"}`: 0} {
+		if n, err := s.supernode.Metric(t.Context(), name); want > 0 && (err != nil || n != want) || want == 0 && err == nil && n > 0 {
+			t.Errorf("%s: %v (%v), want %v", name, n, err, want)
+		}
+	}
+}

@@ -17,17 +17,20 @@ type Forward struct {
 	prio blockdev.Priority
 	hops int
 	nums []int // of the chunks; -1: the diff has none with that digest
+	// digests are for pieces of the header stream, which have no number.
+	digests []blockdev.Digest
 }
 
 // Forward finds chunks of a diff for another node. hops is how often the request
 // was forwarded before it came here. A diff that is not in the cache is
-// blockdev.ErrNotFound.
+// blockdev.ErrNotFound. Pieces of its header stream are given as far as they are
+// here. Nobody may change digests meanwhile.
 func (c *Cache) Forward(diff blockdev.Digest, prio blockdev.Priority, hops int, digests []blockdev.Digest) (*Forward, error) {
 	d, ok := c.Get(diff)
 	if !ok {
 		return nil, fmt.Errorf("diff %v is not on this node: %w", diff, blockdev.ErrNotFound)
 	}
-	f := &Forward{d: d, prio: prio, hops: hops, nums: make([]int, len(digests))}
+	f := &Forward{d: d, prio: prio, hops: hops, nums: make([]int, len(digests)), digests: digests}
 	for i := range digests {
 		f.nums[i] = -1
 		if nums := d.tab.find(&digests[i]); len(nums) > 0 {
@@ -113,6 +116,9 @@ func (f *Forward) launch(g *group) {
 func (f *Forward) Chunk(ctx context.Context, i int, alloc func(n int) []byte) ([]byte, error) {
 	d, k := f.d, f.nums[i]
 	if k < 0 {
+		if b, ok := d.readPiece(&f.digests[i], alloc); ok {
+			return b, nil
+		}
 		return nil, fmt.Errorf("diff %v has no such chunk: %w", d.id, blockdev.ErrNotFound)
 	}
 	n := d.tab.length(k)

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/index"
 )
 
 func (r *rig) forward(prio blockdev.Priority, hops int, digests ...blockdev.Digest) *Forward {
@@ -117,5 +118,36 @@ func TestForwardFails(t *testing.T) {
 	cancel(gone)
 	if _, err := f.Chunk(ctx, 0, alloc); !errors.Is(err, gone) {
 		t.Errorf("%v", err)
+	}
+}
+
+// Pieces of the header stream are given as far as they are here, and are not fetched
+// for others. The index is given as it came.
+func TestForwardForAnotherProof(t *testing.T) {
+	r, l := newProofRig(t, nil)
+	pieces := make([]blockdev.Digest, len(l.Index.Headers))
+	for i, p := range l.Index.Headers {
+		pieces[i] = p.Digest
+	}
+	f := r.forward(blockdev.Prefetch, 0, pieces...)
+	if _, err := f.Chunk(t.Context(), 0, alloc); !errors.Is(err, blockdev.ErrNotFound) {
+		t.Errorf("a piece that is not here: %v", err)
+	}
+	r.prove()
+	for i, d := range pieces {
+		b, err := f.Chunk(t.Context(), i, alloc)
+		if err != nil || blockdev.Sum(b) != d {
+			t.Errorf("piece %d: %d bytes, %v", i, len(b), err)
+		}
+	}
+	enc, err := r.EncodedIndex(r.ix.DiffID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ix, err := index.Decode(enc); err != nil || ix.DiffID != r.ix.DiffID {
+		t.Errorf("index: %v", err)
+	}
+	if _, err := r.EncodedIndex(blockdev.Sum(nil)); !errors.Is(err, blockdev.ErrNotFound) {
+		t.Errorf("the index of a diff that is not here: %v", err)
 	}
 }

@@ -50,8 +50,9 @@ func (h *headers) piece(f *os.File, i int, buf []byte) ([]byte, bool) {
 	return b, err == nil && blockdev.Sum(b) == h.pieces[i].Digest
 }
 
-// readPiece reads the piece with this digest, if the diff has it.
-func (d *Diff) readPiece(digest *blockdev.Digest, buf []byte) ([]byte, bool) {
+// readPiece reads the piece with this digest, if it is here, into the buffer of at
+// least n bytes that alloc returns.
+func (d *Diff) readPiece(digest *blockdev.Digest, alloc func(n int) []byte) ([]byte, bool) {
 	for i := range d.heads.pieces {
 		if d.heads.pieces[i].Digest != *digest || d.heads.pieces[i].Length > blockdev.MaxChunk {
 			continue
@@ -61,7 +62,7 @@ func (d *Diff) readPiece(digest *blockdev.Digest, buf []byte) ([]byte, bool) {
 			return nil, false
 		}
 		defer f.Close()
-		return d.heads.piece(f, i, buf)
+		return d.heads.piece(f, i, alloc(int(d.heads.pieces[i].Length)))
 	}
 	return nil, false
 }

@@ -129,7 +129,7 @@ func (c *Cache) Chunk(digest blockdev.Digest, buf []byte) ([]byte, error) {
 		}
 	}
 	for _, d := range *c.list.Load() {
-		if b, ok := d.readPiece(&digest, buf); ok {
+		if b, ok := d.readPiece(&digest, func(int) []byte { return buf }); ok {
 			return b, nil
 		}
 	}
