@@ -94,7 +94,8 @@ func TestZones(t *testing.T) {
 	}
 	got := b.metric(t, "shoal_node_received_bytes_total", otherZone) + b.metric(t, "shoal_node_received_bytes_total", "supernode")
 	// A read that peers are slow to answer goes to the supernode as well.
-	if got < float64(len(w.data)) || got > 1.5*float64(len(w.data)) || b.metric(t, "shoal_node_received_bytes_total", otherZone) == 0 {
+	// The last chunk may be counted a moment after its reader has it.
+	if got < float64(len(w.data)-blockdev.MaxChunk) || got > 1.5*float64(len(w.data)) || b.metric(t, "shoal_node_received_bytes_total", otherZone) == 0 {
 		t.Errorf("%v bytes came from the other zone and the supernode, %v of these from the zone", got, b.metric(t, "shoal_node_received_bytes_total", otherZone))
 	}
 }
