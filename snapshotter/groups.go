@@ -39,6 +39,19 @@ func (s *Snapshotter) joinGroup(img *imageRecord) {
 	}
 }
 
+// leaveUnopened tells of an image that could not be opened, unless it is here from
+// before.
+func (s *Snapshotter) leaveUnopened(manifest blockdev.Digest) error {
+	if s.cfg.Groups == nil {
+		return nil
+	}
+	list, err := s.records.images()
+	if err == nil && !slices.ContainsFunc(list, func(img imageRecord) bool { return img.Manifest == manifest }) {
+		s.cfg.Groups.Leave(manifest)
+	}
+	return err
+}
+
 // leaveGroups tells of images one of whose diffs is gone.
 func (s *Snapshotter) leaveGroups(diff blockdev.Digest) error {
 	if s.cfg.Groups == nil {

@@ -158,6 +158,13 @@ func (s *Snapshotter) add(ctx context.Context, o *openImage, img *blockdev.Image
 	if err := s.records.intend(ids); err != nil {
 		return err
 	}
+	// Now, so that who else has the image is known by the time that prefetch begins.
+	s.joinGroup(&o.imageRecord)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.leaveUnopened(o.Manifest))
+		}
+	}()
 
 	implied := make([][]string, len(ids))
 	g, gctx := errgroup.WithContext(ctx)
@@ -190,7 +197,6 @@ func (s *Snapshotter) add(ctx context.Context, o *openImage, img *blockdev.Image
 		return err
 	}
 	o.release = release
-	s.joinGroup(&o.imageRecord)
 	return nil
 }
 

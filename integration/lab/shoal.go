@@ -2,7 +2,6 @@ package lab
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -269,16 +268,6 @@ type NodeLayer struct {
 	Local  int64
 	Mount  string
 	Proof  string
-}
-
-// Status runs `shoal status`.
-func (n *Node) Status(ctx context.Context) (*NodeStatus, error) {
-	out, err := n.lab.Run(ctx, "shoal", "status", "--control", n.Control, "--output", "json")
-	if err != nil {
-		return nil, err
-	}
-	var st NodeStatus
-	return &st, json.Unmarshal([]byte(out), &st)
 }
 
 // WaitLocal waits until every byte of ref is on the node's disk.

@@ -5,8 +5,10 @@ package report
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -66,6 +68,27 @@ func (r *Report) Add(name, unit string, cmp Cmp, bar float64, samples ...float64
 // Note adds a row without a bar.
 func (r *Report) Note(name, unit string, samples ...float64) {
 	r.Add(name, unit, "", 0, samples...)
+}
+
+// Keep adds the rows of DIR/NAME.json, if there is one, that this Report has no
+// newer ones of: what a run of a part of the target did not measure.
+func (r *Report) Keep(dir, name string) error {
+	b, err := os.ReadFile(filepath.Join(dir, name+".json"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	var old []Row
+	if err := json.Unmarshal(b, &old); err != nil {
+		return fmt.Errorf("%s.json: %w", name, err)
+	}
+	for _, row := range old {
+		if !slices.ContainsFunc(r.Rows, func(x Row) bool { return x.Name == row.Name }) {
+			r.Rows = append(r.Rows, row)
+		}
+	}
+	return nil
 }
 
 // Save writes DIR/NAME.json.

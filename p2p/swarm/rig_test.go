@@ -85,6 +85,9 @@ func (w *world) View(blockdev.Digest) *route.View {
 	return w.view
 }
 
+// Changed is never closed: who waits for a first view in these tests has one.
+func (w *world) Changed() <-chan struct{} { return nil }
+
 func (w *world) Addrs(id peer.ID) (peer.AddrInfo, bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -15,6 +15,9 @@ import (
 // supernode said about chunks that no peer has.
 func (s *Swarm) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
 	g := s.group(req.Diff)
+	if g == nil && req.Priority == blockdev.Prefetch && req.Hops == 0 {
+		g = s.awaitGroup(ctx, req.Diff)
+	}
 	if g == nil || len(req.Chunks) == 0 {
 		return s.cfg.Supernode.Fetch(ctx, req, func(i int, data []byte) error {
 			err := deliver(i, data)

@@ -24,6 +24,9 @@ type Groups interface {
 	// View returns what is known of a group, nil if that is nothing. Its members'
 	// IDs are string(peer.ID), the bytes. Nobody changes a View.
 	View(group blockdev.Digest) *route.View
+	// Changed returns a channel that is closed when any of these answers changes
+	// after the call.
+	Changed() <-chan struct{}
 	// Addrs returns where a peer listens.
 	Addrs(id peer.ID) (peer.AddrInfo, bool)
 	// Allowed returns nil if the peer may ask for chunks of the group.
@@ -69,6 +72,7 @@ type Swarm struct {
 
 	mu     sync.Mutex
 	groups map[blockdev.Digest]*group
+	begun  map[blockdev.Digest]time.Time // since when the first view of a group is awaited
 	told   map[peer.ID]route.Outcome // peers whose trouble is in the log
 }
 
@@ -102,6 +106,7 @@ func New(c Config) (*Swarm, error) {
 		book:   route.NewBook(route.BookOptions{}),
 		began:  time.Now(),
 		groups: make(map[blockdev.Digest]*group),
+		begun:  make(map[blockdev.Digest]time.Time),
 		told:   make(map[peer.ID]route.Outcome),
 	}
 	s.pool = newPool(&s.cfg)
@@ -152,6 +157,56 @@ func (s *Swarm) group(diff blockdev.Digest) *group {
 		return g
 	}
 	return nil
+}
+
+// firstView is how long prefetch waits, once for a group, to be told who else is
+// in it. Who is the first one hears that at once; when many nodes begin
+// together, what each gets until it knows of the others comes from the supernode
+// and through the zones' uplinks once for each. They hear of each other after
+// 100 ms, of many hundreds after 500 (supernode/members).
+const firstView = 500 * time.Millisecond
+
+// awaitGroup is group for prefetch: it waits, if this node has joined a group
+// with the diff and has heard nothing of it yet.
+func (s *Swarm) awaitGroup(ctx context.Context, diff blockdev.Digest) *group {
+	for {
+		changed := s.cfg.Groups.Changed()
+		if g := s.group(diff); g != nil {
+			return g
+		}
+		ids := s.cfg.Groups.Groups(diff)
+		if len(ids) == 0 {
+			return nil
+		}
+		left := time.Until(s.beginning(ids[0]).Add(firstView))
+		if left <= 0 {
+			return nil
+		}
+		t := time.NewTimer(left)
+		select {
+		case <-changed:
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return nil
+		}
+		t.Stop()
+	}
+}
+
+// beginning is when the first view of a group was waited for first.
+func (s *Swarm) beginning(id blockdev.Digest) time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t, ok := s.begun[id]
+	if !ok {
+		if len(s.begun) >= maxGroups {
+			clear(s.begun)
+		}
+		t = time.Now()
+		s.begun[id] = t
+	}
+	return t
 }
 
 // maxGroups bounds the tables that are kept.

@@ -37,6 +37,7 @@ type scene struct {
 
 var swarmScenes = []scene{
 	{"few", (*swarmWorld).sceneFew},
+	{"registry", (*swarmWorld).sceneRegistry},
 	{"all", (*swarmWorld).sceneAll},
 	{"supernode-killed", (*swarmWorld).sceneSupernodeKilled},
 	{"burst", (*swarmWorld).sceneBurst},
@@ -54,9 +55,9 @@ func swarmCommand(o *options) *cobra.Command {
 		RunE:  func(cmd *cobra.Command, _ []string) error { return benchSwarm(cmd.Context(), s) },
 	}
 	cmd.Flags().IntVar(&s.nodes, "nodes", 32, "how many nodes, half of them in each of two zones")
-	cmd.Flags().IntVar(&s.mbit, "mbit", 50, "each node's link, Mbit/s; the supernode's is ten times that")
+	cmd.Flags().IntVar(&s.mbit, "mbit", 20, "each node's link, Mbit/s; the supernode's is ten times that")
 	cmd.Flags().StringVar(&s.image, "image", "redis", "the image that all nodes get, of those with an upgrade")
-	cmd.Flags().StringSliceVar(&s.scenes, "scenes", nil, "only these: few, all, supernode-killed, burst, parent-killed, changes, latency")
+	cmd.Flags().StringSliceVar(&s.scenes, "scenes", nil, "only these: few, registry, all, supernode-killed, burst, parent-killed, changes, latency")
 	return cmd
 }
 
@@ -82,6 +83,11 @@ func benchSwarm(ctx context.Context, o *swarmOptions) (err error) {
 	if err := r.Print(os.Stdout); err != nil {
 		return err
 	}
+	if len(o.scenes) > 0 {
+		if err := r.Keep(o.out, "swarm"); err != nil {
+			return err
+		}
+	}
 	return r.Save(o.out, "swarm")
 }
 
@@ -105,9 +111,12 @@ func (w *swarmWorld) sceneFew(ctx context.Context, r *report.Report) error {
 			for i, extra := range []string{alone, ""} {
 				nodes, err := w.nodesOn(ctx, w.hosts[:k+1], s.Address, extra)
 				if err == nil {
-					var took []time.Duration
-					took, err = w.prefetchAll(ctx, nodes, w.ref(w.o.image, "v1"))
-					slowest[i] = slices.Max(took)
+					var p pulled
+					p, err = w.prefetchAll(ctx, nodes, w.ref(w.o.image, "v1"))
+					slowest[i] = slices.Max(p.took)
+				}
+				if err == nil && extra == "" {
+					err = w.sources(ctx, nodes)
 				}
 				if err := errors.Join(err, w.stopNodes(nodes)); err != nil {
 					return err
@@ -153,8 +162,8 @@ func (w *swarmWorld) registryCost(ctx context.Context, hosts []*lab.Host) (bytes
 	return after - sent, requests - before, errors.Join(err, w.stopNodes(nodes), s.Stop())
 }
 
-// sceneAll has every node pull the whole image at once.
-func (w *swarmWorld) sceneAll(ctx context.Context, r *report.Report) error {
+// sceneRegistry has every node pull an image that the supernode does not have.
+func (w *swarmWorld) sceneRegistry(ctx context.Context, r *report.Report) error {
 	im, err := w.registry.Image(ctx, w.o.image, "v1")
 	if err != nil {
 		return err
@@ -171,7 +180,11 @@ func (w *swarmWorld) sceneAll(ctx context.Context, r *report.Report) error {
 	// Bytes are counted on the wire: less what TCP, IP and HTTP add to one node's.
 	r.Add(fmt.Sprintf("registry bytes, %d real nodes at once, against those for one", len(w.hosts)), "x", report.AtMost, 1.00, round2(float64(many)/float64(one)))
 	r.Add(fmt.Sprintf("registry requests, %d real nodes at once, more than for one", len(w.hosts)), "", report.AtMost, 0, float64(manyAsks-oneAsks))
+	return nil
+}
 
+// sceneAll has every node pull the whole image at once.
+func (w *swarmWorld) sceneAll(ctx context.Context, r *report.Report) error {
 	s, err := w.supernode(ctx, "")
 	if err != nil {
 		return err
@@ -184,7 +197,7 @@ func (w *swarmWorld) sceneAll(ctx context.Context, r *report.Report) error {
 		return err
 	}
 	ideal := float64(size) / float64(w.o.nodeRate())
-	var p50, p99, egress, cross, rss []float64
+	var p50, p99, egress, cross, rss, busy []float64
 	for range w.o.runs {
 		nodes, err := w.nodesOn(ctx, w.hosts, s.Address, "")
 		if err != nil {
@@ -198,7 +211,7 @@ func (w *swarmWorld) sceneAll(ctx context.Context, r *report.Report) error {
 		if err != nil {
 			return err
 		}
-		took, err := w.prefetchAll(ctx, nodes, w.ref(w.o.image, "v1"))
+		p, err := w.prefetchAll(ctx, nodes, w.ref(w.o.image, "v1"))
 		if err != nil {
 			return err
 		}
@@ -218,14 +231,18 @@ func (w *swarmWorld) sceneAll(ctx context.Context, r *report.Report) error {
 			}
 			most = max(most, peak)
 		}
-		secs := seconds(took)
+		secs := seconds(p.took)
 		p50 = append(p50, quantile(secs, 0.5)/ideal)
 		p99 = append(p99, quantile(secs, 0.99)/ideal)
 		egress = append(egress, float64(sentAfter-sent)/float64(size))
 		cross = append(cross, float64(max(intoAfter-into, outAfter-out))/float64(size))
 		rss = append(rss, float64(most)/(1<<20))
-		say("all %d nodes: p50 %.1f s, p99 %.1f s, ideal %.1f s; supernode sent %.2f images, %.2f crossed zones; most memory %d MiB",
-			len(nodes), quantile(secs, 0.5), quantile(secs, 0.99), ideal, egress[len(egress)-1], cross[len(cross)-1], most>>20)
+		busy = append(busy, 100*p.busy)
+		say("all %d nodes: p50 %.1f s, p99 %.1f s, ideal %.1f s; supernode sent %.2f images, %.2f crossed zones; most memory %d MiB; processors %.0f %% busy",
+			len(nodes), quantile(secs, 0.5), quantile(secs, 0.99), ideal, egress[len(egress)-1], cross[len(cross)-1], most>>20, 100*p.busy)
+		if err := w.sources(ctx, nodes); err != nil {
+			return err
+		}
 		if err := w.stopNodes(nodes); err != nil {
 			return err
 		}
@@ -236,13 +253,18 @@ func (w *swarmWorld) sceneAll(ctx context.Context, r *report.Report) error {
 	r.Add("supernode egress, "+n+" in two zones, images", "x", report.AtMost, 2.5, egress...)
 	r.Add("cross-zone bytes, "+n+", images into a zone", "x", report.AtMost, 1.1, cross...)
 	r.Add("node RSS while serving and prefetching at full rate", "MiB", report.AtMost, 200, rss...)
+	r.Note("processors of this machine that were busy meanwhile (more than 70 makes the times its own)", "%", busy...)
 	return s.Stop()
 }
 
 // wireSize is the image's size as it goes over a link: what one node receives
 // that gets all of it from the supernode.
 func (w *swarmWorld) wireSize(ctx context.Context, s *swarmSupernode) (int64, error) {
-	nodes, err := w.nodesOn(ctx, w.hosts[:1], s.Address, alone)
+	h, err := w.net.NewHost(ctx, w.name("f"), 0, 0) // without a limit: this takes no time
+	if err != nil {
+		return 0, err
+	}
+	nodes, err := w.nodesOn(ctx, []*lab.Host{h}, s.Address, alone)
 	if err != nil {
 		return 0, errors.Join(err, w.stopNodes(nodes))
 	}

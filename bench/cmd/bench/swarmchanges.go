@@ -48,7 +48,7 @@ func (w *swarmWorld) sceneChanges(ctx context.Context, r *report.Report) error {
 	var all sync.WaitGroup
 	errs := make([]error, len(nodes))
 	for i, n := range nodes {
-		all.Go(func() { _, errs[i] = w.prefetch(ctx, n, w.ref(w.o.image, "v1")) })
+		all.Go(func() { errs[i] = w.prefetch(ctx, n, w.ref(w.o.image, "v1"), nil) })
 		time.Sleep(time.Second)
 	}
 	all.Wait()
@@ -63,9 +63,9 @@ func (w *swarmWorld) sceneChanges(ctx context.Context, r *report.Report) error {
 	if err := w.warm(ctx, s, w.o.image, "v2"); err != nil {
 		return err
 	}
-	took, err := w.prefetchAll(ctx, nodes, w.ref(w.o.image, "v2"))
+	p, err := w.prefetchAll(ctx, nodes, w.ref(w.o.image, "v2"))
 	fail("upgrade", err)
-	say("upgrade: v2 is on all nodes after %.2f s", quantile(seconds(took), 1))
+	say("upgrade: v2 is on all nodes after %.2f s", quantile(seconds(p.took), 1))
 	if err := w.stopNodes(nodes); err != nil {
 		return err
 	}
@@ -125,10 +125,10 @@ func (w *swarmWorld) during(ctx context.Context, finish, others []*swarmNode, ha
 	errs := make([]error, len(finish))
 	var all sync.WaitGroup
 	for i, n := range finish {
-		all.Go(func() { _, errs[i] = w.prefetch(ctx, n, ref) })
+		all.Go(func() { errs[i] = w.prefetch(ctx, n, ref, nil) })
 	}
 	for _, n := range others {
-		all.Go(func() { _, _ = w.prefetch(ctx, n, ref) }) // it will not finish
+		all.Go(func() { _ = w.prefetch(ctx, n, ref, nil) }) // it will not finish
 	}
 	err := w.halfway(ctx, finish[0], ref)
 	if err == nil {
@@ -141,18 +141,12 @@ func (w *swarmWorld) during(ctx context.Context, finish, others []*swarmNode, ha
 // halfway waits until a node has half of an image.
 func (w *swarmWorld) halfway(ctx context.Context, n *swarmNode, ref string) error {
 	return lab.WaitFor(ctx, "half of "+ref+" on "+n.Name, 5*time.Minute, func() error {
-		st, err := n.Status(ctx)
+		local, size, err := n.Local(ctx, ref)
 		if err != nil {
 			return err
 		}
-		for _, im := range st.Images {
-			var local, size int64
-			for _, l := range im.Layers {
-				local, size = local+l.Local, size+l.Size
-			}
-			if im.Ref == ref && 2*local >= size {
-				return nil
-			}
+		if size > 0 && 2*local >= size {
+			return nil
 		}
 		return errors.New("less than half is there")
 	})

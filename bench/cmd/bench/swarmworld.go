@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -146,21 +147,89 @@ func (w *swarmWorld) stopNodes(nodes []*swarmNode) error {
 	return errors.Join(errs...)
 }
 
-// prefetch brings an image to a node, all of it, and returns how long that took.
-func (w *swarmWorld) prefetch(ctx context.Context, n *swarmNode, ref string) (time.Duration, error) {
-	began := time.Now()
-	_, err := w.Run(ctx, "shoal", "prefetch", "--local", "--control", n.Control, ref)
-	return time.Since(began), err
+// prefetch brings an image to a node and calls here, if not nil, as soon as every
+// byte is on its disk, checked against the index. It waits for the proof as well,
+// which comes after that, when nobody else wants the processor.
+func (w *swarmWorld) prefetch(ctx context.Context, n *swarmNode, ref string, here func()) error {
+	proven := make(chan error, 1)
+	go func() { proven <- n.Prefetch(ctx, ref) }()
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for here != nil {
+		select {
+		case err := <-proven:
+			here()
+			return err
+		case <-tick.C:
+			if local, size, err := n.Local(ctx, ref); err == nil && size > 0 && local == size {
+				here()
+				here = nil
+			}
+		}
+	}
+	return <-proven
 }
 
-// prefetchAll does so on all nodes at once.
-func (w *swarmWorld) prefetchAll(ctx context.Context, nodes []*swarmNode, ref string) ([]time.Duration, error) {
-	took := make([]time.Duration, len(nodes))
+// pulled is what came of bringing an image to some nodes at once.
+type pulled struct {
+	took []time.Duration // until each node had every byte
+	busy float64         // share of the processors, until the last had
+}
+
+// prefetchAll prefetches on all nodes at once.
+func (w *swarmWorld) prefetchAll(ctx context.Context, nodes []*swarmNode, ref string) (p pulled, err error) {
+	p.took = make([]time.Duration, len(nodes))
 	errs := make([]error, len(nodes))
-	var all sync.WaitGroup
-	for i, n := range nodes {
-		all.Go(func() { took[i], errs[i] = w.prefetch(ctx, n, ref) })
+	before, err := readProcessorTime()
+	if err != nil {
+		return p, err
 	}
+	var all, here sync.WaitGroup
+	here.Add(len(nodes))
+	began := time.Now()
+	for i, n := range nodes {
+		all.Go(func() {
+			errs[i] = w.prefetch(ctx, n, ref, func() {
+				p.took[i] = time.Since(began)
+				here.Done()
+			})
+		})
+	}
+	here.Wait()
+	after, err := readProcessorTime()
+	p.busy = after.since(before)
 	all.Wait()
-	return took, errors.Join(errs...)
+	return p, errors.Join(append(errs, err)...)
+}
+
+// sources says where the bytes of chunks on nodes came from, and what went wrong
+// on the way.
+func (w *swarmWorld) sources(ctx context.Context, nodes []*swarmNode) error {
+	var text strings.Builder
+	for _, m := range []struct {
+		name, what string
+		unit       float64
+	}{
+		{`shoal_node_received_bytes_total{source="supernode",zone=""}`, "MB from the supernode", 1e6},
+		{`shoal_node_received_bytes_total{source="peer",zone="same"}`, "MB from the same zone", 1e6},
+		{`shoal_node_received_bytes_total{source="peer",zone="other"}`, "MB from the other zone", 1e6},
+		{"shoal_node_duplicate_bytes_total", "MB twice", 1e6},
+		{"shoal_node_hedges_total", "hedges", 1},
+		{`shoal_node_peer_failures_total{reason="busy"}`, "busy", 1},
+		{`shoal_node_peer_failures_total{reason="missing"}`, "missing", 1},
+		{`shoal_node_peer_failures_total{reason="slow"}`, "slow", 1},
+		{`shoal_node_peer_failures_total{reason="dead"}`, "dead", 1},
+	} {
+		var sum float64
+		for _, n := range nodes {
+			v, err := n.Metric(ctx, m.name)
+			if err != nil {
+				return err
+			}
+			sum += v
+		}
+		fmt.Fprintf(&text, ", %.4g %s", sum/m.unit, m.what)
+	}
+	say("  chunks, uncompressed: %s", strings.TrimPrefix(text.String(), ", "))
+	return nil
 }
