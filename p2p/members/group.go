@@ -122,6 +122,9 @@ func (g *group) remake() error {
 	v := &route.View{Group: g.id, Version: g.version, Zone: g.zone, Cell: g.cell}
 	v.Members = make([]route.Member, 0, len(g.members))
 	for _, e := range g.members {
+		if len(e.addrs) == 0 {
+			continue // it shares nothing, and nobody's tree has it
+		}
 		v.Members = append(v.Members, route.Member{ID: string(e.id), Zone: g.zone, Rack: e.rack, Cell: g.cell, Full: e.full})
 	}
 	g.gates = make(map[peer.ID]*entry, wire.MaxGateways*len(g.cells))
@@ -131,7 +134,7 @@ func (g *group) remake() error {
 		}
 		for _, e := range c.gateways {
 			// A member that has just moved may still be listed in its old cell.
-			if _, twice := g.gates[e.id]; twice || g.members[e.id] != nil {
+			if _, twice := g.gates[e.id]; twice || g.members[e.id] != nil || len(e.addrs) == 0 {
 				continue
 			}
 			g.gates[e.id] = e

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net/netip"
 	"sync"
@@ -294,7 +295,11 @@ func (s *session) write(st network.Stream, lease time.Duration, done <-chan stru
 			if s.n.ctx.Err() != nil {
 				_ = st.SetWriteDeadline(time.Now().Add(goodbyeTimeout))
 				_ = write(st, &wire.MemberRequest{Part: &wire.MemberRequest_Goodbye{Goodbye: &wire.Goodbye{}}})
-				_ = st.Close()
+				_ = st.CloseWrite()
+				// Until the supernode has read it: a reset could overtake it, and others
+				// would ask this node until its lease is over.
+				_ = st.SetReadDeadline(time.Now().Add(goodbyeTimeout))
+				_, _ = io.Copy(io.Discard, st)
 			}
 			return
 		case <-tick.C:
