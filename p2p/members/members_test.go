@@ -146,13 +146,22 @@ func TestApply(t *testing.T) {
 	if g.find(host.FromKey(wire.Key{9})) != nil || g.find(host.FromKey(wire.Key{1})) != nil || g.find(host.FromKey(wire.Key{8})) == nil {
 		t.Error("who is known is not who is in the view")
 	}
+	// Who shares nothing is not to be asked.
+	silent := member(4)
+	silent.Addrs = nil
+	quiet := &wire.GroupUpdate{Version: 9, From: 8, Cell: 1, Zone: "east", Joined: []*wire.GroupMember{silent},
+		Cells: []*wire.GroupCell{{Cell: 4, Zone: "west", Gateways: []*wire.GroupMember{member(8), silent}}}}
+	if err := g.apply(home, quiet); err != nil {
+		t.Fatal(err)
+	}
+	check(9, []string{id(2), id(3)}, []string{id(8)})
 	// More than route takes is no view.
 	var many []*wire.GroupMember
 	for i := range route.MaxMembers + 1 {
 		key := wire.Key{byte(i), byte(i >> 8), 1}
-		many = append(many, &wire.GroupMember{Key: key[:]})
+		many = append(many, &wire.GroupMember{Key: key[:], Addrs: member(1).Addrs})
 	}
-	if err := g.apply(home, &wire.GroupUpdate{Version: 9, Cell: 1, Joined: many}); !errors.Is(err, blockdev.ErrCorrupt) || g.view != nil {
+	if err := g.apply(home, &wire.GroupUpdate{Version: 10, Cell: 1, Joined: many}); !errors.Is(err, blockdev.ErrCorrupt) || g.view != nil {
 		t.Errorf("too many members: %v", err)
 	}
 }

@@ -55,7 +55,7 @@ func swarmCommand(o *options) *cobra.Command {
 		RunE:  func(cmd *cobra.Command, _ []string) error { return benchSwarm(cmd.Context(), s) },
 	}
 	cmd.Flags().IntVar(&s.nodes, "nodes", 32, "how many nodes, half of them in each of two zones")
-	cmd.Flags().IntVar(&s.mbit, "mbit", 20, "each node's link, Mbit/s; the supernode's is ten times that")
+	cmd.Flags().IntVar(&s.mbit, "mbit", 10, "each node's link, Mbit/s; the supernode's is ten times that")
 	cmd.Flags().StringVar(&s.image, "image", "redis", "the image that all nodes get, of those with an upgrade")
 	cmd.Flags().StringSliceVar(&s.scenes, "scenes", nil, "only these: few, registry, all, supernode-killed, burst, parent-killed, changes, latency")
 	return cmd
