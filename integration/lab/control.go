@@ -1,33 +1,30 @@
 package lab
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 )
 
-// control asks the node's control socket, as `shoal status` and `shoal prefetch`
-// do, without the processor time that starting a program takes: benchmarks ask
-// many nodes many times. The caller closes the body.
-func (n *Node) control(ctx context.Context, method, path string, body io.Reader) (*http.Response, error) {
+// control asks the node's control socket, as `shoal status` does, without the
+// processor time that starting a program takes: benchmarks ask many nodes many
+// times. The caller closes the body.
+func (n *Node) control(ctx context.Context, path string) (*http.Response, error) {
 	client := http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", n.Control)
 		},
 	}}
-	req, err := http.NewRequestWithContext(ctx, method, "http://node"+path, body)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://node"+path, nil)
 	if err != nil {
 		return nil, err
 	}
 	resp, err := client.Do(req)
 	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s %s: %s", method, path, resp.Status)
+		err = fmt.Errorf("%s: %s", path, resp.Status)
 		_ = resp.Body.Close()
 	}
 	return resp, err
@@ -35,7 +32,7 @@ func (n *Node) control(ctx context.Context, method, path string, body io.Reader)
 
 // Status is what `shoal status --output json` prints.
 func (n *Node) Status(ctx context.Context) (*NodeStatus, error) {
-	resp, err := n.control(ctx, http.MethodGet, "/v1/status", nil)
+	resp, err := n.control(ctx, "/v1/status")
 	if err != nil {
 		return nil, err
 	}
@@ -60,33 +57,4 @@ func (n *Node) Local(ctx context.Context, ref string) (local, size int64, err er
 		}
 	}
 	return local, size, nil
-}
-
-// Prefetch is `shoal prefetch --local`: it returns when every byte is on the node's
-// disk and every layer is proven.
-func (n *Node) Prefetch(ctx context.Context, ref string) error {
-	body, err := json.Marshal(map[string]any{"ref": ref, "local": true})
-	if err != nil {
-		return err
-	}
-	resp, err := n.control(ctx, http.MethodPost, "/v1/prefetch", bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	for events := json.NewDecoder(resp.Body); ; {
-		var e struct {
-			Finished bool
-			Error    string
-		}
-		if err := events.Decode(&e); err != nil {
-			return fmt.Errorf("prefetch of %s: %w", ref, err)
-		}
-		switch {
-		case e.Error != "":
-			return errors.New(e.Error)
-		case e.Finished:
-			return nil
-		}
-	}
 }

@@ -20,14 +20,22 @@ import (
 // another, an upgrade, half of the nodes gone, a partition, the registry gone.
 // What counts is that everybody gets everything; the rest is said as it is seen.
 func (w *swarmWorld) sceneChanges(ctx context.Context, r *report.Report) error {
-	s, err := w.supernode(ctx, "")
+	s, err := w.supernode(ctx, w.o.fewRate())
 	if err != nil {
 		return err
 	}
 	if err := w.warm(ctx, s, w.o.image, "v1"); err != nil {
 		return err
 	}
-	hosts := w.hosts[:16]
+	one, err := w.image(ctx, "v1")
+	if err != nil {
+		return err
+	}
+	two, err := w.image(ctx, "v2")
+	if err != nil {
+		return err
+	}
+	hosts := w.few[:fewNodes]
 	var failed int
 	fail := func(what string, err error) {
 		if err != nil {
@@ -48,7 +56,7 @@ func (w *swarmWorld) sceneChanges(ctx context.Context, r *report.Report) error {
 	var all sync.WaitGroup
 	errs := make([]error, len(nodes))
 	for i, n := range nodes {
-		all.Go(func() { errs[i] = w.prefetch(ctx, n, w.ref(w.o.image, "v1"), nil) })
+		all.Go(func() { errs[i] = w.prefetch(ctx, n, one) })
 		time.Sleep(time.Second)
 	}
 	all.Wait()
@@ -63,7 +71,7 @@ func (w *swarmWorld) sceneChanges(ctx context.Context, r *report.Report) error {
 	if err := w.warm(ctx, s, w.o.image, "v2"); err != nil {
 		return err
 	}
-	p, err := w.prefetchAll(ctx, nodes, w.ref(w.o.image, "v2"))
+	p, err := w.prefetchAll(ctx, nodes, two)
 	fail("upgrade", err)
 	say("upgrade: v2 is on all nodes after %.2f s", quantile(seconds(p.took), 1))
 	if err := w.stopNodes(nodes); err != nil {
@@ -75,7 +83,7 @@ func (w *swarmWorld) sceneChanges(ctx context.Context, r *report.Report) error {
 		return err
 	}
 	kept := nodes[len(nodes)/2:]
-	err = w.during(ctx, kept, nodes[:len(nodes)/2], func() error {
+	err = w.during(ctx, one, kept, nodes[:len(nodes)/2], func() error {
 		for _, n := range nodes[:len(nodes)/2] {
 			if err := n.Kill(); err != nil {
 				return err
@@ -93,7 +101,7 @@ func (w *swarmWorld) sceneChanges(ctx context.Context, r *report.Report) error {
 	if nodes, err = w.nodesOn(ctx, hosts, s.Address, ""); err != nil {
 		return err
 	}
-	err = w.during(ctx, nodes, nil, func() error {
+	err = w.during(ctx, one, nodes, nil, func() error {
 		if err := w.net.Partition(ctx, 1, true); err != nil {
 			return err
 		}
@@ -106,9 +114,9 @@ func (w *swarmWorld) sceneChanges(ctx context.Context, r *report.Report) error {
 	if err := w.upstream.SetLink(ctx, false); err != nil {
 		return err
 	}
-	late, err := w.nodesOn(ctx, w.hosts[len(hosts):len(hosts)+1], s.Address, "")
+	late, err := w.nodesOn(ctx, w.few[len(hosts):], s.Address, "")
 	if err == nil {
-		_, err = w.prefetchAll(ctx, late, w.ref(w.o.image, "v1"))
+		_, err = w.prefetchAll(ctx, late, one)
 	}
 	fail("registry gone", err)
 	if err := w.upstream.SetLink(ctx, true); err != nil {
@@ -120,17 +128,16 @@ func (w *swarmWorld) sceneChanges(ctx context.Context, r *report.Report) error {
 
 // during prefetches on all nodes at once, lets something happen half-way, and
 // returns what went wrong on those that are to finish.
-func (w *swarmWorld) during(ctx context.Context, finish, others []*swarmNode, happen func() error) error {
-	ref := w.ref(w.o.image, "v1")
+func (w *swarmWorld) during(ctx context.Context, im *lab.Image, finish, others []*swarmNode, happen func() error) error {
 	errs := make([]error, len(finish))
 	var all sync.WaitGroup
 	for i, n := range finish {
-		all.Go(func() { errs[i] = w.prefetch(ctx, n, ref, nil) })
+		all.Go(func() { errs[i] = w.prefetch(ctx, n, im) })
 	}
 	for _, n := range others {
-		all.Go(func() { _ = w.prefetch(ctx, n, ref, nil) }) // it will not finish
+		all.Go(func() { _ = w.prefetch(ctx, n, im) }) // it will not finish
 	}
-	err := w.halfway(ctx, finish[0], ref)
+	err := w.halfway(ctx, finish[0], im.Ref)
 	if err == nil {
 		err = happen()
 	}
@@ -155,15 +162,15 @@ func (w *swarmWorld) halfway(ctx context.Context, n *swarmNode, ref string) erro
 // sceneSupernodeKilled kills one of two supernodes half-way through the first
 // pull of an image by all nodes.
 func (w *swarmWorld) sceneSupernodeKilled(ctx context.Context, r *report.Report) error {
-	im, err := w.registry.Image(ctx, w.o.image, "v1")
+	im, err := w.image(ctx, "v1")
 	if err != nil {
 		return err
 	}
-	one, _, err := w.registryCost(ctx, w.hosts[:1])
+	one, _, err := w.registryCost(ctx, w.hosts[:1], im)
 	if err != nil {
 		return err
 	}
-	h, err := w.net.NewHost(ctx, w.name("s"), 0, w.o.supernodeRate())
+	h, err := w.net.NewHost(ctx, w.name("s"), 0, supernodeRate(w.o.nodeRate()))
 	if err != nil {
 		return err
 	}
@@ -198,7 +205,7 @@ func (w *swarmWorld) sceneSupernodeKilled(ctx context.Context, r *report.Report)
 			return supers[1].Kill()
 		}()
 	}()
-	_, err = w.prefetchAll(ctx, nodes, im.Ref)
+	_, err = w.prefetchAll(ctx, nodes, im)
 	if err := errors.Join(err, <-killed); err != nil {
 		return err
 	}

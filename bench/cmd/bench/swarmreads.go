@@ -97,9 +97,6 @@ func (w *swarmWorld) replay(ctx context.Context, s *swarmSupernode, hosts []*lab
 	return took, errors.Join(errors.Join(errs...), unmount(), w.stopNodes(nodes))
 }
 
-// burstNodes start at once in sceneBurst.
-const burstNodes = 16
-
 // sceneBurst replays a recorded start on many nodes at once.
 func (w *swarmWorld) sceneBurst(ctx context.Context, r *report.Report) error {
 	for _, image := range []string{"python-django", "torch"} {
@@ -107,7 +104,7 @@ func (w *swarmWorld) sceneBurst(ctx context.Context, r *report.Report) error {
 		if err != nil {
 			return err
 		}
-		s, err := w.supernode(ctx, "")
+		s, err := w.supernode(ctx, w.o.fewRate())
 		if err != nil {
 			return err
 		}
@@ -120,21 +117,21 @@ func (w *swarmWorld) sceneBurst(ctx context.Context, r *report.Report) error {
 		}
 		var ratios, spreads []float64
 		for range w.o.runs {
-			one, err := w.replay(ctx, s, w.hosts[:1], im, rec)
+			one, err := w.replay(ctx, s, w.few[:1], im, rec)
 			if err != nil {
 				return err
 			}
-			many, err := w.replay(ctx, s, w.hosts[:burstNodes], im, rec)
+			many, err := w.replay(ctx, s, w.few[:fewNodes], im, rec)
 			if err != nil {
 				return err
 			}
 			secs := seconds(many)
 			first, last := quantile(secs, 0), quantile(secs, 1)
-			say("%s: the reads of a start take %.2f s on one node, %.2f to %.2f s on %d at once", image, one[0].Seconds(), first, last, burstNodes)
+			say("%s: the reads of a start take %.2f s on one node, %.2f to %.2f s on %d at once", image, one[0].Seconds(), first, last, fewNodes)
 			ratios = append(ratios, last/one[0].Seconds())
 			spreads = append(spreads, last-first)
 		}
-		r.Add(fmt.Sprintf("start burst, %d nodes at once against one alone: %s", burstNodes, image), "x", report.AtMost, 1.3, ratios...)
+		r.Add(fmt.Sprintf("start burst, %d nodes at once against one alone: %s", fewNodes, image), "x", report.AtMost, 1.3, ratios...)
 		r.Add("start burst, first to last: "+image, "s", report.AtMost, 1, spreads...)
 		if err := s.Stop(); err != nil {
 			return err
@@ -196,21 +193,21 @@ func (w *swarmWorld) sceneParentKilled(ctx context.Context, r *report.Report) er
 	if err != nil {
 		return err
 	}
-	s, err := w.supernode(ctx, "")
+	s, err := w.supernode(ctx, w.o.fewRate())
 	if err != nil {
 		return err
 	}
 	if err := w.warm(ctx, s, "python-django", "v1"); err != nil {
 		return err
 	}
-	nodes, err := w.nodesOn(ctx, w.hosts[:8], s.Address, "")
+	nodes, err := w.nodesOn(ctx, w.few[:8], s.Address, "")
 	if err != nil {
 		return err
 	}
 	victims := nodes[1 : len(nodes)-1]
 	// The copy to compare with is mounted natively: it needs no daemon.
 	copies := nodes[len(nodes)-1:]
-	if _, err := w.prefetchAll(ctx, nodes[1:], im.Ref); err != nil {
+	if _, err := w.prefetchAll(ctx, nodes[1:], im); err != nil {
 		return err
 	}
 	dirs, unmount, err := w.mounted(ctx, nodes[:1], im)

@@ -24,6 +24,7 @@ type swarmWorld struct {
 	// upstream is the registry's machine: what leaves it is what it sent.
 	upstream *lab.Host
 	hosts    []*lab.Host // of nodes, used again and again
+	few      []*lab.Host // the same with faster links, for scenes with few nodes
 	n        int
 }
 
@@ -69,15 +70,31 @@ func newSwarmWorld(ctx context.Context, o *swarmOptions, images ...string) (_ *s
 	if err := w.writeHosts(); err != nil {
 		return nil, err
 	}
-	// Zones alternate, so that every number of nodes is spread over both.
-	for i := range o.nodes {
-		h, err := w.net.NewHost(ctx, fmt.Sprintf("h%d", i), i%2, o.nodeRate())
+	if w.hosts, err = w.machines(ctx, "h", o.nodes, o.nodeRate()); err != nil {
+		return nil, err
+	}
+	if w.few, err = w.machines(ctx, "f", fewNodes+1, o.fewRate()); err != nil {
+		return nil, err
+	}
+	return w, nil
+}
+
+// fewNodes is how many nodes take part in scenes with few, at most; one more may
+// come late.
+const fewNodes = 16
+
+// machines makes n machines for nodes. Zones alternate, so that every number of
+// nodes is spread over both.
+func (w *swarmWorld) machines(ctx context.Context, kind string, n int, rate lab.Rate) ([]*lab.Host, error) {
+	var hosts []*lab.Host
+	for i := range n {
+		h, err := w.net.NewHost(ctx, fmt.Sprintf("%s%d", kind, i), i%2, rate)
 		if err != nil {
 			return nil, err
 		}
-		w.hosts = append(w.hosts, h)
+		hosts = append(hosts, h)
 	}
-	return w, nil
+	return hosts, nil
 }
 
 // certs is the directory of hosts.toml files by which everybody finds the registry.
@@ -96,14 +113,14 @@ func (w *swarmWorld) name(kind string) string {
 	return kind + strconv.Itoa(w.n)
 }
 
-// supernode starts a supernode on a machine of its own.
-func (w *swarmWorld) supernode(ctx context.Context, extra string) (*swarmSupernode, error) {
+// supernode starts a supernode on a machine of its own, for nodes with such links.
+func (w *swarmWorld) supernode(ctx context.Context, nodes lab.Rate) (*swarmSupernode, error) {
 	name := w.name("s")
-	h, err := w.net.NewHost(ctx, name, 0, w.o.supernodeRate())
+	h, err := w.net.NewHost(ctx, name, 0, supernodeRate(nodes))
 	if err != nil {
 		return nil, err
 	}
-	s, err := w.At(h).StartSupernode(ctx, name, fmt.Sprintf("%s\n[registry]\nconfig_path = %q\n", extra, w.certs()))
+	s, err := w.At(h).StartSupernode(ctx, name, fmt.Sprintf("\n[registry]\nconfig_path = %q\n", w.certs()))
 	return &swarmSupernode{s, h}, err
 }
 
@@ -147,27 +164,44 @@ func (w *swarmWorld) stopNodes(nodes []*swarmNode) error {
 	return errors.Join(errs...)
 }
 
-// prefetch brings an image to a node and calls here, if not nil, as soon as every
-// byte is on its disk, checked against the index. It waits for the proof as well,
-// which comes after that, when nobody else wants the processor.
-func (w *swarmWorld) prefetch(ctx context.Context, n *swarmNode, ref string, here func()) error {
-	proven := make(chan error, 1)
-	go func() { proven <- n.Prefetch(ctx, ref) }()
-	tick := time.NewTicker(100 * time.Millisecond)
+// prefetch pulls an image on a node and waits until every byte of it is on its
+// disk, checked against the index. The proof comes after that, when nobody else
+// wants the processor.
+func (w *swarmWorld) prefetch(ctx context.Context, n *swarmNode, im *lab.Image) error {
+	if err := n.Pull(ctx, im); err != nil {
+		return err
+	}
+	// Asking costs processor time, and many are asked.
+	tick := time.NewTicker(250 * time.Millisecond)
 	defer tick.Stop()
-	for here != nil {
-		select {
-		case err := <-proven:
-			here()
+	for {
+		if err := n.Alive(); err != nil {
 			return err
+		}
+		if local, size, err := n.Local(ctx, im.Ref); err == nil && size > 0 && local == size {
+			return nil
+		}
+		select {
 		case <-tick.C:
-			if local, size, err := n.Local(ctx, ref); err == nil && size > 0 && local == size {
-				here()
-				here = nil
-			}
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
-	return <-proven
+}
+
+// image is what nodes are to know of an image to pull it.
+func (w *swarmWorld) image(ctx context.Context, tag string) (*lab.Image, error) {
+	return w.registry.Image(ctx, w.o.image, tag)
+}
+
+// proven waits until the image is proven on all nodes: then its traffic is over.
+func (w *swarmWorld) proven(ctx context.Context, nodes []*swarmNode, im *lab.Image) error {
+	for _, n := range nodes {
+		if err := n.WaitProven(ctx, im.Ref, 10*time.Minute); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // pulled is what came of bringing an image to some nodes at once.
@@ -177,28 +211,24 @@ type pulled struct {
 }
 
 // prefetchAll prefetches on all nodes at once.
-func (w *swarmWorld) prefetchAll(ctx context.Context, nodes []*swarmNode, ref string) (p pulled, err error) {
-	p.took = make([]time.Duration, len(nodes))
-	errs := make([]error, len(nodes))
+func (w *swarmWorld) prefetchAll(ctx context.Context, nodes []*swarmNode, im *lab.Image) (p pulled, err error) {
 	before, err := readProcessorTime()
 	if err != nil {
 		return p, err
 	}
-	var all, here sync.WaitGroup
-	here.Add(len(nodes))
+	p.took = make([]time.Duration, len(nodes))
+	errs := make([]error, len(nodes))
+	var all sync.WaitGroup
 	began := time.Now()
 	for i, n := range nodes {
 		all.Go(func() {
-			errs[i] = w.prefetch(ctx, n, ref, func() {
-				p.took[i] = time.Since(began)
-				here.Done()
-			})
+			errs[i] = w.prefetch(ctx, n, im)
+			p.took[i] = time.Since(began)
 		})
 	}
-	here.Wait()
+	all.Wait()
 	after, err := readProcessorTime()
 	p.busy = after.since(before)
-	all.Wait()
 	return p, errors.Join(append(errs, err)...)
 }
 
