@@ -21,7 +21,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"math"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -177,6 +179,9 @@ func (k *keeper) upgrade() bool {
 		k.Log.Error("no upgrade: the new program cannot be opened; the old one goes on", "error", err)
 		return false
 	}
+	// It is brought into memory while the old one still answers. If it cannot be read,
+	// it will not get ready either.
+	_, _ = io.Copy(io.Discard, io.NewSectionReader(next, 0, math.MaxInt64))
 	k.next = next
 	_ = k.child.Process.Signal(syscall.SIGTERM) // it may just have ended
 	return true
