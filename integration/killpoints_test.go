@@ -216,7 +216,7 @@ func (k *killSite) points() []killPoint {
 					}
 					return nil
 				}, func() {
-					// Until somebody does, what has come of it stays for an hour or so.
+					// Until somebody does, what has come of it stays for a day.
 					k.ingested(some[min(cut, len(some)-1)])
 				}
 		}, 3 * time.Second, true},

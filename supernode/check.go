@@ -27,10 +27,9 @@ func (s *Supernode) Check(ctx context.Context) (*store.Health, error) {
 // the error wraps boltcheck.ErrInUse. With repair, what is damaged is forgotten, to
 // be fetched again.
 func Inspect(ctx context.Context, dir string, repair bool, log *slog.Logger) (_ *store.Health, err error) {
-	access := filepath.Join(dir, accessFile)
-	aerr := boltcheck.File(access, nil)
-	if aerr != nil && !errors.Is(aerr, fs.ErrNotExist) && !errors.Is(aerr, blockdev.ErrCorrupt) {
-		return nil, aerr
+	small, err := inspectSmall(dir, repair)
+	if err != nil {
+		return nil, err
 	}
 	h := &store.Health{}
 	root := filepath.Join(dir, "store")
@@ -57,16 +56,34 @@ func Inspect(ctx context.Context, dir string, repair bool, log *slog.Logger) (_ 
 	default:
 		return nil, err
 	}
-	if errors.Is(aerr, blockdev.ErrCorrupt) {
-		f := blockdev.Finding{Where: access, Problem: fmt.Sprintf("%v: the next start sets it aside", aerr)}
+	h.Findings = append(h.Findings, small...)
+	return h, nil
+}
+
+// inspectSmall checks the databases beside the store, and with repair sets aside
+// those that are damaged.
+func inspectSmall(dir string, repair bool) (found []blockdev.Finding, err error) {
+	for name, lost := range map[string]string{
+		accessFile:   "until nodes have asked again, none has access while its registry is down",
+		profilesFile: "startup profiles are learned anew",
+	} {
+		path := filepath.Join(dir, name)
+		err := boltcheck.File(path, nil)
+		if err == nil || errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if !errors.Is(err, blockdev.ErrCorrupt) {
+			return nil, err
+		}
+		f := blockdev.Finding{Where: path, Problem: fmt.Sprintf("%v: the next start begins it anew", err)}
 		if repair {
-			aside, err := boltcheck.SetAside(access)
+			aside, err := boltcheck.SetAside(path)
 			if err != nil {
 				return nil, err
 			}
-			f.Repaired = "set aside as " + aside + ": until nodes have asked again, none has access while its registry is down"
+			f.Repaired = "set aside as " + aside + ": " + lost
 		}
-		h.Findings = append(h.Findings, f)
+		found = append(found, f)
 	}
-	return h, nil
+	return found, nil
 }

@@ -14,11 +14,11 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
-	bbolterrors "go.etcd.io/bbolt/errors"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/profile"
+	"github.com/shoalfs/shoal/internal/boltcheck"
 )
 
 const (
@@ -69,13 +69,16 @@ type profileRecord struct {
 	Reports []report `json:"reports"` // newest first, one of a peer
 }
 
+// profilesFile is where startup profiles are kept.
+const profilesFile = "profiles.db"
+
 var profileBucket = []byte("profiles-1")
 
 func openProfiles(dir string, log *slog.Logger, now func() time.Time) (*profiles, error) {
-	file := filepath.Join(dir, "profiles.db")
+	file := filepath.Join(dir, profilesFile)
 	p := &profiles{log: log, now: now, handed: map[handing]time.Time{}, last: map[blockdev.Digest]time.Time{}}
 	err := p.open(file)
-	if err == nil || errors.Is(err, bbolterrors.ErrTimeout) || errors.Is(err, fs.ErrPermission) {
+	if !errors.Is(err, blockdev.ErrCorrupt) {
 		return p, err
 	}
 	log.Warn("startup profiles are damaged and are learned anew", "file", file, "error", err)
@@ -85,21 +88,18 @@ func openProfiles(dir string, log *slog.Logger, now func() time.Time) (*profiles
 	return p, p.open(file)
 }
 
-// open opens the file and reads which diffs it has. bbolt reports damaged pages
-// by a panic.
+// open checks the file, opens it and reads which diffs it has.
 func (p *profiles) open(file string) (err error) {
+	if err := boltcheck.File(file, nil); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	if p.db, err = bbolt.Open(file, 0o600, &bbolt.Options{Timeout: time.Second}); err != nil {
 		return fmt.Errorf("%s (is another supernode using the directory?): %w", file, err)
 	}
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("%w: %v", blockdev.ErrCorrupt, r)
-		}
-		if err != nil {
-			err = errors.Join(fmt.Errorf("%s: %w", file, err), p.db.Close())
-		}
-	}()
-	return p.load()
+	if err := p.load(); err != nil {
+		return errors.Join(fmt.Errorf("%s: %w", file, err), p.db.Close())
+	}
+	return nil
 }
 
 func (p *profiles) load() error {

@@ -105,7 +105,7 @@ func checkSupernodeRoot(ctx context.Context, r *control.CheckReport, root string
 		return err
 	}
 	addStore(r, h)
-	r.Databases += 2
+	r.Databases += 3
 	return nil
 }
 

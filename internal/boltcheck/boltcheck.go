@@ -43,6 +43,10 @@ func File(path string, visit func(tx *bolt.Tx) error) error {
 		return nil // as a crash may leave a new one: bbolt sets it up
 	}
 	err := guard(func() error {
+		// bbolt follows pages as it opens a database that keeps no free list.
+		if err := checkPages(path); err != nil {
+			return err
+		}
 		db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true, Timeout: lockWait, PreLoadFreelist: true})
 		if err != nil {
 			return err
@@ -72,6 +76,9 @@ func Live(db *bolt.DB, visit func(tx *bolt.Tx) error) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, tx.Rollback()) }()
+	if err := checkPages(db.Path()); err != nil {
+		return err
+	}
 	return check(tx, visit)
 }
 
