@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"os"
 	"testing"
 	"testing/iotest"
 
@@ -229,7 +230,16 @@ func FuzzReader(f *testing.F) {
 }
 
 func BenchmarkReader(b *testing.B) {
-	data := contents()["mixed"]
+	// What layers have most of: a program, and what is written about it.
+	program, err := os.Executable()
+	if err != nil {
+		b.Fatal(err)
+	}
+	data, err := os.ReadFile(program)
+	if err != nil {
+		b.Fatal(err)
+	}
+	data = append(data, contents()["words"]...)
 	gz := compress(b, data, 6)
 	for _, bench := range []struct {
 		name string

@@ -77,6 +77,17 @@ func (p *packs) create(id uint64) (*packFile, error) {
 	return pf, nil
 }
 
+// writeback has the disk begin with a range that was written, and does not wait for
+// it: otherwise all of a pack is written when it is synced, and somebody waits.
+func (pf *packFile) writeback(off, n int64) {
+	conn, err := pf.f.SyscallConn()
+	if err != nil {
+		return // closed
+	}
+	// Advice: sync finds out what has failed.
+	_ = conn.Control(func(fd uintptr) { _ = unix.SyncFileRange(int(fd), off, n, unix.SYNC_FILE_RANGE_WRITE) })
+}
+
 // acquire opens a pack. The caller releases it.
 func (p *packs) acquire(id uint64) (*packFile, error) {
 	p.mu.Lock()

@@ -6,8 +6,12 @@ import (
 )
 
 const (
-	// defaultIdle is how long after the last ingest chunks are compressed.
-	defaultIdle = 2 * time.Second
+	// defaultIdle is how long after the last ingest chunks are compressed: who has
+	// waited for it starts containers now, perhaps on this machine, and a processor
+	// that computes on one of its threads is slower on the other.
+	defaultIdle = 10 * time.Second
+	// servedPart of that is how long no chunk must have been served before.
+	servedPart = 10
 	// stepBytes of raw chunks are compressed between two looks at who is served.
 	// On one core that takes about 50 ms.
 	stepBytes = 8 << 20
@@ -77,7 +81,7 @@ func (s *Store) compressAt(last, retry time.Time) (time.Time, bool) {
 	if last.Before(at) {
 		at = last
 	}
-	at = at.Add(s.cfg.Idle / 2)
+	at = at.Add(s.cfg.Idle / servedPart)
 	if t := s.ingested.Add(s.cfg.Idle); t.After(at) {
 		at = t
 	}

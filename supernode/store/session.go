@@ -240,6 +240,7 @@ func (in *Ingest) write(b *buffer) error {
 	if _, err := in.pack.f.WriteAt(b.data, b.start); err != nil {
 		return diskError("write chunks", err)
 	}
+	in.pack.writeback(b.start, int64(len(b.data)))
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	for i, w := range in.writing {

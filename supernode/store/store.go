@@ -36,8 +36,8 @@ type Config struct {
 	// their order a crash forgets. Default 10 minutes.
 	TouchInterval time.Duration
 	// Idle is how long after the end of the last ingest the store begins to
-	// compress what ingests have stored raw; half of it after the last call of
-	// Chunk. Default 2 seconds; negative: never.
+	// compress what ingests have stored raw; a tenth of it after the last call of
+	// Chunk. Default 10 seconds; negative: never.
 	Idle time.Duration
 
 	// For tests: the size of a step and of a run, and what is called at points
