@@ -148,6 +148,18 @@ func (n *Node) Pull(ctx context.Context, im *Image) error {
 	return nil
 }
 
+// Create makes a container's snapshot of an image that was pulled, read-only and
+// without mounting it: the node fetches all of the image from then on.
+func (n *Node) Create(ctx context.Context, im *Image, key string) error {
+	s, conn, err := n.snapshotter()
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_, err = s.View(ctx, key, im.chains[len(im.chains)-1].String())
+	return err
+}
+
 // Mount mounts an image that was pulled, read-only, at dir, as for a container
 // called key. The function that it returns unmounts it and removes what was made.
 func (n *Node) Mount(ctx context.Context, im *Image, key, dir string) (unmount func() error, err error) {

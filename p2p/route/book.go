@@ -65,6 +65,36 @@ type Book struct {
 
 	demand, prefetch latencies
 	budget           budget
+	below            below
+}
+
+// below is how it went lately to ask the one below in a tree, which a root does in case
+// it came late and the others have everything. Where all came at once nobody has
+// anything, and each such question costs an answer's time: after some in vain it
+// is asked for one chunk in eight only, until one is answered.
+type below struct {
+	vain  uint8 // in a row
+	turns uint8
+}
+
+const (
+	vainLimit = 8
+	vainTurns = 8
+)
+
+func (b *below) report(o Outcome) {
+	switch {
+	case o == OK:
+		b.vain = 0
+	case o == Missing && b.vain < vainLimit:
+		b.vain++
+	}
+}
+
+// ask says whether to ask this time.
+func (b *below) ask() bool {
+	b.turns++
+	return b.vain < vainLimit || b.turns%vainTurns == 0
 }
 
 // trouble is the history with one peer that failed lately.
@@ -103,6 +133,9 @@ func (g *Group) Report(a *Ask, t Target, o Outcome, now, took time.Duration, byt
 				a.busy |= 1 << i
 			}
 		}
+	}
+	if t.Hops == MaxHops && a.Hops() < MaxHops-1 {
+		b.below.report(o)
 	}
 	b.judge(g.id(t.Index), o, now)
 }

@@ -302,7 +302,7 @@ func (g *Group) elder(key Key, dst []int32) []int32 {
 				best, bestRank = int(i), r
 			}
 		}
-	} else {
+	} else if g.book.below.ask() {
 		own := rank(key, g.self)
 		for i, h := range g.hash {
 			if r := rank(key, h); r < own && (best < 0 || r > bestRank) {

@@ -73,7 +73,7 @@ type Swarm struct {
 	mu     sync.Mutex
 	groups map[blockdev.Digest]*group
 	begun  map[blockdev.Digest]time.Time // since when the first view of a group is awaited
-	told   map[peer.ID]route.Outcome // peers whose trouble is in the log
+	told   map[peer.ID]route.Outcome     // peers whose trouble is in the log
 }
 
 // group is a route.Group and the view that it was made of.

@@ -104,7 +104,7 @@ func (w *swarmWorld) sceneBurst(ctx context.Context, r *report.Report) error {
 		if err != nil {
 			return err
 		}
-		s, err := w.supernode(ctx, w.o.fewRate())
+		s, err := w.supernode(ctx, w.o.nodeRate())
 		if err != nil {
 			return err
 		}
@@ -117,11 +117,11 @@ func (w *swarmWorld) sceneBurst(ctx context.Context, r *report.Report) error {
 		}
 		var ratios, spreads []float64
 		for range w.o.runs {
-			one, err := w.replay(ctx, s, w.few[:1], im, rec)
+			one, err := w.replay(ctx, s, w.hosts[:1], im, rec)
 			if err != nil {
 				return err
 			}
-			many, err := w.replay(ctx, s, w.few[:fewNodes], im, rec)
+			many, err := w.replay(ctx, s, w.hosts[:fewNodes], im, rec)
 			if err != nil {
 				return err
 			}

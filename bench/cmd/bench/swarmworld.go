@@ -164,11 +164,14 @@ func (w *swarmWorld) stopNodes(nodes []*swarmNode) error {
 	return errors.Join(errs...)
 }
 
-// prefetch pulls an image on a node and waits until every byte of it is on its
+// prefetch pulls an image on a node, for a container, and waits until every byte of it is on its
 // disk, checked against the index. The proof comes after that, when nobody else
 // wants the processor.
 func (w *swarmWorld) prefetch(ctx context.Context, n *swarmNode, im *lab.Image) error {
 	if err := n.Pull(ctx, im); err != nil {
+		return err
+	}
+	if err := n.Create(ctx, im, "all-of-"+im.Manifest.String()); err != nil {
 		return err
 	}
 	// Asking costs processor time, and many are asked.
