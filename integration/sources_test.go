@@ -278,7 +278,7 @@ func TestNodesRestoreSupernode(t *testing.T) {
 	if err := s.Pull(t.Context(), "shoal", ref); err != nil {
 		t.Fatal(err)
 	}
-	s.mountImage(t, "shoal", ref) // the rest follows once somebody uses it
+	s.mountImage(t, "shoal", ref)                                // the rest follows once somebody uses it
 	noError(t, s.node.WaitProven(t.Context(), ref, time.Minute)) // it has the tar headers, too
 	noError(t, s.supernode.Kill())
 	noError(t, wipe(s.Path("super")))
