@@ -193,14 +193,20 @@ func (w *swarmWorld) sceneParentKilled(ctx context.Context, r *report.Report) er
 	if err != nil {
 		return err
 	}
-	s, err := w.supernode(ctx, w.o.fewRate())
+	// One node reads, so links may be as fast as those of a slow datacenter.
+	rate := 2 * w.o.fewRate()
+	s, err := w.supernode(ctx, rate)
 	if err != nil {
 		return err
 	}
 	if err := w.warm(ctx, s, "python-django", "v1"); err != nil {
 		return err
 	}
-	nodes, err := w.nodesOn(ctx, w.few[:8], s.Address, "")
+	hosts, err := w.machines(ctx, "k", 8, rate)
+	if err != nil {
+		return err
+	}
+	nodes, err := w.nodesOn(ctx, hosts, s.Address, "")
 	if err != nil {
 		return err
 	}
