@@ -283,10 +283,10 @@ func TestNodesRestoreSupernode(t *testing.T) {
 	noError(t, s.supernode.Kill())
 	noError(t, wipe(s.Path("super")))
 	s.supernode = must(s.RestartSupernode(t.Context(), s.supernode))(t)
-	noError(t, lab.WaitFor(t.Context(), "the node in its group again", 20*time.Second, func() error {
-		n, err := s.supernode.Metric(t.Context(), "shoal_supernode_groups")
+	noError(t, lab.WaitFor(t.Context(), "the node in its group again, with all of the image", 20*time.Second, func() error {
+		n, err := s.supernode.Metric(t.Context(), "shoal_supernode_holders")
 		if err == nil && n < 1 {
-			err = fmt.Errorf("%v groups", n)
+			err = fmt.Errorf("%v holders", n)
 		}
 		return err
 	}))

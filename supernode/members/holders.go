@@ -6,6 +6,18 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 )
 
+// holdersLocked counts the seats of members that have all of their image.
+func (l *List) holdersLocked() (n int) {
+	for _, m := range l.members {
+		for _, s := range m.groups {
+			if s.full {
+				n++
+			}
+		}
+	}
+	return n
+}
+
 // Holders returns up to n connected members of an image's group that have all of
 // it, share what they have, and were given it on the word of the registry host
 // origin.
