@@ -31,7 +31,7 @@ type Row struct {
 	Value float64 `json:"value"` // the median of the runs
 	Unit  string  `json:"unit"`
 	Cmp   Cmp     `json:"cmp,omitempty"`
-	Bar   float64 `json:"bar,omitempty"`
+	Bar   float64 `json:"bar"` // 0 is a bar, too, if Cmp is not empty
 	Runs  int     `json:"runs"`
 	Min   float64 `json:"min"`
 	Max   float64 `json:"max"`
