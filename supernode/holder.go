@@ -32,7 +32,8 @@ const (
 	// many requests for an index.
 	maxRestores = 2
 	// holderRequest is how many chunks a holder is asked for at a time. Two such
-	// requests are in memory for each layer: at most 32 MiB, 8 MiB as a rule.
+	// requests are in memory for a layer's content and two for its tar headers: at
+	// most 64 MiB, 16 MiB as a rule.
 	holderRequest = 64
 	// A holder that needs more than restoreTime, and a second for restoreRate bytes of
 	// the blob, is given up: somebody waits, and there is a registry.

@@ -21,9 +21,9 @@ type images struct {
 }
 
 // OpenImageFor implements exchange.Images: of the image with the request's Manifest
-// it gives the layers whose DiffIDs are in Only. Whoever is in the image's group
-// has been given them before. No other error than blockdev.ErrNotFound says why
-// there is nothing.
+// it gives the layer whose DiffID is in Only: one, so that a request costs one
+// index of memory. Whoever is in the image's group has been given it before; who is
+// not hears blockdev.ErrNotFound, as for what is not here.
 func (im *images) OpenImageFor(ctx context.Context, from string, req blockdev.ImageRequest) (*blockdev.Image, error) {
 	id, err := peer.Decode(from)
 	if err != nil {
@@ -33,19 +33,16 @@ func (im *images) OpenImageFor(ctx context.Context, from string, req blockdev.Im
 		im.s.metrics.refused.Inc()
 		return nil, fmt.Errorf("not here: %w", blockdev.ErrNotFound)
 	}
-	img := &blockdev.Image{Ref: req.Ref, Manifest: req.Manifest}
-	for _, diff := range req.Only {
-		if !slices.Contains(im.s.cfg.Groups.Groups(diff), req.Manifest) {
-			return nil, fmt.Errorf("diff %s is not one of the image's here: %w", diff, blockdev.ErrNotFound)
-		}
-		enc, err := im.store.EncodedIndex(diff)
-		if err != nil {
-			return nil, err
-		}
-		img.Layers = append(img.Layers, blockdev.Layer{DiffID: diff, Index: enc})
+	if len(req.Only) != 1 {
+		return nil, fmt.Errorf("%d layers are asked for, and a node gives one at a time: %w", len(req.Only), blockdev.ErrUnsupported)
 	}
-	if len(img.Layers) == 0 {
-		return nil, fmt.Errorf("no layer is asked for, and a node gives single layers only: %w", blockdev.ErrUnsupported)
+	diff := req.Only[0]
+	if !slices.Contains(im.s.cfg.Groups.Groups(diff), req.Manifest) {
+		return nil, fmt.Errorf("diff %s is not one of the image's here: %w", diff, blockdev.ErrNotFound)
 	}
-	return img, nil
+	enc, err := im.store.EncodedIndex(diff)
+	if err != nil {
+		return nil, err
+	}
+	return &blockdev.Image{Ref: req.Ref, Manifest: req.Manifest, Layers: []blockdev.Layer{{DiffID: diff, Index: enc}}}, nil
 }
