@@ -66,9 +66,12 @@ func (b *blob) Read(buf []byte) (int, error) {
 // connection returns the one there is, or makes one.
 func (b *blob) connection() (io.ReadCloser, error) {
 	b.mu.Lock()
-	rc := b.rc
+	rc, closed := b.rc, b.closed
 	b.mu.Unlock()
-	if rc != nil {
+	switch {
+	case closed: // nobody needs another one
+		return nil, context.Canceled
+	case rc != nil:
 		return rc, nil
 	}
 	rc, err := b.p.s.cfg.Open(b.p.ctx, b.l, b.at)
@@ -97,8 +100,8 @@ func (b *blob) drop() {
 
 // close ends a Read that waits.
 func (b *blob) close() {
-	b.drop()
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	b.closed = true
+	b.mu.Unlock()
+	b.drop()
 }
