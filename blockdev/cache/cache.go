@@ -43,6 +43,8 @@ type Cache struct {
 	stats      counters
 	space      *space
 	recent     recent
+	arrivals   arrivals
+	trickle    trickle
 	serial     atomic.Uint64 // makes names in tmp unique
 
 	started int64         // makes names in tmp unlike those of earlier processes

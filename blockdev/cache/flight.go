@@ -286,6 +286,7 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 
 	var returned atomic.Bool
 	left := len(flights)
+	began, bytes := time.Now(), int64(0)
 	err := d.c.cfg.Source.Fetch(ctx, blockdev.Request{Diff: d.id, Priority: prio, Hops: g.hops, Chunks: chunks}, func(i int, data []byte) error {
 		if returned.Load() {
 			return errors.New("delivered after the request had ended")
@@ -305,10 +306,17 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 		idle.Reset(timeout)
 		f.got = true
 		left--
+		bytes += int64(len(data))
 		d.c.stats.fetched(prio, len(data))
+		if prio == blockdev.Startup {
+			d.c.arrivals.note(time.Now())
+		}
 		return g.settle(prio, f, data)
 	})
 	returned.Store(true)
+	if prio == blockdev.Prefetch && g.hops == 0 {
+		d.c.trickle.note(bytes, time.Since(began))
+	}
 	switch {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)

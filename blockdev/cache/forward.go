@@ -200,5 +200,5 @@ func (f *Forward) join(k int) (wait, error) {
 	fl.waiters++
 	// Only a demand read has a prefetch request hurry.
 	hurry := f.prio == blockdev.Demand && fl.group.prio == blockdev.Prefetch
-	return wait{fl, own, hurry}, nil
+	return wait{flight: fl, own: own, hurry: hurry}, nil
 }

@@ -55,8 +55,8 @@ func (g *gate) starting() {
 }
 
 // wait returns when there has been no demand read for quiet and no program is
-// starting, or after most at the latest.
-func (g *gate) wait(ctx context.Context, quiet, most time.Duration) error {
+// starting; and after most at the latest, with false.
+func (g *gate) wait(ctx context.Context, quiet, most time.Duration) (calm bool, err error) {
 	deadline := time.Now().Add(most)
 	for ctx.Err() == nil {
 		g.mu.Lock()
@@ -75,7 +75,7 @@ func (g *gate) wait(ctx context.Context, quiet, most time.Duration) error {
 		}
 		left := time.Until(until)
 		if left <= 0 {
-			return nil
+			return until.Before(deadline), nil
 		}
 		t := time.NewTimer(left)
 		select {
@@ -85,5 +85,5 @@ func (g *gate) wait(ctx context.Context, quiet, most time.Duration) error {
 		}
 		t.Stop()
 	}
-	return context.Cause(ctx)
+	return false, context.Cause(ctx)
 }

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -111,15 +113,20 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 		if err := d.prefetchRoom(ctx); err != nil {
 			return err
 		}
-		if err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay); err != nil {
+		calm, err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay)
+		if err != nil {
 			return err
+		}
+		size := d.c.cfg.RequestBytes
+		if !calm {
+			size = min(size, d.c.trickle.bytes(d.c.cfg.GiveWay))
 		}
 		select {
 		case d.c.window <- struct{}{}:
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
-		g, end := d.claim(ctx, next)
+		g, end := d.claim(ctx, next, size)
 		if g == nil {
 			<-d.c.window
 			break
@@ -141,6 +148,29 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 	return failed()
 }
 
+// trickle is how much prefetch asks for while demand reads go on: what takes a
+// small part of the time, by the rate of the prefetch requests before. On a slow
+// link a usual request would keep the readers waiting for as long as it takes.
+type trickle struct {
+	rate atomic.Int64 // bytes per second
+}
+
+// trickleShare is that part of the time, inverted.
+const trickleShare = 100
+
+// note takes what a request brought.
+func (t *trickle) note(bytes int64, took time.Duration) {
+	if bytes > 0 {
+		t.rate.Store(int64(float64(bytes) / max(took, time.Microsecond).Seconds()))
+	}
+}
+
+// bytes is for one request in every interval; 1, which is a chunk, before any rate
+// is known.
+func (t *trickle) bytes(interval time.Duration) int64 {
+	return max(int64(float64(t.rate.Load())*interval.Seconds()/trickleShare), 1)
+}
+
 // paceWrites waits for the disk when too much is written and not synced, so that
 // prefetch does not fill memory with dirty pages.
 func (d *Diff) paceWrites(ctx context.Context) error {
@@ -158,8 +188,8 @@ func (d *Diff) prefetchRoom(ctx context.Context) error {
 }
 
 // claim makes a prefetch group of the next missing chunks from number i on that
-// nobody has asked for, and returns it and where to go on; nil if there are none.
-func (d *Diff) claim(ctx context.Context, i int) (*group, int) {
+// nobody has asked for, limit bytes or a little more, and returns it and where to go on; nil if there are none.
+func (d *Diff) claim(ctx context.Context, i int, limit int64) (*group, int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.gone != nil {
@@ -168,7 +198,7 @@ func (d *Diff) claim(ctx context.Context, i int) (*group, int) {
 	var g *group
 	var size int64
 	n := d.tab.len()
-	for i = d.pres.present.nextClear(i, n); i < n && size < d.c.cfg.RequestBytes; i = d.pres.present.nextClear(i+1, n) {
+	for i = d.pres.present.nextClear(i, n); i < n && size < limit; i = d.pres.present.nextClear(i+1, n) {
 		if f := d.flights[i]; f != nil && !f.over {
 			continue
 		}
@@ -194,7 +224,7 @@ func (d *Diff) checkOthers(ctx context.Context) error {
 	buf := d.c.buffer()
 	defer d.c.buffers.Put(buf)
 	for ; i < d.tab.len(); i = d.pres.nextUnchecked(i + 1) {
-		if err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay); err != nil {
+		if _, err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay); err != nil {
 			return err
 		}
 		b, off := buf[:d.tab.length(i)], d.tab.start(i)

@@ -256,7 +256,7 @@ func (p *pace) wait(ctx context.Context, d *Diff, n int) error {
 			return context.Cause(ctx)
 		}
 	}
-	err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay)
+	_, err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay)
 	p.began = time.Now()
 	return err
 }

@@ -126,8 +126,9 @@ func (d *Diff) readError(off int64, n int, err error) error {
 // wait is a flight that a reader waits for.
 type wait struct {
 	*flight
-	own      bool // the reader's own request
-	prefetch bool // a request of lower priority, when the reader joined
+	own     bool // the reader's own request
+	hurry   bool // a request of lower priority, when the reader joined
+	startup bool // and that of startup chunks
 }
 
 // readPart reads a part that one request may fetch.
@@ -184,7 +185,10 @@ func (d *Diff) join(lo, hi int, mem [][]byte) ([]wait, error) {
 			f = d.depart(own, i)
 		}
 		f.waiters++
-		waits = append(waits, wait{f, f.group == own, f.group.prio != blockdev.Demand})
+		waits = append(waits, wait{
+			flight: f, own: f.group == own,
+			hurry: f.group.prio != blockdev.Demand, startup: f.group.prio == blockdev.Startup,
+		})
 	}
 	if own != nil {
 		ahead := d.seq.ahead(own.todo[0].chunk, d.c.cfg.ReadAhead, d.c.cfg.MaxReadAhead)
@@ -213,10 +217,11 @@ func (d *Diff) depart(g *group, i int) *flight {
 // that failed is an error; what another asked for is left to the next round.
 func (d *Diff) await(ctx context.Context, waits []wait) (err error) {
 	defer d.leave(waits)
+	began := time.Now()
 	var patience *time.Timer
 	var hurry <-chan time.Time
 	for _, w := range waits {
-		if w.prefetch && patience == nil {
+		if w.hurry && patience == nil {
 			patience = time.NewTimer(d.c.cfg.Promote)
 			defer patience.Stop()
 			hurry = patience.C
@@ -225,12 +230,16 @@ func (d *Diff) await(ctx context.Context, waits []wait) (err error) {
 			select {
 			case <-w.done:
 				done = true
-			case <-hurry:
-				hurry = nil
+			case now := <-hurry:
+				left := d.c.arrivals.patience(now, began, d.c.cfg.Promote)
 				for _, w := range waits {
-					if w.prefetch {
+					if w.hurry && (left == 0 || !w.startup) {
 						w.group.hurry()
 					}
+				}
+				if hurry = nil; left > 0 {
+					patience.Reset(left)
+					hurry = patience.C
 				}
 			case <-d.life.Done():
 				return context.Cause(d.life)

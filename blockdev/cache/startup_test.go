@@ -175,6 +175,54 @@ func TestStartupIsOvertaken(t *testing.T) {
 	}
 }
 
+// TestStartupIsAwaited: while startup chunks keep coming, a demand read waits for
+// its own to come with them, and does not ask for it a second time.
+func TestStartupIsAwaited(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const promote = 50 * time.Millisecond
+		r := newRig(t, 4<<20, func(c *Config) { c.ReadAhead, c.Promote = -1, promote })
+		line := make([]uint32, 8)
+		for i := range line {
+			line[i] = uint32(i)
+		}
+		r.source(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+			if req.Priority != blockdev.Startup {
+				t.Errorf("asked again: %+v", req)
+			}
+			return r.mem.Fetch(ctx, req, func(i int, data []byte) error {
+				time.Sleep(promote * 9 / 10)
+				return deliver(i, data)
+			})
+		})
+		done := make(chan error)
+		go func() { done <- r.d.FetchStartup(t.Context(), line) }()
+		synctest.Wait()
+		r.checkRead(r.d.tab.start(7), 1)
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestArrivals: a read waits while startup chunks keep coming, but not for ever.
+func TestArrivals(t *testing.T) {
+	var a arrivals
+	began := time.Now()
+	const ms = time.Millisecond
+	for _, x := range []struct{ last, now, want time.Duration }{
+		{-60 * ms, 50 * ms, 0},
+		{0, 50 * ms, 0},
+		{30 * ms, 50 * ms, 30 * ms},
+		{480 * ms, 490 * ms, 10 * ms},
+		{500 * ms, 500 * ms, 0},
+	} {
+		a.note(began.Add(x.last))
+		if got := a.patience(began.Add(x.now), began, 50*ms); got != x.want {
+			t.Errorf("chunks came %v after the read began, it is %v: it waits for %v more, not %v", x.last, x.now, got, x.want)
+		}
+	}
+}
+
 // TestStartupPagesStay: what a container is about to read is not dropped from the
 // page cache by a sync.
 func TestStartupPagesStay(t *testing.T) {
@@ -209,8 +257,8 @@ func TestPrefetchWaitsForAStart(t *testing.T) {
 		began := time.Now()
 		waited := func() time.Duration {
 			from := time.Now()
-			if err := g.wait(t.Context(), 500*time.Millisecond, 10*time.Second); err != nil {
-				t.Fatal(err)
+			if calm, err := g.wait(t.Context(), 500*time.Millisecond, 10*time.Second); err != nil || !calm {
+				t.Fatal(calm, err)
 			}
 			return time.Since(from)
 		}
@@ -224,8 +272,29 @@ func TestPrefetchWaitsForAStart(t *testing.T) {
 			t.Errorf("prefetch goes on %v after the start's first read, want %v", d, time.Second+startBusy)
 		}
 		g.starting()
-		if err := g.wait(t.Context(), time.Millisecond, time.Second); err != nil || time.Since(began) != 2*time.Second+startBusy {
-			t.Errorf("it waits longer than it may: %v, %v", time.Since(began), err)
+		if calm, err := g.wait(t.Context(), time.Millisecond, time.Second); calm || err != nil || time.Since(began) != 2*time.Second+startBusy {
+			t.Errorf("it waits longer than it may: %v, %v, %v", time.Since(began), calm, err)
 		}
 	})
+}
+
+// TestTrickle: while demand reads go on, prefetch asks for what a slow link carries
+// in a small part of the time, a chunk at least.
+func TestTrickle(t *testing.T) {
+	var tr trickle
+	if n := tr.bytes(time.Second); n != 1 {
+		t.Errorf("%d bytes before anything is known", n)
+	}
+	tr.note(1<<20, time.Second)
+	if n := tr.bytes(time.Second); n != 1<<20/trickleShare {
+		t.Errorf("%d bytes at 1 MiB/s", n)
+	}
+	tr.note(0, time.Second) // a request that failed says nothing
+	if n := tr.bytes(time.Second); n != 1<<20/trickleShare {
+		t.Errorf("%d bytes after a failure", n)
+	}
+	tr.note(1<<20, 0)
+	if n := tr.bytes(time.Second); n < 1<<30 {
+		t.Errorf("%d bytes where a request takes no time", n)
+	}
 }
