@@ -13,10 +13,10 @@ import (
 )
 
 const (
-	// startupRequests are under way at a time for one image: one that is being
-	// answered, one that waits for it, and one whose chunks are being checked
-	// and written.
-	startupRequests = 3
+	// startupRequests are under way at a time for one image. One that comes through
+	// other nodes takes some links' time to come, and meanwhile the link here must
+	// have something to do; no server is asked for more (exchange.Limits).
+	startupRequests = 8
 	// startupWindow is how many chunks, by rank, are sorted into one request for
 	// each diff: about 1 MiB.
 	startupWindow = 16
