@@ -22,7 +22,7 @@ type Options struct {
 	// Name is what errors call the server: "supernode" unless set.
 	Name string
 	// Demand, Startup, Prefetch, Images and Documents are how many requests of each
-	// kind may be under way: 64, 3, 2, 8, 16. What is above waits here. More than
+	// kind may be under way: 64, 8, 2, 8, 16. What is above waits here. More than
 	// the server's limits per peer gives busy answers.
 	Demand, Startup, Prefetch, Images, Documents int
 	// Forwards is how many prefetches on behalf of other nodes may be under way:
@@ -63,7 +63,7 @@ func (o *Options) setDefaults() {
 		o.Name = "supernode"
 	}
 	setDefault(&o.Demand, 64)
-	setDefault(&o.Startup, 3)
+	setDefault(&o.Startup, 8)
 	setDefault(&o.Prefetch, 2)
 	setDefault(&o.Images, 8)
 	setDefault(&o.Documents, 16)

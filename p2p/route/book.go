@@ -121,8 +121,13 @@ func (g *Group) Report(a *Ask, t Target, o Outcome, now, took time.Duration, byt
 	b := g.book
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if o == OK {
+	switch {
+	case o == OK:
 		b.learn(a.demand, took, bytes)
+	case o == Slow && a.demand:
+		// How long it would have taken is not known, but that it is more: who
+		// learned only from what came in time would never wait for longer.
+		b.demand.add(2 * took)
 	}
 	if t.Kind != Peer {
 		return

@@ -12,8 +12,9 @@ const (
 	hedgeMost  = 100 * time.Millisecond
 
 	demandLeast   = 20 * time.Millisecond
-	demandMost    = 150 * time.Millisecond
-	prefetchFirst = 5 * time.Second // before anything was learned
+	demandMost    = 150 * time.Millisecond // as long as nearly all answers come sooner
+	demandLast    = 2 * time.Second        // however slow they are
+	prefetchFirst = 5 * time.Second        // before anything was learned
 	prefetchLeast = 2 * time.Second
 	prefetchMost  = 15 * time.Second
 
@@ -38,10 +39,18 @@ func (b *Book) Patience(demand bool) (hedge, giveUp time.Duration) {
 		return 0, min(max(4*p, prefetchLeast), prefetchMost)
 	}
 	hedge = hedgeFirst
-	if p := b.demand.p95(); p > 0 {
+	p := b.demand.p95()
+	if p > 0 {
 		hedge = min(max(p, hedgeLeast), hedgeMost)
 	}
-	return hedge, min(max(4*hedge, demandLeast), demandMost)
+	giveUp = min(max(4*hedge, demandLeast), demandMost)
+	if p > hedgeMost {
+		// All answers take long: links are full, and giving up what is on its way
+		// only fills them with what nobody takes.
+		hedge = min(p, demandLast/2)
+		giveUp = min(max(3*p/2, giveUp), demandLast)
+	}
+	return hedge, giveUp
 }
 
 // Hedge says whether a demand read of so many bytes may be asked for twice, and
@@ -64,6 +73,10 @@ type budget struct {
 func (b *budget) earn(bytes int) {
 	b.credit = min(b.credit+b.share*float64(bytes), hedgeBurst)
 }
+
+// memory is after how many answers those before count half: enough to know a
+// 95th percentile, few enough to forget a full link soon.
+const memory = 512
 
 // latencies is a histogram of answers, four buckets for each doubling from 16 us
 // on, in which older ones count less.
@@ -95,7 +108,7 @@ func upper(i int) time.Duration {
 func (l *latencies) add(d time.Duration) {
 	l.count[bucket(d)]++
 	l.fresh++
-	if l.total++; l.total >= 2048 {
+	if l.total++; l.total >= memory {
 		l.total = 0
 		for i := range l.count {
 			l.count[i] /= 2

@@ -15,7 +15,7 @@ import (
 const (
 	// What one peer is asked for at a time. Its limits for one node
 	// (NodeLimits) are no less.
-	peerDemand, peerPrefetch, peerForwards = 32, 8, 8
+	peerDemand, peerStartup, peerPrefetch, peerForwards = 32, 32, 8, 8
 	// demandPeer is how long a peer may take for one chunk before its stream is
 	// given up, whatever route says; prefetchPeer the same for prefetch.
 	demandPeer   = 5 * time.Second
@@ -69,7 +69,7 @@ func (p *pool) get(id string) (*pooled, error) {
 	}
 	c, err := exchange.NewClient(p.cfg.Host, info, exchange.Options{
 		Name: "peer", Frames: p.cfg.Frames,
-		Demand: peerDemand, Prefetch: peerPrefetch, Forwards: peerForwards, Peer: true,
+		Demand: peerDemand, Startup: peerStartup, Prefetch: peerPrefetch, Forwards: peerForwards, Peer: true,
 		DemandTimeout: demandPeer, PrefetchTimeout: prefetchPeer, DialTimeout: dialPeer,
 		Window: p.cfg.Window, Download: p.cfg.Download,
 	})

@@ -117,8 +117,8 @@ func (a *answer) Close() {}
 // bounded to some 50 MiB.
 func NodeLimits() exchange.Limits {
 	return exchange.Limits{
-		DemandPerPeer: peerDemand, PrefetchPerPeer: peerPrefetch + peerForwards, ImagesPerPeer: 2,
-		Demand: 512, Prefetch: 96, Images: 4,
+		DemandPerPeer: peerDemand, StartupPerPeer: peerStartup, PrefetchPerPeer: peerPrefetch + peerForwards, ImagesPerPeer: 2,
+		Demand: 512, Startup: 512, Prefetch: 96, Images: 4,
 		ReadAhead: 2, TotalReadAhead: 96,
 	}
 }
