@@ -45,8 +45,13 @@ func (r Recording) Replay(ctx context.Context, dir string) error {
 			_ = f.Close() // read only
 		}
 	}()
+	// Many replays at once have more files than a process may open.
+	last := make(map[string]int, len(r))
+	for i, x := range r {
+		last[x.Path] = i
+	}
 	var buf []byte
-	for _, x := range r {
+	for i, x := range r {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -67,6 +72,10 @@ func (r Recording) Replay(ctx context.Context, dir string) error {
 		}
 		if _, err := f.ReadAt(buf[:x.Length], x.Offset); err != nil {
 			return fmt.Errorf("read %d bytes at %d of %s: %w", x.Length, x.Offset, x.Path, err)
+		}
+		if last[x.Path] == i {
+			delete(files, x.Path)
+			_ = f.Close() // read only
 		}
 	}
 	return nil

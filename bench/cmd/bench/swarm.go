@@ -29,6 +29,9 @@ type swarmOptions struct {
 // not what is measured: at 10 Mbit/s these were 91 % busy.
 func (o *swarmOptions) nodeRate() lab.Rate { return lab.Rate(o.mbit) * 1e6 / 8 }
 
+// halfRate is a node's link where half of them take part, and all depends on each.
+func (o *swarmOptions) halfRate() lab.Rate { return 2 * o.nodeRate() }
+
 // fewRate is a node's link where half of them or less take part.
 func (o *swarmOptions) fewRate() lab.Rate { return 10 * o.nodeRate() }
 
@@ -228,6 +231,12 @@ func (w *swarmWorld) sceneAll(ctx context.Context, r *report.Report) error {
 		if err != nil {
 			return err
 		}
+		received := make(map[*lab.Host]int64, len(nodes))
+		for _, n := range nodes {
+			if received[n.host], _, err = n.host.Bytes(); err != nil {
+				return err
+			}
+		}
 		p, err := w.prefetchAll(ctx, nodes, im)
 		if err != nil {
 			return err
@@ -244,12 +253,18 @@ func (w *swarmWorld) sceneAll(ctx context.Context, r *report.Report) error {
 			return err
 		}
 		var most int64
+		var got []float64
 		for _, n := range nodes {
 			_, peak, err := n.RSS()
 			if err != nil {
 				return err
 			}
 			most = max(most, peak)
+			rx, _, err := n.host.Bytes()
+			if err != nil {
+				return err
+			}
+			got = append(got, float64(rx-received[n.host])/float64(size))
 		}
 		secs := seconds(p.took)
 		p50 = append(p50, quantile(secs, 0.5)/ideal)
@@ -258,8 +273,8 @@ func (w *swarmWorld) sceneAll(ctx context.Context, r *report.Report) error {
 		cross = append(cross, float64(max(intoAfter-into, outAfter-out))/float64(size))
 		rss = append(rss, float64(most)/(1<<20))
 		busy = append(busy, 100*p.busy)
-		say("all %d nodes: p50 %.1f s, p99 %.1f s, ideal %.1f s; supernode sent %.2f images, %.2f crossed zones; most memory %d MiB; processors %.0f %% busy",
-			len(nodes), quantile(secs, 0.5), quantile(secs, 0.99), ideal, egress[len(egress)-1], cross[len(cross)-1], most>>20, 100*p.busy)
+		say("all %d nodes: p50 %.1f s, p99 %.1f s, ideal %.1f s; supernode sent %.2f images, %.2f crossed zones, a node received %.2f (at most %.2f); most memory %d MiB; processors %.0f %% busy",
+			len(nodes), quantile(secs, 0.5), quantile(secs, 0.99), ideal, egress[len(egress)-1], cross[len(cross)-1], quantile(got, 0.5), quantile(got, 1), most>>20, 100*p.busy)
 		if err := w.sources(ctx, nodes); err != nil {
 			return err
 		}

@@ -49,25 +49,33 @@ func (w *swarmWorld) recordStart(ctx context.Context, s *swarmSupernode, image s
 // earlier node of the same machine read are not in the page cache, since every
 // node has mounts of its own.
 func (w *swarmWorld) mounted(ctx context.Context, nodes []*swarmNode, im *lab.Image) (dirs []string, unmount func() error, err error) {
-	var undo []func() error
+	undo := make([]func() error, len(nodes))
 	unmount = func() error {
 		var errs []error
 		for _, f := range undo {
-			errs = append(errs, f())
+			if f != nil {
+				errs = append(errs, f())
+			}
 		}
 		return errors.Join(errs...)
 	}
 	dirs = make([]string, len(nodes))
-	for i, n := range nodes {
-		if err := n.Pull(ctx, im); err != nil {
-			return nil, nil, errors.Join(err, unmount())
-		}
+	for i := range dirs {
 		dirs[i] = w.Path(w.name("v"))
-		u, err := n.Mount(ctx, im, "view", dirs[i])
-		if err != nil {
-			return nil, nil, errors.Join(err, unmount())
-		}
-		undo = append(undo, u)
+	}
+	errs := make([]error, len(nodes))
+	var all sync.WaitGroup
+	for i, n := range nodes {
+		// All at once: who pulls first begins to fetch what is read at the start.
+		all.Go(func() {
+			if errs[i] = n.Pull(ctx, im); errs[i] == nil {
+				undo[i], errs[i] = n.Mount(ctx, im, "view", dirs[i])
+			}
+		})
+	}
+	all.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return nil, nil, errors.Join(err, unmount())
 	}
 	return dirs, unmount, nil
 }
@@ -94,17 +102,24 @@ func (w *swarmWorld) replay(ctx context.Context, s *swarmSupernode, hosts []*lab
 		})
 	}
 	all.Wait()
-	return took, errors.Join(errors.Join(errs...), unmount(), w.stopNodes(nodes))
+	if err := errors.Join(errs...); err != nil {
+		return nil, errors.Join(err, unmount(), w.stopNodes(nodes))
+	}
+	return took, errors.Join(w.sources(ctx, nodes), unmount(), w.stopNodes(nodes))
 }
 
 // sceneBurst replays a recorded start on many nodes at once.
 func (w *swarmWorld) sceneBurst(ctx context.Context, r *report.Report) error {
+	hosts, err := w.machines(ctx, "b", fewNodes, w.o.halfRate())
+	if err != nil {
+		return err
+	}
 	for _, image := range []string{"python-django", "torch"} {
 		im, err := w.registry.Image(ctx, image, "v1")
 		if err != nil {
 			return err
 		}
-		s, err := w.supernode(ctx, w.o.nodeRate())
+		s, err := w.supernode(ctx, w.o.halfRate())
 		if err != nil {
 			return err
 		}
@@ -117,11 +132,11 @@ func (w *swarmWorld) sceneBurst(ctx context.Context, r *report.Report) error {
 		}
 		var ratios, spreads []float64
 		for range w.o.runs {
-			one, err := w.replay(ctx, s, w.hosts[:1], im, rec)
+			one, err := w.replay(ctx, s, hosts[:1], im, rec)
 			if err != nil {
 				return err
 			}
-			many, err := w.replay(ctx, s, w.hosts[:fewNodes], im, rec)
+			many, err := w.replay(ctx, s, hosts, im, rec)
 			if err != nil {
 				return err
 			}

@@ -246,6 +246,8 @@ func (w *swarmWorld) sources(ctx context.Context, nodes []*swarmNode) error {
 		{`shoal_node_received_bytes_total{source="supernode",zone=""}`, "MB from the supernode", 1e6},
 		{`shoal_node_received_bytes_total{source="peer",zone="same"}`, "MB from the same zone", 1e6},
 		{`shoal_node_received_bytes_total{source="peer",zone="other"}`, "MB from the other zone", 1e6},
+		{`shoal_node_fetched_bytes_total{priority="demand"}`, "MB on demand", 1e6},
+		{`shoal_node_fetched_bytes_total{priority="startup"}`, "MB by a startup profile", 1e6},
 		{`shoal_node_fetched_bytes_total{priority="proof"}`, "MB of tar headers", 1e6},
 		{"shoal_node_duplicate_bytes_total", "MB twice", 1e6},
 		{"shoal_node_hedges_total", "hedges", 1},
