@@ -82,7 +82,7 @@ func flipKinds() []flipKind {
 func TestDrillFlips(t *testing.T) {
 	f := newFlipSite(t)
 	kinds := flipKinds()
-	n := rounds(t, len(kinds))
+	n := min(rounds(t, len(kinds)), 8*len(kinds))
 	for i := range n {
 		// Looked at before the next start, repaired then, or found by whoever reads.
 		f.round(kinds[i%len(kinds)], i/len(kinds)+i%len(kinds))

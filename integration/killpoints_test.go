@@ -69,7 +69,7 @@ func TestDrillKillPoints(t *testing.T) {
 		}
 	}
 	points := k.points()
-	n := rounds(t, len(points))
+	n := min(rounds(t, len(points)), 8*len(points))
 	k.cycle("again") // so that base is all there is, and complete
 	noError(t, k.prefetch(ctx, "--local", k.node.Control, base.ref))
 	before := k.files()
