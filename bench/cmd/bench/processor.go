@@ -5,11 +5,13 @@ import (
 	"os"
 	"strconv"
 	"strings"
+
+	"github.com/shoalfs/shoal/integration/report"
 )
 
 // processorTime is what /proc/stat says of all processors since the machine came
-// up, in ticks.
-type processorTime struct{ busy, all float64 }
+// up, in ticks. stolen is a part of busy.
+type processorTime struct{ busy, all, stolen float64 }
 
 func readProcessorTime() (t processorTime, err error) {
 	b, err := os.ReadFile("/proc/stat")
@@ -31,6 +33,7 @@ func readProcessorTime() (t processorTime, err error) {
 		if i != 3 && i != 4 {
 			t.busy += v
 		}
+		t.stolen = v // the last one
 	}
 	return t, nil
 }
@@ -41,4 +44,19 @@ func (t processorTime) since(before processorTime) float64 {
 		return 0
 	}
 	return (t.busy - before.busy) / (t.all - before.all)
+}
+
+// noteStolen adds a row on the machine that a target ran on, whose neighbours come
+// and go: comparing runs of two days without it is comparing neighbours.
+func (t processorTime) noteStolen(r *report.Report) error {
+	now, err := readProcessorTime()
+	if err != nil {
+		return err
+	}
+	var share float64
+	if now.busy > t.busy {
+		share = 100 * (now.stolen - t.stolen) / (now.busy - t.busy)
+	}
+	r.Note("processor time wanted here that other virtual machines got (more than 5 makes all times longer)", "%", share)
+	return nil
 }

@@ -66,6 +66,10 @@ func benchRead(ctx context.Context, o *options) (err error) {
 	if err != nil {
 		return err
 	}
+	began, err := readProcessorTime()
+	if err != nil {
+		return err
+	}
 	var r report.Report
 	big, err := w.views(ctx, others, lazy, native, bigFileImage)
 	if err != nil {
@@ -96,6 +100,9 @@ func benchRead(ctx context.Context, o *options) (err error) {
 		if err := v.undo(); err != nil {
 			return err
 		}
+	}
+	if err := began.noteStolen(&r); err != nil {
+		return err
 	}
 	if err := r.Print(os.Stdout); err != nil {
 		return err

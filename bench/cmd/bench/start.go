@@ -57,6 +57,10 @@ func benchStart(ctx context.Context, o *options, unlearned bool) (err error) {
 	}
 	w.unlearned = unlearned
 	defer func() { err = errors.Join(err, w.Close()) }()
+	began, err := readProcessorTime()
+	if err != nil {
+		return err
+	}
 	figures := map[string]*startFigures{}
 	for run := range o.runs {
 		for _, image := range allImages {
@@ -113,6 +117,9 @@ func benchStart(ctx context.Context, o *options, unlearned bool) (err error) {
 			shares = append(shares, x)
 		}
 		r.Add("registry bytes, two nodes at once, cold supernode: python-django", "x", report.AtMost, 1, shares...)
+	}
+	if err := began.noteStolen(&r); err != nil {
+		return err
 	}
 	if err := r.Print(os.Stdout); err != nil {
 		return err

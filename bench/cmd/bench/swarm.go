@@ -79,6 +79,10 @@ func benchSwarm(ctx context.Context, o *swarmOptions) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, w.Close()) }()
+	began, err := readProcessorTime()
+	if err != nil {
+		return err
+	}
 	var r report.Report
 	for _, s := range swarmScenes {
 		if len(o.scenes) > 0 && !slices.Contains(o.scenes, s.name) {
@@ -88,6 +92,9 @@ func benchSwarm(ctx context.Context, o *swarmOptions) (err error) {
 		if err := s.run(w, ctx, &r); err != nil {
 			return fmt.Errorf("scene %s: %w", s.name, err)
 		}
+	}
+	if err := began.noteStolen(&r); err != nil {
+		return err
 	}
 	if err := r.Print(os.Stdout); err != nil {
 		return err
