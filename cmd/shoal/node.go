@@ -208,6 +208,11 @@ func scrubInterval(c *config.Node) time.Duration {
 	return time.Duration(c.ScrubInterval)
 }
 
+// supernodeRestart is how long a pull waits for the only supernode after its
+// connection was lost: a restart takes less, and an image that was not opened then
+// would be unpacked in the ordinary way for good.
+const supernodeRestart = 3 * time.Second
+
 // openUpstream connects to the supernode, or embeds one. The membership is nil if
 // it does the latter.
 func openUpstream(ctx context.Context, c *config.Node, log *slog.Logger, reg prometheus.Registerer) (upstream, *membership, []string, error) {
@@ -224,9 +229,13 @@ func openUpstream(ctx context.Context, c *config.Node, log *slog.Logger, reg pro
 	}
 	in := newIntake(c)
 	clients := map[peer.ID]uplink.Supernode{}
+	var restart time.Duration
+	if len(m.supernodes) == 1 {
+		restart = supernodeRestart // else the next one takes over
+	}
 	for _, info := range m.supernodes {
 		client, err := exchange.NewClient(m.host, info, exchange.Options{
-			Window: in.window, Download: in.download, Frames: in.frames,
+			Window: in.window, Download: in.download, Frames: in.frames, Restart: restart,
 			Log: log, Ready: func(ctx context.Context) error { return m.node.Ready(ctx, info.ID) },
 		})
 		if err != nil {

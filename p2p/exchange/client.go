@@ -52,6 +52,10 @@ type Options struct {
 	// DialTimeout bounds one attempt to connect (3 s); after failures the next
 	// one comes after 50 ms, doubling up to MaxBackoff (2 s).
 	DialTimeout, MaxBackoff time.Duration
+	// Restart is how long requests for images and documents wait for a server that
+	// was connected a moment ago: one that is being restarted; 0: they fail at once,
+	// as when there is another server to ask.
+	Restart time.Duration
 	// Ready, if not nil, returns nil once the server, which is connected, has let
 	// this machine in. Requests wait for it.
 	Ready func(context.Context) error
@@ -152,6 +156,26 @@ func (c *Client) ready(ctx context.Context) error {
 		return err
 	}
 	return c.opts.Ready(ctx)
+}
+
+// restartLook is how often a request looks whether a server is back.
+const restartLook = 10 * time.Millisecond
+
+// readyAgain is ready for a server that may be restarting: it waits until
+// Options.Restart after the connection was lost.
+func (c *Client) readyAgain(ctx context.Context) error {
+	for {
+		err := c.ready(ctx)
+		if err == nil || ctx.Err() != nil || c.keeper.ctx.Err() != nil || time.Since(c.keeper.lostAt()) >= c.opts.Restart {
+			return err
+		}
+		t := time.NewTimer(restartLook)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+		}
+	}
 }
 
 // Peer returns the server's peer ID.

@@ -323,8 +323,19 @@ func TestServerRestarts(t *testing.T) {
 	if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnavailable) || !strings.Contains(err.Error(), "r/a:1") {
 		t.Fatalf("server gone: %v, want ErrUnavailable and the image", err)
 	}
+	c.opts.Restart = time.Hour
+	opened := make(chan error)
+	go func() {
+		_, err := c.OpenImage(t.Context(), testRequest())
+		opened <- err
+	}()
 	h = newHost(t, key, "127.0.0.1:"+port)
-	newServer(t, h, ServerConfig{Chunks: st})
+	newServer(t, h, ServerConfig{Chunks: st, Images: imagesFunc(func(context.Context, string, blockdev.ImageRequest) (*blockdev.Image, error) {
+		return testImage(), nil
+	})})
+	if err := <-opened; err != nil {
+		t.Errorf("an image asked for while the server restarts: %v", err)
+	}
 	waitFor(t, "the client to connect again", func() bool { return c.Status() == nil })
 	if err := fetch(); err != nil {
 		t.Fatal(err)

@@ -33,11 +33,12 @@ type keeper struct {
 	expire func(before time.Time) // called now and then
 	ctx    context.Context        // ends with close
 	cancel context.CancelFunc
-	lost   chan struct{} // capacity 1: the connection may be gone
+	look   chan struct{} // capacity 1: the connection may be gone
 	done   chan struct{} // closed when the goroutine has ended
 
 	mu      sync.Mutex
 	up      bool
+	lost    time.Time     // when it was so last; zero: never
 	err     error         // why not up, from the last attempt
 	dialing chan struct{} // closed at the end of the attempt; nil if there is none
 }
@@ -45,7 +46,7 @@ type keeper struct {
 func newKeeper(h host.Host, info peer.AddrInfo, opts Options, expire func(time.Time)) *keeper {
 	k := &keeper{
 		host: h, info: info, opts: &opts, expire: expire,
-		lost: make(chan struct{}, 1), done: make(chan struct{}), dialing: make(chan struct{}),
+		look: make(chan struct{}, 1), done: make(chan struct{}), dialing: make(chan struct{}),
 	}
 	k.ctx, k.cancel = context.WithCancel(context.Background())
 	go k.run()
@@ -103,7 +104,7 @@ func (k *keeper) watch() bool {
 	defer tick.Stop()
 	for k.connected() {
 		select {
-		case <-k.lost:
+		case <-k.look:
 		case now := <-tick.C:
 			k.expire(now.Add(-idleStream))
 		case <-k.ctx.Done():
@@ -123,11 +124,11 @@ func (k *keeper) report() {
 	connected := k.connected()
 	k.mu.Lock()
 	if k.up && !connected {
-		k.up, k.dialing = false, make(chan struct{})
+		k.up, k.lost, k.dialing = false, time.Now(), make(chan struct{})
 	}
 	k.mu.Unlock()
 	select {
-	case k.lost <- struct{}{}:
+	case k.look <- struct{}{}:
 	default:
 	}
 }
@@ -164,7 +165,9 @@ func (k *keeper) sleep(d time.Duration) bool {
 func (k *keeper) begin() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.up = false
+	if k.up {
+		k.up, k.lost = false, time.Now()
+	}
 	if k.dialing == nil {
 		k.dialing = make(chan struct{})
 	}
@@ -198,6 +201,13 @@ func (k *keeper) ready(ctx context.Context) error {
 		}
 	}
 	return k.status()
+}
+
+// lostAt returns when a connection was lost last; zero: never.
+func (k *keeper) lostAt() time.Time {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.lost
 }
 
 func (k *keeper) status() error {

@@ -50,8 +50,12 @@ func (c *Client) converse(ctx context.Context, l *lane, out []byte, take func(*s
 		return err
 	}
 	defer l.leave()
+	ready := c.readyAgain
+	if l == c.reports {
+		ready = c.ready // nobody waits for it
+	}
 	for attempt := 1; ; attempt++ {
-		if err := c.ready(ctx); err != nil {
+		if err := ready(ctx); err != nil {
 			return err
 		}
 		begun, err := c.ask(ctx, l, out, take)
