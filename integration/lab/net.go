@@ -115,12 +115,20 @@ func (n *Net) NewHost(ctx context.Context, name string, zone int, rate Rate) (*H
 	return h, errors.Join(n.shape(ctx, h.ns, "eth0", rate), n.shape(ctx, n.sw, h.port, rate))
 }
 
+// portBuffer is what a port of a small switch holds at least, in bytes. Slow links
+// stand for fast ones here, but packets do not shrink with the rate: with a queue of
+// 20 ms alone, which is 50 packets at 10 Mbit/s, eight senders to one machine have to
+// send a quarter of all packets twice.
+const portBuffer = 256 << 10
+
 // shape limits what leaves a device. The burst is what a network card hands over
-// in one piece (64 KiB) at least, and what its rate lets through in 2 ms.
+// in one piece (64 KiB) at least, and what its rate lets through in 2 ms; the queue
+// behind it is 20 ms long, and portBuffer at least.
 func (n *Net) shape(ctx context.Context, ns, dev string, rate Rate) error {
 	burst := max(64<<10, int64(rate)/500)
+	limit := burst + max(portBuffer, int64(rate)/50)
 	_, err := n.lab.Run(ctx, "tc", "-n", ns, "qdisc", "add", "dev", dev, "root", "tbf",
-		"rate", strconv.FormatInt(int64(rate)*8, 10)+"bit", "burst", strconv.FormatInt(burst, 10), "latency", "20ms")
+		"rate", strconv.FormatInt(int64(rate)*8, 10)+"bit", "burst", strconv.FormatInt(burst, 10), "limit", strconv.FormatInt(limit, 10))
 	return err
 }
 
