@@ -323,7 +323,13 @@ func TestServerRestarts(t *testing.T) {
 	if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnavailable) || !strings.Contains(err.Error(), "r/a:1") {
 		t.Fatalf("server gone: %v, want ErrUnavailable and the image", err)
 	}
-	c.opts.Restart = time.Hour
+	var serving atomic.Bool
+	c.opts.Restart, c.opts.Ready = time.Hour, func(context.Context) error { // as a membership says so
+		if !serving.Load() {
+			return blockdev.ErrUnavailable
+		}
+		return nil
+	}
 	opened := make(chan error)
 	go func() {
 		_, err := c.OpenImage(t.Context(), testRequest())
@@ -333,6 +339,7 @@ func TestServerRestarts(t *testing.T) {
 	newServer(t, h, ServerConfig{Chunks: st, Images: imagesFunc(func(context.Context, string, blockdev.ImageRequest) (*blockdev.Image, error) {
 		return testImage(), nil
 	})})
+	serving.Store(true)
 	if err := <-opened; err != nil {
 		t.Errorf("an image asked for while the server restarts: %v", err)
 	}

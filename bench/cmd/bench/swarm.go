@@ -29,7 +29,7 @@ type swarmOptions struct {
 // not what is measured: at 10 Mbit/s these were 91 % busy.
 func (o *swarmOptions) nodeRate() lab.Rate { return lab.Rate(o.mbit) * 1e6 / 8 }
 
-// halfRate is a node's link where half of them take part, and all depends on each.
+// halfRate is a node's link in the start burst, where half of them pass on all that they get.
 func (o *swarmOptions) halfRate() lab.Rate { return 2 * o.nodeRate() }
 
 // fewRate is a node's link where half of them or less take part.
