@@ -85,7 +85,9 @@ func TestDrillFlips(t *testing.T) {
 	n := min(rounds(t, len(kinds)), 8*len(kinds))
 	for i := range n {
 		// Looked at before the next start, repaired then, or found by whoever reads.
-		f.round(kinds[i%len(kinds)], i/len(kinds)+i%len(kinds))
+		kind := kinds[i%len(kinds)]
+		t.Logf("round %d: %s", i+1, kind.name)
+		f.round(kind, i/len(kinds)+i%len(kinds))
 	}
 	for _, line := range slices.Concat(f.wrong, f.native) {
 		t.Log(line)

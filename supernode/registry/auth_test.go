@@ -323,11 +323,7 @@ func TestCache(t *testing.T) {
 		t.Errorf("%+v, %v", m, err)
 	}
 	// Damage on disk is found and repaired.
-	files, err := os.ReadDir(dir)
-	if err != nil || len(files) == 0 {
-		t.Fatalf("%v, %v", files, err)
-	}
-	for _, e := range files {
+	for _, e := range files(t, dir) {
 		if err := os.WriteFile(filepath.Join(dir, e.Name()), []byte("damage"), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -342,6 +338,67 @@ func TestCache(t *testing.T) {
 	}
 }
 
+// TestKeptTagNamesNothing: one digit of the digest in the file of a tag is another
+// one, by a bit that flipped; or what it names has been deleted since.
+func TestKeptTagNamesNothing(t *testing.T) {
+	f, req, _ := image(t)
+	dir := t.TempDir()
+	with := func(cfg *registry.Config) { cfg.CacheDir = dir; cfg.TagTTL = time.Hour }
+	byTag := req
+	byTag.Manifest = blockdev.Digest{}
+	damage := func() {
+		t.Helper()
+		if _, err := newClient(t, with).Resolve(t.Context(), byTag); err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range files(t, dir) {
+			path := filepath.Join(dir, e.Name())
+			b, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if string(b) == req.Manifest.String() {
+				digit := byte('1')
+				if b[len(b)-1] == digit {
+					digit = '3'
+				}
+				b[len(b)-1] = digit
+				if err := os.WriteFile(path, b, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+		}
+		t.Fatal("no file of the tag")
+	}
+	damage()
+	if m, err := newClient(t, with).Resolve(t.Context(), byTag); err != nil || m.Digest != req.Manifest {
+		t.Errorf("%+v, %v", m, err)
+	}
+	damage()
+	doc, err := newClient(t, with).Document(t.Context(), blockdev.DocumentRequest{Ref: byTag.Ref})
+	if err != nil || doc.Digest != req.Manifest {
+		t.Errorf("%+v, %v", doc, err)
+	}
+	// What the registry does not have either way is not there.
+	damage()
+	f.SetHook(func(w http.ResponseWriter, r *http.Request) bool {
+		registrytest.Fail(w, http.StatusNotFound, "MANIFEST_UNKNOWN")
+		return true
+	})
+	_, err = newClient(t, with).Resolve(t.Context(), byTag)
+	wantError(t, err, blockdev.ErrNotFound, byTag.Ref)
+}
+
+func files(t *testing.T, dir string) []os.DirEntry {
+	t.Helper()
+	files, err := os.ReadDir(dir)
+	if err != nil || len(files) == 0 {
+		t.Fatalf("%v, %v", files, err)
+	}
+	return files
+}
+
 func TestCacheIsBounded(t *testing.T) {
 	f := registrytest.NewFake(t)
 	dir := t.TempDir()
@@ -354,11 +411,7 @@ func TestCacheIsBounded(t *testing.T) {
 		}
 	}
 	var bytes int64
-	files, err := os.ReadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range files {
+	for _, e := range files(t, dir) {
 		fi, err := e.Info()
 		if err != nil {
 			t.Fatal(err)

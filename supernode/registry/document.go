@@ -33,15 +33,15 @@ func (c *Client) Document(ctx context.Context, req blockdev.DocumentRequest) (*b
 		}
 		return answer(req, r.Digest, "application/octet-stream", b), nil
 	}
-	d := r.Digest
-	if d == (blockdev.Digest{}) {
-		if d, err = q.tag(ctx); err != nil {
-			return nil, q.wrap(err)
-		}
-	}
-	b, err := q.document(ctx, ocispec.MediaTypeImageManifest, descriptor{digest: d, size: -1}, maxManifest)
+	var b []byte
+	var d blockdev.Digest
+	err = q.follow(ctx, r.Digest, func(named blockdev.Digest) (err error) {
+		d = named
+		b, err = q.document(ctx, ocispec.MediaTypeImageManifest, descriptor{digest: d, size: -1}, maxManifest)
+		return err
+	})
 	if err != nil {
-		return nil, q.wrap(err)
+		return nil, err
 	}
 	doc, err := parseDocument(b)
 	if err != nil {

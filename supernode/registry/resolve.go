@@ -82,16 +82,33 @@ func (c *Client) Resolve(ctx context.Context, req blockdev.ImageRequest) (*Manif
 	if d == (blockdev.Digest{}) {
 		d = r.Digest
 	}
-	if d == (blockdev.Digest{}) {
-		if d, err = q.tag(ctx); err != nil {
-			return nil, q.wrap(err)
+	var m *Manifest
+	err = q.follow(ctx, d, func(d blockdev.Digest) (err error) {
+		m, err = q.image(ctx, d, 0, false)
+		return err
+	})
+	return m, err
+}
+
+// follow calls use with d, or if that is zero, with what the tag names. Where
+// that is known from the cache and the registry does not have it, the tag is
+// asked for again: it may have been moved and the old image deleted, or the file
+// may be damaged.
+func (q *query) follow(ctx context.Context, d blockdev.Digest, use func(blockdev.Digest) error) error {
+	if d != (blockdev.Digest{}) {
+		return q.wrap(use(d))
+	}
+	d, kept, err := q.tag(ctx)
+	if err != nil {
+		return q.wrap(err)
+	}
+	err = use(d)
+	if kept && errors.Is(err, blockdev.ErrNotFound) {
+		if now, aerr := q.askTag(ctx); aerr == nil && now != d {
+			err = use(now)
 		}
 	}
-	m, err := q.image(ctx, d, 0, false)
-	if err != nil {
-		return nil, q.wrap(err)
-	}
-	return m, nil
+	return q.wrap(err)
 }
 
 // query is one Resolve.
@@ -105,7 +122,7 @@ type query struct {
 
 // wrap puts the reference in front of errors that do not have it yet.
 func (q *query) wrap(err error) error {
-	if strings.HasPrefix(err.Error(), q.name+": ") {
+	if err == nil || strings.HasPrefix(err.Error(), q.name+": ") {
 		return err
 	}
 	return fmt.Errorf("%s: %w", q.name, err)
@@ -116,14 +133,15 @@ func (q *query) key(kind, what string) string {
 	return kind + " " + q.ref.Name() + " " + what + " " + CredentialHash(q.cred)
 }
 
-func (q *query) tag(ctx context.Context) (blockdev.Digest, error) {
+// tag says what the tag names, and whether that is what it named earlier.
+func (q *query) tag(ctx context.Context) (d blockdev.Digest, kept bool, _ error) {
 	old, at, ok := q.c.cache.tag(q.ref)
 	if age := time.Since(at); ok && age >= 0 && age < q.c.cfg.TagTTL {
-		return old, nil
+		return old, true, nil
 	}
 	if ok {
 		if q.c.isDown(q.ref.Host) {
-			return old, nil
+			return old, true, nil
 		}
 		// Nobody is to wait long for a registry that does not answer while there
 		// is something to go on with.
@@ -131,21 +149,23 @@ func (q *query) tag(ctx context.Context) (blockdev.Digest, error) {
 		ctx, cancel = context.WithTimeoutCause(ctx, min(q.c.cfg.Timeout, 5*time.Second), errSlow)
 		defer cancel()
 	}
+	d, err := q.askTag(ctx)
+	if ok && errors.Is(err, blockdev.ErrUnavailable) {
+		q.c.setDown(q.ref.Host)
+		q.c.log.Warn("registry unavailable, using what the tag named last", "image", q.name, "manifest", old, "since", at, "error", err)
+		return old, true, nil
+	}
+	return d, false, err
+}
+
+// askTag asks the registry what the tag names, and keeps the answer.
+func (q *query) askTag(ctx context.Context) (blockdev.Digest, error) {
 	f := q.c.once.do(ctx, q.key("tag", q.ref.Tag), func(ctx context.Context, f *question) {
 		if f.digest, f.err = q.c.head(ctx, q.ref, q.name, blockdev.Digest{}, q.cred); f.err == nil {
 			q.c.keepTag(q.ref, q.name, f.digest)
 		}
 	})
-	err := f.err
-	switch {
-	case err == nil:
-		return f.digest, nil
-	case ok && errors.Is(err, blockdev.ErrUnavailable):
-		q.c.setDown(q.ref.Host)
-		q.c.log.Warn("registry unavailable, using what the tag named last", "image", q.name, "manifest", old, "since", at, "error", err)
-		return old, nil
-	}
-	return blockdev.Digest{}, err
+	return f.digest, f.err
 }
 
 // maxDepth is how deep image indexes may be nested.
