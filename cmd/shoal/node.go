@@ -235,7 +235,7 @@ func openUpstream(ctx context.Context, c *config.Node, log *slog.Logger, reg pro
 	}
 	for _, info := range m.supernodes {
 		client, err := exchange.NewClient(m.host, info, exchange.Options{
-			Window: in.window, Download: in.download, Frames: in.frames, Restart: restart,
+			Window: in.window, Download: in.download, Frames: in.frames, Restart: restart, Patient: true,
 			Log: log, Ready: func(ctx context.Context) error { return m.node.Ready(ctx, info.ID) },
 		})
 		if err != nil {

@@ -56,6 +56,11 @@ type Options struct {
 	// was connected a moment ago: one that is being restarted; 0: they fail at once,
 	// as when there is another server to ask.
 	Restart time.Duration
+	// Patient: images and documents for which the server has too much to do are asked
+	// for again until the context ends. A rollout has all nodes ask one supernode at
+	// once, and what it says after a while is better than what a registry would have
+	// to bear.
+	Patient bool
 	// Ready, if not nil, returns nil once the server, which is connected, has let
 	// this machine in. Requests wait for it.
 	Ready func(context.Context) error

@@ -152,21 +152,23 @@ func TestImageLimits(t *testing.T) {
 	h := newHost(t, nil, loopback)
 	entered, release := make(chan struct{}), make(chan struct{})
 	newServer(t, h, ServerConfig{
-		Limits: Limits{ImagesPerPeer: 1},
+		Limits: Limits{Images: 1},
 		Images: imagesFunc(func(_ context.Context, _ string, req blockdev.ImageRequest) (*blockdev.Image, error) {
 			if req.Ref == "many/layers" {
 				return &blockdev.Image{Ref: req.Ref, Layers: make([]blockdev.Layer, wire.MaxLayers+1)}, nil
 			}
-			close(entered)
-			<-release
+			if req.Ref == "a" {
+				close(entered)
+				<-release
+			}
 			return &blockdev.Image{}, nil
 		}),
 	})
-	c := newClient(t, h, Options{})
+	c, patient := newClient(t, h, Options{}), newClient(t, h, Options{Patient: true})
 	if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "many/layers"}); !errors.Is(err, blockdev.ErrUnsupported) {
 		t.Errorf("too many layers: %v", err)
 	}
-	done := make(chan error, 1)
+	done := make(chan error, 2)
 	go func() {
 		_, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "a"})
 		done <- err
@@ -179,9 +181,21 @@ func TestImageLimits(t *testing.T) {
 	if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "b"}); !errors.Is(err, wire.ErrBusy) {
 		t.Errorf("over the limit: %v", err)
 	}
+	// Who is patient waits for as long as its context lasts.
+	ctx, cancel := context.WithTimeout(t.Context(), 4*minBusy)
+	defer cancel()
+	if _, err := patient.OpenImage(ctx, blockdev.ImageRequest{Ref: "b"}); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, wire.ErrBusy) {
+		t.Errorf("over the limit until the end: %v", err)
+	}
+	go func() {
+		_, err := patient.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "b"})
+		done <- err
+	}()
 	close(release)
-	if err := <-done; err != nil {
-		t.Error(err)
+	for range 2 {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
 	}
 }
 

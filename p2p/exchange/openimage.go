@@ -2,8 +2,10 @@ package exchange
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"slices"
 	"time"
 
@@ -42,14 +44,41 @@ func (c *Client) openImage(ctx context.Context, req *blockdev.ImageRequest) (*bl
 	return img, err
 }
 
-// converse sends a request on a stream of its own and has take read the answer,
-// which says whether any of it has come. If nothing has, and the connection has
-// died unnoticed, it asks once more.
+// minBusy and maxBusy are the pauses before a busy server is asked again.
+const (
+	minBusy = 50 * time.Millisecond
+	maxBusy = 2 * time.Second
+)
+
+// converse asks with a request of its own, again if the server is busy and
+// Options.Patient says so.
 func (c *Client) converse(ctx context.Context, l *lane, out []byte, take func(*stream) (begun bool, err error)) error {
 	if err := l.enter(ctx); err != nil {
 		return err
 	}
 	defer l.leave()
+	for pause := minBusy; ; pause = min(2*pause, maxBusy) {
+		err := c.converseOnce(ctx, l, out, take)
+		if !c.opts.Patient || !errors.Is(err, wire.ErrBusy) {
+			return err
+		}
+		t := time.NewTimer(pause/2 + rand.N(pause/2))
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return fmt.Errorf("%w, until the last: %w", contextError(ctx), err)
+		case <-c.keeper.ctx.Done():
+			t.Stop()
+			return err
+		}
+	}
+}
+
+// converseOnce sends a request on a stream of its own and has take read the answer,
+// which says whether any of it has come. If nothing has, and the connection has
+// died unnoticed, it asks once more.
+func (c *Client) converseOnce(ctx context.Context, l *lane, out []byte, take func(*stream) (begun bool, err error)) error {
 	ready := c.readyAgain
 	if l == c.reports {
 		ready = c.ready // nobody waits for it
