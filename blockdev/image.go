@@ -1,6 +1,9 @@
 package blockdev
 
-import "context"
+import (
+	"context"
+	"net/netip"
+)
 
 // Platform is the os/architecture/variant that is chosen from a
 // multi-platform image, in the words of the OCI image index.
@@ -37,6 +40,9 @@ type ImageRequest struct {
 	// digest) are wanted, if not all; and that nothing is to be fetched for it.
 	Only   []Digest
 	Stored bool
+	// Relay: the caller can get indexes from other nodes, so the answer may name
+	// these (Image.Relays) in place of the indexes.
+	Relay bool
 	// Progress, if not nil, is told how far the layers are while the answer is
 	// waited for. Calls come one at a time and must not block; none comes after
 	// OpenImage has returned.
@@ -51,8 +57,12 @@ type Layer struct {
 	// DiffID is what the image config says, and the one inside Index.
 	DiffID Digest
 	// Index is the encoded index (package index reads it); nil where the
-	// request's Have named Digest.
+	// request's Have named Digest, and where Image.Relays have it.
 	Index []byte
+	// IndexSize is the length, in bytes, of an index that Relays have, else 0, and
+	// IndexDigest its SHA-256.
+	IndexSize   int64
+	IndexDigest Digest
 	// Profile is what containers have read of it in their first seconds, if that
 	// is known; also where Index is nil. It is a hint and not checked.
 	Profile Profile
@@ -69,6 +79,17 @@ type Image struct {
 	// join the image's group; nil: there are no groups here. It counts for this
 	// node alone.
 	Grant []byte
+	// Relays are nodes that have been given the indexes before, to be asked in this
+	// order for those that are not here.
+	Relays []Relay
+}
+
+// Relay is a node that passes on an image's indexes.
+type Relay struct {
+	// Key is the Ed25519 public key that is its identity.
+	Key [32]byte
+	// Addrs are where it listens.
+	Addrs []netip.AddrPort
 }
 
 // ImageSource is where indexes come from: a supernode.

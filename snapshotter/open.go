@@ -62,7 +62,8 @@ func (s *Snapshotter) open(ctx context.Context, w want) (_ *openImage, err error
 	}
 	o, err := s.check(w, img, have)
 	if err != nil {
-		return nil, err
+		// Images may have joined its group already.
+		return nil, errors.Join(err, s.leaveUnopened(img.Manifest))
 	}
 	if err := s.add(ctx, o, img); err != nil {
 		return nil, err

@@ -21,6 +21,7 @@ type metrics struct {
 	registryBytes prometheus.Counter
 	images        *prometheus.CounterVec
 	imageSeconds  prometheus.Histogram
+	relayed       prometheus.Counter
 	documents     *prometheus.CounterVec
 	ingests       *prometheus.CounterVec
 	ingestSeconds prometheus.Histogram
@@ -60,6 +61,7 @@ func newMetrics(reg prometheus.Registerer, stats func() store.Stats) (*metrics, 
 		registryBytes: counter("registry_bytes_total", "Bytes of answers received from registries."),
 		images:        byOutcome("image_requests_total", "Requests for the indexes of an image, by outcome."),
 		imageSeconds:  seconds("image_request_seconds", "Time until the indexes of an image were handed out."),
+		relayed:       counter("relayed_images_total", "Answers that named other nodes in place of the indexes."),
 		documents:     byOutcome("document_requests_total", "Requests for manifests and configs, by outcome."),
 		ingests:       byOutcome("layer_ingests_total", "Layers fetched from registries and stored, by outcome."),
 		ingestSeconds: seconds("layer_ingest_seconds", "Time to fetch, check and store a layer."),
@@ -69,7 +71,7 @@ func newMetrics(reg prometheus.Registerer, stats func() store.Stats) (*metrics, 
 		chunkBytes:    counter("chunk_bytes_total", "Bytes of chunks handed out, as stored."),
 		profiles:      counter("startup_profiles_total", "Reports of what a container has read at its start that were taken, one for each layer."),
 	}
-	m.collectors = []prometheus.Collector{m.registryBytes, m.images, m.imageSeconds, m.documents, m.ingests, m.ingestSeconds, m.copies, m.restores, m.chunks, m.chunkBytes, m.profiles,
+	m.collectors = []prometheus.Collector{m.registryBytes, m.images, m.imageSeconds, m.relayed, m.documents, m.ingests, m.ingestSeconds, m.copies, m.restores, m.chunks, m.chunkBytes, m.profiles,
 		newStoreCollector(stats)}
 	if reg == nil {
 		return m, nil

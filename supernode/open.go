@@ -39,6 +39,9 @@ func (s *Supernode) OpenImageFor(ctx context.Context, peer string, req blockdev.
 		if img.Grant, err = s.grant(peer, img.Manifest, ref.Host); err != nil {
 			return nil, fmt.Errorf("%.300s: %w", req.Ref, err)
 		}
+		if req.Relay {
+			s.relayed(ctx, peer, img)
+		}
 	}
 	return img, nil
 }
@@ -136,24 +139,18 @@ func (s *Supernode) collect(ctx context.Context, from string, m *registry.Manife
 		return nil, err
 	}
 	img := &blockdev.Image{Ref: req.Ref, Manifest: m.Digest}
-	read := map[blockdev.Digest][]byte{}
 	for _, l := range m.Layers {
 		bl := blockdev.Layer{Digest: l.Digest, Size: l.Size, DiffID: l.DiffID}
 		if !slices.Contains(req.Have, l.Digest) {
-			b, ok := read[l.DiffID]
-			if !ok {
-				var err error
-				b, err = s.store.Index(ctx, l.DiffID)
-				if errors.Is(err, blockdev.ErrNotFound) || errors.Is(err, blockdev.ErrCorrupt) {
-					// The store forgets what it finds damaged.
-					return nil, fmt.Errorf("layer %s: %w: %w: %w", l.Digest, errGone, blockdev.ErrUnavailable, err)
-				}
-				if err != nil {
-					return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
-				}
-				read[l.DiffID] = b
+			e, err := s.indexes.get(ctx, l.DiffID)
+			if errors.Is(err, blockdev.ErrNotFound) || errors.Is(err, blockdev.ErrCorrupt) {
+				// The store forgets what it finds damaged.
+				return nil, fmt.Errorf("layer %s: %w: %w: %w", l.Digest, errGone, blockdev.ErrUnavailable, err)
 			}
-			bl.Index = b
+			if err != nil {
+				return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
+			}
+			bl.Index, bl.IndexDigest = e.data, e.sum
 		}
 		img.Layers = append(img.Layers, bl)
 	}

@@ -57,6 +57,9 @@ type Config struct {
 	// word of the registry host origin. They are asked for layers that no supernode
 	// has any more, and closed then.
 	Holders func(manifest blockdev.Digest, origin string, n int) []Holder
+	// Relays, if not nil, returns nodes that have been given an image's indexes, for a
+	// peer to ask for them; none: the supernode gives them itself.
+	Relays func(ctx context.Context, peer string, manifest blockdev.Digest) []blockdev.Relay
 	// Self is this supernode's peer ID, and Siblings are the other supernodes, by
 	// theirs. All of them are to have the same list, each without itself: a layer
 	// belongs to one by rendezvous hash of its DiffID.
@@ -122,6 +125,8 @@ type Supernode struct {
 	trusted   map[string]bool
 	grant     func(peer string, manifest blockdev.Digest, origin string) ([]byte, error)
 	holders   func(manifest blockdev.Digest, origin string, n int) []Holder
+	relays    func(ctx context.Context, peer string, manifest blockdev.Digest) []blockdev.Relay
+	indexes   *indexes
 	self      peer.ID
 	siblings  map[peer.ID]Sibling
 	verifying chan struct{} // bounds verifications side by side
@@ -153,6 +158,7 @@ func New(cfg Config) (*Supernode, error) {
 		seen:      newSeen(),
 		grant:     cfg.Grant,
 		holders:   cfg.Holders,
+		relays:    cfg.Relays,
 		self:      cfg.Self,
 		siblings:  cfg.Siblings,
 		trusted:   map[string]bool{},
@@ -185,6 +191,7 @@ func (s *Supernode) start(cfg Config) error {
 		return fmt.Errorf("supernode: %w", err)
 	}
 	s.onClose(s.store.Close)
+	s.indexes = newIndexes(s.store.Index, s.store.Touch)
 	if s.metrics, err = newMetrics(cfg.Registerer, s.store.Stats); err != nil {
 		return fmt.Errorf("supernode: metrics: %w", err)
 	}

@@ -90,6 +90,15 @@ func (m *membership) groups() snapshotter.Groups {
 	return groups{m.node}
 }
 
+// enter is swarm.Config.Enter.
+func (m *membership) enter(img *blockdev.Image, at []peer.AddrInfo) func() {
+	im := members.Image{Manifest: img.Manifest, Grant: img.Grant}
+	for _, l := range img.Layers {
+		im.Diffs = append(im.Diffs, l.DiffID)
+	}
+	return m.node.Enter(im, at)
+}
+
 type groups struct{ node *members.Node }
 
 // Join implements snapshotter.Groups.

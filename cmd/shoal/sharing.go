@@ -43,10 +43,14 @@ func newIntake(c *config.Node) intake {
 
 // newRemote puts the swarm before the supernodes.
 func newRemote(c *config.Node, m *membership, up *uplink.Uplink, in intake, log *slog.Logger, reg prometheus.Registerer) (*remote, error) {
-	s, err := swarm.New(swarm.Config{
+	cfg := swarm.Config{
 		Host: m.host, Groups: m.node, Supernode: up, Zone: c.Zone, Rack: c.Rack,
 		Window: in.window, Download: in.download, Frames: in.frames, Log: log, Registerer: reg,
-	})
+	}
+	if len(c.Listen) > 0 {
+		cfg.Enter = m.enter
+	}
+	s, err := swarm.New(cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -56,6 +60,11 @@ func newRemote(c *config.Node, m *membership, up *uplink.Uplink, in intake, log 
 // Fetch implements blockdev.Source.
 func (r *remote) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
 	return r.swarm.Fetch(ctx, req, deliver)
+}
+
+// OpenImage implements blockdev.ImageSource.
+func (r *remote) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+	return r.swarm.OpenImage(ctx, req)
 }
 
 func (r *remote) Close() error {

@@ -56,7 +56,7 @@ func openSupernode(root string, store config.Store, reg config.Registry, at plac
 		HostDirs: hostDirs, TrustedRegistries: reg.Trusted,
 		AccessTTL: time.Duration(reg.AccessTTL), AccessGrace: time.Duration(reg.AccessGrace),
 		Registry: registry.Config{TagTTL: time.Duration(reg.TagTTL)},
-		Grant:    at.grant, Holders: at.holders, Self: at.self, Siblings: at.siblings, Log: log, Registerer: metrics,
+		Grant:    at.grant, Holders: at.holders, Relays: at.relays, Self: at.self, Siblings: at.siblings, Log: log, Registerer: metrics,
 	})
 }
 
@@ -64,6 +64,7 @@ func openSupernode(root string, store config.Store, reg config.Registry, at plac
 type place struct {
 	grant    func(peer string, manifest blockdev.Digest, origin string) ([]byte, error)
 	holders  func(manifest blockdev.Digest, origin string, n int) []supernode.Holder
+	relays   func(ctx context.Context, peer string, manifest blockdev.Digest) []blockdev.Relay
 	self     peer.ID
 	siblings siblings
 }
@@ -112,7 +113,7 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, sibs.close()) }()
-	s, err := openSupernode(c.Root, c.Store, c.Registry, place{list.Grant, holders{h, list, log}.of, self, sibs}, log, metrics)
+	s, err := openSupernode(c.Root, c.Store, c.Registry, place{list.Grant, holders{h, list, log}.of, list.Relays, self, sibs}, log, metrics)
 	if err != nil {
 		return err
 	}

@@ -155,6 +155,10 @@ func (c *Client) Close() error {
 // wraps blockdev.ErrUnavailable.
 func (c *Client) Status() error { return c.explain(c.keeper.status()) }
 
+// Ready waits until the server is connected, or an attempt to connect has failed. The
+// error wraps blockdev.ErrUnavailable, or is the context's.
+func (c *Client) Ready(ctx context.Context) error { return c.explain(c.ready(ctx)) }
+
 // ready waits until the server is connected and has let this machine in.
 func (c *Client) ready(ctx context.Context) error {
 	if err := c.keeper.ready(ctx); err != nil || c.opts.Ready == nil {

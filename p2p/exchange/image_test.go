@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"reflect"
 	"strings"
 	"testing"
@@ -72,6 +73,39 @@ func TestOpenImage(t *testing.T) {
 	}
 	if !reflect.DeepEqual(gotReq, testRequest()) {
 		t.Errorf("request arrived as %+v", gotReq)
+	}
+}
+
+// An index that other nodes have does not come, but what it is and who they are does,
+// to whom has asked for that; others refuse the answer.
+func TestOpenRelayedImage(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	want := testImage()
+	want.Relays = []blockdev.Relay{
+		{Key: [32]byte{1, 2}, Addrs: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:7"), netip.MustParseAddrPort("[fd00::1]:8")}},
+		{Key: [32]byte{3}, Addrs: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.2:7")}},
+	}
+	large := &want.Layers[3]
+	large.IndexSize, large.IndexDigest, large.Index = int64(len(large.Index)), blockdev.Sum(large.Index), nil
+	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, blockdev.ImageRequest) (*blockdev.Image, error) {
+		return want, nil
+	})})
+	c := newClient(t, h, Options{})
+	req := testRequest()
+	req.Relay = true
+	img, err := c.OpenImage(t.Context(), req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !reflect.DeepEqual(img, want) {
+		t.Errorf("the image has changed on the way: %+v", img)
+	}
+	if _, err := c.OpenImage(t.Context(), testRequest()); !errors.Is(err, blockdev.ErrCorrupt) {
+		t.Errorf("relays that were not asked for: %v", err)
+	}
+	want.Relays = nil
+	if _, err := c.OpenImage(t.Context(), req); !errors.Is(err, blockdev.ErrCorrupt) {
+		t.Errorf("an index that nobody has: %v", err)
 	}
 }
 

@@ -194,11 +194,14 @@ func (a *imageAnswer) header(h *wire.ImageHeader) error {
 		return fmt.Errorf("second image header: %w", blockdev.ErrCorrupt)
 	}
 	a.img = &blockdev.Image{Ref: a.req.Ref, Manifest: blockdev.Digest(h.Manifest), Grant: h.Grant}
+	var err error
+	if a.img.Relays, err = wire.ParseRelays(h.Relays); err != nil {
+		return err
+	}
 	var total int64
 	for i, l := range h.Layers {
 		layer := blockdev.Layer{Digest: blockdev.Digest(l.Digest), Size: l.Size, DiffID: blockdev.Digest(l.DiffId)}
 		if len(l.Profile) > 0 {
-			var err error
 			if layer.Profile, err = profile.Decode(l.Profile, math.MaxUint32); err != nil {
 				return fmt.Errorf("layer %d: %w", i, err)
 			}
@@ -212,6 +215,13 @@ func (a *imageAnswer) header(h *wire.ImageHeader) error {
 			return fmt.Errorf("layer %d (%s) comes without an index: %w", i, layer.Digest, blockdev.ErrCorrupt)
 		}
 		total += n
+		if len(l.IndexDigest) > 0 {
+			if !a.req.Relay {
+				return fmt.Errorf("layer %d: other nodes are named in place of its index, which was not asked for: %w", i, blockdev.ErrCorrupt)
+			}
+			layer.IndexDigest, layer.IndexSize = blockdev.Digest(l.IndexDigest), n
+			n = 0
+		}
 		a.lengths = append(a.lengths, n)
 		a.img.Layers = append(a.img.Layers, layer)
 	}

@@ -112,11 +112,14 @@ func (a *indexAnswer) image(img *blockdev.Image) error {
 	if err := checkImage(img); err != nil {
 		return a.fail(wire.FromError(err))
 	}
-	header := &wire.ImageHeader{Manifest: img.Manifest[:], Grant: img.Grant}
+	header := &wire.ImageHeader{Manifest: img.Manifest[:], Grant: img.Grant, Relays: wire.NewRelays(img.Relays)}
 	room := wire.MaxImageProfile
 	for i := range img.Layers {
 		l := &img.Layers[i]
 		h := &wire.LayerHeader{Digest: l.Digest[:], Size: l.Size, DiffId: l.DiffID[:], IndexLength: int64(len(l.Index))}
+		if l.IndexSize > 0 {
+			h.IndexLength, h.IndexDigest = l.IndexSize, l.IndexDigest[:]
+		}
 		// What has no room is a hint less.
 		if p := profile.Append(nil, l.Profile); len(p) <= room {
 			h.Profile = p
@@ -148,7 +151,7 @@ func checkImage(img *blockdev.Image) error {
 	}
 	total := 0
 	for i := range img.Layers {
-		n := len(img.Layers[i].Index)
+		n := len(img.Layers[i].Index) + int(img.Layers[i].IndexSize)
 		if n > wire.MaxIndex {
 			return fmt.Errorf("image %s: the index of layer %s has %d bytes, at most %d can be sent: %w",
 				img.Ref, img.Layers[i].Digest, n, wire.MaxIndex, blockdev.ErrUnsupported)

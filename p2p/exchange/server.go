@@ -20,7 +20,7 @@ import (
 type Limits struct {
 	// Requests that are worked on at the same time; more are answered busy.
 	DemandPerPeer, StartupPerPeer, PrefetchPerPeer, ImagesPerPeer, DocumentsPerPeer int // 64, 8, 16, 8, 16
-	Demand, Startup, Prefetch, Images, Documents                                    int // 2048, 1024, 1024, 256, 512
+	Demand, Startup, Prefetch, Images, Documents                                    int // 2048, 1024, 1024, 1024, 512
 	// Profiles is how many startup profiles are taken at the same time (64), one
 	// of each peer.
 	Profiles int
@@ -67,7 +67,7 @@ func (l *Limits) setDefaults() {
 	setDefault(&l.Demand, 2048)
 	setDefault(&l.Startup, 1024)
 	setDefault(&l.Prefetch, 1024)
-	setDefault(&l.Images, 256)
+	setDefault(&l.Images, 1024)
 	setDefault(&l.Documents, 512)
 	setDefault(&l.Profiles, 64)
 	setDefault(&l.ReadAhead, 4)

@@ -165,6 +165,28 @@ func (n *Node) Ready(ctx context.Context, supernode peer.ID) error {
 func (n *Node) Join(im Image) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	n.joinLocked(im)
+}
+
+// Enter is Join for an image whose indexes these peers have, which a supernode has
+// named: this node may connect to them, although its views do not have them yet. leave
+// takes it back, unless this node was in the group before.
+func (n *Node) Enter(im Image, peers []peer.AddrInfo) (leave func()) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	before := n.groups[im.Manifest] != nil
+	n.joinLocked(im)
+	for _, p := range peers {
+		n.asked[p.ID] = &question{groups: []blockdev.Digest{im.Manifest}, until: time.Now().Add(yesTime)}
+	}
+	return func() {
+		if !before {
+			n.Leave(im.Manifest)
+		}
+	}
+}
+
+func (n *Node) joinLocked(im Image) {
 	g := n.groups[im.Manifest]
 	if g == nil {
 		if len(n.groups) >= wire.MaxGroups {

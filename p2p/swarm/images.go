@@ -11,8 +11,9 @@ import (
 	"github.com/shoalfs/shoal/p2p/exchange"
 )
 
-// Images returns what hands out indexes of store: a supernode that has lost a
-// layer gets it back so.
+// Images returns what hands out indexes of store, and those that this node is opening:
+// to nodes that the supernode sends here, and to a supernode that has lost a layer and
+// gets it back so.
 func (s *Swarm) Images(store Store) exchange.Images { return &images{s, store} }
 
 type images struct {
@@ -40,7 +41,10 @@ func (im *images) OpenImageFor(ctx context.Context, from string, req blockdev.Im
 	if !slices.Contains(im.s.cfg.Groups.Groups(diff), req.Manifest) {
 		return nil, fmt.Errorf("diff %s is not one of the image's here: %w", diff, blockdev.ErrNotFound)
 	}
-	enc, err := im.store.EncodedIndex(diff)
+	enc, err := im.s.opened.get(ctx, diff)
+	if err == nil && enc == nil {
+		enc, err = im.store.EncodedIndex(diff)
+	}
 	if err != nil {
 		return nil, err
 	}

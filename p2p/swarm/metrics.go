@@ -18,6 +18,7 @@ type metrics struct {
 	reg       prometheus.Registerer
 	peer      map[string]prometheus.Counter // bytes by zone
 	supernode prometheus.Counter
+	indexes   prometheus.Counter
 	failures  map[route.Outcome]prometheus.Counter
 	hedges    prometheus.Counter
 	twice     prometheus.Counter
@@ -43,6 +44,7 @@ func newMetrics(reg prometheus.Registerer, s *Swarm) (*metrics, error) {
 		peer:      map[string]prometheus.Counter{sameZone: bytes.WithLabelValues("peer", sameZone), otherZone: bytes.WithLabelValues("peer", otherZone)},
 		supernode: bytes.WithLabelValues("supernode", ""),
 		failures:  map[route.Outcome]prometheus.Counter{},
+		indexes:   counter("shoal_node_relayed_index_bytes_total", "Bytes of indexes that came from other nodes."),
 		hedges:    counter("shoal_node_hedges_total", "Chunks of demand reads that were asked for a second time because the first peer was slow."),
 		twice:     counter("shoal_node_duplicate_bytes_total", "Bytes of chunks that came a second time and were thrown away."),
 		refused:   counter("shoal_node_refused_requests_total", "Requests from peers that are not in the group they named."),
@@ -54,7 +56,7 @@ func newMetrics(reg prometheus.Registerer, s *Swarm) (*metrics, error) {
 		m.failures[o] = failures.WithLabelValues(reason)
 	}
 	m.all = []prometheus.Collector{
-		bytes, failures, m.hedges, m.twice, m.refused, m.forwarded,
+		bytes, failures, m.indexes, m.hedges, m.twice, m.refused, m.forwarded,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "shoal_node_peers", Help: "Peers that this node keeps connections to for asking."},
 			func() float64 { return float64(s.pool.len()) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "shoal_node_peers_out", Help: "Peers that are left out for a while because they failed."},

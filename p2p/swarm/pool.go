@@ -48,21 +48,42 @@ func newPool(cfg *Config) *pool {
 	return p
 }
 
-// get returns a client of a peer; give it back with put.
+// get returns a client of a peer in one of this node's groups; give it back with put.
 func (p *pool) get(id string) (*pooled, error) {
-	pid := peer.ID(id)
+	if c, err := p.open(peer.ID(id)); c != nil || err != nil {
+		return c, err
+	}
+	info, ok := p.cfg.Groups.Addrs(peer.ID(id))
+	if !ok {
+		return nil, fmt.Errorf("it is not known where peer %s listens: %w", peer.ID(id), blockdev.ErrUnavailable)
+	}
+	return p.at(info)
+}
+
+// open returns the client that there is of a peer, or nil.
+func (p *pool) open(id peer.ID) (*pooled, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	return p.openLocked(id)
+}
+
+func (p *pool) openLocked(id peer.ID) (*pooled, error) {
 	if p.closed {
 		return nil, fmt.Errorf("%w: the node is shutting down", blockdev.ErrUnavailable)
 	}
-	if c := p.clients[pid]; c != nil {
+	c := p.clients[id]
+	if c != nil {
 		c.users++
-		return c, nil
 	}
-	info, ok := p.cfg.Groups.Addrs(pid)
-	if !ok {
-		return nil, fmt.Errorf("it is not known where peer %s listens: %w", pid, blockdev.ErrUnavailable)
+	return c, nil
+}
+
+// at is get for a peer that listens there.
+func (p *pool) at(info peer.AddrInfo) (*pooled, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if c, err := p.openLocked(info.ID); c != nil || err != nil {
+		return c, err
 	}
 	if len(p.clients) >= p.cfg.MaxPeers && !p.makeRoom() {
 		return nil, fmt.Errorf("%d peers are being asked already: %w", len(p.clients), wire.ErrBusy)
@@ -77,7 +98,7 @@ func (p *pool) get(id string) (*pooled, error) {
 		return nil, fmt.Errorf("%w: %w", blockdev.ErrUnavailable, err)
 	}
 	pc := &pooled{Client: c, users: 1}
-	p.clients[pid] = pc
+	p.clients[info.ID] = pc
 	return pc, nil
 }
 

@@ -43,6 +43,11 @@ type world struct {
 	down  atomic.Bool  // the supernode fails
 	nodes []*node
 
+	relays  []blockdev.Relay // whom the supernode names
+	named   func()           // if not nil, called when it does
+	given   atomic.Int64     // images whose indexes it gave
+	entered atomic.Int64
+
 	mu    sync.Mutex
 	view  *route.View
 	addrs map[peer.ID]peer.AddrInfo
@@ -69,6 +74,32 @@ func (w *world) Fetch(ctx context.Context, req blockdev.Request, deliver blockde
 		w.sent.Add(int64(len(data)))
 		return deliver(i, data)
 	})
+}
+
+// OpenImage is the supernode, too. It names relays to whom it may.
+func (w *world) OpenImage(_ context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+	if w.down.Load() {
+		return nil, fmt.Errorf("supernode: %w", blockdev.ErrUnavailable)
+	}
+	l := blockdev.Layer{DiffID: w.ix.DiffID, Index: w.enc}
+	img := &blockdev.Image{Ref: req.Ref, Manifest: theGroup}
+	if req.Relay && len(w.relays) > 0 {
+		img.Relays = w.relays
+		l.IndexSize, l.IndexDigest, l.Index = int64(len(w.enc)), blockdev.Sum(w.enc), nil
+		if w.named != nil {
+			w.named()
+		}
+	} else {
+		w.given.Add(1)
+	}
+	img.Layers = []blockdev.Layer{l}
+	return img, nil
+}
+
+// enter is Config.Enter. Everybody is in the group already.
+func (w *world) enter(*blockdev.Image, []peer.AddrInfo) func() {
+	w.entered.Add(1)
+	return func() { w.entered.Add(-1) }
 }
 
 // Groups, View, Addrs and Allowed are what a node knows of its groups.
@@ -176,7 +207,7 @@ func (w *world) node(o options) *node {
 	n := &node{host: newHost(w.t), reg: prometheus.NewRegistry(), log: &logBuffer{}}
 	log := slog.New(slog.NewTextHandler(io.MultiWriter(n.log), nil))
 	var err error
-	if n.swarm, err = New(Config{Host: n.host, Groups: w, Supernode: w, Zone: o.zone, Frames: o.frames, Log: log, Registerer: n.reg}); err != nil {
+	if n.swarm, err = New(Config{Host: n.host, Groups: w, Supernode: w, Enter: w.enter, Zone: o.zone, Frames: o.frames, Log: log, Registerer: n.reg}); err != nil {
 		w.t.Fatal(err)
 	}
 	if o.quiet == 0 {
@@ -191,7 +222,7 @@ func (w *world) node(o options) *node {
 	if o.limits == (exchange.Limits{}) {
 		o.limits = NodeLimits()
 	}
-	if n.server, err = exchange.NewServer(n.host, exchange.ServerConfig{Provider: n.swarm.Provider(n.cache), Limits: o.limits, Upload: o.upload, Log: log, Registerer: n.reg}); err != nil {
+	if n.server, err = exchange.NewServer(n.host, exchange.ServerConfig{Provider: n.swarm.Provider(n.cache), Images: n.swarm.Images(n.cache), Limits: o.limits, Upload: o.upload, Log: log, Registerer: n.reg}); err != nil {
 		w.t.Fatal(err)
 	}
 	w.t.Cleanup(n.stop)

@@ -33,12 +33,22 @@ type Groups interface {
 	Allowed(ctx context.Context, group blockdev.Digest, id peer.ID) error
 }
 
+// Supernode is who is asked last for chunks, and first for images.
+type Supernode interface {
+	blockdev.Source
+	blockdev.ImageSource
+}
+
 // Config of a Swarm. Host, Groups and Supernode are required; what else is zero
 // gets its default.
 type Config struct {
 	Host      host.Host
 	Groups    Groups
-	Supernode blockdev.Source // who is asked last, and if there are no peers
+	Supernode Supernode
+	// Enter makes this node a member of an image's group, and has it know nodes there
+	// that the supernode has named; leave takes that back. nil: this node does not
+	// listen, and all indexes come from the supernode.
+	Enter func(img *blockdev.Image, at []peer.AddrInfo) (leave func())
 	// Zone and Rack are where this node is.
 	Zone, Rack string
 	// Window and Download bound what comes in (exchange.Options); Supernode's
@@ -69,6 +79,7 @@ type Swarm struct {
 	pool    *pool
 	metrics *metrics
 	buffers exchange.Buffers
+	opened  opened
 
 	mu     sync.Mutex
 	groups map[blockdev.Digest]*group
@@ -108,6 +119,7 @@ func New(c Config) (*Swarm, error) {
 		groups: make(map[blockdev.Digest]*group),
 		begun:  make(map[blockdev.Digest]time.Time),
 		told:   make(map[peer.ID]route.Outcome),
+		opened: opened{m: make(map[blockdev.Digest]*opening)},
 	}
 	s.pool = newPool(&s.cfg)
 	m, err := newMetrics(c.Registerer, s)

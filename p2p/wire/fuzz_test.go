@@ -117,7 +117,7 @@ func FuzzChunkFrame(f *testing.F) {
 }
 
 func FuzzIndexRequest(f *testing.F) {
-	seed(f, &IndexRequest{Ref: "a", Manifest: digests(1), Platform: &Platform{Os: "linux"}, Credential: &Credential{Secret: "x"}, Have: digests(2)},
+	seed(f, &IndexRequest{Ref: "a", Manifest: digests(1), Platform: &Platform{Os: "linux"}, Credential: &Credential{Secret: "x"}, Have: digests(2), Relay: true},
 		&IndexRequest{}, &IndexRequest{Ref: "a", Have: digests(MaxHave + 1)})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		req, _, err := ParseIndexRequest(b)
@@ -138,6 +138,9 @@ func FuzzIndexFrame(f *testing.F) {
 	seed(f, &IndexFrame{Part: &IndexFrame_Working{}},
 		&IndexFrame{Part: &IndexFrame_Working{Working: NewWorking([]blockdev.Progress{{Stage: blockdev.StageFetching, Done: 1, Total: 2}})}},
 		&IndexFrame{Part: &IndexFrame_Header{Header: &ImageHeader{Manifest: digests(1), Layers: []*LayerHeader{layer, layer}}}},
+		&IndexFrame{Part: &IndexFrame_Header{Header: &ImageHeader{Manifest: digests(1),
+			Relays: []*Relay{{Key: digests(1), Addrs: [][]byte{{127, 0, 0, 1, 0, 9}}}},
+			Layers: []*LayerHeader{{Digest: digests(1), DiffId: digests(1), IndexLength: 7, IndexDigest: digests(1)}}}}},
 		&IndexFrame{Part: &IndexFrame_Data{Data: &IndexData{Layer: 1, Data: []byte("abc")}}},
 		&IndexFrame{Part: &IndexFrame_End{}},
 		&IndexFrame{Part: &IndexFrame_Error{Error: &Error{Code: Code_CODE_BUSY, Text: "later"}}})

@@ -61,7 +61,7 @@ func NewIndexRequest(req *blockdev.ImageRequest) (*IndexRequest, error) {
 	for _, d := range req.Only {
 		m.Only = append(m.Only, d[:]...)
 	}
-	m.Stored = req.Stored
+	m.Stored, m.Relay = req.Stored, req.Relay
 	if err := checkIndexRequest(m); err != nil {
 		return nil, err
 	}
@@ -98,7 +98,7 @@ func ParseIndexRequest(b []byte) (_ *blockdev.ImageRequest, progress bool, _ err
 	for d := range Keys(m.Only) {
 		req.Only = append(req.Only, d)
 	}
-	req.Stored = m.Stored
+	req.Stored, req.Relay = m.Stored, m.Relay
 	return req, m.Progress, nil
 }
 
@@ -158,8 +158,15 @@ func checkHeader(h *ImageHeader) error {
 	if n := len(h.GetGrant()); n > MaxGrant {
 		return fmt.Errorf("grant of %d bytes, at most %d are allowed", n, MaxGrant)
 	}
+	if err := checkRelays(h.GetRelays()); err != nil {
+		return err
+	}
 	for i, l := range h.GetLayers() {
-		switch {
+		switch n := len(l.GetIndexDigest()); {
+		case n != 0 && n != digestLen:
+			return fmt.Errorf("layer %d: digest of the index with %d bytes, not %d", i, n, digestLen)
+		case n != 0 && (l.GetIndexLength() == 0 || len(h.GetRelays()) == 0):
+			return fmt.Errorf("layer %d: an index of %d bytes that %d nodes have", i, l.GetIndexLength(), len(h.GetRelays()))
 		case len(l.GetDigest()) != digestLen || len(l.GetDiffId()) != digestLen:
 			return fmt.Errorf("layer %d: digests of %d and %d bytes, not %d", i, len(l.GetDigest()), len(l.GetDiffId()), digestLen)
 		case l.GetSize() < 0 || l.GetIndexLength() < 0:

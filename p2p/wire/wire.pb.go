@@ -392,6 +392,7 @@ type IndexRequest struct {
 	// Of supernodes among themselves; from others, the request is refused.
 	Only          []byte `protobuf:"bytes,7,opt,name=only,proto3" json:"only,omitempty"`      // digests of the layers that are wanted, 32 bytes each, joined; empty: all
 	Stored        bool   `protobuf:"varint,8,opt,name=stored,proto3" json:"stored,omitempty"` // only what is stored: nothing is to be fetched for it
+	Relay         bool   `protobuf:"varint,9,opt,name=relay,proto3" json:"relay,omitempty"`   // the answer may name other nodes in place of indexes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -478,6 +479,13 @@ func (x *IndexRequest) GetOnly() []byte {
 func (x *IndexRequest) GetStored() bool {
 	if x != nil {
 		return x.Stored
+	}
+	return false
+}
+
+func (x *IndexRequest) GetRelay() bool {
+	if x != nil {
+		return x.Relay
 	}
 	return false
 }
@@ -844,7 +852,8 @@ type ImageHeader struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Manifest      []byte                 `protobuf:"bytes,1,opt,name=manifest,proto3" json:"manifest,omitempty"` // digest of the manifest that was used
 	Layers        []*LayerHeader         `protobuf:"bytes,2,rep,name=layers,proto3" json:"layers,omitempty"`
-	Grant         []byte                 `protobuf:"bytes,3,opt,name=grant,proto3" json:"grant,omitempty"` // shows supernodes that this peer was given the indexes; at most 256 bytes
+	Grant         []byte                 `protobuf:"bytes,3,opt,name=grant,proto3" json:"grant,omitempty"`   // shows supernodes that this peer was given the indexes; at most 256 bytes
+	Relays        []*Relay               `protobuf:"bytes,4,rep,name=relays,proto3" json:"relays,omitempty"` // who has the indexes with an index_digest; at most 4
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -900,6 +909,66 @@ func (x *ImageHeader) GetGrant() []byte {
 	return nil
 }
 
+func (x *ImageHeader) GetRelays() []*Relay {
+	if x != nil {
+		return x.Relays
+	}
+	return nil
+}
+
+// Relay is a node that has been given an image's indexes before.
+type Relay struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           []byte                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`     // Ed25519 public key, 32 bytes
+	Addrs         [][]byte               `protobuf:"bytes,2,rep,name=addrs,proto3" json:"addrs,omitempty"` // 6 or 18 bytes each: IP address, TCP port; 1 to 8
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Relay) Reset() {
+	*x = Relay{}
+	mi := &file_p2p_wire_wire_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Relay) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Relay) ProtoMessage() {}
+
+func (x *Relay) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_wire_wire_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Relay.ProtoReflect.Descriptor instead.
+func (*Relay) Descriptor() ([]byte, []int) {
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Relay) GetKey() []byte {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *Relay) GetAddrs() [][]byte {
+	if x != nil {
+		return x.Addrs
+	}
+	return nil
+}
+
 type LayerHeader struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Digest        []byte                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
@@ -907,13 +976,14 @@ type LayerHeader struct {
 	DiffId        []byte                 `protobuf:"bytes,3,opt,name=diff_id,json=diffId,proto3" json:"diff_id,omitempty"`
 	IndexLength   int64                  `protobuf:"varint,4,opt,name=index_length,json=indexLength,proto3" json:"index_length,omitempty"` // bytes of the index that follow; 0: the request had it in have
 	Profile       []byte                 `protobuf:"bytes,5,opt,name=profile,proto3" json:"profile,omitempty"`                             // encoded startup profile; empty: none is known
+	IndexDigest   []byte                 `protobuf:"bytes,6,opt,name=index_digest,json=indexDigest,proto3" json:"index_digest,omitempty"`  // SHA-256 of the index, which does not follow: relays have it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *LayerHeader) Reset() {
 	*x = LayerHeader{}
-	mi := &file_p2p_wire_wire_proto_msgTypes[10]
+	mi := &file_p2p_wire_wire_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -925,7 +995,7 @@ func (x *LayerHeader) String() string {
 func (*LayerHeader) ProtoMessage() {}
 
 func (x *LayerHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_wire_proto_msgTypes[10]
+	mi := &file_p2p_wire_wire_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -938,7 +1008,7 @@ func (x *LayerHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LayerHeader.ProtoReflect.Descriptor instead.
 func (*LayerHeader) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{10}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *LayerHeader) GetDigest() []byte {
@@ -976,6 +1046,13 @@ func (x *LayerHeader) GetProfile() []byte {
 	return nil
 }
 
+func (x *LayerHeader) GetIndexDigest() []byte {
+	if x != nil {
+		return x.IndexDigest
+	}
+	return nil
+}
+
 // IndexData is the next part of the index of one layer.
 type IndexData struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -987,7 +1064,7 @@ type IndexData struct {
 
 func (x *IndexData) Reset() {
 	*x = IndexData{}
-	mi := &file_p2p_wire_wire_proto_msgTypes[11]
+	mi := &file_p2p_wire_wire_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -999,7 +1076,7 @@ func (x *IndexData) String() string {
 func (*IndexData) ProtoMessage() {}
 
 func (x *IndexData) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_wire_proto_msgTypes[11]
+	mi := &file_p2p_wire_wire_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1012,7 +1089,7 @@ func (x *IndexData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IndexData.ProtoReflect.Descriptor instead.
 func (*IndexData) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{11}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *IndexData) GetLayer() uint32 {
@@ -1037,7 +1114,7 @@ type End struct {
 
 func (x *End) Reset() {
 	*x = End{}
-	mi := &file_p2p_wire_wire_proto_msgTypes[12]
+	mi := &file_p2p_wire_wire_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1049,7 +1126,7 @@ func (x *End) String() string {
 func (*End) ProtoMessage() {}
 
 func (x *End) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_wire_proto_msgTypes[12]
+	mi := &file_p2p_wire_wire_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1062,7 +1139,7 @@ func (x *End) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use End.ProtoReflect.Descriptor instead.
 func (*End) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{12}
+	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{13}
 }
 
 var File_p2p_wire_wire_proto protoreflect.FileDescriptor
@@ -1090,7 +1167,7 @@ const file_p2p_wire_wire_proto_rawDesc = "" +
 	"\x04zstd\x18\x03 \x01(\bR\x04zstd\x12\x16\n" +
 	"\x06length\x18\x04 \x01(\rR\x06length\x12*\n" +
 	"\x05error\x18\x05 \x01(\v2\x14.shoal.wire.v1.ErrorR\x05error\x12\x10\n" +
-	"\x03end\x18\x06 \x01(\bR\x03end\"\x88\x02\n" +
+	"\x03end\x18\x06 \x01(\bR\x03end\"\x9e\x02\n" +
 	"\fIndexRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x1a\n" +
 	"\bmanifest\x18\x02 \x01(\fR\bmanifest\x123\n" +
@@ -1101,7 +1178,8 @@ const file_p2p_wire_wire_proto_rawDesc = "" +
 	"\x04have\x18\x05 \x01(\fR\x04have\x12\x1a\n" +
 	"\bprogress\x18\x06 \x01(\bR\bprogress\x12\x12\n" +
 	"\x04only\x18\a \x01(\fR\x04only\x12\x16\n" +
-	"\x06stored\x18\b \x01(\bR\x06stored\"X\n" +
+	"\x06stored\x18\b \x01(\bR\x06stored\x12\x14\n" +
+	"\x05relay\x18\t \x01(\bR\x05relay\"X\n" +
 	"\bPlatform\x12\x0e\n" +
 	"\x02os\x18\x01 \x01(\tR\x02os\x12\"\n" +
 	"\farchitecture\x18\x02 \x01(\tR\farchitecture\x12\x18\n" +
@@ -1124,17 +1202,22 @@ const file_p2p_wire_wire_proto_rawDesc = "" +
 	"\x06digest\x18\x01 \x01(\fR\x06digest\x12\x14\n" +
 	"\x05stage\x18\x02 \x01(\tR\x05stage\x12\x12\n" +
 	"\x04done\x18\x03 \x01(\x03R\x04done\x12\x14\n" +
-	"\x05total\x18\x04 \x01(\x03R\x05total\"s\n" +
+	"\x05total\x18\x04 \x01(\x03R\x05total\"\xa1\x01\n" +
 	"\vImageHeader\x12\x1a\n" +
 	"\bmanifest\x18\x01 \x01(\fR\bmanifest\x122\n" +
 	"\x06layers\x18\x02 \x03(\v2\x1a.shoal.wire.v1.LayerHeaderR\x06layers\x12\x14\n" +
-	"\x05grant\x18\x03 \x01(\fR\x05grant\"\x8f\x01\n" +
+	"\x05grant\x18\x03 \x01(\fR\x05grant\x12,\n" +
+	"\x06relays\x18\x04 \x03(\v2\x14.shoal.wire.v1.RelayR\x06relays\"/\n" +
+	"\x05Relay\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\fR\x03key\x12\x14\n" +
+	"\x05addrs\x18\x02 \x03(\fR\x05addrs\"\xb2\x01\n" +
 	"\vLayerHeader\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\fR\x06digest\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x12\x17\n" +
 	"\adiff_id\x18\x03 \x01(\fR\x06diffId\x12!\n" +
 	"\findex_length\x18\x04 \x01(\x03R\vindexLength\x12\x18\n" +
-	"\aprofile\x18\x05 \x01(\fR\aprofile\"5\n" +
+	"\aprofile\x18\x05 \x01(\fR\aprofile\x12!\n" +
+	"\findex_digest\x18\x06 \x01(\fR\vindexDigest\"5\n" +
 	"\tIndexData\x12\x14\n" +
 	"\x05layer\x18\x01 \x01(\rR\x05layer\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\"\x05\n" +
@@ -1168,7 +1251,7 @@ func file_p2p_wire_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_p2p_wire_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_p2p_wire_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_p2p_wire_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_p2p_wire_wire_proto_goTypes = []any{
 	(Priority)(0),         // 0: shoal.wire.v1.Priority
 	(Code)(0),             // 1: shoal.wire.v1.Code
@@ -1182,9 +1265,10 @@ var file_p2p_wire_wire_proto_goTypes = []any{
 	(*Working)(nil),       // 9: shoal.wire.v1.Working
 	(*LayerProgress)(nil), // 10: shoal.wire.v1.LayerProgress
 	(*ImageHeader)(nil),   // 11: shoal.wire.v1.ImageHeader
-	(*LayerHeader)(nil),   // 12: shoal.wire.v1.LayerHeader
-	(*IndexData)(nil),     // 13: shoal.wire.v1.IndexData
-	(*End)(nil),           // 14: shoal.wire.v1.End
+	(*Relay)(nil),         // 12: shoal.wire.v1.Relay
+	(*LayerHeader)(nil),   // 13: shoal.wire.v1.LayerHeader
+	(*IndexData)(nil),     // 14: shoal.wire.v1.IndexData
+	(*End)(nil),           // 15: shoal.wire.v1.End
 }
 var file_p2p_wire_wire_proto_depIdxs = []int32{
 	1,  // 0: shoal.wire.v1.Error.code:type_name -> shoal.wire.v1.Code
@@ -1194,16 +1278,17 @@ var file_p2p_wire_wire_proto_depIdxs = []int32{
 	7,  // 4: shoal.wire.v1.IndexRequest.credential:type_name -> shoal.wire.v1.Credential
 	9,  // 5: shoal.wire.v1.IndexFrame.working:type_name -> shoal.wire.v1.Working
 	11, // 6: shoal.wire.v1.IndexFrame.header:type_name -> shoal.wire.v1.ImageHeader
-	13, // 7: shoal.wire.v1.IndexFrame.data:type_name -> shoal.wire.v1.IndexData
-	14, // 8: shoal.wire.v1.IndexFrame.end:type_name -> shoal.wire.v1.End
+	14, // 7: shoal.wire.v1.IndexFrame.data:type_name -> shoal.wire.v1.IndexData
+	15, // 8: shoal.wire.v1.IndexFrame.end:type_name -> shoal.wire.v1.End
 	2,  // 9: shoal.wire.v1.IndexFrame.error:type_name -> shoal.wire.v1.Error
 	10, // 10: shoal.wire.v1.Working.layers:type_name -> shoal.wire.v1.LayerProgress
-	12, // 11: shoal.wire.v1.ImageHeader.layers:type_name -> shoal.wire.v1.LayerHeader
-	12, // [12:12] is the sub-list for method output_type
-	12, // [12:12] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	13, // 11: shoal.wire.v1.ImageHeader.layers:type_name -> shoal.wire.v1.LayerHeader
+	12, // 12: shoal.wire.v1.ImageHeader.relays:type_name -> shoal.wire.v1.Relay
+	13, // [13:13] is the sub-list for method output_type
+	13, // [13:13] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_p2p_wire_wire_proto_init() }
@@ -1224,7 +1309,7 @@ func file_p2p_wire_wire_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_p2p_wire_wire_proto_rawDesc), len(file_p2p_wire_wire_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   13,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

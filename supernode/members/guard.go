@@ -80,6 +80,7 @@ func (l *List) sweep() {
 			return
 		}
 		l.reloadTokens()
+		l.expireRelays(time.Now())
 		for _, id := range l.overdue(time.Now()) {
 			if others, say := l.quiet.say("stranger", time.Now()); say {
 				l.log.Info("disconnecting a peer that has not joined", "peer", id, "others", others)

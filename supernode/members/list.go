@@ -70,6 +70,7 @@ type List struct {
 	members   map[peer.ID]*member
 	groups    map[blockdev.Digest]*groupState
 	strangers map[peer.ID]time.Time
+	relays    map[relayKey]*relays
 }
 
 // member is a node that was let in. List.mu guards what changes.
@@ -112,6 +113,7 @@ func New(c Config) (*List, error) {
 		members:   map[peer.ID]*member{},
 		groups:    map[blockdev.Digest]*groupState{},
 		strangers: map[peer.ID]time.Time{},
+		relays:    map[relayKey]*relays{},
 	}
 	l.quiet.last = map[string]*said{}
 	for _, id := range c.Siblings {
@@ -279,6 +281,9 @@ func (l *List) join(m *member, id blockdev.Digest, grant []byte, full bool) erro
 		s := g.add(m)
 		s.full, s.origin = full, origin
 		m.groups[id] = s
+		if r := l.relays[relayKey{id, m.zone}]; r != nil {
+			r.add(m)
+		}
 	}
 	l.dirtyLocked(g)
 	return nil

@@ -1,0 +1,115 @@
+package swarm
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+	manet "github.com/multiformats/go-multiaddr/net"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/host"
+)
+
+const (
+	// A relay that needs more than relayTime, and a second for relayRate bytes, is
+	// given up. It may be waiting for a relay of its own.
+	relayTime = 5 * time.Second
+	relayRate = 256 << 10
+	// connectRelay is how long it may take to connect to one: it may be a machine that
+	// has died a moment ago.
+	connectRelay = 500 * time.Millisecond
+)
+
+// OpenImage implements blockdev.ImageSource: the indexes come from the supernode, or
+// from nodes that it names, which are asked one after the other. What these send is
+// checked against the supernode's word, and what none of them has the supernode gives.
+// Errors are the supernode's.
+func (s *Swarm) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+	req.Relay = s.cfg.Enter != nil
+	img, err := s.cfg.Supernode.OpenImage(ctx, req)
+	if err != nil || !req.Relay {
+		return img, err
+	}
+	own := s.opened.begin(img)
+	defer s.opened.end(own)
+	if len(img.Relays) == 0 {
+		for i := range img.Layers {
+			s.opened.set(own, img.Layers[i].DiffID, img.Layers[i].Index)
+		}
+		return img, nil
+	}
+	infos := addrInfos(img.Relays)
+	leave := s.cfg.Enter(img, infos)
+	for _, info := range infos {
+		if err = s.fromRelay(ctx, img, info, own); err == nil || ctx.Err() != nil {
+			break
+		}
+		s.log.Info("a node does not pass on an image's indexes", "image", req.Ref, "peer", info.ID, "cause", err)
+	}
+	if err != nil && ctx.Err() == nil {
+		req.Relay = false
+		img, err = s.cfg.Supernode.OpenImage(ctx, req)
+	}
+	if err != nil {
+		leave()
+		return nil, err
+	}
+	for i := range img.Layers { // for those who wait here in turn
+		s.opened.set(own, img.Layers[i].DiffID, img.Layers[i].Index)
+	}
+	return img, nil
+}
+
+// addrInfos is who relays are, and where they listen.
+func addrInfos(relays []blockdev.Relay) (infos []peer.AddrInfo) {
+	for _, r := range relays {
+		info := peer.AddrInfo{ID: host.FromKey(r.Key)}
+		for _, a := range r.Addrs {
+			if addr, err := manet.FromNetAddr(net.TCPAddrFromAddrPort(a)); err == nil { // ParseAddr has read it
+				info.Addrs = append(info.Addrs, addr)
+			}
+		}
+		infos = append(infos, info)
+	}
+	return infos
+}
+
+// fromRelay gets the indexes that img still lacks from one relay.
+func (s *Swarm) fromRelay(ctx context.Context, img *blockdev.Image, from peer.AddrInfo, own openings) error {
+	c, err := s.pool.at(from)
+	if err != nil {
+		return err
+	}
+	defer s.pool.put(c)
+	connect, stop := context.WithTimeout(ctx, connectRelay)
+	defer stop()
+	if err := c.Ready(connect); err != nil {
+		return err
+	}
+	var left int64
+	for i := range img.Layers {
+		left += img.Layers[i].IndexSize
+	}
+	ctx, cancel := context.WithTimeout(ctx, relayTime+time.Duration(left/relayRate)*time.Second)
+	defer cancel()
+	for i := range img.Layers {
+		l := &img.Layers[i]
+		if l.IndexSize == 0 {
+			continue
+		}
+		got, err := c.OpenImage(ctx, blockdev.ImageRequest{Ref: img.Ref, Manifest: img.Manifest, Only: []blockdev.Digest{l.DiffID}, Stored: true})
+		if err != nil {
+			return err
+		}
+		if len(got.Layers) != 1 || int64(len(got.Layers[0].Index)) != l.IndexSize || blockdev.Sum(got.Layers[0].Index) != l.IndexDigest {
+			return fmt.Errorf("what came is not the index of diff %s: %w", l.DiffID, blockdev.ErrCorrupt)
+		}
+		l.Index, l.IndexSize = got.Layers[0].Index, 0
+		s.metrics.indexes.Add(float64(len(l.Index)))
+		s.opened.set(own, l.DiffID, l.Index)
+	}
+	return nil
+}
