@@ -36,7 +36,7 @@ type Cache struct {
 
 	gate       gate
 	demand     *semaphore.Weighted // bytes of demand requests
-	window     chan struct{}       // one element for each prefetch request
+	window     *window             // of prefetch
 	kicked     chan struct{}       // the syncer has work
 	buffers    bufferPool
 	untilWorks atomic.Int64 // bytes to be written before the disk is well; 0: it is
@@ -94,7 +94,7 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	c := &Cache{
 		cfg: cfg, boot: hashBoot(cfg.bootID), lock: lock,
 		demand: semaphore.NewWeighted(cfg.DemandBytes),
-		window: make(chan struct{}, cfg.PrefetchRequests),
+		window: newWindow(cfg.Window),
 		kicked: make(chan struct{}, 1),
 		diffs:  make(map[blockdev.Digest]*Diff),
 		found:  make(map[blockdev.Digest]*found),

@@ -42,9 +42,9 @@ type Config struct {
 	// RequestBytes is about how much one request to Source asks for (a chunk more
 	// or less, and read-ahead comes on top). Default 1 MiB.
 	RequestBytes int64
-	// PrefetchRequests is how many prefetch requests may be under way in the
-	// whole Cache. Default 4.
-	PrefetchRequests int
+	// Window, if not nil, says how many bytes prefetch may have asked for and not got
+	// yet, in the whole Cache. Default: 4 MiB.
+	Window func() int64
 	// DemandBytes bounds what demand requests have in flight in the whole Cache;
 	// further ones wait. Default 64 MiB.
 	DemandBytes int64
@@ -79,7 +79,9 @@ func (c *Config) setDefaults() error {
 	def(&c.Timeout, 30*time.Second)
 	def(&c.ReadAhead, 256<<10)
 	def(&c.RequestBytes, 1<<20)
-	def(&c.PrefetchRequests, 4)
+	if c.Window == nil {
+		c.Window = func() int64 { return 4 << 20 }
+	}
 	def(&c.DemandBytes, 64<<20)
 	def(&c.Quiet, 500*time.Millisecond)
 	def(&c.GiveWay, time.Second)
@@ -92,7 +94,7 @@ func (c *Config) setDefaults() error {
 	def(&c.MaxReadAhead, 4<<20)
 	c.ReadAhead = max(c.ReadAhead, 0)
 	c.MaxReadAhead = max(c.MaxReadAhead, c.ReadAhead)
-	if c.Quota < 0 || c.Timeout < 0 || c.RequestBytes < 0 || c.PrefetchRequests < 0 || c.Quiet < 0 || c.GiveWay < 0 ||
+	if c.Quota < 0 || c.Timeout < 0 || c.RequestBytes < 0 || c.Quiet < 0 || c.GiveWay < 0 ||
 		c.Promote < 0 || c.MaxReadAhead < 0 || c.SyncBytes < 0 || c.SyncInterval < 0 {
 		return errors.New("cache: only ReadAhead may be negative")
 	}

@@ -47,6 +47,9 @@ type group struct {
 	parent context.Context
 	// release is called once, when the group ends or is a prefetch no longer.
 	release func(error)
+	// owed is how many bytes of Cache.window the group has still. Used by attempts, one
+	// at a time.
+	owed int64
 
 	// Under Diff.mu:
 	prio     blockdev.Priority
@@ -306,6 +309,10 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 		idle.Reset(timeout)
 		f.got = true
 		left--
+		if g.owed > 0 {
+			g.owed -= int64(len(data))
+			d.c.window.free(int64(len(data)))
+		}
 		bytes += int64(len(data))
 		d.c.stats.fetched(prio, len(data))
 		if prio == blockdev.Startup {

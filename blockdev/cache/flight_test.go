@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -299,19 +300,42 @@ func TestPrefetchIsNotStarved(t *testing.T) {
 	}
 }
 
+// What is under way is bounded chunk by chunk: a request that has come but for one
+// chunk leaves room for the next ones.
 func TestPrefetchWindowIsBounded(t *testing.T) {
-	r := newRig(t, 12<<20, func(c *Config) { c.PrefetchRequests = 3 })
-	var now, most atomic.Int64
+	const size = 3 << 20
+	r := newRig(t, 12<<20, func(c *Config) { c.Window = func() int64 { return size } })
+	var now, most, requests atomic.Int64
+	stuck, done := make(chan struct{}), make(chan struct{})
 	r.source(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
-		n := now.Add(1)
-		defer now.Add(-1)
-		for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
+		first := requests.Add(1) == 1
+		for _, c := range req.Chunks {
+			now.Add(int64(c.Length))
 		}
-		return r.mem.Fetch(ctx, req, deliver)
+		for n, m := now.Load(), most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
+		}
+		return r.mem.Fetch(ctx, req, func(i int, data []byte) error {
+			if first && i == len(req.Chunks)-1 {
+				close(stuck)
+				<-done
+			}
+			now.Add(-int64(len(data)))
+			return deliver(i, data)
+		})
 	})
-	r.prefetch()
-	if m := most.Load(); m > 3 {
-		t.Errorf("%d prefetch requests at once, want at most 3", m)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		r.prefetch()
+	}()
+	<-stuck
+	for requests.Load() < 12 { // of 16 or more
+		runtime.Gosched()
+	}
+	close(done)
+	<-ended
+	if m := most.Load(); m > size+2*blockdev.MaxChunk {
+		t.Errorf("%d bytes were under way, at most %d are allowed", m, size)
 	}
 }
 

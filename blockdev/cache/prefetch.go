@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -117,24 +118,22 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		size := d.c.cfg.RequestBytes
+		size := int64(math.MaxInt64)
 		if !calm {
 			size = min(size, d.c.trickle.bytes(d.c.cfg.GiveWay))
 		}
-		select {
-		case d.c.window <- struct{}{}:
-		case <-ctx.Done():
-			return context.Cause(ctx)
+		if size, err = d.c.window.room(ctx, size); err != nil {
+			return err
 		}
 		g, end := d.claim(ctx, next, size)
 		if g == nil {
-			<-d.c.window
 			break
 		}
 		next = end
 		wg.Add(1)
 		g.release = func(err error) {
-			<-d.c.window
+			d.c.window.free(g.owed)
+			g.owed = 0
 			mu.Lock()
 			if first == nil && !errors.Is(err, errPromoted) {
 				first = err
@@ -183,7 +182,7 @@ func (d *Diff) paceWrites(ctx context.Context) error {
 // prefetchRoom returns nil if there is room for what prefetch may have under way.
 func (d *Diff) prefetchRoom(ctx context.Context) error {
 	return d.c.waitRoom(ctx, func() error {
-		return d.c.space.has(int64(d.c.cfg.PrefetchRequests)*d.c.cfg.RequestBytes, forPrefetch)
+		return d.c.space.has(d.c.window.size(), forPrefetch)
 	})
 }
 
@@ -209,6 +208,8 @@ func (d *Diff) claim(ctx context.Context, i int, limit int64) (*group, int) {
 		size += int64(d.tab.length(i))
 	}
 	if g != nil {
+		g.owed = size
+		d.c.window.take(size)
 		d.wg.Add(1)
 	}
 	return g, i

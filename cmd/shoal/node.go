@@ -110,7 +110,7 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 		ReadTimeout: time.Duration(c.ReadTimeout), ScrubInterval: scrubInterval(c),
 		Cache: cache.Config{
 			Timeout: time.Duration(c.ReadTimeout),
-			Quota:   int64(c.CacheQuota), MakeRoom: late.evict,
+			Quota:   int64(c.CacheQuota), MakeRoom: late.evict, Window: late.window,
 		},
 	})
 	if err != nil {
@@ -128,6 +128,9 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	up, membership, addresses, err := openUpstream(ctx, c, log, metrics)
 	if err != nil {
 		return err
+	}
+	if r, ok := up.(*remote); ok {
+		late.swarm.Store(r.swarm)
 	}
 	membership.watch(vols)
 	defer func() { err = errors.Join(err, up.Close()) }()

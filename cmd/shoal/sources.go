@@ -15,6 +15,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/chain"
 	"github.com/shoalfs/shoal/blockdev/volume"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/p2p/swarm"
 	"github.com/shoalfs/shoal/snapshotter"
 	"github.com/shoalfs/shoal/snapshotter/credentials"
 	"github.com/shoalfs/shoal/supernode/direct"
@@ -34,9 +35,21 @@ const (
 // parts are those parts of a node that others, which are made before them, call
 // back.
 type parts struct {
-	sn   atomic.Pointer[snapshotter.Snapshotter]
-	vols atomic.Pointer[volume.Manager]
+	sn    atomic.Pointer[snapshotter.Snapshotter]
+	vols  atomic.Pointer[volume.Manager]
+	swarm atomic.Pointer[swarm.Swarm]
 }
+
+// window is cache.Config.Window.
+func (p *parts) window() int64 {
+	if s := p.swarm.Load(); s != nil {
+		return s.Window()
+	}
+	return aloneWindow
+}
+
+// aloneWindow is how many bytes of prefetch are under way where there are no peers.
+const aloneWindow = 4 << 20
 
 // evict is cache.Config.MakeRoom.
 func (p *parts) evict(ctx context.Context) bool {

@@ -137,6 +137,15 @@ func (t *Table) Group() blockdev.Digest { return t.view.Group }
 // Version returns the view's version.
 func (t *Table) Version() uint64 { return t.view.Version }
 
+// Levels is how many levels the trees of the view's own cell have.
+func (t *Table) Levels() int {
+	levels := 0
+	for n, width := len(t.view.Members), 1; n > 0; n, width = n-width, width*Fanout {
+		levels++
+	}
+	return levels
+}
+
 // Len is how many members and gateways there are.
 func (t *Table) Len() int { return len(t.view.Members) + len(t.view.Gateways) }
 

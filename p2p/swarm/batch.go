@@ -110,6 +110,9 @@ func (b *batch) arrived(k, n int) (wanted bool, err error) {
 	defer f.mu.Unlock()
 	now := time.Now()
 	b.last = now
+	if b.client != nil {
+		b.client.heard.Store(int64(f.s.now()))
+	}
 	if b.took == 0 {
 		b.took = now.Sub(b.began)
 	}

@@ -3,6 +3,7 @@ package swarm
 import (
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -15,13 +16,13 @@ import (
 const (
 	// What one peer is asked for at a time. Its limits for one node
 	// (NodeLimits) are no less.
-	peerDemand, peerStartup, peerPrefetch, peerForwards = 32, 32, 8, 8
+	peerDemand, peerStartup, peerPrefetch, peerForwards = 32, 32, 16, 16
 	// demandPeer is how long a peer may take for one chunk before its stream is
 	// given up, whatever route says; prefetchPeer the same for prefetch.
 	demandPeer   = 5 * time.Second
-	prefetchPeer = 20 * time.Second
+	prefetchPeer = time.Minute
 	// dialPeer bounds one attempt to connect.
-	dialPeer = 3 * time.Second
+	dialPeer = 8 * time.Second
 )
 
 // pool keeps clients of peers: made when first asked, closed when idle.
@@ -38,6 +39,7 @@ type pool struct {
 // pooled is a client in the pool, or out of it and waiting for its last user.
 type pooled struct {
 	*exchange.Client
+	heard atomic.Int64 // when it sent something last, as Swarm.now
 	users int
 	last  time.Time // when users became 0
 }

@@ -213,6 +213,9 @@ func (f *search) patience(now time.Time) time.Duration {
 			continue // there is nobody behind the supernode
 		}
 		end := b.last.Add(giveUp)
+		if !f.demand() && b.client != nil {
+			end = waitUntil(b.last, f.s.began.Add(time.Duration(b.client.heard.Load())), giveUp)
+		}
 		if !b.connected() {
 			// Connecting takes some round trips and much arithmetic, more so
 			// where many connect at once.
@@ -247,6 +250,24 @@ func (f *search) patience(now time.Time) time.Duration {
 	}
 	return max(time.Until(next), time.Millisecond/4)
 }
+
+// waitUntil is when a prefetch is given up of which something came last, by a peer that
+// was heard since. Who sends other chunks is well, and this one may be on its way
+// through many nodes with full links, which to ask for it elsewhere would fill even
+// more. But somebody may also keep one chunk back for ever.
+func waitUntil(last, heard time.Time, giveUp time.Duration) time.Time {
+	end := last.Add(giveUp)
+	if later := heard.Add(giveUp); later.After(end) {
+		end = later
+	}
+	if most := last.Add(max(giveUp, keptBack)); end.After(most) {
+		end = most
+	}
+	return end
+}
+
+// keptBack is how long a prefetch waits for a chunk while its peer sends others.
+const keptBack = 20 * time.Second
 
 // connectDemand is how long a demand read waits for a connection to a peer.
 const connectDemand = 150 * time.Millisecond

@@ -118,7 +118,7 @@ func (a *answer) Close() {}
 func NodeLimits() exchange.Limits {
 	return exchange.Limits{
 		DemandPerPeer: peerDemand, StartupPerPeer: peerStartup, PrefetchPerPeer: peerPrefetch + peerForwards, ImagesPerPeer: 2,
-		Demand: 512, Startup: 512, Prefetch: 96, Images: 8,
+		Demand: 512, Startup: 512, Prefetch: 256, Images: 8,
 		ReadAhead: 2, TotalReadAhead: 96,
 	}
 }

@@ -138,6 +138,24 @@ func (s *Swarm) Close() error {
 	return nil
 }
 
+// Where a tree has many levels, a chunk is on its way for longer, and so more of them
+// have to be. perLevel is how many bytes for each; with fewer than minLevels, none less.
+const (
+	perLevel  = 2 << 20
+	minLevels = 2
+)
+
+// Window is how many bytes of prefetch this node should have asked for and not got yet.
+func (s *Swarm) Window() int64 {
+	levels := minLevels
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, g := range s.groups {
+		levels = max(levels, g.Table().Levels())
+	}
+	return int64(levels) * perLevel
+}
+
 func (s *Swarm) now() time.Duration { return time.Since(s.began) }
 
 // group returns the group to ask for chunks of a diff, nil if there are no peers

@@ -54,6 +54,43 @@ func (l *lateView) set(v *route.View) {
 var theDiff = blockdev.Sum([]byte("diff"))
 
 // Prefetch waits for the first view of a group for a moment, once.
+// A prefetch waits longer for who sends other chunks, but not for ever.
+func TestWaitUntil(t *testing.T) {
+	last := time.Now()
+	for _, c := range []struct{ heard, giveUp, want time.Duration }{
+		{heard: -time.Second, giveUp: 2 * time.Second, want: 2 * time.Second},
+		{heard: 5 * time.Second, giveUp: 2 * time.Second, want: 7 * time.Second},
+		{heard: time.Hour, giveUp: 2 * time.Second, want: keptBack},
+		{heard: time.Hour, giveUp: time.Minute, want: time.Minute},
+	} {
+		if got := waitUntil(last, last.Add(c.heard), c.giveUp).Sub(last); got != c.want {
+			t.Errorf("heard after %v, given up after %v: waits %v, not %v", c.heard, c.giveUp, got, c.want)
+		}
+	}
+}
+
+// More is under way where trees have more levels.
+func TestWindow(t *testing.T) {
+	w := newWorld(t, 1<<20)
+	n := w.node(options{})
+	want := func(levels int64) {
+		t.Helper()
+		if n.swarm.group(w.ix.DiffID) == nil {
+			t.Fatal("no group")
+		}
+		if got := n.swarm.Window(); got != levels*perLevel {
+			t.Errorf("%d members: %d bytes, not %d levels of %d", len(w.view.Members), got, levels, perLevel)
+		}
+	}
+	want(minLevels)
+	for len(w.view.Members) < 4 { // a root and its children
+		w.join(newHost(t), "")
+	}
+	want(2)
+	w.join(newHost(t), "")
+	want(3)
+}
+
 func TestFirstView(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		groups := &lateView{changed: make(chan struct{})}
