@@ -73,7 +73,7 @@ sim: ## 1,000 and 10,000 simulated nodes, and other designs in the same network 
 
 .PHONY: swarm
 swarm: setup build ## 32 real nodes in network namespaces with slow links; some die -> bench/out/swarm.json
-	cd bench && $(GO) run ./cmd/bench swarm --bin $(BIN)
+	cd bench && $(GO) run ./cmd/bench swarm --bin $(BIN) --runs 2
 
 .PHONY: drill
 ROUNDS ?= 300

@@ -40,8 +40,8 @@ type ImageRequest struct {
 	// digest) are wanted, if not all; and that nothing is to be fetched for it.
 	Only   []Digest
 	Stored bool
-	// Relay: the caller can get indexes from other nodes, so the answer may name
-	// these (Image.Relays) in place of the indexes.
+	// Relay: the image is to stay here, so that its indexes may come from other nodes
+	// that have it. To a peer an answer may then name these (Image.Relays).
 	Relay bool
 	// Progress, if not nil, is told how far the layers are while the answer is
 	// waited for. Calls come one at a time and must not block; none comes after

@@ -1,9 +1,14 @@
 package integration
 
 import (
+	"crypto/sha256"
+	"fmt"
 	"os"
+	"sync"
 	"testing"
 	"time"
+
+	"github.com/shoalfs/shoal/integration/lab"
 )
 
 // TestNodesShare: nodes pull one after the other. The supernode sends the image
@@ -43,4 +48,56 @@ func TestNodesShare(t *testing.T) {
 	if all > 1.6*once {
 		t.Errorf("the supernode has sent %.0f bytes to three nodes, %.0f to the first", all, once)
 	}
+}
+
+// TestIndexesGoFromNodeToNode: of eight nodes that pull at once the supernode gives an
+// image's indexes to the first ones, and these to the others. One more comes when the
+// node that it is sent to has died.
+func TestIndexesGoFromNodeToNode(t *testing.T) {
+	s := newSite(t, "")
+	entries := []entry{dir("a")}
+	for i := range 4000 { // whose names do not compress
+		entries = append(entries, file(fmt.Sprintf("a/%x", sha256.Sum256([]byte{byte(i), byte(i >> 8)})), fmt.Sprint(i)))
+	}
+	ref := s.push(t, "names", layer(t, entries...))
+	im := must(s.registry.Image(t.Context(), "names", "v1"))(t)
+	must(s.Run(t.Context(), "shoal", "prefetch", "--control", s.node.Control, ref))(t)
+	nodes := []*lab.Node{s.node}
+	for i := range 7 {
+		nodes = append(nodes, must(s.StartNode(t.Context(), fmt.Sprint("n", i), s.supernode.Address, ""))(t))
+	}
+	view := func(n *lab.Node, name string) {
+		unmount, err := n.Mount(t.Context(), im, name, s.Path(name))
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		if list, err := os.ReadDir(s.Path(name, "a")); err != nil || len(list) != 4000 {
+			t.Errorf("%s: %d files, %v", n.Name, len(list), err)
+		}
+		noError(t, unmount())
+	}
+	errs := make([]error, len(nodes))
+	var all sync.WaitGroup
+	for i, n := range nodes {
+		all.Go(func() { errs[i] = n.Pull(t.Context(), im) })
+	}
+	all.Wait()
+	named := must(s.supernode.Metric(t.Context(), "shoal_supernode_relayed_images_total"))(t)
+	var relayed float64
+	for i, n := range nodes {
+		noError(t, errs[i])
+		view(n, fmt.Sprint("view", i))
+		relayed += must(n.Metric(t.Context(), "shoal_node_relayed_index_bytes_total"))(t)
+	}
+	t.Logf("%.0f of %d pulls were sent to other nodes, and got %.0f bytes there", named, len(nodes), relayed)
+	if named == 0 || relayed == 0 {
+		t.Error("the supernode gave all indexes itself")
+	}
+	late := must(s.StartNode(t.Context(), "late", s.supernode.Address, ""))(t)
+	for _, n := range nodes {
+		noError(t, n.Kill())
+	}
+	noError(t, late.Pull(t.Context(), im))
+	view(late, "viewlate")
 }

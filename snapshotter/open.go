@@ -40,7 +40,7 @@ func (s *Snapshotter) open(ctx context.Context, w want) (_ *openImage, err error
 	if s.cfg.Images == nil {
 		return nil, fmt.Errorf("no supernode is configured: %w", blockdev.ErrUnavailable)
 	}
-	req := blockdev.ImageRequest{Ref: w.ref, Manifest: w.manifest, Platform: s.cfg.Platform}
+	req := blockdev.ImageRequest{Ref: w.ref, Manifest: w.manifest, Platform: s.cfg.Platform, Relay: true}
 	if s.cfg.Credentials != nil {
 		if req.Credential, err = s.cfg.Credentials.Credential(ctx, w.ref); err != nil {
 			return nil, fmt.Errorf("credential for %s: %w", w.host, err)

@@ -23,12 +23,12 @@ const (
 	connectRelay = 500 * time.Millisecond
 )
 
-// OpenImage implements blockdev.ImageSource: the indexes come from the supernode, or
-// from nodes that it names, which are asked one after the other. What these send is
+// OpenImage implements blockdev.ImageSource: the indexes come from the supernode, or, if
+// the request says so, from nodes that it names, which are asked one after the other. What these send is
 // checked against the supernode's word, and what none of them has the supernode gives.
 // Errors are the supernode's.
 func (s *Swarm) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
-	req.Relay = s.cfg.Enter != nil
+	req.Relay = req.Relay && s.cfg.Enter != nil
 	img, err := s.cfg.Supernode.OpenImage(ctx, req)
 	if err != nil || !req.Relay {
 		return img, err

@@ -32,7 +32,7 @@ func relayAt(t *testing.T, h lphost.Host) blockdev.Relay {
 }
 
 func (w *world) open(ctx context.Context, n *node) (*blockdev.Image, error) {
-	return n.swarm.OpenImage(ctx, blockdev.ImageRequest{Ref: "registry.example/app:v1"})
+	return n.swarm.OpenImage(ctx, blockdev.ImageRequest{Ref: "registry.example/app:v1", Relay: true})
 }
 
 // imagesFunc is an exchange.Images made of a function.
