@@ -8,6 +8,9 @@
 //   - store: chunks and indexes on disk, below a quota
 //   - members: who may talk to a supernode, and who has which image
 //
+// Indexes that were asked for last stay in memory, once for all who ask, and may be
+// given by nodes that have had them (relays) in place of this supernode.
+//
 // This package joins them and decides who gets what.
 //
 // # Terms

@@ -10,6 +10,8 @@
 //     request.
 //   - hedge: a second batch for chunks of a demand read whose first one is slower
 //     than usual. Whatever comes first counts.
+//   - relay: a node that the supernode names in place of an image's indexes, which
+//     it has been given before.
 //
 // # Invariants
 //
@@ -24,6 +26,8 @@
 //     order, a request to a peer never waits for a slot or a window, and what is
 //     forwarded never waits for what this node wants.
 //   - Only members of a group are asked for its chunks and answered.
+//   - An index of a relay is used only if it has the SHA-256 that the supernode said,
+//     and is asked for only if the image is to stay here: who asks joins its group.
 //   - What this node is asked for and lacks goes through the cache, as its own
 //     reads do: one flight, checked, stored once.
 //   - Connections, streams, requests under way and buffers are bounded; a demand

@@ -15,6 +15,8 @@
 //     stay together where there is room. All members of a cell are told the same.
 //   - gateways: those members of a cell that the members of another one know.
 //   - seat: a member's place in a group.
+//   - relay: a member that has been given an image's indexes and passes them on to
+//     a few of its zone that ask after it.
 //
 // # Invariants
 //

@@ -50,6 +50,7 @@ var swarmScenes = []scene{
 	{"all", (*swarmWorld).sceneAll},
 	{"supernode-killed", (*swarmWorld).sceneSupernodeKilled},
 	{"burst", (*swarmWorld).sceneBurst},
+	{"beside", (*swarmWorld).sceneBeside},
 	{"parent-killed", (*swarmWorld).sceneParentKilled},
 	{"changes", (*swarmWorld).sceneChanges},
 	{"latency", (*swarmWorld).sceneLatency},
@@ -66,7 +67,7 @@ func swarmCommand(o *options) *cobra.Command {
 	cmd.Flags().IntVar(&s.nodes, "nodes", 32, "how many nodes, half of them in each of two zones")
 	cmd.Flags().IntVar(&s.mbit, "mbit", 5, "each node's link where all take part, Mbit/s; ten times that where few do; a supernode's is ten times a node's")
 	cmd.Flags().StringVar(&s.image, "image", "redis", "the image that all nodes get, of those with an upgrade")
-	cmd.Flags().StringSliceVar(&s.scenes, "scenes", nil, "only these: few, registry, all, supernode-killed, burst, parent-killed, changes, latency")
+	cmd.Flags().StringSliceVar(&s.scenes, "scenes", nil, "only these: few, registry, all, supernode-killed, burst, beside, parent-killed, changes, latency")
 	return cmd
 }
 
