@@ -267,7 +267,7 @@ func waitUntil(last, heard time.Time, giveUp time.Duration) time.Time {
 }
 
 // keptBack is how long a prefetch waits for a chunk while its peer sends others.
-const keptBack = 20 * time.Second
+const keptBack = 45 * time.Second
 
 // connectDemand is how long a demand read waits for a connection to a peer.
 const connectDemand = 150 * time.Millisecond
