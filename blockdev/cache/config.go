@@ -54,6 +54,10 @@ type Config struct {
 	// GiveWay is how long one prefetch request at most waits for that before it is
 	// sent all the same, so that prefetch always gets done. Default 1 s.
 	GiveWay time.Duration
+	// PrefetchIdle is for how long Source may deliver nothing of a prefetch request:
+	// where many nodes share full links, a chunk may be on its way for long, and nobody
+	// waits for it. Default 1 min.
+	PrefetchIdle time.Duration
 	// Promote is how long a demand read waits for a chunk that a prefetch request
 	// is fetching, before that is asked for again with demand priority.
 	// Default 50 ms.
@@ -79,6 +83,7 @@ func (c *Config) setDefaults() error {
 	def(&c.Timeout, 30*time.Second)
 	def(&c.ReadAhead, 256<<10)
 	def(&c.RequestBytes, 1<<20)
+	def(&c.PrefetchIdle, time.Minute)
 	if c.Window == nil {
 		c.Window = func() int64 { return 4 << 20 }
 	}
@@ -94,7 +99,7 @@ func (c *Config) setDefaults() error {
 	def(&c.MaxReadAhead, 4<<20)
 	c.ReadAhead = max(c.ReadAhead, 0)
 	c.MaxReadAhead = max(c.MaxReadAhead, c.ReadAhead)
-	if c.Quota < 0 || c.Timeout < 0 || c.RequestBytes < 0 || c.Quiet < 0 || c.GiveWay < 0 ||
+	if c.Quota < 0 || c.Timeout < 0 || c.RequestBytes < 0 || c.PrefetchIdle < 0 || c.Quiet < 0 || c.GiveWay < 0 ||
 		c.Promote < 0 || c.MaxReadAhead < 0 || c.SyncBytes < 0 || c.SyncInterval < 0 {
 		return errors.New("cache: only ReadAhead may be negative")
 	}

@@ -62,7 +62,7 @@ func TestSourceFaults(t *testing.T) {
 	}
 	for name, fault := range faults {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, 2<<20, func(c *Config) { c.Timeout = 60 * time.Millisecond })
+			r := newRig(t, 2<<20, func(c *Config) { c.Timeout = 60 * time.Millisecond; c.PrefetchIdle = c.Timeout })
 			r.source(fault.fetch)
 			_, err := r.d.ReadAt(t.Context(), make([]byte, 1000), 123_456)
 			if !errors.Is(err, fault.want) {

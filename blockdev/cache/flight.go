@@ -21,10 +21,6 @@ const (
 // long. It never reaches a caller.
 var errPromoted = errors.New("asked for again with demand priority")
 
-// prefetchIdle is for how long the Source may deliver nothing of a prefetch: where many
-// nodes share full links, a chunk may be on its way for long, and nobody waits for it.
-const prefetchIdle = time.Minute
-
 // flight is the one attempt under way to get a missing chunk.
 type flight struct {
 	chunk   int
@@ -287,7 +283,7 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 	}
 	timeout := d.c.cfg.Timeout * 3 / 4
 	if prio == blockdev.Prefetch {
-		timeout = max(timeout, prefetchIdle)
+		timeout = d.c.cfg.PrefetchIdle
 	}
 	idle := time.AfterFunc(timeout, func() {
 		cancel(fmt.Errorf("the source has delivered nothing for %v: %w", timeout, blockdev.ErrUnavailable))
