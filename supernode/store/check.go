@@ -83,7 +83,16 @@ func (s *Store) checkDiffs(ctx context.Context, h *Health, mark bool) error {
 			continue
 		}
 		done := ""
-		if mark {
+		switch {
+		case !mark:
+		case errors.Is(bad, errOtherDiff):
+			// A bit of the record's key has flipped. Nobody ever asks for this diff, so
+			// nothing else would replace it.
+			if err := s.remove(id, false); err != nil {
+				return err
+			}
+			done = "removed; " + forgotten
+		default:
 			s.forgetLayers(id)
 			done = forgotten
 		}
@@ -91,6 +100,8 @@ func (s *Store) checkDiffs(ctx context.Context, h *Health, mark bool) error {
 	}
 	return nil
 }
+
+var errOtherDiff = errors.New("index is that of diff")
 
 // checkDiff returns in bad what is wrong with a diff's index or reference list.
 func (s *Store) checkDiff(id blockdev.Digest) (bad, err error) {
@@ -109,7 +120,7 @@ func (s *Store) checkDiff(id blockdev.Digest) (bad, err error) {
 		if bad == nil {
 			var ix *blockdev.Index
 			if ix, bad = index.Decode(b); bad == nil && ix.DiffID != id {
-				bad = fmt.Errorf("index is that of diff %v: %w", ix.DiffID, blockdev.ErrCorrupt)
+				bad = fmt.Errorf("%w %v: %w", errOtherDiff, ix.DiffID, blockdev.ErrCorrupt)
 			}
 		}
 		if bad == nil {

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	bolt "go.etcd.io/bbolt"
+
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
 )
@@ -95,6 +97,46 @@ func TestCheck(t *testing.T) {
 	if err := CheckIndex(dir); !errors.Is(err, blockdev.ErrCorrupt) {
 		t.Errorf("no database: %v", err)
 	}
+}
+
+// TestCheckFlippedKey: a diff's record under a key in which a bit has flipped is removed,
+// and the layer can be fetched again.
+func TestCheckFlippedKey(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, Config{Dir: dir})
+	l := indexed(t, newLayer(1, 30))
+	publish(t, s, l)
+	shut(t, s)
+	db, err := bolt.Open(filepath.Join(dir, "index.db"), 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = db.Update(func(tx *bolt.Tx) error {
+		b, key := tx.Bucket(bucketDiffs), l.rec.DiffID
+		record := bytes.Clone(b.Get(key[:]))
+		if err := b.Delete(key[:]); err != nil {
+			return err
+		}
+		key[5] ^= 0x20
+		return b.Put(key[:], record)
+	})
+	if err := errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	s = open(t, Config{Dir: dir})
+	if h := storeCheck(t, s, false); len(h.Findings) == 0 {
+		t.Error("nothing was found")
+	}
+	publish(t, s, l) // as when the layer is asked for
+	if h := storeCheck(t, s, true); len(h.Findings) != 1 || h.Findings[0].Repaired == "" {
+		t.Errorf("with mark: %+v", h.Findings)
+	}
+	if h := storeCheck(t, s, false); len(h.Findings) != 0 || h.Diffs != 1 || h.Chunks != 30 {
+		t.Errorf("repaired: %+v", h)
+	}
+	check(t, s, l)
+	shut(t, s)
+	checkAccounts(t, dir)
 }
 
 // TestCheckWhileUsed: what is compressed and moved meanwhile is no damage.
