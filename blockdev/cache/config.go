@@ -40,7 +40,8 @@ type Config struct {
 	// on where its last request ended. Default 4 MiB.
 	MaxReadAhead int64
 	// RequestBytes is about how much one request to Source asks for (a chunk more
-	// or less, and read-ahead comes on top). Default 1 MiB.
+	// or less, and read-ahead comes on top), prefetch apart: its requests are a part
+	// of Window. Default 1 MiB.
 	RequestBytes int64
 	// Window, if not nil, says how many bytes prefetch may have asked for and not got
 	// yet, in the whole Cache. Default: 4 MiB.

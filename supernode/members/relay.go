@@ -140,10 +140,12 @@ func (r *relays) add(m *member) {
 // take returns whom m may ask: the first that can be asked, and another one in case
 // that it does not answer.
 func (r *relays) take(l *List, m *member, manifest blockdev.Digest) (found []blockdev.Relay) {
-	r.ready = slices.DeleteFunc(r.ready, func(x relay) bool {
-		return l.members[x.m.id] != x.m || x.m.groups[manifest] == nil || x.named >= relayChildren
-	})
-	ask := func(i int) bool { return r.ready[i].m != m && r.ready[i].m.session != nil }
+	for len(r.ready) > 0 && l.overLocked(r.ready[0], manifest) { // the others wait for sweep
+		r.ready = r.ready[1:]
+	}
+	ask := func(i int) bool {
+		return r.ready[i].m != m && r.ready[i].m.session != nil && !l.overLocked(r.ready[i], manifest)
+	}
 	for i := range r.ready {
 		if ask(i) {
 			r.ready[i].named++
@@ -172,6 +174,11 @@ func (g *groupState) inZone(zone string) (n int) {
 	return n
 }
 
+// overLocked says whether a relay is not to be named any more.
+func (l *List) overLocked(x relay, manifest blockdev.Digest) bool {
+	return l.members[x.m.id] != x.m || x.m.groups[manifest] == nil || x.named >= relayChildren
+}
+
 // relay is how m is named to another node.
 func (m *member) relay() blockdev.Relay {
 	r := blockdev.Relay{Key: m.key}
@@ -192,12 +199,14 @@ func (r *relays) expire(now time.Time) {
 	}
 }
 
-// expireRelays forgets images that nobody has and nobody is being given.
+// expireRelays forgets relays that are over, and images that nobody has and nobody is
+// being given.
 func (l *List) expireRelays(now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for key, r := range l.relays {
 		r.expire(now)
+		r.ready = slices.DeleteFunc(r.ready, func(x relay) bool { return l.overLocked(x, key.manifest) })
 		if l.groups[key.manifest] == nil && len(r.given) == 0 {
 			delete(l.relays, key)
 		}
