@@ -134,6 +134,9 @@ func (c *change) deleteChunk(d blockdev.Digest, r chunkRecord) error {
 
 // freeChunk gives up the place of a chunk.
 func (c *change) freeChunk(r chunkRecord) error {
+	if r.lost() {
+		return nil
+	}
 	c.free(r.extent)
 	if r.flags&flagDue == 0 {
 		return nil

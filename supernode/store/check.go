@@ -75,7 +75,7 @@ func (s *Store) checkDiffs(ctx context.Context, h *Health, mark bool) error {
 			return fmt.Errorf("check store: %w", ctx.Err())
 		}
 		h.Diffs++
-		bad, err := s.checkDiff(id)
+		missing, bad, err := s.checkDiff(id)
 		if err != nil {
 			return err
 		}
@@ -92,6 +92,9 @@ func (s *Store) checkDiffs(ctx context.Context, h *Health, mark bool) error {
 				return err
 			}
 			done = "removed; " + forgotten
+		case missing != nil:
+			s.damaged(missing)
+			done = forgotten
 		default:
 			s.forgetLayers(id)
 			done = forgotten
@@ -103,19 +106,24 @@ func (s *Store) checkDiffs(ctx context.Context, h *Health, mark bool) error {
 
 var errOtherDiff = errors.New("index is that of diff")
 
-// checkDiff returns in bad what is wrong with a diff's index or reference list.
-func (s *Store) checkDiff(id blockdev.Digest) (bad, err error) {
+// checkDiff returns in bad what is wrong with a diff's index or reference list, and
+// which chunks of that list have no record.
+func (s *Store) checkDiff(id blockdev.Digest) (missing map[blockdev.Digest]extent, bad, err error) {
 	for range lookups {
 		r, ok, err := s.diffRecord(id)
 		if errors.Is(err, blockdev.ErrCorrupt) {
-			return err, nil
+			return nil, err, nil
 		}
 		if err != nil || !ok { // evicted
-			return nil, err
+			return nil, nil, err
 		}
-		var b []byte
+		var b, refs []byte
+		missing = nil
 		if b, bad = s.packs.read(r.Index, nil); bad == nil {
-			_, bad = s.packs.read(r.Refs, nil)
+			refs, bad = s.packs.read(r.Refs, nil)
+		}
+		if bad == nil {
+			missing, bad = s.checkRefs(refs)
 		}
 		if bad == nil {
 			var ix *blockdev.Index
@@ -124,14 +132,44 @@ func (s *Store) checkDiff(id blockdev.Digest) (bad, err error) {
 			}
 		}
 		if bad == nil {
-			return nil, nil
+			return nil, nil, nil
 		}
 		if !errors.Is(bad, blockdev.ErrCorrupt) {
-			return nil, bad
+			return nil, nil, bad
 		}
 		if again, ok, err := s.diffRecord(id); err == nil && ok && again == r {
-			return bad, nil // else it was moved, or evicted
+			return missing, bad, nil // else it was moved, or evicted
 		}
+	}
+	return nil, nil, nil
+}
+
+// checkRefs looks whether every chunk of a reference list has a record.
+func (s *Store) checkRefs(list []byte) (missing map[blockdev.Digest]extent, err error) {
+	const size = len(blockdev.Digest{})
+	n := len(list) / size
+	for len(list) >= size {
+		batch := list[:min(len(list)/size, checkBatch)*size]
+		list = list[len(batch):]
+		err := s.view(func(tx *bolt.Tx) error {
+			b := tx.Bucket(bucketChunks)
+			for ; len(batch) > 0; batch = batch[size:] {
+				if b.Get(batch[:size]) != nil {
+					continue
+				}
+				if missing == nil {
+					missing = make(map[blockdev.Digest]extent)
+				}
+				missing[blockdev.Digest(batch[:size])] = extent{}
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	if missing != nil {
+		return missing, fmt.Errorf("%d of its %d chunks have no record: %w", len(missing), n, blockdev.ErrCorrupt)
 	}
 	return nil, nil
 }
@@ -174,7 +212,7 @@ func (s *Store) checkChunks(ctx context.Context, h *Health, mark bool) error {
 			}
 			done := ""
 			if mark {
-				s.damaged(d, at)
+				s.damaged(map[blockdev.Digest]extent{d: at})
 				done = forgotten
 			}
 			if len(h.Findings) < maxFindings {

@@ -1,8 +1,8 @@
 package store
 
 import (
-	"bytes"
 	"errors"
+	"maps"
 	"os"
 	"slices"
 	"sync"
@@ -21,16 +21,16 @@ type damageQueue struct {
 	pending map[blockdev.Digest]extent
 }
 
-// damaged marks a chunk, so that the next Put of it stores it again, and
-// forgets the layers that have it. at is where the damaged bytes are; the zero
-// extent if the record itself is unreadable.
-func (s *Store) damaged(d blockdev.Digest, at extent) {
+// damaged marks chunks, so that the next Put of one stores it again, and forgets the
+// layers that have them. The values are where the damaged bytes are; the zero extent
+// if the record itself is unreadable, or gone.
+func (s *Store) damaged(chunks map[blockdev.Digest]extent) {
 	q := &s.damage
 	q.mu.Lock()
 	if q.pending == nil {
 		q.pending = make(map[blockdev.Digest]extent)
 	}
-	q.pending[d] = at
+	maps.Copy(q.pending, chunks)
 	q.mu.Unlock()
 
 	q.scan.Lock()
@@ -45,15 +45,7 @@ func (s *Store) damaged(d blockdev.Digest, at extent) {
 	s.count(func(c *counters) { c.damaged += int64(len(todo)) })
 	err := s.update(func(c *change) error {
 		for d, at := range todo {
-			r, ok, err := c.chunk(d)
-			if err != nil || !ok || r.extent != at {
-				continue // an unreadable record says enough by itself
-			}
-			if err := c.dropDue(dueKey(r.extent)); err != nil {
-				return err
-			}
-			r.flags = r.flags&^flagDue | flagDamaged
-			if err := c.putChunk(d, r); err != nil {
+			if err := c.markDamaged(d, at); err != nil {
 				return err
 			}
 		}
@@ -68,7 +60,7 @@ func (s *Store) damaged(d blockdev.Digest, at extent) {
 			continue
 		}
 		for d := range todo {
-			_, has := slices.BinarySearchFunc(refs, d, func(a, b blockdev.Digest) int { return bytes.Compare(a[:], b[:]) })
+			_, has := slices.BinarySearchFunc(refs, d, compareDigests)
 			if has {
 				s.cfg.Log.Error("store: a chunk is damaged on disk; its layer will be fetched again", "chunk", d, "diff", id)
 				s.forgetLayers(id)
@@ -76,6 +68,26 @@ func (s *Store) damaged(d blockdev.Digest, at extent) {
 			}
 		}
 	}
+}
+
+// markDamaged marks a chunk that still is where damage was found.
+func (c *change) markDamaged(d blockdev.Digest, at extent) error {
+	r, ok, err := c.chunk(d)
+	if err != nil || !ok && at == (extent{}) {
+		// Where it was is unknown, and how many refer to it.
+		if err := c.wantRecount(); err != nil {
+			return err
+		}
+		return c.putChunk(d, lostChunk(manyRefs))
+	}
+	if !ok || r.extent != at {
+		return nil
+	}
+	if err := c.dropDue(dueKey(r.extent)); err != nil {
+		return err
+	}
+	r.flags = r.flags&^flagDue | flagDamaged
+	return c.putChunk(d, r)
 }
 
 func (s *Store) diffIDs() []blockdev.Digest {
@@ -177,12 +189,17 @@ func (c *change) recountChunks(refs map[blockdev.Digest]uint32, live func(extent
 		if err != nil {
 			return err
 		}
-		r, err := decodeChunk(v)
-		if err != nil || refs[d] == 0 {
+		if refs[d] == 0 {
 			puts[d] = nil
 			return nil
 		}
-		live(r.extent)
+		r, err := decodeChunk(v)
+		if err != nil {
+			r = lostChunk(0)
+		}
+		if !r.lost() {
+			live(r.extent)
+		}
 		if r.flags&flagDue != 0 {
 			raw[d] = r
 		}

@@ -42,7 +42,7 @@ func (in *Ingest) Publish(ctx context.Context, rec LayerRecord, encodedIndex []b
 		return fmt.Errorf("store: layer %s published in the ingest of %s", rec.Layer, in.layer)
 	}
 	refs := slices.Clone(chunks)
-	slices.SortFunc(refs, func(a, b blockdev.Digest) int { return bytes.Compare(a[:], b[:]) })
+	slices.SortFunc(refs, compareDigests)
 	refs = slices.Compact(refs)
 	list := make([]byte, 0, len(refs)*len(blockdev.Digest{}))
 	for _, d := range refs {
@@ -70,7 +70,7 @@ func (in *Ingest) Publish(ctx context.Context, rec LayerRecord, encodedIndex []b
 	}
 	layer := layerRecord{DiffID: rec.DiffID, Size: rec.Size, Origins: rec.Origins}
 	err = in.s.update(func(c *change) error {
-		if err := in.record(c, refs); err != nil {
+		if err := in.record(c, refs, old); err != nil {
 			return err
 		}
 		if err := c.replaceDiff(rec.DiffID, old); err != nil {
@@ -101,6 +101,9 @@ func (in *Ingest) Publish(ctx context.Context, rec LayerRecord, encodedIndex []b
 	return nil
 }
 
+// compareDigests is the order of reference lists.
+func compareDigests(a, b blockdev.Digest) int { return bytes.Compare(a[:], b[:]) }
+
 // sync writes what is buffered and makes the pack durable.
 func (in *Ingest) sync() error {
 	in.mu.Lock()
@@ -129,25 +132,32 @@ func (in *Ingest) sync() error {
 }
 
 // record gives every chunk of refs one more reference. What the session has
-// put is used where the store has no good copy, and given up elsewhere. The
-// session is sealed, so its chunks may be read without the lock.
-func (in *Ingest) record(c *change, refs []blockdev.Digest) error {
+// put is used where the store has no good copy, and given up elsewhere. old are the
+// references of the diff's earlier version, which are dropped next. The session is
+// sealed, so its chunks may be read without the lock.
+func (in *Ingest) record(c *change, refs, old []blockdev.Digest) error {
 	c.live[in.id] += 2 // index and reference list
 	used := make(map[blockdev.Digest]struct{}, len(in.chunks))
 	for _, d := range refs {
 		own, mine := in.chunks[d]
 		r, ok, err := c.chunk(d)
+		if !ok {
+			// Its record is gone, as when a bit of the key has flipped.
+			if _, had := slices.BinarySearchFunc(old, d, compareDigests); had {
+				err = blockdev.ErrCorrupt
+			}
+		}
 		switch {
-		case err != nil: // unreadable record: where the chunk was is unknown
+		case err != nil: // where the chunk was is unknown
 			if err := c.wantRecount(); err != nil {
 				return err
 			}
 			if !mine {
 				return fmt.Errorf("store: chunk %s: %w", d, err)
 			}
-			// Never freed before the recount: others may refer to it.
+			// Others may refer to it.
 			r = own
-			r.refs = 1 << 30
+			r.refs = manyRefs
 			c.live[in.id]++
 			used[d] = struct{}{}
 		case ok && !r.damaged():

@@ -43,7 +43,7 @@ func (s *Store) Chunk(ctx context.Context, d blockdev.Digest) (Chunk, error) {
 			var err error
 			r, ok, err = s.lookup(d)
 			if errors.Is(err, blockdev.ErrCorrupt) {
-				s.damaged(d, extent{})
+				s.damaged(map[blockdev.Digest]extent{d: {}})
 			}
 			if err != nil {
 				return Chunk{}, fmt.Errorf("chunk %s: %w", d, err)
@@ -57,7 +57,7 @@ func (s *Store) Chunk(ctx context.Context, d blockdev.Digest) (Chunk, error) {
 		}
 		if cause != nil && r.extent == failed {
 			// Still where it was, so it was not moved or evicted: damage.
-			s.damaged(d, r.extent)
+			s.damaged(map[blockdev.Digest]extent{d: r.extent})
 			return Chunk{}, fmt.Errorf("store: chunk %s: %w", d, cause)
 		}
 		if data == nil {

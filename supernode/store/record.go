@@ -59,6 +59,15 @@ type chunkRecord struct {
 
 func (r chunkRecord) damaged() bool { return r.flags&flagDamaged != 0 }
 
+// manyRefs is the count of who cannot be counted: never zero before the recount.
+const manyRefs = 1 << 30
+
+// lostChunk takes the place of a record that cannot be read: a damaged chunk that lies
+// nowhere.
+func lostChunk(refs uint32) chunkRecord { return chunkRecord{refs: refs, flags: flagDamaged} }
+
+func (r chunkRecord) lost() bool { return r.Length == 0 }
+
 func (r chunkRecord) encode() []byte {
 	b := make([]byte, chunkRecordLen)
 	binary.LittleEndian.PutUint64(b[0:], r.Pack)

@@ -121,7 +121,7 @@ func (r *run) do(t due, free int64) error {
 	if errors.Is(err, blockdev.ErrCorrupt) {
 		now, ok, lerr := r.s.lookup(t.d)
 		if lerr == nil && ok && now.extent == t.rec.extent {
-			r.s.damaged(t.d, t.rec.extent)
+			r.s.damaged(map[blockdev.Digest]extent{t.d: t.rec.extent})
 		}
 		return nil // else it was evicted
 	}
