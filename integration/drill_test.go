@@ -67,7 +67,7 @@ func figure(t *testing.T, name, unit string, cmp report.Cmp, bar float64, sample
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if isDrill() {
+	if isDrill() || code != 0 { // what was counted says best what went wrong
 		if err := drills.Print(os.Stdout); err != nil {
 			println(err.Error())
 			code = 1

@@ -327,9 +327,9 @@ func (f *flipSite) flip(kind flipKind, im flipImage, root string) string {
 	rand.Shuffle(len(files), func(i, k int) { files[i], files[k] = files[k], files[i] })
 	for _, path := range files {
 		file := must(os.OpenFile(path, os.O_RDWR, 0))(f.t)
-		off, ok := somewhere(f.t, file)
+		off, ok := somewhere(f.t, file, kind.partly)
 		for kind.name == "bitmap" && off >= 512 && off < 4096 { // means nothing
-			off, ok = somewhere(f.t, file)
+			off, ok = somewhere(f.t, file, kind.partly)
 		}
 		if ok {
 			var b [1]byte
@@ -347,8 +347,10 @@ func (f *flipSite) flip(kind flipKind, im flipImage, root string) string {
 	return ""
 }
 
-// somewhere picks a byte of what a file has on disk: holes are nobody's.
-func somewhere(t *testing.T, file *os.File) (int64, bool) {
+// somewhere picks a byte of what a file has on disk: holes are nobody's, and neither is,
+// in a file with holes to be filled, the rest of a block beside them.
+func somewhere(t *testing.T, file *os.File, filling bool) (int64, bool) {
+	const block = 4096
 	size := must(file.Stat())(t).Size()
 	var there [][2]int64
 	var sum int64
@@ -359,7 +361,13 @@ func somewhere(t *testing.T, file *os.File) (int64, bool) {
 		}
 		noError(t, err)
 		to := must(unix.Seek(int(file.Fd()), from, unix.SEEK_HOLE))(t)
-		there, sum, at = append(there, [2]int64{from, to}), sum+to-from, to
+		at = to
+		if filling {
+			from, to = from+block, to-block
+		}
+		if from < to {
+			there, sum = append(there, [2]int64{from, to}), sum+to-from
+		}
 	}
 	if sum == 0 {
 		return 0, false

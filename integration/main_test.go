@@ -40,7 +40,7 @@ func newLab(t *testing.T) *lab.Lab {
 		if t.Failed() {
 			logs, _ := filepath.Glob(l.Path("log", "*.log"))
 			for _, f := range logs {
-				t.Logf("%s ends:\n%s", filepath.Base(f), lab.Tail(f, 25))
+				t.Logf("%s ends:\n%s", filepath.Base(f), lab.Tail(f, 10))
 			}
 		}
 		if err := l.Close(); err != nil {

@@ -53,8 +53,9 @@ type Options struct {
 	// one comes after 50 ms, doubling up to MaxBackoff (2 s).
 	DialTimeout, MaxBackoff time.Duration
 	// Restart is how long requests for images and documents wait for a server that
-	// was connected a moment ago: one that is being restarted; 0: they fail at once,
-	// as when there is another server to ask.
+	// was connected a moment ago: one that is being restarted; if that is longer ago
+	// they wait for one more attempt to connect. 0: they fail at once, as when there is
+	// another server to ask.
 	Restart time.Duration
 	// Patient: images and documents for which the server has too much to do are asked
 	// for again until the context ends. A rollout has all nodes ask one supernode at
@@ -171,13 +172,15 @@ func (c *Client) ready(ctx context.Context) error {
 const restartLook = 10 * time.Millisecond
 
 // readyAgain is ready for a server that may be restarting: it waits until
-// Options.Restart after the connection was lost.
+// Options.Restart after the connection was lost, and for one attempt at least.
 func (c *Client) readyAgain(ctx context.Context) error {
-	for {
+	for attempts := 0; ; attempts++ {
 		err := c.ready(ctx)
-		if err == nil || ctx.Err() != nil || c.keeper.ctx.Err() != nil || time.Since(c.keeper.lostAt()) >= c.opts.Restart {
+		if err == nil || ctx.Err() != nil || c.keeper.ctx.Err() != nil || c.opts.Restart == 0 ||
+			attempts > 0 && time.Since(c.keeper.lostAt()) >= c.opts.Restart {
 			return err
 		}
+		c.keeper.hurry()
 		t := time.NewTimer(restartLook)
 		select {
 		case <-t.C:

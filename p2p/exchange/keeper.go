@@ -19,6 +19,8 @@ import (
 const (
 	// minBackoff is the wait after the first failed dial.
 	minBackoff = 50 * time.Millisecond
+	// hurried is the longest wait after a failed dial while somebody waits.
+	hurried = 250 * time.Millisecond
 	// idleStream is how long a stream is kept for the next request. It is well
 	// below the server's IdleTimeout.
 	idleStream = 30 * time.Second
@@ -34,6 +36,7 @@ type keeper struct {
 	ctx    context.Context        // ends with close
 	cancel context.CancelFunc
 	look   chan struct{} // capacity 1: the connection may be gone
+	wanted chan struct{} // capacity 1: somebody waits for the next attempt
 	done   chan struct{} // closed when the goroutine has ended
 
 	mu      sync.Mutex
@@ -46,7 +49,7 @@ type keeper struct {
 func newKeeper(h host.Host, info peer.AddrInfo, opts Options, expire func(time.Time)) *keeper {
 	k := &keeper{
 		host: h, info: info, opts: &opts, expire: expire,
-		look: make(chan struct{}, 1), done: make(chan struct{}), dialing: make(chan struct{}),
+		look: make(chan struct{}, 1), wanted: make(chan struct{}, 1), done: make(chan struct{}), dialing: make(chan struct{}),
 	}
 	k.ctx, k.cancel = context.WithCancel(context.Background())
 	go k.run()
@@ -80,9 +83,7 @@ func (k *keeper) run() {
 			return
 		}
 		if err != nil {
-			// Half to all of it, so that a thousand nodes do not dial a
-			// restarted supernode in step.
-			if !k.sleep(backoff/2 + rand.N(backoff/2+1)) {
+			if !k.rest(backoff) {
 				return
 			}
 			backoff = min(2*backoff, k.opts.MaxBackoff)
@@ -150,14 +151,38 @@ func (k *keeper) dial() error {
 	return err
 }
 
-func (k *keeper) sleep(d time.Duration) bool {
-	t := time.NewTimer(d)
+// rest waits between attempts: half to all of the back-off, so that a thousand nodes
+// do not dial a restarted supernode in step, and of hurried if somebody waits.
+func (k *keeper) rest(backoff time.Duration) bool {
+	began, share := time.Now(), 0.5+rand.Float64()/2
+	wait := func(d time.Duration) time.Duration { return time.Duration(share * float64(d)) }
+	t := time.NewTimer(wait(backoff))
 	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			return true
+		case <-k.wanted:
+			t.Reset(max(0, wait(min(backoff, hurried))-time.Since(began)))
+		case <-k.ctx.Done():
+			return false
+		}
+	}
+}
+
+// hurry has the next attempt come soon, and ready wait for it.
+func (k *keeper) hurry() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.up || k.ctx.Err() != nil {
+		return
+	}
+	if k.dialing == nil {
+		k.dialing = make(chan struct{})
+	}
 	select {
-	case <-t.C:
-		return true
-	case <-k.ctx.Done():
-		return false
+	case k.wanted <- struct{}{}:
+	default:
 	}
 }
 
