@@ -79,6 +79,10 @@ func (n *Net) ip(ctx context.Context, args ...string) error {
 	return err
 }
 
+// congestionControl of the machines' TCP: Linux's own default, so that what is measured
+// does not depend on what somebody has set on the machine that all of them run on.
+const congestionControl = "cubic"
+
 // NewHost adds a machine whose link has this rate in each direction (0: none).
 func (n *Net) NewHost(ctx context.Context, name string, zone int, rate Rate) (*Host, error) {
 	if zone < 0 || zone >= n.zones {
@@ -103,6 +107,8 @@ func (n *Net) NewHost(ctx context.Context, name string, zone int, rate Rate) (*H
 		{"-n", h.ns, "link", "add", "eth0", "type", "veth", "peer", "name", h.port, "netns", n.sw},
 		{"-n", h.ns, "addr", "add", h.IP + "/16", "dev", "eth0"},
 		{"-n", h.ns, "link", "set", "eth0", "up"},
+		// A route may say it where the sysctl may not.
+		{"-n", h.ns, "route", "replace", "10.77.0.0/16", "dev", "eth0", "src", h.IP, "congctl", congestionControl},
 		{"-n", n.sw, "link", "set", h.port, "up", "master", "zone" + strconv.Itoa(zone)},
 	} {
 		if err := n.ip(ctx, args...); err != nil {
