@@ -43,6 +43,8 @@
 //	        CRC-32C of the stored bytes u32, references u32 (diffs that have the
 //	        chunk), flags u32 (1: stored as one zstd frame, else raw;
 //	        2: damaged; 4: raw, still to be compressed), zero u32, CRC-32C of the 40 bytes before it u32
+//	        A damaged one of stored length 0 is in place of a record that could not be
+//	        read, or was gone: the chunk lies nowhere
 //	diffs   DiffID (32) -> JSON diffRecord: where index and reference list lie,
 //	        sizes, last use
 //	layers  layer digest (32) -> JSON layerRecord: DiffID, size, origins
