@@ -33,6 +33,9 @@ var ErrInUse = errors.New("another process uses it")
 // lockWait is how long a lock is waited for.
 const lockWait = time.Second
 
+// lockLook is how often it is tried.
+const lockLook = 20 * time.Millisecond
+
 // File checks the database at path, which nobody has open for writing. visit, if
 // not nil, looks at what it holds; an error of it counts as damage. A file that is
 // not there is fs.ErrNotExist.
@@ -43,8 +46,7 @@ func File(path string, visit func(tx *bolt.Tx) error) error {
 		return nil // as a crash may leave a new one: bbolt sets it up
 	}
 	err := guard(func() error {
-		// bbolt follows pages as it opens a database that keeps no free list.
-		if err := checkPages(path); err != nil {
+		if err := lockedPages(path); err != nil {
 			return err
 		}
 		db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true, Timeout: lockWait, PreLoadFreelist: true})
@@ -59,13 +61,24 @@ func File(path string, visit func(tx *bolt.Tx) error) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, bolterrors.ErrTimeout):
+	case errors.Is(err, bolterrors.ErrTimeout), errors.Is(err, ErrInUse):
 		return fmt.Errorf("%s: %w", path, ErrInUse)
 	case errors.Is(err, blockdev.ErrCorrupt), errors.As(err, &system):
 		return fmt.Errorf("%s: %w", path, err)
 	default: // bbolt's own, such as "invalid database"
 		return fmt.Errorf("%s: %w: %w", path, blockdev.ErrCorrupt, err)
 	}
+}
+
+// Pages checks the pages of the database at path alone, at the cost of reading it once.
+// That is for before it is opened: bbolt follows pages as it opens a database that
+// keeps no free list, and what it finds there, in a goroutine of its own, ends the
+// process. Errors are those of File.
+func Pages(path string) error {
+	if err := lockedPages(path); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
 }
 
 // Live checks a database that is in use. Writers wait meanwhile: bbolt compares the

@@ -98,6 +98,70 @@ func TestFile(t *testing.T) {
 	}
 }
 
+// TestPages: what bbolt itself writes is never called damaged, whatever it has been
+// through, and a branch that does not begin where its leaf does always is: with the next
+// write bbolt would make two of it.
+func TestPages(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	if err := Pages(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no file: %v", err)
+	}
+	rng := rand.New(rand.NewPCG(3, 4))
+	for round := range 40 {
+		db, err := bolt.Open(path, 0o600, &bolt.Options{NoFreelistSync: true, FreelistType: bolt.FreelistMapType})
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = db.Update(func(tx *bolt.Tx) error {
+			b, err := tx.CreateBucketIfNotExists([]byte("a"))
+			for range 300 {
+				key := fmt.Appendf(nil, "%032d", rng.IntN(2000))
+				if err == nil && rng.IntN(40) < 20+round/4 {
+					err = b.Delete(key)
+				} else if err == nil {
+					err = b.Put(key, make([]byte, rng.IntN(300)))
+				}
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := Live(db, nil); err != nil {
+			t.Fatalf("round %d, live: %v", round, err)
+		}
+		if err := Pages(path); round == 0 && !errors.Is(err, ErrInUse) {
+			t.Errorf("in use: %v", err)
+		}
+		if err := db.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := Pages(path); err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for at := 0; at < len(data); at += os.Getpagesize() {
+		page := data[at:min(at+os.Getpagesize(), len(data))]
+		if order.Uint16(page[8:]) != branchPage || order.Uint64(page) != uint64(at/os.Getpagesize()) {
+			continue
+		}
+		page[pageHeader+order.Uint32(page[pageHeader:])+31] ^= 1 // the last byte of its first key
+		err := checkReader(bytes.NewReader(data), int64(len(data)))
+		page[pageHeader+order.Uint32(page[pageHeader:])+31] ^= 1
+		if err != nil {
+			found++
+		}
+	}
+	if found == 0 {
+		t.Error("no branch was found to begin elsewhere")
+	}
+}
+
 // TestDamage: no damage takes the process down, and what is not found does not
 // change what is read but for the flipped bits themselves.
 func TestDamage(t *testing.T) {

@@ -8,6 +8,9 @@ import (
 	"hash/fnv"
 	"io"
 	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -56,6 +59,28 @@ func corrupt(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", blockdev.ErrCorrupt, fmt.Sprintf(format, args...))
 }
 
+// lockedPages checks the pages of the database in a file while bbolt's lock keeps others
+// from writing to it.
+func lockedPages(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close() // and with it goes the lock
+	for end := time.Now().Add(lockWait); ; time.Sleep(lockLook) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+		if err == nil {
+			return checkFile(f)
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return &os.PathError{Op: "flock", Path: path, Err: err}
+		}
+		if time.Now().After(end) {
+			return ErrInUse
+		}
+	}
+}
+
 // checkPages checks the pages of the database in a file that nobody writes to.
 func checkPages(path string) error {
 	f, err := os.Open(path)
@@ -63,8 +88,12 @@ func checkPages(path string) error {
 		return err
 	}
 	defer f.Close()
+	return checkFile(f)
+}
+
+func checkFile(f *os.File) error {
 	fi, err := f.Stat()
-	if err != nil {
+	if err != nil || fi.Size() == 0 { // as a crash may leave a new one: bbolt sets it up
 		return err
 	}
 	return checkReader(f, fi.Size())
@@ -188,7 +217,7 @@ func (p *pages) tree(root uint64) error {
 	return nil
 }
 
-// below checks a page and those under it, whose keys are from least on and less than
+// below checks a page and those under it, whose keys begin with least and are less than
 // end (nil: no bound), adds the buckets in them to roots, and returns the last key.
 func (p *pages) below(id uint64, least, end []byte, roots *[]uint64) (last []byte, err error) {
 	b, err := p.page(id)
@@ -202,7 +231,7 @@ func (p *pages) below(id uint64, least, end []byte, roots *[]uint64) (last []byt
 	last = least
 	for i, e := range all {
 		c := bytes.Compare(last, e.key)
-		if last != nil && (c > 0 || c == 0 && i > 0) || end != nil && bytes.Compare(e.key, end) >= 0 {
+		if last != nil && (c > 0 || (c == 0) != (i == 0)) || end != nil && bytes.Compare(e.key, end) >= 0 {
 			return nil, corrupt("page %d: key %d is out of order", id, i)
 		}
 		last = e.key

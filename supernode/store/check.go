@@ -43,7 +43,8 @@ func CheckIndex(dir string) error {
 
 // Check reads every chunk and compares it with its digest, and every index with its
 // diff, while the store is in use. With mark, layers that have damage are forgotten,
-// to be fetched again, as is done when a read finds it.
+// to be fetched again, as is done when a read finds it. What is forgotten already is
+// passed over.
 func (s *Store) Check(ctx context.Context, mark bool) (*Health, error) {
 	h := &Health{}
 	if err := mapClosed(boltcheck.Live(s.db, nil)); errors.Is(err, blockdev.ErrCorrupt) {
@@ -79,7 +80,7 @@ func (s *Store) checkDiffs(ctx context.Context, h *Health, mark bool) error {
 		if err != nil {
 			return err
 		}
-		if bad == nil {
+		if bad == nil || !errors.Is(bad, errOtherDiff) && s.isForgotten(id) {
 			continue
 		}
 		done := ""
@@ -102,6 +103,15 @@ func (s *Store) checkDiffs(ctx context.Context, h *Health, mark bool) error {
 		h.add("diff "+id.String(), done, "%v", bad)
 	}
 	return nil
+}
+
+// isForgotten says that a diff has no layer: it is given to nobody any more, and is
+// replaced as soon as its layer is fetched again.
+func (s *Store) isForgotten(id blockdev.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	d := s.diffs[id]
+	return d != nil && len(d.layers) == 0
 }
 
 var errOtherDiff = errors.New("index is that of diff")

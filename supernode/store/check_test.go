@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -178,6 +179,78 @@ func changeRecord(t *testing.T, dir string, bucket []byte, key blockdev.Digest, 
 		return b.Put(key[:], record)
 	})
 	if err := errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// FuzzFlip flips a bit in a file of a store: a check repairs it, the next one finds
+// nothing, and layers that are fetched again are right.
+func FuzzFlip(f *testing.F) {
+	rng := rand.New(rand.NewPCG(1, 2))
+	for range 60 {
+		f.Add(rng.IntN(4) == 0, rng.Uint32(), byte(rng.IntN(8)))
+	}
+	f.Fuzz(func(t *testing.T, pack bool, at uint32, bit byte) {
+		dir := t.TempDir()
+		a, b := indexed(t, newLayer(1, 30)), newLayer(2, 20)
+		b.chunks = append(b.chunks, a.chunks[7])
+		b = indexed(t, b)
+		s := open(t, Config{Dir: dir, Idle: -1})
+		publish(t, s, a)
+		publish(t, s, b)
+		shut(t, s)
+		path := s.dbPath()
+		if pack {
+			path = s.packs.path(1)
+		}
+		flipBit(t, path, at, bit)
+
+		if err := CheckIndex(dir); err != nil && !errors.Is(err, blockdev.ErrCorrupt) {
+			t.Fatal(err)
+		}
+		s, err := Open(Config{Dir: dir, Idle: -1})
+		if errors.Is(err, blockdev.ErrUnsupported) {
+			return // the flip is in the format's number
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range storeCheck(t, s, true).Findings {
+			if f.Repaired == "" {
+				t.Errorf("not repaired: %+v", f)
+			}
+		}
+		if h := storeCheck(t, s, false); len(h.Findings) != 0 {
+			t.Errorf("after the repair: %+v", h.Findings)
+		}
+		shut(t, s)
+		s = open(t, Config{Dir: dir, Idle: -1})
+		publish(t, s, a)
+		publish(t, s, b)
+		check(t, s, a)
+		check(t, s, b)
+		if h := storeCheck(t, s, false); len(h.Findings) != 0 {
+			t.Errorf("fetched again: %+v", h.Findings)
+		}
+		shut(t, s)
+	})
+}
+
+// flipBit flips a bit of one of the bytes that are not zero: most of a database is empty.
+func flipBit(t *testing.T, path string, at uint32, bit byte) {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var used []int
+	for i, b := range data {
+		if b != 0 {
+			used = append(used, i)
+		}
+	}
+	data[used[int(at)%len(used)]] ^= 1 << (bit % 8)
+	if err := os.WriteFile(path, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
 }

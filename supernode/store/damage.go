@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"errors"
 	"maps"
 	"os"
@@ -184,10 +185,12 @@ func (c *change) recountChunks(refs map[blockdev.Digest]uint32, live func(extent
 	b := c.tx.Bucket(bucketChunks)
 	puts := make(map[blockdev.Digest][]byte)
 	raw := make(map[blockdev.Digest]chunkRecord) // still to be compressed
+	var odd [][]byte
 	err := b.ForEach(func(k, v []byte) error {
 		d, err := toDigest(k)
 		if err != nil {
-			return err
+			odd = append(odd, bytes.Clone(k))
+			return nil
 		}
 		if refs[d] == 0 {
 			puts[d] = nil
@@ -211,6 +214,11 @@ func (c *change) recountChunks(refs map[blockdev.Digest]uint32, live func(extent
 	})
 	if err != nil {
 		return err
+	}
+	for _, k := range odd {
+		if err := b.Delete(k); err != nil {
+			return err
+		}
 	}
 	for d, v := range puts {
 		if v == nil {
@@ -256,7 +264,7 @@ func (c *change) recountPacks(live map[uint64][]extent64) error {
 			if e.offset > end {
 				c.dead = append(c.dead, extent64{id, end, e.offset - end})
 			}
-			end = e.offset + e.length
+			end = max(end, e.offset+e.length) // they may overlap where a diff's record is damaged
 		}
 		if st, err := os.Stat(c.s.packs.path(id)); err == nil && st.Size() > end {
 			c.dead = append(c.dead, extent64{id, end, st.Size() - end})

@@ -120,7 +120,7 @@ func (s *Store) Remove(id blockdev.Digest) error { return s.remove(id, false) }
 func (s *Store) remove(id blockdev.Digest, unlessPinned bool) error {
 	s.commit.Lock()
 	defer s.commit.Unlock()
-	refs, err := s.refsOf(id)
+	refs, err := s.freeable(id)
 	if err != nil {
 		return err
 	}

@@ -172,8 +172,9 @@ func (s *Store) loadPacks() error {
 	}
 	s.punchAll(dead)
 	for id := range known {
-		s.packUse[id] = s.packs.diskUse(id)
-		s.used += s.packUse[id]
+		use := s.packs.diskUse(id)
+		s.used += use - s.packUse[id] // which a recount has counted
+		s.packUse[id] = use
 	}
 	return nil
 }

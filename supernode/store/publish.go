@@ -3,6 +3,7 @@ package store
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -64,7 +65,7 @@ func (in *Ingest) Publish(ctx context.Context, rec LayerRecord, encodedIndex []b
 	}
 	in.s.commit.Lock()
 	defer in.s.commit.Unlock()
-	old, err := in.s.refsOf(rec.DiffID)
+	old, err := in.s.freeable(rec.DiffID)
 	if err != nil {
 		return err
 	}
@@ -205,10 +206,8 @@ func (c *change) replaceDiff(id blockdev.Digest, old []blockdev.Digest) error {
 		return nil
 	}
 	if old == nil {
-		// The reference list is damaged, or the diff came between.
-		if err := c.wantRecount(); err != nil {
-			return err
-		}
+		// Damaged, or the diff came between: what it had is freed by the recount.
+		return c.wantRecount()
 	}
 	for _, d := range old {
 		if err := c.unref(d); err != nil {
@@ -237,6 +236,23 @@ func (s *Store) refsOf(id blockdev.Digest) ([]blockdev.Digest, error) {
 		copy(refs[i][:], b[i*len(refs[i]):])
 	}
 	return refs, nil
+}
+
+// freeable is refsOf for who frees what a diff has: nil also if its index is not where
+// its record says. What lies there then may be somebody else's.
+func (s *Store) freeable(id blockdev.Digest) ([]blockdev.Digest, error) {
+	r, ok, err := s.diffRecord(id)
+	if errors.Is(err, blockdev.ErrCorrupt) || err == nil && !ok {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if _, err := s.packs.read(r.Index, nil); err != nil {
+		s.cfg.Log.Error("store: the index of a diff is damaged", "diff", id, "error", err)
+		return nil, nil
+	}
+	return s.refsOf(id)
 }
 
 // published brings the memory up to date with what was committed.

@@ -3,6 +3,7 @@ package store
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -16,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/boltcheck"
 )
 
 // ErrClosed is returned by every call after Close.
@@ -166,6 +168,9 @@ func (s *Store) dbPath() string { return filepath.Join(s.cfg.Dir, "index.db") }
 // openDB opens index.db; one that is no database any more is replaced.
 func (s *Store) openDB() error {
 	open := func() error {
+		if err := boltcheck.Pages(s.dbPath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 		db, err := bolt.Open(s.dbPath(), 0o600, &bolt.Options{
 			Timeout:      time.Second, // for the lock
 			FreelistType: bolt.FreelistMapType,
@@ -179,7 +184,7 @@ func (s *Store) openDB() error {
 		return err
 	}
 	err := guard(open)
-	if errors.Is(err, bolterrors.ErrTimeout) {
+	if errors.Is(err, bolterrors.ErrTimeout) || errors.Is(err, boltcheck.ErrInUse) {
 		return fmt.Errorf("store: %s is in use by another process", s.cfg.Dir)
 	}
 	if errors.Is(err, bolterrors.ErrInvalid) || errors.Is(err, bolterrors.ErrChecksum) || errors.Is(err, bolterrors.ErrVersionMismatch) ||
