@@ -81,7 +81,7 @@ func (c *change) markDamaged(d blockdev.Digest, at extent) error {
 		}
 		return c.putChunk(d, lostChunk(manyRefs))
 	}
-	if !ok || r.extent != at {
+	if !ok || r.extent != at || r.lost() { // moved, evicted, or marked already
 		return nil
 	}
 	if err := c.dropDue(dueKey(r.extent)); err != nil {

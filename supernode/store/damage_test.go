@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	bolt "go.etcd.io/bbolt"
+
 	"github.com/shoalfs/shoal/blockdev"
 )
 
@@ -91,6 +93,41 @@ func TestRecount(t *testing.T) {
 	checkGone(t, s, fakeLayer{rec: a.rec, chunks: a.chunks[5:]})
 	shut(t, s)
 	checkAccounts(t, dir)
+}
+
+// A lost chunk lies nowhere: to mark it again touches nothing of who lies at the
+// beginning of the first pack.
+func TestLostTwice(t *testing.T) {
+	s := open(t, Config{Dir: t.TempDir(), Idle: -1})
+	defer shut(t, s)
+	l := newLayer(1, 20)
+	publish(t, s, l)
+	bad := blockdev.Sum(l.chunks[7])
+	err := s.update(func(c *change) error {
+		return c.tx.Bucket(bucketChunks).Put(bad[:], make([]byte, chunkRecordLen))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		s.damaged(map[blockdev.Digest]extent{bad: {}})
+		err := s.view(func(tx *bolt.Tx) error {
+			for i, b := range l.chunks {
+				d := blockdev.Sum(b)
+				r, err := decodeChunk(tx.Bucket(bucketChunks).Get(d[:]))
+				if err != nil || r.lost() != (i == 7) {
+					t.Errorf("chunk %d: %+v, %v", i, r, err)
+				}
+				if !r.lost() && tx.Bucket(bucketDue).Get(dueKey(r.extent)) == nil {
+					t.Errorf("chunk %d is not to be compressed any more", i)
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 func flip(t *testing.T, path string, off int64) {
