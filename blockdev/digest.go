@@ -18,15 +18,24 @@ func Sum(data []byte) Digest { return sha256.Sum256(data) }
 // ParseDigest reads the OCI form, "sha256:" and 64 lower-case hexadecimal
 // digits. Any other algorithm or form is an error.
 func ParseDigest(s string) (Digest, error) {
-	var d Digest
 	enc, ok := strings.CutPrefix(s, digestPrefix)
-	if !ok || len(enc) != hex.EncodedLen(len(d)) || strings.ToLower(enc) != enc {
+	d, isHex := ParseHex(enc)
+	if !ok || !isHex {
 		return Digest{}, fmt.Errorf("digest %.80q is not sha256:<64 hexadecimal digits>", s)
 	}
-	if _, err := hex.Decode(d[:], []byte(enc)); err != nil {
-		return Digest{}, fmt.Errorf("digest %q: %w", s, err)
-	}
 	return d, nil
+}
+
+// ParseHex reads what Hex returns, and nothing else: 64 lower-case hexadecimal
+// digits.
+func ParseHex(s string) (d Digest, ok bool) {
+	if len(s) != hex.EncodedLen(len(d)) || strings.ToLower(s) != s {
+		return Digest{}, false
+	}
+	if _, err := hex.Decode(d[:], []byte(s)); err != nil {
+		return Digest{}, false
+	}
+	return d, true
 }
 
 // String returns the OCI form, which ParseDigest reads.

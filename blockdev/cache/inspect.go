@@ -3,7 +3,6 @@ package cache
 import (
 	"bytes"
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -73,7 +72,7 @@ func Inspect(ctx context.Context, root string) (*Inspection, error) {
 			return nil, fmt.Errorf("check %s: %w", root, context.Cause(ctx))
 		}
 		dir := filepath.Join(root, diffsDir, e.Name())
-		id, ok := diffName(e.Name())
+		id, ok := blockdev.ParseHex(e.Name())
 		if !ok {
 			in.add(dir, "", "this is no diff: look what it is, and move it away")
 			continue
@@ -101,15 +100,6 @@ func (in *Inspection) tmp(root string) error {
 		in.add(filepath.Join(root, tmpDir, e.Name()), repairFile, "left behind when a layer was added or removed")
 	}
 	return nil
-}
-
-// diffName reads the name of a diff's directory.
-func diffName(name string) (id blockdev.Digest, ok bool) {
-	if len(name) != hex.EncodedLen(len(id)) {
-		return id, false
-	}
-	_, err := hex.Decode(id[:], []byte(name))
-	return id, err == nil && id.Hex() == name
 }
 
 // inspector looks at one diff.

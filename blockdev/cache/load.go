@@ -2,7 +2,6 @@ package cache
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"os"
 	"path/filepath"
@@ -31,8 +30,8 @@ func (c *Cache) find(ctx context.Context) (left []string, err error) {
 		return nil, err
 	}
 	for _, e := range dirs {
-		var id blockdev.Digest
-		if n, err := hex.Decode(id[:], []byte(e.Name()[:min(len(e.Name()), 2*len(id))])); err != nil || n != len(id) || id.Hex() != e.Name() {
+		id, ok := blockdev.ParseHex(e.Name())
+		if !ok {
 			c.cfg.Log.Warn("not a diff, left alone", "path", filepath.Join(c.cfg.Root, diffsDir, e.Name()))
 			continue
 		}

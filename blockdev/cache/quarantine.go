@@ -1,7 +1,6 @@
 package cache
 
 import (
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -101,8 +100,8 @@ func openQuarantine(dir string, tmp func() string, log *slog.Logger) (*quarantin
 		return nil, err
 	}
 	for _, e := range entries {
-		var id blockdev.Digest
-		if n, err := hex.Decode(id[:], []byte(e.Name())); err != nil || n != len(id) || id.Hex() != e.Name() {
+		id, ok := blockdev.ParseHex(e.Name())
+		if !ok {
 			log.Warn("not a record of quarantine, left alone", "path", filepath.Join(dir, e.Name()))
 			continue
 		}

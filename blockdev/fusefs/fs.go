@@ -3,12 +3,10 @@ package fusefs
 import (
 	"context"
 	"encoding/binary"
-	"encoding/hex"
 	"log/slog"
 	"math"
 	"os"
 	"slices"
-	"strings"
 	"sync"
 	"syscall"
 
@@ -140,7 +138,7 @@ func (r *rawFS) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fu
 	if h.NodeId != fuse.FUSE_ROOT_ID {
 		return fuse.Status(syscall.ENOTDIR)
 	}
-	id, ok := parseName(name)
+	id, ok := blockdev.ParseHex(name)
 	if !ok {
 		return fuse.ENOENT
 	}
@@ -157,15 +155,6 @@ func (r *rawFS) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fu
 	out.EntryValid, out.AttrValid = validSeconds, validSeconds
 	fillAttr(id, f, &out.Attr)
 	return fuse.OK
-}
-
-// parseName reads a file name: 64 lower-case hexadecimal digits.
-func parseName(name string) (id blockdev.Digest, ok bool) {
-	if len(name) != 2*len(id) || strings.ToLower(name) != name {
-		return id, false
-	}
-	_, err := hex.Decode(id[:], []byte(name))
-	return id, err == nil
 }
 
 func (r *rawFS) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {

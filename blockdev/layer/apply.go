@@ -63,7 +63,7 @@ func (t *tree) apply(hdr *tar.Header) (*erofs.Inode, error) {
 	var mode, rdev uint32
 	var target []byte
 	switch hdr.Typeflag {
-	case tar.TypeReg, tar.TypeGNUSparse: // the reader has turned TypeRegA into one of these
+	case tar.TypeReg: // the reader has turned TypeRegA into this
 		mode = modeRegular
 	case tar.TypeSymlink:
 		if n := len(hdr.Linkname); n == 0 || n > MaxPath {
@@ -79,7 +79,7 @@ func (t *tree) apply(hdr *tar.Header) (*erofs.Inode, error) {
 		mode, rdev = modeBlock, device(hdr)
 	case tar.TypeFifo:
 		mode = modeFIFO
-	default:
+	default: // the old GNU sparse format among them, which containerd does not unpack either
 		return nil, unsupported("entry of type %q", hdr.Typeflag)
 	}
 	file, err := t.create(d, base, mode)

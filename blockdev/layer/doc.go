@@ -26,11 +26,10 @@
 //   - Modification times before 1970 or after 2262 become 0.
 //   - Parents without an entry are 0755 and listed in Index.Implied.
 //
-// Two things differ on purpose: names and hard link targets that leave the root
-// are refused where containerd keeps them inside, and the old GNU sparse format,
-// which containerd does not know, is read. What containerd leaves to the clock
-// (mtimes of whiteouts, of implied directories and of the root) is the entry's
-// mtime or 0 here.
+// One thing differs on purpose: names and hard link targets that leave the root
+// are refused where containerd keeps them inside. What containerd leaves to the
+// clock (mtimes of whiteouts, of implied directories and of the root) is the
+// entry's mtime or 0 here.
 //
 // # Invariants
 //

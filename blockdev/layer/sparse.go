@@ -53,7 +53,7 @@ func dataOf(hdr *tar.Header, head []byte) (parts []part, size int64, err error) 
 	}
 	switch kind {
 	case "old":
-		parts, err = oldMap(main)
+		return nil, size, nil // the tree takes no such file; a whiteout may be one
 	case "0":
 		parts, err = decimals(strings.Split(hdr.PAXRecords[paxSparseMap], ","))
 	case "1":
@@ -117,37 +117,6 @@ func mainHeader(head []byte) []byte {
 		}
 	}
 	return nil
-}
-
-// oldMap reads the map of the old GNU format: four places in the header, 21 in
-// each block that follows; an empty place ends a block's list.
-func oldMap(main []byte) ([]part, error) {
-	parts := []part{}
-	at, count, more := 386, 4, 482
-	for {
-		for i := range count {
-			e := main[at+24*i:][:24]
-			if e[0] == 0 {
-				break
-			}
-			off, err := number(e[:12])
-			if err != nil {
-				return nil, err
-			}
-			n, err := number(e[12:])
-			if err != nil {
-				return nil, err
-			}
-			parts = append(parts, part{off, n})
-		}
-		if main[more] == 0 {
-			return parts, nil
-		}
-		if main = main[tarBlock:]; len(main) < tarBlock {
-			return nil, errTruncated
-		}
-		at, count, more = 0, 21, 504
-	}
 }
 
 func decimals(fields []string) ([]part, error) {
