@@ -41,7 +41,9 @@ containerd's config:
   [proxy_plugins.shoal]
     type = "snapshot"
     address = "/run/shoal/shoal.sock"
+    capabilities = ["remap-ids"]
     [proxy_plugins.shoal.exports]
+      root = "/var/lib/shoal"
       enable_remote_snapshot_annotations = "true"
 
 It is also a registry mirror on loopback, so that manifests come through the
