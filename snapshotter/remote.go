@@ -30,7 +30,10 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, info 
 	pk := pullKey{namespace: namespaceOf(key), ref: w.ref, manifest: w.manifest}
 	p, leave, err := s.pulls.join(ctx, pk, w.chain, func(ctx context.Context) (*openImage, error) {
 		o, err := s.open(ctx, w)
-		if err != nil && !errors.Is(err, context.Canceled) {
+		switch {
+		case errors.As(err, new(refused)):
+			s.log.Info("image is not lazy, as the config says: containerd unpacks it in the ordinary way", "image", w.ref, "cause", err)
+		case err != nil && !errors.Is(err, context.Canceled):
 			s.notLazy(w, cause(err, s.cfg.IndexTimeout))
 		}
 		return o, err
