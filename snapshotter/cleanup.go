@@ -18,8 +18,39 @@ import (
 )
 
 // Cleanup frees what removed snapshots have left: directories, diffs that nobody
-// uses any more, and records of images that are gone.
+// uses any more, and records of images that are gone. What takes longer than
+// Config.PrepareTimeout goes on in the background.
 func (s *Snapshotter) Cleanup(ctx context.Context) error {
+	ctx, cancel := s.limit(ctx)
+	defer cancel()
+	done := make(chan error, 1)
+	s.mu.Lock()
+	if s.base.Err() != nil {
+		s.mu.Unlock()
+		return errClosing
+	}
+	s.bg.Go(func() { done <- s.cleanup(s.base) })
+	s.mu.Unlock()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		if err := context.Cause(ctx); !errors.Is(err, errSlow) {
+			return err
+		}
+		s.log.Info("cleaning up after removed snapshots goes on in the background")
+		return nil
+	}
+}
+
+// cleanup is one Cleanup at a time.
+func (s *Snapshotter) cleanup(ctx context.Context) error {
+	select {
+	case s.cleaning <- struct{}{}:
+	case <-ctx.Done():
+		return errClosing
+	}
+	defer func() { <-s.cleaning }()
 	trash, chains, err := s.survey(ctx)
 	for _, dir := range trash {
 		s.removeDir(dir)

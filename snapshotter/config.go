@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
 // Data is the data path: it keeps local diffs and mounts their block images.
@@ -61,6 +60,12 @@ type PrefetchWaiter interface {
 	PrefetchWait(ctx context.Context, diffID blockdev.Digest) error
 }
 
+// Complete is an optional part of Data: whether every byte of a diff is local, so
+// that no source is needed for it.
+type Complete interface {
+	Complete(diffID blockdev.Digest) bool
+}
+
 // DecodedAdder is an optional part of Data: Add with the decoded form of the same
 // index, so that it is not decoded twice while a pull waits.
 type DecodedAdder interface {
@@ -90,23 +95,23 @@ type Config struct {
 	Images blockdev.ImageSource
 	// Credentials are passed to Images; nil: anonymous access only.
 	Credentials Credentials
-	// Policy says which images may be lazy, and what of them is prefetched; nil: every
-	// one, and all.
-	Policy *policy.Policy
 	// Groups is told which images are here; nil: nobody is.
 	Groups Groups
 	// Platform goes into requests for an image whose manifest the caller does not
 	// name (KeepImage).
 	Platform blockdev.Platform
-	// IndexTimeout bounds how long a pull waits for the indexes of an image and for
-	// its mounts; past it, the image is unpacked in the ordinary way. 0: 5 minutes,
-	// since a cold supernode may have to fetch the whole image first, which is what
-	// containerd would do instead. A supernode that cannot be reached should make
-	// Images fail well before.
-	//
-	// containerd's garbage collector waits for a Prepare that is under way, and all
-	// its other calls to this snapshotter wait for the collector.
+	// IndexTimeout bounds how long it may take to get the indexes of an image and
+	// to mount its diffs. 0: 5 minutes, since a cold supernode may have to fetch the
+	// whole image first, which is what containerd would do instead. A supernode that
+	// cannot be reached should make Images fail well before.
 	IndexTimeout time.Duration
+	// PrepareTimeout bounds how long a call of containerd waits for anything that is
+	// not on this machine, and for long work on it; 0: 3 seconds. A Prepare that
+	// ends so has the layer unpacked in the ordinary way. What is under way goes on.
+	//
+	// containerd holds a lock over these calls: its garbage collection waits for
+	// them, and all of its other calls to this snapshotter for that.
+	PrepareTimeout time.Duration
 	// PullIdle is for how long after its last Prepare a pull's decision stands, and
 	// the indexes it has opened are kept for layers still to come. 0: 15 minutes.
 	PullIdle time.Duration
@@ -121,11 +126,14 @@ func (c *Config) complete() error {
 	if c.Data == nil {
 		return errors.New("snapshotter: Data is missing")
 	}
-	if c.IndexTimeout < 0 || c.PullIdle < 0 {
-		return errors.New("snapshotter: IndexTimeout and PullIdle must not be negative")
+	if c.IndexTimeout < 0 || c.PrepareTimeout < 0 || c.PullIdle < 0 {
+		return errors.New("snapshotter: IndexTimeout, PrepareTimeout and PullIdle must not be negative")
 	}
 	if c.IndexTimeout == 0 {
 		c.IndexTimeout = 5 * time.Minute
+	}
+	if c.PrepareTimeout == 0 {
+		c.PrepareTimeout = 3 * time.Second
 	}
 	if c.PullIdle == 0 {
 		c.PullIdle = 15 * time.Minute

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -276,6 +277,14 @@ func (d *decodedData) AddDecoded(ctx context.Context, enc []byte, ix *blockdev.I
 	return id, err
 }
 
+// completeData is a data path that has every byte, once it is told so.
+type completeData struct {
+	*fakeData
+	complete atomic.Bool
+}
+
+func (d *completeData) Complete(blockdev.Digest) bool { return d.complete.Load() }
+
 func (d *fakeData) FetchStartup(profiles []blockdev.DiffProfile) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -329,8 +338,10 @@ type fakeImages struct {
 	requests []blockdev.ImageRequest
 	err      error
 	// gate, if not nil, is waited for.
-	gate   chan struct{}
-	change func(*blockdev.Image)
+	gate chan struct{}
+	// entered, if not nil, gets a value when a request begins.
+	entered chan struct{}
+	change  func(*blockdev.Image)
 }
 
 func newFakeImages() *fakeImages { return &fakeImages{images: make(map[blockdev.Digest]image)} }
@@ -347,6 +358,12 @@ func (f *fakeImages) OpenImage(ctx context.Context, req blockdev.ImageRequest) (
 	f.mu.Lock()
 	f.requests = append(f.requests, req)
 	gate, err, change := f.gate, f.err, f.change
+	if f.entered != nil {
+		select {
+		case f.entered <- struct{}{}:
+		default:
+		}
+	}
 	i, ok := f.images[req.Manifest]
 	if req.Manifest == (blockdev.Digest{}) {
 		for _, i = range f.images {
@@ -381,6 +398,12 @@ func (f *fakeImages) OpenImage(ctx context.Context, req blockdev.ImageRequest) (
 		change(img)
 	}
 	return img, nil
+}
+
+func (f *fakeImages) set(change func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change()
 }
 
 func (f *fakeImages) asked() int {

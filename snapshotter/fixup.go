@@ -1,6 +1,7 @@
 package snapshotter
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -21,12 +22,16 @@ import (
 // no entry for; each takes its attributes from the topmost of lowers (top first)
 // that has it, as containerd's archive.Apply does. Directories above these, and
 // the root, repeat own's attributes. needed is false, and dst is not made, if no
-// lower directory has any of them.
+// lower directory has any of them. It looks at ctx as it goes: a hostile index may
+// imply a million directories.
 //
 // dst holds no opaque marks: own's count, since overlayfs goes on from dst to own.
-func fixup(dst string, implied []string, own string, lowers []string) (needed bool, err error) {
+func fixup(ctx context.Context, dst string, implied []string, own string, lowers []string) (needed bool, err error) {
 	from := make(map[string]string) // clean relative path -> directory with its attributes
 	for _, dir := range implied {
+		if ctx.Err() != nil {
+			return false, context.Cause(ctx)
+		}
 		src, err := attributes(dir, lowers)
 		if err != nil {
 			return false, err
@@ -47,12 +52,18 @@ func fixup(dst string, implied []string, own string, lowers []string) (needed bo
 	slices.Sort(dirs) // what is in a directory comes after it
 	dirs = slices.Compact(dirs)
 	for _, dir := range dirs {
+		if ctx.Err() != nil {
+			return false, context.Cause(ctx)
+		}
 		if err := os.Mkdir(filepath.Join(dst, dir), 0o700); err != nil {
 			return false, err
 		}
 	}
 	// Backwards, since making a child changes its parent's time.
 	for _, dir := range slices.Backward(dirs) {
+		if ctx.Err() != nil {
+			return false, context.Cause(ctx)
+		}
 		src, err := inside(own, dir)
 		if err != nil {
 			return false, err

@@ -239,7 +239,7 @@ func TestFixupOfWrongIndex(t *testing.T) {
 	check(t, os.MkdirAll(filepath.Join(lower, "a/b"), 0o755))
 	check(t, os.Symlink("/etc", filepath.Join(own, "a")))
 	for _, implied := range []string{"a", "a/b"} {
-		_, err := fixup(filepath.Join(t.TempDir(), "fs"), []string{implied}, own, []string{lower})
+		_, err := fixup(bg, filepath.Join(t.TempDir(), "fs"), []string{implied}, own, []string{lower})
 		if !errors.Is(err, blockdev.ErrCorrupt) {
 			t.Errorf("implied %q: %v", implied, err)
 		}

@@ -20,7 +20,8 @@ const (
 	labelRef = "containerd.io/snapshot.ref"
 
 	// LabelPrefetch, with the value PrefetchWait, makes the pull wait until every
-	// byte of the image is local and verified.
+	// byte of the image is local and verified, but not longer than
+	// Config.PrepareTimeout.
 	LabelPrefetch = "containerd.io/snapshot/shoal.prefetch"
 	// PrefetchWait is LabelPrefetch's only value.
 	PrefetchWait = "wait"
@@ -84,12 +85,22 @@ func guard(info, old snapshots.Info, fieldpaths []string) (snapshots.Info, []str
 // want is what a Prepare's labels ask for.
 type want struct {
 	ref      string // image reference
+	name     string // host/repository
 	host     string // of the registry
 	manifest blockdev.Digest
-	chain    string // ChainID asked for
+	chain    string          // ChainID asked for
+	layer    blockdev.Digest // asked for; zero: not said
 	// layers are digests of layers that the image has; a hint that may be
 	// incomplete, since labels have a maximal length.
 	layers []blockdev.Digest
+}
+
+// key is that of the image's opening.
+func (w want) key() openKey {
+	if w.manifest == (blockdev.Digest{}) {
+		return openKey{name: w.name, ref: w.ref}
+	}
+	return openKey{name: w.name, manifest: w.manifest}
 }
 
 // parseWant reads the labels that pkg/snapshotters of containerd sets.
@@ -104,7 +115,7 @@ func parseWant(labels map[string]string) (want, error) {
 	if err != nil {
 		return w, fmt.Errorf("image reference %q: %w", w.ref, err)
 	}
-	w.host = spec.Hostname()
+	w.name, w.host = spec.Locator, spec.Hostname()
 	if v := labels[snapshotters.TargetManifestDigestLabel]; v != "" {
 		if w.manifest, err = blockdev.ParseDigest(v); err != nil {
 			return w, fmt.Errorf("manifest: %w", err)
@@ -118,6 +129,9 @@ func parseWant(labels map[string]string) (want, error) {
 			d, err := blockdev.ParseDigest(v)
 			if err != nil {
 				return w, fmt.Errorf("layer: %w", err)
+			}
+			if key == snapshotters.TargetLayerDigestLabel {
+				w.layer = d
 			}
 			w.layers = append(w.layers, d)
 		}

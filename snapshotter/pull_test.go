@@ -16,8 +16,8 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 )
 
-// Concurrent Prepares of one image wait for one round trip; a caller that goes
-// away does not end it for the others, and the last one that goes does.
+// Concurrent Prepares of one image wait for one round trip, and a caller that goes
+// away does not end it: neither for the others, nor for the next pull.
 func TestSingleFlight(t *testing.T) {
 	n := newNode(t)
 	img := newImage("registry.test/x:1", threeLayers(t)...)
@@ -79,14 +79,86 @@ func TestSingleFlight(t *testing.T) {
 		t.Errorf("%d snapshots for one chain", count)
 	}
 
-	n.images.gate = make(chan struct{}) // never opened
+	gate := make(chan struct{})
+	n.images.gate = gate
 	ctx, cancel = context.WithCancel(bg)
 	cancel()
 	img2 := newImage("registry.test/y:1", threeLayers(t)...)
+	n.images.publish(img2)
 	if _, err := n.Prepare(ctx, "ns/8/k", "", snapshots.WithLabels(img2.labels(0))); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled Prepare: %v", err)
 	}
-	n.pulls.flights.Wait() // ends because nobody waits for it
+	close(gate)
+	if _, fetched, err := n.pull(bg, img2); err != nil || len(fetched) > 0 || n.images.asked() != 2 {
+		t.Errorf("the next pull fetched %v, asked %d times: %v", fetched, n.images.asked(), err)
+	}
+}
+
+// A Prepare does not wait for longer than PrepareTimeout; the pull is not lazy then,
+// all of it, and the next one is, without asking again.
+func TestPrepareTimeout(t *testing.T) {
+	n := newNode(t, func(c *Config) { c.PrepareTimeout = 30 * time.Millisecond })
+	img := newImage("registry.test/x:1", threeLayers(t)...)
+	n.images.publish(img)
+	gate := make(chan struct{})
+	n.images.gate = gate
+	opts := snapshots.WithLabels(img.labels(0))
+	must(n.Prepare(bg, "ns/1/a", "", opts))(t)
+	close(gate)
+	n.openings.mu.Lock()
+	o := n.openings.m[openKey{name: "registry.test/x", manifest: img.manifest}]
+	n.openings.mu.Unlock()
+	<-o.done
+	check(t, n.Commit(bg, "ns/1/"+img.chain(0), "ns/1/a", opts))
+	if _, err := n.Prepare(bg, "ns/1/b", "ns/1/"+img.chain(0), snapshots.WithLabels(img.labels(1))); err != nil {
+		t.Errorf("second layer of a pull that is not lazy: %v", err)
+	}
+	if len(n.log.lines("not lazy", "prepare_timeout")) != 1 {
+		t.Errorf("log:\n%s", n.log.b.String())
+	}
+	check(t, n.Remove(bg, "ns/1/b"))
+	check(t, n.Remove(bg, "ns/1/"+img.chain(0)))
+	if _, fetched, err := n.pull(bg, img); err != nil || len(fetched) > 0 || n.images.asked() != 1 {
+		t.Errorf("the next pull fetched %v, asked %d times: %v", fetched, n.images.asked(), err)
+	}
+}
+
+// A layer that is here as a whole is lazy, also where its image is not.
+func TestKnownLayer(t *testing.T) {
+	data := &completeData{}
+	n := newNode(t, func(c *Config) {
+		data.fakeData = c.Data.(*fakeData)
+		c.Data = data
+	})
+	ls := threeLayers(t)
+	a := newImage("registry.test/a:1", ls[0], ls[1])
+	b := newImage("registry.test/b:1", ls...)
+	n.images.publish(a)
+	_, _, err := n.pull(bg, a)
+	check(t, err)
+	data.complete.Store(true)
+	key := func(i int) string { return fmt.Sprintf("other/%d/k", i) }
+	for i := range 2 {
+		parent := ""
+		if i > 0 {
+			parent = b.chain(i - 1)
+		}
+		if _, err := n.Prepare(bg, key(i), parent, snapshots.WithLabels(b.labels(i))); !errdefs.IsAlreadyExists(err) {
+			t.Errorf("layer %d, which is here: %v", i, err)
+		}
+	}
+	if _, err := n.Prepare(bg, key(2), b.chain(1), snapshots.WithLabels(b.labels(2))); err != nil {
+		t.Errorf("layer that is not here: %v", err)
+	}
+	// The labels' word for what a layer is does not count.
+	lying := b.labels(1)
+	lying[labelRef] = b.chain(2)
+	if _, err := n.Prepare(bg, key(3), b.chain(1), snapshots.WithLabels(lying)); err != nil {
+		t.Errorf("layer with the ChainID of another one: %v", err)
+	}
+	if len(n.log.lines("not lazy", b.ref)) == 0 {
+		t.Errorf("log:\n%s", n.log.b.String())
+	}
 }
 
 func TestIndexTimeout(t *testing.T) {
@@ -149,25 +221,27 @@ func TestHostileLabels(t *testing.T) {
 	}
 }
 
+// LabelPrefetch is a wish: neither its value nor a prefetch that fails or hangs
+// keeps an image from being pulled.
 func TestPrefetchWait(t *testing.T) {
 	n := newNode(t)
 	img := newImage("registry.test/x:1", threeLayers(t)...)
 	n.images.publish(img)
-	n.data.waitErr = fmt.Errorf("cut: %w", blockdev.ErrUnavailable)
-	if _, _, err := n.pull(bg, img, LabelPrefetch+"=wait"); !errdefs.IsUnavailable(err) {
-		t.Fatalf("pull whose prefetch fails: %v", err)
-	}
-	n.data.waitErr = nil
-	n.data.waited = nil
 	_, fetched, err := n.pull(bg, img, LabelPrefetch+"=wait")
 	check(t, err)
 	if len(fetched) != 0 || len(n.data.waited) != 3 {
 		t.Errorf("fetched %v, waited for %v", fetched, n.data.waited)
 	}
-	other := newImage("registry.test/y:1", threeLayers(t)[:1]...)
-	n.images.publish(other)
-	if _, _, err := n.pull(bg, other, LabelPrefetch+"=perhaps"); err != nil && !errdefs.IsInvalidArgument(err) {
-		t.Errorf("unknown value: %v", err)
+	n.data.waitErr = fmt.Errorf("cut: %w", blockdev.ErrUnavailable)
+	for i, value := range []string{"wait", "perhaps"} {
+		other := newImage(fmt.Sprintf("registry.test/y:%d", i), newLayer(t, file(value)))
+		n.images.publish(other)
+		if _, fetched, err := n.pull(bg, other, LabelPrefetch+"="+value); err != nil || len(fetched) != 0 {
+			t.Errorf("value %q: fetched %v: %v", value, fetched, err)
+		}
+	}
+	if len(n.log.lines("does not wait", "cut")) != 1 || len(n.log.lines("ignored", "perhaps")) != 1 {
+		t.Errorf("log:\n%s", n.log.b.String())
 	}
 }
 

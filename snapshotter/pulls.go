@@ -20,18 +20,17 @@ type pullKey struct {
 // been answered, a layer is asked for a second time (so this is a new pull), or
 // nothing has been asked for a while.
 type pull struct {
-	done   chan struct{} // closed when image and err are set
-	cancel context.CancelFunc
-	image  *openImage // nil: not lazy
-	err    error      // why not
-
-	explain sync.Once // for causes that show after the decision
+	opening *opening
+	explain sync.Once // the one line that says why not
 
 	// Below here under pulls.mu.
-	users  int
-	over   bool // no longer in pulls.m
-	served map[string]struct{}
-	idle   *time.Timer
+	refused bool // not lazy, whatever the opening comes to
+	useless bool // so is the opening
+	left    bool // opening is not used any more
+	users   int
+	over    bool // no longer in pulls.m
+	served  map[string]struct{}
+	idle    *time.Timer
 }
 
 // pulls holds the decisions.
@@ -39,142 +38,138 @@ type pulls struct {
 	mu     sync.Mutex
 	m      map[pullKey]*pull
 	closed bool
-	// flights counts goroutines: decisions being made, and idle pulls being ended.
-	flights sync.WaitGroup
 
-	base    context.Context // ends with the snapshotter
-	timeout time.Duration   // of a decision
-	idle    time.Duration
-	// ended is called, in a goroutine, when a pull is given up with layers missing.
-	ended func(ctx context.Context)
+	openings *openings
+	idle     time.Duration
 }
 
-// join returns the decision for key, made by open if there is none yet. It
-// returns an error only if ctx or the snapshotter ends first. leave must be
-// called when the layer has been answered, saying whether that was the last one.
-func (ps *pulls) join(ctx context.Context, key pullKey, chain string,
-	open func(context.Context) (*openImage, error),
-) (p *pull, leave func(last bool), err error) {
+// join returns the pull for key, with what begin returns if there is none yet.
+// leave must be called when the layer has been answered, saying whether that was
+// the last one; abandon in its place if it has not been.
+func (ps *pulls) join(key pullKey, chain string, begin func() *opening) (p *pull, leave func(last bool), abandon func()) {
 	ps.mu.Lock()
-	if ps.closed {
-		ps.mu.Unlock()
-		return nil, nil, errClosing
-	}
+	defer ps.mu.Unlock()
 	p = ps.m[key]
 	if p != nil {
 		if _, again := p.served[chain]; again {
-			ps.endLocked(key, p)
+			ps.endLocked(key, p, false)
 			p = nil
 		}
 	}
 	if p == nil {
-		p = ps.startLocked(key, open)
+		p = &pull{opening: begin(), served: make(map[string]struct{})}
+		if ps.m == nil {
+			ps.m = make(map[pullKey]*pull)
+		}
+		if !ps.closed {
+			ps.m[key] = p
+		}
 	}
 	p.users++
 	if p.idle != nil {
 		p.idle.Stop()
 		p.idle = nil
 	}
+	return p, func(last bool) { ps.leave(key, p, chain, last) }, func() { ps.leave(key, p, "", false) }
+}
+
+// wait returns the image of a pull that is lazy, and nil if the pull is not: since
+// its opening failed, which is err then, or did not end within ctx, or an earlier
+// layer was refused.
+func (ps *pulls) wait(ctx context.Context, p *pull) (*openImage, error) {
+	ps.mu.Lock()
+	refused := p.refused
 	ps.mu.Unlock()
-
-	leave = func(last bool) { ps.leave(key, p, chain, last) }
+	if refused {
+		return nil, nil
+	}
 	select {
-	case <-p.done:
-		return p, leave, nil
-	case <-ctx.Done():
-		ps.abandon(key, p)
-		return nil, nil, ctx.Err()
+	case <-p.opening.done:
+	default:
+		select {
+		case <-p.opening.done:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
 	}
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	if p.refused {
+		return nil, nil
+	}
+	return p.opening.image, p.opening.err
 }
 
-func (ps *pulls) startLocked(key pullKey, open func(context.Context) (*openImage, error)) *pull {
-	// Not the first caller's context: others may wait for the same decision.
-	ctx, cancel := context.WithTimeout(ps.base, ps.timeout)
-	p := &pull{done: make(chan struct{}), cancel: cancel, served: make(map[string]struct{})}
-	if ps.m == nil {
-		ps.m = make(map[pullKey]*pull)
-	}
-	ps.m[key] = p
-	ps.flights.Go(func() {
-		defer cancel()
-		image, err := open(ctx)
-		ps.mu.Lock()
-		p.image, p.err = image, err
-		close(p.done)
-		ps.releaseLocked(p)
-		ps.mu.Unlock()
-	})
-	return p
+// refuse makes a pull one that is not lazy. useless: nor will its opening make the
+// next one lazy, if it was begun for this one.
+func (ps *pulls) refuse(p *pull, useless bool) {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	p.refused = true
+	p.useless = p.useless || useless
 }
 
-// leave ends one caller's use of a decision after its layer has been answered.
+// leave ends one caller's use of a decision. An empty chain: without an answer.
 func (ps *pulls) leave(key pullKey, p *pull, chain string, last bool) {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	p.users--
-	p.served[chain] = struct{}{}
-	if last {
-		ps.endLocked(key, p)
-		return
+	if chain != "" {
+		p.served[chain] = struct{}{}
 	}
-	if p.users == 0 && !p.over {
+	switch {
+	case last:
+		ps.endLocked(key, p, true)
+	case p.users > 0:
+	case p.over:
+		ps.dropLocked(p, false)
+	default:
+		if p.refused {
+			ps.dropLocked(p, false)
+		}
 		p.idle = time.AfterFunc(ps.idle, func() { ps.expire(key, p) })
-	}
-	ps.releaseLocked(p)
-}
-
-// abandon ends the use of a caller that has gone before the decision was made.
-func (ps *pulls) abandon(key pullKey, p *pull) {
-	ps.mu.Lock()
-	defer ps.mu.Unlock()
-	p.users--
-	if p.users == 0 {
-		p.cancel()
-		ps.endLocked(key, p)
 	}
 }
 
 func (ps *pulls) expire(key pullKey, p *pull) {
 	ps.mu.Lock()
-	if ps.closed || p.over || p.users > 0 {
-		ps.mu.Unlock()
-		return
+	defer ps.mu.Unlock()
+	if !ps.closed && !p.over && p.users == 0 {
+		ps.endLocked(key, p, false)
 	}
-	ps.endLocked(key, p)
-	ps.flights.Add(1)
-	ps.mu.Unlock()
-	defer ps.flights.Done()
-	ps.ended(ps.base)
 }
 
 // endLocked makes the next Prepare a new pull.
-func (ps *pulls) endLocked(key pullKey, p *pull) {
+func (ps *pulls) endLocked(key pullKey, p *pull, finished bool) {
 	if !p.over {
 		p.over = true
-		delete(ps.m, key)
+		if ps.m[key] == p {
+			delete(ps.m, key)
+		}
 	}
 	if p.idle != nil {
 		p.idle.Stop()
 		p.idle = nil
 	}
-	ps.releaseLocked(p)
-}
-
-// releaseLocked lets the diffs go when nobody will ask for them any more.
-func (ps *pulls) releaseLocked(p *pull) {
-	if p.over && p.users == 0 && p.image != nil {
-		p.image.release()
+	if p.users == 0 {
+		ps.dropLocked(p, finished)
 	}
 }
 
-// close ends all pulls and waits for decisions under way, whose context has
-// been cancelled by then.
+// dropLocked ends the pull's use of its opening.
+func (ps *pulls) dropLocked(p *pull, finished bool) {
+	if !p.left {
+		p.left = true
+		ps.openings.leave(p.opening, finished || p.useless && !p.opening.ahead)
+	}
+}
+
+// close ends all pulls.
 func (ps *pulls) close() {
 	ps.mu.Lock()
+	defer ps.mu.Unlock()
 	ps.closed = true
 	for key, p := range ps.m {
-		ps.endLocked(key, p)
+		ps.endLocked(key, p, false)
 	}
-	ps.mu.Unlock()
-	ps.flights.Wait()
 }

@@ -11,12 +11,23 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
 
 // errClosing is for those who wait when the snapshotter ends.
 var errClosing = fmt.Errorf("the snapshotter is being closed: %w", errdefs.ErrUnavailable)
+
+// errSlow is the cause of a context that ends since a call has taken its time.
+var errSlow = errors.New("the call has taken its time")
+
+// limit bounds a call: containerd holds a lock over most of them, and waits with
+// its garbage collection, and with all that waits for that.
+func (s *Snapshotter) limit(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, s.cfg.PrepareTimeout, errSlow)
+}
 
 // prepareLazy answers a Prepare that carries labelRef. It returns an error that
 // is AlreadyExists if the layer is now there as a lazy snapshot, nil if it has to
@@ -27,51 +38,110 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, info 
 		s.explainUnlabelled(w, parent, err)
 		return nil
 	}
+	// A sixth of the time is left for what comes after it.
+	wait, cancel := context.WithTimeoutCause(ctx, s.cfg.PrepareTimeout*5/6, errSlow)
+	defer cancel()
 	pk := pullKey{namespace: namespaceOf(key), ref: w.ref, manifest: w.manifest}
-	p, leave, err := s.pulls.join(ctx, pk, w.chain, func(ctx context.Context) (*openImage, error) {
-		o, err := s.open(ctx, w)
-		switch {
-		case errors.As(err, new(refused)):
-			s.log.Info("image is not lazy, as the config says: containerd unpacks it in the ordinary way", "image", w.ref, "cause", err)
-		case err != nil && !errors.Is(err, context.Canceled):
-			s.notLazy(w, cause(err, s.cfg.IndexTimeout))
-		}
-		return o, err
-	})
-	if err != nil {
-		return fmt.Errorf("image %s: wait for its indexes: %w", w.ref, err)
+	p, leave, abandon := s.pulls.join(pk, w.chain, func() *opening { return s.openings.join(w.key(), false, s.opener(w)) })
+	last, err := s.answer(ctx, wait, p, w, key, parent, info.Labels)
+	if err == nil {
+		err = s.prepareKnown(ctx, key, parent, w, info.Labels)
 	}
-	last := false
-	defer func() { leave(last) }()
-	if p.err != nil {
-		if s.base.Err() != nil {
-			return errClosing
-		}
-		return nil
+	if err == nil || errdefs.IsAlreadyExists(err) {
+		leave(last)
+	} else {
+		abandon()
 	}
+	return err
+}
 
-	i := p.image.position(w.chain)
-	if why, err := s.misplaced(ctx, p.image, i, parent); err != nil {
-		return err
-	} else if why != "" {
+// answer is prepareLazy within a pull: last says that there is no layer above. wait
+// ends before ctx.
+func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, parent string, labels map[string]string) (last bool, err error) {
+	refuse := func(why string) (bool, error) {
+		s.pulls.refuse(p, false)
 		p.explain.Do(func() { s.notLazy(w, why) })
-		return nil
+		return false, nil
 	}
-	last = i == len(p.image.Layers)-1
+	o, err := s.pulls.wait(wait, p)
+	switch {
+	case s.base.Err() != nil:
+		return false, errClosing
+	case ctx.Err() != nil && !errors.Is(context.Cause(ctx), errSlow):
+		return false, fmt.Errorf("image %s: wait for its indexes: %w", w.ref, ctx.Err())
+	case errors.Is(err, errSlow):
+		return refuse(fmt.Sprintf("its indexes did not come within %v (prepare_timeout); they are still being waited for, and the next pull finds them here",
+			s.cfg.PrepareTimeout*5/6))
+	case err != nil:
+		return refuse(cause(err, s.cfg.IndexTimeout))
+	case o == nil:
+		return false, nil
+	}
+	i := o.position(w.chain)
+	if i < 0 {
+		// Not what containerd has, or labels that lie: it is of no use to this pull.
+		s.pulls.refuse(p, true)
+	}
+	if why, err := s.misplaced(ctx, o, i, parent); err != nil {
+		return false, err
+	} else if why != "" {
+		return refuse(why)
+	}
+	last = i == len(o.Layers)-1
 	if last {
-		if err := s.wait(ctx, p.image, info.Labels); err != nil {
-			last = false
-			return fmt.Errorf("image %s: %w", w.ref, err)
+		s.waitPrefetch(wait, w, o, labels)
+	}
+	if err := s.commitLazy(ctx, key, parent, o.Layers[i].DiffID, labels); err != nil {
+		if errors.Is(err, errFixup) && (ctx.Err() == nil || errors.Is(context.Cause(ctx), errSlow)) {
+			return refuse(err.Error())
 		}
-	}
-	if err := s.commitLazy(ctx, key, parent, p.image.Layers[i].DiffID, info.Labels); err != nil {
-		return fmt.Errorf("image %s, layer %d of %d: %w", w.ref, i+1, len(p.image.Layers), err)
+		return false, fmt.Errorf("image %s, layer %d of %d: %w", w.ref, i+1, len(o.Layers), err)
 	}
 	if last {
-		if err := s.release(p.image.Manifest); err != nil {
+		if err := s.release(o.Manifest); err != nil {
 			s.log.Error("image stays marked as kept, removing it will not free its diffs before the next start",
 				"image", w.ref, "error", err)
 		}
+	}
+	return last, fmt.Errorf("snapshot %s is lazy: %w", w.chain, errdefs.ErrAlreadyExists)
+}
+
+// opener is what opens the wanted image.
+func (s *Snapshotter) opener(w want) func(context.Context) (*openImage, error) {
+	return func(ctx context.Context) (*openImage, error) { return s.open(ctx, w) }
+}
+
+// prepareKnown answers for a layer of an image that is not lazy, if all of the
+// layer is here already: nil if it is not.
+func (s *Snapshotter) prepareKnown(ctx context.Context, key, parent string, w want, labels map[string]string) error {
+	data, ok := s.cfg.Data.(Complete)
+	if !ok || w.layer == (blockdev.Digest{}) {
+		return nil
+	}
+	have, release, err := s.have(ctx, want{host: w.host, layers: []blockdev.Digest{w.layer}})
+	if err != nil {
+		return nil //nolint:nilerr // there is the ordinary way
+	}
+	defer release()
+	diff, ok := have[w.layer]
+	if !ok || !data.Complete(diff) {
+		return nil
+	}
+	chain := []digest.Digest{digest.Digest(diff.String())}
+	if parent != "" {
+		below, err := s.chainOf(ctx, parent)
+		if err != nil {
+			return err
+		}
+		chain = []digest.Digest{digest.Digest(below), chain[0]}
+	}
+	if identity.ChainID(chain).String() != w.chain {
+		return nil
+	}
+	if err := s.commitLazy(ctx, key, parent, diff, labels); errors.Is(err, errFixup) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("image %s, layer %s: %w", w.ref, w.layer, err)
 	}
 	return fmt.Errorf("snapshot %s is lazy: %w", w.chain, errdefs.ErrAlreadyExists)
 }
@@ -97,7 +167,7 @@ func (s *Snapshotter) explainUnlabelled(w want, parent string, why error) {
 // chain below it.
 func (s *Snapshotter) misplaced(ctx context.Context, o *openImage, i int, parent string) (why string, err error) {
 	if i < 0 {
-		return "a layer's ChainID is not one of the image", nil
+		return "the DiffIDs that came do not give the ChainID that containerd has from the image config", nil
 	}
 	if i == 0 && parent == "" {
 		return "", nil
@@ -106,16 +176,9 @@ func (s *Snapshotter) misplaced(ctx context.Context, o *openImage, i int, parent
 		return fmt.Sprintf("layer %d is asked for on parent %q: layers that are unpacked in parallel cannot be lazy "+
 			"(the proxy plugin must not have the capability \"rebase\")", i+1, parent), nil
 	}
-	below := parentChain(parent)
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		_, info, _, err := storage.GetInfo(ctx, parent)
-		if ref := info.Labels[labelRef]; err == nil && ref != "" {
-			below = ref
-		}
-		return err
-	})
+	below, err := s.chainOf(ctx, parent)
 	if err != nil {
-		return "", fmt.Errorf("parent snapshot: %w", err)
+		return "", err
 	}
 	if below != o.chains[i-1] {
 		return fmt.Sprintf("layer %d is asked for on %s, which is not the chain below it, %s", i+1, below, o.chains[i-1]), nil
@@ -123,18 +186,33 @@ func (s *Snapshotter) misplaced(ctx context.Context, o *openImage, i int, parent
 	return "", nil
 }
 
-// wait is LabelPrefetch.
-func (s *Snapshotter) wait(ctx context.Context, o *openImage, labels map[string]string) error {
-	switch v := labels[LabelPrefetch]; v {
-	case "":
-		return nil
-	case PrefetchWait:
-	default:
-		return fmt.Errorf("label %s=%q: its only value is %q: %w", LabelPrefetch, v, PrefetchWait, errdefs.ErrInvalidArgument)
+// chainOf is the ChainID of a committed snapshot.
+func (s *Snapshotter) chainOf(ctx context.Context, name string) (string, error) {
+	chain := parentChain(name)
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		_, info, _, err := storage.GetInfo(ctx, name)
+		if ref := info.Labels[labelRef]; err == nil && ref != "" {
+			chain = ref
+		}
+		return err
+	})
+	if err != nil {
+		return "", fmt.Errorf("parent snapshot: %w", err)
+	}
+	return chain, nil
+}
+
+// waitPrefetch is LabelPrefetch. It is a wish and not believed: a layer's
+// annotations in any manifest become labels.
+func (s *Snapshotter) waitPrefetch(ctx context.Context, w want, o *openImage, labels map[string]string) {
+	v := labels[LabelPrefetch]
+	if v == "" {
+		return
 	}
 	data, ok := s.cfg.Data.(PrefetchWaiter)
-	if !ok {
-		return fmt.Errorf("label %s: this node cannot wait: %w", LabelPrefetch, errdefs.ErrNotImplemented)
+	if v != PrefetchWait || !ok {
+		s.log.Warn("label is ignored: "+LabelPrefetch+" has one value, "+PrefetchWait, "value", v, "image", w.ref)
+		return
 	}
 	// All at once, so that the link is never idle at the end of a layer.
 	for _, l := range o.Layers {
@@ -142,18 +220,23 @@ func (s *Snapshotter) wait(ctx context.Context, o *openImage, labels map[string]
 	}
 	for _, l := range o.Layers {
 		if err := data.PrefetchWait(ctx, l.DiffID); err != nil {
-			return classify(fmt.Errorf("prefetch layer %s: %w", l.Digest, err))
+			s.log.Info("the pull does not wait for all bytes of the image; they are still being fetched",
+				"image", w.ref, "layer", l.Digest, "cause", err)
+			return
 		}
 	}
-	return nil
 }
+
+// errFixup is part of an error of commitLazy with which the layer can still be
+// unpacked in the ordinary way.
+var errFixup = errors.New("its directories cannot be put together with those of the layers below")
 
 // commitLazy commits a snapshot that stands for a diff, which the caller holds,
 // under the name of its ChainID. One that is there already is as good.
 func (s *Snapshotter) commitLazy(ctx context.Context, key, parent string, diff blockdev.Digest, labels map[string]string) (err error) {
 	fixup, err := s.makeFixup(ctx, parent, diff)
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w", errFixup, err)
 	}
 	labels = maps.Clone(labels)
 	labels[labelDiff] = diff.String()
@@ -236,7 +319,7 @@ func (s *Snapshotter) buildFixup(ctx context.Context, diff blockdev.Digest, impl
 	if err != nil {
 		return "", err
 	}
-	needed, err := fixup(filepath.Join(tmp, "fs"), implied, own, lowers)
+	needed, err := fixup(ctx, filepath.Join(tmp, "fs"), implied, own, lowers)
 	if err != nil || !needed {
 		return "", errors.Join(err, os.RemoveAll(tmp))
 	}

@@ -22,13 +22,14 @@ import (
 // Snapshotter implements containerd's snapshots.Snapshotter and snapshots.Cleaner.
 // Methods return errors of the errdefs classes.
 type Snapshotter struct {
-	cfg     Config
-	log     *slog.Logger
-	ms      *storage.MetaStore
-	records *records
-	refs    refs
-	pulls   pulls
-	options []string // overlayfs' for every mount
+	cfg      Config
+	log      *slog.Logger
+	ms       *storage.MetaStore
+	records  *records
+	refs     refs
+	openings openings
+	pulls    pulls
+	options  []string // overlayfs' for every mount
 
 	base   context.Context // ends with Close
 	cancel context.CancelFunc
@@ -39,14 +40,14 @@ type Snapshotter struct {
 
 	// recovering is held by who fetches lost indexes.
 	recovering chan struct{}
-	rewarmings map[string]*rewarming // under mu; by image
+	recoveries map[blockdev.Digest]*recovery // under mu
+	cleaning   chan struct{}                 // held by who cleans up
+	rewarmings map[string]*rewarming         // under mu; by image
 
 	mu         sync.Mutex
 	unlabelled string              // last ChainID asked for without an image's name
 	idmapping  map[string]struct{} // snapshot ids whose clones are being made
 	idmapDone  *sync.Cond          // on mu
-
-	remapped sync.Once // for explainRemapped
 }
 
 var (
@@ -61,7 +62,8 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
-	s := &Snapshotter{cfg: cfg, log: cfg.Log, idmapping: make(map[string]struct{}), recovering: make(chan struct{}, 1), rewarmings: make(map[string]*rewarming)}
+	s := &Snapshotter{cfg: cfg, log: cfg.Log, idmapping: make(map[string]struct{}), recovering: make(chan struct{}, 1), cleaning: make(chan struct{}, 1),
+		recoveries: make(map[blockdev.Digest]*recovery), rewarmings: make(map[string]*rewarming)}
 	s.idmapDone = sync.NewCond(&s.mu)
 	for _, dir := range []string{"", "s", "scratch", "l"} {
 		if err := os.MkdirAll(filepath.Join(cfg.Root, dir), 0o700); err != nil {
@@ -87,8 +89,9 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 		}
 	}()
 	s.base, s.cancel = context.WithCancel(context.Background())
-	s.pulls.base, s.pulls.timeout, s.pulls.idle = s.base, cfg.IndexTimeout, cfg.PullIdle
-	s.pulls.ended = func(ctx context.Context) { s.sweep(ctx) }
+	s.openings.base, s.openings.timeout, s.openings.idle = s.base, cfg.IndexTimeout, cfg.PullIdle
+	s.openings.ended = func(ctx context.Context) { s.sweep(ctx) }
+	s.pulls.openings, s.pulls.idle = &s.openings, cfg.PullIdle
 	if err := s.start(); err != nil {
 		s.cancel()
 		s.bg.Wait()
@@ -105,6 +108,7 @@ func (s *Snapshotter) Close() error {
 		s.cancel() // nobody adds to bg from here on
 		s.mu.Unlock()
 		s.pulls.close()
+		s.openings.close()
 		s.bg.Wait()
 		s.closeErr = errors.Join(s.ms.Close(), s.records.close())
 	})
@@ -149,6 +153,8 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 		return usage, err
 	}
 	if info.Kind == snapshots.KindActive {
+		ctx, cancel := s.limit(ctx)
+		defer cancel()
 		du, err := fs.DiskUsage(ctx, s.upper(id))
 		return snapshots.Usage(du), err
 	}
@@ -196,6 +202,8 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	if err != nil {
 		return nil, err
 	}
+	ctx, cancel := s.limit(ctx)
+	defer cancel()
 	lowers, err := s.lowers(ctx, links)
 	if err != nil {
 		return nil, fmt.Errorf("snapshot %s: %w", key, err)
@@ -223,7 +231,13 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	}
 	// Before the write transaction, which all others wait for; a snapshot that is
 	// written to while it is committed has no exact usage anyhow.
-	usage, err := fs.DiskUsage(ctx, s.upper(id))
+	limited, cancel := s.limit(ctx)
+	defer cancel()
+	usage, err := fs.DiskUsage(limited, s.upper(id))
+	if err != nil && errors.Is(context.Cause(limited), errSlow) {
+		s.log.Warn("the size of a snapshot is not known: to count its files took too long, and containerd waits", "snapshot", name, "limit", s.cfg.PrepareTimeout)
+		err, usage = nil, fs.Usage{}
+	}
 	if err != nil {
 		return err
 	}
@@ -282,6 +296,8 @@ func replace(info snapshots.Info) snapshots.Opt {
 // snapshot is there.
 func classify(err error) error {
 	switch {
+	case errors.Is(err, errSlow):
+		return fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
 	case err == nil, errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
 	case errors.Is(err, blockdev.ErrNoSpace):

@@ -105,6 +105,7 @@ func TestStress(t *testing.T) {
 		}
 	}
 	n.pulls.close() // ends pulls that others had broken off
+	n.openings.close()
 	check(t, n.Cleanup(bg))
 	if len(n.data.dirs) != 0 {
 		t.Errorf("diffs left: %v", n.data.dirs)

@@ -41,9 +41,7 @@ containerd's config:
   [proxy_plugins.shoal]
     type = "snapshot"
     address = "/run/shoal/shoal.sock"
-    capabilities = ["remap-ids"]
     [proxy_plugins.shoal.exports]
-      root = "/var/lib/shoal"
       enable_remote_snapshot_annotations = "true"
 
 It is also a registry mirror on loopback, so that manifests come through the
@@ -105,10 +103,6 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	if err := os.MkdirAll(c.Root, 0o700); err != nil {
 		return fmt.Errorf("root: %w", err)
 	}
-	images, err := c.Policy()
-	if err != nil {
-		return err
-	}
 	source := newLateSource()
 	var late parts
 	vols, err := volume.Open(ctx, volume.Config{
@@ -162,9 +156,8 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	sn, err := snapshotter.New(snapshotter.Config{
 		Root: c.Root, Data: dataPath{vols}, Images: up,
 		Credentials: keychain, Platform: platform(),
-		Policy:       images,
 		Groups:       membership.groups(),
-		IndexTimeout: time.Duration(c.IndexTimeout), Log: log,
+		IndexTimeout: time.Duration(c.IndexTimeout), PrepareTimeout: time.Duration(c.PrepareTimeout), Log: log,
 	})
 	if err != nil {
 		return err
@@ -178,7 +171,11 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	}
 	d := &nodeDaemon{vols: vols, sn: sn, up: up, credentials: keychain, addresses: addresses}
 	metrics.MustRegister(d.collectors()...)
-	server := grpc.NewServer(daemon.TraceGRPC())
+	calls, err := timeCalls(metrics)
+	if err != nil {
+		return err
+	}
+	server := grpc.NewServer(daemon.TraceGRPC(), calls)
 	snapshotter.Register(server, sn)
 	ln, err := listenKept(store, keptContainerd, c.Address, log)
 	if err != nil {
@@ -272,6 +269,11 @@ type dataPath struct{ *volume.Manager }
 
 func (d dataPath) PrefetchWait(ctx context.Context, id blockdev.Digest) error {
 	return d.Manager.PrefetchWait(ctx, id, nil)
+}
+
+func (d dataPath) Complete(id blockdev.Digest) bool {
+	s, ok := d.Manager.Stat(id)
+	return ok && s.Complete
 }
 
 func (d dataPath) LocalSize(id blockdev.Digest) (int64, bool) {

@@ -180,6 +180,9 @@ func nodeMetrics(t *testing.T, r prometheus.Registerer) {
 	}
 	defer server.Close()
 	r.MustRegister((&nodeDaemon{}).collectors()...)
+	if _, err := timeCalls(r); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := registryBytes(r); err != nil {
 		t.Fatal(err)
 	}

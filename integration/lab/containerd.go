@@ -37,11 +37,6 @@ type ContainerdOptions struct {
 	Snapshotters []string
 	// Shoal is the socket of a shoal node to use as a snapshotter; empty: none.
 	Shoal string
-	// ShoalRoot is that node's root, which CRI and kubelet take the disk's figures
-	// from; empty: they find none.
-	ShoalRoot string
-	// NoRemap leaves out the capability "remap-ids", as an operator may forget it.
-	NoRemap bool
 	// Mirror is the host:port of a node's registry mirror, which Pull asks before
 	// the registry; empty: none.
 	Mirror string
@@ -69,16 +64,8 @@ func (l *Lab) StartContainerd(ctx context.Context, name string, o ContainerdOpti
 	fmt.Fprintf(&b, "[grpc]\naddress = %q\n", c.Address)
 	if o.Shoal != "" {
 		fmt.Fprintf(&b, "[proxy_plugins.shoal]\ntype = \"snapshot\"\naddress = %q\n", o.Shoal)
-		if !o.NoRemap {
-			fmt.Fprintf(&b, "capabilities = [\"remap-ids\"]\n")
-		}
-		// 1.6 knows neither exports nor capabilities, and leaves them alone.
-		fmt.Fprintf(&b, "[proxy_plugins.shoal.exports]\n")
-		if o.ShoalRoot != "" {
-			fmt.Fprintf(&b, "root = %q\n", o.ShoalRoot)
-		}
 		if o.ConfigVersion >= 3 {
-			fmt.Fprintf(&b, "enable_remote_snapshot_annotations = \"true\"\n")
+			fmt.Fprintf(&b, "[proxy_plugins.shoal.exports]\nenable_remote_snapshot_annotations = \"true\"\n")
 		}
 	}
 	if o.ConfigVersion >= 3 {

@@ -198,6 +198,8 @@ func (l *Lab) prepareNode(name, supernode, extra string) (*Node, string, error) 
 	}
 	extra = defaults(extra, map[string]string{
 		"token_file": strconv.Quote(l.TokenFile()), "listen": fmt.Sprintf("[%q]", listen),
+		// Pulls in the lab wait in Prepare for images that the supernode has yet to fetch.
+		"prepare_timeout": `"5m"`,
 	})
 	list := "[]"
 	if supernode != "" {

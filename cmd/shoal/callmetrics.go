@@ -1,0 +1,67 @@
+package main
+
+import (
+	"context"
+	"path"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+)
+
+// snapshotsService is containerd's API of snapshotters.
+const snapshotsService = "/containerd.services.snapshots."
+
+// longest keeps the longest call of each method.
+type longest struct {
+	desc *prometheus.Desc
+	mu   sync.Mutex
+	m    map[string]time.Duration
+}
+
+func (l *longest) note(method string, took time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.m[method] = max(l.m[method], took)
+}
+
+// Describe implements prometheus.Collector.
+func (l *longest) Describe(ch chan<- *prometheus.Desc) { ch <- l.desc }
+
+// Collect implements prometheus.Collector.
+func (l *longest) Collect(ch chan<- prometheus.Metric) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for method, took := range l.m {
+		ch <- prometheus.MustNewConstMetric(l.desc, prometheus.GaugeValue, took.Seconds(), method)
+	}
+}
+
+// timeCalls measures containerd's calls to the snapshotter: containerd holds a lock
+// over most of them, and everything else waits for who waits for that.
+func timeCalls(reg prometheus.Registerer) (grpc.ServerOption, error) {
+	seconds := prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name: "shoal_node_snapshots_seconds", Help: "Time that containerd's calls to the snapshotter took, by method. None should take 3 seconds.",
+		Buckets: []float64{.001, .003, .01, .03, .1, .3, 1, 2, 3, 4, 6, 10, 30, 60, 120, 300},
+	}, []string{"method"})
+	most := &longest{m: map[string]time.Duration{}, desc: prometheus.NewDesc("shoal_node_snapshots_longest_seconds",
+		"The longest of these calls since the node was started, by method.", []string{"method"}, nil)}
+	for _, c := range []prometheus.Collector{seconds, most} {
+		if err := reg.Register(c); err != nil {
+			return nil, err
+		}
+	}
+	return grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+		if !strings.HasPrefix(info.FullMethod, snapshotsService) {
+			return handle(ctx, req)
+		}
+		began := time.Now()
+		resp, err := handle(ctx, req)
+		method, took := path.Base(info.FullMethod), time.Since(began)
+		seconds.WithLabelValues(method).Observe(took.Seconds())
+		most.note(method, took)
+		return resp, err
+	}), nil
+}
