@@ -23,8 +23,11 @@ type Piece struct {
 }
 
 // Index is all that a node needs to mount a layer before it has any of the
-// layer's data. It is a function of the diff alone.
+// layer's data. It is a function of the diff and the builder alone.
 type Index struct {
+	// Builder is the version of the builder that made the index (layer.BuilderVersion).
+	// Two builders may give the same diff another Meta or Implied, and nothing else.
+	Builder uint32
 	// DiffID is the SHA-256 of the diff.
 	DiffID Digest
 	// DiffSize is the length of the diff, and so of the masked diff, in bytes.

@@ -126,8 +126,16 @@ func (s *Supernode) restoreFrom(ctx context.Context, r wanted, h Holder) error {
 	}
 	masked := &inOrder{next: bring(ctx, &fetches, h, ix.DiffID, ix.Chunks, session)}
 	piece := bring(ctx, &fetches, h, ix.DiffID, pieces, session)
-	if err := proof.Run(ctx, ix, masked, func(context.Context, blockdev.Piece) ([]byte, error) { return piece() }); err != nil {
+	own, err := proof.Run(ctx, ix, masked, func(context.Context, blockdev.Piece) ([]byte, error) { return piece() })
+	if err != nil {
 		return err
+	}
+	if own != nil {
+		// Another version of the builder has made the node's index; what is handed out
+		// from here is what this one makes.
+		if enc, err = index.Encode(own); err != nil {
+			return err
+		}
 	}
 	rec := store.LayerRecord{Layer: r.l.Digest, Size: r.l.Size, DiffID: r.l.DiffID, Origins: []string{r.m.Host}}
 	return session.Publish(ctx, rec, enc, digests(slices.Concat(ix.Chunks, pieces)))

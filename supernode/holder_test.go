@@ -2,12 +2,14 @@ package supernode
 
 import (
 	"context"
+	"reflect"
 	"slices"
 	"sync/atomic"
 	"testing"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/blockdev/layer"
 	"github.com/shoalfs/shoal/supernode/registry/registrytest"
 )
 
@@ -75,6 +77,10 @@ func TestHolders(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	right, err := had.OpenImage(t.Context(), request(reg.Target, "team/app:v1", nobody))
+	if err != nil {
+		t.Fatal(err)
+	}
 	forge := func(change func(*blockdev.Index)) func(*blockdev.Image) {
 		return func(img *blockdev.Image) {
 			ix, err := index.Decode(img.Layers[0].Index)
@@ -110,6 +116,10 @@ func TestHolders(t *testing.T) {
 			ix.DiffID = id
 		})}, fromRegistry: true},
 		"forged metadata": {holder: &aHolder{lie: forge(func(ix *blockdev.Index) { ix.Meta[len(ix.Meta)-1] ^= 1 })}, fromRegistry: true},
+		"another builder's metadata": {holder: &aHolder{lie: forge(func(ix *blockdev.Index) {
+			ix.Builder = layer.BuilderVersion + 1
+			ix.Meta[len(ix.Meta)-1] ^= 1
+		})}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			reg.Forget()
@@ -132,6 +142,19 @@ func TestHolders(t *testing.T) {
 				t.Fatal(err)
 			}
 			wantImage(t, s, img, layers...)
+			for i, l := range img.Layers { // whoever has made it before
+				got, err := index.Decode(l.Index)
+				if err != nil {
+					t.Fatal(err)
+				}
+				want, err := index.Decode(right.Layers[i].Index)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !reflect.DeepEqual(got, want) {
+					t.Errorf("layer %d has another index than that of this version's builder", i)
+				}
+			}
 			if n := blobs(reg, layers); (n > 0) != c.fromRegistry {
 				t.Errorf("a layer was fetched %d times from the registry", n)
 			}

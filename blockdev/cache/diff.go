@@ -1,7 +1,6 @@
 package cache
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -51,6 +50,7 @@ type Diff struct {
 	data, bitmap *os.File
 	complete     atomic.Bool
 	proof        atomic.Int32 // a ProofState
+	own          atomic.Pointer[ownTree]
 	scrubbed     atomic.Int64 // Unix nanoseconds
 	bitmapBad    atomic.Bool  // logged that the bitmap cannot be written
 
@@ -85,8 +85,14 @@ func (d *Diff) Size() int64 { return d.size }
 // DiffSize returns the length of the diff in bytes.
 func (d *Diff) DiffSize() int64 { return d.tab.size }
 
-// MetaPath returns the path of the EROFS metadata image.
-func (d *Diff) MetaPath() string { return filepath.Join(d.dir, metaFile) }
+// MetaPath returns the path of the EROFS metadata image that is to be mounted. A proof
+// may change it, to another file of the same directory.
+func (d *Diff) MetaPath() string {
+	if d.own.Load() != nil {
+		return d.path(ownMetaFile)
+	}
+	return d.path(metaFile)
+}
 
 // DataPath returns the path of the data file. Only when Complete is true does it
 // have all bytes, and may be read by other means than this package.
@@ -96,8 +102,21 @@ func (d *Diff) DataPath() string { return filepath.Join(d.dir, dataFile) }
 // storage. It turns false again only if a chunk is found damaged on disk.
 func (d *Diff) Complete() bool { return d.complete.Load() }
 
-// Index reads the whole index from disk again; a Diff keeps only what reads need.
+// Index reads the whole index from disk again; a Diff keeps only what reads need. Its
+// tree is the one that MetaPath shows.
 func (d *Diff) Index() (*blockdev.Index, error) {
+	ix, err := d.given()
+	if own := d.own.Load(); err == nil && own != nil {
+		var mine *blockdev.Index
+		if mine, err = d.readOwn(own.sum); err == nil {
+			ix.Builder, ix.Meta, ix.Implied = mine.Builder, mine.Meta, mine.Implied
+		}
+	}
+	return ix, err
+}
+
+// given is the index as it came.
+func (d *Diff) given() (*blockdev.Index, error) {
 	enc, err := d.encodedIndex()
 	if err != nil {
 		return nil, err
@@ -250,15 +269,9 @@ func readIndex(path string) ([]byte, error) {
 }
 
 func (d *Diff) openFiles(ix *blockdev.Index) error {
-	meta, err := os.ReadFile(d.MetaPath())
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	err := d.fixMeta(d.path(metaFile), ix.Meta)
+	if err != nil {
 		return err
-	}
-	if !bytes.Equal(meta, ix.Meta) {
-		d.c.cfg.Log.Warn("the metadata image of a diff is damaged; it is written again from the index", "diff", d.id, "file", d.MetaPath())
-		if err := d.writeMeta(ix.Meta); err != nil {
-			return err
-		}
 	}
 	if d.data, err = os.OpenFile(d.DataPath(), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
 		return err
@@ -267,18 +280,6 @@ func (d *Diff) openFiles(ix *blockdev.Index) error {
 		return err
 	}
 	return d.loadBitmap(ix)
-}
-
-// writeMeta makes a new file: a mount may hold the old one.
-func (d *Diff) writeMeta(meta []byte) error {
-	tmp := d.MetaPath() + ".new"
-	if err := os.RemoveAll(tmp); err != nil {
-		return err
-	}
-	if err := writeFile(tmp, meta, true); err != nil {
-		return err
-	}
-	return os.Rename(tmp, d.MetaPath())
 }
 
 // loadBitmap finds out which chunks are present. What of the file is not

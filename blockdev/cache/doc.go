@@ -13,6 +13,8 @@
 //	    bitmap                 which chunks are present (format: bitmap.go)
 //	    headers                pieces of the header stream, as far as fetched (headers.go)
 //	    proof                  that the index is proven (quarantine.go)
+//	    index.own, meta.own    the tree of this node's builder, where another one has made the
+//	                           index and the two differ; shown in place of meta (own.go)
 //	    scrubbed               empty; when all that is here was last checked (its mtime)
 //	Root/quarantine/<DiffID hex>  that an index of this diff failed its proof
 //

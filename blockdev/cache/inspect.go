@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -25,6 +26,7 @@ const (
 	repairBitmap = "made again: every chunk is checked before it is used"
 	repairChunks = "dropped; they are fetched again"
 	repairProof  = "quarantined"
+	repairOwn    = "left alone: the one that came is used until the layer is proven again"
 	repairFile   = "removed"
 )
 
@@ -112,6 +114,7 @@ type inspector struct {
 	boot [16]byte
 
 	ix   *blockdev.Index
+	own  *blockdev.Index // whose tree is shown in place of that of ix; nil: none
 	tab  *table
 	data *os.File
 	bits bitset // what the bitmap says is present
@@ -134,12 +137,13 @@ func (i *inspector) run(ctx context.Context) error {
 		i.in.add(i.where(), repairDiff, "index: %v", err)
 		return nil
 	}
-	meta, err := os.ReadFile(filepath.Join(i.dir, metaFile))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if same, err := fileIs(filepath.Join(i.dir, metaFile), i.ix.Meta); err != nil {
 		return err
-	}
-	if !bytes.Equal(meta, i.ix.Meta) {
+	} else if !same {
 		i.in.add(i.where(), repairMeta, "metadata image is not that of its index")
+	}
+	if err := i.ownTree(); err != nil {
+		return err
 	}
 	complete, err := i.bitmap(blockdev.Sum(enc))
 	if err != nil {
@@ -260,7 +264,7 @@ func (i *inspector) prove(ctx context.Context) error {
 	}
 	buf := make([]byte, blockdev.MaxChunk)
 	next := 0
-	err := proof.Run(ctx, i.ix, i.data, func(context.Context, blockdev.Piece) ([]byte, error) {
+	own, err := proof.Run(ctx, i.ix, i.data, func(context.Context, blockdev.Piece) ([]byte, error) {
 		k := next
 		next++
 		b, ok := heads.piece(f, k, buf)
@@ -271,8 +275,9 @@ func (i *inspector) prove(ctx context.Context) error {
 	})
 	dropPages(i.data, 0, 0)
 	switch {
-	case err == nil:
+	case err == nil && (own == nil || i.shows(own)):
 		i.in.Proven++
+	case err == nil: // the node takes this tree over when it proves the layer
 	case errors.Is(err, proof.ErrMismatch):
 		i.in.add(i.where(), repairProof, "all bytes are here, and they are not what the index says: %v", err)
 	case errors.Is(err, ErrIncomplete):
@@ -281,6 +286,30 @@ func (i *inspector) prove(ctx context.Context) error {
 		return err
 	}
 	return nil
+}
+
+// ownTree reads the tree that the diff shows in place of the given one, if there is one.
+func (i *inspector) ownTree() error {
+	rec, err := readProof(filepath.Join(i.dir, proofFile), i.id)
+	if err != nil || rec.Own == (blockdev.Digest{}) {
+		return nil // without a record that is right, the given one is shown
+	}
+	d := &Diff{c: &Cache{cfg: Config{decode: index.Decode}}, id: i.id, dir: i.dir}
+	if i.own, err = d.readOwn(rec.Own); err != nil {
+		i.in.add(i.where(), repairOwn, "the index that this node has made of it: %v", err)
+		return nil
+	}
+	if same, err := fileIs(d.path(ownMetaFile), i.own.Meta); err != nil {
+		return err
+	} else if !same {
+		i.in.add(i.where(), repairMeta, "metadata image is not that of the index that this node has made")
+	}
+	return nil
+}
+
+// shows says whether the tree that the diff shows is that of ix, and not the given one.
+func (i *inspector) shows(ix *blockdev.Index) bool {
+	return i.own != nil && bytes.Equal(i.own.Meta, ix.Meta) && slices.Equal(i.own.Implied, ix.Implied)
 }
 
 // noSource is for a Cache that is opened to be repaired.

@@ -78,16 +78,27 @@ func (d *Diff) Prove(ctx context.Context, hurry bool) error {
 	case Quarantined:
 		return d.Distrust()
 	}
-	err := d.prove(ctx, hurry)
+	own, err := d.prove(ctx, hurry)
 	if errors.Is(err, proof.ErrMismatch) {
 		// What was read had its digests, so it is the index that is wrong, or memory
 		// that flips bits. Once more, before anybody is accused.
-		err = d.prove(ctx, hurry)
+		own, err = d.prove(ctx, hurry)
 	}
 	switch {
 	case err == nil:
-		if err := d.c.quarantine.putProven(d); err != nil {
+		var sum blockdev.Digest
+		if own != nil {
+			if sum, err = d.takeOver(ctx, own); err != nil {
+				return fmt.Errorf("diff %v has another tree than its index says, which cannot be written down: %w", d.id, err)
+			}
+		}
+		if err := d.c.quarantine.putProven(d, sum); err != nil {
 			return fmt.Errorf("diff %v is proven, but that cannot be written down: %w", d.id, d.c.writeFailed(d, err))
+		}
+		if own != nil {
+			d.own.Store(&ownTree{sum: sum})
+			d.c.cfg.Log.Warn("the index of a layer was made by another version of shoal than this node's, which makes another tree of it; "+
+				"containers that start from now on read that, and those that run go on with the one that came", "diff", d.id, "builder", own.Builder)
 		}
 		d.proof.Store(int32(Proven))
 		d.c.stats.proven.Add(1)
@@ -113,28 +124,29 @@ func (d *Diff) distrust(cause error) error {
 	return err
 }
 
-func (d *Diff) prove(ctx context.Context, hurry bool) error {
+// prove returns the index whose tree is to be shown, if it is not the given one's.
+func (d *Diff) prove(ctx context.Context, hurry bool) (*blockdev.Index, error) {
 	if !d.complete.Load() {
-		return ErrIncomplete
+		return nil, ErrIncomplete
 	}
-	ix, err := d.Index()
+	ix, err := d.given()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	f, err := d.openHeaders(os.O_RDWR | os.O_CREATE)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer f.Close()
 	if err := d.fetchHeaders(ctx, f); err != nil {
-		return err
+		return nil, err
 	}
 	r := d.newVerified(ctx, hurry)
 	defer r.close()
 	buf := d.c.buffer()
 	defer d.c.buffers.Put(buf)
 	next := 0
-	err = proof.Run(ctx, ix, r, func(context.Context, blockdev.Piece) ([]byte, error) {
+	own, err := proof.Run(ctx, ix, r, func(context.Context, blockdev.Piece) ([]byte, error) {
 		i := next // pieces are asked for in their order, each once
 		next++
 		if i >= len(d.heads.pieces) {
@@ -147,7 +159,7 @@ func (d *Diff) prove(ctx context.Context, hurry bool) error {
 		return b, nil
 	})
 	dropPages(f, 0, 0)
-	return err
+	return own, err
 }
 
 // verified reads a diff chunk by chunk, in order, and returns only what has its

@@ -30,6 +30,9 @@ type proofRecord struct {
 	// Index is the SHA-256 of the encoded index that was looked at.
 	Index blockdev.Digest `json:"index"`
 	Time  time.Time       `json:"time"`
+	// Own is the SHA-256 of the file index.own, whose tree is shown in place of that of
+	// Index, which another version of the builder has made.
+	Own blockdev.Digest `json:"own,omitzero"`
 	// Cause says what differs; empty in the record of a proof.
 	Cause string `json:"cause,omitempty"`
 }
@@ -143,10 +146,10 @@ func shorten(s string) string {
 	return s
 }
 
-// putProven writes down that a diff's index is proven. Another index of the same
-// diff that failed is history then.
-func (q *quarantine) putProven(d *Diff) error {
-	if err := writeProof(filepath.Join(d.dir, proofFile), filepath.Join(d.dir, proofFile+".new"), proofRecord{DiffID: d.id, Index: d.sum}); err != nil {
+// putProven writes down that a diff's index is proven, or, if own is set, that the tree
+// of another one is. Another index of the same diff that failed is history then.
+func (q *quarantine) putProven(d *Diff, own blockdev.Digest) error {
+	if err := writeProof(filepath.Join(d.dir, proofFile), filepath.Join(d.dir, proofFile+".new"), proofRecord{DiffID: d.id, Index: d.sum, Own: own}); err != nil {
 		return err
 	}
 	q.mu.Lock()
@@ -183,6 +186,12 @@ func (d *Diff) loadProof() {
 	rec, err := readProof(filepath.Join(d.dir, proofFile), d.id)
 	switch {
 	case err == nil && rec.Index == d.sum:
+		if rec.Own != (blockdev.Digest{}) {
+			if err := d.loadOwn(rec.Own); err != nil {
+				d.c.cfg.Log.Warn("the tree that this node has made of a layer is damaged; the one that came is shown until the layer is proven again", "diff", d.id, "error", err)
+				return
+			}
+		}
 		d.proof.Store(int32(Proven))
 	case err != nil && !errors.Is(err, os.ErrNotExist):
 		d.c.cfg.Log.Warn("the record of a layer's proof is damaged; it will be proven again", "diff", d.id, "error", err)

@@ -240,14 +240,14 @@ const extentsPerBlock = 250
 // with the data.
 func (d *Diff) fixedUse() (n int64, err error) {
 	n = int64(1+d.tab.len()/extentsPerBlock) * d.c.space.block
-	for _, name := range []string{"", indexFile, metaFile, bitmapFile, headersFile, proofFile} {
+	for _, name := range []string{"", indexFile, metaFile, bitmapFile, headersFile, ownIndexFile, ownMetaFile, proofFile} {
 		var st unix.Stat_t
 		path := filepath.Join(d.dir, name)
 		err := unix.Lstat(path, &st)
 		switch {
 		case name == proofFile && (err != nil || st.Blocks*512 < d.c.space.block):
 			n += d.c.space.block
-		case name == headersFile && errors.Is(err, unix.ENOENT):
+		case (name == headersFile || name == ownIndexFile || name == ownMetaFile) && errors.Is(err, unix.ENOENT):
 		case err != nil:
 			return 0, &os.PathError{Op: "stat", Path: path, Err: err}
 		default:

@@ -1,13 +1,10 @@
 package cache
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"os"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -41,14 +38,13 @@ func (d *Diff) Verify(ctx context.Context, repair bool) (*Inspection, error) {
 		in.add(where, "", "%v: remove the images that have it and pull them again, or restart the node, which fetches it again", err)
 		return in, nil
 	}
-	meta, err := os.ReadFile(d.MetaPath())
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	path := d.MetaPath()
+	if same, err := fileIs(path, ix.Meta); err != nil {
 		return nil, err
-	}
-	if !bytes.Equal(meta, ix.Meta) {
+	} else if !same {
 		done := ""
 		if repair {
-			if err := d.writeMeta(ix.Meta); err != nil {
+			if err := replaceFile(path, ix.Meta); err != nil {
 				return nil, err
 			}
 			done = repairMeta

@@ -42,7 +42,7 @@ const (
 	offMetaSize    = 28
 	offDiffSize    = 32
 	offFrameSize   = 40
-	offReserved    = 44
+	offBuilder     = 44
 	offDiffID      = 48
 	offChecksum    = 80
 	headerSize     = 112
@@ -56,6 +56,7 @@ type header struct {
 	impliedSize, metaSize   int
 	frameSize               int
 	diffSize                int64
+	builder                 uint32
 }
 
 // bodySize is the length of the body before compression, in bytes.
@@ -105,6 +106,7 @@ func Encode(ix *blockdev.Index) ([]byte, error) {
 		implied:  len(ix.Implied),
 		metaSize: len(ix.Meta),
 		diffSize: ix.DiffSize,
+		builder:  ix.Builder,
 	}
 	for _, p := range ix.Implied {
 		h.impliedSize += 2 + len(p)
@@ -138,6 +140,7 @@ func Encode(ix *blockdev.Index) ([]byte, error) {
 	le.PutUint32(out[offMetaSize:], uint32(h.metaSize))
 	le.PutUint64(out[offDiffSize:], uint64(h.diffSize))
 	le.PutUint32(out[offFrameSize:], uint32(h.frameSize))
+	le.PutUint32(out[offBuilder:], h.builder)
 	copy(out[offDiffID:], ix.DiffID[:])
 	sum := checksum(out, body, h.frameSize)
 	copy(out[offChecksum:], sum[:])
@@ -183,7 +186,7 @@ func decode(b []byte) (*blockdev.Index, error) {
 	if sum := checksum(b, body, h.frameSize); !bytes.Equal(sum[:], b[offChecksum:headerSize]) {
 		return nil, corrupt("checksum does not match")
 	}
-	ix := &blockdev.Index{DiffID: blockdev.Digest(b[offDiffID:]), DiffSize: h.diffSize}
+	ix := &blockdev.Index{Builder: h.builder, DiffID: blockdev.Digest(b[offDiffID:]), DiffSize: h.diffSize}
 	if h.metaSize > 0 {
 		ix.Meta, body = body[:h.metaSize:h.metaSize], body[h.metaSize:]
 	}
@@ -228,9 +231,6 @@ func decodeHeader(b []byte) (*header, error) {
 	if f := le.Uint16(b[offFlags:]); f != 0 {
 		return nil, fmt.Errorf("%w: index with unknown flags %#x", blockdev.ErrUnsupported, f)
 	}
-	if r := le.Uint32(b[offReserved:]); r != 0 {
-		return nil, corrupt("reserved field is %#x", r)
-	}
 	size := le.Uint64(b[offDiffSize:])
 	if size > MaxDiffSize {
 		return nil, corrupt("%d bytes of diff, at most %d are allowed", size, int64(MaxDiffSize))
@@ -243,6 +243,7 @@ func decodeHeader(b []byte) (*header, error) {
 		metaSize:    int(le.Uint32(b[offMetaSize:])),
 		frameSize:   int(le.Uint32(b[offFrameSize:])),
 		diffSize:    int64(size),
+		builder:     le.Uint32(b[offBuilder:]),
 	}
 	if err := h.check(); err != nil {
 		return nil, fmt.Errorf("%w: %w", blockdev.ErrCorrupt, err)
@@ -258,7 +259,7 @@ func decodeHeader(b []byte) (*header, error) {
 func checksum(b, body []byte, frameSize int) [sha256.Size]byte {
 	h := sha256.New()
 	write(h, b[:offFrameSize])
-	write(h, b[offReserved:offChecksum])
+	write(h, b[offBuilder:offChecksum])
 	write(h, body)
 	write(h, b[headerSize+frameSize:])
 	return [sha256.Size]byte(h.Sum(nil))

@@ -64,7 +64,7 @@ func TestRoundTrip(t *testing.T) {
 		{Meta: []byte{1}},
 		{Implied: []string{"a"}},
 		{Headers: []blockdev.Piece{{Length: blockdev.MaxChunk}}},
-		{DiffSize: 1, Chunks: []blockdev.Chunk{{Length: 1}}},
+		{Builder: 7, DiffSize: 1, Chunks: []blockdev.Chunk{{Length: 1}}},
 		sample(1, 1, 1),
 		sample(2, 777, 100_000),
 		sample(3, 10_009, 3<<20),
@@ -357,7 +357,7 @@ func FuzzDecode(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !bytes.Equal(again[:offFrameSize], b[:offFrameSize]) || !bytes.Equal(again[offReserved:headerSize], b[offReserved:headerSize]) ||
+		if !bytes.Equal(again[:offFrameSize], b[:offFrameSize]) || !bytes.Equal(again[offBuilder:headerSize], b[offBuilder:headerSize]) ||
 			!bytes.Equal(again[headerSize+h2.frameSize:], b[headerSize+h.frameSize:]) {
 			t.Fatal("more than the compressed part has changed")
 		}

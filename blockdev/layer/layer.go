@@ -34,6 +34,17 @@ const (
 	maxLinks = 255
 )
 
+// BuilderVersion is the version of what Build makes of a diff, which every index
+// carries. It goes up whenever the metadata or the implied directories of any diff
+// change: by a change here, in package erofs, or in archive/tar of a new Go. Nodes and
+// supernodes that differ in it believe each other, and a node that proves an index of
+// another builder shows its own tree from then on (package proof). 0 is that of all
+// indexes from before there was such a version.
+//
+// Where chunks are cut, and what is masked, belongs to the version of the index format:
+// two builders that differ in that cannot prove each other's indexes.
+const BuilderVersion = 0
+
 // Options bound what a Build may use. A zero field means its default.
 type Options struct {
 	// Workers is how many goroutines hash chunks and call Put; default
@@ -126,6 +137,7 @@ func Build(ctx context.Context, r io.Reader, put Put, o Options) (*blockdev.Inde
 		return nil, fmt.Errorf("building the index of layer %v: %w", diffID, err)
 	}
 	return &blockdev.Index{
+		Builder:  BuilderVersion,
 		DiffID:   diffID,
 		DiffSize: in.offset,
 		Meta:     meta.Bytes(),

@@ -6,20 +6,24 @@
 // nothing, since the index says which they are. But masked diff and header stream
 // together are the layer's tar, whose SHA-256 must be the DiffID, which the image
 // config says, which the manifest names; and an index is a function of the
-// diff. So the tar is put together again, hashed, and indexed anew, in one
+// diff and the builder. So the tar is put together again, hashed, and indexed anew, in one
 // pass.
 //
 // # Invariants
 //
-//   - [Run] returns nil only if the diff that was put together has the index's
-//     DiffID, and the index made from it has the same metadata, chunk table and
-//     implied directories.
+//   - [Run] returns no error only if the diff that was put together has the index's
+//     DiffID, and the index made from it has the same chunk table.
+//   - Metadata and implied directories are the same, too, or the index says that
+//     another version of the builder has made it (layer.BuilderVersion), and Run returns
+//     the index that this one makes. That is the proven one then, and the caller's to
+//     show in place of the given one: nobody is accused, since a bug that was mended in
+//     one of the two looks the same. A liar who names another version gains nothing by
+//     it but that he is not accused.
 //   - It returns ErrMismatch only for what the index says, never because bytes
 //     could not be had: whoever hands them in checks them first.
 //   - The diff streams: memory is that of layer.Build with one worker, whatever
 //     the diff's length.
 //   - How the header stream was compressed is not compared. It has given the
 //     right diff, so it is right, and a later encoder may write it otherwise.
-//     Everything else that an index holds cannot change without a new version
-//     of the index format.
+//     The chunk table cannot change without a new version of the index format.
 package proof

@@ -22,9 +22,11 @@ var ErrMismatch = errors.New("the index is not that of its DiffID")
 type Piece func(ctx context.Context, p blockdev.Piece) ([]byte, error)
 
 // Run proves ix. masked is the masked diff; what it returns must have been
-// checked against ix.Chunks. The error wraps ErrMismatch, or is that of masked
-// or piece, or the context's.
-func Run(ctx context.Context, ix *blockdev.Index, masked io.ReaderAt, piece Piece) error {
+// checked against ix.Chunks. It returns nil if ix is what this build makes of the
+// diff; if another builder has made ix, and another tree, the index to use in its
+// place: that of this build, with the chunks and header pieces of ix. The error wraps
+// ErrMismatch, or is that of masked or piece, or the context's.
+func Run(ctx context.Context, ix *blockdev.Index, masked io.ReaderAt, piece Piece) (*blockdev.Index, error) {
 	in := &input{masked: masked, piece: piece}
 	pr, pw := io.Pipe()
 	var (
@@ -46,35 +48,44 @@ func Run(ctx context.Context, ix *blockdev.Index, masked io.ReaderAt, piece Piec
 
 	switch {
 	case ctx.Err() != nil:
-		return fmt.Errorf("proof of diff %v: %w", ix.DiffID, context.Cause(ctx))
+		return nil, fmt.Errorf("proof of diff %v: %w", ix.DiffID, context.Cause(ctx))
 	case in.err != nil:
-		return fmt.Errorf("proof of diff %v: %w", ix.DiffID, in.err)
+		return nil, fmt.Errorf("proof of diff %v: %w", ix.DiffID, in.err)
 	case restoreErr != nil:
-		return fmt.Errorf("%w: %w", ErrMismatch, restoreErr)
+		return nil, fmt.Errorf("%w: %w", ErrMismatch, restoreErr)
 	case buildErr != nil:
-		return fmt.Errorf("diff %v: %w: the diff has its DiffID, but %w", ix.DiffID, ErrMismatch, buildErr)
+		return nil, fmt.Errorf("diff %v: %w: the diff has its DiffID, but %w%s", ix.DiffID, ErrMismatch, buildErr, builders(ix))
 	}
-	if err := compare(ix, rebuilt); err != nil {
-		return fmt.Errorf("diff %v: %w: %w", ix.DiffID, ErrMismatch, err)
+	if err := compareData(ix, rebuilt); err != nil {
+		return nil, fmt.Errorf("diff %v: %w: %w%s", ix.DiffID, ErrMismatch, err, builders(ix))
 	}
-	return nil
+	if err := compareTree(ix, rebuilt); err != nil {
+		if ix.Builder == layer.BuilderVersion {
+			return nil, fmt.Errorf("diff %v: %w: %w", ix.DiffID, ErrMismatch, err)
+		}
+		rebuilt.Headers = ix.Headers // the encoder's version may be another, too
+		return rebuilt, nil
+	}
+	return nil, nil
+}
+
+// builders is the end of an error: that another builder has made the index may be why
+// it does not fit.
+func builders(ix *blockdev.Index) string {
+	if ix.Builder == layer.BuilderVersion {
+		return ""
+	}
+	return fmt.Sprintf(" (the index is of builder version %d, this program has %d: supernode and node of one version may agree)", ix.Builder, layer.BuilderVersion)
 }
 
 // discard takes the chunks that Build makes, of which only the digests count.
 func discard(context.Context, blockdev.Digest, []byte) error { return nil }
 
-// compare says what of the given index differs from the one that the diff gives.
-func compare(given, diff *blockdev.Index) error {
+// compareData says what differs between the given index and the one that the diff
+// gives, in what is the same for all builders.
+func compareData(given, diff *blockdev.Index) error {
 	if given.DiffSize != diff.DiffSize {
 		return fmt.Errorf("the diff has %d bytes, the index says %d", diff.DiffSize, given.DiffSize)
-	}
-	if !bytes.Equal(given.Meta, diff.Meta) {
-		n := min(len(given.Meta), len(diff.Meta))
-		at := 0
-		for at < n && given.Meta[at] == diff.Meta[at] {
-			at++
-		}
-		return fmt.Errorf("the metadata differs from byte %d on (%d bytes, the diff gives %d)", at, len(given.Meta), len(diff.Meta))
 	}
 	if !slices.Equal(given.Chunks, diff.Chunks) {
 		n := min(len(given.Chunks), len(diff.Chunks))
@@ -83,6 +94,19 @@ func compare(given, diff *blockdev.Index) error {
 			at++
 		}
 		return fmt.Errorf("the chunk table differs from chunk %d on (%d chunks, the diff gives %d)", at, len(given.Chunks), len(diff.Chunks))
+	}
+	return nil
+}
+
+// compareTree says what differs in the tree of files.
+func compareTree(given, diff *blockdev.Index) error {
+	if !bytes.Equal(given.Meta, diff.Meta) {
+		n := min(len(given.Meta), len(diff.Meta))
+		at := 0
+		for at < n && given.Meta[at] == diff.Meta[at] {
+			at++
+		}
+		return fmt.Errorf("the metadata differs from byte %d on (%d bytes, the diff gives %d)", at, len(given.Meta), len(diff.Meta))
 	}
 	if !slices.Equal(given.Implied, diff.Implied) {
 		return fmt.Errorf("the implied directories differ (%d, the diff gives %d)", len(given.Implied), len(diff.Implied))

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -12,6 +14,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/blockdev/layer"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -45,14 +48,14 @@ func pieces(l *blockdevtest.Layer) Piece {
 
 func TestProven(t *testing.T) {
 	l := newLayer(t)
-	if err := Run(t.Context(), l.Index, bytes.NewReader(l.Masked), pieces(l)); err != nil {
-		t.Error(err)
+	if own, err := Run(t.Context(), l.Index, bytes.NewReader(l.Masked), pieces(l)); err != nil || own != nil {
+		t.Errorf("%v, another index: %v", err, own != nil)
 	}
 	empty, err := blockdevtest.NewLayer()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := Run(t.Context(), empty.Index, bytes.NewReader(empty.Masked), pieces(empty)); err != nil {
+	if _, err := Run(t.Context(), empty.Index, bytes.NewReader(empty.Masked), pieces(empty)); err != nil {
 		t.Errorf("a layer without files: %v", err)
 	}
 }
@@ -104,11 +107,44 @@ func TestLies(t *testing.T) {
 			if c.masked != nil {
 				masked = c.masked
 			}
-			err := Run(t.Context(), ix, bytes.NewReader(masked), pieces(from))
+			_, err := Run(t.Context(), ix, bytes.NewReader(masked), pieces(from))
 			if !errors.Is(err, ErrMismatch) || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("%v, want a mismatch that says %q", err, c.says)
 			}
 		})
+	}
+}
+
+// TestAnotherBuilder: an index that another version of the builder has made is not
+// accused for its tree, and not used any more. What no builder may change is.
+func TestAnotherBuilder(t *testing.T) {
+	l := newLayer(t)
+	const other = layer.BuilderVersion + 1
+	for name, edit := range map[string]func(*blockdev.Index){
+		"the same tree":          func(*blockdev.Index) {},
+		"one byte of metadata":   func(ix *blockdev.Index) { ix.Meta[2000] ^= 1 },
+		"no implied directories": func(ix *blockdev.Index) { ix.Implied = nil },
+	} {
+		ix := l.Clone()
+		ix.Builder = other
+		edit(ix)
+		own, err := Run(t.Context(), ix, bytes.NewReader(l.Masked), pieces(l))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if same := name == "the same tree"; same && own != nil || !same && !reflect.DeepEqual(own, l.Index) {
+			t.Errorf("%s: the index to use is not the one that this builder makes", name)
+		}
+	}
+	ix := l.Clone()
+	ix.Builder = other
+	a, b := &ix.Chunks[0], &ix.Chunks[1]
+	a.Length--
+	b.Offset--
+	b.Length++
+	a.Digest, b.Digest = blockdev.Sum(l.Masked[:a.Length]), blockdev.Sum(l.Masked[b.Offset:][:b.Length])
+	if _, err := Run(t.Context(), ix, bytes.NewReader(l.Masked), pieces(l)); !errors.Is(err, ErrMismatch) || !strings.Contains(err.Error(), fmt.Sprintf("builder version %d", other)) {
+		t.Errorf("other chunk borders: %v", err)
 	}
 }
 
@@ -139,7 +175,7 @@ func TestNoLie(t *testing.T) {
 			if c.piece == nil {
 				c.piece = pieces(l)
 			}
-			err := Run(c.ctx, l.Index, c.masked, c.piece)
+			_, err := Run(c.ctx, l.Index, c.masked, c.piece)
 			if !errors.Is(err, c.want) || errors.Is(err, ErrMismatch) {
 				t.Errorf("%v, want %v and no mismatch", err, c.want)
 			}
@@ -168,7 +204,7 @@ func BenchmarkRun(b *testing.B) {
 	}
 	b.SetBytes(int64(len(l.Tar)))
 	for b.Loop() {
-		if err := Run(b.Context(), l.Index, bytes.NewReader(l.Masked), pieces(l)); err != nil {
+		if _, err := Run(b.Context(), l.Index, bytes.NewReader(l.Masked), pieces(l)); err != nil {
 			b.Fatal(err)
 		}
 	}

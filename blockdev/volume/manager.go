@@ -155,7 +155,7 @@ func (m *Manager) Mount(ctx context.Context, id blockdev.Digest) (dir string, er
 	if err := v.diff.Distrust(); err != nil {
 		return "", err
 	}
-	if dir, _, gone := v.mounted(); dir != "" && !gone {
+	if dir, _, gone := v.mounted(); dir != "" && !gone && !v.outdated() {
 		return dir, nil
 	}
 	if err := v.take(ctx); err != nil {
@@ -166,8 +166,14 @@ func (m *Manager) Mount(ctx context.Context, id blockdev.Digest) (dir string, er
 	switch {
 	case gone:
 		return "", fmt.Errorf("diff %s on this node: %w (just removed)", id, blockdev.ErrNotFound)
-	case dir != "":
+	case dir != "" && !v.outdated():
 		return dir, nil
+	case dir != "":
+		// Whoever uses it keeps it.
+		if err := mount.Detach(dir); err != nil {
+			return "", fmt.Errorf("diff %s: %w", id, err)
+		}
+		v.setMounted("", "", false)
 	}
 	return m.mount(v)
 }
@@ -191,10 +197,11 @@ func (m *Manager) mount(v *volume) (string, error) {
 	} else if err := m.unmark(v.id); err != nil {
 		return "", err
 	}
-	if _, err := mount.Mount(v.diff.MetaPath(), data, dir, mount.Options{Loop: m.cfg.Loop}); err != nil {
+	meta := v.diff.MetaPath()
+	if _, err := mount.Mount(meta, data, dir, mount.Options{Loop: m.cfg.Loop}); err != nil {
 		return "", fmt.Errorf("diff %s: %w", v.id, errors.Join(err, m.unmark(v.id)))
 	}
-	v.setMounted(dir, lazy)
+	v.setMounted(dir, meta, lazy)
 	return dir, nil
 }
 
@@ -274,7 +281,7 @@ func (m *Manager) unmount(v *volume, detach bool) error {
 	if err != nil {
 		return fmt.Errorf("diff %s: %w", v.id, err)
 	}
-	v.setMounted("", false)
+	v.setMounted("", "", false)
 	if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
 		m.cfg.Log.Warn("mount point stays behind", "dir", dir, "error", err)
 	}

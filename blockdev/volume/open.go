@@ -175,7 +175,7 @@ func (m *Manager) takeOver(found []mount.Info, adopted bool) (again []*volume, e
 		lazy := m.marked(v.id)
 		if dir == "" && (lazy && adopted || !lazy && v.diff.Complete()) {
 			m.names[filepath.Base(i.Dir)] = v.id
-			v.setMounted(i.Dir, lazy)
+			v.setMounted(i.Dir, i.Source, lazy)
 			continue
 		}
 		if lazy {
@@ -204,7 +204,8 @@ func (m *Manager) source(i mount.Info) *volume {
 		return nil
 	}
 	for _, v := range m.vols {
-		if v.diff.MetaPath() == i.Source && strings.Contains(v.id.Hex(), filepath.Base(i.Dir)) {
+		// Of one diff there may have been two metadata images, in one directory.
+		if filepath.Dir(v.diff.MetaPath()) == filepath.Dir(i.Source) && strings.Contains(v.id.Hex(), filepath.Base(i.Dir)) {
 			return v
 		}
 	}

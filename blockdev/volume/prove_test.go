@@ -13,8 +13,10 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/blockdevtest"
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/blockdev/index"
+	builder "github.com/shoalfs/shoal/blockdev/layer"
 )
 
 // waitProof waits for the queue to get to a diff.
@@ -257,5 +259,63 @@ func TestScrubber(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatal("never scrubbed")
 		}
+	}
+}
+
+// TestProofAnotherBuilder: a layer whose index another version of shoal has made, with
+// another tree, is mounted anew for who comes after the proof; who has it mounted keeps it.
+func TestProofAnotherBuilder(t *testing.T) {
+	for name, native := range map[string]bool{"lazy": false, "native": true} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t, nil)
+			l := newLayer(t, 45, 1<<20)
+			other, err := blockdevtest.NewLayer(blockdevtest.File{Name: "FILE", Data: l.content}) // the same masked diff
+			if err != nil {
+				t.Fatal(err)
+			}
+			ix := l.Clone()
+			ix.Builder, ix.Meta = builder.BuilderVersion+1, other.Index.Meta
+			if l.encoded, err = index.Encode(ix); err != nil {
+				t.Fatal(err)
+			}
+			n.add(l)
+			if native {
+				for _, p := range l.index.Headers { // so that it is not proven before it is mounted
+					n.src.Delete(p.Digest)
+				}
+				if err := n.PrefetchWait(t.Context(), l.id, nil); !errors.Is(err, blockdev.ErrNotFound) {
+					t.Fatalf("without a header stream: %v", err)
+				}
+			}
+			dir := n.mountDir(l)
+			user, err := os.Open(filepath.Join(dir, "FILE"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer user.Close()
+			n.src.PutLayer(l.Layer)
+			if err := n.PrefetchWait(t.Context(), l.id, nil); err != nil {
+				t.Fatal(err)
+			}
+			if s := n.stat(l); s.Proof != cache.Proven {
+				t.Fatalf("%+v", s)
+			}
+			if native {
+				n.restart() // which takes the mount over as it is
+			}
+			if again := n.mountDir(l); again != dir {
+				t.Errorf("mounted at %s, was at %s", again, dir)
+			}
+			n.check(l, dir)
+			if _, err := os.Stat(filepath.Join(dir, "FILE")); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("the tree that came is still shown: %v", err)
+			}
+			got := make([]byte, len(l.content))
+			if _, err := user.ReadAt(got, 0); err != nil || !bytes.Equal(got, l.content) {
+				t.Errorf("who used the mount before: %v", err)
+			}
+			n.restart()
+			n.check(l, n.mountDir(l))
+		})
 	}
 }

@@ -41,6 +41,7 @@ type volume struct {
 	mu   sync.Mutex // for what follows; never held across I/O
 	gone bool       // removed: look it up again
 	dir  string     // mount point, "" if not mounted
+	meta string     // the metadata image that is mounted there
 	lazy bool
 	// stale: wrong bytes may have been read through the mount.
 	stale bool
@@ -70,10 +71,18 @@ func (v *volume) mounted() (dir string, lazy, gone bool) {
 	return v.dir, v.lazy, v.gone
 }
 
-func (v *volume) setMounted(dir string, lazy bool) {
+func (v *volume) setMounted(dir, meta string, lazy bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.dir, v.lazy, v.started = dir, lazy, false
+	v.dir, v.meta, v.lazy, v.started = dir, meta, lazy, false
+}
+
+// outdated reports whether what is mounted is not the tree that the diff shows now:
+// its proof has replaced it since.
+func (v *volume) outdated() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.dir != "" && v.meta != v.diff.MetaPath()
 }
 
 // firstStart reports whether the volume is mounted lazily and this is the first

@@ -1,0 +1,133 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/index"
+)
+
+// A diff whose index another version of the builder has made may get a tree of its
+// own when it is proven: the one that this node makes. It lies beside the given one,
+// since mounts of that are in use, and since the given index is what other nodes are
+// given, who know its SHA-256.
+const (
+	ownIndexFile = "index.own"
+	ownMetaFile  = "meta.own"
+)
+
+// ownTree is the tree that a diff shows in place of the one that its index came with.
+type ownTree struct {
+	sum blockdev.Digest // of the file index.own
+}
+
+func (d *Diff) path(name string) string { return filepath.Join(d.dir, name) }
+
+// takeOver writes the tree of an index down and returns the SHA-256 of its file. It is
+// shown when the record of the proof names that.
+func (d *Diff) takeOver(ctx context.Context, own *blockdev.Index) (blockdev.Digest, error) {
+	enc, err := index.Encode(own)
+	if err != nil {
+		return blockdev.Digest{}, err
+	}
+	room := d.c.space.blocks(0, int64(len(enc))) + d.c.space.blocks(0, int64(len(own.Meta)))
+	if err := d.c.waitRoom(ctx, func() error { return d.c.space.take(&d.taken, room, forMeta) }); err != nil {
+		return blockdev.Digest{}, err
+	}
+	defer func() {
+		d.c.space.wrote(&d.taken, room)
+		d.c.space.measure(d)
+	}()
+	if err := errors.Join(replaceFile(d.path(ownMetaFile), own.Meta), replaceFile(d.path(ownIndexFile), enc)); err != nil {
+		return blockdev.Digest{}, d.c.writeFailed(d, err)
+	}
+	return blockdev.Sum(enc), nil
+}
+
+// loadOwn shows the tree that was taken over, of which sum is on record.
+func (d *Diff) loadOwn(sum blockdev.Digest) error {
+	ix, err := d.readOwn(sum)
+	if err != nil {
+		return err
+	}
+	if err := d.fixMeta(d.path(ownMetaFile), ix.Meta); err != nil {
+		return err
+	}
+	d.own.Store(&ownTree{sum: sum})
+	return nil
+}
+
+func (d *Diff) readOwn(sum blockdev.Digest) (*blockdev.Index, error) {
+	enc, err := os.ReadFile(d.path(ownIndexFile))
+	if err != nil {
+		return nil, err
+	}
+	if blockdev.Sum(enc) != sum {
+		return nil, fmt.Errorf("%s is not the one on record: %w", d.path(ownIndexFile), blockdev.ErrCorrupt)
+	}
+	ix, err := d.c.cfg.decode(enc)
+	if err == nil && ix.DiffID != d.id {
+		err = fmt.Errorf("it is that of diff %v: %w", ix.DiffID, blockdev.ErrCorrupt)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", d.path(ownIndexFile), err)
+	}
+	return ix, nil
+}
+
+// fixMeta sees to it that a metadata image is the one that its index has.
+func (d *Diff) fixMeta(path string, meta []byte) error {
+	same, err := fileIs(path, meta)
+	if err != nil || same {
+		return err
+	}
+	d.c.cfg.Log.Warn("the metadata image of a diff is damaged; it is written again from the index", "diff", d.id, "file", path)
+	return replaceFile(path, meta)
+}
+
+// fileIs compares a file with what it should hold, a little at a time. One that is
+// missing holds something else.
+func fileIs(path string, want []byte) (bool, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil || st.Size() != int64(len(want)) {
+		return false, err
+	}
+	buf := make([]byte, 64<<10)
+	for len(want) > 0 {
+		n, err := io.ReadFull(f, buf[:min(len(buf), len(want))])
+		if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+			return false, err
+		}
+		if err != nil || !bytes.Equal(buf[:n], want[:n]) {
+			return false, nil
+		}
+		want = want[n:]
+	}
+	return true, nil
+}
+
+// replaceFile makes a new file, durably: a mount may hold the old one.
+func replaceFile(path string, b []byte) error {
+	tmp := path + ".new"
+	if err := os.RemoveAll(tmp); err != nil { // a crash may have left it
+		return err
+	}
+	if err := writeFile(tmp, b, true); err != nil {
+		return errors.Join(err, os.RemoveAll(tmp))
+	}
+	return os.Rename(tmp, path)
+}
