@@ -26,6 +26,7 @@
 //   - profile: the codec of startup profiles
 //   - cache: local diffs on a node's disk, filled chunk by chunk
 //   - fusefs: the FUSE mount that shows local diffs as files
+//   - turns: what is limited and may be held for long, shared among diffs
 //   - mount: EROFS mounts over those files
 //   - background: work that has only the processor time nobody else wants
 //

@@ -11,10 +11,10 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/turns"
 )
 
 const (
@@ -35,9 +35,10 @@ type Cache struct {
 	quarantine *quarantine
 
 	gate       gate
-	demand     *semaphore.Weighted // bytes of demand requests
-	window     *window             // of prefetch
-	kicked     chan struct{}       // the syncer has work
+	demand     *turns.Turns  // bytes of demand requests in flight, by diff
+	held       *turns.Turns  // bytes that reads hold, unwritten, by diff
+	window     *window       // of prefetch
+	kicked     chan struct{} // the syncer has work
 	buffers    bufferPool
 	untilWorks atomic.Int64 // bytes to be written before the disk is well; 0: it is
 	stats      counters
@@ -93,7 +94,7 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	}
 	c := &Cache{
 		cfg: cfg, boot: hashBoot(cfg.bootID), lock: lock,
-		demand: semaphore.NewWeighted(cfg.DemandBytes),
+		demand: turns.New(cfg.DemandBytes, 0), held: turns.New(heldBytes, 0),
 		window: newWindow(cfg.Window),
 		kicked: make(chan struct{}, 1),
 		diffs:  make(map[blockdev.Digest]*Diff),

@@ -46,8 +46,10 @@ type Config struct {
 	// Window, if not nil, says how many bytes prefetch may have asked for and not got
 	// yet, in the whole Cache. Default: 4 MiB.
 	Window func() int64
-	// DemandBytes bounds what demand requests have in flight in the whole Cache;
-	// further ones wait. Default 64 MiB.
+	// DemandBytes bounds what demand requests have in flight in the whole Cache, shared
+	// among diffs as package turns does it: requests for one diff have at most half of
+	// it, whose source may not answer, and further ones wait for each other. Default
+	// 64 MiB.
 	DemandBytes int64
 	// Quiet is how long there must have been no demand read before prefetch goes
 	// on. Default 500 ms.

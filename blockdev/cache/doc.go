@@ -56,6 +56,11 @@
 //   - One flight per chunk. A reader's context ends its own wait only.
 //   - No lock is held across I/O. Memory and requests in flight are bounded by
 //     Config. Reads of what is present allocate nothing and take no lock.
+//   - No diff's demand read waits for another diff's. What demand requests may have in
+//     flight (Config.DemandBytes) is shared among diffs (package turns) and given back
+//     between attempts; a read has no memory for its answer before its bytes are at
+//     hand, and the chunks that it holds because they could not be written are bounded
+//     and shared, too.
 //   - A full disk, or one that fails to write, never fails a demand read and
 //     never leads to wrong bytes: the reader is answered from memory and the
 //     chunk stays missing. A quota that is full is like a full disk.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -100,20 +101,8 @@ func (g *group) run() {
 
 func (g *group) get() error {
 	d := g.d
-	if g.prio == blockdev.Demand {
-		var size int64
-		for _, f := range g.todo {
-			size += int64(d.tab.length(f.chunk))
-		}
-		// The sum is at most DemandBytes: Config checks it, and a group is made
-		// within RequestBytes and MaxReadAhead.
-		if err := d.c.demand.Acquire(d.life, size); err != nil {
-			return context.Cause(d.life)
-		}
-		defer d.c.demand.Release(size)
-	}
 	for try := 0; ; try++ {
-		err := g.attempt()
+		err := g.bounded()
 		if g.compact(); len(g.todo) == 0 {
 			return nil
 		}
@@ -145,6 +134,32 @@ func (g *group) get() error {
 			t.Stop()
 		}
 	}
+}
+
+// errNobody ends a demand group that nobody waits for by the time it has its turn.
+var errNobody = fmt.Errorf("nobody waits for it any more: %w", blockdev.ErrUnavailable)
+
+// bounded is an attempt within what the diff may have in flight: what it may have is
+// taken for one attempt and not for the pauses in between.
+func (g *group) bounded() error {
+	if g.prio != blockdev.Demand {
+		return g.attempt()
+	}
+	// The sum is at most DemandBytes: Config checks it, and a group is made
+	// within RequestBytes and MaxReadAhead.
+	var size int64
+	for _, f := range g.todo {
+		size += int64(g.d.tab.length(f.chunk))
+	}
+	waited := g.d.c.demand.Take(g.d.id, size)
+	defer g.d.c.demand.Give(g.d.id, size)
+	if g.d.life.Err() != nil {
+		return context.Cause(g.d.life)
+	}
+	if waited && !slices.ContainsFunc(g.todo, g.d.awaited) {
+		return errNobody
+	}
+	return g.attempt()
 }
 
 // worthRetry: asking again may help.

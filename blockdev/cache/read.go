@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"time"
 
@@ -43,27 +44,48 @@ func (d *Diff) isLocal(off int64, n int) bool {
 // blockdev.ErrUnavailable if it did not answer in time, ErrRemoved, ErrClosed, or
 // ctx's.
 func (d *Diff) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
-	if off < 0 {
-		return 0, fmt.Errorf("diff %v: read at negative offset %d", d.id, off)
-	}
-	if off >= d.size {
-		return 0, io.EOF
-	}
-	var eof error
-	if int64(len(p)) > d.size-off {
-		p, eof = p[:d.size-off], io.EOF
-	}
-	if d.isLocal(off, len(p)) {
+	if n := int64(len(p)); off >= 0 && d.isLocal(off, len(p)) && n > 0 {
 		if err := d.pread(p, off); err == nil {
-			return len(p), eof
+			return len(p), nil
 		} else if errors.Is(err, os.ErrClosed) {
 			return 0, d.readError(off, len(p), d.goneErr())
 		}
 		// pread has noted what cannot be read, so it is missing now.
 	}
-	n, err := d.readMissing(ctx, p, off)
+	return d.Read(ctx, off, len(p), given(p))
+}
+
+// given is memory that the reader has already.
+type given []byte
+
+func (g given) Take(_ context.Context, n int) ([]byte, error) { return g[:n], nil }
+func (given) Give()                                           {}
+
+// Read is ReadAt of n bytes into memory that it takes from m when all of them are at
+// hand.
+func (d *Diff) Read(ctx context.Context, off int64, n int, m blockdev.Memory) (int, error) {
+	if off < 0 || n < 0 {
+		return 0, fmt.Errorf("diff %v: read of %d bytes at offset %d", d.id, n, off)
+	}
+	if off >= d.size {
+		return 0, io.EOF
+	}
+	var eof error
+	if int64(n) > d.size-off {
+		n, eof = int(d.size-off), io.EOF
+	}
+	var err error
+	if d.isLocal(off, n) {
+		var ok bool
+		if ok, err = d.take(ctx, off, n, nil, m); ok {
+			return n, eof
+		}
+	}
+	if err == nil {
+		err = d.readMissing(ctx, off, n, m)
+	}
 	if err != nil {
-		return n, err
+		return 0, d.readError(off, n, err)
 	}
 	return n, eof
 }
@@ -93,7 +115,8 @@ func (d *Diff) overlap(i int, off int64, n int) (from, to int64) {
 // errTimeout is the cause of the context that bounds a demand read.
 var errTimeout = errors.New("demand read timed out")
 
-func (d *Diff) readMissing(parent context.Context, p []byte, off int64) (n int, err error) {
+// readMissing waits for what is missing and then reads all.
+func (d *Diff) readMissing(parent context.Context, off int64, n int, m blockdev.Memory) (err error) {
 	d.c.gate.enter()
 	defer d.c.gate.leave()
 	d.c.stats.missed.Add(1)
@@ -101,22 +124,59 @@ func (d *Diff) readMissing(parent context.Context, p []byte, off int64) (n int, 
 	defer func() { d.c.stats.waited.Add(int64(time.Since(began))) }()
 	ctx, cancel := context.WithTimeoutCause(parent, d.c.cfg.Timeout, errTimeout)
 	defer cancel()
-	for n < len(p) {
-		part := p[n:]
-		if most := d.c.cfg.RequestBytes; int64(len(part)) > most {
-			part = part[:most]
+	var mem unwritten
+	defer mem.drop(d)
+	for {
+		ok, err := d.gather(ctx, off, n, &mem)
+		if ok && err == nil {
+			ok, err = d.take(ctx, off, n, &mem, m)
 		}
-		if err := d.readPart(ctx, part, off+int64(n)); err != nil {
-			err = d.readError(off, len(p), err)
+		if !ok && err == nil && ctx.Err() != nil {
+			err = d.lateErr(ctx, nil)
+		}
+		if err != nil {
 			// A caller's deadline is a failure, too; a caller that has gone is none.
 			if !errors.Is(parent.Err(), context.Canceled) && !errors.Is(err, ErrRemoved) && !errors.Is(err, ErrClosed) {
 				d.c.stats.failed.Add(1)
 			}
-			return n, err
+			return err
 		}
-		n += len(part)
+		if ok {
+			return nil
+		}
+		// A chunk went again: once more. The context's deadline ends this.
 	}
-	return n, nil
+}
+
+// gather returns when all chunks of a range are present or in mem, and false if it
+// has dropped what was in mem.
+func (d *Diff) gather(ctx context.Context, off int64, n int, mem *unwritten) (bool, error) {
+	for done := 0; done < n; {
+		part := min(n-done, int(min(d.c.cfg.RequestBytes, math.MaxInt32)))
+		lo, hi := d.tab.span(off+int64(done), off+int64(done+part))
+		if ok, err := d.waitPart(ctx, lo, hi, mem); !ok || err != nil {
+			return false, err
+		}
+		done += part
+	}
+	return true, nil
+}
+
+// take takes memory for a range whose chunks are at hand and reads it. It returns false
+// if one of them is not there any more.
+func (d *Diff) take(ctx context.Context, off int64, n int, mem *unwritten, m blockdev.Memory) (bool, error) {
+	p, err := m.Take(ctx, n)
+	if err != nil {
+		if errors.Is(context.Cause(ctx), errTimeout) {
+			err = d.lateErr(ctx, nil)
+		}
+		return false, err
+	}
+	ok, err := d.assemble(p, off, mem)
+	if !ok && err == nil {
+		m.Give()
+	}
+	return ok, err
 }
 
 func (d *Diff) readError(off int64, n int, err error) error {
@@ -131,41 +191,96 @@ type wait struct {
 	startup bool // and that of startup chunks
 }
 
-// readPart reads a part that one request may fetch.
-func (d *Diff) readPart(ctx context.Context, p []byte, off int64) error {
-	lo, hi := d.tab.span(off, off+int64(len(p)))
-	var mem [][]byte // of the chunks that could not be written
+// heldBytes bounds what reads hold of chunks that could not be written, while they wait
+// for others; shared among diffs.
+const heldBytes = 32 << 20
+
+// unwritten is what one read has of chunks that could not be written, by number. The
+// zero value is empty.
+type unwritten struct {
+	chunks map[int][]byte
+	bytes  int64
+}
+
+func (u *unwritten) get(i int) []byte {
+	if u == nil {
+		return nil
+	}
+	return u.chunks[i]
+}
+
+// hold takes a chunk; it returns false if that would be more than the diff's reads may
+// hold.
+func (u *unwritten) hold(d *Diff, i int, b []byte) bool {
+	if u.chunks[i] != nil {
+		return true
+	}
+	if !d.c.held.Try(d.id, int64(len(b))) {
+		return false
+	}
+	if u.chunks == nil {
+		u.chunks = make(map[int][]byte)
+	}
+	u.chunks[i] = b
+	u.bytes += int64(len(b))
+	return true
+}
+
+func (u *unwritten) drop(d *Diff) {
+	if u.bytes > 0 {
+		d.c.held.Give(d.id, u.bytes)
+		*u = unwritten{}
+	}
+}
+
+// waitPart waits for chunks [lo, hi), which one request may fetch. It returns false if
+// it has dropped mem, for want of room: then the read begins anew.
+func (d *Diff) waitPart(ctx context.Context, lo, hi int, mem *unwritten) (bool, error) {
 	for {
 		waits, err := d.join(lo, hi, mem)
-		if err != nil {
-			return err
+		if err != nil || len(waits) == 0 {
+			return err == nil, err
 		}
 		err = d.await(ctx, waits)
+		full := false
 		for _, w := range waits {
-			if b := w.unwritten(); b != nil {
-				if mem == nil {
-					mem = make([][]byte, hi-lo)
-				}
-				mem[w.chunk-lo] = b
+			if b := w.unwritten(); b != nil && !mem.hold(d, w.chunk, b) {
+				full = true
 			}
 		}
 		if err != nil {
-			return err
+			return false, err
 		}
-		if ok, err := d.assemble(p, off, lo, hi, mem); ok || err != nil {
-			return err
+		if full {
+			mem.drop(d)
+			select {
+			case <-time.After(firstBackoff):
+			case <-ctx.Done():
+			}
+			return false, nil
 		}
 		// Another's flight failed, or a chunk went again: once more. The
 		// context's deadline ends this.
-		if ctx.Err() != nil {
-			return d.lateErr(ctx, nil)
+		if ctx.Err() != nil && !d.atHand(lo, hi, mem) {
+			return false, d.lateErr(ctx, nil)
 		}
 	}
 }
 
+// atHand reports whether chunks [lo, hi) are present or in mem.
+func (d *Diff) atHand(lo, hi int, mem *unwritten) bool {
+	for i := lo; i < hi; i++ {
+		if !d.pres.present.get(i) && mem.get(i) == nil {
+			return false
+		}
+	}
+	return true
+}
+
 // join returns the flights that chunks [lo, hi) need but for those in mem, and
-// starts a request for those that nobody has asked for yet, with read-ahead.
-func (d *Diff) join(lo, hi int, mem [][]byte) ([]wait, error) {
+// starts a request for those that nobody has asked for yet, with read-ahead. There are
+// none if all are at hand.
+func (d *Diff) join(lo, hi int, mem *unwritten) ([]wait, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.gone != nil {
@@ -174,7 +289,7 @@ func (d *Diff) join(lo, hi int, mem [][]byte) ([]wait, error) {
 	var waits []wait
 	var own *group
 	for i := lo; i < hi; i++ {
-		if d.pres.present.get(i) || (mem != nil && mem[i-lo] != nil) {
+		if d.pres.present.get(i) || mem.get(i) != nil {
 			continue
 		}
 		f := d.flights[i]
@@ -284,8 +399,9 @@ func (d *Diff) lateErr(ctx context.Context, f *flight) error {
 
 // assemble fills p from the data file and mem. It returns false if a chunk is in
 // neither.
-func (d *Diff) assemble(p []byte, off int64, lo, hi int, mem [][]byte) (bool, error) {
-	if mem == nil {
+func (d *Diff) assemble(p []byte, off int64, mem *unwritten) (bool, error) {
+	lo, hi := d.tab.span(off, off+int64(len(p)))
+	if mem == nil || mem.bytes == 0 {
 		if !d.pres.present.all(lo, hi) {
 			return false, nil
 		}
@@ -294,7 +410,7 @@ func (d *Diff) assemble(p []byte, off int64, lo, hi int, mem [][]byte) (bool, er
 	for i := lo; i < hi; i++ {
 		from, to := d.overlap(i, off, len(p))
 		dst := p[from-off : to-off]
-		if b := mem[i-lo]; b != nil {
+		if b := mem.get(i); b != nil {
 			copy(dst, b[from-d.tab.start(i):])
 			continue
 		}

@@ -29,10 +29,18 @@ const smallRead = 128 << 10
 // buffers keeps buffers of two sizes for later. The zero value is ready.
 type buffers struct{ small, large sync.Pool }
 
-func (p *buffers) get(n int) *buffer {
-	pool, size := &p.large, MaxRead
+// bufferSize is how much room for payload the buffer for n bytes has.
+func bufferSize(n int) int {
 	if n <= smallRead {
-		pool, size = &p.small, smallRead
+		return smallRead
+	}
+	return MaxRead
+}
+
+func (p *buffers) get(n int) *buffer {
+	pool, size := &p.large, bufferSize(n)
+	if size == smallRead {
+		pool = &p.small
 	}
 	if b, ok := pool.Get().(*buffer); ok {
 		return b

@@ -25,8 +25,16 @@
 //
 //   - READ is answered here, everything else by go-fuse's ProtocolServer.
 //   - A loop goroutine never waits for bytes that are not local: such reads go
-//     to a bounded set of other goroutines (Options.SlowBytes).
-//   - A read is answered, with EIO after Options.ReadTimeout at the latest.
+//     to other goroutines, a bounded number of them.
+//   - No diff waits for another. All of a node's reads come through one connection, so
+//     the kernel gives out as many requests as it can say (maxBackground). A read that
+//     waits for bytes has a place in a line and perhaps a goroutine, both shared among
+//     diffs (package turns), and no memory: that is taken for the copy of an answer
+//     (Options.SlowBytes). When a diff has as many reads waiting as it may, its next ones
+//     fail.
+//   - A read is answered, with EIO at the latest Options.ReadTimeout after this process
+//     got it from the kernel. A process that takes the connection over begins anew:
+//     while nobody serves it the kernel cannot give reads to anybody.
 //   - When Serve has been told to stop, reads whose bytes are not here yet stay
 //     unanswered: whoever serves the descriptor next gets them again, and if
 //     nobody does, closing the last descriptor fails them.

@@ -19,8 +19,10 @@ import (
 type File interface {
 	// Size is the length of the masked diff in bytes. It never changes.
 	Size() int64
-	// ReadAt is io.ReaderAt with a context: it fetches what is not local.
-	ReadAt(ctx context.Context, p []byte, off int64) (int, error)
+	// Read reads as io.ReaderAt does, n bytes into memory that it takes from m: once,
+	// and when all bytes are at hand. It fetches what is not local, and ends soon
+	// after ctx.
+	Read(ctx context.Context, off int64, n int, m blockdev.Memory) (int, error)
 	// Local returns the file that has all n bytes at off, at the same offset, if
 	// they are all here. After Size, up to the next multiple of 4096 bytes, the
 	// file reads as zeros. The file is not closed while it may be in use; its

@@ -67,13 +67,24 @@ type memFile struct {
 	local *os.File // has all of data
 	// here says whether a range is local; nil: all of it.
 	here func(off int64, n int) bool
-	// read answers what is not local; nil: data, at once.
+	// await waits for what is not local; nil: it is at hand.
+	await func(ctx context.Context, off int64) error
+	// read reads what is not local, when it is at hand; nil: data.
 	read func(ctx context.Context, p []byte, off int64) (int, error)
 }
 
 func (f *memFile) Size() int64 { return int64(len(f.data)) }
 
-func (f *memFile) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+func (f *memFile) Read(ctx context.Context, off int64, n int, m blockdev.Memory) (int, error) {
+	if f.await != nil {
+		if err := f.await(ctx, off); err != nil {
+			return 0, err
+		}
+	}
+	p, err := m.Take(ctx, n)
+	if err != nil {
+		return 0, err
+	}
 	if f.read != nil {
 		return f.read(ctx, p, off)
 	}

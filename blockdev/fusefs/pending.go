@@ -22,8 +22,10 @@ const (
 	pendingUsed  = len(pendingMagic) // u32: how many slots behind the header were ever used
 	// slotSize has room for a whole READ, for a LOOKUP of a diff, and for all else
 	// that the kernel asks of a flat directory of read-only files.
-	slotSize     = 128
-	pendingSlots = maxLine + 8<<10
+	slotSize = 128
+	// pendingSlots are enough for all requests that the kernel gives out, maxBackground
+	// and those that somebody waits for; a part of the format.
+	pendingSlots = 1<<16 + 8<<10
 	pendingSize  = (1 + pendingSlots) * slotSize
 )
 

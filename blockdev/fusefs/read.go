@@ -225,6 +225,7 @@ func (s *Server) fail(unique uint64, errno unix.Errno) {
 // failRead answers a read with EIO and says why in the log.
 func (s *Server) failRead(id blockdev.Digest, r readIn, err error) {
 	s.fail(r.unique, unix.EIO)
+	s.failed.Add(1)
 	others, ok := s.failures.next(time.Now())
 	if !ok {
 		return
@@ -281,14 +282,13 @@ func (s *Server) write(b []byte) {
 	}
 }
 
-// slowEnd is what remains to be done with the result of a ReadAt of a slow read:
-// zeros behind Size, and no other gap.
-func slowEnd(f File, off int64, p []byte, n int, err error) error {
-	want := min(int64(len(p)), max(f.Size()-off, 0))
+// slowEnd is what remains to be done with the result of a slow read: zeros behind
+// Size, and no other gap.
+func slowEnd(r slowRead, p []byte, n int, err error) error {
 	if err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
-	if int64(n) < want {
+	if want := min(int64(r.n), max(r.file.Size()-r.off, 0)); int64(n) < want || len(p) < r.n {
 		return io.ErrUnexpectedEOF
 	}
 	clear(p[n:])

@@ -26,12 +26,12 @@ type Options struct {
 	// Loops is the number of goroutines that read requests. Default: twice
 	// GOMAXPROCS, at least 4.
 	Loops int
-	// SlowBytes bounds the sum of the sizes of the reads that wait for missing
-	// bytes at one time, and so the memory for their answers. Further ones wait
-	// in the order in which they came. Default: 32 MiB; at least MaxRead.
+	// SlowBytes bounds the memory for answers to reads that had to wait for missing
+	// bytes. A read has a part of it only from when its bytes are here until it is
+	// answered. Default: 32 MiB; at least MaxRead.
 	SlowBytes int64
-	// ReadTimeout is how long a read waits for missing bytes, queueing included,
-	// before it is answered with EIO. Default: 1 minute.
+	// ReadTimeout is how long after the kernel gave it to this server a read is
+	// answered with EIO at the latest, queueing included. Default: 1 minute.
 	ReadTimeout time.Duration
 	// Describe returns what an operator calls a diff, as attributes of log lines:
 	// its image and layer. Default: none.
@@ -78,6 +78,7 @@ type Server struct {
 
 	buffers  buffers
 	failures failureLog
+	failed   atomic.Int64 // reads
 	pending  *pending
 	// repeat is closed when what is left in pending is to be answered.
 	repeat chan struct{}
@@ -112,7 +113,7 @@ func New(fd *os.File, files Files, o Options) (*Server, error) {
 		agreed: make(chan struct{}),
 		repeat: make(chan struct{}),
 	}
-	s.slow = &slowReads{s: s, most: o.SlowBytes, began: make(map[uint64]time.Time)}
+	s.slow = newSlowReads(s, o.SlowBytes)
 	if err := unix.SetNonblock(s.fd, true); err != nil {
 		return nil, fmt.Errorf("make the FUSE descriptor non-blocking: %w", err)
 	}
@@ -125,12 +126,11 @@ func New(fd *os.File, files Files, o Options) (*Server, error) {
 	}
 	raw := &rawFS{RawFileSystem: fuse.NewDefaultRawFileSystem(), nodes: s.nodes, log: o.Log}
 	s.ps = fuse.NewProtocolServer(raw, &fuse.MountOptions{
-		Name:     "shoal",
-		MaxWrite: MaxRead, // becomes max_pages
-		// Reads by EROFS with direct I/O, and by loop devices, are asynchronous:
-		// let many be under way.
-		MaxBackground:     128,
-		ExtraCapabilities: fuse.CAP_ASYNC_DIO,
+		Name:                "shoal",
+		MaxWrite:            MaxRead, // becomes max_pages
+		MaxBackground:       maxBackground,
+		CongestionThreshold: maxBackground,
+		ExtraCapabilities:   fuse.CAP_ASYNC_DIO,
 		DisabledCapabilities: fuse.CAP_PASSTHROUGH | fuse.CAP_READDIRPLUS | fuse.CAP_NO_OPEN_SUPPORT |
 			fuse.CAP_AUTO_INVAL_DATA | agreed.refused(),
 		DisableXAttrs: true,
@@ -141,7 +141,7 @@ func New(fd *os.File, files Files, o Options) (*Server, error) {
 		if err != nil {
 			return nil, err
 		}
-		if !bytes.Equal(answer, agreed.answer) {
+		if !agreed.same(answer) {
 			// Flags beyond the old ones were refused above; what is left is said so
 			// that it can be found should the kernel behave in an unexpected way.
 			o.Log.Warn("this version of shoal would have agreed with the kernel on another FUSE protocol; the connection keeps the one it has",

@@ -6,12 +6,21 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/semaphore"
+
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/turns"
 )
 
-// maxLine bounds the reads that wait for their turn in slowReads. Each costs
-// less than 100 bytes here; the kernel holds the rest.
-const maxLine = 1 << 16
+const (
+	// maxLine bounds the reads that wait for missing bytes, shared among diffs as
+	// package turns does it. Each costs some hundred bytes here.
+	maxLine = 1 << 16
+	// maxActive bounds those of them that have a goroutine, shared in the same way; the
+	// others wait for one of the same diff to end. leastActive is what each diff may
+	// always have.
+	maxActive, leastActive = 4096, 16
+)
 
 // slowRead is a read of which not all bytes are local.
 type slowRead struct {
@@ -23,19 +32,28 @@ type slowRead struct {
 	deadline time.Time
 }
 
-// slowReads answers reads that have to wait, in goroutines of their own. What
-// bounds them is the memory for their answers.
+// slowReads answers reads that have to wait, in goroutines of their own. A read that
+// waits for its bytes has no memory for its answer: it takes that when they are here.
+// What a read may hold while its bytes do not come is shared among diffs, so that no
+// diff waits for another.
 type slowReads struct {
-	s    *Server
-	most int64 // bytes
+	s *Server
+	// line and active count reads, memory the bytes of buffers: it goes to whoever
+	// comes first, since it is held for one copy only.
+	line, active *turns.Turns
+	memory       *semaphore.Weighted
 
 	mu      sync.Mutex
 	tasks   sync.WaitGroup
 	stopped bool
-	used    int64
-	line    []slowRead
-	head    int                  // line[:head] is done
 	began   map[uint64]time.Time // of all that are waiting, by the request's number
+}
+
+func newSlowReads(s *Server, memory int64) *slowReads {
+	return &slowReads{
+		s: s, line: turns.New(maxLine, 1), active: turns.New(maxActive, leastActive),
+		memory: semaphore.NewWeighted(memory), began: make(map[uint64]time.Time),
+	}
 }
 
 var (
@@ -48,16 +66,28 @@ var (
 func (q *slowReads) add(ctx context.Context, r slowRead) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	switch {
-	case q.stopped:
+	if q.stopped {
 		return errStopped
-	case len(q.line)-q.head >= maxLine:
+	}
+	if !q.line.Try(r.id, 1) {
 		return errLineFull
 	}
-	q.line = append(q.line, r)
 	q.began[r.unique] = time.Now()
-	q.next(ctx)
+	// Reads of a diff that wait for a goroutine have later deadlines than those that
+	// have one, so there is always one in time to fail them.
+	q.active.Start(r.id, 1, func() { q.tasks.Go(func() { q.answer(ctx, r) }) })
 	return nil
+}
+
+func (q *slowReads) answer(ctx context.Context, r slowRead) {
+	if q.s.answerSlow(ctx, r) {
+		q.s.pending.give(r.slot)
+	}
+	q.mu.Lock()
+	delete(q.began, r.unique)
+	q.mu.Unlock()
+	q.line.Give(r.id, 1)
+	q.active.Give(r.id, 1)
 }
 
 // waiting counts the reads that have waited for at least each of ages.
@@ -77,46 +107,19 @@ func (q *slowReads) waiting(ages []time.Duration) []int {
 }
 
 // Waiting returns, for each of ages, how many reads wait for missing bytes and have
-// done so for at least that long.
+// done so for at least that long. The age of a read that an earlier server has left
+// begins when this one got it.
 func (s *Server) Waiting(ages ...time.Duration) []int { return s.slow.waiting(ages) }
 
-// next starts those for which there is room. The caller holds the lock.
-func (q *slowReads) next(ctx context.Context) {
-	for q.head < len(q.line) && !q.stopped {
-		r := q.line[q.head]
-		if q.used+int64(r.n) > q.most {
-			return // in order: small ones do not overtake
-		}
-		q.line[q.head] = slowRead{}
-		q.head++
-		if q.head == len(q.line) {
-			q.line, q.head = q.line[:0], 0
-		} else if q.head >= 1024 && q.head*2 >= len(q.line) {
-			n := copy(q.line, q.line[q.head:])
-			clear(q.line[n:])
-			q.line, q.head = q.line[:n], 0
-		}
-		q.used += int64(r.n)
-		q.tasks.Go(func() {
-			if q.s.answerSlow(ctx, r) {
-				q.s.pending.give(r.slot)
-			}
-			q.mu.Lock()
-			defer q.mu.Unlock()
-			q.used -= int64(r.n)
-			delete(q.began, r.unique)
-			q.next(ctx)
-		})
-	}
-}
+// Failed returns how many reads were answered with EIO.
+func (s *Server) Failed() int64 { return s.failed.Load() }
 
-// stop drops what waits and waits for the rest, whose context has ended.
+// stop waits for all reads, whose context has ended.
 func (q *slowReads) stop() {
 	q.mu.Lock()
 	q.stopped = true
-	q.line, q.head = nil, 0
 	q.mu.Unlock()
-	q.tasks.Wait()
+	q.tasks.Wait() // each starts the next of its line before it ends
 }
 
 // answerSlow reads and answers. It leaves the read unanswered, and returns false, if
@@ -124,12 +127,11 @@ func (q *slowReads) stop() {
 func (s *Server) answerSlow(ctx context.Context, r slowRead) bool {
 	ctx, cancel := context.WithDeadlineCause(ctx, r.deadline, errTimeout)
 	defer cancel()
-	b := s.buffers.get(r.n)
-	defer s.buffers.put(b)
-	p := b.payload(r.n)
-	n, err := r.file.ReadAt(ctx, p, r.off)
-	if err = slowEnd(r.file, r.off, p, n, err); err == nil {
-		s.answer(r.unique, b, r.n)
+	m := answerMemory{s: s, n: r.n}
+	defer m.Give()
+	n, err := r.file.Read(ctx, r.off, r.n, &m)
+	if err = slowEnd(r, m.payload(r.n), n, err); err == nil {
+		s.answer(r.unique, m.b, r.n)
 		return true
 	}
 	cause := context.Cause(ctx)
@@ -142,4 +144,39 @@ func (s *Server) answerSlow(ctx context.Context, r slowRead) bool {
 	}
 	s.failRead(r.id, r.readIn, err)
 	return true
+}
+
+// answerMemory is the memory for one answer.
+type answerMemory struct {
+	s *Server
+	n int // bytes of payload, with the zeros behind the file's content
+	b *buffer
+}
+
+// Take waits until there is room among the answers that are being copied.
+func (m *answerMemory) Take(ctx context.Context, n int) ([]byte, error) {
+	if err := m.s.slow.memory.Acquire(ctx, int64(bufferSize(m.n))); err != nil {
+		return nil, context.Cause(ctx)
+	}
+	m.b = m.s.buffers.get(m.n)
+	return m.b.payload(n), nil
+}
+
+// Give does nothing if there is nothing to give back.
+func (m *answerMemory) Give() {
+	if m.b == nil {
+		return
+	}
+	size := int64(m.b.size())
+	m.s.buffers.put(m.b)
+	m.b = nil
+	m.s.slow.memory.Release(size)
+}
+
+// payload is what was taken, with room for n bytes; nil if nothing was.
+func (m *answerMemory) payload(n int) []byte {
+	if m.b == nil {
+		return nil
+	}
+	return m.b.payload(n)
 }

@@ -28,7 +28,7 @@ func newPipe() *pipe {
 	// 1 MiB is what everybody may have. Larger reads than that allows (the header
 	// takes a page, and so does a payload that begins within one) are copied.
 	size, err := unix.FcntlInt(uintptr(p.w), unix.F_SETPIPE_SZ, 1<<20)
-	p.most = size - 2*pageSize
+	p.most = size - 2*os.Getpagesize() // a pipe counts the kernel's pages
 	if err != nil || p.most < spliceMin {
 		p.close()
 		return nil

@@ -1,6 +1,7 @@
 package fusefs
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 
@@ -28,6 +29,8 @@ const (
 	// answer to INIT, header included.
 	initOutFlags  = outHeaderSize + 12
 	initOutFlags2 = outHeaderSize + 32
+	// initOutLimits is where max_background and congestion_threshold lie, 16 bits each.
+	initOutLimits = outHeaderSize + 16
 	// initOutMaxWrite is where fuse_init_out.max_write lies in the answer, in
 	// bytes, header included.
 	initOutMaxWrite = outHeaderSize + 20
@@ -102,6 +105,17 @@ func (a agreement) refused() uint64 {
 	flags := uint64(binary.NativeEndian.Uint32(a.answer[initOutFlags:]))
 	flags |= uint64(binary.NativeEndian.Uint32(a.answer[initOutFlags2:])) << 32
 	return ^flags
+}
+
+// background is max_background.
+func (a agreement) background() int {
+	return int(binary.NativeEndian.Uint16(a.answer[initOutLimits:]))
+}
+
+// same says whether answer agrees to the same protocol. The two limits may differ:
+// they are the connection's, and Widen sets them.
+func (a agreement) same(answer []byte) bool {
+	return bytes.Equal(a.answer[:initOutLimits], answer[:initOutLimits]) && bytes.Equal(a.answer[initOutLimits+4:], answer[initOutLimits+4:])
 }
 
 // readIn is a READ request.

@@ -93,7 +93,17 @@ func (m *Manager) adoptConnection(left []mount.Info) *connection {
 		_ = fd.Close() // nothing was written
 		return nil
 	}
+	m.widen(init, left)
 	return &connection{fd, init, m.adoptPending()}
+}
+
+// widen gives an adopted connection the limits of this version.
+func (m *Manager) widen(init []byte, left []mount.Info) {
+	top, _ := m.fuseMount(left)
+	if err := fusefs.Widen(init, uint32(top.Minor)); err != nil {
+		m.cfg.Log.Warn("the FUSE connection was opened by an earlier version and keeps its limits: many reads whose bytes do not come have all others wait, until this machine has been restarted",
+			"cause", err)
+	}
 }
 
 // adoptPending returns the table of requests that the earlier process has worked

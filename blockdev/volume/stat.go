@@ -56,3 +56,6 @@ func (m *Manager) Counters() cache.Stats { return m.cache.Stats() }
 // Waiting returns, for each of ages, how many reads wait for missing bytes and have
 // done so for at least that long.
 func (m *Manager) Waiting(ages ...time.Duration) []int { return m.server.Waiting(ages...) }
+
+// FailedReads returns how many reads through FUSE were answered with EIO.
+func (m *Manager) FailedReads() int64 { return m.server.Failed() }
