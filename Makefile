@@ -87,7 +87,7 @@ images: setup ## build the ten real images that tests and benchmarks use
 
 ##
 .PHONY: setup
-setup: ## install what tests, demo and benchmarks need (as root; Debian packages and a pinned containerd)
+setup: ## install what tests, demo and benchmarks need (as root; Debian packages, two versions of containerd, runc)
 	integration/setup.sh $(BIN)
 
 $(BIN)/golangci-lint: integration/tools/lint/go.mod

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # setup.sh BIN: installs what the tests, the demo and the benchmarks need beside
-# Go: Debian packages (as root, only those that are missing) and a containerd of
-# a pinned version, built into BIN.
+# Go: Debian packages (as root, only those that are missing), a containerd of a
+# pinned version and the newest one, and a runc that knows user namespaces. What
+# is built is kept in the cache, by version, and BIN gets links to it.
 set -euo pipefail
-bin=$1
+bin=$(realpath -m "$1")
 here=$(cd "$(dirname "$0")" && pwd)
 
 # program:package
 want=(runc:runc docker-registry:docker-registry skopeo:skopeo mmdebstrap:mmdebstrap
       mkfs.erofs:erofs-utils fio:fio mount:mount ip:iproute2 python3:python3 htpasswd:apache2-utils
-      containerd-shim-runc-v1:containerd)
+      containerd-shim-runc-v1:containerd gcc:gcc,libc6-dev)
 missing=()
 for w in "${want[@]}"; do
   p=${w%%:*}
-  if ! PATH=$PATH:/usr/sbin:/sbin command -v "$p" >/dev/null; then missing+=("${w##*:}"); fi
+  if ! PATH=$PATH:/usr/sbin:/sbin command -v "$p" >/dev/null; then IFS=, read -ra names <<<"${w##*:}"; missing+=("${names[@]}"); fi
 done
 if [ ${#missing[@]} -gt 0 ]; then
   if [ "$(id -u)" != 0 ]; then
@@ -32,19 +33,41 @@ if [ ${#missing[@]} -gt 0 ]; then
   apt-get install -y -qq --no-install-recommends "${missing[@]}"
 fi
 
-# The tools' go.mod pins the version; the build is kept in the cache under it.
-tools=$here/tools/containerd
-version=$(cd "$tools" && go list -m -f '{{.Version}}' github.com/containerd/containerd/v2)
-cache=${SHOAL_CACHE:-$HOME/.cache/shoal}/containerd-$version
-if [ ! -x "$cache/containerd" ]; then
-  echo "setup: building containerd $version (a few minutes, once)"
-  mkdir -p "$cache.new"
-  (cd "$tools" && go build -ldflags '-s -w' -o "$cache.new/" \
-    github.com/containerd/containerd/v2/cmd/ctr \
-    github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2 \
-    github.com/containerd/containerd/v2/cmd/containerd)
-  rm -rf "$cache"
-  mv "$cache.new" "$cache"
-fi
+cache=${SHOAL_CACHE:-$HOME/.cache/shoal}
+
+# build DIR MODULE PROGRAM... builds programs of MODULE in the version that
+# tools/DIR/go.mod pins, once, and sets built to their directory in the cache.
+# BUILD_FLAGS are for go build; SUFFIX tells apart what other flags were used for.
+build() {
+  local dir=$here/tools/$1 module=$2 version; shift 2
+  version=$(cd "$dir" && go list -m -f '{{.Version}}' "$module")
+  built=$cache/$(basename "${module%/v2}")-$version${SUFFIX:-}
+  if [ ! -e "$built/$(basename "$1")" ]; then
+    echo "setup: building $(basename "$1") $version (a few minutes, once)"
+    mkdir -p "$built.$$"
+    (cd "$dir" && go build -ldflags '-s -w' ${BUILD_FLAGS:-} -o "$built.$$/" "$@")
+    rm -rf "$built"
+    mv "$built.$$" "$built"
+  fi
+}
+
 mkdir -p "$bin"
-for p in ctr containerd-shim-runc-v2 containerd; do ln -sf "$cache/$p" "$bin/$p"; done
+c=github.com/containerd/containerd/v2
+programs=("$c/cmd/containerd" "$c/cmd/containerd-shim-runc-v2" "$c/cmd/ctr")
+build containerd "$c" "${programs[@]}"
+for p in ctr containerd-shim-runc-v2 containerd; do ln -sf "$built/$p" "$bin/$p"; done
+build containerd-newest "$c" "${programs[@]}"
+ln -sfn "$built" "$bin/containerd-newest"
+
+# Debian 12's runc is too old for pods with a user namespace. Seccomp is there if
+# libseccomp-dev is; the tests need none.
+runc=github.com/opencontainers/runc
+if pkg-config --exists libseccomp 2>/dev/null; then
+  BUILD_FLAGS='-tags=seccomp' build runc "$runc" "$runc"
+else
+  BUILD_FLAGS='-tags=' SUFFIX=-noseccomp build runc "$runc" "$runc"
+fi
+ln -sf "$built/runc" "$bin/runc-newest"
+
+# What the lab's pods run.
+(cd "$here" && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$bin/guest" ./guest)

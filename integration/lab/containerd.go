@@ -3,6 +3,7 @@ package lab
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -20,28 +21,14 @@ type Containerd struct {
 	Address string
 	// Root is its root directory.
 	Root string
+	// CRI is for what kubelet says to it; nil without ContainerdOptions.CRI.
+	CRI *CRI
 
 	lab   *Lab
+	o     ContainerdOptions
 	ctr   string
 	hosts string // directory of hosts.toml files; empty: none
 	run   atomic.Int64
-}
-
-// ContainerdOptions say which containerd is started, and how.
-type ContainerdOptions struct {
-	// Binary is the program's path; empty: the one in Lab.Bin (2.x).
-	Binary string
-	// ConfigVersion is 3 for containerd 2.x (the default), 2 for 1.x.
-	ConfigVersion int
-	// Snapshotters beside overlayfs that images are pulled for: erofs, shoal.
-	Snapshotters []string
-	// Shoal is the socket of a shoal node to use as a snapshotter; empty: none.
-	Shoal string
-	// Mirror is the host:port of a node's registry mirror, which Pull asks before
-	// the registry; empty: none.
-	Mirror string
-	// Extra is added to the end of the config file.
-	Extra string
 }
 
 // StartContainerd starts a containerd below Dir/name.
@@ -49,49 +36,33 @@ func (l *Lab) StartContainerd(ctx context.Context, name string, o ContainerdOpti
 	if o.Binary == "" {
 		o.Binary = "containerd"
 	}
-	ctr := "ctr"
-	if filepath.IsAbs(o.Binary) {
-		ctr = filepath.Join(filepath.Dir(o.Binary), ctr) // of the same version
-	}
 	if o.ConfigVersion == 0 {
 		o.ConfigVersion = 3
 	}
-	c := &Containerd{lab: l, Address: l.Path(name, "c.sock"), Root: l.Path(name, "root"), ctr: ctr}
-	var b strings.Builder
-	fmt.Fprintf(&b, "version = %d\nroot = %q\nstate = %q\n", o.ConfigVersion, l.Path(name, "root"), l.Path(name, "state"))
-	// CRI wants a network and a pause image; the lab drives containerd itself.
-	fmt.Fprintf(&b, "disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\", \"io.containerd.cri.v1.runtime\"]\n")
-	fmt.Fprintf(&b, "[grpc]\naddress = %q\n", c.Address)
-	if o.Shoal != "" {
-		fmt.Fprintf(&b, "[proxy_plugins.shoal]\ntype = \"snapshot\"\naddress = %q\n", o.Shoal)
-		if o.ConfigVersion >= 3 {
-			fmt.Fprintf(&b, "[proxy_plugins.shoal.exports]\nenable_remote_snapshot_annotations = \"true\"\n")
-		}
+	c := &Containerd{lab: l, o: o, Address: l.Path(name, "c.sock"), Root: l.Path(name, "root"), ctr: "ctr"}
+	if filepath.IsAbs(o.Binary) {
+		c.ctr = filepath.Join(filepath.Dir(o.Binary), c.ctr) // of the same version
 	}
-	if o.ConfigVersion >= 3 {
-		names := append([]string{"overlayfs"}, o.Snapshotters...)
-		if o.Shoal != "" {
-			names = append(names, "shoal")
-		}
-		for _, s := range names {
-			fmt.Fprintf(&b, "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nplatform = \"linux/amd64\"\nsnapshotter = %q\ndiffer = \"walking\"\n", s)
-		}
+	if err := c.configure(name); err != nil {
+		return nil, err
 	}
-	b.WriteString(o.Extra)
-	cfg, err := l.writeFile(name+"/config.toml", b.String())
+	if o.CRI != nil {
+		l.OnClose(l.removeCgroup)
+	}
+	if err := c.serve(ctx, name); err != nil {
+		return nil, err
+	}
+	l.OnClose(c.close)
+	return c, nil
+}
+
+// serve starts the program and waits until it answers.
+func (c *Containerd) serve(ctx context.Context, name string) error {
+	p, err := c.lab.start(name, c.o.Binary, nil, "--config", c.lab.Path(name, "config.toml"))
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if o.Mirror != "" {
-		hosts := fmt.Sprintf("[host.\"http://%s\"]\n  capabilities = [\"pull\", \"resolve\"]\n", o.Mirror)
-		if _, err := l.writeFile(name+"/certs.d/_default/hosts.toml", hosts); err != nil {
-			return nil, err
-		}
-		c.hosts = l.Path(name, "certs.d")
-	}
-	if c.Process, err = l.Start(name, o.Binary, nil, "--config", cfg); err != nil {
-		return nil, err
-	}
+	c.Process = p
 	err = WaitFor(ctx, "containerd", 60*time.Second, func() error {
 		if err := c.Alive(); err != nil {
 			return err
@@ -99,7 +70,32 @@ func (l *Lab) StartContainerd(ctx context.Context, name string, o ContainerdOpti
 		_, err := c.Ctr(ctx, "version")
 		return err
 	})
-	return c, err
+	if err == nil && c.o.CRI != nil {
+		err = c.dialCRI(ctx)
+	}
+	if err != nil {
+		err = errors.Join(err, c.Stop())
+	}
+	return err
+}
+
+// Restart starts it again, after Stop or Kill. What runs in containers has gone on
+// meanwhile.
+func (c *Containerd) Restart(ctx context.Context) error { return c.serve(ctx, c.Name) }
+
+// Reconfigure changes the options, for the next Restart.
+func (c *Containerd) Reconfigure(change func(*ContainerdOptions)) error {
+	change(&c.o)
+	return c.configure(c.Name)
+}
+
+// close ends it, and its pods before.
+func (c *Containerd) close() error {
+	var err error
+	if c.CRI != nil {
+		err = errors.Join(c.CRI.stopPods(), c.CRI.conn.Close())
+	}
+	return errors.Join(err, c.Stop())
 }
 
 // Ctr runs ctr against this containerd and returns its standard output.

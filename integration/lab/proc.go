@@ -30,6 +30,15 @@ type Process struct {
 // Start runs a program from Bin or PATH with its output in Dir/log/NAME.log. It
 // is stopped at Close, or before by Stop or Kill.
 func (l *Lab) Start(name, program string, env []string, args ...string) (*Process, error) {
+	p, err := l.start(name, program, env, args...)
+	if err == nil {
+		l.OnClose(p.Stop)
+	}
+	return p, err
+}
+
+// start is Start of what has a step of its own at Close.
+func (l *Lab) start(name, program string, env []string, args ...string) (*Process, error) {
 	path, err := l.program(program)
 	if err != nil {
 		return nil, err
@@ -56,7 +65,6 @@ func (l *Lab) Start(name, program string, env []string, args ...string) (*Proces
 		p.err = cmd.Wait()
 		close(p.done)
 	}()
-	l.OnClose(p.Stop)
 	return p, nil
 }
 

@@ -1,0 +1,251 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// CRI says to a containerd what kubelet would say.
+type CRI struct {
+	Runtime runtimeapi.RuntimeServiceClient
+	Image   runtimeapi.ImageServiceClient
+
+	conn *grpc.ClientConn
+	lab  *Lab
+	log  string // containerd's
+}
+
+// dialCRI is called at each start; the connection is made once.
+func (c *Containerd) dialCRI(ctx context.Context) error {
+	if c.CRI != nil {
+		return c.waitCRI(ctx)
+	}
+	conn, err := grpc.NewClient("unix://"+c.Address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return err
+	}
+	c.CRI = &CRI{Runtime: runtimeapi.NewRuntimeServiceClient(conn), Image: runtimeapi.NewImageServiceClient(conn), conn: conn, lab: c.lab, log: c.Log}
+	return c.waitCRI(ctx)
+}
+
+// waitCRI waits until pods can be run.
+func (c *Containerd) waitCRI(ctx context.Context) error {
+	return WaitFor(ctx, "CRI", 60*time.Second, func() error {
+		if err := c.Alive(); err != nil {
+			return err
+		}
+		resp, err := c.CRI.Runtime.Status(ctx, &runtimeapi.StatusRequest{})
+		if err != nil {
+			return err
+		}
+		for _, x := range resp.Status.Conditions {
+			if ready := x.Type == runtimeapi.RuntimeReady || x.Type == runtimeapi.NetworkReady; ready && !x.Status {
+				return fmt.Errorf("%s is not so: %s: %s", x.Type, x.Reason, x.Message)
+			}
+		}
+		return nil
+	})
+}
+
+// failed adds what containerd says to an error of it.
+func (c *CRI) failed(what string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w\ncontainerd's log ends:\n%s", what, err, Tail(c.log, 15))
+}
+
+// Pull pulls ref, with a credential if auth is not nil.
+func (c *CRI) Pull(ctx context.Context, ref string, auth *runtimeapi.AuthConfig) error {
+	_, err := c.Image.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: ref}, Auth: auth})
+	return c.failed("pull "+ref, err)
+}
+
+// RemoveImage removes ref, as `crictl rmi` does.
+func (c *CRI) RemoveImage(ctx context.Context, ref string) error {
+	_, err := c.Image.RemoveImage(ctx, &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
+	return c.failed("remove "+ref, err)
+}
+
+// Images lists the references of the images that CRI knows.
+func (c *CRI) Images(ctx context.Context) ([]string, error) {
+	resp, err := c.Image.ListImages(ctx, &runtimeapi.ListImagesRequest{})
+	if err != nil {
+		return nil, c.failed("list images", err)
+	}
+	var refs []string
+	for _, im := range resp.Images {
+		refs = append(refs, im.RepoTags...)
+	}
+	return refs, nil
+}
+
+// ImageFs is what kubelet is told of the file system that images are on.
+func (c *CRI) ImageFs(ctx context.Context) (*runtimeapi.FilesystemUsage, error) {
+	resp, err := c.Image.ImageFsInfo(ctx, &runtimeapi.ImageFsInfoRequest{})
+	if err == nil && len(resp.ImageFilesystems) != 1 {
+		err = fmt.Errorf("%d file systems, want 1", len(resp.ImageFilesystems))
+	}
+	if err != nil {
+		return nil, c.failed("image file system", err)
+	}
+	return resp.ImageFilesystems[0], nil
+}
+
+// PodOptions say what is special about a pod.
+type PodOptions struct {
+	// Handler is the runtime handler (a RuntimeClass); empty: the default one.
+	Handler string
+	// HostIDs gives the pod a user namespace: ids from 0 on are those of the machine
+	// from HostIDs on, 65536 of them. Such a pod has a network namespace of its own,
+	// with nothing in it; others have the machine's. 0: no user namespace.
+	HostIDs uint32
+}
+
+// Pod is a sandbox; its containers go with it.
+type Pod struct {
+	// ID is CRI's.
+	ID string
+
+	config *runtimeapi.PodSandboxConfig
+	c      *CRI
+}
+
+// RunPod runs a sandbox.
+func (c *CRI) RunPod(ctx context.Context, name string, o PodOptions) (*Pod, error) {
+	p := &Pod{c: c, config: &runtimeapi.PodSandboxConfig{
+		Metadata:     &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "lab", Uid: filepath.Base(c.lab.Dir) + name},
+		LogDirectory: c.lab.Path("log"),
+		Linux: &runtimeapi.LinuxPodSandboxConfig{
+			CgroupParent:    c.lab.cgroup(),
+			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: o.namespaces()},
+		},
+	}}
+	resp, err := c.Runtime.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: p.config, RuntimeHandler: o.Handler})
+	if err != nil {
+		return nil, c.failed("run pod "+name, err)
+	}
+	p.ID = resp.PodSandboxId
+	return p, nil
+}
+
+func (o PodOptions) namespaces() *runtimeapi.NamespaceOption {
+	if o.HostIDs == 0 {
+		return &runtimeapi.NamespaceOption{Network: runtimeapi.NamespaceMode_NODE}
+	}
+	ids := []*runtimeapi.IDMapping{{HostId: o.HostIDs, ContainerId: 0, Length: 65536}}
+	return &runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: ids, Gids: ids}}
+}
+
+// PodContainer is a container of a pod.
+type PodContainer struct {
+	// ID is CRI's.
+	ID string
+
+	c *CRI
+}
+
+// Start creates a container of ref in the pod, and starts it with a command.
+func (p *Pod) Start(ctx context.Context, name, ref string, command ...string) (*PodContainer, error) {
+	created, err := p.c.Runtime.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{
+		PodSandboxId: p.ID, SandboxConfig: p.config,
+		Config: &runtimeapi.ContainerConfig{
+			Metadata: &runtimeapi.ContainerMetadata{Name: name},
+			Image:    &runtimeapi.ImageSpec{Image: ref},
+			Command:  command,
+			LogPath:  p.config.Metadata.Name + "-" + name + ".log",
+			Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
+				NamespaceOptions: p.config.Linux.SecurityContext.NamespaceOptions,
+			}},
+		},
+	})
+	if err != nil {
+		return nil, p.c.failed("create container "+name, err)
+	}
+	_, err = p.c.Runtime.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: created.ContainerId})
+	return &PodContainer{created.ContainerId, p.c}, p.c.failed("start container "+name, err)
+}
+
+// Exec runs a command in the container to its end, and returns its standard output.
+func (x *PodContainer) Exec(ctx context.Context, command ...string) (string, error) {
+	resp, err := x.c.Runtime.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: x.ID, Cmd: command})
+	if err != nil {
+		return "", x.c.failed("exec "+strings.Join(command, " "), err)
+	}
+	if resp.ExitCode != 0 {
+		return string(resp.Stdout), fmt.Errorf("exec %s: exit status %d: %s", strings.Join(command, " "), resp.ExitCode, resp.Stderr)
+	}
+	return string(resp.Stdout), nil
+}
+
+// Remove ends the pod's containers and removes it.
+func (p *Pod) Remove(ctx context.Context) error {
+	if _, err := p.c.Runtime.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.ID}); err != nil {
+		return p.c.failed("stop pod", err)
+	}
+	_, err := p.c.Runtime.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: p.ID})
+	return p.c.failed("remove pod", err)
+}
+
+// stopPods ends all pods, so that no process outlives the lab. It does not remove
+// them, which a snapshotter that has been stopped before would be needed for.
+func (c *CRI) stopPods() error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	resp, err := c.Runtime.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
+	if err != nil {
+		return c.failed("list pods", err)
+	}
+	var errs []error
+	for _, p := range resp.Items {
+		_, err := c.Runtime.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.Id})
+		errs = append(errs, c.failed("stop pod "+p.Metadata.Name, err))
+	}
+	return errors.Join(errs...)
+}
+
+// cgroup is what the lab's pods are below.
+func (l *Lab) cgroup() string { return "/" + filepath.Base(l.Dir) }
+
+// removeCgroup removes what pods have left of it. Who has just ended may be in it
+// for a moment longer.
+func (l *Lab) removeCgroup() error {
+	return WaitFor(context.Background(), "removal of cgroup "+l.cgroup(), 20*time.Second, func() error {
+		var errs []error
+		for _, pattern := range []string{"/sys/fs/cgroup/*", "/sys/fs/cgroup"} { // version 1, version 2
+			dirs, err := filepath.Glob(pattern + l.cgroup())
+			errs = append(errs, err)
+			for _, d := range dirs {
+				errs = append(errs, removeDirs(d))
+			}
+		}
+		return errors.Join(errs...)
+	})
+}
+
+// removeDirs removes a directory of a cgroup file system, whose files go with it.
+func removeDirs(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		if e.IsDir() {
+			errs = append(errs, removeDirs(filepath.Join(dir, e.Name())))
+		}
+	}
+	if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
