@@ -69,6 +69,8 @@ type site struct {
 	registry  *lab.Registry
 	supernode *lab.Supernode
 	node      *lab.Node
+	// containers counts those that sh has run.
+	containers int
 	*lab.Containerd
 }
 
@@ -78,7 +80,7 @@ func newSite(t *testing.T, nodeConfig string) *site {
 	s.registry = must(s.StartRegistry(t.Context(), "registry", s.Path("images"), ""))(t)
 	s.supernode = must(s.StartSupernode(t.Context(), "super", ""))(t)
 	s.node = must(s.StartNode(t.Context(), "node", s.supernode.Address, nodeConfig))(t)
-	s.Containerd = must(s.StartContainerd(t.Context(), "ctrd", lab.ContainerdOptions{Shoal: s.node.Socket}))(t)
+	s.Containerd = must(s.StartContainerd(t.Context(), "ctrd", lab.ContainerdOptions{Shoal: s.node.Socket, ShoalRoot: s.node.Root}))(t)
 	return s
 }
 

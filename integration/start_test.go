@@ -27,7 +27,7 @@ func newRealSite(t *testing.T, supernodeConfig string) *realSite {
 	s.supernode = must(s.StartSupernode(t.Context(), "super", supernodeConfig))(t)
 	s.nodeLink = must(s.NewLink(s.supernode.HostPort(), 0, 0))(t)
 	s.node = must(s.StartNode(t.Context(), "node", s.supernode.Via(s.nodeLink), ""))(t)
-	s.Containerd = must(s.StartContainerd(t.Context(), "ctrd", lab.ContainerdOptions{Shoal: s.node.Socket}))(t)
+	s.Containerd = must(s.StartContainerd(t.Context(), "ctrd", lab.ContainerdOptions{Shoal: s.node.Socket, ShoalRoot: s.node.Root}))(t)
 	return s
 }
 

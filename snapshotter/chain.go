@@ -20,6 +20,7 @@ type link struct {
 	lazy  bool
 	diff  blockdev.Digest // if lazy
 	fixup bool            // lazy, and has fix-ups
+	layer bool            // of an image, pulled
 }
 
 // mountWorkers bounds how many block images of one chain are mounted at a time.
@@ -37,7 +38,7 @@ func readChain(ctx context.Context, name string) (links []link, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("parent snapshot: %w", err)
 		}
-		l := link{id: id, fixup: info.Labels[labelFixup] != ""}
+		l := link{id: id, fixup: info.Labels[labelFixup] != "", layer: info.Labels[labelRef] != ""}
 		if l.diff, l.lazy, err = diffOf(info); err != nil {
 			return nil, err
 		}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
 // Data is the data path: it keeps local diffs and mounts their block images.
@@ -95,6 +96,9 @@ type Config struct {
 	Images blockdev.ImageSource
 	// Credentials are passed to Images; nil: anonymous access only.
 	Credentials Credentials
+	// Policy says which images may be lazy, and what of them is prefetched; nil: every
+	// one, and all.
+	Policy *policy.Policy
 	// Groups is told which images are here; nil: nobody is.
 	Groups Groups
 	// Platform goes into requests for an image whose manifest the caller does not

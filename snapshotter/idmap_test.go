@@ -145,7 +145,8 @@ func TestIDMapOfOneLayer(t *testing.T) {
 func TestMappedRoot(t *testing.T) {
 	for in, want := range map[string]int{
 		"0:100000:65536": 100000, "1:5:1,0:7:1": 7,
-		"": -1, "0:1": -1, "0:x:1": -1, "0:-1:1": -1, "1:5:1": -1, "0:5:0": -1, "0:4294967295:1": -1,
+		"": -1, "0:1": -1, "0:x:1": -1, "0:-1:1": -1, "1:5:1": -1, "0:5:0": -1,
+		"0:2914516992:65536": 2914516992, "0:4294967294:1": 4294967294, "0:4294967295:1": -1, "0:4294967296:1": -1,
 	} {
 		got, err := mappedRoot(in)
 		if err != nil {
@@ -162,5 +163,84 @@ func TestMappedRoot(t *testing.T) {
 	}
 	if _, err := n.Stat(bg, "k"); !errdefs.IsNotFound(err) {
 		t.Errorf("snapshot was made: %v", err)
+	}
+}
+
+// TestIDMapOfOrdinary: images that were unpacked in the ordinary way are mapped by
+// the snapshotter, too, since not every containerd knows how to.
+func TestIDMapOfOrdinary(t *testing.T) {
+	needRoot(t)
+	n := newNode(t)
+	img := newImage("registry.test/app:1", threeLayers(t)...)
+	n.images.err = errors.New("not now")
+	top, fetched, err := n.pull(bg, img)
+	check(t, err)
+	if len(fetched) != 3 {
+		t.Fatalf("fetched %v, want all", fetched)
+	}
+	mounts := must(n.Prepare(bg, "c", top, idmapped()))(t)
+	for _, o := range mounts[0].Options {
+		if strings.HasPrefix(o, "uidmap=") || strings.HasPrefix(o, "gidmap=") {
+			t.Errorf("option %s is left to containerd", o)
+		}
+	}
+	root := mounted(t, mounts)
+	checkThree(t, root)
+	belong(t, root, 100000, ".", "bin/sh", "etc/conf", "app/main")
+	// Two ranges of one image at once, one of them above 2^31.
+	const high = "0:2914516992:65536"
+	other := snapshots.WithLabels(map[string]string{
+		snapshots.LabelSnapshotUIDMapping: high, snapshots.LabelSnapshotGIDMapping: high,
+	})
+	belong(t, mounted(t, must(n.Prepare(bg, "d", top, other))(t)), 2914516992, ".", "bin/sh")
+	// A container of no image.
+	bare := must(n.Prepare(bg, "e", "", idmapped()))(t)
+	belong(t, mounted(t, bare), 100000, ".")
+	for _, key := range []string{"c", "d", "e"} {
+		check(t, n.Remove(bg, key))
+	}
+	check(t, n.Cleanup(bg))
+	if left := must(os.ReadDir(n.scratch()))(t); len(left) != 0 {
+		t.Errorf("left in scratch: %v", left)
+	}
+}
+
+// belong checks the owner and group of files.
+func belong(t *testing.T, root string, id uint32, names ...string) {
+	t.Helper()
+	for _, name := range names {
+		var st unix.Stat_t
+		check(t, unix.Lstat(filepath.Join(root, name), &st))
+		if st.Uid != id || st.Gid != id {
+			t.Errorf("%s belongs to %d:%d, want %d", name, st.Uid, st.Gid, id)
+		}
+	}
+}
+
+// TestIDMapOnce: where containerd has made a copy with other owners, since the proxy
+// plugin lacks the capability "remap-ids", its files are not mapped again.
+func TestIDMapOnce(t *testing.T) {
+	needRoot(t)
+	for _, lazy := range []bool{true, false} {
+		n := newNode(t)
+		img := newImage("registry.test/app:1", threeLayers(t)...)
+		if lazy {
+			n.images.publish(img)
+		}
+		top, _, err := n.pull(bg, img)
+		check(t, err)
+		// As containerd's client does: see resolveSnapshotOptions there.
+		copied := mounted(t, must(n.Prepare(bg, "ns/5/sha256:copy-remap", top))(t))
+		check(t, filepath.WalkDir(copied, func(p string, _ os.DirEntry, err error) error {
+			return errors.Join(err, os.Lchown(p, 100000, 100000))
+		}))
+		check(t, n.Commit(bg, "ns/6/sha256:copy", "ns/5/sha256:copy-remap"))
+		root := mounted(t, must(n.Prepare(bg, "c", "ns/6/sha256:copy", idmapped()))(t))
+		checkThree(t, root)
+		belong(t, root, 100000, ".", "bin/sh", "etc/conf", "etc/new", "app/main")
+		belong(t, mounted(t, must(n.View(bg, "v", "ns/6/sha256:copy", idmapped()))(t)), 100000, ".", "bin/sh")
+		if got := n.log.lines("remap-ids"); len(got) != 1 {
+			t.Errorf("the log says %d times how to avoid the copy:\n%s", len(got), n.log.b.String())
+		}
 	}
 }

@@ -135,13 +135,7 @@ func makeDirs(dir string, kind snapshots.Kind, uid, gid int) error {
 func owner(info snapshots.Info, lowers []string) (uid, gid int, err error) {
 	uidmap, gidmap := idmapLabels(info)
 	if uidmap != "" || gidmap != "" {
-		if uid, err = mappedRoot(uidmap); err == nil {
-			gid, err = mappedRoot(gidmap)
-		}
-		if err != nil {
-			return -1, -1, fmt.Errorf("id mapping %q, %q: %w: %w", uidmap, gidmap, err, errdefs.ErrInvalidArgument)
-		}
-		return uid, gid, nil
+		return rootOf(uidmap, gidmap)
 	}
 	if len(lowers) == 0 {
 		return -1, -1, nil
@@ -157,24 +151,26 @@ func owner(info snapshots.Info, lowers []string) (uid, gid int, err error) {
 	return int(st.Uid), int(st.Gid), nil
 }
 
-// mounts describes a snapshot to containerd, as its overlayfs snapshotter does.
+// mounts describes a snapshot to containerd, as its overlayfs snapshotter does,
+// but for id mappings: containerd would clone the directory that holds all lower
+// ones, without what is mounted in it, so block images would come out empty; and
+// versions before 2.0 know no such option. So lower directories come id-mapped.
+// The upper one needs no mapping: what a container writes there has the host's ids.
 func (s *Snapshotter) mounts(sn storage.Snapshot, info snapshots.Info, links []link, lowers []string) ([]mount.Mount, error) {
-	var options []string
-	if uidmap, gidmap := idmapLabels(info); uidmap != "" || gidmap != "" {
-		var err error
-		if len(diffsOf(links)) > 0 {
-			// containerd clones the directory that holds all lower ones, without what is
-			// mounted in it: block images would come out empty.
-			lowers, err = s.idmap(sn.ID, uidmap, gidmap, lowers)
-		} else {
-			options = append(options, "uidmap="+uidmap, "gidmap="+gidmap)
-		}
+	if uidmap, gidmap := idmapLabels(info); len(lowers) > 0 && (uidmap != "" || gidmap != "") {
+		done, err := remapped(links, lowers, uidmap, gidmap)
 		if err != nil {
 			return nil, err
 		}
+		if done {
+			s.explainRemapped(info.Name)
+		} else if lowers, err = s.idmap(sn.ID, uidmap, gidmap, lowers); err != nil {
+			return nil, err
+		}
 	}
+	var options []string
 	bind := func(source, mode string) []mount.Mount {
-		return []mount.Mount{{Type: "bind", Source: source, Options: append(options, mode, "rbind")}}
+		return []mount.Mount{{Type: "bind", Source: source, Options: []string{mode, "rbind"}}}
 	}
 	switch {
 	case len(lowers) == 0 && sn.Kind == snapshots.KindView:

@@ -34,9 +34,17 @@ type openImage struct {
 // position of the layer with this ChainID; -1: there is none.
 func (o *openImage) position(chain string) int { return slices.Index(o.chains, chain) }
 
+// refused says which rule of the config keeps an image from being lazy.
+type refused string
+
+func (r refused) Error() string { return string(r) }
+
 // open gets the indexes of the wanted image and mounts its diffs. On an error
 // nothing is held, and the diffs that were added are unused.
 func (s *Snapshotter) open(ctx context.Context, w want) (_ *openImage, err error) {
+	if why := s.cfg.Policy.NotLazy(w.ref); why != "" {
+		return nil, refused(why)
+	}
 	if s.cfg.Images == nil {
 		return nil, fmt.Errorf("no supernode is configured: %w", blockdev.ErrUnavailable)
 	}

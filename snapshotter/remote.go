@@ -44,7 +44,7 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, info 
 	pk := pullKey{namespace: namespaceOf(key), ref: w.ref, manifest: w.manifest}
 	p, leave, abandon := s.pulls.join(pk, w.chain, func() *opening { return s.openings.join(w.key(), false, s.opener(w)) })
 	last, err := s.answer(ctx, wait, p, w, key, parent, info.Labels)
-	if err == nil {
+	if err == nil && s.cfg.Policy.NotLazy(w.ref) == "" {
 		err = s.prepareKnown(ctx, key, parent, w, info.Labels)
 	}
 	if err == nil || errdefs.IsAlreadyExists(err) {
@@ -72,6 +72,12 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 	case errors.Is(err, errSlow):
 		return refuse(fmt.Sprintf("its indexes did not come within %v (prepare_timeout); they are still being waited for, and the next pull finds them here",
 			s.cfg.PrepareTimeout*5/6))
+	case errors.As(err, new(refused)):
+		s.pulls.refuse(p, true)
+		p.explain.Do(func() {
+			s.log.Info("image is not lazy, as the config says: containerd unpacks it in the ordinary way", "image", w.ref, "cause", err)
+		})
+		return false, nil
 	case err != nil:
 		return refuse(cause(err, s.cfg.IndexTimeout))
 	case o == nil:

@@ -8,9 +8,9 @@ import (
 )
 
 // Register makes sn a service of a gRPC server, as containerd's proxy plugins of
-// type "snapshot" expect it. The plugin may have the capability "remap-ids"; it
-// must not have "rebase", since containerd then asks for layers without their
-// parents, which cannot be lazy.
+// type "snapshot" expect it. The plugin should have the capability "remap-ids", or
+// containerd copies an image for each range of ids; it must not have "rebase",
+// since containerd then asks for layers without their parents, which cannot be lazy.
 func Register(server grpc.ServiceRegistrar, sn snapshots.Snapshotter) {
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 }

@@ -48,6 +48,8 @@ type Snapshotter struct {
 	unlabelled string              // last ChainID asked for without an image's name
 	idmapping  map[string]struct{} // snapshot ids whose clones are being made
 	idmapDone  *sync.Cond          // on mu
+
+	remapped sync.Once // for explainRemapped
 }
 
 var (

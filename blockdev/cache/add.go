@@ -95,6 +95,7 @@ func (c *Cache) create(ctx context.Context, enc []byte, ix *blockdev.Index, tab 
 	dir := filepath.Join(diffs, ix.DiffID.Hex())
 	if _, err := os.Lstat(dir); err == nil {
 		// A diff that Open could not use.
+		c.giveUp(ix.DiffID)
 		trash, err := c.discard(dir)
 		if err == nil {
 			err = os.RemoveAll(trash)
@@ -152,8 +153,8 @@ func (c *Cache) Remove(ctx context.Context, id blockdev.Digest) error {
 		return fmt.Errorf("remove diff %v: %w", id, err)
 	}
 	if d == nil {
-		release()
-		return nil
+		defer release()
+		return c.removeUnopened(id)
 	}
 	trash, err := c.discard(d.dir)
 	if err != nil {
@@ -181,6 +182,26 @@ func (c *Cache) Remove(ctx context.Context, id blockdev.Digest) error {
 	}
 	if err != nil {
 		return fmt.Errorf("remove diff %v: %w", id, err)
+	}
+	return nil
+}
+
+// removeUnopened removes what is there of a diff that could not be opened. The
+// caller has reserved it.
+func (c *Cache) removeUnopened(id blockdev.Digest) error {
+	c.mu.Lock()
+	_, ok := c.found[id]
+	c.mu.Unlock()
+	if !ok {
+		return nil
+	}
+	c.giveUp(id)
+	trash, err := c.discard(filepath.Join(c.cfg.Root, diffsDir, id.Hex()))
+	if err == nil {
+		err = os.RemoveAll(trash)
+	}
+	if err != nil {
+		return fmt.Errorf("remove diff %v, which could not be opened: %w", id, err)
 	}
 	return nil
 }

@@ -29,7 +29,8 @@ type Cache struct {
 	cfg  Config
 	boot [16]byte
 	lock *os.File
-	// unclean: the machine went down while a cache was open here.
+	// unclean: the machine went down while a cache was open here, and not all that
+	// this made doubtful had been looked at when this cache was opened.
 	unclean bool
 
 	quarantine *quarantine
@@ -103,7 +104,10 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 		busy: make(map[blockdev.Digest]chan struct{}),
 	}
 	c.publish()
-	if c.unclean, err = markOpen(filepath.Join(cfg.Root, openFile), c.boot); err != nil {
+	if c.unclean, err = wasUnclean(c.openPath(), c.boot); err == nil && !c.unclean {
+		err = markOpen(c.openPath(), c.boot)
+	}
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("cache %s: %w", cfg.Root, err), lock.Close())
 	}
 	c.quarantine, err = openQuarantine(filepath.Join(cfg.Root, quarantineDir), c.tmpName, cfg.Log)
@@ -133,27 +137,34 @@ func bootID() (string, error) {
 	return string(b), nil
 }
 
-// markOpen writes down that the cache is open during this boot. It reports whether
-// it was so during another one, which then ended without Close.
-func markOpen(path string, boot [16]byte) (unclean bool, err error) {
+func (c *Cache) openPath() string { return filepath.Join(c.cfg.Root, openFile) }
+
+// wasUnclean reports whether a cache was open here during another boot, which then
+// ended without Close. That stays so until markOpen: until every diff has been
+// opened, a process that ends early must leave it to the next one.
+func wasUnclean(path string, boot [16]byte) (bool, error) {
 	old, err := os.ReadFile(path)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return false, err
-	}
-	if err == nil && bytes.Equal(old, boot[:]) {
+	if errors.Is(err, os.ErrNotExist) {
 		return false, nil
 	}
-	unclean = err == nil
+	return err == nil && !bytes.Equal(old, boot[:]), err
+}
+
+// markOpen writes down that the cache is open during this boot.
+func markOpen(path string, boot [16]byte) error {
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, boot[:]) {
+		return nil
+	}
 	// In place: half of it is another boot's, too.
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
-		return false, err
+		return err
 	}
 	_, err = f.Write(boot[:])
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return false, err
+		return err
 	}
-	return unclean, syncDir(filepath.Dir(path))
+	return syncDir(filepath.Dir(path))
 }
 
 // ErrInUse: another process has the cache open.
@@ -244,8 +255,8 @@ func (c *Cache) Close() error {
 		d.stop(ErrClosed)
 		errs = append(errs, d.syncNow(), d.closeFiles())
 	}
-	if errors.Join(errs...) == nil {
-		errs = append(errs, os.Remove(filepath.Join(c.cfg.Root, openFile)))
+	if errors.Join(errs...) == nil && !c.doubtful() {
+		errs = append(errs, os.Remove(c.openPath()))
 	}
 	if err := errors.Join(append(errs, c.lock.Close())...); err != nil {
 		return fmt.Errorf("close cache %s: %w", c.cfg.Root, err)

@@ -28,6 +28,10 @@ type Config struct {
 	// goroutine at a time. It removes diffs that nobody uses, by Remove, and
 	// reports whether there were any. It must not wait for an Add or a Prefetch.
 	MakeRoom func(ctx context.Context) (freed bool)
+	// Damaged, if not nil, is told of a diff each time that a chunk of it turned out to
+	// be wrong or unreadable on disk, whoever found it. The chunk counts as missing by
+	// then. It must not wait for anything.
+	Damaged func(id blockdev.Digest)
 
 	// Timeout bounds a demand read, retries included. A request to Source may go
 	// for three quarters of it without delivering anything, so that who gives up

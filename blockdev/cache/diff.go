@@ -49,6 +49,7 @@ type Diff struct {
 
 	data, bitmap *os.File
 	complete     atomic.Bool
+	completed    atomic.Bool  // complete now, or was before
 	proof        atomic.Int32 // a ProofState
 	own          atomic.Pointer[ownTree]
 	scrubbed     atomic.Int64 // Unix nanoseconds
@@ -101,6 +102,16 @@ func (d *Diff) DataPath() string { return filepath.Join(d.dir, dataFile) }
 // Complete reports whether every chunk is present, was checked and is on stable
 // storage. It turns false again only if a chunk is found damaged on disk.
 func (d *Diff) Complete() bool { return d.complete.Load() }
+
+// Completed reports whether the diff is complete, or is known to have been: then
+// what is missing now has been damaged.
+func (d *Diff) Completed() bool { return d.completed.Load() || d.Proof() == Proven }
+
+// setComplete says that the diff is complete.
+func (d *Diff) setComplete() {
+	d.complete.Store(true)
+	d.completed.Store(true)
+}
 
 // Index reads the whole index from disk again; a Diff keeps only what reads need. Its
 // tree is the one that MetaPath shows.
@@ -333,8 +344,11 @@ func (d *Diff) loadBitmap(ix *blockdev.Index) error {
 	}
 	// What complete promises about an old process' chunks holds for all or none.
 	complete := h.complete && d.pres.synced.all(0, d.tab.len())
+	d.completed.Store(h.complete)
 	if h.boot == d.c.boot && complete == h.complete {
-		d.complete.Store(complete)
+		if complete {
+			d.setComplete()
+		}
 		return d.pres.persist(d.bitmap, true)
 	}
 	if err := d.pres.persist(d.bitmap, true); err != nil {
@@ -346,7 +360,9 @@ func (d *Diff) loadBitmap(ix *blockdev.Index) error {
 	if err := d.writeHeader(complete); err != nil {
 		return err
 	}
-	d.complete.Store(complete)
+	if complete {
+		d.setComplete()
+	}
 	return nil
 }
 

@@ -4,7 +4,8 @@
 // # On disk
 //
 //	Root/lock                  flock: one process per cache
-//	Root/open                  during which boot the cache was opened; removed by Close
+//	Root/open                  during which boot the cache was opened; removed by Close. After
+//	                           an unclean end it names the old boot until all diffs are open
 //	Root/tmp/                  diffs that are being made or thrown away; emptied by Open
 //	Root/diffs/<DiffID hex>/
 //	    index                  the encoded index, as it came

@@ -3,18 +3,35 @@ package cache
 import (
 	"context"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
 
+// Times between the attempts to open a diff that could not be opened for a reason
+// that may pass.
+const (
+	firstReopen = time.Second
+	lastReopen  = time.Minute
+)
+
 // found is a diff on disk that has not been opened.
-type found struct{ once sync.Once }
+type found struct {
+	turn sync.Mutex // held while it is being opened, across I/O
+	// over: it has been opened, or there is nothing to open. Guarded by turn, as is
+	// the rest.
+	over   bool
+	failed int       // attempts
+	next   time.Time // of the next one
+}
 
 // find lists the diffs on disk, and what a crash left in tmp.
 func (c *Cache) find(ctx context.Context) (left []string, err error) {
@@ -41,17 +58,11 @@ func (c *Cache) find(ctx context.Context) (left []string, err error) {
 }
 
 // openFound opens everything that Open has found, and deletes what was left in tmp.
+// What cannot be opened for a reason that may pass is tried again until it can.
 func (c *Cache) openFound(left []string) {
-	defer close(c.opened)
-	var g errgroup.Group
-	defer func() { _ = g.Wait() }() // nothing of it fails
-	g.SetLimit(runtime.GOMAXPROCS(0))
-	for _, id := range c.Known() {
-		g.Go(func() error {
-			c.openNow(id)
-			return nil
-		})
-	}
+	c.openAll()
+	close(c.opened)
+	c.lookedAt()
 	for _, path := range left {
 		if c.life.Err() != nil {
 			return // the next Open goes on
@@ -60,10 +71,57 @@ func (c *Cache) openFound(left []string) {
 			c.cfg.Log.Warn("what a crash left cannot be removed; the next start tries again", "path", path, "error", err)
 		}
 	}
+	t := time.NewTicker(firstReopen)
+	defer t.Stop()
+	for c.unopened() {
+		select {
+		case <-t.C:
+			c.openAll()
+			c.lookedAt()
+		case <-c.life.Done():
+			return
+		}
+	}
 }
 
-// openNow opens a diff that was found, unless that has been done; if somebody is at
-// it, openNow waits for him.
+func (c *Cache) openAll() {
+	var g errgroup.Group
+	defer func() { _ = g.Wait() }() // nothing of it fails
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	c.mu.Lock()
+	ids := slices.Collect(maps.Keys(c.found))
+	c.mu.Unlock()
+	for _, id := range ids {
+		g.Go(func() error {
+			c.openNow(id)
+			return nil
+		})
+	}
+}
+
+func (c *Cache) unopened() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.found) > 0
+}
+
+// lookedAt notes that an unclean end is dealt with, once no diff is left that has
+// not been opened since: each says by itself from then on what of it is doubtful.
+func (c *Cache) lookedAt() {
+	if !c.unclean || c.unopened() || c.life.Err() != nil {
+		return
+	}
+	if err := markOpen(c.openPath(), c.boot); err != nil {
+		c.cfg.Log.Warn("it cannot be written down that what an unclean end made doubtful has been looked at; the next start does it again", "error", err)
+	}
+}
+
+// doubtful reports whether an unclean end has not been dealt with: then the file
+// that says so stays.
+func (c *Cache) doubtful() bool { return c.unclean && c.unopened() }
+
+// openNow opens a diff that was found, unless that has been done, or has failed a
+// moment ago; if somebody is at it, openNow waits for him.
 func (c *Cache) openNow(id blockdev.Digest) {
 	c.mu.Lock()
 	f, ok := c.found[id]
@@ -74,29 +132,52 @@ func (c *Cache) openNow(id blockdev.Digest) {
 	c.wg.Add(1)
 	c.mu.Unlock()
 	defer c.wg.Done()
-	f.once.Do(func() {
-		d := c.openDir(id)
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		delete(c.found, id)
-		if d != nil {
-			c.diffs[id] = d
-			c.publish()
-		}
-	})
+	f.turn.Lock()
+	defer f.turn.Unlock()
+	if f.over || time.Now().Before(f.next) {
+		return
+	}
+	d, err := c.openDir(id)
+	if err != nil {
+		wait := min(firstReopen<<min(f.failed, 10), lastReopen)
+		f.failed++
+		f.next = time.Now().Add(wait)
+		c.cfg.Log.Error("a diff cannot be opened now: reads of it fail until it can", "diff", id, "next", wait, "cause", err)
+		return
+	}
+	f.over = true
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.found, id)
+	if d != nil {
+		c.diffs[id] = d
+		c.publish()
+	}
 }
 
-// openDir opens one directory of diffs. A diff that cannot be opened for other
-// reasons than damage is left where it is, for the next Open or Add.
-func (c *Cache) openDir(id blockdev.Digest) *Diff {
+// giveUp ends the attempts to open a diff that was found and could not be opened.
+func (c *Cache) giveUp(id blockdev.Digest) {
+	c.mu.Lock()
+	f, ok := c.found[id]
+	c.mu.Unlock()
+	if !ok {
+		return
+	}
+	f.turn.Lock()
+	defer f.turn.Unlock()
+	f.over = true
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.found, id)
+}
+
+// openDir opens one directory of diffs. One that is damaged is removed, and neither
+// diff nor error returned. An error means that it may be opened later.
+func (c *Cache) openDir(id blockdev.Digest) (*Diff, error) {
 	dir := filepath.Join(c.cfg.Root, diffsDir, id.Hex())
 	d, err := c.openDiff(dir, id)
-	if err == nil {
-		return d
-	}
 	if !errors.Is(err, blockdev.ErrCorrupt) {
-		c.cfg.Log.Error("cannot open a diff; it is not used", "diff", id, "dir", dir, "cause", err)
-		return nil
+		return d, err
 	}
 	c.cfg.Log.Error("a diff is damaged and is dropped; it will be fetched again when it is added", "diff", id, "dir", dir, "cause", err)
 	trash, err := c.discard(dir)
@@ -106,5 +187,5 @@ func (c *Cache) openDir(id blockdev.Digest) *Diff {
 	if err != nil {
 		c.cfg.Log.Error("a damaged diff cannot be removed", "diff", id, "dir", dir, "cause", err)
 	}
-	return nil
+	return nil, nil
 }

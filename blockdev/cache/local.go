@@ -74,7 +74,8 @@ func (c *Cache) lookup(digest *blockdev.Digest) (*Diff, int) {
 }
 
 // damaged is called when a chunk that was thought present cannot be read, or
-// does not have its digest. It will be fetched again.
+// does not have its digest. The chunk is missing from then on, and Config.Damaged
+// sees to the rest.
 func (d *Diff) damaged(k int, why error) {
 	wasComplete := d.complete.Swap(false)
 	if !d.pres.drop(k) {
@@ -94,6 +95,9 @@ func (d *Diff) damaged(k int, why error) {
 	}
 	if err != nil {
 		d.bitmapFailed(err)
+	}
+	if d.c.cfg.Damaged != nil {
+		d.c.cfg.Damaged(d.id)
 	}
 }
 

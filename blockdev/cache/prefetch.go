@@ -257,7 +257,7 @@ func (d *Diff) markComplete() error {
 		d.bitmapFailed(err)
 		return d.c.writeFailed(d, fmt.Errorf("mark as complete: %w", err))
 	}
-	d.complete.Store(true)
+	d.setComplete()
 	// A chunk may have turned out to be damaged since fill looked.
 	if !d.pres.full() {
 		d.complete.Store(false)

@@ -20,7 +20,8 @@ const scrubRate = 32 << 20
 // Scrub reads all that is here of the diff and checks it, slowly: it gives way to
 // demand reads, rests for as long as it has worked, and reads 32 MiB a second at
 // most. What is damaged counts as missing from then on; the error wraps ErrDamaged
-// then, and says how much that is.
+// then, and says how much that is. It wraps ErrIncomplete if nothing is damaged, but
+// the diff was complete before and is not now: what is missing was damaged earlier.
 func (d *Diff) Scrub(ctx context.Context) error {
 	_, err := d.Check(ctx, false)
 	return err
@@ -30,6 +31,8 @@ func (d *Diff) Scrub(ctx context.Context) error {
 type Checked struct {
 	Chunks, Damaged int
 	Bytes           int64
+	// Missing chunks were not looked at.
+	Missing int
 }
 
 // Check is Scrub, as fast as it can with hurry, but still behind demand reads.
@@ -64,12 +67,16 @@ func (d *Diff) Check(ctx context.Context, hurry bool) (res Checked, err error) {
 				first = i
 			}
 		case errors.Is(err, ErrIncomplete):
+			res.Missing++
 		default:
 			return res, fmt.Errorf("check of diff %v: %w", d.id, err)
 		}
 	}
 	if res.Damaged > 0 {
 		return res, fmt.Errorf("diff %v: %w: %d of %d chunks, the first at offset %d", d.id, ErrDamaged, res.Damaged, res.Chunks, d.tab.start(first))
+	}
+	if res.Missing > 0 && d.Completed() {
+		return res, fmt.Errorf("diff %v: %w: it was before, and %d of %d chunks are missing", d.id, ErrIncomplete, res.Missing, d.tab.len())
 	}
 	d.noteScrub()
 	return res, nil

@@ -21,6 +21,10 @@ func (d *Diff) Verify(ctx context.Context, repair bool) (*Inspection, error) {
 	in.Chunks, in.Bytes, in.DamagedChunks = res.Chunks, res.Bytes, res.Damaged
 	if errors.Is(err, ErrDamaged) {
 		in.add(where, repairChunks, "%v", err)
+	} else if errors.Is(err, ErrIncomplete) {
+		// Found before, and not fetched again yet.
+		in.DamagedChunks = res.Missing
+		in.add(where, repairChunks, "%v", err)
 	} else if err != nil {
 		return nil, err
 	} else if complete {

@@ -41,7 +41,9 @@ containerd's config:
   [proxy_plugins.shoal]
     type = "snapshot"
     address = "/run/shoal/shoal.sock"
+    capabilities = ["remap-ids"]
     [proxy_plugins.shoal.exports]
+      root = "/var/lib/shoal"
       enable_remote_snapshot_annotations = "true"
 
 It is also a registry mirror on loopback, so that manifests come through the
@@ -103,6 +105,10 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	if err := os.MkdirAll(c.Root, 0o700); err != nil {
 		return fmt.Errorf("root: %w", err)
 	}
+	images, err := c.Policy()
+	if err != nil {
+		return err
+	}
 	source := newLateSource()
 	var late parts
 	vols, err := volume.Open(ctx, volume.Config{
@@ -156,6 +162,7 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	sn, err := snapshotter.New(snapshotter.Config{
 		Root: c.Root, Data: dataPath{vols}, Images: up,
 		Credentials: keychain, Platform: platform(),
+		Policy:       images,
 		Groups:       membership.groups(),
 		IndexTimeout: time.Duration(c.IndexTimeout), PrepareTimeout: time.Duration(c.PrepareTimeout), Log: log,
 	})

@@ -48,6 +48,10 @@ func New(bin string) (*Lab, error) {
 	if err != nil {
 		return nil, err
 	}
+	// As /run and /var/lib are: who is root in a user namespace goes through here.
+	if err := os.Chmod(dir, 0o711); err != nil { //nolint:gosec // to go through, not to list
+		return nil, err
+	}
 	l := &Lab{Dir: dir, Bin: bin, undo: &undo{}}
 	if err := os.Mkdir(l.Path("log"), 0o700); err != nil {
 		return nil, err
@@ -175,7 +179,7 @@ func WaitFor(ctx context.Context, what string, timeout time.Duration, ok func() 
 // writeFile writes a file below the lab's directory and returns its path.
 func (l *Lab) writeFile(name, content string) (string, error) {
 	p := l.Path(name)
-	if err := os.MkdirAll(filepath.Dir(p), 0o700); err != nil {
+	if err := os.MkdirAll(filepath.Dir(p), 0o711); err != nil {
 		return "", err
 	}
 	return p, os.WriteFile(p, []byte(content), 0o600)

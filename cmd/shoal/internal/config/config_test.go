@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
 const someID = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
@@ -23,7 +25,7 @@ func writeFile(t *testing.T, text string) string {
 // TestDefaults: what `shoal config default` prints reads back as the same values.
 func TestDefaults(t *testing.T) {
 	for name, c := range map[string]struct{ want, empty interface{ Check() error } }{
-		"node":      {DefaultNode(), &Node{}},
+		"node":      {DefaultNode(), &Node{Images: Images{Prefetch: map[string]policy.Mode{}}}}, // reading an empty table makes no map
 		"supernode": {DefaultSupernode(), &Supernode{}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -66,6 +68,42 @@ level = "debug"
 	}
 }
 
+// TestImages: rules for images are read, written and read again.
+func TestImages(t *testing.T) {
+	c := DefaultNode()
+	err := Load(writeFile(t, `
+prefetch = "startup"
+[images]
+never = ["quay.io/db/*"]
+[images.prefetch]
+"quay.io/*" = "all"
+redis = "none"
+`), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := Write(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	back := DefaultNode()
+	if err := Load(writeFile(t, string(b)), back); err != nil || !reflect.DeepEqual(back, c) {
+		t.Fatalf("read back as %+v, %v; want %+v\n%s", back, err, c, b)
+	}
+	p, err := back.Policy()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for ref, want := range map[string]policy.Mode{"quay.io/x:1": policy.All, "redis:7": policy.None, "nginx": policy.Startup} {
+		if got := p.Prefetch(ref); got != want || !p.Lazy(ref) {
+			t.Errorf("%s: %s, want %s", ref, got, want)
+		}
+	}
+	if p.Lazy("quay.io/db/x:1") {
+		t.Error("images.never is not heeded")
+	}
+}
+
 // TestRefused: each wrong value gives an error that names its key.
 func TestRefused(t *testing.T) {
 	addr := `"` + someID + `@10.0.0.1:7700"`
@@ -101,6 +139,13 @@ func TestRefused(t *testing.T) {
 			"address without ID":       {`supernodes = ["10.0.0.1:7700"]`, "supernodes"},
 			"address without port":     {`supernodes = ["` + someID + `@10.0.0.1"]`, "supernodes"},
 			"the same supernode twice": {`supernodes = [` + addr + `, ` + addr + `]`, "twice"},
+			"unknown mode":             {`prefetch = "some"`, `prefetch is "some"`},
+			"bad pattern":              {"[images]\nnever = [\"https://quay.io/*\"]", `images.never: "https://quay.io/*"`},
+			"pattern of a registry":    {"[images]\nlazy = [\"quay.io\"]", `images.lazy: "quay.io"`},
+			"bad eager pattern":        {"[images]\neager = [\"quay.io/Base\"]", "images.eager"},
+			"bad mode of a pattern":    {"[images.prefetch]\n\"quay.io/*\" = \"never\"", `images.prefetch: the mode of "quay.io/*"`},
+			"two modes for one":        {"[images.prefetch]\nredis = \"all\"\n\"docker.io/library/redis\" = \"none\"", "name the same images"},
+			"unknown list":             {"[images]\nalways = []", `"images.always"`},
 			"embedded and not":         {"supernodes = [" + addr + "]\n[embedded.store]\nquota = \"7GiB\"", "supernodes and embedded"},
 			"small quota":              {"[embedded.store]\nquota = \"10MiB\"", "embedded.store.quota"},
 			"relative hosts":           {"[embedded.registry]\nconfig_path = \"certs.d\"", "embedded.registry.config_path"},

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"reflect"
 	"time"
+
+	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
 // Embedded configures the supernode inside a node that names no other.
@@ -13,30 +15,40 @@ type Embedded struct {
 	Registry Registry `toml:"registry"`
 }
 
+// Images are rules for images, by patterns of their names.
+type Images struct {
+	Lazy     []string               `toml:"lazy" comment:"images that may be lazy"`
+	Never    []string               `toml:"never" comment:"images that containerd unpacks in the ordinary way, whatever lazy says"`
+	Eager    []string               `toml:"eager" comment:"images whose pull ends only when every byte is here and proven"`
+	Prefetch map[string]policy.Mode `toml:"prefetch" comment:"pattern = \"all\", \"startup\" or \"none\", instead of the key prefetch; the pattern that says most of an image's name counts"`
+}
+
 // Node is the file of `shoal node`.
 type Node struct {
-	Version            int      `toml:"version"`
-	Root               string   `toml:"root" comment:"indexes, local diffs and mounts are kept here; a short path leaves room for images of many layers"`
-	Address            string   `toml:"address" comment:"Unix socket for containerd: [proxy_plugins.shoal] address"`
-	ControlAddress     string   `toml:"control_address" comment:"Unix socket for shoal status, prefetch and check"`
-	MetricsAddress     string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
-	MirrorAddress      string   `toml:"mirror_address" comment:"host:port of the registry mirror that containerd's hosts.toml names; anybody who reaches it reads manifests with this node's credentials, so keep it on loopback; empty: off"`
-	Supernodes         []string `toml:"supernodes" comment:"each as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`
-	TokenFile          string   `toml:"token_file" comment:"the token to join the supernodes with: a copy of the one that the supernode has, or made, at the start"`
-	Listen             []string `toml:"listen" comment:"host:port addresses for other nodes; empty: this node shares nothing"`
-	Zone               string   `toml:"zone" comment:"where this node is: traffic between zones is kept low; may be empty"`
-	Rack               string   `toml:"rack" comment:"where in the zone; may be empty"`
-	MaxUpload          Size     `toml:"max_upload" comment:"bytes a second that this node sends to other nodes; 0: no limit"`
-	MaxDownload        Size     `toml:"max_download" comment:"bytes a second of chunks that this node takes from other nodes and supernodes; 0: no limit"`
-	DockerConfig       string   `toml:"docker_config" comment:"directory of docker's config.json with registry credentials; empty: $DOCKER_CONFIG or ~/.docker"`
-	IndexTimeout       Duration `toml:"index_timeout" comment:"how long an image's indexes may take to come: they are waited for that long, and kept for the next pull"`
-	PrepareTimeout     Duration `toml:"prepare_timeout" comment:"how long a call of containerd waits for an image's indexes before containerd unpacks it in the ordinary way. Its garbage collection, and with that all pods of the node, wait behind such a call: longer is more lazy pulls, and longer stalls"`
-	ReadTimeout        Duration `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`
-	CacheQuota         Size     `toml:"cache_quota" comment:"bytes on disk for layers; 0: what the disk has. What no container or image uses makes room; what does not fit is read without being kept"`
-	ScrubInterval      Duration `toml:"scrub_interval" comment:"how often everything on this disk is read and checked, at 32 MiB/s at most; 0s: never"`
-	RegistryConfigPath string   `toml:"registry_config_path" comment:"containerd's directory of hosts.toml files, for layers that no supernode has and this node reads from the registry itself"`
-	Embedded           Embedded `toml:"embedded" comment:"the supernode of a node that names none"`
-	Log                Log      `toml:"log"`
+	Version            int         `toml:"version"`
+	Root               string      `toml:"root" comment:"indexes, local diffs and mounts are kept here; a short path leaves room for images of many layers"`
+	Address            string      `toml:"address" comment:"Unix socket for containerd: [proxy_plugins.shoal] address"`
+	ControlAddress     string      `toml:"control_address" comment:"Unix socket for shoal status, prefetch and check"`
+	MetricsAddress     string      `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
+	MirrorAddress      string      `toml:"mirror_address" comment:"host:port of the registry mirror that containerd's hosts.toml names; anybody who reaches it reads manifests with this node's credentials, so keep it on loopback; empty: off"`
+	Supernodes         []string    `toml:"supernodes" comment:"each as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`
+	TokenFile          string      `toml:"token_file" comment:"the token to join the supernodes with: a copy of the one that the supernode has, or made, at the start"`
+	Listen             []string    `toml:"listen" comment:"host:port addresses for other nodes; empty: this node shares nothing"`
+	Zone               string      `toml:"zone" comment:"where this node is: traffic between zones is kept low; may be empty"`
+	Rack               string      `toml:"rack" comment:"where in the zone; may be empty"`
+	MaxUpload          Size        `toml:"max_upload" comment:"bytes a second that this node sends to other nodes; 0: no limit"`
+	MaxDownload        Size        `toml:"max_download" comment:"bytes a second of chunks that this node takes from other nodes and supernodes; 0: no limit"`
+	DockerConfig       string      `toml:"docker_config" comment:"directory of docker's config.json with registry credentials; empty: $DOCKER_CONFIG or ~/.docker"`
+	IndexTimeout       Duration    `toml:"index_timeout" comment:"how long an image's indexes may take to come: they are waited for that long, and kept for the next pull"`
+	PrepareTimeout     Duration    `toml:"prepare_timeout" comment:"how long a call of containerd waits for an image's indexes before containerd unpacks it in the ordinary way. Its garbage collection, and with that all pods of the node, wait behind such a call: longer is more lazy pulls, and longer stalls"`
+	ReadTimeout        Duration    `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`
+	CacheQuota         Size        `toml:"cache_quota" comment:"bytes on disk for layers; 0: what the disk has. What no container or image uses makes room; what does not fit is read without being kept"`
+	Prefetch           policy.Mode `toml:"prefetch" comment:"what is fetched of a lazy image besides what containers read: all of it (all), what containers read at their start (startup), or nothing (none)"`
+	ScrubInterval      Duration    `toml:"scrub_interval" comment:"how often everything on this disk is read and checked, at 32 MiB/s at most; 0s: never"`
+	RegistryConfigPath string      `toml:"registry_config_path" comment:"containerd's directory of hosts.toml files, for layers that no supernode has and this node reads from the registry itself"`
+	Images             Images      `toml:"images" comment:"rules for images by their names. An asterisk stands for any characters: \"registry.example.com/base/*\", \"docker.io/library/redis:7*\"; without a tag a pattern fits every tag"`
+	Embedded           Embedded    `toml:"embedded" comment:"the supernode of a node that names none"`
+	Log                Log         `toml:"log"`
 }
 
 // minCacheQuota leaves room for the indexes and metadata of some images.
@@ -57,11 +69,21 @@ func DefaultNode() *Node {
 		IndexTimeout:       Duration(5 * time.Minute),
 		PrepareTimeout:     Duration(3 * time.Second),
 		ReadTimeout:        Duration(time.Minute),
+		Prefetch:           policy.All,
 		ScrubInterval:      Duration(7 * 24 * time.Hour),
 		RegistryConfigPath: defaultRegistry().ConfigPath,
+		Images:             Images{Lazy: []string{"*"}, Never: []string{}, Eager: []string{}, Prefetch: map[string]policy.Mode{}},
 		Embedded:           Embedded{Store: defaultStore(), Registry: defaultRegistry()},
 		Log:                Log{Format: "text"},
 	}
+}
+
+// Policy is what the config says of images.
+func (c *Node) Policy() (*policy.Policy, error) {
+	return policy.New(policy.Rules{
+		Lazy: c.Images.Lazy, Never: c.Images.Never, Eager: c.Images.Eager,
+		Prefetch: c.Images.Prefetch, Default: c.Prefetch,
+	})
 }
 
 // Check returns what is wrong with the values, each error naming its key.
@@ -74,6 +96,8 @@ func (c *Node) Check() error {
 		atLeast("prepare_timeout", c.PrepareTimeout, Duration(100*time.Millisecond)),
 		atLeast("read_timeout", c.ReadTimeout, Duration(time.Second)),
 	}
+	_, err := c.Policy()
+	errs = append(errs, err)
 	if q := int64(c.CacheQuota); q > 0 && q < minCacheQuota {
 		errs = append(errs, fmt.Errorf("cache_quota is %d bytes: it must be at least 64MiB, or 0 for what the disk has", q))
 	}
