@@ -2,11 +2,9 @@ package supernode
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"path/filepath"
 	"sync"
 	"time"
@@ -36,7 +34,6 @@ const (
 	downTTL   = 10 * time.Second
 	// maxAnswers bounds the answers kept in memory.
 	maxAnswers = 1 << 16
-	flushEvery = time.Second
 )
 
 // access decides who may read a repository: whoever the registry lets in.
@@ -46,8 +43,11 @@ const (
 // pull secret cost the registry one request. A repository that anybody may pull
 // needs one anonymous request for everybody.
 //
-// For the time when the registry is down, it is kept on disk when which peer had
-// access to which repository, without any trace of the credential.
+// Only while the registry is down (no answer, or a server error; a rate limit is
+// an answer) an older yes counts, for grace: for a repository that anybody might
+// pull, for everybody; else for the peer that had access, if it shows the
+// credential that the registry let in then. For that it is kept on disk which
+// peer had access to which repository with which credential, hashed and salted.
 type access struct {
 	reg        checker
 	ttl, grace time.Duration
@@ -64,22 +64,24 @@ type access struct {
 	flights map[string]*question
 	yes     map[grant]time.Time // until when
 	no      map[string]time.Time
-	down    map[string]time.Time // registry host -> not asked before
-	seen    map[string]time.Time // grace key -> last access; what is not on disk yet, or known from there
-	pending map[string]int64     // grace key -> Unix seconds to write; 0: delete
+	down    map[string]time.Time   // registry host, or repository -> not asked before
+	seen    map[graceKey]time.Time // last access, on disk or in pending
+	pending map[graceKey]int64     // Unix seconds to write; 0: delete
+
+	salt      []byte
+	stretched map[string]stretched // by the hash of a credential
 }
 
 // question is one that a registry is being asked; err is set when done is closed.
 type question struct {
 	done chan struct{}
 	err  error
+	late []graceKey // of peers that were not kept waiting; guarded by access.mu
 }
 
 // grant is a repository and who may read it: the hash of a credential, or "" for
 // everybody.
 type grant struct{ repo, cred string }
-
-var graceBucket = []byte("grace-1")
 
 func openAccess(dir string, reg checker, ttl, grace time.Duration, log *slog.Logger, now func() time.Time) (*access, error) {
 	file := filepath.Join(dir, accessFile)
@@ -96,7 +98,8 @@ func openAccess(dir string, reg checker, ttl, grace time.Duration, log *slog.Log
 		return nil, fmt.Errorf("%s (is another supernode using the directory?): %w", file, err)
 	}
 	a := &access{reg: reg, ttl: ttl, grace: grace, now: now, log: log, db: db, done: make(chan struct{}),
-		flights: map[string]*question{}, yes: map[grant]time.Time{}, no: map[string]time.Time{}, down: map[string]time.Time{}, seen: map[string]time.Time{}, pending: map[string]int64{}}
+		flights: map[string]*question{}, yes: map[grant]time.Time{}, no: map[string]time.Time{}, down: map[string]time.Time{},
+		seen: map[graceKey]time.Time{}, pending: map[graceKey]int64{}, stretched: map[string]stretched{}}
 	if err := a.load(); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", file, err), db.Close())
 	}
@@ -105,93 +108,12 @@ func openAccess(dir string, reg checker, ttl, grace time.Duration, log *slog.Log
 	return a, nil
 }
 
-// load reads who had access, and drops what is too old to count.
-func (a *access) load() error {
-	return a.db.Update(func(tx *bbolt.Tx) error {
-		b, err := tx.CreateBucketIfNotExists(graceBucket)
-		if err != nil {
-			return err
-		}
-		var old [][]byte
-		err = b.ForEach(func(k, v []byte) error {
-			if len(v) == 8 {
-				at := time.Unix(int64(binary.BigEndian.Uint64(v)), 0)
-				if age := a.now().Sub(at); age >= 0 && age < a.grace {
-					a.seen[string(k)] = at
-					return nil
-				}
-			}
-			old = append(old, append([]byte(nil), k...))
-			return nil
-		})
-		for _, k := range old {
-			err = errors.Join(err, b.Delete(k))
-		}
-		return err
-	})
-}
-
 // Close ends running checks and writes what is pending.
 func (a *access) Close() error {
 	a.stop()
 	<-a.done
 	a.running.Wait()
 	return errors.Join(a.write(), a.db.Close())
-}
-
-func (a *access) flush() {
-	defer close(a.done)
-	t := time.NewTicker(flushEvery)
-	defer t.Stop()
-	for {
-		select {
-		case <-a.ctx.Done():
-			return
-		case <-t.C:
-			err := a.write()
-			a.mu.Lock()
-			a.failed = err
-			a.mu.Unlock()
-			if err != nil {
-				a.log.Error("cannot write down who had access; it will not count after a restart", "error", err)
-			}
-		}
-	}
-}
-
-func (a *access) write() error {
-	a.mu.Lock()
-	pending := a.pending
-	a.pending = map[string]int64{}
-	a.mu.Unlock()
-	if len(pending) == 0 {
-		return nil
-	}
-	err := a.db.Update(func(tx *bbolt.Tx) error {
-		b := tx.Bucket(graceBucket)
-		for k, at := range pending {
-			if at == 0 {
-				if err := b.Delete([]byte(k)); err != nil {
-					return err
-				}
-				continue
-			}
-			if err := b.Put([]byte(k), binary.BigEndian.AppendUint64(nil, uint64(at))); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	if err != nil { // to be written next time, unless there is something newer
-		a.mu.Lock()
-		for k, at := range pending {
-			if _, newer := a.pending[k]; !newer {
-				a.pending[k] = at
-			}
-		}
-		a.mu.Unlock()
-	}
-	return err
 }
 
 // healthy says whether who had access can be written down: whether the disk
@@ -214,63 +136,77 @@ type verdict struct {
 // the registry's, or ErrUnavailable if it cannot be asked.
 func (a *access) allow(ctx context.Context, peer string, ref registry.Reference, req blockdev.ImageRequest) (verdict, error) {
 	repo := ref.Name()
-	cred := registry.CredentialHash(req.Credential)
-	g := grant{repo, cred}
+	g := grant{repo, registry.CredentialHash(req.Credential)}
+	withCred := g.cred != ""
+	mine := a.key(peer, repo, a.lasting(g.cred, req.Credential))
 	now := a.now()
 	a.mu.Lock()
 	public := now.Before(a.yes[grant{repo, ""}])
-	own := cred != "" && now.Before(a.yes[g])
+	own := withCred && now.Before(a.yes[g])
 	notPublic := now.Before(a.no[repo])
-	_, everybody := a.had("", repo, now)
-	_, before := a.had(peer, repo, now)
-	isDown := now.Before(a.down[ref.Host])
+	everybody := a.counts(a.seen[publicKey(repo)], now)
+	before := withCred && a.counts(a.seen[mine], now)
+	isDown := now.Before(a.down[ref.Host]) || now.Before(a.down[repo])
 	a.mu.Unlock()
-	before = before || everybody
 	switch {
 	case public:
 		return verdict{public: true}, nil
 	case own:
-		a.note(peer, repo, now)
+		a.note(mine, now)
 		return verdict{}, nil
-	case isDown && before:
+	case isDown && (before || everybody):
 		return verdict{public: everybody, stale: true}, nil
 	}
 
 	err := fmt.Errorf("%s: the registry wants a credential and none was given: %w", req.Ref, blockdev.ErrUnauthorized)
 	if !notPublic {
-		if err = a.ask(ctx, grant{repo, ""}, ref, req, before); err == nil {
+		if err = a.ask(ctx, grant{repo, ""}, ref, req, before || everybody, nil); err == nil {
 			return verdict{public: true}, nil
 		}
 	}
-	if cred != "" && (errors.Is(err, blockdev.ErrUnauthorized) || errors.Is(err, blockdev.ErrNotFound) || limited(err)) {
-		if err = a.ask(ctx, g, ref, req, before); err == nil {
-			a.note(peer, repo, a.now())
+	// A rate limit for those without a credential takes nothing from anybody, but
+	// says nothing about a credential either.
+	limited := registry.Limited(err)
+	everybody = everybody && (limited || registry.Outage(err))
+	if withCred && (errors.Is(err, blockdev.ErrUnauthorized) || errors.Is(err, blockdev.ErrNotFound) || limited) {
+		if err = a.ask(ctx, g, ref, req, before || everybody, &mine); err == nil {
+			a.note(mine, a.now())
 			return verdict{}, nil
 		}
+		if errors.Is(err, blockdev.ErrUnauthorized) || errors.Is(err, blockdev.ErrNotFound) {
+			a.revoke(mine)
+			before = false
+		}
 	}
-	switch {
-	case errors.Is(err, blockdev.ErrUnauthorized) && cred != "":
-		a.revoke(peer, repo)
-	case errors.Is(err, blockdev.ErrUnavailable) && before:
+	switch out := registry.Outage(err); {
+	case out && (before || everybody):
 		a.log.Warn("the registry cannot be asked; access that was there before counts", "image", req.Ref, "peer", peer, "error", err)
-		a.mu.Lock()
-		bound(a.down)
-		a.down[ref.Host] = a.now().Add(downTTL)
-		a.mu.Unlock()
+		a.setDown(ref, err)
 		return verdict{public: everybody, stale: true}, nil
+	case limited && everybody:
+		return verdict{public: true, stale: true}, nil
 	}
 	return verdict{}, err
 }
 
-// limited tells whether a registry refuses more requests, which it may do for
-// anonymous ones alone.
-func limited(err error) bool {
+// setDown keeps others from waiting for a registry that does not answer, or for a
+// repository of it for which it has no good answer.
+func (a *access) setDown(ref registry.Reference, err error) {
+	what := ref.Host
 	var e *registry.Error
-	return errors.As(err, &e) && e.Status == http.StatusTooManyRequests
+	if errors.As(err, &e) && e.Status != 0 {
+		what = ref.Name()
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	bound(a.down)
+	a.down[what] = a.now().Add(downTTL)
 }
 
 // ask asks the registry, once for all who want to know the same at the same time.
-func (a *access) ask(ctx context.Context, g grant, ref registry.Reference, req blockdev.ImageRequest, hurry bool) error {
+// With hurry nobody waits longer than graceWait; if the answer is no, mine is
+// forgotten then.
+func (a *access) ask(ctx context.Context, g grant, ref registry.Reference, req blockdev.ImageRequest, hurry bool, mine *graceKey) error {
 	cred := req.Credential
 	if g.cred == "" {
 		cred = blockdev.Credential{}
@@ -294,8 +230,7 @@ func (a *access) ask(ctx context.Context, g grant, ref registry.Reference, req b
 		a.running.Add(1)
 		go func() {
 			defer a.running.Done()
-			f.err = a.reg.Check(a.ctx, req.Ref, req.Manifest, cred)
-			a.answer(g, ref.Host, key, f.err)
+			a.answer(f, g, ref.Host, key, a.reg.Check(a.ctx, req.Ref, req.Manifest, cred))
 			close(f.done)
 		}()
 	}
@@ -313,76 +248,56 @@ func (a *access) ask(ctx context.Context, g grant, ref registry.Reference, req b
 		}
 		return f.err
 	case <-late:
+		a.tooLate(f, mine)
 		return fmt.Errorf("%s: registry %s has not answered for %s: %w", req.Ref, ref.Host, graceWait, blockdev.ErrUnavailable)
 	case <-ctx.Done():
 		return fmt.Errorf("%s: asking the registry for access: %w", req.Ref, ctx.Err())
 	}
 }
 
+// tooLate has a "no" that is still to come count for a peer that does not wait for it.
+func (a *access) tooLate(f *question, mine *graceKey) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if mine != nil {
+		f.late = append(f.late, *mine)
+		a.forgetRefusedLocked(f)
+	}
+}
+
+// forgetRefusedLocked does nothing before there is an answer.
+func (a *access) forgetRefusedLocked(f *question) {
+	if errors.Is(f.err, blockdev.ErrUnauthorized) || errors.Is(f.err, blockdev.ErrNotFound) {
+		for _, k := range f.late {
+			a.forgetLocked(k)
+		}
+	}
+}
+
 // answer keeps what a registry said.
-func (a *access) answer(g grant, host, key string, err error) {
+func (a *access) answer(f *question, g grant, host, key string, err error) {
 	now := a.now()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	delete(a.flights, key)
+	f.err = err
+	a.forgetRefusedLocked(f)
 	switch {
 	case err == nil:
 		bound(a.yes)
 		a.yes[g] = now.Add(a.ttl)
 		if g.cred == "" {
-			a.noteLocked("", g.repo, now)
+			a.noteLocked(publicKey(g.repo), now)
 		}
 		delete(a.down, host)
+		delete(a.down, g.repo)
 	case errors.Is(err, blockdev.ErrUnauthorized):
 		delete(a.yes, g)
 		if g.cred == "" {
 			bound(a.no)
 			a.no[g.repo] = now.Add(min(negativeTTL, a.ttl))
-			a.forgetLocked("", g.repo)
+			a.forgetLocked(publicKey(g.repo))
 		}
-	}
-}
-
-func graceKey(peer, repo string) string {
-	d := blockdev.Sum([]byte(fmt.Sprintf("%d:%s%s", len(peer), peer, repo)))
-	return string(d[:])
-}
-
-// had says when the peer ("": anybody) had access last, if that still counts.
-func (a *access) had(peer, repo string, now time.Time) (time.Time, bool) {
-	at, ok := a.seen[graceKey(peer, repo)]
-	age := now.Sub(at)
-	return at, ok && age >= -time.Minute && age < a.grace
-}
-
-func (a *access) note(peer, repo string, now time.Time) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.noteLocked(peer, repo, now)
-}
-
-func (a *access) noteLocked(peer, repo string, now time.Time) {
-	k := graceKey(peer, repo)
-	if old, ok := a.seen[k]; ok && now.Sub(old) < a.ttl && now.After(old) {
-		return // fresh enough; spares the disk
-	}
-	bound(a.seen)
-	a.seen[k] = now
-	a.pending[k] = now.Unix()
-}
-
-// revoke takes back what a peer would have kept: the registry has said no.
-func (a *access) revoke(peer, repo string) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.forgetLocked(peer, repo)
-}
-
-func (a *access) forgetLocked(peer, repo string) {
-	k := graceKey(peer, repo)
-	if _, ok := a.seen[k]; ok {
-		delete(a.seen, k)
-		a.pending[k] = 0
 	}
 }
 
@@ -393,8 +308,9 @@ func bound[K comparable](m map[K]time.Time) {
 	}
 }
 
-// dropOldest drops the oldest eighth of the time that a map spans.
-func dropOldest[K comparable](m map[K]time.Time) {
+// dropOldest drops the oldest eighth of the time that a map spans, and returns
+// the keys.
+func dropOldest[K comparable](m map[K]time.Time) (dropped []K) {
 	var lo, hi time.Time
 	for _, t := range m {
 		if lo.IsZero() || t.Before(lo) {
@@ -408,6 +324,8 @@ func dropOldest[K comparable](m map[K]time.Time) {
 	for k, t := range m {
 		if !t.After(cut) {
 			delete(m, k)
+			dropped = append(dropped, k)
 		}
 	}
+	return dropped
 }

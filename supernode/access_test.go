@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/bbolt"
+
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/supernode/registry"
 )
@@ -201,7 +203,9 @@ func TestAccessRegistryDown(t *testing.T) {
 	e.reg.set(says(errDown))
 	e.want(t, "never had it", "p2", "a:1", alice, verdict{}, blockdev.ErrUnavailable, 1)
 	e.want(t, "had it", "p1", "a:1", alice, verdict{stale: true}, nil, 1)
-	e.want(t, "had it, not asked again at once", "p1", "a:1", none, verdict{stale: true}, nil, 0)
+	e.want(t, "had it, not asked again at once", "p1", "a:1", alice, verdict{stale: true}, nil, 0)
+	e.want(t, "had it, shows no credential", "p1", "a:1", none, verdict{}, blockdev.ErrUnavailable, 1)
+	e.want(t, "had it, shows another one", "p1", "a:1", blockdev.Credential{Username: "alice", Secret: "guess"}, verdict{}, blockdev.ErrUnavailable, 1)
 	e.want(t, "never had it, still asked", "p2", "a:1", alice, verdict{}, blockdev.ErrUnavailable, 1)
 	e.want(t, "had another repository", "p1", "b:1", alice, verdict{}, blockdev.ErrUnavailable, 1)
 
@@ -285,5 +289,102 @@ func TestAccessMemoryIsBounded(t *testing.T) {
 	}
 	if _, ok := m[maxAnswers*2-1]; !ok {
 		t.Error("the newest entry is gone")
+	}
+}
+
+// TestAccessLateNo: a registry that is slow to say no has said it, for all who were
+// not kept waiting.
+func TestAccessLateNo(t *testing.T) {
+	e := newAccess(t, onlyAlice)
+	e.want(t, "up", "p", "a:1", alice, verdict{}, nil, 2)
+	e.pass(10 * time.Minute)
+	e.reg.set(says(errNo))
+	block := make(chan struct{})
+	e.reg.mu.Lock()
+	e.reg.block = block
+	e.reg.mu.Unlock()
+	// The anonymous question hangs, then the next one does.
+	e.want(t, "slow", "p", "a:1", alice, verdict{stale: true}, nil, 1)
+	e.pass(time.Minute)
+	close(block)
+	e.running.Wait()
+	block = make(chan struct{})
+	e.reg.mu.Lock()
+	e.reg.block = block
+	e.reg.mu.Unlock()
+	e.want(t, "still slow", "p", "a:1", alice, verdict{stale: true}, nil, 1)
+	close(block)
+	e.running.Wait()
+	e.want(t, "down, by what is known", "p", "a:1", alice, verdict{}, blockdev.ErrUnauthorized, 1)
+}
+
+// TestAccessRenewedToken: nodes get the tokens of some registries anew within hours;
+// an outage may last longer.
+func TestAccessRenewedToken(t *testing.T) {
+	e := newAccess(t, func(_ string, c blockdev.Credential) error {
+		if c.Username == "AWS" {
+			return nil
+		}
+		return errNo
+	})
+	aws := func(token string) blockdev.Credential { return blockdev.Credential{Username: "AWS", Secret: token} }
+	e.want(t, "up", "p", "a:1", aws("one"), verdict{}, nil, 2)
+	e.pass(10 * time.Minute)
+	e.reg.set(says(errDown))
+	e.want(t, "another token", "p", "a:1", aws("two"), verdict{stale: true}, nil, 1)
+	e.want(t, "another peer", "q", "a:1", aws("one"), verdict{}, blockdev.ErrUnavailable, 1)
+	e.want(t, "another user", "p", "a:1", alice, verdict{}, blockdev.ErrUnavailable, 1)
+}
+
+// TestAccessHiddenIsWithdrawn: a 404 to a credential takes access back as a refusal
+// does.
+func TestAccessHiddenIsWithdrawn(t *testing.T) {
+	e := newAccess(t, onlyAlice)
+	e.want(t, "up", "p", "a:1", alice, verdict{}, nil, 2)
+	e.pass(10 * time.Minute)
+	e.reg.set(says(errNone))
+	e.want(t, "hidden", "p", "a:1", alice, verdict{}, blockdev.ErrNotFound, 2)
+	e.reg.set(says(errDown))
+	e.want(t, "down", "p", "a:1", alice, verdict{}, blockdev.ErrUnavailable, 1)
+}
+
+// TestAccessOwnProcess: what the process that the supernode lives in may read with a
+// credential is not for everybody.
+func TestAccessOwnProcess(t *testing.T) {
+	e := newAccess(t, onlyAlice)
+	e.want(t, "up", "", "a:1", alice, verdict{}, nil, 2)
+	e.pass(10 * time.Minute)
+	e.reg.set(says(errDown))
+	e.want(t, "down, another peer", "p", "a:1", alice, verdict{}, blockdev.ErrUnavailable, 1)
+	e.want(t, "down", "", "a:1", alice, verdict{stale: true}, nil, 1)
+}
+
+// TestAccessForgets: what does not count any more is not kept, on disk neither.
+func TestAccessForgets(t *testing.T) {
+	e := newAccess(t, onlyAlice)
+	e.want(t, "up", "p", "a:1", alice, verdict{}, nil, 2)
+	if err := e.write(); err != nil {
+		t.Fatal(err)
+	}
+	stored := func() (n int) {
+		err := e.db.View(func(tx *bbolt.Tx) error {
+			n = tx.Bucket(graceBucket).Stats().KeyN
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if n := stored(); n != 1 {
+		t.Fatalf("%d keys", n)
+	}
+	e.pass(25 * time.Hour)
+	e.sweep(e.clock())
+	if err := e.write(); err != nil {
+		t.Fatal(err)
+	}
+	if n := stored(); n != 0 || len(e.seen) != 0 {
+		t.Errorf("%d keys on disk and %d in memory after the grace", n, len(e.seen))
 	}
 }

@@ -15,7 +15,7 @@ import (
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
-// Holder is a node that has all of an image, on the word of the image's registry.
+// Holder is a node that has all of an image, on the word of the image's repository.
 // It is not trusted: what it says is proven against the DiffID.
 type Holder interface {
 	blockdev.Source
@@ -48,7 +48,7 @@ func (s *Supernode) fromHolders(ctx context.Context, r wanted) (store.LayerRecor
 	if s.holders == nil {
 		return store.LayerRecord{}, blockdev.ErrNotFound
 	}
-	key := "holders " + r.m.Host + " " + r.l.Digest.String() + " " + r.l.DiffID.String()
+	key := "holders " + r.key()
 	_, err := s.flights.do(ctx, key, nil, func(ctx context.Context, _ *flight) error {
 		select {
 		case s.restoring <- struct{}{}:
@@ -66,7 +66,7 @@ func (s *Supernode) fromHolders(ctx context.Context, r wanted) (store.LayerRecor
 
 // restore asks one holder after the other.
 func (s *Supernode) restore(ctx context.Context, r wanted) error {
-	holders := s.holders(r.m.Digest, r.m.Host, maxHolders)
+	holders := s.holders(r.m.Digest, originOf(r.m), maxHolders)
 	defer func() {
 		for _, h := range holders {
 			_ = h.Close() // nothing is under way any more
@@ -137,7 +137,7 @@ func (s *Supernode) restoreFrom(ctx context.Context, r wanted, h Holder) error {
 			return err
 		}
 	}
-	rec := store.LayerRecord{Layer: r.l.Digest, Size: r.l.Size, DiffID: r.l.DiffID, Origins: []string{r.m.Host}}
+	rec := store.LayerRecord{Layer: r.l.Digest, Size: r.l.Size, DiffID: r.l.DiffID, Origins: []string{originOf(r.m)}}
 	return session.Publish(ctx, rec, enc, digests(slices.Concat(ix.Chunks, pieces)))
 }
 

@@ -131,7 +131,7 @@ func TestHolders(t *testing.T) {
 					if c.holder == nil {
 						return nil
 					}
-					if origin != reg.Host || manifest == (blockdev.Digest{}) || n < 1 {
+					if origin != reg.Host+"/team/app" || manifest == (blockdev.Digest{}) || n < 1 {
 						t.Errorf("asked for %d holders of %s on the word of %s", n, manifest, origin)
 					}
 					return []Holder{c.holder}

@@ -2,10 +2,8 @@ package supernode
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"slices"
 	"strings"
@@ -36,7 +34,7 @@ func (s *Supernode) OpenImageFor(ctx context.Context, peer string, req blockdev.
 		if err != nil {
 			return nil, err
 		}
-		if img.Grant, err = s.grant(peer, img.Manifest, ref.Host); err != nil {
+		if img.Grant, err = s.grant(peer, img.Manifest, ref.Name()); err != nil {
 			return nil, fmt.Errorf("%.300s: %w", req.Ref, err)
 		}
 		if req.Relay {
@@ -175,11 +173,11 @@ func serial(watch func(blockdev.Progress)) func(blockdev.Progress) {
 const maxTurns = 4
 
 // ensure returns nil when the layer is stored, is what the image says it is, and
-// may be handed out on the word of the image's registry. Its errors name the
-// layer.
+// may be handed out on the word of the image's repository. Its errors name the
+// layer, and nothing that the image does not say itself.
 func (s *Supernode) ensure(ctx context.Context, r wanted) error {
-	m, l, watch := r.m, r.l, r.watch
-	open := s.openLayer(m, l, r.cred, r.public)
+	l, watch := r.l, r.watch
+	open := s.openLayer(r)
 	for turn := 0; turn < maxTurns; turn++ {
 		rec, err := s.store.Layer(l.Digest)
 		if errors.Is(err, blockdev.ErrNotFound) {
@@ -188,31 +186,33 @@ func (s *Supernode) ensure(ctx context.Context, r wanted) error {
 		if err != nil {
 			return err
 		}
-		if rec.DiffID != l.DiffID {
-			return fmt.Errorf("layer %s: the image config says that its DiffID is %s, but it is %s: %w", l.Digest, l.DiffID, rec.DiffID, blockdev.ErrCorrupt)
-		}
-		if s.mayHandOut(rec, m.Host) {
-			if watch != nil {
-				watch(blockdev.Progress{Layer: l.Digest, Done: l.Size, Total: l.Size, Stage: blockdev.StageStored})
+		if !provenFor(rec, r.m) {
+			// Also whether the layer has the DiffID that the image says is told to
+			// those alone who may have it.
+			if err := s.prove(ctx, r, open); err == nil || errors.Is(err, errGone) {
+				continue
+			} else if ctx.Err() != nil {
+				return fmt.Errorf("layer %s: waiting for it: %w", l.Digest, ctx.Err())
+			} else {
+				return fmt.Errorf("layer %s: registry %s does not show that repository %s has it: %w", l.Digest, r.m.Host, r.m.Repository, err)
 			}
-			return nil
 		}
-		led, err := s.verifyLayer(ctx, m, l, open, watch)
-		switch {
-		case err == nil, errors.Is(err, errGone):
-		case ctx.Err() != nil:
-			return fmt.Errorf("layer %s: waiting for it: %w", l.Digest, ctx.Err())
-		case led || !errors.Is(err, blockdev.ErrUnauthorized):
-			return fmt.Errorf("layer %s is stored, but came from another registry, and %s does not prove that it has it: %w", l.Digest, m.Host, err)
-			// Else it was somebody else's credential; ours decides.
+		if rec.DiffID != l.DiffID {
+			s.log.Warn("an image config is wrong about a layer's DiffID", "image", r.m.Ref, "layer", l.Digest, "says", l.DiffID, "is", rec.DiffID)
+			return fmt.Errorf("layer %s: the image config says that its DiffID is %s, and it has another: %w", l.Digest, l.DiffID, blockdev.ErrCorrupt)
 		}
+		if watch != nil {
+			watch(blockdev.Progress{Layer: l.Digest, Done: l.Size, Total: l.Size, Stage: blockdev.StageStored})
+		}
+		return nil
 	}
 	return fmt.Errorf("layer %s: not stored for long enough to be used: %w", l.Digest, blockdev.ErrUnavailable)
 }
 
 // ingestLayer fetches and stores a layer, or joins those who do.
-func (s *Supernode) ingestLayer(ctx context.Context, m *registry.Manifest, l registry.Layer, open ingest.Open, watch func(blockdev.Progress)) (store.LayerRecord, error) {
-	key := m.Host + " " + l.Digest.String() + " " + l.DiffID.String()
+func (s *Supernode) ingestLayer(ctx context.Context, r wanted, open ingest.Open) (store.LayerRecord, error) {
+	m, l, watch := r.m, r.l, r.watch
+	key := r.key()
 	if err := s.failed.recall(key); err != nil {
 		return store.LayerRecord{}, err
 	}
@@ -224,12 +224,13 @@ func (s *Supernode) ingestLayer(ctx context.Context, m *registry.Manifest, l reg
 			}
 		}
 	}
-	s.metrics.begin(key)
+	flight := fmt.Sprint(m.Host, " ", l.Digest, " ", l.Size)
+	s.metrics.begin(flight)
 	rec, err := s.ingest.Layer(ctx, ingest.Layer{Ref: m.Ref, Digest: l.Digest, Size: l.Size, MediaType: l.MediaType,
-		DiffID: l.DiffID, Origin: m.Host, Open: open}, report)
-	if took, last := s.metrics.end(key, err); last && ctx.Err() == nil {
+		DiffID: l.DiffID, Host: m.Host, Origin: originOf(m), Open: open}, report)
+	if took, last := s.metrics.end(flight, err); last && ctx.Err() == nil {
 		if err != nil {
-			s.log.Warn("layer not stored", "error", err)
+			s.log.Warn("layer not stored", "image", m.Ref, "error", err)
 		} else {
 			s.log.Info("layer stored", "image", m.Ref, "layer", l.Digest, "bytes", l.Size, "took", took)
 		}
@@ -240,18 +241,12 @@ func (s *Supernode) ingestLayer(ctx context.Context, m *registry.Manifest, l reg
 	return rec, err
 }
 
-// mayHandOut is the rule that a registry's word counts for what came from it
-// only: digests are no secret, so anybody can list anybody's layers.
-func (s *Supernode) mayHandOut(rec store.LayerRecord, host string) bool {
-	return slices.Contains(rec.Origins, host) || s.trusted[host]
-}
-
 // openLayer returns the function that streams a layer from its registry.
-func (s *Supernode) openLayer(m *registry.Manifest, l registry.Layer, cred blockdev.Credential, public bool) ingest.Open {
+func (s *Supernode) openLayer(r wanted) ingest.Open {
 	return func(ctx context.Context, offset int64) (io.ReadCloser, error) {
-		rc, err := s.reg.Fetch(ctx, m, l, cred, offset)
-		if public && cred != (blockdev.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
-			rc, err = s.reg.Fetch(ctx, m, l, blockdev.Credential{}, offset)
+		rc, err := s.reg.Fetch(ctx, r.m, r.l, r.cred, offset)
+		if r.public && r.cred != (blockdev.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
+			rc, err = s.reg.Fetch(ctx, r.m, r.l, blockdev.Credential{}, offset)
 		}
 		var e *registry.Error
 		if errors.As(err, &e) {
@@ -261,77 +256,4 @@ func (s *Supernode) openLayer(m *registry.Manifest, l registry.Layer, cred block
 		}
 		return rc, err
 	}
-}
-
-// verifyLayer fetches a layer that is stored already from one more registry,
-// only to see that this registry really has it and lets us have it. led: this
-// call did it, not one that it joined.
-func (s *Supernode) verifyLayer(ctx context.Context, m *registry.Manifest, l registry.Layer, open ingest.Open, watch func(blockdev.Progress)) (led bool, err error) {
-	key := m.Host + " " + l.Digest.String()
-	if err := s.failed.recall(key); err != nil {
-		return true, err
-	}
-	return s.flights.do(ctx, key, watch, func(ctx context.Context, fl *flight) error {
-		err := s.verify(ctx, m, l, open, fl)
-		if err != nil {
-			s.log.Warn("layer is stored, but came from another registry, and this one does not prove that it has it",
-				"image", m.Ref, "layer", l.Digest, "registry", m.Host, "error", err)
-			s.failed.note(key, err)
-		}
-		return err
-	})
-}
-
-func (s *Supernode) verify(ctx context.Context, m *registry.Manifest, l registry.Layer, open ingest.Open, fl *flight) error {
-	select {
-	case s.verifying <- struct{}{}:
-		defer func() { <-s.verifying }()
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	if rec, err := s.store.Layer(l.Digest); err == nil && s.mayHandOut(rec, m.Host) {
-		return nil // proven since the caller looked
-	}
-	rc, err := open(ctx, 0)
-	if err != nil {
-		return err
-	}
-	h := &counted{Hash: sha256.New(), fl: fl, p: blockdev.Progress{Layer: l.Digest, Total: l.Size, Stage: blockdev.StageVerifying}}
-	_, err = io.Copy(h, rc)
-	if cerr := rc.Close(); err == nil {
-		err = cerr
-	}
-	if err != nil {
-		return err
-	}
-	if d := blockdev.Digest(h.Sum(nil)); d != l.Digest {
-		return fmt.Errorf("registry %s sends %s in its place: %w", m.Host, d, blockdev.ErrCorrupt)
-	}
-	if err := s.store.AddOrigin(l.Digest, m.Host); errors.Is(err, blockdev.ErrNotFound) {
-		return fmt.Errorf("%w: %w", errGone, blockdev.ErrUnavailable)
-	} else if err != nil {
-		return err
-	}
-	return nil
-}
-
-// counted is a hash that reports how far it is.
-type counted struct {
-	hash.Hash
-	fl   *flight
-	p    blockdev.Progress
-	last int64
-}
-
-// reportStep is after how many bytes progress is reported again.
-const reportStep = 1 << 20
-
-// Write implements io.Writer.
-func (c *counted) Write(b []byte) (int, error) {
-	c.p.Done += int64(len(b))
-	if c.p.Done-c.last >= reportStep || c.last == 0 {
-		c.last = c.p.Done
-		c.fl.report(c.p)
-	}
-	return c.Hash.Write(b)
 }

@@ -158,7 +158,7 @@ func (s *Supernode) fetch(ctx context.Context, r wanted, open ingest.Open) (stor
 	if rec, err := s.fromHolders(ctx, r); err == nil || ctx.Err() != nil {
 		return rec, err
 	}
-	return s.ingestLayer(ctx, r.m, r.l, open, r.watch)
+	return s.ingestLayer(ctx, r, open)
 }
 
 // elsewhere says whether another supernode may do what this one could not.
@@ -206,7 +206,7 @@ func (s *Supernode) copyLayer(ctx context.Context, r wanted, id peer.ID, stored 
 	if err := sib.Status(); err != nil {
 		return store.LayerRecord{}, err
 	}
-	key := "copy " + string(id) + " " + r.m.Host + " " + r.l.Digest.String()
+	key := "copy " + string(id) + " " + r.key() + " " + registry.CredentialHash(r.cred)
 	_, err := s.flights.do(ctx, key, nil, func(ctx context.Context, _ *flight) error {
 		return s.copyFrom(ctx, r, id, sib, stored)
 	})
@@ -252,7 +252,7 @@ func (s *Supernode) copyFrom(ctx context.Context, r wanted, id peer.ID, sib Sibl
 	if err := fetchAll(ctx, sib, r.l.DiffID, chunks, session); err != nil {
 		return err
 	}
-	rec := store.LayerRecord{Layer: r.l.Digest, Size: r.l.Size, DiffID: r.l.DiffID, Origins: []string{r.m.Host}}
+	rec := store.LayerRecord{Layer: r.l.Digest, Size: r.l.Size, DiffID: r.l.DiffID, Origins: []string{originOf(r.m)}}
 	if err := session.Publish(ctx, rec, enc, digests(chunks)); err != nil {
 		return err
 	}

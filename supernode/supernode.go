@@ -33,14 +33,15 @@ type Config struct {
 	Quota int64
 	// HostDirs are containerd's certs.d directories (hosts.toml).
 	HostDirs []string
-	// TrustedRegistries are registry hosts, as in references, whose word counts
-	// for layers that were fetched from other registries, too.
+	// TrustedRegistries are registry hosts, as in references, whose word that a
+	// repository has a layer counts also for layers that were fetched from other
+	// registries.
 	TrustedRegistries []string
 	// AccessTTL is how long a registry's permission to pull is believed; 5 min.
 	AccessTTL time.Duration
-	// AccessGrace is how long a peer that had access keeps it while the registry
-	// cannot be asked, and how long what was public stays so; 24 h, at least
-	// AccessTTL.
+	// AccessGrace is how long a peer that had access keeps it, with the same
+	// credential, while the registry is down, and how long what was public stays so;
+	// 24 h, at least AccessTTL.
 	AccessGrace time.Duration
 	// Lease is how long a layer that was asked for is not evicted; 30 min.
 	Lease time.Duration
@@ -51,10 +52,10 @@ type Config struct {
 	// counter are set here.
 	Registry registry.Config
 	// Grant, if not nil, makes blockdev.Image.Grant for a peer that got the image on
-	// the word of the registry host origin.
+	// the word of origin, a registry's host and repository.
 	Grant func(peer string, manifest blockdev.Digest, origin string) ([]byte, error)
 	// Holders, if not nil, returns up to n nodes that have all of an image on the
-	// word of the registry host origin. They are asked for layers that no supernode
+	// word of origin, a registry's host and repository. They are asked for layers that no supernode
 	// has any more, and closed then.
 	Holders func(manifest blockdev.Digest, origin string, n int) []Holder
 	// Relays, if not nil, returns nodes that have been given an image's indexes, for a

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
@@ -237,5 +238,35 @@ func TestParentKilled(t *testing.T) {
 	t.Logf("reads while a parent dies: p50 %v, worst %v", took[len(took)/2], took[len(took)-1])
 	if n := reader.log.count("a read has failed"); n > 0 {
 		t.Errorf("%d reads failed", n)
+	}
+}
+
+// askedStore is a Store of which nothing may be asked.
+type askedStore struct{ asked int }
+
+func (s *askedStore) EncodedIndex(blockdev.Digest) ([]byte, error) {
+	s.asked++
+	return nil, blockdev.ErrNotFound
+}
+
+func (s *askedStore) Forward(blockdev.Digest, blockdev.Priority, int, []blockdev.Digest) (*cache.Forward, error) {
+	s.asked++
+	return nil, errors.New("asked")
+}
+
+// Who is in a group gets nothing of the node's other images by it.
+func TestOtherImage(t *testing.T) {
+	w := newWorld(t, 1<<20)
+	n, member := w.node(options{}), w.node(options{})
+	store := &askedStore{}
+	p := n.swarm.Provider(store)
+	for _, diff := range []blockdev.Digest{blockdev.Sum([]byte("of another image")), {}} {
+		_, err := p.Provide(t.Context(), &exchange.Query{From: member.host.ID(), Group: theGroup, Diff: diff, Digests: []blockdev.Digest{{1}}})
+		if !errors.Is(err, blockdev.ErrNotFound) || store.asked != 0 {
+			t.Errorf("%v; the store was asked %d times", err, store.asked)
+		}
+	}
+	if _, err := p.Provide(t.Context(), &exchange.Query{From: member.host.ID(), Group: theGroup, Diff: w.ix.DiffID}); store.asked != 1 {
+		t.Errorf("not asked for the group's own image: %v", err)
 	}
 }

@@ -3,6 +3,7 @@ package swarm
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache"
@@ -27,12 +28,18 @@ type provider struct {
 	store Store
 }
 
-// Provide implements exchange.Provider. Who is not in the group hears that there
-// is nothing, which is what anybody hears who asks for what is not here.
+// Provide implements exchange.Provider. Who is not in the group, or asks for a diff
+// that is none of its image's, hears that there is nothing, which is what anybody
+// hears who asks for what is not here.
 func (p *provider) Provide(ctx context.Context, q *exchange.Query) (exchange.Answer, error) {
 	if err := p.s.cfg.Groups.Allowed(ctx, q.Group, q.From); err != nil {
 		p.s.metrics.refused.Inc()
 		p.s.log.Debug("a peer asks for chunks of a group that it is not in", "peer", q.From, "group", q.Group, "cause", err)
+		return nil, fmt.Errorf("not here: %w", blockdev.ErrNotFound)
+	}
+	if !slices.Contains(p.s.cfg.Groups.Groups(q.Diff), q.Group) {
+		// Who is in a group may ask for the chunks of its image, not for those of
+		// whatever else is here.
 		return nil, fmt.Errorf("not here: %w", blockdev.ErrNotFound)
 	}
 	f, err := p.store.Forward(q.Diff, q.Priority, q.Hops, q.Digests)

@@ -42,7 +42,7 @@ func childMain(args string) {
 	fail(err)
 	_, err = in.Layer(context.Background(), Layer{
 		Ref: "registry.example/test:1", Digest: d, Size: size, MediaType: gzipType, DiffID: diffID,
-		Origin: "registry.example", Open: opener(a[1], d),
+		Host: "registry.example", Origin: "registry.example/x/y", Open: opener(a[1], d),
 	}, func(p Progress) { fmt.Println("progress", p.Fetched, p.Unpacked) })
 	fail(err)
 }

@@ -41,9 +41,17 @@ type flight struct {
 	waiters int
 	grace   *time.Timer
 
-	mu     sync.Mutex
-	claims []blockdev.Digest // DiffIDs that askers' configs say
-	opens  []Open            // of those who asked, each with its own credential
+	mu      sync.Mutex
+	claims  []blockdev.Digest // DiffIDs that askers' configs say
+	opens   []opening         // of those who asked, each with its own credential
+	shown   []string          // origins that have sent something
+	refused bool              // all of opens have failed: there is nothing to add to
+}
+
+// opening is how one of those who asked gets the layer.
+type opening struct {
+	open   Open
+	origin string
 }
 
 func (f *flight) progress() Progress {
@@ -57,13 +65,14 @@ func (f *flight) progress() Progress {
 const maxOpens = 8
 
 // join finds the layer's flight or starts it, and counts the caller as waiting.
-func (in *Ingester) join(l Layer) (*flight, error) {
+// tries: the flight also tries the caller's Open before it gives up.
+func (in *Ingester) join(l Layer) (_ *flight, tries bool, _ error) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if in.closed {
-		return nil, ErrClosed
+		return nil, false, ErrClosed
 	}
-	key := flightKey{l.Digest, l.Origin}
+	key := flightKey{l.Digest, l.Size, l.Host}
 	f := in.flights[key]
 	if f == nil {
 		ctx, cancel := context.WithCancelCause(in.ctx)
@@ -82,10 +91,10 @@ func (in *Ingester) join(l Layer) (*flight, error) {
 	if !slices.Contains(f.claims, l.DiffID) {
 		f.claims = append(f.claims, l.DiffID)
 	}
-	if len(f.opens) < maxOpens {
-		f.opens = append(f.opens, l.Open)
+	if tries = len(f.opens) < maxOpens && !f.refused; tries {
+		f.opens = append(f.opens, opening{l.Open, l.Origin})
 	}
-	return f, nil
+	return f, tries, nil
 }
 
 func (in *Ingester) leave(f *flight) {
@@ -150,8 +159,7 @@ func (f *flight) fly(ctx context.Context) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	origin := blockdev.Sum([]byte(f.l.Origin))
-	sf, err := f.in.spool.take(ctx, f.l.Digest.Hex()+"-"+origin.Hex()[:16], f.l.Size)
+	sf, err := f.in.spool.take(ctx, spoolName(f.key), f.l.Size)
 	if err != nil {
 		return err
 	}
@@ -172,6 +180,11 @@ func (f *flight) fly(ctx context.Context) error {
 		f.in.cfg.Log.Warn("spool file not given up", "layer", f.l.Digest, "error", cerr)
 	}
 	return err
+}
+
+func spoolName(k flightKey) string {
+	from := blockdev.Sum(fmt.Appendf(nil, "%d %s", k.size, k.host))
+	return k.layer.Hex() + "-" + from.Hex()[:16]
 }
 
 // through runs both sides of the pipeline over the spool file and publishes.
@@ -211,7 +224,7 @@ func (f *flight) through(ctx context.Context, sf *spoolFile, pieced *bool) error
 	if err := g.Wait(); err != nil {
 		return f.reason(ctx, err, fetchErr)
 	}
-	f.rec = store.LayerRecord{Layer: f.l.Digest, Size: f.l.Size, DiffID: ix.DiffID, Origins: []string{f.l.Origin}}
+	f.rec = store.LayerRecord{Layer: f.l.Digest, Size: f.l.Size, DiffID: ix.DiffID, Origins: f.origins()}
 	if !f.claimed(ix.DiffID) {
 		return claim(f.l, ix.DiffID)
 	}
@@ -237,10 +250,7 @@ func (f *flight) reason(ctx context.Context, first, fetchErr error) error {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	case fetchErr != nil && !errors.Is(fetchErr, context.Canceled):
-		first = fetchErr
-	}
-	if errors.Is(first, blockdev.ErrNotFound) && foreign(f.l.MediaType) {
-		return fmt.Errorf("a foreign layer that the registry does not have: %w: %w", blockdev.ErrUnsupported, first)
+		return fetchErr
 	}
 	return first
 }
@@ -286,17 +296,37 @@ func (f *flight) claimed(diffID blockdev.Digest) bool {
 func (f *flight) open(ctx context.Context, offset int64) (io.ReadCloser, error) {
 	for i := 0; ; i++ {
 		f.mu.Lock()
-		open := f.opens[i]
+		o := f.opens[i]
 		f.mu.Unlock()
-		rc, err := open(ctx, offset)
-		if err == nil || (!errors.Is(err, blockdev.ErrUnauthorized) && !errors.Is(err, blockdev.ErrNotFound)) {
-			return rc, err
+		rc, err := o.open(ctx, offset)
+		if err == nil {
+			f.mu.Lock()
+			if !slices.Contains(f.shown, o.origin) {
+				f.shown = append(f.shown, o.origin)
+			}
+			f.mu.Unlock()
+			return rc, nil
+		}
+		if !errors.Is(err, blockdev.ErrUnauthorized) && !errors.Is(err, blockdev.ErrNotFound) {
+			return nil, err
 		}
 		f.mu.Lock()
 		last := i == len(f.opens)-1 // now: somebody may have come meanwhile
+		f.refused = f.refused || last
 		f.mu.Unlock()
 		if last {
 			return nil, err
 		}
 	}
+}
+
+// origins are those that have sent some of the blob in this flight; all of it may
+// have been in the spool.
+func (f *flight) origins() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(f.shown) == 0 {
+		return []string{f.l.Host}
+	}
+	return slices.Clone(f.shown)
 }

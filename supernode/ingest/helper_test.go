@@ -202,7 +202,7 @@ func (g *registry) add(blob, diff []byte, mediaType string) Layer {
 	g.blobs[d.Hex()] = blob
 	return Layer{
 		Ref: "registry.example/test:1", Digest: d, Size: int64(len(blob)), MediaType: mediaType,
-		DiffID: blockdev.Sum(diff), Origin: "registry.example", Open: opener(g.URL, d),
+		DiffID: blockdev.Sum(diff), Host: "registry.example", Origin: "registry.example/x/y", Open: opener(g.URL, d),
 	}
 }
 

@@ -106,9 +106,12 @@ type Layer struct {
 	MediaType string
 	// DiffID is what the image config says.
 	DiffID blockdev.Digest
-	// Origin is the registry host that Open fetches from.
-	Origin string
-	Open   Open
+	// Host is the registry that Open fetches from, and Origin how the store is to
+	// call that and the repository. Who asks for the same layer of another
+	// repository at the same time shares the bytes; only those that Open gave some
+	// of are origins.
+	Host, Origin string
+	Open         Open
 }
 
 // Ingester ingests layers. All methods may be called from any goroutine.
@@ -128,8 +131,9 @@ type Ingester struct {
 }
 
 type flightKey struct {
-	layer  blockdev.Digest
-	origin string
+	layer blockdev.Digest
+	size  int64 // a wrong one is the fault of those alone who say it
+	host  string
 }
 
 // New prepares the spool directory and deletes expired spool files.
@@ -210,16 +214,17 @@ const watchInterval = 100 * time.Millisecond
 
 // Layer returns the layer's record, after ingesting the layer if the store does
 // not have it. watch, if not nil, is told how far it is, now and then, from
-// this goroutine. The record may name other origins than l.Origin, if the store
-// had the layer: who may have it is the caller's to decide.
+// this goroutine. The record may have other origins than l.Origin, or another
+// DiffID, if the store had the layer or others asked for it, too: who may have it,
+// and may know that the DiffID is another, is the caller's to decide.
 //
-// Errors name image and layer and wrap blockdev.ErrCorrupt (digest, size,
+// Errors name the layer, nothing of what others have asked for, and wrap blockdev.ErrCorrupt (digest, size,
 // DiffID or content are wrong), ErrUnsupported, ErrUnauthorized, ErrNotFound,
 // ErrUnavailable, ErrNoSpace, or the context's error; then the flight may go on.
 func (in *Ingester) Layer(ctx context.Context, l Layer, watch func(Progress)) (store.LayerRecord, error) {
 	rec, err := in.layer(ctx, l, watch)
 	if err != nil {
-		return store.LayerRecord{}, fmt.Errorf("image %s, layer %s: %w", l.Ref, l.Digest, err)
+		return store.LayerRecord{}, fmt.Errorf("layer %s: %w", l.Digest, err)
 	}
 	return rec, nil
 }
@@ -232,12 +237,26 @@ func (in *Ingester) layer(ctx context.Context, l Layer, watch func(Progress)) (s
 		return store.LayerRecord{}, fmt.Errorf("size %d: %w", l.Size, blockdev.ErrCorrupt)
 	}
 	if rec, err := in.cfg.Store.Layer(l.Digest); err == nil {
-		return rec, claim(l, rec.DiffID)
+		return rec, nil
 	}
-	f, err := in.join(l)
-	if err != nil {
-		return store.LayerRecord{}, err
+	for {
+		f, tries, err := in.join(l)
+		if err != nil {
+			return store.LayerRecord{}, err
+		}
+		rec, err := in.wait(ctx, f, l, watch)
+		if !tries && ctx.Err() == nil && (errors.Is(err, blockdev.ErrUnauthorized) || errors.Is(err, blockdev.ErrNotFound)) {
+			continue // that was the others' answer
+		}
+		if errors.Is(err, blockdev.ErrNotFound) && foreign(l.MediaType) {
+			err = fmt.Errorf("a foreign layer that the registry does not have: %w: %w", blockdev.ErrUnsupported, err)
+		}
+		return rec, err
 	}
+}
+
+// wait is told how a flight that the caller has joined ends, and leaves it.
+func (in *Ingester) wait(ctx context.Context, f *flight, l Layer, watch func(Progress)) (store.LayerRecord, error) {
 	defer in.leave(f)
 	var tick <-chan time.Time
 	if watch != nil {
@@ -253,8 +272,8 @@ func (in *Ingester) layer(ctx context.Context, l Layer, watch func(Progress)) (s
 				watch(f.progress())
 			}
 			// Who asked with another DiffID than the layer has hears of it even if
-			// the flight has failed for everybody.
-			if f.rec.DiffID != (blockdev.Digest{}) {
+			// the flight has failed for everybody. If it has not, there is a record.
+			if f.err != nil && f.rec.DiffID != (blockdev.Digest{}) {
 				if err := claim(l, f.rec.DiffID); err != nil {
 					return store.LayerRecord{}, err
 				}
@@ -271,7 +290,8 @@ func (in *Ingester) layer(ctx context.Context, l Layer, watch func(Progress)) (s
 // claim checks what an image config says about a layer's DiffID.
 func claim(l Layer, diffID blockdev.Digest) error {
 	if l.DiffID != diffID {
-		return fmt.Errorf("the image config says that its DiffID is %s, but it is %s: %w", l.DiffID, diffID, blockdev.ErrCorrupt)
+		// What it is, is for those to know who may have the layer.
+		return fmt.Errorf("the image config says that its DiffID is %s, and it has another: %w", l.DiffID, blockdev.ErrCorrupt)
 	}
 	return nil
 }

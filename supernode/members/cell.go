@@ -26,7 +26,7 @@ type seat struct {
 	pos    int             // in cell.seats
 	synced bool            // the member has what its cell was told last
 	full   bool            // the member has all of the image
-	origin blockdev.Digest // the registry on whose word it has it (originOf)
+	origin blockdev.Digest // on whose word it has it (originOf)
 }
 
 // message is how the members of the cell are told of the seat's.

@@ -15,10 +15,10 @@ import (
 )
 
 // A grant says that a supernode has given a peer the indexes of an image, on the
-// word of a registry: version (1), the supernode's key (32), the SHA-256 of the
-// registry's host (32), and the supernode's signature (64) of
+// word of a registry for one of its repositories: version (1), the supernode's key
+// (32), the SHA-256 of "host/repository" (32), and the supernode's signature (64) of
 //
-//	"shoal grant 2\n" | the peer's key (32) | the manifest's digest (32) | SHA-256 of the host (32)
+//	"shoal grant 2\n" | the peer's key (32) | the manifest's digest (32) | SHA-256 of "host/repository" (32)
 //
 // So it is worth nothing to another peer, and a supernode needs to remember
 // nothing: it counts after a restart, and for siblings that know the key.
@@ -58,8 +58,8 @@ func grantMessage(holder wire.Key, manifest, origin blockdev.Digest) []byte {
 	return slices.Concat([]byte(grantText), holder[:], manifest[:], origin[:])
 }
 
-// originOf is how a grant names a registry host.
-func originOf(host string) blockdev.Digest { return blockdev.Sum([]byte(host)) }
+// originOf is how a grant names whose word it was given on, "host/repository".
+func originOf(origin string) blockdev.Digest { return blockdev.Sum([]byte(origin)) }
 
 func (g *granter) make(holder wire.Key, manifest, origin blockdev.Digest) ([]byte, error) {
 	sig, err := g.key.Sign(grantMessage(holder, manifest, origin))

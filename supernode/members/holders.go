@@ -19,8 +19,8 @@ func (l *List) holdersLocked() (n int) {
 }
 
 // Holders returns up to n connected members of an image's group that have all of
-// it, share what they have, and were given it on the word of the registry host
-// origin.
+// it, share what they have, and were given it on the word of origin, a registry's
+// host and repository.
 func (l *List) Holders(manifest blockdev.Digest, origin string, n int) []peer.ID {
 	want := originOf(origin)
 	l.mu.Lock()

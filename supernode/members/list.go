@@ -172,7 +172,7 @@ func (l *List) Close() error {
 }
 
 // Grant returns what a peer shows to join the image's group. It is given to who
-// got the image's indexes on the word of the registry host origin.
+// got the image's indexes on the word of origin, a registry's host and repository.
 func (l *List) Grant(id string, manifest blockdev.Digest, origin string) ([]byte, error) {
 	p, err := peer.Decode(id)
 	if err != nil {

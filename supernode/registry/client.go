@@ -67,6 +67,7 @@ type hostSet struct {
 	hosts []docker.RegistryHost
 	pools []*http.Transport // their connections
 	until time.Time
+	heads chan struct{} // a send is a question for a blob
 
 	mu    sync.Mutex
 	loops map[string]bool // hosts that turned out to be a node's mirror
@@ -231,16 +232,16 @@ func (c *Client) session(ctx context.Context, host string, cred blockdev.Credent
 	}
 	set := c.hosts[host]
 	if set == nil || !now.Before(set.until) {
-		next := &hostSet{until: now.Add(c.cfg.HostsTTL)}
+		next := &hostSet{until: now.Add(c.cfg.HostsTTL), heads: make(chan struct{}, maxHeads)}
 		hosts, err := config.ConfigureHosts(ctrlog.WithLogger(ctx, c.quiet), config.HostOptions{
 			HostDir:      c.hostDir,
 			UpdateClient: func(hc *http.Client) error { c.wrap(hc, next); return nil },
 		})(host)
 		if err != nil {
-			return nil, false, &Error{Host: host, kind: blockdev.ErrUnavailable, text: "its hosts.toml directory cannot be used: " + scrub(err.Error())}
+			return nil, false, &Error{Host: host, answered: true, kind: blockdev.ErrUnavailable, text: "its hosts.toml directory cannot be used: " + scrub(err.Error())}
 		}
 		if len(hosts) == 0 {
-			return nil, false, &Error{Host: host, kind: blockdev.ErrUnavailable, text: "its hosts.toml names no server"}
+			return nil, false, &Error{Host: host, answered: true, kind: blockdev.ErrUnavailable, text: "its hosts.toml names no server"}
 		}
 		if set != nil {
 			set.closeIdle()
@@ -286,15 +287,19 @@ func dropOldest[K comparable, V any](m map[K]V, until func(V) time.Time, drop fu
 	}
 }
 
-// resolver returns containerd's resolver over those of the session's hosts that
-// have the capabilities.
-func (s *session) resolver(caps docker.HostCapabilities) remotes.Resolver {
-	var hosts []docker.RegistryHost
+func (s *session) having(caps docker.HostCapabilities) (hosts []docker.RegistryHost) {
 	for _, h := range s.hosts {
 		if h.Capabilities.Has(caps) {
 			hosts = append(hosts, h)
 		}
 	}
+	return hosts
+}
+
+// resolver returns containerd's resolver over those of the session's hosts that
+// have the capabilities.
+func (s *session) resolver(caps docker.HostCapabilities) remotes.Resolver {
+	hosts := s.having(caps)
 	return docker.NewResolver(docker.ResolverOptions{Hosts: func(string) ([]docker.RegistryHost, error) { return hosts, nil }})
 }
 

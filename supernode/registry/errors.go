@@ -35,6 +35,27 @@ type Error struct {
 	after time.Duration
 	kind  error
 	text  string
+	// answered: it was there, and what it said is of no use. Follows from Status
+	// where that is set.
+	answered bool
+}
+
+// Outage says of an error of this package whether the registry is down: there was
+// no answer, or one that speaks of a fault of its own. A rate limit, a refusal and
+// an answer that cannot be used are none.
+func Outage(err error) bool {
+	if !errors.Is(err, blockdev.ErrUnavailable) {
+		return false
+	}
+	var e *Error
+	return !errors.As(err, &e) || !e.answered && (e.Status == 0 || e.Status >= 500 || e.Status == http.StatusRequestTimeout)
+}
+
+// Limited says of an error of this package whether the registry refuses to be
+// asked so often, perhaps only by those without a credential.
+func Limited(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.Status == http.StatusTooManyRequests
 }
 
 // RetryAfter is how long the registry wants to be left alone; 0 if it did not say.
@@ -110,6 +131,9 @@ func mapError(ctx context.Context, ref string, err error) error {
 		if cause := context.Cause(ctx); errors.Is(cause, errSlow) {
 			return &Error{Ref: ref, kind: blockdev.ErrUnavailable, text: cause.Error()}
 		}
+		if ref == "" {
+			return fmt.Errorf("asking the registry: %w", cerr)
+		}
 		return fmt.Errorf("%s: asking the registry: %w", ref, cerr)
 	}
 	var own *Error
@@ -141,7 +165,7 @@ func mapError(ctx context.Context, ref string, err error) error {
 	case errdefs.IsNotFound(err):
 		e.kind, e.text = blockdev.ErrNotFound, "the registry does not have it"
 	case errors.Is(err, auth.ErrNoToken):
-		e.text = "its token server answered without a token"
+		e.answered, e.text = true, "its token server answered without a token"
 	case errors.As(err, &ue):
 		if u, perr := url.Parse(ue.URL); perr == nil {
 			e.Host = u.Host

@@ -23,11 +23,12 @@ import (
 // taken up again where it ended, a few times; what a registry says about not
 // coming back too soon is in (*Error).RetryAfter of errors.
 //
-// The reader's errors are those of the package. It ends with io.EOF after exactly
+// Errors are those of the package, without m's reference: the bytes may be for
+// others who have asked for the same layer. It ends with io.EOF after exactly
 // layer.Size-offset bytes; a registry that has more or fewer is ErrCorrupt. The
 // bytes are not hashed. Close may be called while a Read waits, and ends it. External URLs of foreign layers are not followed.
 func (c *Client) Fetch(ctx context.Context, m *Manifest, l Layer, cred blockdev.Credential, offset int64) (io.ReadCloser, error) {
-	name := m.Ref + ": layer " + l.Digest.String()
+	name := "layer " + l.Digest.String()
 	if offset < 0 || offset > l.Size {
 		return nil, fmt.Errorf("%s: offset %d is outside of its %d bytes", name, offset, l.Size)
 	}

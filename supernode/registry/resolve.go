@@ -158,10 +158,11 @@ func (q *query) tag(ctx context.Context) (d blockdev.Digest, kept bool, _ error)
 	return d, false, err
 }
 
-// askTag asks the registry what the tag names, and keeps the answer.
+// askTag asks the registry what the tag names, and keeps the answer. The error does
+// not name the image: others who ask call it by another name.
 func (q *query) askTag(ctx context.Context) (blockdev.Digest, error) {
 	f := q.c.once.do(ctx, q.key("tag", q.ref.Tag), func(ctx context.Context, f *question) {
-		if f.digest, f.err = q.c.head(ctx, q.ref, q.name, blockdev.Digest{}, q.cred); f.err == nil {
+		if f.digest, f.err = q.c.head(ctx, q.ref, "", blockdev.Digest{}, q.cred); f.err == nil {
 			q.c.keepTag(q.ref, q.name, f.digest)
 		}
 	})
@@ -241,10 +242,11 @@ func (q *query) document(ctx context.Context, mediaType string, d descriptor, li
 	return f.data, f.err
 }
 
-// fetch reads a manifest or config from the registry, and keeps it.
+// fetch reads a manifest or config from the registry, and keeps it. As for askTag,
+// the error does not name the image.
 func (q *query) fetch(ctx context.Context, mediaType string, d descriptor, limit int64) ([]byte, error) {
 	var b []byte
-	err := q.c.do(ctx, q.ref, q.name, q.cred, func(ctx context.Context, s *session) (err error) {
+	err := q.c.do(ctx, q.ref, "", q.cred, func(ctx context.Context, s *session) (err error) {
 		b, err = readDocument(ctx, s, q.ref, mediaType, d, limit)
 		if errors.Is(err, blockdev.ErrCorrupt) && len(s.hosts) > 1 {
 			// A mirror sent rubbish; the registry itself comes last.

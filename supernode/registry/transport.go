@@ -100,7 +100,7 @@ func (t *transport) check(req *http.Request, resp *http.Response) error {
 	switch s := resp.StatusCode; {
 	case s == http.StatusLoopDetected:
 		t.loop(req.URL.Host)
-		return &Error{Host: req.URL.Host, Status: s, kind: blockdev.ErrUnavailable, text: "this is a mirror that asks the supernode that asks it"}
+		return &Error{Host: req.URL.Host, Status: s, answered: true, kind: blockdev.ErrUnavailable, text: "this is a mirror that asks the supernode that asks it"}
 	case s == http.StatusForbidden, s == http.StatusRequestTimeout, s == http.StatusTooManyRequests, s >= 500,
 		s == http.StatusRequestedRangeNotSatisfiable:
 		e := &Error{Host: req.URL.Host, Status: s, kind: kindOf(s), after: retryAfter(resp.Header, time.Now())}
@@ -109,7 +109,7 @@ func (t *transport) check(req *http.Request, resp *http.Response) error {
 		return e
 	}
 	if enc := resp.Header.Get("Content-Encoding"); enc != "" && !strings.EqualFold(enc, "identity") {
-		return &Error{Host: req.URL.Host, kind: blockdev.ErrUnavailable, text: fmt.Sprintf("sent content encoding %.40q, which was not accepted", enc)}
+		return &Error{Host: req.URL.Host, answered: true, kind: blockdev.ErrUnavailable, text: fmt.Sprintf("sent content encoding %.40q, which was not accepted", enc)}
 	}
 	want, ok := rangeStart(req.Header.Get("Range"))
 	if resp.StatusCode == http.StatusPartialContent {
@@ -165,7 +165,7 @@ func newBody(ctx context.Context, cancel context.CancelCauseFunc, rc io.ReadClos
 // Read implements io.Reader.
 func (b *body) Read(p []byte) (int, error) {
 	if b.left == 0 {
-		return 0, &Error{Host: b.host, kind: b.over, text: "the answer is larger than such an answer may be"}
+		return 0, &Error{Host: b.host, answered: true, kind: b.over, text: "the answer is larger than such an answer may be"}
 	}
 	if b.left > 0 && int64(len(p)) > b.left {
 		p = p[:b.left]
@@ -210,7 +210,7 @@ func checkRedirect(authorize func(context.Context, *http.Request) error) func(*h
 	return func(req *http.Request, via []*http.Request) error {
 		first := via[0]
 		refuse := func(why string) error {
-			return &Error{Host: first.URL.Host, kind: blockdev.ErrUnavailable, text: why}
+			return &Error{Host: first.URL.Host, answered: true, kind: blockdev.ErrUnavailable, text: why}
 		}
 		if len(via) >= 10 {
 			return refuse("more than 10 redirects")

@@ -18,13 +18,14 @@ type LayerRecord struct {
 	Size  int64
 	// DiffID names the diff that the layer holds.
 	DiffID blockdev.Digest
-	// Origins are the registry hosts that the blob was fetched from and where
-	// its digest was found right.
+	// Origins are who has shown to have the blob: "host/repository" or "host" of a
+	// registry, or whatever the caller means by it.
 	Origins []string
 }
 
-// maxOrigins bounds the hosts remembered per layer.
-const maxOrigins = 64
+// maxOrigins bounds the origins remembered per layer; the newest are. One that is
+// forgotten has to show once more that it has the layer.
+const maxOrigins = 256
 
 // refBytesInDB is about what one new chunk adds to index.db, with its entry in
 // due.
@@ -282,10 +283,13 @@ func (s *Store) originsOf(layer blockdev.Digest) []string {
 	return s.layers[layer].Origins
 }
 
-// mergeOrigins returns both lists as one, sorted, bounded.
-func mergeOrigins(a, b []string) []string {
-	out := slices.Concat(a, b)
-	slices.Sort(out)
-	out = slices.Compact(out)
+// mergeOrigins returns both lists as one, bounded; what is in the first list stays.
+func mergeOrigins(newer, older []string) []string {
+	out := slices.Clone(newer)
+	for _, o := range older {
+		if !slices.Contains(out, o) {
+			out = append(out, o)
+		}
+	}
 	return out[:min(len(out), maxOrigins)]
 }

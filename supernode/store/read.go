@@ -172,8 +172,7 @@ func (s *Store) Layer(layer blockdev.Digest) (LayerRecord, error) {
 	return LayerRecord{Layer: layer, Size: r.Size, DiffID: r.DiffID, Origins: slices.Clone(r.Origins)}, nil
 }
 
-// AddOrigin notes that the layer was fetched from one more registry host, and
-// hashed, and found to be the same. The error wraps blockdev.ErrNotFound if the
+// AddOrigin notes one more origin that has shown that it has the layer. The error wraps blockdev.ErrNotFound if the
 // store does not have the layer.
 func (s *Store) AddOrigin(layer blockdev.Digest, origin string) error {
 	return s.update(func(c *change) error {
