@@ -25,6 +25,7 @@ func TestOldContainerd(t *testing.T) {
 	}
 	t.Logf("%s", strings.TrimSpace(string(out)))
 	s := newRealSite(t, "")
+	noError(t, s.Containerd.Stop()) // one at a time may use a node
 	old := must(s.StartContainerd(t.Context(), "old", lab.ContainerdOptions{Binary: program, ConfigVersion: 2, Shoal: s.node.Socket, ShoalRoot: s.node.Root}))(t)
 	client := must(containerd.New(old.Address))(t)
 	t.Cleanup(func() { _ = client.Close() })

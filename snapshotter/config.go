@@ -42,10 +42,10 @@ type Lister interface {
 	Diffs() []blockdev.Digest
 }
 
-// LocalSize is an optional part of Data: how many bytes of a diff are on this
-// node. Without it, lazy snapshots report a usage of 0 bytes.
-type LocalSize interface {
-	LocalSize(diffID blockdev.Digest) (bytes int64, ok bool)
+// FullUse is an optional part of Data: what a diff takes of the disk once it is
+// complete, in bytes and inodes. Without it, lazy snapshots report no usage.
+type FullUse interface {
+	FullUse(diffID blockdev.Digest) (bytes, inodes int64, err error)
 }
 
 // Implied is an optional part of Data: blockdev.Index.Implied of a diff. Without it,

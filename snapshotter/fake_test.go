@@ -303,11 +303,13 @@ func (d *fakeData) PrefetchWait(_ context.Context, id blockdev.Digest) error {
 	return d.waitErr
 }
 
-func (d *fakeData) LocalSize(id blockdev.Digest) (int64, bool) {
+func (d *fakeData) FullUse(id blockdev.Digest) (bytes, inodes int64, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	_, ok := d.dirs[id]
-	return 4711, ok
+	if d.dirs[id] == "" {
+		return 0, 0, fmt.Errorf("diff %s: %w", id, blockdev.ErrNotFound)
+	}
+	return 4711, 7, nil
 }
 
 func (d *fakeData) Diffs() (ids []blockdev.Digest) {

@@ -77,8 +77,8 @@ func TestLazyImage(t *testing.T) {
 		t.Errorf("prefetched %v, want %v first", got, want)
 	}
 	usage := must(n.Usage(bg, top))(t)
-	if usage.Size != 4711 {
-		t.Errorf("usage of a lazy snapshot is %d, the data path says 4711", usage.Size)
+	if usage.Size != 4711 || usage.Inodes != 7 {
+		t.Errorf("usage of a lazy snapshot is %+v, the data path says 4711 bytes, 7 inodes", usage)
 	}
 	list := must(n.Images(bg))(t)
 	if len(list) != 1 || list[0].Ref != img.ref || len(list[0].Layers) != 3 || list[0].Layers[1].DiffID != img.layers[1].diffID || list[0].Kept {

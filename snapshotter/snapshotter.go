@@ -82,6 +82,9 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 		// refuse to be used again.
 		s.options = append(s.options, "index=off")
 	}
+	if s.stableInodes() {
+		s.options = append(s.options, "xino=on")
+	}
 	if err := s.openDatabases(); err != nil {
 		return nil, err
 	}
@@ -100,6 +103,35 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 		return nil, errors.Join(err, s.ms.Close())
 	}
 	return s, nil
+}
+
+// stableInodes reports whether overlayfs takes xino=on here. Each block image is a file
+// system of its own. Without the option, overlayfs then shows a device number for
+// each of them, so that du -x, find -xdev and whatever else stays on one file
+// system leaves out the image's files, and gives directories a new inode number
+// whenever they were dropped from memory, which tar and git see as another
+// directory. With it there is one device number, and inode numbers stay.
+func (s *Snapshotter) stableInodes() bool {
+	dir, err := os.MkdirTemp(s.scratch(), "xino-")
+	if err != nil {
+		return false
+	}
+	defer s.removeDir(dir)
+	at := func(name string) string { return filepath.Join(dir, name) }
+	for _, name := range []string{"a", "b", "m"} {
+		if err := os.Mkdir(at(name), 0o700); err != nil {
+			return false
+		}
+	}
+	m := mount.Mount{Type: "overlay", Source: "overlay", Options: []string{"xino=on", "lowerdir=" + at("a") + ":" + at("b")}}
+	if err := m.Mount(at("m")); err != nil {
+		s.log.Debug("overlayfs does not take xino=on", "error", err)
+		return false
+	}
+	if err := mount.UnmountAll(at("m"), 0); err != nil {
+		s.log.Warn("a mount of an empty directory stays", "path", at("m"), "error", err)
+	}
+	return true
 }
 
 // Close ends background work and pulls that wait for indexes. What is mounted
@@ -140,8 +172,10 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 	return updated, err
 }
 
-// Usage of a lazy snapshot is what its diff takes on this node; other snapshots
-// with the same diff report it, too.
+// Usage of a lazy snapshot is what its diff takes on this node once it is complete:
+// CRI, and so kubelet, asks once, right after the pull, and believes that for
+// ever. Other snapshots with the same diff report it, too. A diff that is lost
+// takes nothing.
 func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Usage, err error) {
 	var (
 		id   string
@@ -164,11 +198,16 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 	if err != nil || !lazy {
 		return usage, err
 	}
-	if data, ok := s.cfg.Data.(LocalSize); ok {
-		if n, ok := data.LocalSize(diff); ok {
-			usage.Size += n
-		}
+	data, ok := s.cfg.Data.(FullUse)
+	if !ok {
+		return usage, nil
 	}
+	bytes, inodes, err := data.FullUse(diff)
+	if err != nil && !errors.Is(err, blockdev.ErrNotFound) {
+		return usage, classify(err)
+	}
+	usage.Size += bytes
+	usage.Inodes += inodes
 	return usage, nil
 }
 

@@ -257,6 +257,24 @@ func (d *Diff) fixedUse() (n int64, err error) {
 	return n, nil
 }
 
+// FullUse is what the diff takes of the disk once it is complete, in bytes and
+// inodes.
+func (d *Diff) FullUse() (bytes, inodes int64, err error) {
+	fixed, err := d.fixedUse()
+	if err != nil {
+		return 0, 0, err
+	}
+	// The header stream comes last.
+	var st unix.Stat_t
+	if err := unix.Lstat(d.headersPath(), &st); err != nil && !errors.Is(err, unix.ENOENT) {
+		return 0, 0, &os.PathError{Op: "stat", Path: d.headersPath(), Err: err}
+	}
+	fixed += max(0, roundUp(d.heads.starts[len(d.heads.pieces)])-st.Blocks*512)
+	// Its directory, data, index, metadata, bitmap, headers, and the records of a
+	// proof and of a scrub.
+	return fixed + d.size, 8, nil
+}
+
 // diskUse is what a file takes of the disk, in bytes.
 func diskUse(f *os.File) (int64, error) {
 	var st unix.Stat_t

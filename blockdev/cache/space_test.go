@@ -22,20 +22,33 @@ import (
 func bytesOnDisk(t testing.TB, root string) (n int64) {
 	t.Helper()
 	for _, dir := range []string{diffsDir, tmpDir} {
-		err := filepath.WalkDir(filepath.Join(root, dir), func(path string, _ fs.DirEntry, err error) error {
-			var st unix.Stat_t
-			if err == nil {
-				err = unix.Lstat(path, &st)
-			}
-			if errors.Is(err, fs.ErrNotExist) || path == filepath.Join(root, dir) {
-				return nil // just removed; or the directory of all
-			}
-			n += st.Blocks * 512
-			return err
-		})
+		entries, err := os.ReadDir(filepath.Join(root, dir))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			t.Fatal(err)
 		}
+		for _, e := range entries {
+			n += bytesIn(t, filepath.Join(root, dir, e.Name()))
+		}
+	}
+	return n
+}
+
+// bytesIn is what a directory and all in it take.
+func bytesIn(t testing.TB, dir string) (n int64) {
+	t.Helper()
+	err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		var st unix.Stat_t
+		if err == nil {
+			err = unix.Lstat(path, &st)
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // just removed
+		}
+		n += st.Blocks * 512
+		return err
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
 	}
 	return n
 }
@@ -303,5 +316,26 @@ func TestOffer(t *testing.T) {
 	}
 	if n := r.present(); n != 1 {
 		t.Errorf("%d chunks present", n)
+	}
+}
+
+// TestFullUse: what a diff takes of the disk is known before any of it is here.
+func TestFullUse(t *testing.T) {
+	r, _ := newProofRig(t, nil)
+	all, inodes, err := r.d.FullUse()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.prove()
+	if took := bytesIn(t, filepath.Join(r.cfg.Root, diffsDir, r.d.ID().Hex())); took > all || took < all-24<<10 {
+		t.Errorf("it takes %d bytes, and was to take %d", took, all)
+	}
+	files, err := filepath.Glob(filepath.Join(r.cfg.Root, diffsDir, r.d.ID().Hex(), "*"))
+	if err != nil || int64(len(files))+1 != inodes {
+		t.Errorf("it has %d files and a directory, and was to have %d inodes; %v", len(files), inodes, err)
+	}
+	again, _, err := r.d.FullUse()
+	if err != nil || again < all-8<<10 || again > all+8<<10 {
+		t.Errorf("it says %d bytes once all is here, %d before; %v", again, all, err)
 	}
 }

@@ -3,6 +3,10 @@
 //
 // # How
 //
+// Probe says beforehand what this kernel cannot do: EROFS without support of
+// extended attributes, of those for security or of ACLs shows an image's files
+// without them, and no error.
+//
 // Mount passes the two files to mount(2) directly (Linux 6.12 with
 // CONFIG_EROFS_FS_BACKED_BY_FILE). Where the kernel wants block devices (Linux
 // 6.4, which brought EROFS blocks of 512 bytes, to 6.11), it puts a read-only

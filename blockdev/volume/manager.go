@@ -59,6 +59,8 @@ type Manager struct {
 	proofs   *queue
 	scrubs   *queue
 	startups *startups
+	// unsupported is why this kernel cannot show block images as they are; nil: it can.
+	unsupported error
 
 	fuse      *os.File
 	server    *fusefs.Server
@@ -180,6 +182,9 @@ func (m *Manager) Mount(ctx context.Context, id blockdev.Digest) (dir string, er
 
 // mount does it. The caller has the volume's turn.
 func (m *Manager) mount(v *volume) (string, error) {
+	if m.unsupported != nil {
+		return "", fmt.Errorf("diff %s: %w", v.id, m.unsupported)
+	}
 	name, err := m.name(v.id)
 	if err != nil {
 		return "", err

@@ -23,6 +23,7 @@ const (
 	fuseDir   = "fuse"
 	mountsDir = "m"
 	lazyDir   = "lazy"
+	probeDir  = "probe"
 )
 
 // Open opens the volumes below cfg.Root. Native mounts that an earlier process
@@ -93,6 +94,7 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 			return nil, err
 		}
 	}
+	m.probe()
 	for _, v := range again {
 		// One that cannot be mounted now is reported, and tried again when it is
 		// asked for. The others are not to suffer.
@@ -112,6 +114,17 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 		m.scrubs.tasks.Go(func() { m.scrubber(m.scrubs.ctx) })
 	}
 	return m, nil
+}
+
+// probe finds out whether this kernel shows block images as they are.
+func (m *Manager) probe() {
+	err := mount.Probe(filepath.Join(m.root, probeDir), mount.Options{Loop: m.cfg.Loop})
+	if errors.Is(err, blockdev.ErrUnsupported) {
+		m.unsupported = err
+		m.cfg.Log.Error("this kernel cannot serve images lazily; containerd unpacks them in the ordinary way", "error", err)
+	} else if err != nil {
+		m.cfg.Log.Warn("what the kernel can do has not been looked at", "error", err)
+	}
 }
 
 // makeRoot makes the directories, and returns Root as mountinfo will show it.

@@ -43,6 +43,16 @@ func (m *Manager) Stat(id blockdev.Digest) (Stat, bool) {
 	return m.stat(v), true
 }
 
+// FullUse is what a diff takes of the disk once it is complete, in bytes and inodes.
+// The error wraps blockdev.ErrNotFound if there is no such diff.
+func (m *Manager) FullUse(id blockdev.Digest) (bytes, inodes int64, err error) {
+	v, err := m.volume(id)
+	if err != nil {
+		return 0, 0, err
+	}
+	return v.diff.FullUse()
+}
+
 func (m *Manager) stat(v *volume) Stat {
 	d := v.diff.Stat()
 	s := Stat{ID: v.id, Local: d.BytesPresent, Total: d.Bytes, Complete: d.Complete, Prefetch: m.queue.state(v), Proof: d.Proof}

@@ -27,6 +27,7 @@ type diff interface {
 	Index() (*blockdev.Index, error)
 	Verify(ctx context.Context, repair bool) (*cache.Inspection, error)
 	Stat() cache.Stat
+	FullUse() (bytes, inodes int64, err error)
 }
 
 // volume is one diff and its mount.

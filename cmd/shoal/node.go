@@ -113,7 +113,7 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	var late parts
 	vols, err := volume.Open(ctx, volume.Config{
 		Root: c.Root, Source: source, Profiles: source, Log: log, Keep: store, Describe: late.describe,
-		ReadTimeout: time.Duration(c.ReadTimeout), ScrubInterval: scrubInterval(c),
+		ReadTimeout: time.Duration(c.ReadTimeout), ScrubInterval: scrubInterval(c), Loop: c.Mount == config.MountLoop,
 		Cache: cache.Config{
 			Timeout: time.Duration(c.ReadTimeout),
 			Quota:   int64(c.CacheQuota), MakeRoom: late.evict, Window: late.window,
@@ -281,11 +281,6 @@ func (d dataPath) PrefetchWait(ctx context.Context, id blockdev.Digest) error {
 func (d dataPath) Complete(id blockdev.Digest) bool {
 	s, ok := d.Manager.Stat(id)
 	return ok && s.Complete
-}
-
-func (d dataPath) LocalSize(id blockdev.Digest) (int64, bool) {
-	s, ok := d.Manager.Stat(id)
-	return s.Local, ok
 }
 
 // nodeDaemon answers the control socket.

@@ -131,6 +131,7 @@ func TestRefused(t *testing.T) {
 			"long address":             {`address = ` + long, "address"},
 			"one socket for two":       {"address = \"/a\"\ncontrol_address = \"/a\"", "address and control_address"},
 			"relative docker":          {`docker_config = "config.json"`, "docker_config"},
+			"no way to mount":          {`mount = "direct"`, `mount is "direct": it must be "file" or "loop"`},
 			"no duration":              {`read_timeout = "soon"`, "read_timeout"},
 			"duration without unit":    {`read_timeout = "30"`, "read_timeout"},
 			"number for duration":      {`read_timeout = 30`, "read_timeout"},

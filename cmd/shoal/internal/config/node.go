@@ -44,6 +44,7 @@ type Node struct {
 	ReadTimeout        Duration    `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`
 	CacheQuota         Size        `toml:"cache_quota" comment:"bytes on disk for layers; 0: what the disk has. What no container or image uses makes room; what does not fit is read without being kept"`
 	Prefetch           policy.Mode `toml:"prefetch" comment:"what is fetched of a lazy image besides what containers read: all of it (all), what containers read at their start (startup), or nothing (none)"`
+	Mount              string      `toml:"mount" comment:"how layers are mounted: file (from their files, Linux 6.12) or loop (through loop devices: for programs that open files of images with O_DIRECT)"`
 	ScrubInterval      Duration    `toml:"scrub_interval" comment:"how often everything on this disk is read and checked, at 32 MiB/s at most; 0s: never"`
 	RegistryConfigPath string      `toml:"registry_config_path" comment:"containerd's directory of hosts.toml files, for layers that no supernode has and this node reads from the registry itself"`
 	Images             Images      `toml:"images" comment:"rules for images by their names. An asterisk stands for any characters: \"registry.example.com/base/*\", \"docker.io/library/redis:7*\"; without a tag a pattern fits every tag"`
@@ -53,6 +54,12 @@ type Node struct {
 
 // minCacheQuota leaves room for the indexes and metadata of some images.
 const minCacheQuota = 64 << 20
+
+// Values of Node.Mount.
+const (
+	MountFile = "file"
+	MountLoop = "loop"
+)
 
 // DefaultNode returns the defaults.
 func DefaultNode() *Node {
@@ -70,6 +77,7 @@ func DefaultNode() *Node {
 		PrepareTimeout:     Duration(3 * time.Second),
 		ReadTimeout:        Duration(time.Minute),
 		Prefetch:           policy.All,
+		Mount:              MountFile,
 		ScrubInterval:      Duration(7 * 24 * time.Hour),
 		RegistryConfigPath: defaultRegistry().ConfigPath,
 		Images:             Images{Lazy: []string{"*"}, Never: []string{}, Eager: []string{}, Prefetch: map[string]policy.Mode{}},
@@ -100,6 +108,9 @@ func (c *Node) Check() error {
 	errs = append(errs, err)
 	if q := int64(c.CacheQuota); q > 0 && q < minCacheQuota {
 		errs = append(errs, fmt.Errorf("cache_quota is %d bytes: it must be at least 64MiB, or 0 for what the disk has", q))
+	}
+	if c.Mount != MountFile && c.Mount != MountLoop {
+		errs = append(errs, fmt.Errorf("mount is %q: it must be \"file\" or \"loop\"", c.Mount))
 	}
 	if c.RegistryConfigPath != "" {
 		errs = append(errs, checkAbs("registry_config_path", c.RegistryConfigPath))
