@@ -167,12 +167,15 @@ func Listen(path string) (net.Listener, error) {
 			return nil, fmt.Errorf("socket %s: %w", path, err)
 		}
 	}
-	ln, err := net.Listen("unix", path)
+	// bind(2) gives the file the mode that the socket has, so there is no moment at
+	// which others could open it.
+	private := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		return errors.Join(c.Control(func(fd uintptr) { err = syscall.Fchmod(int(fd), 0o600) }), err)
+	}}
+	ln, err := private.Listen(context.Background(), "unix", path)
 	if err != nil {
 		return nil, fmt.Errorf("socket %s: %w", path, err)
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		return nil, fmt.Errorf("socket %s: %w", path, errors.Join(err, ln.Close()))
 	}
 	return ln, nil
 }

@@ -74,6 +74,41 @@ func answers(path string) bool {
 	return err == nil
 }
 
+// TestPrivate: at no moment may others than root open a socket, whatever the umask.
+func TestPrivate(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0))
+	path := filepath.Join(t.TempDir(), "s")
+	stop, looked := make(chan struct{}), make(chan os.FileMode, 1)
+	go func() {
+		var wrong os.FileMode
+		for {
+			select {
+			case <-stop:
+				looked <- wrong
+				return
+			default:
+			}
+			if fi, err := os.Lstat(path); err == nil && fi.Mode().Perm() != 0o600 {
+				wrong = fi.Mode()
+			}
+		}
+	}()
+	for range 200 {
+		ln, err := Listen(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if fi, err := os.Lstat(path); err != nil || fi.Mode().Perm() != 0o600 {
+			t.Fatalf("mode is %v, %v", fi.Mode(), err)
+		}
+		_ = ln.Close()
+	}
+	close(stop)
+	if mode := <-looked; mode != 0 {
+		t.Errorf("for a moment the socket's mode was %v", mode)
+	}
+}
+
 func TestStatus(t *testing.T) {
 	want := &Status{Version: "v1", Role: "node", Supernodes: []string{"embedded"}, Images: []Image{{
 		Ref:    "docker.io/library/redis:7",
