@@ -182,7 +182,7 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	if err != nil {
 		return err
 	}
-	server := grpc.NewServer(daemon.TraceGRPC(), calls)
+	server := grpc.NewServer(append(newOnlyOne(log).options(), daemon.TraceGRPC(), calls)...)
 	snapshotter.Register(server, sn)
 	ln, err := listenKept(store, keptContainerd, c.Address, log)
 	if err != nil {
