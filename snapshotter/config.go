@@ -67,10 +67,11 @@ type Complete interface {
 	Complete(diffID blockdev.Digest) bool
 }
 
-// DecodedAdder is an optional part of Data: Add with the decoded form of the same
-// index, so that it is not decoded twice while a pull waits.
-type DecodedAdder interface {
-	AddDecoded(ctx context.Context, encodedIndex []byte, ix *blockdev.Index) (blockdev.Digest, error)
+// CheckedAdder is an optional part of Data: Add, which shows the decoded index to check
+// and ends with its error. So the index is decoded once while a pull waits, and within
+// the bounds that Data has for that.
+type CheckedAdder interface {
+	AddChecked(ctx context.Context, encodedIndex []byte, check func(*blockdev.Index) error) (blockdev.Digest, error)
 }
 
 // StartupFetcher is an optional part of Data: it begins to fetch what containers

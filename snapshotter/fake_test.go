@@ -260,21 +260,24 @@ func (d *fakeData) Prefetch(ids ...blockdev.Digest) {
 	d.prefetched = append(d.prefetched, ids...)
 }
 
-// decodedData is a data path that takes decoded indexes as well.
-type decodedData struct {
+// checkedData is a data path that shows the index that it has decoded.
+type checkedData struct {
 	*fakeData
-	decoded int
+	shown int
 }
 
-func (d *decodedData) AddDecoded(ctx context.Context, enc []byte, ix *blockdev.Index) (blockdev.Digest, error) {
-	id, err := d.Add(ctx, enc)
-	if id != ix.DiffID {
-		d.t.Errorf("index of %s, decoded one of %s", id, ix.DiffID)
+func (d *checkedData) AddChecked(ctx context.Context, enc []byte, check func(*blockdev.Index) error) (blockdev.Digest, error) {
+	ix, err := index.Decode(enc)
+	if err != nil {
+		return blockdev.Digest{}, err
 	}
 	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.decoded++
-	return id, err
+	d.shown++
+	d.mu.Unlock()
+	if err := check(ix); err != nil {
+		return blockdev.Digest{}, err
+	}
+	return d.Add(ctx, enc)
 }
 
 // completeData is a data path that has every byte, once it is told so.

@@ -434,15 +434,15 @@ func TestStartupProfiles(t *testing.T) {
 	})
 }
 
-// TestAddDecoded: a data path that can takes the index that was decoded already.
-func TestAddDecoded(t *testing.T) {
-	var data *decodedData
+// TestAddChecked: a data path that can decodes the index itself, and shows it.
+func TestAddChecked(t *testing.T) {
+	var data *checkedData
 	n := newNode(t, func(c *Config) {
 		fake, ok := c.Data.(*fakeData)
 		if !ok {
 			t.Fatalf("data path %T", c.Data)
 		}
-		data = &decodedData{fakeData: fake}
+		data = &checkedData{fakeData: fake}
 		c.Data = data
 	})
 	layers := threeLayers(t)
@@ -451,7 +451,7 @@ func TestAddDecoded(t *testing.T) {
 	if _, fetched, err := n.pull(t.Context(), img); err != nil || len(fetched) > 0 {
 		t.Fatalf("unpacked %v, %v", fetched, err)
 	}
-	if data.decoded != len(layers) {
-		t.Errorf("%d of %d indexes came decoded", data.decoded, len(layers))
+	if data.shown != len(layers) {
+		t.Errorf("%d of %d indexes were shown", data.shown, len(layers))
 	}
 }

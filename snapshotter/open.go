@@ -226,19 +226,25 @@ func (s *Snapshotter) fetchStartup(img *blockdev.Image) {
 
 // addIndex adds one index that must be that of diff id, and returns its implied
 // directories.
-func (s *Snapshotter) addIndex(ctx context.Context, id blockdev.Digest, enc []byte) ([]string, error) {
-	ix, err := index.Decode(enc)
-	if err != nil {
-		return nil, fmt.Errorf("index of diff %s: %w", id, err)
-	}
-	if ix.DiffID != id {
-		return nil, fmt.Errorf("index of diff %s is that of %s: %w", id, ix.DiffID, blockdev.ErrCorrupt)
+func (s *Snapshotter) addIndex(ctx context.Context, id blockdev.Digest, enc []byte) (implied []string, err error) {
+	check := func(ix *blockdev.Index) error {
+		if ix.DiffID != id {
+			return fmt.Errorf("index of diff %s is that of %s: %w", id, ix.DiffID, blockdev.ErrCorrupt)
+		}
+		implied = ix.Implied
+		return nil
 	}
 	var got blockdev.Digest
-	if data, ok := s.cfg.Data.(DecodedAdder); ok {
-		got, err = data.AddDecoded(ctx, enc, ix)
+	if data, ok := s.cfg.Data.(CheckedAdder); ok {
+		got, err = data.AddChecked(ctx, enc, check)
 	} else {
-		got, err = s.cfg.Data.Add(ctx, enc)
+		var ix *blockdev.Index
+		if ix, err = index.Decode(enc); err == nil {
+			err = check(ix)
+		}
+		if err == nil {
+			got, err = s.cfg.Data.Add(ctx, enc)
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("add diff %s: %w", id, err)
@@ -246,7 +252,7 @@ func (s *Snapshotter) addIndex(ctx context.Context, id blockdev.Digest, enc []by
 	if got != id {
 		return nil, fmt.Errorf("data path took diff %s for %s: %w", id, got, blockdev.ErrCorrupt)
 	}
-	return ix.Implied, nil
+	return implied, nil
 }
 
 // cause makes an error of opening an image into the words of a log line.

@@ -256,7 +256,7 @@ func (s *Supernode) ReportProfileFrom(ctx context.Context, peer string, p blockd
 	if err != nil {
 		return fmt.Errorf("startup profile of diff %s: %w", p.Diff, err)
 	}
-	chunks, err := index.Chunks(enc)
+	info, err := index.Peek(enc)
 	if err != nil {
 		return fmt.Errorf("startup profile of diff %s: %w", p.Diff, err)
 	}
@@ -264,8 +264,8 @@ func (s *Supernode) ReportProfileFrom(ctx context.Context, peer string, p blockd
 		return fmt.Errorf("startup profile of diff %s with %d chunks: %w", p.Diff, len(p.Profile), blockdev.ErrCorrupt)
 	}
 	for _, t := range p.Profile {
-		if int64(t.Chunk) >= int64(chunks) {
-			return fmt.Errorf("startup profile of diff %s names chunk %d, the diff has %d: %w", p.Diff, t.Chunk, chunks, blockdev.ErrCorrupt)
+		if int64(t.Chunk) >= int64(info.Chunks) {
+			return fmt.Errorf("startup profile of diff %s names chunk %d, the diff has %d: %w", p.Diff, t.Chunk, info.Chunks, blockdev.ErrCorrupt)
 		}
 	}
 	if err := s.profiles.add(peer, p); err != nil {

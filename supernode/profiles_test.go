@@ -35,17 +35,17 @@ func TestProfiles(t *testing.T) {
 	if img.Layers[0].Profile != nil {
 		t.Error("a profile of an image that was never started")
 	}
-	chunks, err := index.Chunks(img.Layers[0].Index)
+	info, err := index.Peek(img.Layers[0].Index)
 	if err != nil {
 		t.Fatal(err)
 	}
 	diff := layers[0].DiffID
-	p := blockdev.DiffProfile{Diff: diff, Profile: blockdev.Profile{{Chunk: uint32(chunks - 1), Rank: 0}, {Chunk: 0, Rank: 4}}}
+	p := blockdev.DiffProfile{Diff: diff, Profile: blockdev.Profile{{Chunk: uint32(info.Chunks - 1), Rank: 0}, {Chunk: 0, Rank: 4}}}
 
 	wantErr(t, s.ReportProfileFrom(t.Context(), "two", p), blockdev.ErrUnauthorized, diff.String())
 	wantErr(t, s.ReportProfileFrom(t.Context(), "one", blockdev.DiffProfile{Diff: blockdev.Sum(nil), Profile: p.Profile}), blockdev.ErrUnauthorized)
 	wantErr(t, s.ReportProfileFrom(t.Context(), "one", blockdev.DiffProfile{Diff: diff}), blockdev.ErrCorrupt)
-	wantErr(t, s.ReportProfileFrom(t.Context(), "one", blockdev.DiffProfile{Diff: diff, Profile: blockdev.Profile{{Chunk: uint32(chunks)}}}), blockdev.ErrCorrupt, "chunk")
+	wantErr(t, s.ReportProfileFrom(t.Context(), "one", blockdev.DiffProfile{Diff: diff, Profile: blockdev.Profile{{Chunk: uint32(info.Chunks)}}}), blockdev.ErrCorrupt, "chunk")
 	if err := s.ReportProfileFrom(t.Context(), "one", p); err != nil {
 		t.Fatal(err)
 	}

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/index"
 )
 
 // reserve waits until nobody adds or removes id, and keeps others from it until
@@ -49,25 +50,41 @@ func (c *Cache) reserve(ctx context.Context, id blockdev.Digest) (*Diff, func(),
 // parse, with blockdev.ErrQuarantined if it is known not to be that of its DiffID,
 // and with blockdev.ErrNoSpace.
 func (c *Cache) Add(ctx context.Context, encodedIndex []byte) (*Diff, error) {
-	ix, err := c.cfg.decode(encodedIndex)
+	return c.AddChecked(ctx, encodedIndex, nil)
+}
+
+// AddChecked is Add, but that it shows the decoded index to check, unless that is nil;
+// its error ends the Add. check keeps nothing that refers to the index's Meta, which
+// has its memory for as long as the call takes only.
+func (c *Cache) AddChecked(ctx context.Context, encodedIndex []byte, check func(*blockdev.Index) error) (*Diff, error) {
+	info, err := index.Peek(encodedIndex)
 	if err != nil {
 		return nil, fmt.Errorf("add diff: index: %w", err)
 	}
-	return c.AddDecoded(ctx, encodedIndex, ix)
-}
-
-// AddDecoded is Add for who has decoded the index already: ix is what encodedIndex
-// says.
-func (c *Cache) AddDecoded(ctx context.Context, encodedIndex []byte, ix *blockdev.Index) (*Diff, error) {
+	if info.Tree > c.cfg.MaxTree || info.Memory > c.cfg.MaxIndex {
+		return nil, fmt.Errorf("add diff %v: its index has %d MiB of file names and attributes, and takes %d MiB of memory to read; a node takes at most %d and %d: %w",
+			info.DiffID, info.Tree>>20, info.Memory>>20, c.cfg.MaxTree>>20, c.cfg.MaxIndex>>20, blockdev.ErrUnsupported)
+	}
+	// Before there is memory for it: who has that waits for nobody else.
+	d, release, err := c.reserve(ctx, info.DiffID)
+	if err != nil {
+		return nil, fmt.Errorf("add diff %v: %w", info.DiffID, err)
+	}
+	defer release()
+	ix, done, err := c.decode(ctx, encodedIndex)
+	if err != nil {
+		return nil, fmt.Errorf("add diff %v: index: %w", info.DiffID, err)
+	}
+	defer done()
 	tab, err := newTable(ix)
 	if err != nil {
 		return nil, fmt.Errorf("add diff %v: index: %w", ix.DiffID, err)
 	}
-	d, release, err := c.reserve(ctx, ix.DiffID)
-	if err != nil {
-		return nil, fmt.Errorf("add diff %v: %w", ix.DiffID, err)
+	if check != nil {
+		if err := check(ix); err != nil {
+			return nil, fmt.Errorf("add diff %v: %w", ix.DiffID, err)
+		}
 	}
-	defer release()
 	if c.quarantine.has(ix.DiffID, blockdev.Sum(encodedIndex)) {
 		return nil, fmt.Errorf("add diff: %w", c.quarantine.why(ix.DiffID))
 	}
@@ -88,6 +105,24 @@ func (c *Cache) AddDecoded(ctx context.Context, encodedIndex []byte, ix *blockde
 	c.diffs[ix.DiffID] = d
 	c.publish()
 	return d, nil
+}
+
+// decode reads an encoded index when there is memory for it, which done gives back.
+func (c *Cache) decode(ctx context.Context, enc []byte) (_ *blockdev.Index, done func(), err error) {
+	info, err := index.Peek(enc)
+	if err != nil {
+		return nil, nil, err
+	}
+	n := min(info.Memory+int64(info.Chunks)*tableMemory, c.cfg.IndexBytes)
+	if err := c.decoding.Acquire(ctx, n); err != nil {
+		return nil, nil, context.Cause(ctx)
+	}
+	ix, err := c.cfg.decode(enc)
+	if err != nil {
+		c.decoding.Release(n)
+		return nil, nil, err
+	}
+	return ix, func() { c.decoding.Release(n) }, nil
 }
 
 func (c *Cache) create(ctx context.Context, enc []byte, ix *blockdev.Index, tab *table) (*Diff, error) {

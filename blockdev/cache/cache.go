@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -36,10 +37,11 @@ type Cache struct {
 	quarantine *quarantine
 
 	gate       gate
-	demand     *turns.Turns  // bytes of demand requests in flight, by diff
-	held       *turns.Turns  // bytes that reads hold, unwritten, by diff
-	window     *window       // of prefetch
-	kicked     chan struct{} // the syncer has work
+	demand     *turns.Turns        // bytes of demand requests in flight, by diff
+	held       *turns.Turns        // bytes that reads hold, unwritten, by diff
+	decoding   *semaphore.Weighted // bytes of indexes
+	window     *window             // of prefetch
+	kicked     chan struct{}       // the syncer has work
 	buffers    bufferPool
 	untilWorks atomic.Int64 // bytes to be written before the disk is well; 0: it is
 	stats      counters
@@ -96,11 +98,12 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	c := &Cache{
 		cfg: cfg, boot: hashBoot(cfg.bootID), lock: lock,
 		demand: turns.New(cfg.DemandBytes, 0), held: turns.New(heldBytes, 0),
-		window: newWindow(cfg.Window),
-		kicked: make(chan struct{}, 1),
-		diffs:  make(map[blockdev.Digest]*Diff),
-		found:  make(map[blockdev.Digest]*found),
-		opened: make(chan struct{}), started: time.Now().UnixNano(),
+		decoding: semaphore.NewWeighted(cfg.IndexBytes),
+		window:   newWindow(cfg.Window),
+		kicked:   make(chan struct{}, 1),
+		diffs:    make(map[blockdev.Digest]*Diff),
+		found:    make(map[blockdev.Digest]*found),
+		opened:   make(chan struct{}), started: time.Now().UnixNano(),
 		busy: make(map[blockdev.Digest]chan struct{}),
 	}
 	c.publish()

@@ -55,6 +55,15 @@ type Config struct {
 	// it, whose source may not answer, and further ones wait for each other. Default
 	// 64 MiB.
 	DemandBytes int64
+	// IndexBytes bounds the memory for indexes that are being decoded, in all pulls and
+	// at start together; further ones wait. One that needs more by itself is decoded when
+	// no other is. Default 128 MiB.
+	IndexBytes int64
+	// MaxTree is how many bytes the metadata and implied directories of an index that is
+	// added may have, and MaxIndex how much memory it may need to be decoded. Larger ones
+	// are blockdev.ErrUnsupported: the image is unpacked in the ordinary way. Default
+	// 64 MiB (about a million files in a layer), and 256 MiB (a layer of some 200 GiB).
+	MaxTree, MaxIndex int64
 	// Quiet is how long there must have been no demand read before prefetch goes
 	// on. Default 500 ms.
 	Quiet time.Duration
@@ -95,6 +104,9 @@ func (c *Config) setDefaults() error {
 		c.Window = func() int64 { return 4 << 20 }
 	}
 	def(&c.DemandBytes, 64<<20)
+	def(&c.IndexBytes, 128<<20)
+	def(&c.MaxTree, 64<<20)
+	def(&c.MaxIndex, 256<<20)
 	def(&c.Quiet, 500*time.Millisecond)
 	def(&c.GiveWay, time.Second)
 	def(&c.Promote, 50*time.Millisecond)
@@ -106,7 +118,7 @@ func (c *Config) setDefaults() error {
 	def(&c.MaxReadAhead, 4<<20)
 	c.ReadAhead = max(c.ReadAhead, 0)
 	c.MaxReadAhead = max(c.MaxReadAhead, c.ReadAhead)
-	if c.Quota < 0 || c.Timeout < 0 || c.RequestBytes < 0 || c.PrefetchIdle < 0 || c.Quiet < 0 || c.GiveWay < 0 ||
+	if c.Quota < 0 || c.Timeout < 0 || c.RequestBytes < 0 || c.PrefetchIdle < 0 || c.IndexBytes < 0 || c.MaxTree < 0 || c.MaxIndex < 0 || c.Quiet < 0 || c.GiveWay < 0 ||
 		c.Promote < 0 || c.MaxReadAhead < 0 || c.SyncBytes < 0 || c.SyncInterval < 0 {
 		return errors.New("cache: only ReadAhead may be negative")
 	}

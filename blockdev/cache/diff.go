@@ -229,10 +229,22 @@ func (c *Cache) openDiff(dir string, id blockdev.Digest) (*Diff, error) {
 	if err != nil {
 		return nil, err
 	}
-	ix, err := c.cfg.decode(enc)
+	ix, done, err := c.decode(c.life, enc)
 	if err != nil {
 		return nil, fmt.Errorf("index: %w", err)
 	}
+	d, err := c.openDecoded(dir, id, blockdev.Sum(enc), ix)
+	done() // the proof may need memory for an index of its own
+	if err != nil {
+		return nil, err
+	}
+	if err := d.loadProof(); err != nil {
+		return nil, errors.Join(err, d.closeFiles())
+	}
+	return d, nil
+}
+
+func (c *Cache) openDecoded(dir string, id, sum blockdev.Digest, ix *blockdev.Index) (*Diff, error) {
 	if ix.DiffID != id {
 		return nil, fmt.Errorf("index is that of diff %v: %w", ix.DiffID, blockdev.ErrCorrupt)
 	}
@@ -240,7 +252,7 @@ func (c *Cache) openDiff(dir string, id blockdev.Digest) (*Diff, error) {
 	if err != nil {
 		return nil, fmt.Errorf("index: %w", err)
 	}
-	return c.newDiff(dir, blockdev.Sum(enc), ix, tab)
+	return c.newDiff(dir, sum, ix, tab)
 }
 
 // newDiff opens the files of a diff whose index has been read.
@@ -263,7 +275,6 @@ func (c *Cache) newDiff(dir string, sum blockdev.Digest, ix *blockdev.Index, tab
 		}
 		return nil, err
 	}
-	d.loadProof()
 	d.loadScrub()
 	d.life, d.kill = context.WithCancelCause(context.Background())
 	return d, nil

@@ -62,6 +62,11 @@
 //     between attempts; a read has no memory for its answer before its bytes are at
 //     hand, and the chunks that it holds because they could not be written are bounded
 //     and shared, too.
+//   - Memory for indexes is bounded, whatever they say, in all pulls and at start
+//     together: Config.IndexBytes for all that are being decoded, or one larger one of
+//     Config.MaxIndex by itself. Their headers say how much it will be before it is
+//     allocated. What stays of an index is 42 bytes a chunk. A proof and a check read one
+//     index more each, one diff at a time.
 //   - A full disk, or one that fails to write, never fails a demand read and
 //     never leads to wrong bytes: the reader is answered from memory and the
 //     chunk stays missing. A quota that is full is like a full disk.

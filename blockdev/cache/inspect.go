@@ -294,7 +294,7 @@ func (i *inspector) ownTree() error {
 	if err != nil || rec.Own == (blockdev.Digest{}) {
 		return nil // without a record that is right, the given one is shown
 	}
-	d := &Diff{c: &Cache{cfg: Config{decode: index.Decode}}, id: i.id, dir: i.dir}
+	d := &Diff{id: i.id, dir: i.dir}
 	if i.own, err = d.readOwn(rec.Own); err != nil {
 		i.in.add(i.where(), repairOwn, "the index that this node has made of it: %v", err)
 		return nil

@@ -138,6 +138,9 @@ func (c *Cache) openNow(id blockdev.Digest) {
 		return
 	}
 	d, err := c.openDir(id)
+	if c.life.Err() != nil && d == nil {
+		return // the next Open does it
+	}
 	if err != nil {
 		wait := min(firstReopen<<min(f.failed, 10), lastReopen)
 		f.failed++

@@ -52,9 +52,17 @@ func (d *Diff) takeOver(ctx context.Context, own *blockdev.Index) (blockdev.Dige
 
 // loadOwn shows the tree that was taken over, of which sum is on record.
 func (d *Diff) loadOwn(sum blockdev.Digest) error {
-	ix, err := d.readOwn(sum)
+	enc, err := d.encodedOwn(sum)
 	if err != nil {
 		return err
+	}
+	ix, done, err := d.c.decode(d.c.life, enc)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if ix.DiffID != d.id {
+		return fmt.Errorf("%s is that of diff %v: %w", d.path(ownIndexFile), ix.DiffID, blockdev.ErrCorrupt)
 	}
 	if err := d.fixMeta(d.path(ownMetaFile), ix.Meta); err != nil {
 		return err
@@ -63,7 +71,8 @@ func (d *Diff) loadOwn(sum blockdev.Digest) error {
 	return nil
 }
 
-func (d *Diff) readOwn(sum blockdev.Digest) (*blockdev.Index, error) {
+// encodedOwn reads the file whose SHA-256 is on record.
+func (d *Diff) encodedOwn(sum blockdev.Digest) ([]byte, error) {
 	enc, err := os.ReadFile(d.path(ownIndexFile))
 	if err != nil {
 		return nil, err
@@ -71,7 +80,15 @@ func (d *Diff) readOwn(sum blockdev.Digest) (*blockdev.Index, error) {
 	if blockdev.Sum(enc) != sum {
 		return nil, fmt.Errorf("%s is not the one on record: %w", d.path(ownIndexFile), blockdev.ErrCorrupt)
 	}
-	ix, err := d.c.cfg.decode(enc)
+	return enc, nil
+}
+
+func (d *Diff) readOwn(sum blockdev.Digest) (*blockdev.Index, error) {
+	enc, err := d.encodedOwn(sum)
+	if err != nil {
+		return nil, err
+	}
+	ix, err := index.Decode(enc)
 	if err == nil && ix.DiffID != d.id {
 		err = fmt.Errorf("it is that of diff %v: %w", ix.DiffID, blockdev.ErrCorrupt)
 	}

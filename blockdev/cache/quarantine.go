@@ -177,23 +177,27 @@ func (q *quarantine) why(id blockdev.Digest) error {
 		id, blockdev.ErrQuarantined, rec.Time.Format(time.RFC3339), rec.Cause, q.path(id))
 }
 
-// loadProof finds out what is known of a diff's index.
-func (d *Diff) loadProof() {
+// loadProof finds out what is known of a diff's index. It fails if the cache is closed
+// meanwhile.
+func (d *Diff) loadProof() error {
 	if d.c.quarantine.has(d.id, d.sum) {
 		d.proof.Store(int32(Quarantined))
-		return
+		return nil
 	}
 	rec, err := readProof(filepath.Join(d.dir, proofFile), d.id)
 	switch {
 	case err == nil && rec.Index == d.sum:
 		if rec.Own != (blockdev.Digest{}) {
-			if err := d.loadOwn(rec.Own); err != nil {
+			if err := d.loadOwn(rec.Own); d.c.life.Err() != nil {
+				return ErrClosed
+			} else if err != nil {
 				d.c.cfg.Log.Warn("the tree that this node has made of a layer is damaged; the one that came is shown until the layer is proven again", "diff", d.id, "error", err)
-				return
+				return nil
 			}
 		}
 		d.proof.Store(int32(Proven))
 	case err != nil && !errors.Is(err, os.ErrNotExist):
 		d.c.cfg.Log.Warn("the record of a layer's proof is damaged; it will be proven again", "diff", d.id, "error", err)
 	}
+	return nil
 }

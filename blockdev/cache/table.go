@@ -15,6 +15,10 @@ import (
 // MaxChunk are 16 MiB, so the low 32 bits say where the others start.
 const baseShift = 6
 
+// tableMemory is what newTable needs for a chunk, in bytes: the table and, while it is
+// made, what is sorted.
+const tableMemory = 42 + 16
+
 // table is a chunk table in about 42 bytes a chunk: 32 for the digest, 4 for
 // the start, 4 for the order by digest, 1.5 for the filter.
 type table struct {

@@ -147,14 +147,38 @@ func Encode(ix *blockdev.Index) ([]byte, error) {
 	return out, nil
 }
 
-// Chunks returns how many chunks the encoded index has, by its header, which is
-// the one part that it looks at. Errors are those of Decode.
-func Chunks(encoded []byte) (int, error) {
+// Info is what the header of an encoded index says.
+type Info struct {
+	DiffID blockdev.Digest
+	Chunks int
+	// Tree is how many bytes the metadata and the implied directories have, Memory about
+	// how many Decode needs for everything.
+	Tree, Memory int64
+}
+
+// Memory that Decode needs for an element, besides the bytes of the body: a Chunk, a
+// Piece, the header of a string.
+const (
+	chunkMemory   = 48
+	pieceMemory   = 36
+	impliedMemory = 16
+)
+
+// Peek reads the header alone, and allocates nothing for what it announces. What it
+// returns has not been compared with the checksum. Errors are those of Decode.
+func Peek(encoded []byte) (Info, error) {
 	h, err := decodeHeader(encoded)
 	if err != nil {
-		return 0, fmt.Errorf("decode index: %w", err)
+		return Info{}, fmt.Errorf("decode index: %w", err)
 	}
-	return h.chunks, nil
+	return Info{
+		DiffID: blockdev.Digest(encoded[offDiffID:]),
+		Chunks: h.chunks,
+		Tree:   int64(h.metaSize) + int64(h.impliedSize),
+		// Paths are in the body, and in strings of their own.
+		Memory: int64(h.bodySize()) + int64(h.impliedSize) +
+			int64(h.chunks)*chunkMemory + int64(h.pieces)*pieceMemory + int64(h.implied)*impliedMemory,
+	}, nil
 }
 
 // Decode reads an encoded index. Errors wrap blockdev.ErrUnsupported for another

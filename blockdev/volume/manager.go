@@ -81,10 +81,10 @@ func (m *Manager) Add(ctx context.Context, encodedIndex []byte) (blockdev.Digest
 	return m.add(ctx, func() (*cache.Diff, error) { return m.cache.Add(ctx, encodedIndex) })
 }
 
-// AddDecoded is Add for who has decoded the index already: ix is what encodedIndex
-// says. A large index takes tens of milliseconds to decode, and a pull waits.
-func (m *Manager) AddDecoded(ctx context.Context, encodedIndex []byte, ix *blockdev.Index) (blockdev.Digest, error) {
-	return m.add(ctx, func() (*cache.Diff, error) { return m.cache.AddDecoded(ctx, encodedIndex, ix) })
+// AddChecked is Add, but that it shows the decoded index to check; see cache.Cache's
+// AddChecked.
+func (m *Manager) AddChecked(ctx context.Context, encodedIndex []byte, check func(*blockdev.Index) error) (blockdev.Digest, error) {
+	return m.add(ctx, func() (*cache.Diff, error) { return m.cache.AddChecked(ctx, encodedIndex, check) })
 }
 
 func (m *Manager) add(ctx context.Context, add func() (*cache.Diff, error)) (blockdev.Digest, error) {
