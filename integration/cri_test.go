@@ -28,6 +28,12 @@ func newCRISite(t *testing.T, v lab.ContainerdVersion, nodeConfig string, change
 	return s
 }
 
+// pinned is the containerd of tests that need one only.
+func pinned(t *testing.T) lab.ContainerdVersion {
+	t.Helper()
+	return (&lab.Lab{Bin: bin(t)}).ContainerdVersions()[0]
+}
+
 // eachContainerd runs a test with every containerd that the lab has.
 func eachContainerd(t *testing.T, test func(*testing.T, lab.ContainerdVersion)) {
 	l := &lab.Lab{Bin: bin(t)} // skips without root

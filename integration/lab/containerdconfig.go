@@ -110,7 +110,7 @@ func (c *Containerd) configure(name string) error {
 		if err := l.fakeCNI(); err != nil {
 			return err
 		}
-		if err := os.MkdirAll(filepath.Join(dir, "certs.d"), 0o700); err != nil {
+		if err := os.MkdirAll(filepath.Join(dir, "certs.d"), 0o711); err != nil {
 			return err
 		}
 		if o.ConfigVersion >= 3 {
