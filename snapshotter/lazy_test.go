@@ -42,6 +42,13 @@ func checkThree(t testing.TB, root string) {
 	}
 }
 
+// supernodeSays is an error that a supernode has answered with.
+type supernodeSays string
+
+func (e supernodeSays) Error() string  { return string(e) }
+func (e supernodeSays) Answered() bool { return true }
+func (e supernodeSays) Unwrap() error  { return blockdev.ErrUnavailable }
+
 func TestLazyImage(t *testing.T) {
 	n := newNode(t)
 	img := newImage("registry.test/app:1", threeLayers(t)...)
@@ -119,6 +126,9 @@ func TestFallback(t *testing.T) {
 		want  func(map[string]string) // changes the labels
 	}{
 		{"unavailable", func(n *node, _ image) { n.images.err = blockdev.ErrUnavailable }, "no supernode answers", nil},
+		{"registry unavailable", func(n *node, _ image) {
+			n.images.err = fmt.Errorf("supernode: %w", supernodeSays("registry r.example: HTTP 503"))
+		}, "it is not to be had now: supernode: registry r.example: HTTP 503", nil},
 		{"unauthorized", func(n *node, _ image) { n.images.err = blockdev.ErrUnauthorized }, "credential", nil},
 		{"unsupported", func(n *node, _ image) { n.images.err = blockdev.ErrUnsupported }, "cannot be served lazily", nil},
 		{"add", func(n *node, _ image) { n.data.addErr = blockdev.ErrNoSpace }, "no space left", nil},

@@ -255,11 +255,20 @@ func (s *Snapshotter) addIndex(ctx context.Context, id blockdev.Digest, enc []by
 	return implied, nil
 }
 
+// answered says whether an error is the answer of a supernode, or of the registry
+// that it has asked: then the error says what is wrong there.
+func answered(err error) bool {
+	var a interface{ Answered() bool }
+	return errors.As(err, &a) && a.Answered()
+}
+
 // cause makes an error of opening an image into the words of a log line.
 func cause(err error, timeout time.Duration) string {
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
 		return fmt.Sprintf("its indexes did not come within %v: %v", timeout, err)
+	case errors.Is(err, blockdev.ErrUnavailable) && answered(err):
+		return fmt.Sprintf("it is not to be had now: %v", err)
 	case errors.Is(err, blockdev.ErrUnavailable):
 		return fmt.Sprintf("no supernode answers: %v", err)
 	case errors.Is(err, blockdev.ErrUnauthorized):

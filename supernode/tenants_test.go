@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -333,4 +334,48 @@ func TestRateLimitIsNoOutage(t *testing.T) {
 	f.SetHook(nil)
 	f.SetAuth(registrytest.Bearer, users, onlyAliceReads)
 	wantErr(t, open("p", "private/app:v1", blockdev.Credential{Username: alice.Username, Secret: "guess"}), blockdev.ErrUnauthorized)
+}
+
+// TestPlainStorageShowsNothing: where a registry sends requests for layers away from
+// TLS, anybody in between could say yes for it. Only the bytes are proof.
+func TestPlainStorageShowsNothing(t *testing.T) {
+	f, storage := registrytest.NewFakeTLS(t), registrytest.NewFake(t)
+	base := registrytest.GzipLayer(t, "base", 300_000, 1)
+	config := registrytest.Config(t, registrytest.Platform{OS: "linux", Architecture: "amd64"}, base)
+	m := registrytest.Manifest(t, registrytest.TypeManifest, config, base)
+	blob := "/blobs/" + blockdev.Sum(base.Blob).String()
+	for _, repo := range []string{"base", "app", "mallory"} {
+		f.SetManifest(repo, "v1", registrytest.TypeManifest, blockdev.Sum(m), m)
+		f.SetBlob(repo, blockdev.Sum(config), config)
+		storage.SetBlob(repo, blockdev.Sum(base.Blob), base.Blob)
+	}
+	// What is not taken for loopback, where plain HTTP needs no permission.
+	f.Script(registrytest.On("", blob, registrytest.RedirectTo("http://"+strings.Replace(storage.Host, "127.0.0.1", "0.0.0.0", 1))))
+	dirs := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dirs, "registry.example"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dirs, "registry.example", "hosts.toml"), fmt.Appendf(nil, "server = \"https://%s\"\nskip_verify = true\n", f.Host), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s := start(t, func(c *Config) { c.HostDirs = []string{dirs} })
+	open := func(repo string) error {
+		img, err := s.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "registry.example/" + repo + ":v1", Platform: amd64})
+		if err == nil {
+			wantImage(t, s, img, base)
+		}
+		return err
+	}
+	if err := open("base"); err != nil {
+		t.Fatal(err)
+	}
+	storage.Forget()
+	if err := open("app"); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(storage.Requests("GET", "/app"+blob)); n != 1 {
+		t.Errorf("%d requests for the layer's bytes", n)
+	}
+	storage.Script(registrytest.On("", "/mallory"+blob, registrytest.Blob{Data: make([]byte, len(base.Blob))}.Serve))
+	wantErr(t, open("mallory"), blockdev.ErrCorrupt, "mallory")
 }

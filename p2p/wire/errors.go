@@ -48,6 +48,10 @@ func (e *RemoteError) Error() string {
 	return e.Unwrap().Error()
 }
 
+// Answered says that the other end was there; package snapshotter looks for the
+// method, to tell users so.
+func (e *RemoteError) Answered() bool { return true }
+
 // Unwrap returns the blockdev error, or ErrBusy.
 func (e *RemoteError) Unwrap() error {
 	for _, c := range codes {

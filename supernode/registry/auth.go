@@ -21,6 +21,7 @@ import (
 // (five times, which locks accounts).
 type authorizer struct {
 	docker.Authorizer
+	redirects
 }
 
 // AddResponses implements docker.Authorizer.
@@ -37,12 +38,16 @@ func (a authorizer) AddResponses(ctx context.Context, responses []*http.Response
 		if err != nil {
 			return fmt.Errorf("unreadable token server address: %w", docker.ErrInvalidAuthorization)
 		}
-		if last.Request.URL.Scheme == "https" && realm.Scheme != "https" && !loopback(realm.Hostname()) {
+		if a.scheme(last.Request.URL) == "https" && realm.Scheme != "https" && !loopback(realm.Hostname()) {
 			return &Error{Host: last.Request.URL.Host, Status: last.StatusCode, kind: blockdev.ErrUnauthorized,
 				text: "its token server is not on https, no credential is sent there"}
 		}
 	}
-	return a.Authorizer.AddResponses(ctx, responses)
+	err := a.Authorizer.AddResponses(ctx, responses)
+	if err != nil && redirected(last.Request) {
+		return storageRefuses(last.Request, last.StatusCode)
+	}
+	return err
 }
 
 // credentialFor returns the function with which containerd's authorizer asks for

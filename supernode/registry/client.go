@@ -7,14 +7,12 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
-	"slices"
 	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
-	"github.com/containerd/errdefs"
 	ctrlog "github.com/containerd/log"
 	"github.com/sirupsen/logrus"
 
@@ -61,47 +59,6 @@ type Client struct {
 	sessions map[sessionKey]*session
 	down     map[string]time.Time // host -> not to be asked for fresher tags before
 	closed   bool
-}
-
-type hostSet struct {
-	hosts []docker.RegistryHost
-	pools []*http.Transport // their connections
-	until time.Time
-	heads chan struct{} // a send is a question for a blob
-
-	mu    sync.Mutex
-	loops map[string]bool // hosts that turned out to be a node's mirror
-}
-
-// loop notes a host that would ask the supernode what the supernode asks it: a
-// node's mirror, which is in the hosts.toml that containerd shares with it. What
-// comes last is the registry itself.
-func (h *hostSet) loop(host string) {
-	last := len(h.hosts) - 1
-	if !slices.ContainsFunc(h.hosts[:last], func(r docker.RegistryHost) bool { return r.Host == host }) {
-		return
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.loops == nil {
-		h.loops = map[string]bool{}
-	}
-	h.loops[host] = true
-}
-
-func (h *hostSet) looping() int {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return len(h.loops)
-}
-
-// usable are the hosts that do not lead back here, and how many names do.
-func (h *hostSet) usable() ([]docker.RegistryHost, int) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	last := len(h.hosts) - 1
-	hosts := slices.DeleteFunc(slices.Clone(h.hosts[:last]), func(r docker.RegistryHost) bool { return h.loops[r.Host] })
-	return append(hosts, h.hosts[last]), len(h.loops)
 }
 
 type sessionKey struct{ host, cred string }
@@ -186,12 +143,6 @@ func (h hook) Fire(e *logrus.Entry) error {
 	return nil
 }
 
-func (h *hostSet) closeIdle() {
-	for _, tr := range h.pools {
-		tr.CloseIdleConnections()
-	}
-}
-
 // wrap puts a transport in front of a client that containerd has configured.
 func (c *Client) wrap(hc *http.Client, set *hostSet) {
 	if _, done := hc.Transport.(*transport); done {
@@ -203,17 +154,7 @@ func (c *Client) wrap(hc *http.Client, set *hostSet) {
 		tr.DisableCompression = true
 		tr.MaxResponseHeaderBytes = 256 << 10
 	}
-	hc.Transport = &transport{base: hc.Transport, stall: c.cfg.Stall, count: c.cfg.Received, loop: set.loop}
-}
-
-func (c *Client) hostDir(host string) (string, error) {
-	for _, d := range c.cfg.HostDirs {
-		dir, err := config.HostDirFromRoot(d)(host)
-		if err == nil || !errdefs.IsNotFound(err) {
-			return dir, err
-		}
-	}
-	return "", errdefs.ErrNotFound
+	hc.Transport = &transport{base: hc.Transport, stall: c.cfg.Stall, count: c.cfg.Received, loop: set.loop, plain: set.setPlain}
 }
 
 // session returns hosts and tokens for a credential at a registry. With renew,
@@ -258,11 +199,11 @@ func (c *Client) session(ctx context.Context, host string, cred blockdev.Credent
 	s := &session{until: set.until, set: set, loops: loops}
 	for _, h := range hosts {
 		tokens := *h.Client
-		tokens.CheckRedirect = checkRedirect(nil)
+		tokens.CheckRedirect = redirects{plain: set.isPlain}.check
 		a := authorizer{docker.NewDockerAuthorizer(docker.WithAuthClient(&tokens), docker.WithAuthHeader(h.Header),
-			docker.WithAuthCreds(credentialFor(cred, host, server)))}
+			docker.WithAuthCreds(credentialFor(cred, host, server))), redirects{plain: set.isPlain}}
 		hc := *h.Client
-		hc.CheckRedirect = checkRedirect(a.Authorize)
+		hc.CheckRedirect = redirects{plain: set.isPlain, authorize: a.Authorize}.check
 		h.Client, h.Authorizer = &hc, a
 		s.hosts = append(s.hosts, h)
 	}

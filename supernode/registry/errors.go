@@ -38,6 +38,14 @@ type Error struct {
 	// answered: it was there, and what it said is of no use. Follows from Status
 	// where that is set.
 	answered bool
+	plain    bool // it is about a redirect away from TLS
+}
+
+// Downgraded says of an error of this package whether an answer was refused
+// because the registry sends requests from TLS to plain HTTP.
+func Downgraded(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.plain
 }
 
 // Outage says of an error of this package whether the registry is down: there was
@@ -60,6 +68,10 @@ func Limited(err error) bool {
 
 // RetryAfter is how long the registry wants to be left alone; 0 if it did not say.
 func (e *Error) RetryAfter() time.Duration { return e.after }
+
+// Answered says that it is about a registry, and not about a supernode that is not
+// there.
+func (e *Error) Answered() bool { return true }
 
 // Unwrap returns the blockdev error.
 func (e *Error) Unwrap() error { return e.kind }

@@ -22,6 +22,8 @@ const maxHeads = 16
 // only hosts with the capability "resolve" are asked. Errors are those of the
 // package, without m's reference.
 //
+// The registry's word has to come over TLS where it speaks TLS; see Downgraded.
+//
 // It sends a HEAD. Where that is refused, or leads to a URL that is signed for GET,
 // it begins to GET the layer: that is what everybody does.
 func (c *Client) HasBlob(ctx context.Context, m *Manifest, l Layer, cred blockdev.Credential) error {
@@ -33,13 +35,14 @@ func (c *Client) HasBlob(ctx context.Context, m *Manifest, l Layer, cred blockde
 		case <-ctx.Done():
 			return ctx.Err()
 		}
+		ctx = context.WithValue(ctx, onlyTLS{}, true)
 		speaks := *s
 		speaks.hosts = s.having(docker.HostCapabilityPull | docker.HostCapabilityResolve)
 		err := speaks.headBlob(ctx, ref, l.Digest)
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
-		if e := mapError(ctx, "", err); Outage(e) || Limited(e) || l.Size == 0 {
+		if e := mapError(ctx, "", err); Outage(e) || Limited(e) || Downgraded(e) || l.Size == 0 {
 			return err
 		}
 		ctx, cancel := context.WithCancel(ctx)

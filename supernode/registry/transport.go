@@ -43,6 +43,7 @@ type transport struct {
 	stall time.Duration
 	count func(n int64)     // received body bytes; may be nil
 	loop  func(host string) // is told of a node's mirror
+	plain func(host string) // is told who answers without TLS
 }
 
 // RoundTrip implements http.RoundTripper.
@@ -68,6 +69,9 @@ func (t *transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		cancel(nil)
 		return nil, err
+	}
+	if req.URL.Scheme == "http" {
+		t.plain(req.URL.Host)
 	}
 	resp.Request = req
 	limit, over := int64(maxTokenBody), blockdev.ErrUnavailable
@@ -104,6 +108,9 @@ func (t *transport) check(req *http.Request, resp *http.Response) error {
 	case s == http.StatusForbidden, s == http.StatusRequestTimeout, s == http.StatusTooManyRequests, s >= 500,
 		s == http.StatusRequestedRangeNotSatisfiable:
 		e := &Error{Host: req.URL.Host, Status: s, kind: kindOf(s), after: retryAfter(resp.Header, time.Now())}
+		if s == http.StatusForbidden && redirected(req) {
+			e = storageRefuses(req, s)
+		}
 		b, _ := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody)) // a cut error body has no code, that is all
 		e.Code = errorCode(b)
 		return e
@@ -198,49 +205,93 @@ func (b *body) Close() error {
 	return err
 }
 
-// keptHeaders may follow a redirect to another origin. Everything else (also
-// what a hosts.toml adds, which is often a key) was meant for the registry.
-var keptHeaders = map[string]bool{"Accept": true, "Accept-Encoding": true, "Range": true, "User-Agent": true}
+// redirected says whether somebody has sent us here: net/http notes whose answer
+// that was.
+func redirected(req *http.Request) bool { return req.Response != nil && req.Response.Request != nil }
 
-// checkRedirect is http.Client.CheckRedirect. net/http keeps the Authorization
-// header for other ports and subdomains of the same name; here the origin
-// (scheme, name and port) decides. authorize, which may be nil, adds what the
-// new origin asked for by itself (anonymous tokens).
-func checkRedirect(authorize func(context.Context, *http.Request) error) func(*http.Request, []*http.Request) error {
-	return func(req *http.Request, via []*http.Request) error {
-		first := via[0]
-		refuse := func(why string) error {
-			return &Error{Host: first.URL.Host, answered: true, kind: blockdev.ErrUnavailable, text: why}
-		}
-		if len(via) >= 10 {
-			return refuse("more than 10 redirects")
-		}
-		if req.URL.Scheme != "https" && req.URL.Scheme != "http" {
-			return refuse(fmt.Sprintf("redirects to a %.20q URL", req.URL.Scheme))
-		}
-		if sameOrigin(req.URL, first.URL) {
-			return nil
-		}
-		if first.Method == http.MethodPost {
-			return refuse("its token server redirects a request that holds a credential")
-		}
-		if via[len(via)-1].URL.Scheme == "https" && req.URL.Scheme == "http" && !loopback(req.URL.Hostname()) {
-			return refuse("redirects from https to http")
-		}
-		for k := range req.Header {
-			if !keptHeaders[k] {
-				req.Header.Del(k)
-			}
-		}
-		if authorize != nil {
-			return authorize(req.Context(), req)
-		}
-		return nil
+// storageRefuses is the error of a target of a redirect that wants a credential,
+// or finds its signature expired. The registry itself has let us in.
+func storageRefuses(req *http.Request, status int) *Error {
+	first := req
+	for i := 0; i < maxRedirects && redirected(first); i++ {
+		first = first.Response.Request
 	}
+	return &Error{Host: req.URL.Host, Status: status, answered: true, kind: blockdev.ErrUnavailable,
+		text: fmt.Sprintf("registry %s redirects there, and it refuses what the registry lets us have", first.URL.Host)}
 }
 
-func sameOrigin(a, b *url.URL) bool {
-	return a.Scheme == b.Scheme && strings.EqualFold(a.Host, b.Host)
+const maxRedirects = 10
+
+// keptHeaders may follow a redirect to another origin. Everything else (also
+// what a hosts.toml adds, which is often a key) was meant for the registry.
+var keptHeaders = map[string]bool{"Accept": true, "Accept-Encoding": true, "Range": true, "User-Agent": true, "Referer": true}
+
+// onlyTLS marks the context of a request whose answer must not come over a
+// connection that anybody can write into.
+type onlyTLS struct{}
+
+// redirects is what decides about redirects of requests to one registry.
+type redirects struct {
+	// plain says whether a host has answered without TLS: where containerd tries
+	// both, URLs say https in either case.
+	plain func(host string) bool
+	// authorize, which may be nil, adds what the new origin asked for by itself
+	// (anonymous tokens).
+	authorize func(context.Context, *http.Request) error
+}
+
+// check is http.Client.CheckRedirect. net/http keeps the Authorization header for
+// other ports and subdomains of the same name; here the origin (scheme, name and
+// port) decides.
+func (r redirects) check(req *http.Request, via []*http.Request) error {
+	first, last := via[0], via[len(via)-1]
+	refuse := func(why string) *Error {
+		return &Error{Host: first.URL.Host, answered: true, kind: blockdev.ErrUnavailable, text: why}
+	}
+	if len(via) >= maxRedirects {
+		return refuse(fmt.Sprintf("more than %d redirects", maxRedirects))
+	}
+	if req.URL.Scheme != "https" && req.URL.Scheme != "http" {
+		return refuse(fmt.Sprintf("redirects to a %.20q URL", req.URL.Scheme))
+	}
+	if r.sameOrigin(req.URL, first.URL) {
+		return nil
+	}
+	if first.Method == http.MethodPost {
+		return refuse("its token server redirects a request that holds a credential")
+	}
+	down := r.scheme(last.URL) == "https" && req.URL.Scheme == "http" && !loopback(req.URL.Hostname())
+	if down && (purpose(req) != "blobs" || req.Context().Value(onlyTLS{}) != nil) {
+		// Blobs are checked by digest, whoever sends them.
+		e := refuse("redirects from https to http")
+		e.plain = true
+		return e
+	}
+	for k := range req.Header {
+		if !keptHeaders[k] {
+			req.Header.Del(k)
+		}
+	}
+	if req.Header.Get("Referer") != "" {
+		// Storage services look from where one comes. What was asked for there, and
+		// a signature in the URL, are not their business.
+		req.Header.Set("Referer", r.scheme(last.URL)+"://"+last.URL.Host+"/")
+	}
+	if r.authorize != nil && !down {
+		return r.authorize(req.Context(), req)
+	}
+	return nil
+}
+
+func (r redirects) scheme(u *url.URL) string {
+	if r.plain(u.Host) {
+		return "http"
+	}
+	return u.Scheme
+}
+
+func (r redirects) sameOrigin(a, b *url.URL) bool {
+	return strings.EqualFold(a.Host, b.Host) && (a.Scheme == b.Scheme || r.scheme(a) == r.scheme(b))
 }
 
 func loopback(host string) bool {

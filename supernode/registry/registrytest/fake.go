@@ -2,9 +2,11 @@ package registrytest
 
 import (
 	"bytes"
+	"crypto/tls"
 	"encoding/base64"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -57,10 +59,14 @@ func NewFake(t testing.TB) *Fake {
 }
 
 // NewFakeTLS is NewFake over TLS with a certificate that nobody trusts.
-func NewFakeTLS(t testing.TB) *Fake {
+func NewFakeTLS(t testing.TB, change ...func(*tls.Config)) *Fake {
 	f := newFake()
 	f.srv = httptest.NewUnstartedServer(f)
-	f.srv.Config.ErrorLog = nil
+	f.srv.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError) // handshakes that fail are what is tested
+	f.srv.TLS = &tls.Config{}
+	for _, c := range change {
+		c(f.srv.TLS)
+	}
 	f.srv.StartTLS()
 	f.Host = f.srv.Listener.Addr().String()
 	t.Cleanup(f.srv.Close)
