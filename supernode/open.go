@@ -235,7 +235,9 @@ func (s *Supernode) ingestLayer(ctx context.Context, r wanted, open ingest.Open)
 			s.log.Info("layer stored", "image", m.Ref, "layer", l.Digest, "bytes", l.Size, "took", took)
 		}
 	}
-	if err != nil && ctx.Err() == nil {
+	if err == nil {
+		s.failed.worked(key)
+	} else if ctx.Err() == nil {
 		s.failed.note(key, err)
 	}
 	return rec, err

@@ -16,6 +16,9 @@
 //   - What compress/gzip accepts is accepted and gives the same bytes, and what it
 //     refuses is refused. That includes streams of several members. FuzzReader
 //     compares the two.
+//   - One thing differs on purpose: what follows a member and does not begin as one ends
+//     the stream, as with gzip, pigz, and so containerd where that has unpigz. What begins as
+//     one and is none is an error, as with gzip: pigz passes over it, if its header is cut.
 //   - Bytes come out only if all their bits were there: a stream that is cut gives a
 //     prefix of its content and io.ErrUnexpectedEOF.
 //   - A Reader takes about 500 KiB of memory, whatever the input.

@@ -39,6 +39,7 @@ type Reader struct {
 	sum     uint32
 	size    uint32 // of the member so far, modulo 2^32
 	state   func(*Reader) error
+	junk    bool // something follows that is no member
 	final   bool // the block is the member's last
 	stored  int  // bytes left of a stored block
 	err     error
@@ -56,6 +57,10 @@ func NewReader(src io.Reader) (*Reader, error) {
 	}
 	return z, nil
 }
+
+// Trailing reports, once Read has returned io.EOF, whether something follows the last
+// member that is none. It was not read.
+func (z *Reader) Trailing() bool { return z.junk }
 
 // Read implements io.Reader. Errors are those of the source, io.ErrUnexpectedEOF, or
 // wrap ErrCorrupt. io.EOF means that the checksums of all members were right.
@@ -111,7 +116,7 @@ func (z *Reader) fill() error {
 			}
 		}
 	}
-	if errors.Is(z.srcErr, io.EOF) {
+	if z.srcErr == io.EOF { // one that wraps it is a broken connection's
 		return io.ErrUnexpectedEOF
 	}
 	return z.srcErr
@@ -222,7 +227,9 @@ func (z *Reader) header() error {
 	return nil
 }
 
-// trailer reads a member's end and the header of the next one, if there is one.
+// trailer reads a member's end and the header of the next one, if there is one. What
+// does not begin as a member is none, as gzip and pigz see it: padding to whole blocks of
+// a tape, say, or what was appended by mistake.
 func (z *Reader) trailer() error {
 	b, err := z.bytes(8)
 	if err != nil {
@@ -231,12 +238,18 @@ func (z *Reader) trailer() error {
 	if binary.LittleEndian.Uint32(b) != z.sum || binary.LittleEndian.Uint32(b[4:]) != z.size {
 		return fmt.Errorf("checksum or size of the content: %w", ErrCorrupt)
 	}
-	if z.pos == z.end {
-		if err := z.fill(); errors.Is(err, io.ErrUnexpectedEOF) && errors.Is(z.srcErr, io.EOF) {
-			return io.EOF
-		} else if err != nil {
+	for z.end-z.pos < 2 {
+		if err := z.fill(); err == nil {
+			continue
+		} else if z.srcErr != io.EOF || z.pos < z.end && z.in[z.pos] == 0x1f {
 			return err
 		}
+		z.junk = z.pos < z.end
+		return io.EOF
+	}
+	if z.in[z.pos] != 0x1f || z.in[z.pos+1] != 0x8b {
+		z.junk = true
+		return io.EOF
 	}
 	return z.header()
 }

@@ -263,7 +263,12 @@ func (f *flight) build(ctx context.Context, r io.Reader, session *store.Ingest) 
 	}
 	defer tar.Close()
 	c := &counting{r: tar, f: f}
-	return layer.Build(ctx, c, session.Put, f.in.cfg.Build)
+	ix, err := layer.Build(ctx, c, session.Put, f.in.cfg.Build)
+	if t, ok := tar.(*tarStream); ok && err == nil && t.trailing() {
+		f.in.cfg.Log.Warn("something follows the layer's gzip stream that is none; it is passed over, as gzip does. "+
+			"containerd unpacks this image only where it finds unpigz", "image", f.l.Ref, "layer", f.l.Digest)
+	}
+	return ix, err
 }
 
 // counting counts what is unpacked, and bounds it.

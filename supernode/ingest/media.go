@@ -152,6 +152,12 @@ func (t *tarStream) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// trailing says whether something that is not compressed follows what was.
+func (t *tarStream) trailing() bool {
+	z, ok := t.r.(*gunzip.Reader)
+	return ok && z.Trailing()
+}
+
 // Close frees the decompressor.
 func (t *tarStream) Close() error {
 	t.close()
