@@ -33,7 +33,8 @@
 //     (Options.SlowBytes). When a diff has as many reads waiting as it may, its next ones
 //     fail.
 //   - A read is answered, with EIO at the latest Options.ReadTimeout after this process
-//     got it from the kernel. A process that takes the connection over begins anew:
+//     got it from the kernel; the kernel's second try of a read that failed has the time
+//     that the first one had, and a second more. A process that takes the connection over begins anew:
 //     while nobody serves it the kernel cannot give reads to anybody.
 //   - When Serve has been told to stop, reads whose bytes are not here yet stay
 //     unanswered: whoever serves the descriptor next gets them again, and if

@@ -39,7 +39,7 @@ func Widen(init []byte, minor uint32) error {
 	if err != nil {
 		return err
 	}
-	defer unix.Close(ctl) // unmounts it
+	defer func() { _ = unix.Close(ctl) }() // unmounts it
 	for _, name := range limitFiles {
 		if err := raise(ctl, fmt.Sprintf("%d/%s", minor, name)); err != nil {
 			return err
@@ -54,7 +54,7 @@ func mountControl() (int, error) {
 	if err != nil {
 		return -1, fmt.Errorf("open fusectl: %w", err)
 	}
-	defer unix.Close(fs)
+	defer func() { _ = unix.Close(fs) }()
 	if err := unix.FsconfigCreate(fs); err != nil {
 		return -1, fmt.Errorf("make fusectl: %w", err)
 	}
@@ -80,7 +80,7 @@ func readControl(ctl int, name string) (int, error) {
 	if err != nil {
 		return 0, &os.PathError{Op: "open", Path: "fusectl/" + name, Err: err}
 	}
-	defer unix.Close(fd)
+	defer func() { _ = unix.Close(fd) }()
 	var b [32]byte
 	n, err := unix.Read(fd, b[:])
 	if err != nil {

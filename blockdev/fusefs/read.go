@@ -153,7 +153,9 @@ func (w *worker) read(ctx context.Context, r readIn) {
 		s.failRead(id, r, errLineFull)
 		return
 	}
-	err := s.slow.add(ctx, slowRead{readIn: r, slot: w.slot, id: id, file: f, n: n, deadline: time.Now().Add(s.opts.ReadTimeout)})
+	now := time.Now()
+	deadline, second := s.tries.deadline(id, r.off, now, now.Add(s.opts.ReadTimeout))
+	err := s.slow.add(ctx, slowRead{readIn: r, slot: w.slot, id: id, file: f, n: n, deadline: deadline, second: second})
 	if err != nil && !errors.Is(err, errStopped) {
 		s.pending.give(next)
 		s.failRead(id, r, err)

@@ -79,6 +79,7 @@ type Server struct {
 	buffers  buffers
 	failures failureLog
 	failed   atomic.Int64 // reads
+	tries    secondTries
 	pending  *pending
 	// repeat is closed when what is left in pending is to be answered.
 	repeat chan struct{}

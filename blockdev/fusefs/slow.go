@@ -30,6 +30,7 @@ type slowRead struct {
 	file     File
 	n        int // bytes to answer
 	deadline time.Time
+	second   bool // try, of the kernel's
 }
 
 // slowReads answers reads that have to wait, in goroutines of their own. A read that
@@ -142,6 +143,7 @@ func (s *Server) answerSlow(ctx context.Context, r slowRead) bool {
 	default:
 		return false // stopped: whoever comes next will answer
 	}
+	s.tries.note(r, time.Now()) // before the kernel learns of it
 	s.failRead(r.id, r.readIn, err)
 	return true
 }
