@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -240,7 +241,7 @@ func TestDrillStalled(t *testing.T) {
 			hung.end()
 		}
 	}
-	for _, err := range append(append(hung.other, with.errs...), without.errs...) {
+	for _, err := range slices.Concat(hung.other, with.errs, without.errs) {
 		t.Log(err)
 	}
 	if hung.ended < stalledReaders {

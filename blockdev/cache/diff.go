@@ -73,7 +73,8 @@ type Diff struct {
 	flights map[int]*flight
 	seq     sequences
 
-	taken taken // of the disk; guarded by Cache.space
+	taken   taken   // of the disk; guarded by Cache.space
+	reading reading // guarded by Cache.gate
 }
 
 // ID returns the DiffID.

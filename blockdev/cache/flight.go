@@ -333,6 +333,7 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 		}
 		bytes += int64(len(data))
 		d.c.stats.fetched(prio, len(data))
+		d.c.gate.came(&d.reading)
 		if prio == blockdev.Startup {
 			d.c.arrivals.note(time.Now())
 		}

@@ -9,30 +9,74 @@ import (
 // gate lets prefetch give way to demand reads, wherever in the Cache they are. A
 // program that starts reads, computes and reads again: prefetch that fills the
 // gaps has the next read wait behind it for processor and link, so it waits until
-// there has been no demand read for a while.
+// there has been no demand read for a while. It does not wait for the reads of a diff
+// for which nothing comes: what holds them up is not prefetch.
 type gate struct {
-	mu      sync.Mutex
-	readers int
-	idle    chan struct{} // closed when readers is 0 again
-	last    time.Time     // when it became 0, or a demand read was announced
-	busy    time.Time     // a program that starts is busy until then
+	mu     sync.Mutex
+	active map[*reading]struct{} // those with readers
+	idle   chan struct{}         // closed when there are none
+	last   time.Time             // when a demand read ended, or was announced
+	busy   time.Time             // a program that starts is busy until then
 }
 
-func (g *gate) enter() {
+// reading is the demand reads of one diff; guarded by gate.mu.
+type reading struct {
+	readers int
+	since   time.Time // when the first of them began, or the last chunk came
+}
+
+// hungAfter is how long nothing must have come for a diff until its reads count no
+// more.
+const hungAfter = 10 * time.Second
+
+func (r *reading) hung(now time.Time) bool { return now.Sub(r.since) >= hungAfter }
+
+func (g *gate) enter(r *reading) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.readers++; g.readers == 1 {
+	if r.readers++; r.readers > 1 {
+		return
+	}
+	if g.active == nil {
+		g.active = make(map[*reading]struct{})
+	}
+	if len(g.active) == 0 {
 		g.idle = make(chan struct{})
 	}
+	g.active[r] = struct{}{}
+	r.since = time.Now()
 }
 
-func (g *gate) leave() {
+func (g *gate) leave(r *reading) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.readers--; g.readers == 0 {
-		g.last = time.Now()
+	if now := time.Now(); !r.hung(now) {
+		g.last = now
+	}
+	if r.readers--; r.readers > 0 {
+		return
+	}
+	if delete(g.active, r); len(g.active) == 0 {
 		close(g.idle)
 	}
+}
+
+// came says that a chunk has come for a diff.
+func (g *gate) came(r *reading) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	r.since = time.Now()
+}
+
+// reads says whether there are demand reads that count; mu is held.
+func (g *gate) reads() bool {
+	now := time.Now()
+	for r := range g.active {
+		if !r.hung(now) {
+			return true
+		}
+	}
+	return false
 }
 
 // expect has prefetch wait as if a demand read had ended just now.
@@ -54,13 +98,13 @@ func (g *gate) starting() {
 	g.busy = time.Now().Add(startBusy)
 }
 
-// wait returns when there has been no demand read for quiet and no program is
-// starting; and after most at the latest, with false.
+// wait returns when there has been no demand read that counts for quiet and no program
+// is starting; and after most at the latest, with false.
 func (g *gate) wait(ctx context.Context, quiet, most time.Duration) (calm bool, err error) {
 	deadline := time.Now().Add(most)
 	for ctx.Err() == nil {
 		g.mu.Lock()
-		busy, idle, last, starts := g.readers > 0, g.idle, g.last, g.busy
+		busy, idle, last, starts := g.reads(), g.idle, g.last, g.busy
 		g.mu.Unlock()
 		until := deadline
 		if !busy {

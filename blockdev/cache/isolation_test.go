@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
@@ -24,7 +25,45 @@ func (r *rig) other(seed uint64, size int) (*Diff, []byte) {
 func (g *gate) waiting() int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.readers
+	n := 0
+	for r := range g.active {
+		n += r.readers
+	}
+	return n
+}
+
+// TestPrefetchDoesNotWaitForHungReads: prefetch gives way to demand reads, but not to
+// those of a diff for which nothing has come for long.
+func TestPrefetchDoesNotWaitForHungReads(t *testing.T) {
+	var g gate
+	var hung, alive reading
+	g.enter(&hung)
+	g.enter(&hung)
+	if calm, err := g.wait(t.Context(), time.Nanosecond, time.Millisecond); calm || err != nil {
+		t.Errorf("prefetch does not give way to reads that have just begun (%v)", err)
+	}
+	hung.since = hung.since.Add(-hungAfter)
+	for range 2 { // also after one of them has given up
+		if calm, err := g.wait(t.Context(), time.Nanosecond, time.Hour); !calm || err != nil {
+			t.Errorf("prefetch gives way to reads that hang (%v)", err)
+		}
+		g.leave(&hung)
+	}
+	g.enter(&hung)
+	hung.since = hung.since.Add(-hungAfter)
+	g.enter(&alive)
+	if calm, err := g.wait(t.Context(), time.Nanosecond, time.Millisecond); calm || err != nil {
+		t.Errorf("prefetch does not give way to reads of another diff (%v)", err)
+	}
+	g.leave(&alive)
+	g.came(&hung)
+	if calm, err := g.wait(t.Context(), time.Nanosecond, time.Millisecond); calm || err != nil {
+		t.Errorf("prefetch does not give way to reads for which something has come again (%v)", err)
+	}
+	g.leave(&hung)
+	if calm, err := g.wait(t.Context(), time.Nanosecond, time.Hour); !calm || err != nil {
+		t.Errorf("prefetch does not go on when there are no reads (%v)", err)
+	}
 }
 
 // TestHungDiffLeavesRoom: a source that does not answer for one diff holds a part of

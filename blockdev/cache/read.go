@@ -117,8 +117,8 @@ var errTimeout = errors.New("demand read timed out")
 
 // readMissing waits for what is missing and then reads all.
 func (d *Diff) readMissing(parent context.Context, off int64, n int, m blockdev.Memory) (err error) {
-	d.c.gate.enter()
-	defer d.c.gate.leave()
+	d.c.gate.enter(&d.reading)
+	defer d.c.gate.leave(&d.reading)
 	d.c.stats.missed.Add(1)
 	began := time.Now()
 	defer func() { d.c.stats.waited.Add(int64(time.Since(began))) }()

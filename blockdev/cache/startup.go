@@ -42,8 +42,8 @@ func (d *Diff) FetchStartup(ctx context.Context, chunks []uint32) error {
 	}
 	d.wg.Add(1)
 	d.mu.Unlock()
-	d.c.gate.enter()
-	defer d.c.gate.leave()
+	d.c.gate.enter(&d.reading)
+	defer d.c.gate.leave(&d.reading)
 	d.keep.Store(time.Now().Add(keepStartup).UnixNano())
 	g.run()
 	if err != nil {
