@@ -31,7 +31,8 @@ type Step struct {
 	Heal func(ctx context.Context, diff blockdev.Digest) error
 }
 
-// silentFor is how long demand requests try a source last that has been silent.
+// silentFor is how long demand requests try a source last that has been silent about
+// their diff, or about several.
 const silentFor = 10 * time.Second
 
 // Chain is a blockdev.Source made of others.
@@ -44,8 +45,51 @@ type step struct {
 	Step
 
 	mu    sync.Mutex
-	avoid time.Time // demand tries it last until then
+	avoid time.Time // demand of any diff tries it last until then
 	good  time.Time // when it last delivered, or the Chain was made
+	heard time.Time // when it last delivered, or said that it does not
+	// hung are the diffs whose demand tries it last.
+	hung map[blockdev.Digest]hung
+}
+
+// hung is that a source was silent about a diff.
+type hung struct {
+	at      time.Time
+	healing bool // it had said at once that it has nothing, and was being healed
+}
+
+// silent notes that a source was silent about a diff. The source may be well, and
+// the diff what hangs: only when it was silent about another diff, too, and has not been
+// heard of since, do the requests for all others not wait for it either.
+func (s *step) silent(diff blockdev.Digest, healing bool) {
+	now := time.Now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.hung == nil {
+		s.hung = make(map[blockdev.Digest]hung)
+	}
+	for other, h := range s.hung {
+		switch {
+		case now.Sub(h.at) >= silentFor:
+			delete(s.hung, other)
+		case other != diff && !healing && !h.healing && h.at.After(s.heard):
+			s.avoid = now.Add(silentFor)
+		}
+	}
+	s.hung[diff] = hung{now, healing}
+}
+
+// avoided says whether demand for a diff is to try the source last; mu is held.
+func (s *step) avoided(diff blockdev.Digest, now time.Time) bool {
+	h, silent := s.hung[diff]
+	return now.Before(s.avoid) || silent && now.Sub(h.at) < silentFor
+}
+
+// answered notes that the source has said that it does not have something.
+func (s *step) answered() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.heard, s.avoid = time.Now(), time.Time{}
 }
 
 // New returns a Chain that asks steps in this order.
@@ -64,7 +108,7 @@ func (c *Chain) Fetch(ctx context.Context, req blockdev.Request, deliver blockde
 	for i := range r.open {
 		r.open[i] = i
 	}
-	steps := c.order(req.Priority)
+	steps := c.order(req.Priority, req.Diff)
 	if len(req.Chunks) == 0 {
 		return nil
 	}
@@ -95,14 +139,14 @@ func (c *Chain) Fetch(ctx context.Context, req blockdev.Request, deliver blockde
 	return &tried
 }
 
-// order is whom a request of this priority asks.
-func (c *Chain) order(prio blockdev.Priority) []*step {
+// order is whom a request of this priority for chunks of this diff asks.
+func (c *Chain) order(prio blockdev.Priority, diff blockdev.Digest) []*step {
 	now := time.Now()
 	var first, last []*step
 	var good time.Time // the latest of those before
 	for k, s := range c.steps {
 		s.mu.Lock()
-		avoid, served := now.Before(s.avoid), s.good
+		avoid, served := s.avoided(diff, now), s.good
 		s.mu.Unlock()
 		if k > 0 && prio == blockdev.Prefetch && s.PrefetchAfter > 0 && now.Sub(good) < s.PrefetchAfter {
 			continue
@@ -139,8 +183,13 @@ func (r *request) ask(s *step, last bool) error {
 		silent = time.AfterFunc(s.Patience, func() { cancel(errSilent) })
 		defer silent.Stop()
 	}
+	healing := false
 	err := r.once(ctx, s, silent)
+	if ctx.Err() == nil && errors.Is(err, blockdev.ErrNotFound) {
+		s.answered()
+	}
 	if s.Heal != nil && r.refused == nil && len(r.open) > 0 && ctx.Err() == nil && errors.Is(err, blockdev.ErrNotFound) {
+		healing = true
 		if herr := s.Heal(ctx, r.Diff); herr == nil {
 			err = r.once(ctx, s, silent)
 		} else {
@@ -148,9 +197,7 @@ func (r *request) ask(s *step, last bool) error {
 		}
 	}
 	if r.ctx.Err() == nil && errors.Is(context.Cause(ctx), errSilent) {
-		s.mu.Lock()
-		s.avoid = time.Now().Add(silentFor)
-		s.mu.Unlock()
+		s.silent(r.Diff, healing)
 		return fmt.Errorf("no chunk for %v: %w", s.Patience, blockdev.ErrUnavailable)
 	}
 	return err
@@ -178,7 +225,7 @@ func (r *request) once(ctx context.Context, s *step, silent *time.Timer) error {
 		switch {
 		case err == nil:
 			got[k] = true
-			s.served()
+			s.served(r.Diff)
 			if silent != nil {
 				silent.Reset(s.Patience)
 			}
@@ -191,11 +238,13 @@ func (r *request) once(ctx context.Context, s *step, silent *time.Timer) error {
 	return err
 }
 
-// served notes that a chunk has come.
-func (s *step) served() {
+// served notes that a chunk of a diff has come.
+func (s *step) served(diff blockdev.Digest) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.good, s.avoid = time.Now(), time.Time{}
+	s.heard = s.good
+	delete(s.hung, diff)
 }
 
 // Error says which sources were asked, and why each has failed.

@@ -181,6 +181,79 @@ func TestSilent(t *testing.T) {
 	})
 }
 
+// of returns an index with the same chunks of another diff.
+func of(ix *blockdev.Index, name string) *blockdev.Index {
+	other := *ix
+	other.DiffID = blockdev.Sum([]byte(name))
+	return &other
+}
+
+// TestSilentAboutOne: a source that is silent about one diff is asked for others as
+// before; one that is silent about all is not waited for by each of them.
+func TestSilentAboutOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ix, all := fixture()
+		hangs, other := of(ix, "hangs"), of(ix, "other")
+		var down atomic.Bool
+		first := &counted{Source: blockdevtest.SourceFunc(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+			if req.Diff == hangs.DiffID || down.Load() {
+				return silent(ctx, req, deliver)
+			}
+			return all.Fetch(ctx, req, deliver)
+		})}
+		last := &counted{Source: all}
+		c := New(Step{Name: "first", Source: first, Patience: 2 * time.Second}, Step{Name: "last", Source: last})
+		read := func(ix *blockdev.Index, wantFirst, wantLast int64) {
+			t.Helper()
+			first.requests.Store(0)
+			last.requests.Store(0)
+			if n, err := fetch(t.Context(), c, blockdev.Demand, ix); err != nil || n != len(ix.Chunks) {
+				t.Fatal(n, err)
+			}
+			if f, l := first.requests.Load(), last.requests.Load(); f != wantFirst || l != wantLast {
+				t.Errorf("%d and %d requests, want %d and %d", f, l, wantFirst, wantLast)
+			}
+		}
+		read(hangs, 1, 1) // waits, and then the last one has it
+		read(hangs, 0, 1) // is not waited for again
+		read(other, 1, 0) // goes where it always went
+		down.Store(true)
+		read(other, 1, 1)           // the second silence; but the first was before the source was heard of
+		read(of(ix, "third"), 1, 1) // another, and nothing in between
+		read(of(ix, "fourth"), 0, 1)
+		down.Store(false)
+		time.Sleep(silentFor)
+		read(other, 1, 0)
+	})
+}
+
+// TestHealingHangs: a source that says at once that it has nothing is well, however long
+// it takes to be healed.
+func TestHealingHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ix, all := fixture()
+		one, two := of(ix, "one"), of(ix, "two")
+		first := &counted{Source: blockdevtest.SourceFunc(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+			if req.Diff == one.DiffID || req.Diff == two.DiffID {
+				return blockdev.ErrNotFound
+			}
+			return all.Fetch(ctx, req, deliver)
+		})}
+		heal := func(ctx context.Context, _ blockdev.Digest) error { <-ctx.Done(); return ctx.Err() }
+		last := &counted{Source: all}
+		c := New(Step{Name: "first", Source: first, Patience: 2 * time.Second, Heal: heal}, Step{Name: "last", Source: last})
+		for _, ix := range []*blockdev.Index{one, two, of(ix, "well")} {
+			last.requests.Store(0)
+			if n, err := fetch(t.Context(), c, blockdev.Demand, ix); err != nil || n != len(ix.Chunks) {
+				t.Fatal(n, err)
+			}
+		}
+		if n := last.requests.Load(); n != 0 {
+			t.Error("another diff is read from the last source")
+		}
+	})
+}
+
 // TestPrefetchAfter: prefetch leaves the registry alone for a while.
 func TestPrefetchAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
