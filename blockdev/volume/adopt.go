@@ -205,7 +205,7 @@ func (m *Manager) tryKeep(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	mounts, err := m.left()
+	mounts, err := m.leftMounts()
 	if err != nil {
 		return err
 	}

@@ -5,10 +5,20 @@
 //
 //   - volume: one diff and its mount. Whatever images have the layer share it,
 //     and so share its page cache.
-//   - native: mounted from the local file. Only for diffs that were complete
-//     when they were mounted; FUSE has no part in it.
-//   - lazy: mounted through FUSE. A lazy mount stays lazy when its diff becomes
-//     complete; it just never has to wait any more.
+//   - native: mounted from the local file, which is complete; FUSE has no part
+//     in it.
+//   - lazy: mounted through FUSE, as long as bytes are missing.
+//
+// # Lazy until complete, native from then on
+//
+// When a diff is complete, a native mount takes the place of the lazy one, in one
+// step and whoever uses it: at once, when it is asked for, and at a start. If a
+// chunk turns out to be damaged, it goes the other way until the chunk is back, so
+// that nobody who starts reads what is known to be wrong. An overlayfs mount has its
+// own copy of the mounts that it was made of, and goes on with these: a container
+// that started lazily reads through FUSE until it ends (LazyUsers). The kernel has no
+// way to put another file beneath a mounted EROFS, unless there is a loop device
+// between them: with those, all users of a diff become native with it.
 //
 // # On disk
 //
@@ -20,7 +30,8 @@
 //
 // What is mounted where, mountinfo says: the source of each mount is the diff's
 // metadata file. Only lazy or native does not show there; hence the markers,
-// which are made before a lazy mount and removed after it.
+// which are made before a lazy mount and removed after it. A marker that a crash
+// left has the next process mount once more.
 //
 // # Invariants
 //
@@ -31,6 +42,9 @@
 //     process, and Open adopts them. Lazy ones give errors from then on (unless
 //     somebody else holds the FUSE descriptor); Open takes them away and mounts
 //     them again at the same place.
+//   - Whoever finds damage (cache.Config.Damaged): what was complete is fetched again
+//     at once, and the kernel forgets what it has cached, also of mounts that were
+//     replaced.
 //   - What runs in the background on a complete diff waits for what somebody waits
 //     for: scrubs for proofs, proofs for prefetch, all of them for demand reads.
 //   - A volume is removed only by Remove. Counting who needs it is the caller's.

@@ -132,10 +132,7 @@ func (m *Manager) Verify(ctx context.Context, repair bool, progress func(id bloc
 // owns says whether a mount is that of a volume. One that was just being taken
 // away is not there any more at the second look.
 func (m *Manager) owns(i mount.Info) bool {
-	m.mu.RLock()
-	v := m.source(i)
-	m.mu.RUnlock()
-	if v != nil {
+	if m.source(i) != nil {
 		return true
 	}
 	now, err := mount.List(i.Dir)

@@ -58,7 +58,8 @@ type Manager struct {
 	queue    *queue // prefetches
 	proofs   *queue
 	scrubs   *queue
-	startups *startups
+	startups *tasks
+	chores   *tasks // what else runs in the background
 	// unsupported is why this kernel cannot show block images as they are; nil: it can.
 	unsupported error
 
@@ -67,9 +68,11 @@ type Manager struct {
 	stop      context.CancelFunc
 	serveDone chan struct{}
 
-	mu     sync.RWMutex // guards the maps; never held across I/O
-	vols   map[blockdev.Digest]*volume
-	names  map[string]blockdev.Digest
+	mu    sync.RWMutex // guards the maps; never held across I/O
+	vols  map[blockdev.Digest]*volume
+	names map[string]blockdev.Digest
+	// left are mounts of diffs that could not be opened yet.
+	left   map[blockdev.Digest]leftMount
 	closed bool
 }
 
@@ -100,11 +103,20 @@ func (m *Manager) add(ctx context.Context, add func() (*cache.Diff, error)) (blo
 		if v.diff == diff(d) {
 			return d.ID(), nil
 		}
-		// The volume of an earlier life of this diff is just being removed.
+		// The volume of an earlier life of this diff. It is just being removed; or that
+		// went wrong, and then nobody else ends it.
 		if err := v.take(ctx); err != nil {
 			return d.ID(), err
 		}
+		if _, _, gone := v.mounted(); !gone {
+			m.cfg.Log.Error("a diff was removed beneath its mount, which is taken away", "diff", v.id)
+			err = m.unmount(v, true)
+			m.forget(v)
+		}
 		v.give()
+		if err != nil {
+			return d.ID(), err
+		}
 	}
 }
 
@@ -119,18 +131,45 @@ func (m *Manager) adopt(d diff) (*volume, error) {
 		return v, nil
 	}
 	v := &volume{id: d.ID(), diff: d, turn: make(chan struct{}, 1)}
+	if i, ok := m.left[v.id]; ok {
+		delete(m.left, v.id)
+		v.setMounted(i.dir, i.meta, i.lazy)
+	}
 	m.vols[v.id] = v
 	return v, nil
 }
 
+// forget ends a volume. The caller has its turn, and has taken away its mount.
+func (m *Manager) forget(v *volume) {
+	v.mu.Lock()
+	v.gone = true
+	v.mu.Unlock()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.vols[v.id] == v {
+		delete(m.vols, v.id)
+	}
+	for name, owner := range m.names {
+		if owner == v.id {
+			delete(m.names, name)
+		}
+	}
+}
+
+// volume returns the volume of a diff, also of one that could not be opened before.
 func (m *Manager) volume(id blockdev.Digest) (*volume, error) {
 	m.mu.RLock()
-	defer m.mu.RUnlock()
-	if m.closed {
+	v, ok := m.vols[id]
+	closed := m.closed
+	m.mu.RUnlock()
+	if closed {
 		return nil, errClosed
 	}
-	if v, ok := m.vols[id]; ok {
+	if ok {
 		return v, nil
+	}
+	if d, ok := m.cache.Get(id); ok {
+		return m.adopt(d)
 	}
 	return nil, fmt.Errorf("diff %s on this node: %w", id, blockdev.ErrNotFound)
 }
@@ -145,7 +184,8 @@ func (m *Manager) Has(id blockdev.Digest) bool {
 }
 
 // Mount mounts a diff, if it is not mounted yet, and returns where: from the
-// local file if the diff is complete, else through FUSE. The error wraps
+// local file if the diff is complete, else through FUSE. One that is mounted in the
+// other way is mounted anew at the same place (package comment). The error wraps
 // blockdev.ErrNotFound if there is no such diff, blockdev.ErrUnsupported if this
 // kernel cannot mount it, and blockdev.ErrQuarantined if it is not what its index
 // said: then it may be mounted, for who reads it already.
@@ -157,7 +197,7 @@ func (m *Manager) Mount(ctx context.Context, id blockdev.Digest) (dir string, er
 	if err := v.diff.Distrust(); err != nil {
 		return "", err
 	}
-	if dir, _, gone := v.mounted(); dir != "" && !gone && !v.outdated() {
+	if dir, _, gone := v.mounted(); dir != "" && !gone && v.matches() {
 		return dir, nil
 	}
 	if err := v.take(ctx); err != nil {
@@ -168,14 +208,9 @@ func (m *Manager) Mount(ctx context.Context, id blockdev.Digest) (dir string, er
 	switch {
 	case gone:
 		return "", fmt.Errorf("diff %s on this node: %w (just removed)", id, blockdev.ErrNotFound)
-	case dir != "" && !v.outdated():
-		return dir, nil
 	case dir != "":
-		// Whoever uses it keeps it.
-		if err := mount.Detach(dir); err != nil {
-			return "", fmt.Errorf("diff %s: %w", id, err)
-		}
-		v.setMounted("", "", false)
+		m.matchNow(v)
+		return dir, nil
 	}
 	return m.mount(v)
 }
@@ -195,7 +230,7 @@ func (m *Manager) mount(v *volume) (string, error) {
 	}
 	lazy, data := false, v.diff.DataPath()
 	if !v.diff.Complete() {
-		lazy, data = true, filepath.Join(m.root, fuseDir, v.id.Hex())
+		lazy, data = true, m.fusePath(v.id)
 		if err := m.mark(v.id); err != nil {
 			return "", err
 		}
@@ -213,11 +248,12 @@ func (m *Manager) mount(v *volume) (string, error) {
 // Remove unmounts a diff, stops its prefetch and frees its bytes. It is the
 // caller's to know that nobody needs it. A mount that is in use all the same is
 // taken out of the tree, and its users get errors for what they have not read.
-// Removing what is not there is no error.
+// Removing what is not there is no error. If ctx ends while its prefetch is being
+// stopped, the diff stays; later than that, it goes all the same.
 func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
 	v, err := m.volume(id)
 	if errors.Is(err, blockdev.ErrNotFound) {
-		return nil
+		return m.removeUnopened(ctx, id)
 	} else if err != nil {
 		return err
 	}
@@ -231,26 +267,31 @@ func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
 	if err := m.stopWork(ctx, v); err != nil {
 		return err
 	}
-	err = m.unmount(v, true)
-	if err == nil {
-		err = m.cache.Remove(ctx, id)
+	// From here on it is not to be left half done: whoever comes next would find a
+	// layer without its mount, or the other way round.
+	if err = m.unmount(v, true); err == nil {
+		err = m.cache.Remove(context.WithoutCancel(ctx), id)
 	}
-	if err != nil {
+	if d, ok := m.cache.Get(id); ok && diff(d) == v.diff {
 		m.allowWork(v)
 		return err
 	}
-	v.mu.Lock()
-	v.gone = true
-	v.mu.Unlock()
+	m.forget(v) // also if files could not be deleted: they go at the next start
+	return err
+}
+
+// removeUnopened removes a diff that could not be opened, if there is one.
+func (m *Manager) removeUnopened(ctx context.Context, id blockdev.Digest) error {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	delete(m.vols, id)
-	for name, owner := range m.names {
-		if owner == id {
-			delete(m.names, name)
+	i, ok := m.left[id]
+	delete(m.left, id)
+	m.mu.Unlock()
+	if ok {
+		if err := errors.Join(mount.Detach(i.dir), m.unmark(id)); err != nil {
+			return fmt.Errorf("diff %s: %w", id, err)
 		}
 	}
-	return nil
+	return m.cache.Remove(ctx, id)
 }
 
 // stopWork keeps all queues off a volume, or none.

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -49,27 +48,30 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("volumes at %s: %w", cfg.Root, err)
 	}
+	m := &Manager{
+		cfg:      cfg,
+		root:     root,
+		startups: newTasks(),
+		chores:   newTasks(),
+		vols:     make(map[blockdev.Digest]*volume),
+		names:    make(map[string]blockdev.Digest),
+		left:     make(map[blockdev.Digest]leftMount),
+	}
 	cc := cfg.Cache
 	cc.Root, cc.Source, cc.Log = root, cfg.Source, cfg.Log
+	cc.Damaged = m.damaged // not before there are reads, and they go through m
 	c, err := cache.Open(ctx, cc)
 	if err != nil {
 		return nil, err
 	}
-	m := &Manager{
-		cfg:      cfg,
-		root:     root,
-		cache:    c,
-		startups: newStartups(),
-		vols:     make(map[blockdev.Digest]*volume),
-		names:    make(map[string]blockdev.Digest),
-	}
+	m.cache = c
 	m.queue, m.proofs, m.scrubs = m.newPrefetchQueue(), m.newProofQueue(), m.newScrubQueue()
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
 		}
 	}()
-	left, err := m.left()
+	left, err := m.leftMounts()
 	if err != nil {
 		return nil, err
 	}
@@ -105,6 +107,8 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 	for _, v := range m.volumes() {
 		if v.diff.Complete() {
 			m.prove(v)
+		} else if v.diff.Completed() {
+			m.refetch(v) // the last process has found damage, and did not get to it
 		}
 	}
 	if err := m.sweep(); err != nil {
@@ -113,6 +117,7 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 	if cfg.ScrubInterval > 0 {
 		m.scrubs.tasks.Go(func() { m.scrubber(m.scrubs.ctx) })
 	}
+	m.chores.run(func() { m.matcher(m.chores.ctx) })
 	return m, nil
 }
 
@@ -151,78 +156,6 @@ func makeRoot(dir string) (string, error) {
 		}
 	}
 	return root, nil
-}
-
-// left lists the mounts that an earlier process left.
-func (m *Manager) left() (found []mount.Info, err error) {
-	for _, sub := range []string{fuseDir, mountsDir} {
-		in, err := mount.List(filepath.Join(m.root, sub))
-		if err != nil {
-			return nil, err
-		}
-		found = append(found, in...)
-	}
-	return found, nil
-}
-
-// takeOver goes through these mounts. Those through FUSE stay if its connection
-// is adopted. It returns the volumes that were mounted and are to be mounted
-// again.
-func (m *Manager) takeOver(found []mount.Info, adopted bool) (again []*volume, err error) {
-	lost := 0
-	// What is over the FUSE mount goes before it.
-	for _, i := range slices.Backward(found) {
-		if i.Type == fusefs.FSType && adopted {
-			continue
-		}
-		v := m.source(i)
-		if i.Type == fusefs.FSType || v == nil {
-			// Nobody serves it, since the cache's lock is ours. So it is not
-			// touched but to detach it.
-			if err := mount.Detach(i.Dir); err != nil {
-				return nil, err
-			}
-			continue
-		}
-		dir, _, _ := v.mounted()
-		lazy := m.marked(v.id)
-		if dir == "" && (lazy && adopted || !lazy && v.diff.Complete()) {
-			m.names[filepath.Base(i.Dir)] = v.id
-			v.setMounted(i.Dir, i.Source, lazy)
-			continue
-		}
-		if lazy {
-			lost++
-		}
-		if err := mount.Detach(i.Dir); err != nil {
-			return nil, err
-		}
-		if dir == "" && !slices.Contains(again, v) {
-			// Where it was is where containerd may have been told that it is.
-			m.names[filepath.Base(i.Dir)] = v.id
-			again = append(again, v)
-		}
-	}
-	if lost > 0 {
-		m.cfg.Log.Error("lazy mounts of the last process could not be taken over and are made anew: containers that run on them get I/O errors until they are restarted",
-			"mounts", lost)
-	}
-	return again, nil
-}
-
-// source returns the volume that a mount shows, or nil if it is no mount of a
-// diff that is there, at a place where a diff can be.
-func (m *Manager) source(i mount.Info) *volume {
-	if i.Kind == 0 || filepath.Dir(i.Dir) != filepath.Join(m.root, mountsDir) {
-		return nil
-	}
-	for _, v := range m.vols {
-		// Of one diff there may have been two metadata images, in one directory.
-		if filepath.Dir(v.diff.MetaPath()) == filepath.Dir(i.Source) && strings.Contains(v.id.Hex(), filepath.Base(i.Dir)) {
-			return v
-		}
-	}
-	return nil
 }
 
 // serve answers an adopted connection, or mounts FUSE and answers that.
@@ -267,58 +200,6 @@ func (m *Manager) serve(ctx context.Context, conn *connection) (err error) {
 	return nil
 }
 
-// sweep removes mount points and markers that nothing uses.
-func (m *Manager) sweep() error {
-	used := make(map[string]bool)
-	for _, s := range m.Stats() {
-		if s.Dir != "" {
-			used[filepath.Base(s.Dir)] = true
-			used[s.ID.Hex()] = s.Lazy
-		}
-	}
-	for _, sub := range []string{mountsDir, lazyDir} {
-		entries, err := os.ReadDir(filepath.Join(m.root, sub))
-		if err != nil {
-			return err
-		}
-		for _, e := range entries {
-			if used[e.Name()] {
-				continue
-			}
-			if err := os.Remove(filepath.Join(m.root, sub, e.Name())); err != nil {
-				m.cfg.Log.Warn("cannot clean up", "error", err)
-			}
-		}
-	}
-	return nil
-}
-
-func (m *Manager) markPath(id blockdev.Digest) string {
-	return filepath.Join(m.root, lazyDir, id.Hex())
-}
-
-// mark notes that a diff may be mounted lazily. It need not survive a power
-// loss, since mounts do not either.
-func (m *Manager) mark(id blockdev.Digest) error {
-	f, err := os.OpenFile(m.markPath(id), os.O_CREATE|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	return f.Close()
-}
-
-func (m *Manager) unmark(id blockdev.Digest) error {
-	if err := os.Remove(m.markPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	return nil
-}
-
-func (m *Manager) marked(id blockdev.Digest) bool {
-	_, err := os.Lstat(m.markPath(id))
-	return err == nil
-}
-
 // Close ends prefetch and service, and leaves all mounts as they are (see the
 // package comment). It is to be called once nobody uses the Manager.
 func (m *Manager) Close() error {
@@ -337,6 +218,7 @@ func (m *Manager) Close() error {
 	m.queue.close(vols)
 	m.proofs.close(vols)
 	m.scrubs.close(vols)
+	m.chores.close()
 	// While reads are still answered: it can take a while.
 	m.cache.Sync(context.Background())
 	if m.stop != nil {

@@ -102,7 +102,11 @@ func (m *Manager) newPrefetchQueue() *queue {
 		ended: func(v *volume, err error) {
 			if err == nil {
 				m.refresh(v)
+				m.match(m.queue.ctx, v)
 				m.prove(v)
+				if v.diff.Completed() && !v.diff.Complete() {
+					m.refetch(v) // damage was found just before the attempt ended
+				}
 			}
 			m.proofs.kick() // they wait until nothing is being fetched
 			m.scrubs.kick()

@@ -27,12 +27,13 @@ type fakeDiff struct {
 
 func (d *fakeDiff) ID() blockdev.Digest { return blockdev.Sum([]byte(d.name)) }
 func (d *fakeDiff) MetaPath() string    { return "" }
-func (d *fakeDiff) FullUse() (bytes, inodes int64, err error) {
-	return 0, 0, nil
-}
-func (d *fakeDiff) DataPath() string { return "" }
-func (d *fakeDiff) Complete() bool   { return false }
-func (d *fakeDiff) Stat() cache.Stat { return cache.Stat{} }
+func (d *fakeDiff) DataPath() string    { return "" }
+func (d *fakeDiff) Complete() bool      { return false }
+func (d *fakeDiff) Completed() bool     { return false }
+func (d *fakeDiff) Stat() cache.Stat    { return cache.Stat{} }
+
+func (d *fakeDiff) FullUse() (bytes, inodes int64, err error) { return 0, 0, nil }
+
 func (d *fakeDiff) Proof() cache.ProofState {
 	if d.prove == nil {
 		return cache.Proven

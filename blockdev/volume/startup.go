@@ -32,37 +32,38 @@ const (
 	reportTimeout = 3 * time.Second
 )
 
-// startups are the startup fetches and recordings under way.
-type startups struct {
-	ctx   context.Context // ends with the Manager: it is its life, not a caller's
-	end   context.CancelFunc
-	tasks sync.WaitGroup
+// tasks are what runs in the background and is in no queue: startup fetches and
+// recordings, and other things.
+type tasks struct {
+	ctx context.Context // ends with the Manager: it is its life, not a caller's
+	end context.CancelFunc
+	wg  sync.WaitGroup
 
 	mu     sync.Mutex
 	closed bool
 }
 
-func newStartups() *startups {
+func newTasks() *tasks {
 	ctx, end := context.WithCancel(context.Background())
-	return &startups{ctx: ctx, end: end}
+	return &tasks{ctx: ctx, end: end}
 }
 
 // run starts a task, unless close has begun.
-func (s *startups) run(task func()) {
+func (s *tasks) run(task func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.closed {
-		s.tasks.Go(task)
+		s.wg.Go(task)
 	}
 }
 
 // close ends all tasks and waits for them.
-func (s *startups) close() {
+func (s *tasks) close() {
 	s.mu.Lock()
 	s.closed = true
 	s.mu.Unlock()
 	s.end()
-	s.tasks.Wait()
+	s.wg.Wait()
 }
 
 // EndStartups ends startup fetches and recordings for good, and reports what was

@@ -76,7 +76,7 @@ func TestLearnedStart(t *testing.T) {
 	hostile := blockdev.DiffProfile{Diff: blockdev.Sum([]byte("unknown")), Profile: blockdev.Profile{{Chunk: 1}}}
 	beyond := append(slices.Clone(profiles[0].Profile), blockdev.Touch{Chunk: 1 << 31, Rank: 1 << 31})
 	next.FetchStartup([]blockdev.DiffProfile{hostile, {Diff: l.id, Profile: beyond}})
-	next.startups.tasks.Wait()
+	next.startups.wg.Wait()
 	var want int64
 	for _, touch := range profiles[0].Profile {
 		want += int64(l.index.Chunks[touch.Chunk].Length)
@@ -108,7 +108,7 @@ func TestReportFails(t *testing.T) {
 // TestStartupLine: by rank over all diffs, one request a diff in each window;
 // diffs that are not there are passed over, and the whole is bounded.
 func TestStartupLine(t *testing.T) {
-	m := &Manager{cfg: Config{Log: slog.New(slog.DiscardHandler)}, vols: map[blockdev.Digest]*volume{}}
+	m := &Manager{cache: new(cache.Cache), cfg: Config{Log: slog.New(slog.DiscardHandler)}, vols: map[blockdev.Digest]*volume{}}
 	names := map[*volume]string{}
 	for _, name := range []string{"a", "b"} {
 		d := &fakeDiff{name: name}
@@ -150,8 +150,8 @@ func TestStartupLine(t *testing.T) {
 // TestStartupEndsWithTheManager: fetches that are under way do not keep it from
 // closing, and what fails is left to reads.
 func TestStartupEndsWithTheManager(t *testing.T) {
-	s := newStartups()
-	m := &Manager{cfg: Config{Log: slog.New(slog.DiscardHandler)}, vols: map[blockdev.Digest]*volume{}, startups: s}
+	s := newTasks()
+	m := &Manager{cache: new(cache.Cache), cfg: Config{Log: slog.New(slog.DiscardHandler)}, vols: map[blockdev.Digest]*volume{}, startups: s}
 	began := make(chan struct{}, 1)
 	d := &fakeDiff{name: "a"}
 	d.startup = func([]uint32) error {

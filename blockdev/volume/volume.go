@@ -17,6 +17,7 @@ type diff interface {
 	MetaPath() string
 	DataPath() string
 	Complete() bool
+	Completed() bool
 	Prefetch(ctx context.Context) error
 	FetchStartup(ctx context.Context, chunks []uint32) error
 	Prove(ctx context.Context, hurry bool) error
@@ -44,7 +45,7 @@ type volume struct {
 	dir  string     // mount point, "" if not mounted
 	meta string     // the metadata image that is mounted there
 	lazy bool
-	// stale: wrong bytes may have been read through the mount.
+	// stale: wrong bytes may have been read through the mounts.
 	stale bool
 	// started: a container has begun to read since it was mounted.
 	started bool
@@ -100,4 +101,23 @@ func (v *volume) setStarted(started bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.started = started
+}
+
+// setStale says that wrong bytes may have been read through the mounts. It reports
+// whether that is new.
+func (v *volume) setStale() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	first := !v.stale
+	v.stale = true
+	return first
+}
+
+// takeStale returns the mount point, and whether setStale was called since the last
+// time.
+func (v *volume) takeStale() (dir string, stale bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	stale, v.stale = v.stale, false
+	return v.dir, stale
 }

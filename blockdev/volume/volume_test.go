@@ -39,10 +39,10 @@ func TestLazyThenNative(t *testing.T) {
 			if last != [2]int64{int64(len(l.data)), int64(len(l.data))} {
 				t.Errorf("last progress is %v", last)
 			}
-			// What is mounted stays as it is.
-			if s := n.stat(l); !s.Complete || !s.Lazy || s.Dir != n.mountDir(l) {
-				t.Errorf("after prefetch: %+v", s)
+			if again := n.mountDir(l); again != dir || n.stat(l).Lazy {
+				t.Errorf("after prefetch: mounted at %s, before at %s; %+v", again, dir, n.stat(l))
 			}
+			n.check(l, dir)
 			if err := n.Remove(ctx, l.id); err != nil {
 				t.Fatal(err)
 			}

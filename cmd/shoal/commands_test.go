@@ -85,11 +85,16 @@ func proof(l control.Layer, state string) control.Layer {
 	return l
 }
 
+func users(n int, l control.Layer) control.Layer {
+	l.LazyUsers = n
+	return l
+}
+
 func TestStatus(t *testing.T) {
 	d := &fakeDaemon{status: &control.Status{
 		Version: "v1.2", Role: "node", Supernodes: []string{"12D3@10.0.0.1:7700"},
 		Images: []control.Image{
-			{Ref: "docker.io/library/redis:7", Layers: []control.Layer{proof(layerOf(100e6, 100e6, "native"), "proven"), proof(layerOf(20e6, 20e6, "native"), "proven")}},
+			{Ref: "docker.io/library/redis:7", Layers: []control.Layer{users(2, proof(layerOf(100e6, 100e6, "native"), "proven")), users(1, proof(layerOf(20e6, 20e6, "native"), "proven"))}},
 			{Ref: "r.example.com/app:v2", Layers: []control.Layer{layerOf(2e9, 2e9-1, "lazy"), proof(layerOf(1, 1, "native"), "proven"), layerOf(0, 0, "")}},
 			{Ref: "r.example.com/bad:v1", Layers: []control.Layer{proof(layerOf(10, 10, "lazy"), "quarantined"), proof(layerOf(1, 1, "native"), "proven")}},
 			{Ref: "r.example.com/empty:1", Layers: []control.Layer{}},
@@ -99,11 +104,11 @@ func TestStatus(t *testing.T) {
 	got, err := shoal(t, "status", "--control", socket)
 	want := `shoal v1.2, node, supernode 12D3@10.0.0.1:7700
 
-IMAGE                      LAYERS  SIZE   LOCAL  MOUNTED           PROVEN
-docker.io/library/redis:7  2       120MB  100%   2 native          yes
-r.example.com/app:v2       3       2GB    99%    1 native, 1 lazy  1 of 3
-r.example.com/bad:v1       2       11B    100%   1 native, 1 lazy  QUARANTINED
-r.example.com/empty:1      0       0B     100%   -                 yes
+IMAGE                      LAYERS  SIZE   LOCAL  MOUNTED                       PROVEN
+docker.io/library/redis:7  2       120MB  100%   2 native (2 containers lazy)  yes
+r.example.com/app:v2       3       2GB    99%    1 native, 1 lazy              1 of 3
+r.example.com/bad:v1       2       11B    100%   1 native, 1 lazy              QUARANTINED
+r.example.com/empty:1      0       0B     100%   -                             yes
 `
 	if err != nil || got != want {
 		t.Errorf("%v, got:\n%s\nwant:\n%s", err, got, want)

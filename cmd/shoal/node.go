@@ -297,11 +297,17 @@ func (d *nodeDaemon) Status(ctx context.Context) (*control.Status, error) {
 	if err != nil {
 		return nil, err
 	}
+	users, err := d.vols.LazyUsers()
+	if err != nil {
+		return nil, err
+	}
 	st := &control.Status{Version: version, Role: "node", Supernodes: d.addresses, Images: []control.Image{}}
 	for _, im := range images {
 		ci := control.Image{Ref: im.Ref, Layers: []control.Layer{}}
 		for _, l := range im.Layers {
-			ci.Layers = append(ci.Layers, d.layer(l.DiffID))
+			cl := d.layer(l.DiffID)
+			cl.LazyUsers = users[l.DiffID]
+			ci.Layers = append(ci.Layers, cl)
 		}
 		st.Images = append(st.Images, ci)
 	}

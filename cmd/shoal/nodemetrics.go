@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -34,6 +35,22 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 			return sum
 		})
 	}
+	lazy := func(users string, counts func(lazy bool, users int) bool) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "shoal_node_lazy_mounts", Help: "Layers that are read through FUSE by containers, or that none reads yet.",
+			ConstLabels: prometheus.Labels{"users": users},
+		}, func() float64 {
+			read, err := d.vols.LazyUsers()
+			if err != nil {
+				return math.NaN()
+			}
+			var sum float64
+			for _, s := range d.vols.Stats() {
+				sum += b2f(counts(s.Dir != "" && s.Lazy, read[s.ID]))
+			}
+			return sum
+		})
+	}
 	const proofs, proofsHelp = "shoal_node_proofs_total", "Layers that were hashed and indexed anew once all their bytes were here, by outcome."
 	const fetched, fetchedHelp = "shoal_node_fetched_bytes_total", "Uncompressed bytes that were fetched, read-ahead with demand; proof: tar headers, which only the proof reads."
 	return []prometheus.Collector{
@@ -59,7 +76,8 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 		gauge("shoal_node_local_bytes", "Bytes of those layers that are on this node.", func(s volume.Stat) float64 { return float64(s.Local) }),
 		gauge("shoal_node_proven_diffs", "Layers that were shown to be what the image config says.", func(s volume.Stat) float64 { return b2f(s.Proof == cache.Proven) }),
 		gauge("shoal_node_quarantined_diffs", "Layers that are not what their index said; images with them are refused.", func(s volume.Stat) float64 { return b2f(s.Proof == cache.Quarantined) }),
-		gauge("shoal_node_lazy_mounts", "Layers that are mounted through FUSE.", func(s volume.Stat) float64 { return b2f(s.Dir != "" && s.Lazy) }),
+		lazy("containers", func(_ bool, users int) bool { return users > 0 }),
+		lazy("none", func(lazy bool, users int) bool { return lazy && users == 0 }),
 	}
 }
 

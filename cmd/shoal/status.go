@@ -85,13 +85,15 @@ func writeStatus(w io.Writer, st *control.Status) error {
 	for _, im := range st.Images {
 		var size, local int64
 		mounts, proofs := map[string]int{}, map[string]int{}
+		users := 0
 		for _, l := range im.Layers {
 			size += l.Size
 			local += l.Local
 			mounts[l.Mount]++
+			users = max(users, l.LazyUsers)
 			proofs[l.Proof]++
 		}
-		fmt.Fprintf(tw, "%s\t%d\t%s\t%s\t%s", im.Ref, len(im.Layers), units.HumanSize(float64(size)), percent(local, size), mountSummary(mounts))
+		fmt.Fprintf(tw, "%s\t%d\t%s\t%s\t%s", im.Ref, len(im.Layers), units.HumanSize(float64(size)), percent(local, size), mountSummary(mounts, users))
 		if node {
 			fmt.Fprintf(tw, "\t%s", proofSummary(proofs, len(im.Layers)))
 		}
@@ -108,7 +110,9 @@ func percent(part, all int64) string {
 	return fmt.Sprintf("%d%%", part*100/all)
 }
 
-func mountSummary(mounts map[string]int) string {
+// mountSummary says how layers are mounted, and how many containers read at least one
+// of them through FUSE.
+func mountSummary(mounts map[string]int, users int) string {
 	var parts []string
 	for _, kind := range []string{"native", "lazy"} {
 		if n := mounts[kind]; n > 0 {
@@ -118,7 +122,14 @@ func mountSummary(mounts map[string]int) string {
 	if len(parts) == 0 {
 		return "-"
 	}
-	return strings.Join(parts, ", ")
+	summary := strings.Join(parts, ", ")
+	switch {
+	case users == 1:
+		summary += " (1 container lazy)"
+	case users > 1:
+		summary += fmt.Sprintf(" (%d containers lazy)", users)
+	}
+	return summary
 }
 
 // proofSummary says how many layers are known to be what the image config says.

@@ -45,6 +45,9 @@ type Layer struct {
 	Local  int64  `json:"local"`
 	// Mount is native, lazy, or empty where the layer is not mounted.
 	Mount string `json:"mount,omitempty"`
+	// LazyUsers is how many containers read the layer through FUSE, and so depend on the
+	// daemon. With a native mount these are such as began before the layer was complete.
+	LazyUsers int `json:"lazy_users,omitempty"`
 	// Proof, on a node, is proven (all bytes were here, and they are what the
 	// image config says), quarantined (they are not), or empty until it is known.
 	Proof string `json:"proof,omitempty"`

@@ -1,0 +1,288 @@
+package volume
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/blockdev/mount"
+)
+
+// container is an overlayfs mount over a layer, as a container has one.
+type container struct {
+	t   testing.TB
+	dir string
+}
+
+func newContainer(t testing.TB, lower string) *container {
+	t.Helper()
+	base := filepath.Join(t.TempDir(), testRoot)
+	c := &container{t, filepath.Join(base, "rootfs")}
+	for _, d := range []string{"rootfs", "upper", "work"} {
+		if err := os.MkdirAll(filepath.Join(base, d), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	opts := "index=off,lowerdir=" + lower + ",upperdir=" + filepath.Join(base, "upper") + ",workdir=" + filepath.Join(base, "work")
+	if err := unix.Mount("overlay", c.dir, "overlay", 0, opts); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.end)
+	return c
+}
+
+func (c *container) end() {
+	if err := mount.Detach(c.dir); err != nil {
+		c.t.Error(err)
+	}
+}
+
+// read reads the layer's file, and not from the page cache.
+func (c *container) read(l *layer) error {
+	if err := forget(c.dir); err != nil {
+		return err
+	}
+	got, err := os.ReadFile(filepath.Join(c.dir, "file"))
+	if err == nil && !bytes.Equal(got, l.content) {
+		err = errors.New("other bytes")
+	}
+	return err
+}
+
+func (n *node) eventually(what string, ok func() bool) {
+	n.t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			n.t.Fatalf("never came true: %s", what)
+		}
+	}
+}
+
+func (n *node) lazyUsers(l *layer) int {
+	n.t.Helper()
+	users, err := n.LazyUsers()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return users[l.id]
+}
+
+// TestNativeWhenComplete: a layer that has become complete is mounted natively at the
+// same place, whoever uses the lazy mount. Containers that start from then on need
+// no process. Those from before read on, and with loop devices they do not need it
+// either.
+func TestNativeWhenComplete(t *testing.T) {
+	for name, loop := range map[string]bool{"file": false, "loop": true} {
+		t.Run(name, func(t *testing.T) {
+			k := newKeeper(t)
+			n := newNode(t, func(c *Config) { c.Loop, c.Keep = loop, k })
+			l := newLayer(t, 70, 8<<20)
+			n.add(l)
+			dir := n.mountDir(l)
+			old := newContainer(t, dir)
+			inside, err := os.Open(filepath.Join(dir, "file")) // this alone makes unmount(2) fail
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer inside.Close()
+			n.checkPart(l, inside, 0, 100_000)
+			if got := n.lazyUsers(l); got != 1 {
+				t.Errorf("%d containers on a lazy mount, want 1", got)
+			}
+			if err := n.PrefetchWait(ctx, l.id, nil); err != nil {
+				t.Fatal(err)
+			}
+			n.eventually("it is mounted natively, and nobody asked for it", func() bool { return !n.stat(l).Lazy })
+			if again := n.mountDir(l); again != dir {
+				t.Errorf("mounted at %s, before at %s", again, dir)
+			}
+			young := newContainer(t, dir)
+			for who, c := range map[string]*container{"old": old, "new": young} {
+				if err := c.read(l); err != nil {
+					t.Errorf("%s container: %v", who, err)
+				}
+			}
+			n.checkPart(l, inside, 4<<20, 1<<20)
+			want := 1
+			if loop {
+				want = 0
+			}
+			if got := n.lazyUsers(l); got != want {
+				t.Errorf("%d containers read through FUSE, want %d", got, want)
+			}
+			if n.marked(l.id) {
+				t.Error("still marked as lazy")
+			}
+			found, err := mount.List(filepath.Join(n.root, mountsDir))
+			if err != nil || len(found) != 1 {
+				t.Errorf("mounts: %+v, %v", found, err)
+			}
+
+			// The process ends for good, and who keeps its descriptors, too.
+			if err := n.Close(); err != nil {
+				t.Fatal(err)
+			}
+			for name := range k.kept {
+				if err := k.Drop(name); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := young.read(l); err != nil {
+				t.Errorf("new container, with nobody there: %v", err)
+			}
+			if err := old.read(l); (err == nil) != loop {
+				t.Errorf("old container, with nobody there: %v", err)
+			}
+			if err := newContainer(t, dir).read(l); err != nil {
+				t.Errorf("container that starts with nobody there: %v", err)
+			}
+			n.open()
+			old.end()
+			if got := n.lazyUsers(l); got != 0 {
+				t.Errorf("%d containers read through FUSE after the last of them has ended", got)
+			}
+		})
+	}
+}
+
+// TestNativeAfterCrash: a process that ended while it mounted a layer anew leaves it
+// to the next one.
+func TestNativeAfterCrash(t *testing.T) {
+	k := newKeeper(t)
+	n := newNode(t, func(c *Config) { c.Keep = k })
+	l := newLayer(t, 71, 1<<20)
+	n.add(l)
+	dir := n.mountDir(l)
+	if err := n.PrefetchWait(ctx, l.id, nil); err != nil {
+		t.Fatal(err)
+	}
+	n.mountDir(l)
+	for name, leave := range map[string]func() error{
+		"both are mounted": func() error {
+			_, err := mount.Mount(n.diffFile(l, "meta"), n.fusePath(l.id), dir, mount.Options{})
+			return errors.Join(err, n.mark(l.id))
+		},
+		"the marker is left": func() error { return n.mark(l.id) },
+		"it has not begun": func() error {
+			return errors.Join(n.mark(l.id), mount.Replace(n.diffFile(l, "meta"), n.fusePath(l.id), dir, mount.Options{}))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := leave(); err != nil {
+				t.Fatal(err)
+			}
+			c := newContainer(t, dir)
+			defer c.end()
+			n.restart()
+			n.eventually("it is native", func() bool { return !n.stat(l).Lazy && !n.marked(l.id) })
+			if found, err := mount.List(filepath.Join(n.root, mountsDir)); err != nil || len(found) != 1 || found[0].Dir != dir {
+				t.Errorf("mounts: %+v, %v", found, err)
+			}
+			n.check(l, dir)
+			if err := c.read(l); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func (n *node) diffFile(l *layer, name string) string {
+	return filepath.Join(n.root, "diffs", l.id.Hex(), name)
+}
+
+// TestLostLoop: with loop devices, what is complete survives the loss of the
+// connection; containers read on once there is a process again.
+func TestLostLoop(t *testing.T) {
+	n := newNode(t, func(c *Config) { c.Loop = true })
+	l := newLayer(t, 72, 1<<20)
+	n.add(l)
+	dir := n.mountDir(l)
+	if err := n.PrefetchWait(ctx, l.id, nil); err != nil {
+		t.Fatal(err)
+	}
+	n.mountDir(l)
+	// As if it had ended just before it switched the device.
+	if _, err := mount.Switch(n.diffFile(l, "data"), n.fusePath(l.id)); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.mark(l.id); err != nil {
+		t.Fatal(err)
+	}
+	c := newContainer(t, dir)
+	id := mountID(t, dir)
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.read(l); err == nil {
+		t.Error("the device was not over FUSE")
+	}
+	n.open()
+	if err := c.read(l); err != nil || mountID(t, dir) != id || n.stat(l).Lazy {
+		t.Errorf("container: %v; %+v", err, n.stat(l))
+	}
+}
+
+// TestUnopenedKeepsItsMount: a diff that cannot be opened at a start, for a reason that
+// passes, keeps its mount and gets its volume back without a restart.
+func TestUnopenedKeepsItsMount(t *testing.T) {
+	for name, complete := range map[string]bool{"native": true, "lazy": false} {
+		t.Run(name, func(t *testing.T) {
+			k := newKeeper(t)
+			n := newNode(t, func(c *Config) { c.Keep = k })
+			l := newLayer(t, 73, 1<<20)
+			n.add(l)
+			if complete {
+				if err := n.PrefetchWait(ctx, l.id, nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			dir := n.mountDir(l)
+			n.check(l, dir)
+			id := mountID(t, dir)
+			if err := n.Close(); err != nil {
+				t.Fatal(err)
+			}
+			// A directory in the file's place is no damage, but cannot be read.
+			index, aside := n.diffFile(l, "index"), n.diffFile(l, "index.aside")
+			if err := errors.Join(os.Rename(index, aside), os.Mkdir(index, 0o700)); err != nil {
+				t.Fatal(err)
+			}
+			n.open()
+			if n.Has(l.id) {
+				t.Fatal("it was opened")
+			}
+			if complete {
+				n.check(l, dir)
+			}
+			if err := errors.Join(os.Remove(index), os.Rename(aside, index)); err != nil {
+				t.Fatal(err)
+			}
+			n.eventually("it is open", func() bool { return n.Has(l.id) })
+			if n.mountDir(l) != dir || mountID(t, dir) != id || n.stat(l).Lazy == complete {
+				t.Errorf("after that: %+v", n.stat(l))
+			}
+			n.check(l, dir)
+
+			// Removed while it cannot be opened, it is gone as well.
+			if err := n.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(os.Rename(index, aside), os.Mkdir(index, 0o700)); err != nil {
+				t.Fatal(err)
+			}
+			n.open()
+			if err := n.Remove(ctx, l.id); err != nil {
+				t.Fatal(err)
+			}
+			left, err := os.ReadDir(filepath.Join(n.root, "diffs"))
+			if found, lerr := mount.List(filepath.Join(n.root, mountsDir)); err != nil || lerr != nil || len(left)+len(found) != 0 {
+				t.Errorf("left behind: %v %v, %v %v", left, found, err, lerr)
+			}
+		})
+	}
+}
