@@ -84,6 +84,11 @@ func Inspect(ctx context.Context, root string, repair bool) (*Health, error) {
 		visit func(*bolt.Tx) error
 	}{{recordsFile, visitRecords}, {metadataFile, nil}} {
 		err := boltcheck.File(filepath.Join(root, db.name), db.visit)
+		if db.name == metadataFile && (err == nil || errors.Is(err, fs.ErrNotExist)) {
+			if lost := metadataLost(root); lost != nil {
+				err = lost
+			}
+		}
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			continue

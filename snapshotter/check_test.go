@@ -105,8 +105,19 @@ func TestDamagedRecords(t *testing.T) {
 }
 
 // TestDamagedMetadata: metadata.db is set aside with the directories that containers
-// write to, and no diff is removed, since nobody knows which are in use.
+// write to, and no diff is removed, since nobody knows which are in use; the same if
+// it is not there any more.
 func TestDamagedMetadata(t *testing.T) {
+	for name, spoil := range map[string]func(path string) error{
+		"damaged": func(path string) error { return os.WriteFile(path, bytes.Repeat([]byte("garbage "), 4096), 0o600) },
+		"missing": os.Remove,
+		"empty":   func(path string) error { return os.Truncate(path, 0) },
+	} {
+		t.Run(name, func(t *testing.T) { damageMetadata(t, spoil) })
+	}
+}
+
+func damageMetadata(t *testing.T, spoil func(path string) error) {
 	n := newNode(t)
 	used := newImage("registry.test/used:1", threeLayers(t)...)
 	n.images.publish(used)
@@ -121,7 +132,11 @@ func TestDamagedMetadata(t *testing.T) {
 	}
 	check(t, os.WriteFile(filepath.Join(upper, "precious"), []byte("data"), 0o600))
 	n.stopped(func() {
-		check(t, os.WriteFile(filepath.Join(n.root, metadataFile), bytes.Repeat([]byte("garbage "), 4096), 0o600))
+		check(t, spoil(filepath.Join(n.root, metadataFile)))
+		// A check of a node that is not running sees it, and does no harm.
+		if h := must(Inspect(bg, n.root, true))(t); len(h.Findings) != 1 || h.Findings[0].Where != metadataFile {
+			t.Errorf("check: %+v", h)
+		}
 	})
 	n.bg.Wait()
 	check(t, n.Cleanup(bg))

@@ -18,7 +18,8 @@ import (
 const (
 	recordsFile  = "shoal.db"
 	metadataFile = "metadata.db"
-	// asideSuffix is what a damaged database's name gets.
+	// asideSuffix is what the name of a damaged database gets, and that of what goes
+	// with it.
 	asideSuffix = ".damaged"
 )
 
@@ -39,7 +40,9 @@ func (s *Snapshotter) openDatabases() error {
 	if s.records, err = openRecords(records); err != nil {
 		return err
 	}
-	err = boltcheck.File(metadata, nil)
+	if err = metadataLost(s.cfg.Root); err == nil {
+		err = boltcheck.File(metadata, nil)
+	}
 	if errors.Is(err, blockdev.ErrCorrupt) {
 		err = s.setMetadataAside(metadata, err)
 	} else if errors.Is(err, fs.ErrNotExist) {
@@ -54,9 +57,41 @@ func (s *Snapshotter) openDatabases() error {
 	return nil
 }
 
+// metadataLost returns an error that wraps blockdev.ErrCorrupt if there is no
+// metadata, or a file without anything in it, and yet there are directories of
+// snapshots: a repair of the file system, a restore or a slip has taken it away, and
+// running containers may write to these directories.
+func metadataLost(root string) error {
+	st, err := os.Stat(filepath.Join(root, metadataFile))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err == nil && st.Size() > 0 {
+		return nil
+	}
+	dirs, err := os.ReadDir(filepath.Join(root, "s"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) || len(dirs) == 0 {
+		return err
+	}
+	return fmt.Errorf("%s is missing or empty, though there are directories of %d snapshots: %w", metadataFile, len(dirs), blockdev.ErrCorrupt)
+}
+
 // setMetadataAside makes way for a new metadata.db. The directories of snapshots go
-// with it: running containers write to them.
+// with it: running containers write to them. After a crash in the middle, the next
+// start goes on.
 func (s *Snapshotter) setMetadataAside(metadata string, cause error) error {
+	aside, err := boltcheck.SetAside(metadata)
+	if err != nil {
+		return err
+	}
+	// It tells usesUnknown, also if there was nothing to set aside.
+	mark, err := os.OpenFile(aside, os.O_WRONLY|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	if err := mark.Close(); err != nil {
+		return err
+	}
 	dirs := filepath.Join(s.cfg.Root, "s")
 	dirsAside := dirs + asideSuffix
 	for n := 2; ; n++ { // what was set aside before may be in use still
@@ -68,11 +103,7 @@ func (s *Snapshotter) setMetadataAside(metadata string, cause error) error {
 	if err := os.Rename(dirs, dirsAside); err != nil {
 		return err
 	}
-	aside, err := boltcheck.SetAside(metadata)
-	if err != nil {
-		return err
-	}
-	s.log.Error("the snapshots' metadata is damaged and was set aside, with the directories that containers write to; running containers go on. "+
+	s.log.Error("the snapshots' metadata is damaged or lost; it was set aside, with the directories that containers write to; running containers go on. "+
 		"Remove all containers and images of this snapshotter and pull them again; until the files that were set aside are deleted, no layer is",
 		"aside", []string{aside, dirsAside}, "error", cause)
 	return os.Mkdir(dirs, 0o700)

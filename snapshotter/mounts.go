@@ -39,7 +39,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	var links []link
 	if parent != "" {
 		if links, err = s.chain(ctx, parent); err != nil {
-			return nil, err
+			return nil, s.unknown(parent, err)
 		}
 	}
 	// Before the snapshot is made, so that an image that cannot be mounted leaves

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -43,6 +44,8 @@ type Snapshotter struct {
 	recoveries map[blockdev.Digest]*recovery // under mu
 	cleaning   chan struct{}                 // held by who cleans up
 	rewarmings map[string]*rewarming         // under mu; by image
+
+	saidUnknown atomic.Int64 // Unix nanoseconds; see unknown
 
 	mu         sync.Mutex
 	unlabelled string              // last ChainID asked for without an image's name
@@ -155,7 +158,7 @@ func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info
 		_, info, _, err = storage.GetInfo(ctx, key)
 		return err
 	})
-	return info, err
+	return info, s.unknown(key, err)
 }
 
 // Update changes labels. Those that make a snapshot a lazy one stay as they are.
@@ -241,7 +244,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 		return err
 	})
 	if err != nil {
-		return nil, err
+		return nil, s.unknown(key, err)
 	}
 	ctx, cancel := s.limit(ctx)
 	defer cancel()

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// User is a mount that is made of others: an overlayfs mount, or a bind mount of a
-// block image.
+// User is a mount that is made of others: an overlayfs mount, or a bind mount or
+// idmapped clone of a block image.
 type User struct {
 	// Dir is its mount point.
 	Dir string
@@ -22,11 +22,12 @@ type User struct {
 }
 
 // Users returns the overlayfs and EROFS mounts of this process' mount namespace that
-// are not below root.
-func Users(root string) (users []User, err error) {
+// are not below dir. Lower directories that were given by other names, as those of
+// images with well over a hundred layers are, show these.
+func Users(dir string) (users []User, err error) {
 	_, err = mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
 		switch {
-		case strings.HasPrefix(m.Mountpoint, strings.TrimSuffix(root, "/")+"/"):
+		case strings.HasPrefix(m.Mountpoint, strings.TrimSuffix(dir, "/")+"/"):
 		case m.FSType == "overlay":
 			if lower := lowerDirs(m.VFSOptions); len(lower) > 0 {
 				users = append(users, User{Dir: m.Mountpoint, Lower: lower})
@@ -41,7 +42,7 @@ func Users(root string) (users []User, err error) {
 		return true, false
 	})
 	if err != nil {
-		return nil, fmt.Errorf("mounts that use those below %s: %w", root, err)
+		return nil, fmt.Errorf("mounts that use those below %s: %w", dir, err)
 	}
 	return users, nil
 }

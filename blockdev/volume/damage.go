@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -45,7 +46,7 @@ func (m *Manager) refresh(v *volume) {
 		return
 	}
 	dirs := []string{dir}
-	users, err := mount.Users(m.root)
+	users, err := mount.Users(filepath.Join(m.root, mountsDir))
 	for _, u := range v.users(users, dir, false) {
 		dirs = append(dirs, u.Dir)
 	}

@@ -115,7 +115,7 @@ func (m *Manager) matcher(ctx context.Context) {
 // was complete and mounted natively, and depends on this process until it ends.
 // What other mount namespaces have mounted is not seen.
 func (m *Manager) LazyUsers() (map[blockdev.Digest]int, error) {
-	users, err := mount.Users(m.root)
+	users, err := mount.Users(filepath.Join(m.root, mountsDir))
 	if err != nil || len(users) == 0 {
 		return nil, err
 	}

@@ -1,0 +1,29 @@
+package snapshotter
+
+import (
+	"time"
+
+	"github.com/containerd/errdefs"
+)
+
+// unknownInterval is how often it is said at most that snapshots are missing:
+// containerd asks for the same ones again and again.
+const unknownInterval = time.Minute
+
+// unknown returns err, and says what to do if it means that containerd has asked for a
+// snapshot that is not here. containerd asks only for those that its own metadata has,
+// and as long as that has them, it refuses to make them anew: no pull gets as far as
+// this snapshotter.
+func (s *Snapshotter) unknown(key string, err error) error {
+	if !errdefs.IsNotFound(err) {
+		return err
+	}
+	now := time.Now().UnixNano()
+	last := s.saidUnknown.Load()
+	if last != 0 && now-last < int64(unknownInterval) || !s.saidUnknown.CompareAndSwap(last, now) {
+		return err
+	}
+	s.log.Error("containerd asks for a snapshot that is not here: the node's directory and containerd's do not belong together, since one of them was emptied or restored. "+
+		"For each image of this snapshotter, the pause image too, once its containers are removed: crictl rmi IMAGE, then crictl pull IMAGE", "snapshot", key)
+	return err
+}
