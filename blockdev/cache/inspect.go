@@ -355,7 +355,7 @@ func (c *Cache) repair(ctx context.Context, damaged []blockdev.Digest) error {
 		if !ok {
 			continue
 		}
-		if _, err := d.Check(ctx, true); err != nil && !errors.Is(err, ErrDamaged) {
+		if _, err := d.Check(ctx, true); err != nil && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrIncomplete) {
 			return err
 		}
 		if d.Complete() && d.Proof() == Unproven {
