@@ -21,6 +21,7 @@ type link struct {
 	diff  blockdev.Digest // if lazy
 	fixup bool            // lazy, and has fix-ups
 	layer bool            // of an image, pulled
+	chain string          // its ChainID, if it is
 }
 
 // mountWorkers bounds how many block images of one chain are mounted at a time.
@@ -38,7 +39,7 @@ func readChain(ctx context.Context, name string) (links []link, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("parent snapshot: %w", err)
 		}
-		l := link{id: id, fixup: info.Labels[labelFixup] != "", layer: info.Labels[labelRef] != ""}
+		l := link{id: id, fixup: info.Labels[labelFixup] != "", layer: info.Labels[labelRef] != "", chain: info.Labels[labelRef]}
 		if l.diff, l.lazy, err = diffOf(info); err != nil {
 			return nil, err
 		}

@@ -236,7 +236,11 @@ func (s *Snapshotter) start() error {
 		}
 		s.sweep(ctx)
 	})
+	if err := s.startWishes(); err != nil {
+		return err
+	}
 	s.bg.Go(func() { s.mountActive(ctx, active) })
+	s.watching.Go(func() { s.wishes.watch(ctx) })
 	return nil
 }
 
@@ -277,6 +281,6 @@ func (s *Snapshotter) mountActive(ctx context.Context, active map[string]snapsho
 			s.log.Error("snapshot cannot be mounted; it will be tried again when its container is started",
 				"snapshot", name, "error", err)
 		}
-		s.prefetch(info, links)
+		s.wish(ctx, name, info, links)
 	}
 }

@@ -25,9 +25,16 @@ type Data interface {
 	// Remove unmounts the diff, stops its prefetch and frees its bytes. Removing a
 	// diff that is not there is no error.
 	Remove(ctx context.Context, diffID blockdev.Digest) error
+	// ContainerStarts says that a container on these diffs is about to read.
+	ContainerStarts(ids ...blockdev.Digest)
 	// Prefetch queues the missing bytes of these diffs to be fetched in the
 	// background, in this order, and returns at once.
 	Prefetch(ids ...blockdev.Digest)
+	// StopPrefetch ends that, but for diffs that PrefetchWait waits for, and returns
+	// at once. What has come stays.
+	StopPrefetch(ids ...blockdev.Digest)
+	// Incomplete reports whether the diff is there and bytes of it are missing.
+	Incomplete(id blockdev.Digest) bool
 }
 
 // Has is an optional part of Data: whether the diff has been added and is sound.
@@ -100,6 +107,10 @@ type Config struct {
 	// Policy says which images may be lazy, and what of them is prefetched; nil: every
 	// one, and all.
 	Policy *policy.Policy
+	// PrefetchAfterPull has an image fetched whole that no container has followed yet;
+	// PrefetchAfterExit has it fetched on when its last container has ended. Both only
+	// where Policy has all of it fetched.
+	PrefetchAfterPull, PrefetchAfterExit bool
 	// Groups is told which images are here; nil: nobody is.
 	Groups Groups
 	// Platform goes into requests for an image whose manifest the caller does not

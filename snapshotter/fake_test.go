@@ -183,6 +183,7 @@ type fakeData struct {
 	dirs       map[blockdev.Digest]string
 	removed    []blockdev.Digest
 	prefetched []blockdev.Digest
+	stopped    []blockdev.Digest
 	waited     []blockdev.Digest
 	startup    []blockdev.DiffProfile
 	mountErr   map[blockdev.Digest]error
@@ -252,6 +253,21 @@ func (d *fakeData) Remove(_ context.Context, id blockdev.Digest) error {
 		return nil
 	}
 	return os.RemoveAll(dir)
+}
+
+func (d *fakeData) ContainerStarts(...blockdev.Digest) {}
+
+func (d *fakeData) StopPrefetch(ids ...blockdev.Digest) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.stopped = append(d.stopped, ids...)
+}
+
+// Incomplete: nothing ever comes.
+func (d *fakeData) Incomplete(id blockdev.Digest) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.dirs[id] != ""
 }
 
 func (d *fakeData) Prefetch(ids ...blockdev.Digest) {

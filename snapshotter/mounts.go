@@ -57,7 +57,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		return nil, errors.Join(fmt.Errorf("snapshot %s: %w", key, err), s.Remove(ctx, key))
 	}
 	if !unpack {
-		s.prefetch(info, links)
+		s.containerStarts(key, sn.ID, info, links)
 	}
 	return mounts, nil
 }
@@ -245,17 +245,6 @@ func compacted(options, lowers []string) int {
 		}
 	}
 	return n
-}
-
-// prefetch hands a container's diffs on to be fetched in full: from the top, where
-// the image's own program is; what is below is more often shared, and here already.
-func (s *Snapshotter) prefetch(info snapshots.Info, links []link) {
-	if _, unpack := info.Labels[labelRef]; unpack {
-		return
-	}
-	if ids := diffsOf(links); len(ids) > 0 {
-		s.cfg.Data.Prefetch(unique(ids)...)
-	}
 }
 
 func unique(ids []blockdev.Digest) []blockdev.Digest {

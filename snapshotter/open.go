@@ -13,6 +13,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
 const (
@@ -76,7 +77,9 @@ func (s *Snapshotter) open(ctx context.Context, w want) (_ *openImage, err error
 	if err := s.add(ctx, o, img); err != nil {
 		return nil, err
 	}
-	s.fetchStartup(img)
+	if s.cfg.Policy.Prefetch(w.ref) != policy.None {
+		s.fetchStartup(img)
+	}
 	s.log.Info("image is lazy", "image", w.ref, "manifest", o.Manifest, "layers", len(o.Layers),
 		"known", len(have), "took", time.Since(began).Round(time.Millisecond))
 	return o, nil

@@ -47,6 +47,9 @@ type imageRecord struct {
 	Grant []byte `json:"grant,omitempty"`
 	// Kept: KeepImage holds it.
 	Kept bool `json:"kept,omitempty"`
+	// Unfollowed: no container has started on it since it was pulled, and all of it is
+	// to be fetched.
+	Unfollowed bool `json:"unfollowed,omitempty"`
 }
 
 // diffs are those of the layers, each once.
@@ -191,7 +194,7 @@ func (r *records) opened(img imageRecord, implied map[blockdev.Digest][]string) 
 		if err != nil {
 			return err
 		}
-		img.Kept = old.Kept
+		img.Kept, img.Unfollowed = old.Kept, old.Unfollowed
 		return putImage(b, img)
 	})
 }
@@ -247,6 +250,20 @@ func (r *records) keep(img *imageRecord) (changed bool, err error) {
 		return putImage(b, rec)
 	})
 	return changed, err
+}
+
+// setUnfollowed sets imageRecord.Unfollowed. An image that is not listed any more is
+// no error.
+func (r *records) setUnfollowed(img *imageRecord, to bool) error {
+	return r.db.Update(func(tx *bolt.Tx) error {
+		b := tx.Bucket(bucketImages)
+		rec, ok, err := getImage(b, img.key())
+		if err != nil || !ok || rec.Unfollowed == to {
+			return err
+		}
+		rec.Unfollowed = to
+		return putImage(b, rec)
+	})
 }
 
 // release ends the keeping of a manifest, under all references, and returns the

@@ -108,6 +108,7 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 			s.log.Error("image stays marked as kept, removing it will not free its diffs before the next start",
 				"image", w.ref, "error", err)
 		}
+		s.imagePulled(&o.imageRecord)
 	}
 	return last, fmt.Errorf("snapshot %s is lazy: %w", w.chain, errdefs.ErrAlreadyExists)
 }

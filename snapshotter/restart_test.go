@@ -59,10 +59,13 @@ func TestCrash(t *testing.T) {
 			t.Errorf("what is not the snapshotter's: %v", err)
 		}
 	}
-	if got := len(n.data.prefetched); got != 3 {
-		t.Errorf("prefetch goes on for %d diffs, want the 3 of the container", got)
+	if got := len(n.data.prefetched); got != 0 {
+		t.Errorf("%d diffs are prefetched, and the container does not run", got)
 	}
 	checkThree(t, mounted(t, must(n.Mounts(bg, "ns/7/c"))(t)))
+	if got := len(n.data.prefetched); got != 3 {
+		t.Errorf("%d diffs are prefetched, want the 3 of the container", got)
+	}
 	// The pull goes on.
 	_, fetched, err := n.pull(bg, half)
 	check(t, err)

@@ -30,12 +30,15 @@ type Snapshotter struct {
 	refs     refs
 	openings openings
 	pulls    pulls
+	wishes   *wishes
 	options  []string // overlayfs' for every mount
 
 	base   context.Context // ends with Close
 	cancel context.CancelFunc
 	bg     sync.WaitGroup
-	closed sync.Once
+	// watching is the goroutine that looks at wishes until the end.
+	watching sync.WaitGroup
+	closed   sync.Once
 	// closeErr is that of the first Close.
 	closeErr error
 
@@ -69,6 +72,7 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 	}
 	s := &Snapshotter{cfg: cfg, log: cfg.Log, idmapping: make(map[string]struct{}), recovering: make(chan struct{}, 1), cleaning: make(chan struct{}, 1),
 		recoveries: make(map[blockdev.Digest]*recovery), rewarmings: make(map[string]*rewarming)}
+	s.wishes = newWishes(&cfg)
 	s.idmapDone = sync.NewCond(&s.mu)
 	for _, dir := range []string{"", "s", "scratch", "l"} {
 		if err := os.MkdirAll(filepath.Join(cfg.Root, dir), 0o700); err != nil {
@@ -103,6 +107,7 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 	if err := s.start(); err != nil {
 		s.cancel()
 		s.bg.Wait()
+		s.watching.Wait()
 		return nil, errors.Join(err, s.ms.Close())
 	}
 	return s, nil
@@ -147,6 +152,7 @@ func (s *Snapshotter) Close() error {
 		s.pulls.close()
 		s.openings.close()
 		s.bg.Wait()
+		s.watching.Wait()
 		s.closeErr = errors.Join(s.ms.Close(), s.records.close())
 	})
 	return s.closeErr
@@ -254,7 +260,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	}
 	mounts, err := s.mounts(sn, info, links, lowers)
 	if err == nil {
-		s.prefetch(info, links)
+		s.containerStarts(key, sn.ID, info, links)
 	}
 	return mounts, err
 }
@@ -310,7 +316,11 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 		_, _, err = storage.Remove(ctx, key)
 		return err
 	})
-	if err == nil && lazy {
+	if err != nil {
+		return err
+	}
+	s.wishes.end(key)
+	if lazy {
 		s.refs.dropSnapshot(diff)
 	}
 	return err

@@ -41,6 +41,7 @@ type Cache struct {
 	held       *turns.Turns        // bytes that reads hold, unwritten, by diff
 	decoding   *semaphore.Weighted // bytes of indexes
 	window     *window             // of prefetch
+	rate       rate                // of prefetch
 	kicked     chan struct{}       // the syncer has work
 	buffers    bufferPool
 	untilWorks atomic.Int64 // bytes to be written before the disk is well; 0: it is
@@ -99,7 +100,7 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 		cfg: cfg, boot: hashBoot(cfg.bootID), lock: lock,
 		demand: turns.New(cfg.DemandBytes, 0), held: turns.New(heldBytes, 0),
 		decoding: semaphore.NewWeighted(cfg.IndexBytes),
-		window:   newWindow(cfg.Window),
+		window:   newWindow(cfg.Window), rate: rate{limit: cfg.PrefetchRate},
 		kicked:   make(chan struct{}, 1),
 		diffs:    make(map[blockdev.Digest]*Diff),
 		found:    make(map[blockdev.Digest]*found),

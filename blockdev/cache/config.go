@@ -50,6 +50,9 @@ type Config struct {
 	// Window, if not nil, says how many bytes prefetch may have asked for and not got
 	// yet, in the whole Cache. Default: 4 MiB.
 	Window func() int64
+	// PrefetchRate bounds what prefetch gets from Source, in bytes a second over the
+	// whole Cache, but for diffs that somebody waits for (Hurry). 0: no bound.
+	PrefetchRate int64
 	// DemandBytes bounds what demand requests have in flight in the whole Cache, shared
 	// among diffs as package turns does it: requests for one diff have at most half of
 	// it, whose source may not answer, and further ones wait for each other. Default
@@ -118,7 +121,7 @@ func (c *Config) setDefaults() error {
 	def(&c.MaxReadAhead, 4<<20)
 	c.ReadAhead = max(c.ReadAhead, 0)
 	c.MaxReadAhead = max(c.MaxReadAhead, c.ReadAhead)
-	if c.Quota < 0 || c.Timeout < 0 || c.RequestBytes < 0 || c.PrefetchIdle < 0 || c.IndexBytes < 0 || c.MaxTree < 0 || c.MaxIndex < 0 || c.Quiet < 0 || c.GiveWay < 0 ||
+	if c.Quota < 0 || c.PrefetchRate < 0 || c.Timeout < 0 || c.RequestBytes < 0 || c.PrefetchIdle < 0 || c.IndexBytes < 0 || c.MaxTree < 0 || c.MaxIndex < 0 || c.Quiet < 0 || c.GiveWay < 0 ||
 		c.Promote < 0 || c.MaxReadAhead < 0 || c.SyncBytes < 0 || c.SyncInterval < 0 {
 		return errors.New("cache: only ReadAhead may be negative")
 	}

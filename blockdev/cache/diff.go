@@ -58,6 +58,8 @@ type Diff struct {
 	track atomic.Pointer[track] // of the Recording under way; nil: none
 	keep  atomic.Int64          // Unix nanoseconds until when a sync leaves pages in the page cache
 
+	hurries atomic.Int32 // Hurry
+
 	syncing     chan struct{} // token: one sync at a time
 	prefetching chan struct{} // token: one prefetch at a time
 	proving     chan struct{} // token: one proof at a time

@@ -334,6 +334,9 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 		bytes += int64(len(data))
 		d.c.stats.fetched(prio, len(data))
 		d.c.gate.came(&d.reading)
+		if prio == blockdev.Prefetch && g.hops == 0 {
+			d.c.rate.came(len(data))
+		}
 		if prio == blockdev.Startup {
 			d.c.arrivals.note(time.Now())
 		}

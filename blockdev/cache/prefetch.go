@@ -114,6 +114,11 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 		if err := d.prefetchRoom(ctx); err != nil {
 			return err
 		}
+		if d.hurries.Load() == 0 {
+			if err := d.c.rate.wait(ctx); err != nil {
+				return err
+			}
+		}
 		calm, err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay)
 		if err != nil {
 			return err

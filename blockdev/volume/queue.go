@@ -41,6 +41,8 @@ type fetchState struct {
 	state   PrefetchState
 	barred  bool // being removed: not to be queued again
 	hurry   bool // somebody waits for it
+	paused  bool // the attempt that runs has been cancelled by pause
+	again   bool // and was wanted again after that
 	failed  int  // attempts in a row
 	noSpace bool // the last of them for want of room
 	timer   *time.Timer
@@ -129,6 +131,8 @@ func (q *queue) add(v *volume, front bool) (*attempt, error) {
 	case f.barred:
 		return nil, errRemoved
 	case f.state == Running:
+		f.hurry = f.hurry || front
+		f.again = f.paused
 		return f.attempt, nil
 	case f.state == Queued && !front:
 		return f.attempt, nil
@@ -210,8 +214,8 @@ func (q *queue) settle(v *volume, err error) {
 	defer q.mu.Unlock()
 	q.running--
 	f := q.note(v)
-	a := f.attempt
-	f.state, f.cancel, f.attempt, f.hurry = Idle, nil, nil, false
+	a, hurry, paused, again := f.attempt, f.hurry, f.paused, f.again
+	f.state, f.cancel, f.attempt, f.hurry, f.paused, f.again = Idle, nil, nil, false, false, false
 	switch {
 	case err == nil:
 		f.failed, f.noSpace = 0, false
@@ -219,6 +223,12 @@ func (q *queue) settle(v *volume, err error) {
 		err = errRemoved
 	case q.closed:
 		err = errClosed
+	case paused:
+		err = errPaused
+		if again {
+			f.state, f.hurry, f.attempt = Queued, hurry, &attempt{done: make(chan struct{})}
+			q.line = append(q.line, v)
+		}
 	case q.final(err):
 		f.failed = 0
 	default:
@@ -287,6 +297,36 @@ func (q *queue) drop(ctx context.Context, v *volume) error {
 	}
 }
 
+// errPaused ends an attempt at a diff that nobody wants any more.
+var errPaused = errors.New("nobody wants the diff any more")
+
+// pause takes a volume out until it is added again, and does not wait for the
+// attempt under way to end. What somebody waits for goes on.
+func (q *queue) pause(v *volume) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	f := q.note(v)
+	if f.hurry {
+		return
+	}
+	q.stopTimer(v)
+	switch f.state {
+	case Queued:
+		q.unline(v)
+		f.state = Idle
+		f.attempt.err = errPaused
+		close(f.attempt.done)
+		f.attempt = nil
+		q.next() // it may have held up the others
+	case Running:
+		f.paused, f.again = true, false
+		f.cancel()
+	case Waiting:
+		f.state = Idle
+	case Idle:
+	}
+}
+
 // allow undoes drop.
 func (q *queue) allow(v *volume) {
 	q.mu.Lock()
@@ -320,26 +360,53 @@ func (q *queue) close(all []*volume) {
 	q.tasks.Wait()
 }
 
-// Prefetch fetches everything of these diffs in the background, in this order,
-// behind what is queued already and behind the reads of the container that is
-// about to start, whose first reads are recorded (Config.Profiles). Attempts that fail are repeated until they succeed or the diff
-// is removed. Unknown and complete diffs are passed over.
-func (m *Manager) Prefetch(ids ...blockdev.Digest) {
+// ContainerStarts says that a container on these diffs is about to start: prefetch
+// gives way to it, and its first reads are recorded (Config.Profiles).
+func (m *Manager) ContainerStarts(ids ...blockdev.Digest) {
 	m.cache.ExpectDemand()
-	var vols []*volume
+	m.record(m.known(ids))
+}
+
+// known returns the volumes of those diffs that are there.
+func (m *Manager) known(ids []blockdev.Digest) (vols []*volume) {
 	for _, id := range ids {
 		if v, err := m.volume(id); err == nil {
 			vols = append(vols, v)
 		}
 	}
-	m.record(vols)
-	for _, v := range vols {
-		if v.diff.Complete() {
-			continue
+	return vols
+}
+
+// Prefetch fetches everything of these diffs in the background, in this order and
+// behind what is queued already. Attempts that fail are repeated until they
+// succeed, StopPrefetch ends them or the diff is removed. Unknown and complete
+// diffs are passed over.
+func (m *Manager) Prefetch(ids ...blockdev.Digest) {
+	for _, v := range m.known(ids) {
+		if !v.diff.Complete() {
+			_, _ = m.queue.add(v, false) // refused: it is being removed, or closed
 		}
-		// What add refuses is being removed or closed.
-		_, _ = m.queue.add(v, false)
 	}
+}
+
+// StopPrefetch ends what Prefetch has begun for these diffs. What has come stays.
+// A diff that PrefetchWait waits for goes on, and so does one whose damage is being
+// put right.
+func (m *Manager) StopPrefetch(ids ...blockdev.Digest) {
+	for _, v := range m.known(ids) {
+		v.mu.Lock()
+		stale := v.stale
+		v.mu.Unlock()
+		if !stale {
+			m.queue.pause(v)
+		}
+	}
+}
+
+// Incomplete reports whether a diff that is there has bytes that are not.
+func (m *Manager) Incomplete(id blockdev.Digest) bool {
+	v, err := m.volume(id)
+	return err == nil && !v.diff.Complete()
 }
 
 // progressInterval is how often PrefetchWait reports.
@@ -356,6 +423,7 @@ func (m *Manager) PrefetchWait(ctx context.Context, id blockdev.Digest, progress
 	if err != nil {
 		return err
 	}
+	defer v.diff.Hurry()()
 	report := func() {
 		if progress != nil {
 			s := v.diff.Stat()
@@ -382,6 +450,15 @@ func (m *Manager) PrefetchWait(ctx context.Context, id blockdev.Digest, progress
 
 // await waits for a queue's next attempt at v, which goes before all others.
 func (m *Manager) await(ctx context.Context, q *queue, v *volume, report func()) error {
+	for {
+		// One that was paused just before ends without having done anything.
+		if err := m.awaitOne(ctx, q, v, report); !errors.Is(err, errPaused) {
+			return err
+		}
+	}
+}
+
+func (m *Manager) awaitOne(ctx context.Context, q *queue, v *volume, report func()) error {
 	a, err := q.add(v, true)
 	if err != nil {
 		return err

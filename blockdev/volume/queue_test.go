@@ -50,6 +50,7 @@ func (d *fakeDiff) Verify(context.Context, bool) (*cache.Inspection, error) {
 
 func (d *fakeDiff) Prove(ctx context.Context, hurry bool) error { return d.prove(ctx, hurry) }
 
+func (d *fakeDiff) Hurry() func()                      { return func() {} }
 func (d *fakeDiff) Distrust() error                    { return nil }
 func (d *fakeDiff) Prefetch(ctx context.Context) error { return d.prefetch(ctx) }
 
@@ -227,5 +228,66 @@ func TestQueueClose(t *testing.T) {
 		if len(s.began) != 2 {
 			t.Errorf("began %v", s.began)
 		}
+	})
+}
+
+// TestPause: what nobody wants any more ends, wherever it is in the queue, and
+// begins anew when it is wanted again; what somebody waits for goes on.
+func TestPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{fail: map[string]int{"failing": 1}}
+		q, proofs := testQueues(1)
+		m := &Manager{queue: q, proofs: proofs}
+		vols := map[string]*volume{}
+		add := func(name string) *attempt {
+			if vols[name] == nil {
+				vols[name] = s.volume(name)
+			}
+			a, err := q.add(vols[name], false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return a
+		}
+		running, queued := add("running"), add("queued")
+		synctest.Wait()
+		q.pause(vols["queued"])
+		q.pause(vols["running"])
+		again := add("running") // before the attempt has ended
+		if again != running {
+			t.Error("the attempt that ends was replaced")
+		}
+		waited := make(chan error, 1)
+		go func() { waited <- m.await(t.Context(), q, vols["running"], func() {}) }()
+		<-running.done
+		if <-queued.done; !errors.Is(running.err, errPaused) || !errors.Is(queued.err, errPaused) {
+			t.Errorf("paused attempts ended with %v and %v", running.err, queued.err)
+		}
+		synctest.Wait()
+		q.pause(vols["running"]) // somebody waits for it
+		if err := <-waited; err != nil {
+			t.Errorf("who waits for a paused diff gets %v", err)
+		}
+
+		add("failing")
+		time.Sleep(1500 * time.Millisecond)
+		if st := q.state(vols["failing"]); st != Waiting {
+			t.Fatalf("a failed prefetch is %v", st)
+		}
+		q.pause(vols["failing"])
+		time.Sleep(time.Hour)
+		want := []string{"running", "running", "failing"}
+		if s.mu.Lock(); !slices.Equal(s.began, want) {
+			t.Errorf("began %v, want %v", s.began, want)
+		}
+		s.mu.Unlock()
+		for name, v := range vols {
+			if st := q.state(v); st != Idle {
+				t.Errorf("%s is %v", name, st)
+			}
+		}
+		q.close(nil)
+		proofs.close(nil)
+		m.queue = nil
 	})
 }

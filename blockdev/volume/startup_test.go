@@ -48,10 +48,10 @@ func TestLearnedStart(t *testing.T) {
 	}
 	defer f.Close()
 	first.mountDir(unread)
-	first.Prefetch(l.id, unread.id) // as when a container starts
+	first.ContainerStarts(l.id, unread.id) // as when a container starts
 	first.checkPart(l, f, 3<<20, 100)
 	first.checkPart(l, f, 1000, 100)
-	first.Prefetch(l.id, unread.id) // a second container: reads of the first one are in the page cache
+	first.ContainerStarts(l.id, unread.id) // a second container: reads of the first one are in the page cache
 	f.Close()
 	if err := first.UnmountAll(t.Context()); err != nil {
 		t.Fatal(err)
@@ -96,7 +96,7 @@ func TestReportFails(t *testing.T) {
 	l := newLayer(t, 1, 1<<20)
 	n.add(l)
 	dir := n.mountDir(l)
-	n.Prefetch(l.id)
+	n.ContainerStarts(l.id)
 	n.check(l, dir)
 	n.restart()
 	if len(learned.got) != 1 {

@@ -19,6 +19,7 @@ type diff interface {
 	Complete() bool
 	Completed() bool
 	Prefetch(ctx context.Context) error
+	Hurry() (done func())
 	FetchStartup(ctx context.Context, chunks []uint32) error
 	Prove(ctx context.Context, hurry bool) error
 	Proof() cache.ProofState

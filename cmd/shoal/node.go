@@ -115,8 +115,9 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 		Root: c.Root, Source: source, Profiles: source, Log: log, Keep: store, Describe: late.describe,
 		ReadTimeout: time.Duration(c.ReadTimeout), ScrubInterval: scrubInterval(c), Loop: c.Mount == config.MountLoop,
 		Cache: cache.Config{
-			Timeout: time.Duration(c.ReadTimeout),
-			Quota:   int64(c.CacheQuota), MakeRoom: late.evict, Window: late.window,
+			Timeout:      time.Duration(c.ReadTimeout),
+			PrefetchRate: int64(c.PrefetchRate),
+			Quota:        int64(c.CacheQuota), MakeRoom: late.evict, Window: late.window,
 		},
 	})
 	if err != nil {
@@ -162,7 +163,8 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	sn, err := snapshotter.New(snapshotter.Config{
 		Root: c.Root, Data: dataPath{vols}, Images: up,
 		Credentials: keychain, Platform: platform(),
-		Policy:       images,
+		Policy:            images,
+		PrefetchAfterPull: c.PrefetchAfterPull, PrefetchAfterExit: c.PrefetchAfterExit,
 		Groups:       membership.groups(),
 		IndexTimeout: time.Duration(c.IndexTimeout), PrepareTimeout: time.Duration(c.PrepareTimeout), Log: log,
 	})

@@ -44,6 +44,9 @@ type Node struct {
 	ReadTimeout        Duration    `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`
 	CacheQuota         Size        `toml:"cache_quota" comment:"bytes on disk for layers; 0: what the disk has. What no container or image uses makes room; what does not fit is read without being kept"`
 	Prefetch           policy.Mode `toml:"prefetch" comment:"what is fetched of a lazy image besides what containers read: all of it (all), what containers read at their start (startup), or nothing (none)"`
+	PrefetchAfterPull  bool        `toml:"prefetch_after_pull" comment:"an image that was pulled and that no container has followed yet is fetched, too, as prefetch says"`
+	PrefetchAfterExit  bool        `toml:"prefetch_after_exit" comment:"an image goes on being fetched when its last container has ended"`
+	PrefetchRate       Size        `toml:"prefetch_rate" comment:"bytes a second, uncompressed, that are fetched for nobody who waits; what containers read, now or at their start, and pulls that wait for all bytes are not held to it; 0: no limit"`
 	Mount              string      `toml:"mount" comment:"how layers are mounted: file (from their files, Linux 6.12) or loop (through loop devices: for programs that open files of images with O_DIRECT)"`
 	ScrubInterval      Duration    `toml:"scrub_interval" comment:"how often everything on this disk is read and checked, at 32 MiB/s at most; 0s: never"`
 	RegistryConfigPath string      `toml:"registry_config_path" comment:"containerd's directory of hosts.toml files, for layers that no supernode has and this node reads from the registry itself"`
@@ -77,6 +80,8 @@ func DefaultNode() *Node {
 		PrepareTimeout:     Duration(3 * time.Second),
 		ReadTimeout:        Duration(time.Minute),
 		Prefetch:           policy.All,
+		PrefetchAfterPull:  true,
+		PrefetchRate:       64 << 20,
 		Mount:              MountFile,
 		ScrubInterval:      Duration(7 * 24 * time.Hour),
 		RegistryConfigPath: defaultRegistry().ConfigPath,

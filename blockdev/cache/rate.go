@@ -1,0 +1,58 @@
+package cache
+
+import (
+	"context"
+	"sync"
+	"time"
+)
+
+// rate keeps what prefetch gets from the Source to Config.PrefetchRate, in the whole
+// Cache: the next request waits for as long as what has come should have taken.
+// What is under way then is bounded by the window.
+type rate struct {
+	limit int64 // bytes a second; 0: none
+
+	mu   sync.Mutex
+	next time.Time // when what has come is paid for
+}
+
+// rateBurst is for how long a link that was idle may be used in full.
+const rateBurst = 50 * time.Millisecond
+
+// came counts n bytes.
+func (r *rate) came(n int) {
+	if r.limit <= 0 {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if least := time.Now().Add(-rateBurst); r.next.Before(least) {
+		r.next = least
+	}
+	r.next = r.next.Add(time.Duration(float64(n) / float64(r.limit) * float64(time.Second)))
+}
+
+// wait returns when another request may be sent.
+func (r *rate) wait(ctx context.Context) error {
+	r.mu.Lock()
+	left := time.Until(r.next)
+	r.mu.Unlock()
+	if left <= 0 {
+		return nil
+	}
+	t := time.NewTimer(left)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// Hurry lifts Config.PrefetchRate for this diff until done is called: somebody
+// waits for all of it.
+func (d *Diff) Hurry() (done func()) {
+	d.hurries.Add(1)
+	return sync.OnceFunc(func() { d.hurries.Add(-1) })
+}
