@@ -1,11 +1,14 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net"
 	"path/filepath"
+	"sync"
 
 	libp2p "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -14,6 +17,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/volume"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
 	"github.com/shoalfs/shoal/snapshotter"
@@ -24,10 +28,13 @@ type membership struct {
 	host       libp2p.Host
 	node       *members.Node
 	supernodes []peer.AddrInfo
+
+	listening sync.WaitGroup // ends with stop
+	stop      context.CancelFunc
 }
 
 // openMembership makes a node's host and joins the supernodes in its config.
-func openMembership(c *config.Node, log *slog.Logger, reg prometheus.Registerer) (*membership, error) {
+func openMembership(ctx context.Context, c *config.Node, ports *daemon.Ports, log *slog.Logger, reg prometheus.Registerer) (*membership, error) {
 	token := func() (string, error) {
 		list, err := members.ReadTokens(c.TokenFile)
 		if errors.Is(err, fs.ErrNotExist) {
@@ -58,17 +65,32 @@ func openMembership(c *config.Node, log *slog.Logger, reg prometheus.Registerer)
 	if err != nil {
 		return nil, err
 	}
-	m.host, err = host.New(host.Config{Key: key, Listen: c.Listen, Guard: m.node, UserAgent: "shoal/" + version})
+	m.host, err = host.New(host.Config{Key: key, Guard: m.node, UserAgent: "shoal/" + version})
 	if err != nil {
 		return nil, errors.Join(err, m.node.Close())
 	}
+	// Before it joins, which is when others are told of its addresses.
+	m.listen(ctx, ports, c.Listen)
 	if err := m.node.Start(m.host); err != nil {
 		return nil, errors.Join(err, m.close())
 	}
 	return m, nil
 }
 
-func (m *membership) close() error { return errors.Join(m.node.Close(), m.host.Close()) }
+// listen has the host listen for other nodes, now or as soon as it can.
+func (m *membership) listen(ctx context.Context, ports *daemon.Ports, addrs []string) {
+	ctx, m.stop = context.WithCancel(ctx)
+	for _, addr := range addrs {
+		port := ports.Open("listen", addr, func() (net.Listener, error) { return nil, host.Listen(m.host, addr) })
+		m.listening.Go(func() { _, _ = port.Listener(ctx) })
+	}
+}
+
+func (m *membership) close() error {
+	m.stop()
+	m.listening.Wait()
+	return errors.Join(m.node.Close(), m.host.Close())
+}
 
 // watch has others told which images are complete here; m may be nil.
 func (m *membership) watch(vols *volume.Manager) {

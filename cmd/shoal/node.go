@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -132,7 +134,11 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 		return err
 	}
 	defer func() { err = errors.Join(err, stopTracing()) }()
-	up, membership, addresses, err := openUpstream(ctx, c, log, metrics)
+	ports, err := daemon.NewPorts(log, metrics)
+	if err != nil {
+		return err
+	}
+	up, membership, addresses, err := openUpstream(ctx, c, ports, log, metrics)
 	if err != nil {
 		return err
 	}
@@ -186,13 +192,22 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	}
 	server := grpc.NewServer(append(newOnlyOne(log).options(), daemon.TraceGRPC(), calls)...)
 	snapshotter.Register(server, sn)
-	ln, err := listenKept(store, keptContainerd, c.Address, log)
+	ln, err := listenKept(store, keptContainerd, unixSocket(c.Address), log)
 	if err != nil {
 		return err
 	}
-	controlLn, err := listenKept(store, keptControl, c.ControlAddress, log)
+	controlLn, err := listenKept(store, keptControl, unixSocket(c.ControlAddress), log)
 	if err != nil {
 		return errors.Join(err, ln.Close())
+	}
+	var mirrorPort, metricsPort *daemon.Port
+	if c.MirrorAddress != "" {
+		mirrorPort = ports.Open("mirror_address", c.MirrorAddress, func() (net.Listener, error) {
+			return listenKept(store, keptMirror, tcpSocket(c.MirrorAddress), log)
+		})
+	}
+	if c.MetricsAddress != "" {
+		metricsPort = ports.Open("metrics_address", c.MetricsAddress, daemon.TCP(c.MetricsAddress))
 	}
 	if err := store.DropRest(); err != nil {
 		log.Error("what another version has kept cannot be dropped", "error", err)
@@ -206,9 +221,16 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 		return err
 	})
 	g.Go(func() error { return control.ServeOn(ctx, controlLn, d) })
-	g.Go(func() error { return daemon.ServeMetrics(ctx, c.MetricsAddress, metrics, nil) })
-	g.Go(func() error { return daemon.ServeHTTP(ctx, "mirror_address", c.MirrorAddress, registryMirror) })
-	g.Go(func() error { return store.Watch(ctx, vols.Check) })
+	// What fails here must not take away what containers read from.
+	var beside sync.WaitGroup
+	defer beside.Wait()
+	beside.Go(func() { metricsPort.ServeHTTP(ctx, daemon.Metrics(metrics, nil)) })
+	beside.Go(func() { mirrorPort.ServeHTTP(ctx, registryMirror) })
+	beside.Go(func() {
+		if err := store.Watch(ctx, vols.Check); err != nil {
+			log.Error("cannot say that the node is alive: whoever started it may end it", "error", err)
+		}
+	})
 	log.Info("node is up", "version", version, "socket", c.Address, "supernodes", addresses)
 	if err := store.Ready(); err != nil {
 		log.Error("cannot say that the node is ready", "error", err)
@@ -231,7 +253,7 @@ const supernodeRestart = 3 * time.Second
 
 // openUpstream connects to the supernode, or embeds one. The membership is nil if
 // it does the latter.
-func openUpstream(ctx context.Context, c *config.Node, log *slog.Logger, reg prometheus.Registerer) (upstream, *membership, []string, error) {
+func openUpstream(ctx context.Context, c *config.Node, ports *daemon.Ports, log *slog.Logger, reg prometheus.Registerer) (upstream, *membership, []string, error) {
 	if len(c.Supernodes) == 0 {
 		s, err := openSupernode(filepath.Join(c.Root, "supernode"), c.Embedded.Store, c.Embedded.Registry, place{}, log, reg)
 		if err != nil {
@@ -239,7 +261,7 @@ func openUpstream(ctx context.Context, c *config.Node, log *slog.Logger, reg pro
 		}
 		return s, nil, []string{"embedded"}, nil
 	}
-	m, err := openMembership(c, log, reg)
+	m, err := openMembership(ctx, c, ports, log, reg)
 	if err != nil {
 		return nil, nil, nil, err
 	}

@@ -77,6 +77,10 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	log := newLogger(c.Log)
 	daemon.LimitMemory(log)
 	metrics := daemon.NewMetrics(version, "supernode")
+	ports, err := daemon.NewPorts(log, metrics)
+	if err != nil {
+		return err
+	}
 	stopTracing, err := daemon.Trace(ctx, "shoal-supernode", version)
 	if err != nil {
 		return err
@@ -129,7 +133,13 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	g.Go(func() error {
 		return control.Serve(ctx, c.ControlAddress, &supernodeDaemon{s, list, credentials.NewDockerConfig(ctx, "", log)})
 	})
-	g.Go(func() error { return daemon.ServeMetrics(ctx, c.MetricsAddress, metrics, s.Healthy) })
+	if c.MetricsAddress != "" {
+		port := ports.Open("metrics_address", c.MetricsAddress, daemon.TCP(c.MetricsAddress))
+		g.Go(func() error {
+			port.ServeHTTP(ctx, daemon.Metrics(metrics, s.Healthy))
+			return nil
+		})
+	}
 	log.Info("nodes join with a token in this file: copy it to their token_file", "path", list.TokenFile())
 	for _, addr := range host.Addrs(h) {
 		log.Info("supernode is up: name this address in the nodes' config", "version", version, "supernodes", addr)

@@ -13,7 +13,6 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	tls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
-	ma "github.com/multiformats/go-multiaddr"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -60,14 +59,6 @@ func New(c Config) (host.Host, error) {
 	if c.Window < minWindow || c.Window > maxWindow {
 		return nil, fmt.Errorf("p2p host: window of %d bytes, not %d to %d", c.Window, minWindow, maxWindow)
 	}
-	var must, may []ma.Multiaddr
-	for _, s := range c.Listen {
-		a, b, err := listenAddrs(s)
-		if err != nil {
-			return nil, fmt.Errorf("p2p host: %w", err)
-		}
-		must, may = append(must, a...), append(may, b...)
-	}
 	rm, err := resourceManager(c.MaxPeers, c.Window, c.Registerer != nil)
 	if err != nil {
 		return nil, fmt.Errorf("p2p host: resource manager: %w", err)
@@ -104,18 +95,32 @@ func New(c Config) (host.Host, error) {
 	if err != nil {
 		return nil, fmt.Errorf("p2p host: %w", err)
 	}
-	for _, a := range must {
-		if err := h.Network().Listen(a); err != nil {
-			return nil, errors.Join(fmt.Errorf("p2p host: listen on %s: %w", a, err), h.Close())
+	for _, addr := range c.Listen {
+		if err := Listen(h, addr); err != nil {
+			return nil, errors.Join(err, h.Close())
 		}
-	}
-	for _, a := range may {
-		_ = h.Network().Listen(a) // no IPv6 here; what must work does
 	}
 	if c.Guard != nil {
 		return &guarded{h, c.Guard}, nil
 	}
 	return h, nil
+}
+
+// Listen has a host listen on a further address, in the form of Config.Listen.
+func Listen(h host.Host, addr string) error {
+	must, may, err := listenAddrs(addr)
+	if err != nil {
+		return fmt.Errorf("p2p host: %w", err)
+	}
+	for _, a := range must {
+		if err := h.Network().Listen(a); err != nil {
+			return fmt.Errorf("p2p host: listen on %s: %w", a, err)
+		}
+	}
+	for _, a := range may {
+		_ = h.Network().Listen(a) // no IPv6 here; what must work does
+	}
+	return nil
 }
 
 // ID returns the peer ID of key.

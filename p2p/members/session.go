@@ -49,8 +49,11 @@ type session struct {
 	joined network.Conn  // the connection on which this node is a member; nil: it is not
 	err    error         // of the last attempt, nil before its end
 	trying chan struct{} // closed at the end of the attempt; nil: none is under way
-	groups map[blockdev.Digest]bool
-	who    []wire.Key
+	// listeners is how many there were when this node joined; not under mu: join and
+	// write take turns.
+	listeners int
+	groups    map[blockdev.Digest]bool
+	who       []wire.Key
 }
 
 func newSession(n *Node, info peer.AddrInfo) *session {
@@ -198,6 +201,7 @@ func (s *session) join() (_ network.Stream, _ *bufio.Reader, lease time.Duration
 	if err := st.SetDeadline(deadline); err != nil {
 		return nil, nil, 0, err
 	}
+	s.listeners = len(h.Network().ListenAddresses())
 	hello := &wire.Hello{Token: token, Instance: s.n.instance[:], Zone: s.n.cfg.Zone, Rack: s.n.cfg.Rack,
 		MaxUpload: uint64(s.n.cfg.MaxUpload), Addrs: listening(h.Addrs())}
 	if err := write(st, &wire.MemberRequest{Part: &wire.MemberRequest_Hello{Hello: hello}}); err != nil {
@@ -303,6 +307,11 @@ func (s *session) write(st network.Stream, lease time.Duration, done <-chan stru
 			}
 			return
 		case <-tick.C:
+			if len(s.n.host.Network().ListenAddresses()) > s.listeners {
+				s.n.log.Info("this node listens on a further address: joining again, so that others hear of it", "peer", s.info.ID)
+				_ = st.Reset()
+				return
+			}
 			if !send(&wire.MemberRequest{Part: &wire.MemberRequest_Renew{Renew: &wire.Renew{}}}) {
 				return
 			}

@@ -4,9 +4,7 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"time"
@@ -35,10 +33,9 @@ func NewMetrics(version, role string) *prometheus.Registry {
 	return r
 }
 
-// ServeMetrics answers /metrics and /healthz on addr until ctx ends. healthy says
-// why the daemon cannot work (503); nil: that it answers is all there is to know.
-// An empty addr serves nothing.
-func ServeMetrics(ctx context.Context, addr string, metrics prometheus.Gatherer, healthy func() error) error {
+// Metrics answers /metrics and /healthz. healthy says why the daemon cannot work
+// (503); nil: that it answers is all there is to know.
+func Metrics(metrics prometheus.Gatherer, healthy func() error) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
@@ -50,30 +47,7 @@ func ServeMetrics(ctx context.Context, addr string, metrics prometheus.Gatherer,
 		}
 		_, _ = w.Write([]byte("ok\n")) // who asked may have gone
 	})
-	return ServeHTTP(ctx, "metrics_address", addr, mux)
-}
-
-// ServeHTTP answers on addr, the value of a config key, until ctx ends. An empty
-// addr serves nothing. A client may take ten seconds for a request's header, and
-// two minutes for the whole exchange.
-func ServeHTTP(ctx context.Context, key, addr string, h http.Handler) error {
-	if addr == "" {
-		return nil
-	}
-	ln, err := net.Listen("tcp", addr)
-	if err != nil {
-		return fmt.Errorf("%s: %w", key, err)
-	}
-	srv := &http.Server{
-		Handler: h, ReadHeaderTimeout: 10 * time.Second, WriteTimeout: 2 * time.Minute, IdleTimeout: 2 * time.Minute,
-		MaxHeaderBytes: 64 << 10, BaseContext: func(net.Listener) context.Context { return ctx },
-	}
-	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
-	defer stop()
-	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("%s: %w", key, err)
-	}
-	return nil
+	return mux
 }
 
 // Trace sends OpenTelemetry traces where the standard environment variables
