@@ -3,6 +3,7 @@ package main
 import (
 	"flag"
 	"fmt"
+	"log/slog"
 	"os"
 	"regexp"
 	"slices"
@@ -149,6 +150,9 @@ func metricTable(t *testing.T, register func(*testing.T, prometheus.Registerer))
 // nodeMetrics registers what runNode does for a node with a supernode elsewhere.
 func nodeMetrics(t *testing.T, r prometheus.Registerer) {
 	r.MustRegister(daemon.NewMetrics("v", "node"))
+	if _, err := daemon.NewPorts(slog.New(slog.DiscardHandler), r); err != nil {
+		t.Fatal(err)
+	}
 	info, err := host.ParseAddr("12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN@10.0.0.5:7700")
 	if err != nil {
 		t.Fatal(err)
@@ -194,6 +198,9 @@ func nodeMetrics(t *testing.T, r prometheus.Registerer) {
 // supernodeMetrics registers what runSupernode does.
 func supernodeMetrics(t *testing.T, r prometheus.Registerer) {
 	r.MustRegister(daemon.NewMetrics("v", "supernode"))
+	if _, err := daemon.NewPorts(slog.New(slog.DiscardHandler), r); err != nil {
+		t.Fatal(err)
+	}
 	s, err := supernode.New(supernode.Config{Dir: t.TempDir(), Registerer: r})
 	if err != nil {
 		t.Fatal(err)
