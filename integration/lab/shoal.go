@@ -198,6 +198,9 @@ func (l *Lab) prepareNode(name, supernode, extra string) (*Node, string, error) 
 	}
 	extra = defaults(extra, map[string]string{
 		"token_file": strconv.Quote(l.TokenFile()), "listen": fmt.Sprintf("[%q]", listen),
+		// What a container has begun goes on when it has ended, as fast as it can: tests and
+		// measurements run one to have all of an image fetched.
+		"prefetch_after_exit": "true", "prefetch_after_pull": "false", "prefetch_rate": `"0B"`,
 		// Pulls in the lab wait in Prepare for images that the supernode has yet to fetch.
 		"prepare_timeout": `"5m"`,
 	})
