@@ -101,10 +101,10 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 		demand: turns.New(cfg.DemandBytes, 0), held: turns.New(heldBytes, 0),
 		decoding: semaphore.NewWeighted(cfg.IndexBytes),
 		window:   newWindow(cfg.Window), rate: rate{limit: cfg.PrefetchRate},
-		kicked:   make(chan struct{}, 1),
-		diffs:    make(map[blockdev.Digest]*Diff),
-		found:    make(map[blockdev.Digest]*found),
-		opened:   make(chan struct{}), started: time.Now().UnixNano(),
+		kicked: make(chan struct{}, 1),
+		diffs:  make(map[blockdev.Digest]*Diff),
+		found:  make(map[blockdev.Digest]*found),
+		opened: make(chan struct{}), started: time.Now().UnixNano(),
 		busy: make(map[blockdev.Digest]chan struct{}),
 	}
 	c.publish()
