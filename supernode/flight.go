@@ -5,13 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
 
 // flights runs each piece of work once, however many want it. The work does not
-// end when those who wait for it leave: what has been fetched is of use to the
-// next one, and a node that has given up often asks again.
+// end as soon as those who wait for it have left: what has been fetched is of use to
+// the next one, and a node that has given up often asks again. How long it may take
+// then is said with it.
 type flights struct {
 	ctx    context.Context // ends with close
 	cancel context.CancelFunc
@@ -22,8 +24,14 @@ type flights struct {
 }
 
 type flight struct {
-	done chan struct{}
-	err  error // set when done is closed
+	done   chan struct{}
+	err    error // set when done is closed
+	cancel context.CancelCauseFunc
+	until  time.Time // when it ends if nobody waits; zero: never
+
+	// Guarded by flights.mu.
+	waiters int
+	alone   *time.Timer
 
 	mu       sync.Mutex
 	state    blockdev.Progress
@@ -42,10 +50,17 @@ func (f *flights) close() {
 	f.wg.Wait()
 }
 
-// do joins the flight key, or begins it with work; led says which. watch, which
+// forever is for work that goes on until it is done, also if nobody waits.
+const forever = time.Duration(-1)
+
+// errAlone ends work that nobody waits for, and that has had its time.
+var errAlone = fmt.Errorf("nobody waits any more: %w", context.Canceled)
+
+// do joins the flight key, or begins it with work; led says which. Work that takes
+// longer than limit (forever: any time) ends when nobody waits for it. watch, which
 // may be nil, is told where the work is, first of all at once; calls of it come
 // one at a time, and none after do has returned.
-func (f *flights) do(ctx context.Context, key string, watch func(blockdev.Progress), work func(context.Context, *flight) error) (led bool, err error) {
+func (f *flights) do(ctx context.Context, key string, limit time.Duration, watch func(blockdev.Progress), work func(context.Context, *flight) error) (led bool, err error) {
 	f.mu.Lock()
 	fl := f.run[key]
 	if fl == nil {
@@ -55,20 +70,37 @@ func (f *flights) do(ctx context.Context, key string, watch func(blockdev.Progre
 		}
 		led = true
 		fl = &flight{done: make(chan struct{}), watchers: map[*func(blockdev.Progress)]struct{}{}}
+		var own context.Context
+		own, fl.cancel = context.WithCancelCause(f.ctx)
+		if limit != forever {
+			fl.until = time.Now().Add(limit)
+		}
 		f.run[key] = fl
 		f.wg.Go(func() {
-			err := work(f.ctx, fl)
+			defer fl.cancel(nil)
+			err := work(own, fl)
 			if err != nil && f.ctx.Err() != nil && errors.Is(err, context.Canceled) {
 				err = fmt.Errorf("the supernode is stopping: %w", blockdev.ErrUnavailable)
 			}
 			fl.err = err
 			f.mu.Lock()
-			delete(f.run, key)
+			if f.run[key] == fl {
+				delete(f.run, key)
+			}
+			if fl.alone != nil {
+				fl.alone.Stop()
+			}
 			f.mu.Unlock()
 			close(fl.done)
 		})
 	}
+	fl.waiters++
+	if fl.alone != nil {
+		fl.alone.Stop()
+		fl.alone = nil
+	}
 	f.mu.Unlock()
+	defer f.leave(key, fl)
 	if watch != nil {
 		defer fl.watch(&watch)()
 	}
@@ -78,6 +110,23 @@ func (f *flights) do(ctx context.Context, key string, watch func(blockdev.Progre
 	case <-ctx.Done():
 		return led, ctx.Err()
 	}
+}
+
+// leave sees to the end of work that nobody waits for.
+func (f *flights) leave(key string, fl *flight) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if fl.waiters--; fl.waiters > 0 || fl.until.IsZero() || f.run[key] != fl {
+		return
+	}
+	fl.alone = time.AfterFunc(time.Until(fl.until), func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if fl.waiters == 0 && f.run[key] == fl {
+			delete(f.run, key) // who comes now begins anew
+			fl.cancel(errAlone)
+		}
+	})
 }
 
 func (fl *flight) watch(w *func(blockdev.Progress)) (end func()) {

@@ -37,7 +37,9 @@ const (
 	holderRequest = 64
 	// A holder that needs more than restoreTime, and a second for restoreRate bytes of
 	// the blob, is given up: somebody waits, and there is a registry.
+	// restoreWait is how long a layer waits for others that come from holders.
 	restoreTime = 30 * time.Second
+	restoreWait = 5 * time.Second
 	restoreRate = 1 << 20
 )
 
@@ -48,15 +50,25 @@ func (s *Supernode) fromHolders(ctx context.Context, r wanted) (store.LayerRecor
 	if s.holders == nil {
 		return store.LayerRecord{}, blockdev.ErrNotFound
 	}
-	key := "holders " + r.key()
-	_, err := s.flights.do(ctx, key, nil, func(ctx context.Context, _ *flight) error {
-		select {
-		case s.restoring <- struct{}{}:
-			defer func() { <-s.restoring }()
-		case <-ctx.Done():
-			return ctx.Err()
+	_, err := s.flights.do(ctx, "holders "+r.key(), forever, nil, func(ctx context.Context, _ *flight) error {
+		holders := s.holders(r.m.Digest, originOf(r.m), maxHolders)
+		defer func() {
+			for _, h := range holders {
+				_ = h.Close() // nothing is under way any more
+			}
+		}()
+		if len(holders) == 0 {
+			return fmt.Errorf("no node has layer %s: %w", r.l.Digest, blockdev.ErrNotFound)
 		}
-		return s.restore(ctx, r)
+		// Nobody waits long for nodes that are busy with other layers: there is a registry.
+		wait, cancel := context.WithTimeout(ctx, restoreWait)
+		defer cancel()
+		release, err := s.restoring.Take(wait, r.m.Host)
+		if err != nil {
+			return fmt.Errorf("layer %s: nodes are giving back others: %w: %w", r.l.Digest, blockdev.ErrUnavailable, err)
+		}
+		defer release()
+		return s.restore(ctx, r, holders)
 	})
 	if err != nil {
 		return store.LayerRecord{}, err
@@ -65,14 +77,7 @@ func (s *Supernode) fromHolders(ctx context.Context, r wanted) (store.LayerRecor
 }
 
 // restore asks one holder after the other.
-func (s *Supernode) restore(ctx context.Context, r wanted) error {
-	holders := s.holders(r.m.Digest, originOf(r.m), maxHolders)
-	defer func() {
-		for _, h := range holders {
-			_ = h.Close() // nothing is under way any more
-		}
-	}()
-	err := fmt.Errorf("no node has layer %s: %w", r.l.Digest, blockdev.ErrNotFound)
+func (s *Supernode) restore(ctx context.Context, r wanted, holders []Holder) (err error) {
 	for _, h := range holders {
 		began := time.Now()
 		if err = s.restoreFrom(ctx, r, h); err == nil {
@@ -91,7 +96,7 @@ func (s *Supernode) restore(ctx context.Context, r wanted) error {
 // restoreFrom stores what a holder has, and publishes it if it is the layer: while
 // it comes, the tar is put together again, hashed and indexed anew.
 func (s *Supernode) restoreFrom(ctx context.Context, r wanted, h Holder) error {
-	ctx, cancel := context.WithTimeout(ctx, restoreTime+time.Duration(r.l.Size/restoreRate)*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, atLeast(r.l.Size))
 	defer cancel()
 	ask, stop := context.WithTimeout(ctx, askTimeout)
 	defer stop()

@@ -9,6 +9,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/supernode/ingest"
@@ -52,7 +53,7 @@ func (s *Supernode) prove(ctx context.Context, r wanted, open ingest.Open) error
 	if err := s.failed.recall(key); err != nil {
 		return err
 	}
-	_, err := s.flights.do(ctx, key+" "+registry.CredentialHash(r.cred), r.watch, func(ctx context.Context, fl *flight) error {
+	_, err := s.flights.do(ctx, key+" "+registry.CredentialHash(r.cred), atLeast(r.l.Size), r.watch, func(ctx context.Context, fl *flight) error {
 		err := s.show(ctx, r, open, fl)
 		if err != nil && ctx.Err() == nil && !errors.Is(err, errGone) {
 			s.log.Warn("a layer is stored, and the image's registry does not show that this repository has it",
@@ -62,6 +63,12 @@ func (s *Supernode) prove(ctx context.Context, r wanted, open ingest.Open) error
 		return err
 	})
 	return err
+}
+
+// atLeast is how long something of that many bytes may take when nobody waits: it
+// has to come at restoreRate at least.
+func atLeast(size int64) time.Duration {
+	return restoreTime + time.Duration(size/restoreRate)*time.Second
 }
 
 func (s *Supernode) show(ctx context.Context, r wanted, open ingest.Open, fl *flight) error {
@@ -95,11 +102,13 @@ func (s *Supernode) show(ctx context.Context, r wanted, open ingest.Open, fl *fl
 // verify fetches and hashes a layer that is stored already, only to see that a
 // registry that has not sent it yet really has it.
 func (s *Supernode) verify(ctx context.Context, r wanted, open ingest.Open, fl *flight) error {
-	select {
-	case s.verifying <- struct{}{}:
-		defer func() { <-s.verifying }()
-	case <-ctx.Done():
-		return ctx.Err()
+	release, err := s.verifying.Take(ctx, r.m.Host)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if rec, err := s.store.Layer(r.l.Digest); err == nil && provenFor(rec, r.m) {
+		return nil // shown by others meanwhile
 	}
 	rc, err := open(ctx, 0)
 	if err != nil {

@@ -18,6 +18,7 @@ import (
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/supernode/ingest"
 	"github.com/shoalfs/shoal/supernode/registry"
+	"github.com/shoalfs/shoal/supernode/slots"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
@@ -98,6 +99,10 @@ func (c *Config) setDefaults() error {
 	return nil
 }
 
+// hostsFactor bounds work side by side with what registries may do while others are
+// slow: so many times what there is for all.
+const hostsFactor = 8
+
 // spoolShare and manifestShare are the parts of the quota, one in so many, that
 // are for layers while they come, and for manifests and configs, of which
 // maxManifests is enough in any case.
@@ -130,8 +135,8 @@ type Supernode struct {
 	indexes   *indexes
 	self      peer.ID
 	siblings  map[peer.ID]Sibling
-	verifying chan struct{} // bounds verifications side by side
-	restoring chan struct{} // bounds layers that come from holders side by side
+	verifying *slots.Slots // for verifications, by registry host
+	restoring *slots.Slots // for layers that come from holders, by registry host
 	decoder   *decoder
 
 	closers []func() error
@@ -163,8 +168,8 @@ func New(cfg Config) (*Supernode, error) {
 		self:      cfg.Self,
 		siblings:  cfg.Siblings,
 		trusted:   map[string]bool{},
-		verifying: make(chan struct{}, cfg.Ingests),
-		restoring: make(chan struct{}, maxRestores),
+		verifying: slots.New(cfg.Ingests, hostsFactor*cfg.Ingests),
+		restoring: slots.New(maxRestores, hostsFactor*maxRestores),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	for _, h := range cfg.TrustedRegistries {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"reflect"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -186,7 +187,7 @@ func TestImageLimits(t *testing.T) {
 	h := newHost(t, nil, loopback)
 	entered, release := make(chan struct{}), make(chan struct{})
 	newServer(t, h, ServerConfig{
-		Limits: Limits{Images: 1},
+		Limits: Limits{Images: 1, Waiting: 1},
 		Images: imagesFunc(func(_ context.Context, _ string, req blockdev.ImageRequest) (*blockdev.Image, error) {
 			if req.Ref == "many/layers" {
 				return &blockdev.Image{Ref: req.Ref, Layers: make([]blockdev.Layer, wire.MaxLayers+1)}, nil
@@ -231,6 +232,43 @@ func TestImageLimits(t *testing.T) {
 			t.Error(err)
 		}
 	}
+}
+
+// Requests that wait for an image to be opened take no place from those whose image
+// is there.
+func TestImageWaitsTakeNoPlace(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	const waiting = 6
+	var entered sync.WaitGroup
+	entered.Add(waiting)
+	release := make(chan struct{})
+	newServer(t, h, ServerConfig{
+		Limits: Limits{Images: 1},
+		Images: imagesFunc(func(_ context.Context, _ string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+			if req.Ref == "slow" {
+				entered.Done()
+				<-release
+			}
+			return &blockdev.Image{}, nil
+		}),
+	})
+	c := newClient(t, h, Options{})
+	var wg sync.WaitGroup
+	for range waiting {
+		wg.Go(func() {
+			if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "slow"}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	entered.Wait()
+	for range 3 {
+		if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "stored"}); err != nil {
+			t.Errorf("while others wait: %v", err)
+		}
+	}
+	close(release) // then all of them are sent, one at a time
+	wg.Wait()
 }
 
 // Large indexes arrive byte by byte as they were.

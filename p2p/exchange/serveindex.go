@@ -52,8 +52,9 @@ func (a *indexAnswer) fail(e *wire.Error) error {
 	return a.last(&wire.IndexFrame{Part: &wire.IndexFrame_Error{Error: e}})
 }
 
-// open asks for the image and tells the client meanwhile that somebody is at it,
-// and how far it is. failed is for the client to know, err is the stream's.
+// open asks for the image, and for a place to send it: whoever waits for an image
+// takes none from those whose image is there. It tells the client meanwhile that
+// somebody is at it, and how far it is. failed is for the client to know, err is the stream's.
 func (a *indexAnswer) open(from string, req *blockdev.ImageRequest, progress bool) (img *blockdev.Image, failed, err error) {
 	var news progressNews
 	interval := a.s.cfg.Limits.WorkingInterval
@@ -63,7 +64,13 @@ func (a *indexAnswer) open(from string, req *blockdev.ImageRequest, progress boo
 	}
 	said := time.Now()
 	err = a.await(interval, func(ctx context.Context) {
-		img, failed = a.s.cfg.Images.OpenImageFor(ctx, from, *req)
+		if img, failed = a.s.cfg.Images.OpenImageFor(ctx, from, *req); failed != nil {
+			return
+		}
+		if failed = a.s.sending.Acquire(ctx, 1); failed == nil {
+			leave := a.leave
+			a.leave = sync.OnceFunc(func() { a.s.sending.Release(1); leave() })
+		}
 	}, func() error {
 		layers := news.take()
 		if len(layers) == 0 && time.Since(said) < a.s.cfg.Limits.WorkingInterval {

@@ -21,6 +21,10 @@ type Limits struct {
 	// Requests that are worked on at the same time; more are answered busy.
 	DemandPerPeer, StartupPerPeer, PrefetchPerPeer, ImagesPerPeer, DocumentsPerPeer int // 64, 8, 16, 8, 16
 	Demand, Startup, Prefetch, Images, Documents                                    int // 2048, 1024, 1024, 1024, 512
+	// Waiting is how many requests for images are known at a time, most of them
+	// waiting for the image to be opened (16384). Images bounds those whose answer is
+	// being sent. Where opening an image takes memory already, both are the same.
+	Waiting int
 	// Profiles is how many startup profiles are taken at the same time (64), one
 	// of each peer.
 	Profiles int
@@ -69,6 +73,7 @@ func (l *Limits) setDefaults() {
 	setDefault(&l.Prefetch, 1024)
 	setDefault(&l.Images, 1024)
 	setDefault(&l.Documents, 512)
+	setDefault(&l.Waiting, 16384)
 	setDefault(&l.Profiles, 64)
 	setDefault(&l.ReadAhead, 4)
 	setDefault(&l.TotalReadAhead, 512)
@@ -109,6 +114,7 @@ type Server struct {
 	source Provider
 	stats  *serverMetrics
 
+	sending       *semaphore.Weighted // images
 	prefetchReads *semaphore.Weighted
 	readAhead     *semaphore.Weighted
 	zstd          decoder
@@ -135,6 +141,7 @@ func NewServer(h host.Host, cfg ServerConfig) (*Server, error) {
 		host: h, cfg: cfg, log: cfg.Log, stats: stats,
 		admit:         newAdmission(&cfg.Limits),
 		source:        cfg.Provider,
+		sending:       semaphore.NewWeighted(int64(cfg.Limits.Images)),
 		prefetchReads: semaphore.NewWeighted(int64(cfg.Limits.PrefetchReads)),
 		readAhead:     semaphore.NewWeighted(int64(cfg.Limits.TotalReadAhead)),
 		streams:       make(map[network.Stream]struct{}),

@@ -125,7 +125,7 @@ func (a *answer) Close() {}
 func NodeLimits() exchange.Limits {
 	return exchange.Limits{
 		DemandPerPeer: peerDemand, StartupPerPeer: peerStartup, PrefetchPerPeer: peerPrefetch + peerForwards, ImagesPerPeer: 2,
-		Demand: 512, Startup: 512, Prefetch: 256, Images: 8,
+		Demand: 512, Startup: 512, Prefetch: 256, Images: 8, Waiting: 8, // an index is in memory as soon as it is opened
 		ReadAhead: 2, TotalReadAhead: 96,
 	}
 }

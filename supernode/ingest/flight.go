@@ -153,12 +153,11 @@ func (f *flight) fly(ctx context.Context) error {
 	if f.l.Size <= SmallLayer {
 		places = f.in.small
 	}
-	select {
-	case places <- struct{}{}:
-		defer func() { <-places }()
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	release, err := places.Take(ctx, f.l.Host)
+	if err != nil {
+		return err
 	}
+	defer release()
 	sf, err := f.in.spool.take(ctx, spoolName(f.key), f.l.Size)
 	if err != nil {
 		return err

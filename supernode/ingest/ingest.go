@@ -12,6 +12,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/layer"
+	"github.com/shoalfs/shoal/supernode/slots"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
@@ -33,9 +34,10 @@ type Config struct {
 	// SpoolExpiry is how long a partly fetched layer is kept for somebody to go
 	// on with. Default 24 hours.
 	SpoolExpiry time.Duration
-	// Parallel is how many layers are ingested at a time. Layers of at most
-	// SmallLayer bytes do not count among them but have as many places of their
-	// own, so that a small image does not wait for a large one. Default 2.
+	// Parallel is how many layers are ingested at a time. A registry that has no
+	// place gets one more, so that nobody waits for one that is slow. Layers of at
+	// most SmallLayer bytes do not count among them but have as many places of
+	// their own, so that a small image does not wait for a large one. Default 2.
 	Parallel int
 	// Grace is how long a flight goes on when nobody waits any more. Default 1
 	// minute.
@@ -54,6 +56,10 @@ type Config struct {
 	// Log gets retries and failures. Default: nothing.
 	Log *slog.Logger
 }
+
+// hostsFactor bounds the places with those that registries have for being slow
+// alone: so many times Config.Parallel.
+const hostsFactor = 8
 
 // SmallLayer is what counts as a small layer, in compressed bytes.
 const SmallLayer = 8 << 20
@@ -118,7 +124,7 @@ type Layer struct {
 type Ingester struct {
 	cfg          Config
 	spool        *spool
-	large, small chan struct{} // places; a send takes one
+	large, small *slots.Slots // places, by registry host
 	stats        counters
 
 	ctx    context.Context // ends with Close
@@ -149,8 +155,8 @@ func New(cfg Config) (*Ingester, error) {
 	in := &Ingester{
 		cfg:     cfg,
 		spool:   sp,
-		large:   make(chan struct{}, cfg.Parallel),
-		small:   make(chan struct{}, cfg.Parallel),
+		large:   slots.New(cfg.Parallel, hostsFactor*cfg.Parallel),
+		small:   slots.New(cfg.Parallel, hostsFactor*cfg.Parallel),
 		flights: make(map[flightKey]*flight),
 	}
 	in.ctx, in.cancel = context.WithCancelCause(context.Background())

@@ -1,0 +1,92 @@
+// Package slots bounds how much is done side by side without letting one origin
+// take others along: whoever is slow, or sends a byte now and then, keeps its own
+// work waiting.
+//
+// # Invariants
+//
+//   - At most n pieces of work run, and one more for each key that has none
+//     running, up to most in all.
+//   - Who waits is served in the order of coming, but for those whose key has to
+//     wait anyway.
+//   - Waiting costs a goroutine and nothing else.
+package slots
+
+import (
+	"context"
+	"slices"
+	"sync"
+)
+
+// Slots are places for work. All methods may be called from any goroutine.
+type Slots struct {
+	n, most int
+
+	mu    sync.Mutex
+	used  int
+	byKey map[string]int
+	queue []*waiter
+}
+
+type waiter struct {
+	key string
+	got chan struct{} // closed when the place is the waiter's
+}
+
+// New returns n places (at least one), and up to most with those for keys that have
+// none.
+func New(n, most int) *Slots {
+	n = max(n, 1)
+	return &Slots{n: n, most: max(most, n), byKey: map[string]int{}}
+}
+
+// Take waits for a place for key, until ctx ends; release gives it back, and may be
+// called more than once. The error is ctx's cause.
+func (s *Slots) Take(ctx context.Context, key string) (release func(), err error) {
+	s.mu.Lock()
+	w := &waiter{key: key, got: make(chan struct{})}
+	s.queue = append(s.queue, w)
+	s.grantLocked()
+	s.mu.Unlock()
+	select {
+	case <-w.got:
+	default:
+		select {
+		case <-w.got:
+		case <-ctx.Done():
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			if i := slices.Index(s.queue, w); i >= 0 {
+				s.queue = slices.Delete(s.queue, i, i+1)
+			} else {
+				s.putLocked(key)
+			}
+			return nil, context.Cause(ctx)
+		}
+	}
+	return sync.OnceFunc(func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.putLocked(key)
+	}), nil
+}
+
+func (s *Slots) putLocked(key string) {
+	s.used--
+	if s.byKey[key]--; s.byKey[key] == 0 {
+		delete(s.byKey, key)
+	}
+	s.grantLocked()
+}
+
+// grantLocked gives places to those who may have them now.
+func (s *Slots) grantLocked() {
+	s.queue = slices.DeleteFunc(s.queue, func(w *waiter) bool {
+		if s.used >= s.n && (s.byKey[w.key] > 0 || s.used >= s.most) {
+			return false
+		}
+		s.used++
+		s.byKey[w.key]++
+		close(w.got)
+		return true
+	})
+}
