@@ -29,10 +29,10 @@ func (s Store) check(prefix string) error {
 // Registry says how registries are reached and how long their word counts.
 type Registry struct {
 	ConfigPath  string   `toml:"config_path" comment:"containerd's directory of hosts.toml files: mirrors, CAs, plain HTTP"`
-	Trusted     []string `toml:"trusted" comment:"registry hosts whose word counts for layers that came from elsewhere, too"`
+	Trusted     []string `toml:"trusted" comment:"registry hosts that need only say that they have a layer (HEAD) which came from another registry, and not send it once more"`
 	TagTTL      Duration `toml:"tag_ttl" comment:"how long what a tag names is believed before the registry is asked again"`
 	AccessTTL   Duration `toml:"access_ttl" comment:"how long a registry's permission to pull is believed"`
-	AccessGrace Duration `toml:"access_grace" comment:"and how long while the registry is down"`
+	AccessGrace Duration `toml:"access_grace" comment:"and how long while the registry is down (no answer or 5xx; not 429), for the same node with the same credential"`
 }
 
 func (r Registry) check(prefix string) error {
