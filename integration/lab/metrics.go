@@ -26,36 +26,47 @@ func (n *Node) Metric(ctx context.Context, name string) (float64, error) {
 	return metric(ctx, n.lab.client(), n.Metrics, name)
 }
 
+// Series returns a metric of the node by its labels, as they are printed.
+func (n *Node) Series(ctx context.Context, name string) (map[string]float64, error) {
+	return series(ctx, n.lab.client(), n.Metrics, name)
+}
+
 func metric(ctx context.Context, client *http.Client, addr, name string) (float64, error) {
+	values, err := series(ctx, client, addr, name)
+	var sum float64
+	for _, v := range values {
+		sum += v
+	}
+	return sum, err
+}
+
+func series(ctx context.Context, client *http.Client, addr, name string) (map[string]float64, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/metrics", nil)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	defer resp.Body.Close()
-	var sum float64
-	found := false
+	values := map[string]float64{}
 	lines := bufio.NewScanner(resp.Body)
 	for lines.Scan() {
 		rest, ok := strings.CutPrefix(lines.Text(), name)
 		if !ok || rest == "" || (rest[0] != ' ' && rest[0] != '{') {
 			continue
 		}
-		v, err := strconv.ParseFloat(rest[strings.LastIndexByte(rest, ' ')+1:], 64)
-		if err != nil {
-			return 0, fmt.Errorf("metric %s: %w", name, err)
+		at := strings.LastIndexByte(rest, ' ')
+		if values[rest[:at]], err = strconv.ParseFloat(rest[at+1:], 64); err != nil {
+			return nil, fmt.Errorf("metric %s: %w", name, err)
 		}
-		sum += v
-		found = true
 	}
 	if err := lines.Err(); err != nil {
-		return 0, err
+		return nil, err
 	}
-	if !found {
-		return 0, fmt.Errorf("http://%s/metrics has no %s", addr, name)
+	if len(values) == 0 {
+		return nil, fmt.Errorf("http://%s/metrics has no %s", addr, name)
 	}
-	return sum, nil
+	return values, nil
 }
