@@ -201,3 +201,22 @@ func TestMirrorOnOneMachine(t *testing.T) {
 		t.Errorf("an image that is not there: %v, want the registry's own word", err)
 	}
 }
+
+// TestCheckOneMachine: a running node that embeds its supernode checks that one's store, too.
+func TestCheckOneMachine(t *testing.T) {
+	s := &site{Lab: newLab(t)}
+	ctx := t.Context()
+	s.registry = must(s.StartRegistry(ctx, "registry", s.Path("images"), ""))(t)
+	node := must(s.StartNode(ctx, "node", "", ""))(t)
+	ref := s.push(t, "app", layer(t, dir("d/"), file("d/f", bigContent(1))))
+	must(s.Run(ctx, "shoal", "prefetch", "--control", node.Control, ref))(t) // to the store alone
+	var report struct {
+		Layers, Chunks int
+		Result         string
+	}
+	out := must(s.Run(ctx, "shoal", "check", "--control", node.Control, "--output", "json"))(t)
+	noError(t, json.Unmarshal([]byte(out), &report))
+	if report.Layers != 1 || report.Chunks == 0 || report.Result != "clean" {
+		t.Errorf("the store has one layer, and the check says %s", out)
+	}
+}

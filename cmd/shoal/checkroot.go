@@ -147,9 +147,9 @@ func (d *nodeDaemon) Check(ctx context.Context, req control.CheckRequest, event 
 		return nil, err
 	}
 	addHealth(r, h)
-	if s, ok := d.up.(*supernode.Supernode); ok {
+	if d.embedded != nil {
 		event("store")
-		sh, err := s.Check(ctx)
+		sh, err := d.embedded.Check(ctx)
 		if err != nil {
 			return nil, err
 		}

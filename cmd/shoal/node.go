@@ -30,6 +30,7 @@ import (
 	"github.com/shoalfs/shoal/snapshotter"
 	"github.com/shoalfs/shoal/snapshotter/credentials"
 	"github.com/shoalfs/shoal/snapshotter/mirror"
+	"github.com/shoalfs/shoal/supernode"
 )
 
 func newNodeCommand() *cobra.Command {
@@ -184,7 +185,8 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	if err != nil {
 		return err
 	}
-	d := &nodeDaemon{vols: vols, sn: sn, up: up, credentials: keychain, addresses: addresses}
+	embedded, _ := plain.(*supernode.Supernode)
+	d := &nodeDaemon{vols: vols, sn: sn, up: up, embedded: embedded, credentials: keychain, addresses: addresses}
 	metrics.MustRegister(d.collectors()...)
 	calls, err := timeCalls(metrics)
 	if err != nil {
@@ -312,6 +314,7 @@ type nodeDaemon struct {
 	vols        *volume.Manager
 	sn          *snapshotter.Snapshotter
 	up          upstream
+	embedded    *supernode.Supernode // nil: the node uses others
 	credentials *credentials.DockerConfig
 	addresses   []string
 }

@@ -106,6 +106,9 @@ func (k *keeper) watch() bool {
 	for k.connected() {
 		select {
 		case <-k.look:
+			if k.connected() {
+				k.recovered()
+			}
 		case now := <-tick.C:
 			k.expire(now.Add(-idleStream))
 		case <-k.ctx.Done():
@@ -113,6 +116,17 @@ func (k *keeper) watch() bool {
 		}
 	}
 	return k.ctx.Err() == nil
+}
+
+// recovered undoes a report that has looked before the last attempt to dial and told of it
+// afterwards: without it nobody would end the wait for another attempt.
+func (k *keeper) recovered() {
+	k.mu.Lock()
+	up := k.up
+	k.mu.Unlock()
+	if !up {
+		k.settle(nil)
+	}
 }
 
 func (k *keeper) connected() bool {

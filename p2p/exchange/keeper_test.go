@@ -2,10 +2,83 @@ package exchange
 
 import (
 	"context"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	lphost "github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	ma "github.com/multiformats/go-multiaddr"
+
+	"github.com/shoalfs/shoal/blockdev"
 )
+
+// slowLook is a host on which the first to see that there is no connection is held up
+// before he goes on, as the scheduler may do at any time.
+type slowLook struct {
+	lphost.Host
+	hold atomic.Bool
+	held chan struct{} // closed: somebody is held up
+	free chan struct{} // closed: he goes on
+}
+
+func (h *slowLook) Network() network.Network { return &slowNetwork{h.Host.Network(), h} }
+
+type slowNetwork struct {
+	network.Network
+	h *slowLook
+}
+
+func (n *slowNetwork) Connectedness(p peer.ID) network.Connectedness {
+	c := n.Network.Connectedness(p)
+	if c != network.Connected && n.h.hold.CompareAndSwap(true, false) {
+		close(n.h.held)
+		<-n.h.free
+	}
+	return c
+}
+
+// TestLateReport: who has seen that the connection is gone and says so when there is a new
+// one does not make requests wait for an attempt to dial that nobody makes.
+func TestLateReport(t *testing.T) {
+	st, chunks := newStore(t, false, text(1, 1000))
+	server := newHost(t, nil, "127.0.0.1:0")
+	newServer(t, server, ServerConfig{Chunks: st})
+	h := &slowLook{Host: newHost(t, nil), held: make(chan struct{}), free: make(chan struct{})}
+	c, err := NewClient(h, peer.AddrInfo{ID: server.ID(), Addrs: []ma.Multiaddr{server.Addrs()[0]}}, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	fetch := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		return c.Fetch(ctx, request(blockdev.Demand, chunks), discard)
+	}
+	if err := fetch(); err != nil {
+		t.Fatal(err)
+	}
+	h.hold.Store(true)
+	if err := h.Host.Network().ClosePeer(server.ID()); err != nil {
+		t.Fatal(err)
+	}
+	<-h.held          // whom libp2p has told
+	c.keeper.report() // whose request has failed
+	connection := func() bool {
+		c.keeper.mu.Lock()
+		defer c.keeper.mu.Unlock()
+		return c.keeper.up && h.Host.Network().Connectedness(server.ID()) == network.Connected
+	}
+	waitFor(t, "a new connection", connection)
+	close(h.free)
+	for range 100 { // before, while and after the late report comes
+		if err := fetch(); err != nil {
+			t.Fatalf("a read on a good connection: %v", err)
+		}
+	}
+}
 
 // TestKeeperHurries: who waits for a server does not wait for a long back-off, and does
 // not have a server that is down dialed all the time either.

@@ -181,7 +181,7 @@ func (b *batch) finish(err error) {
 		}
 	}
 	delete(f.live, b)
-	over := f.over
+	over := f.over || f.err != nil // this node's own disk, perhaps
 	f.mu.Unlock()
 	if over || f.ctx.Err() != nil {
 		return // the search is over, nobody is to blame

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/klauspost/compress/zstd"
@@ -82,6 +83,29 @@ func TestPassOn(t *testing.T) {
 	}
 	if sent == 0 || sent > received*3/4 {
 		t.Errorf("nodes have sent %.0f bytes for chunks of %.0f", sent, received)
+	}
+}
+
+// A chunk that this node's own disk does not take is not the peer's fault, and not asked
+// of another one: the search is over.
+func TestOwnDiskFails(t *testing.T) {
+	w := newWorld(t, 1<<20)
+	n := w.node(options{})
+	c := w.ix.Chunks[0]
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	f := &search{
+		s: n.swarm, ctx: ctx, req: blockdev.Request{Chunks: []blockdev.Chunk{c}}, want: []want{{flying: 1}}, changed: make(chan struct{}, 1),
+		deliver: func(int, []byte) error { return syscall.ENOSPC },
+	}
+	b := &batch{f: f, ctx: ctx, target: route.Target{Kind: route.Peer}, chunks: []int{0}, done: make([]bool, 1)}
+	err := b.deliver(0, w.data[c.Offset:][:c.Length])
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatal(err)
+	}
+	b.finish(err)
+	if len(f.back) != 0 || f.want[0].err != nil {
+		t.Errorf("the peer is blamed with %v, chunks %v are asked for again", f.want[0].err, f.back)
 	}
 }
 

@@ -19,6 +19,10 @@ import (
 type revoked struct {
 	path string
 
+	// changing is held while the list is changed, file and all, so that of two changes at
+	// a time none is lost.
+	changing sync.Mutex
+
 	mu  sync.Mutex
 	ids map[peer.ID]struct{}
 }
@@ -71,6 +75,8 @@ func (r *revoked) list() []peer.ID {
 
 // set adds or removes an identity. It counts from when the file is written.
 func (r *revoked) set(id peer.ID, in bool) error {
+	r.changing.Lock()
+	defer r.changing.Unlock()
 	ids := r.list()
 	i, found := slices.BinarySearch(ids, id)
 	switch {
@@ -115,10 +121,14 @@ func (r *revoked) save(ids []peer.ID) error {
 	if err := os.Rename(f.Name(), r.path); err != nil {
 		return err
 	}
-	d, err := os.Open(filepath.Dir(r.path))
+	return syncDir(filepath.Dir(r.path))
+}
+
+// syncDir makes the names in a directory durable.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
 	if err != nil {
 		return err
 	}
-	defer d.Close()
-	return d.Sync()
+	return errors.Join(d.Sync(), d.Close())
 }

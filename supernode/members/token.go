@@ -41,6 +41,10 @@ func MakeToken(path string) error {
 			err = nil // somebody else was quicker
 		}
 	}
+	if err == nil {
+		// Else a power cut may take the token away that the operator has copied to the nodes.
+		err = syncDir(filepath.Dir(path))
+	}
 	if err != nil {
 		return fmt.Errorf("make token %s: %w", path, err)
 	}
