@@ -3,9 +3,13 @@ package volume
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
+	"io"
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -104,4 +108,54 @@ func TestHungImageStallsNobody(t *testing.T) {
 	}
 	close(src.open)
 	wg.Wait()
+}
+
+// TestOldConnectionIsWidened: a connection that an earlier version has opened, with room
+// for few reads, gets the limits of this one when it is taken over.
+func TestOldConnectionIsWidened(t *testing.T) {
+	k := newKeeper(t)
+	n := newNode(t, func(c *Config) { c.Keep = k })
+	l := newLayer(t, 70, 1<<20)
+	n.add(l)
+	dir := n.mountDir(l)
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// What the earlier version has agreed on, in the record and in the kernel.
+	record := k.Take(keptInit)
+	defer record.Close()
+	b, err := io.ReadAll(io.NewSectionReader(record, 0, recordMost))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, minor, init, err := decodeConnection(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const recordHead, outHeader, inFuseInitOut = 16, 16, 16
+	at := recordHead + int64(binary.NativeEndian.Uint32(init)) + outHeader + inFuseInitOut
+	if got := binary.NativeEndian.Uint16(b[at:]); got != 65535 {
+		t.Fatalf("the record does not have max_background at %d but %d", at, got)
+	}
+	if _, err := record.WriteAt(binary.NativeEndian.AppendUint16(nil, 128), at); err != nil {
+		t.Fatal(err)
+	}
+	ctl := t.TempDir()
+	if err := unix.Mount("fusectl", ctl, "fusectl", 0, ""); err != nil {
+		t.Skip("needs a kernel with fusectl: ", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(ctl, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	limit := filepath.Join(ctl, strconv.Itoa(minor), "max_background")
+	if err := os.WriteFile(limit, []byte("128"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.open()
+	if got, err := os.ReadFile(limit); err != nil || strings.TrimSpace(string(got)) != "65535" {
+		t.Errorf("max_background is %s after the connection was taken over, %v", got, err)
+	}
+	n.check(l, dir)
 }
