@@ -157,7 +157,8 @@ func (s *Snapshotter) pruneImages(chains map[string]struct{}) error {
 	}
 	var gone []imageRecord
 	for _, img := range list {
-		if _, ok := chains[img.Top]; ok || img.Kept || time.Since(img.Opened) < s.cfg.PullIdle {
+		underWay := !img.Pulled && time.Since(img.Opened) < s.cfg.PullIdle
+		if _, ok := chains[img.Top]; ok || img.Kept || underWay {
 			continue
 		}
 		gone = append(gone, img)

@@ -47,6 +47,8 @@ type imageRecord struct {
 	Grant []byte `json:"grant,omitempty"`
 	// Kept: KeepImage holds it.
 	Kept bool `json:"kept,omitempty"`
+	// Pulled: its top layer has been committed since it was opened.
+	Pulled bool `json:"pulled,omitempty"`
 	// Unfollowed: no container has started on it since it was pulled, and all of it is
 	// to be fetched.
 	Unfollowed bool `json:"unfollowed,omitempty"`
@@ -252,16 +254,33 @@ func (r *records) keep(img *imageRecord) (changed bool, err error) {
 	return changed, err
 }
 
-// setUnfollowed sets imageRecord.Unfollowed. An image that is not listed any more is
+// followed takes imageRecord.Unfollowed back. An image that is not listed any more is
 // no error.
-func (r *records) setUnfollowed(img *imageRecord, to bool) error {
+func (r *records) followed(img *imageRecord) error {
 	return r.db.Update(func(tx *bolt.Tx) error {
 		b := tx.Bucket(bucketImages)
 		rec, ok, err := getImage(b, img.key())
-		if err != nil || !ok || rec.Unfollowed == to {
+		if err != nil || !ok || !rec.Unfollowed {
 			return err
 		}
-		rec.Unfollowed = to
+		rec.Unfollowed = false
+		return putImage(b, rec)
+	})
+}
+
+// pulled notes that all layers of an image are snapshots now, and sets Unfollowed. A
+// record that was dropped meanwhile is written again.
+func (r *records) pulled(img imageRecord, unfollowed bool) error {
+	return r.db.Update(func(tx *bolt.Tx) error {
+		b := tx.Bucket(bucketImages)
+		rec, ok, err := getImage(b, img.key())
+		if err != nil {
+			return err
+		}
+		if !ok {
+			rec = img
+		}
+		rec.Pulled, rec.Unfollowed = true, unfollowed
 		return putImage(b, rec)
 	})
 }

@@ -58,9 +58,9 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, info 
 // answer is prepareLazy within a pull: last says that there is no layer above. wait
 // ends before ctx.
 func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, parent string, labels map[string]string) (last bool, err error) {
-	refuse := func(why string) (bool, error) {
+	refuse := func(c Cause, why string) (bool, error) {
 		s.pulls.refuse(p, false)
-		p.explain.Do(func() { s.notLazy(w, why) })
+		p.explain.Do(func() { s.notLazy(w, c, why) })
 		return false, nil
 	}
 	o, err := s.pulls.wait(wait, p)
@@ -70,16 +70,17 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 	case ctx.Err() != nil && !errors.Is(context.Cause(ctx), errSlow):
 		return false, fmt.Errorf("image %s: wait for its indexes: %w", w.ref, ctx.Err())
 	case errors.Is(err, errSlow):
-		return refuse(fmt.Sprintf("its indexes did not come within %v (prepare_timeout); they are still being waited for, and the next pull finds them here",
+		return refuse(CauseSlow, fmt.Sprintf("its indexes did not come within %v (prepare_timeout); they are still being waited for, and the next pull finds them here",
 			s.cfg.PrepareTimeout*5/6))
 	case errors.As(err, new(refused)):
 		s.pulls.refuse(p, true)
 		p.explain.Do(func() {
+			s.refusals.add(w.ref, CauseConfig, err.Error())
 			s.log.Info("image is not lazy, as the config says: containerd unpacks it in the ordinary way", "image", w.ref, "cause", err)
 		})
 		return false, nil
 	case err != nil:
-		return refuse(cause(err, s.cfg.IndexTimeout))
+		return refuse(causeOf(err), cause(err, s.cfg.IndexTimeout))
 	case o == nil:
 		return false, nil
 	}
@@ -91,7 +92,10 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 	if why, err := s.misplaced(ctx, o, i, parent); err != nil {
 		return false, err
 	} else if why != "" {
-		return refuse(why)
+		if i < 0 {
+			return refuse(CauseCorrupt, why)
+		}
+		return refuse(CauseOrder, why)
 	}
 	last = i == len(o.Layers)-1
 	if last {
@@ -99,7 +103,7 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 	}
 	if err := s.commitLazy(ctx, key, parent, o.Layers[i].DiffID, labels); err != nil {
 		if errors.Is(err, errFixup) && (ctx.Err() == nil || errors.Is(context.Cause(ctx), errSlow)) {
-			return refuse(err.Error())
+			return refuse(causeOf(err), err.Error())
 		}
 		return false, fmt.Errorf("image %s, layer %d of %d: %w", w.ref, i+1, len(o.Layers), err)
 	}
@@ -108,6 +112,7 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 			s.log.Error("image stays marked as kept, removing it will not free its diffs before the next start",
 				"image", w.ref, "error", err)
 		}
+		s.refusals.forget(w.ref)
 		s.imagePulled(&o.imageRecord)
 	}
 	return last, fmt.Errorf("snapshot %s is lazy: %w", w.chain, errdefs.ErrAlreadyExists)
@@ -154,7 +159,8 @@ func (s *Snapshotter) prepareKnown(ctx context.Context, key, parent string, w wa
 }
 
 // notLazy writes the one line that says why.
-func (s *Snapshotter) notLazy(w want, why string) {
+func (s *Snapshotter) notLazy(w want, c Cause, why string) {
+	s.refusals.add(w.ref, c, why)
 	s.log.Warn("image is not lazy, containerd unpacks it in the ordinary way", "image", w.ref, "manifest", w.manifest, "cause", why)
 }
 
@@ -166,6 +172,7 @@ func (s *Snapshotter) explainUnlabelled(w want, parent string, why error) {
 	s.unlabelled = w.chain
 	s.mu.Unlock()
 	if !above {
+		s.refusals.add(w.ref, CauseUnlabelled, why.Error())
 		s.log.Warn("image is not lazy, containerd unpacks it in the ordinary way", "image", w.ref, "chain", w.chain, "cause", why)
 	}
 }

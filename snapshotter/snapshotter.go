@@ -31,6 +31,7 @@ type Snapshotter struct {
 	openings openings
 	pulls    pulls
 	wishes   *wishes
+	refusals refusals
 	options  []string // overlayfs' for every mount
 
 	base   context.Context // ends with Close

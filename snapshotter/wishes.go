@@ -260,7 +260,7 @@ func (s *Snapshotter) containerStarts(key, id string, info snapshots.Info, links
 		if !rec.Unfollowed {
 			continue
 		}
-		if err := s.records.setUnfollowed(&rec, false); err != nil {
+		if err := s.records.followed(&rec); err != nil {
 			s.log.Error("a pull is not marked as followed by a container; after a restart all of it is fetched", "image", rec.Ref, "error", err)
 		}
 	}
@@ -317,13 +317,15 @@ func (s *Snapshotter) imagesOf(links []link) (policy.Mode, []imageRecord) {
 	return most, found
 }
 
-// imagePulled has an image fetched if no container follows its pull.
+// imagePulled notes the end of a pull, and has the image fetched if no container
+// follows.
 func (s *Snapshotter) imagePulled(rec *imageRecord) {
-	if !s.cfg.PrefetchAfterPull || s.cfg.Policy.Prefetch(rec.Ref) != policy.All {
-		return
+	unfollowed := s.cfg.PrefetchAfterPull && s.cfg.Policy.Prefetch(rec.Ref) == policy.All
+	if err := s.records.pulled(*rec, unfollowed); err != nil {
+		s.log.Error("a pull is not noted; if the node restarts, the rest of the image is not fetched before a container starts", "image", rec.Ref, "error", err)
 	}
-	if err := s.records.setUnfollowed(rec, true); err != nil {
-		s.log.Error("a pull is not marked as followed by no container; if the node restarts, the rest of it is not fetched", "image", rec.Ref, "error", err)
+	if !unfollowed {
+		return
 	}
 	s.wishes.pull(string(rec.key()), pulled{diffs: rec.diffs(), due: time.Now().Add(pullPatience)})
 }

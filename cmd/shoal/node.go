@@ -336,7 +336,11 @@ func (d *nodeDaemon) Status(ctx context.Context) (*control.Status, error) {
 			cl.LazyUsers = users[l.DiffID]
 			ci.Layers = append(ci.Layers, cl)
 		}
+		ci.Sum()
 		st.Images = append(st.Images, ci)
+	}
+	for _, r := range d.sn.Refusals() {
+		st.NotLazy = append(st.NotLazy, control.NotLazy{Ref: r.Ref, Cause: string(r.Cause), Why: r.Why, At: r.At})
 	}
 	return st, nil
 }

@@ -1,14 +1,17 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/blockdev/volume"
+	"github.com/shoalfs/shoal/snapshotter"
 )
 
 // collectors are the node's own metrics, read off the volumes when asked for.
@@ -53,7 +56,7 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 	}
 	const proofs, proofsHelp = "shoal_node_proofs_total", "Layers that were hashed and indexed anew once all their bytes were here, by outcome."
 	const fetched, fetchedHelp = "shoal_node_fetched_bytes_total", "Uncompressed bytes that were fetched, read-ahead with demand; proof: tar headers, which only the proof reads."
-	return []prometheus.Collector{
+	all := []prometheus.Collector{
 		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "demand"}, func(s cache.Stats) float64 { return float64(s.DemandBytes) }),
 		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "startup"}, func(s cache.Stats) float64 { return float64(s.StartupBytes) }),
 		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "prefetch"}, func(s cache.Stats) float64 { return float64(s.PrefetchBytes) }),
@@ -79,6 +82,38 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 		lazy("containers", func(_ bool, users int) bool { return users > 0 }),
 		lazy("none", func(lazy bool, users int) bool { return lazy && users == 0 }),
 	}
+	for _, complete := range []bool{true, false} {
+		state := map[bool]string{true: "complete", false: "incomplete"}[complete]
+		all = append(all, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "shoal_node_images", Help: "Lazy and kept images, by whether every byte of them is here.", ConstLabels: prometheus.Labels{"state": state},
+		}, func() float64 { return d.images(complete) }))
+	}
+	for _, c := range snapshotter.Causes {
+		all = append(all, prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "shoal_node_not_lazy_total", Help: "Pulls of images that are not lazy, by cause; shoal status names the images.",
+			ConstLabels: prometheus.Labels{"cause": string(c)},
+		}, func() float64 { return float64(d.sn.Refused(c)) }))
+	}
+	return all
+}
+
+// images counts those of which everything is here, or those of which it is not.
+func (d *nodeDaemon) images(complete bool) float64 {
+	list, err := d.sn.Images(context.Background())
+	if err != nil {
+		return math.NaN()
+	}
+	n := 0
+	for _, im := range list {
+		missing := slices.ContainsFunc(im.Layers, func(l snapshotter.Layer) bool {
+			s, ok := d.vols.Stat(l.DiffID)
+			return !ok || !s.Complete
+		})
+		if missing != complete {
+			n++
+		}
+	}
+	return float64(n)
 }
 
 func b2f(b bool) float64 {

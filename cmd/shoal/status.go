@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
 	"os"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
@@ -73,8 +75,29 @@ func writeStatus(w io.Writer, st *control.Status) error {
 	fmt.Fprint(w, "\n\n")
 	if len(st.Images) == 0 {
 		fmt.Fprintln(w, "no images")
+	} else if err := writeImages(w, st); err != nil {
+		return err
+	}
+	return writeNotLazy(w, st.NotLazy)
+}
+
+// writeNotLazy lists the images that are unpacked in the ordinary way. Of a reason
+// the first line is enough here.
+func writeNotLazy(w io.Writer, list []control.NotLazy) error {
+	if len(list) == 0 {
 		return nil
 	}
+	fmt.Fprint(w, "\nnot lazy:\n\n")
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "IMAGE\tPULLED\tCAUSE\tWHY")
+	for _, n := range list {
+		why, _, _ := strings.Cut(n.Why, "\n")
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\n", cmp.Or(n.Ref, "-"), n.At.Local().Format(time.DateTime), n.Cause, why)
+	}
+	return tw.Flush()
+}
+
+func writeImages(w io.Writer, st *control.Status) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	node := st.Role == "node"
 	fmt.Fprint(tw, "IMAGE\tLAYERS\tSIZE\tLOCAL\tMOUNTED")
@@ -83,17 +106,15 @@ func writeStatus(w io.Writer, st *control.Status) error {
 	}
 	fmt.Fprintln(tw)
 	for _, im := range st.Images {
-		var size, local int64
+		im.Sum() // also where an earlier version's daemon has not
 		mounts, proofs := map[string]int{}, map[string]int{}
 		users := 0
 		for _, l := range im.Layers {
-			size += l.Size
-			local += l.Local
 			mounts[l.Mount]++
 			users = max(users, l.LazyUsers)
 			proofs[l.Proof]++
 		}
-		fmt.Fprintf(tw, "%s\t%d\t%s\t%s\t%s", im.Ref, len(im.Layers), units.HumanSize(float64(size)), percent(local, size), mountSummary(mounts, users))
+		fmt.Fprintf(tw, "%s\t%d\t%s\t%s\t%s", im.Ref, len(im.Layers), units.HumanSize(float64(im.Size)), percent(im.Local, im.Size), mountSummary(mounts, users))
 		if node {
 			fmt.Fprintf(tw, "\t%s", proofSummary(proofs, len(im.Layers)))
 		}

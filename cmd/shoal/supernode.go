@@ -161,6 +161,7 @@ func (d *supernodeDaemon) Status(context.Context) (*control.Status, error) {
 		for _, l := range im.Layers {
 			ci.Layers = append(ci.Layers, control.Layer{DiffID: l.DiffID.String(), Size: l.Size, Local: l.Size})
 		}
+		ci.Sum()
 		st.Images = append(st.Images, ci)
 	}
 	return st, nil

@@ -30,12 +30,39 @@ type Status struct {
 	// Supernodes are the addresses a node asks; "embedded" if it asks itself.
 	Supernodes []string `json:"supernodes,omitempty"`
 	Images     []Image  `json:"images"`
+	// NotLazy, on a node, are images that were not lazy when they were pulled, the
+	// newest pull last.
+	NotLazy []NotLazy `json:"not_lazy,omitempty"`
+}
+
+// NotLazy says why an image is unpacked in the ordinary way.
+type NotLazy struct {
+	Ref string `json:"ref"` // empty: containerd has not said which image it is
+	// Cause is the class that the metric counts, and Why the whole of it.
+	Cause string    `json:"cause"`
+	Why   string    `json:"why"`
+	At    time.Time `json:"at"`
 }
 
 // Image is one image on a node, or one that a supernode has stored.
 type Image struct {
-	Ref    string  `json:"ref"`
-	Layers []Layer `json:"layers"`
+	Ref string `json:"ref"`
+	// Size and Local are sums over Layers. Complete: every byte is
+	// there.
+	Size     int64   `json:"size"`
+	Local    int64   `json:"local"`
+	Complete bool    `json:"complete"`
+	Layers   []Layer `json:"layers"`
+}
+
+// Sum sets what is a sum over the layers.
+func (im *Image) Sum() {
+	im.Size, im.Local, im.Complete = 0, 0, true
+	for _, l := range im.Layers {
+		im.Size += l.Size
+		im.Local += l.Local
+		im.Complete = im.Complete && l.Local == l.Size
+	}
 }
 
 // Layer is one layer of an Image.
@@ -183,6 +210,32 @@ func Listen(path string) (net.Listener, error) {
 	return ln, nil
 }
 
+// ErrSilent: a daemon holds the socket and does not answer.
+var ErrSilent = errors.New("the daemon does not answer")
+
+const (
+	// connectTimeout is how long it may take to get a connection: a daemon that hangs
+	// accepts none, once some wait.
+	connectTimeout = 5 * time.Second
+	// answerTimeout is how long an answer may take that needs no work.
+	answerTimeout = 10 * time.Second
+)
+
+// quickly makes a request that is answered at once, or never. read reads the answer.
+func (c Client) quickly(ctx context.Context, method, path string, body io.Reader, read func(io.Reader) error) error {
+	err := fmt.Errorf("%w within %v at %s: it hangs, or the machine is very busy; look at its log, and restart it if that lasts", ErrSilent, answerTimeout, c.Path)
+	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, err)
+	defer cancel()
+	resp, rerr := c.do(ctx, method, path, body)
+	if rerr == nil {
+		rerr = errors.Join(read(resp.Body), resp.Body.Close())
+	}
+	if rerr != nil && context.Cause(ctx) == err { //nolint:errorlint // this very one
+		return err
+	}
+	return rerr
+}
+
 // ErrNoDaemon: nobody serves the socket.
 var ErrNoDaemon = errors.New("no shoal daemon answers")
 
@@ -195,7 +248,7 @@ func (c Client) do(ctx context.Context, method, path string, body io.Reader) (*h
 	tr := &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var d net.Dialer
+			d := net.Dialer{Timeout: connectTimeout}
 			return d.DialContext(ctx, "unix", c.Path)
 		},
 	}
@@ -207,6 +260,9 @@ func (c Client) do(ctx context.Context, method, path string, body io.Reader) (*h
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
+		}
+		if ne := net.Error(nil); errors.As(err, &ne) && ne.Timeout() {
+			return nil, fmt.Errorf("%w: it has taken no connection within %v at %s; look at its log, and restart it if that lasts", ErrSilent, connectTimeout, c.Path)
 		}
 		return nil, fmt.Errorf("%w at %s (%w): is `shoal node` or `shoal supernode` running, and are you root? --control names another socket", ErrNoDaemon, c.Path, err)
 	}
@@ -220,14 +276,15 @@ func (c Client) do(ctx context.Context, method, path string, body io.Reader) (*h
 
 // Status asks for the daemon's Status.
 func (c Client) Status(ctx context.Context) (*Status, error) {
-	resp, err := c.do(ctx, http.MethodGet, "/v1/status", nil)
+	var st Status
+	err := c.quickly(ctx, http.MethodGet, "/v1/status", nil, func(r io.Reader) error {
+		if err := json.NewDecoder(r).Decode(&st); err != nil {
+			return fmt.Errorf("daemon's answer: %w", err)
+		}
+		return nil
+	})
 	if err != nil {
 		return nil, err
-	}
-	defer resp.Body.Close()
-	var st Status
-	if err := json.NewDecoder(resp.Body).Decode(&st); err != nil {
-		return nil, fmt.Errorf("daemon's answer: %w", err)
 	}
 	return &st, nil
 }

@@ -68,13 +68,9 @@ func serveMembers(mux *http.ServeMux, d Daemon) {
 
 // Members asks a supernode for its list.
 func (c Client) Members(ctx context.Context) ([]Member, error) {
-	resp, err := c.do(ctx, http.MethodGet, "/v1/members", nil)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
 	var list []Member
-	return list, json.NewDecoder(resp.Body).Decode(&list)
+	err := c.quickly(ctx, http.MethodGet, "/v1/members", nil, func(r io.Reader) error { return json.NewDecoder(r).Decode(&list) })
+	return list, err
 }
 
 // Revoke has a supernode end a node's membership for good.
@@ -92,9 +88,5 @@ func (c Client) change(ctx context.Context, path, id string) error {
 	if err != nil {
 		return err
 	}
-	resp, err := c.do(ctx, http.MethodPost, path, bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	return resp.Body.Close()
+	return c.quickly(ctx, http.MethodPost, path, bytes.NewReader(body), func(io.Reader) error { return nil })
 }

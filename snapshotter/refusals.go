@@ -1,0 +1,127 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// Cause is a class of reasons why an image is not lazy; there is a small number.
+type Cause string
+
+// The causes.
+const (
+	CauseConfig       Cause = "config"       // the node's config does not want it
+	CauseUnlabelled   Cause = "unlabelled"   // containerd has not said which image it is
+	CauseSlow         Cause = "slow"         // its indexes did not come in time
+	CauseUnavailable  Cause = "unavailable"  // nobody who has it answers
+	CauseUnauthorized Cause = "unauthorized" // the pull's credential does not open it
+	CauseNotFound     Cause = "not_found"    // its registry does not have it
+	CauseUnsupported  Cause = "unsupported"  // nothing that can be mounted here
+	CauseCorrupt      Cause = "corrupt"      // what came is not what was asked for
+	CauseNoSpace      Cause = "no_space"     // no room on this disk
+	CauseOrder        Cause = "order"        // containerd asks for its layers in another order
+	CauseOther        Cause = "other"
+)
+
+// Causes are all of them.
+var Causes = []Cause{
+	CauseConfig, CauseUnlabelled, CauseSlow, CauseUnavailable, CauseUnauthorized, CauseNotFound,
+	CauseUnsupported, CauseCorrupt, CauseNoSpace, CauseOrder, CauseOther,
+}
+
+// causeOf finds the class of an error of opening an image.
+func causeOf(err error) Cause {
+	for _, c := range []struct {
+		is    error
+		cause Cause
+	}{
+		{errSlow, CauseSlow},
+		{context.DeadlineExceeded, CauseSlow},
+		{blockdev.ErrUnauthorized, CauseUnauthorized},
+		{blockdev.ErrNotFound, CauseNotFound},
+		{blockdev.ErrUnsupported, CauseUnsupported},
+		{blockdev.ErrNoSpace, CauseNoSpace},
+		{blockdev.ErrQuarantined, CauseCorrupt},
+		{blockdev.ErrCorrupt, CauseCorrupt},
+		{blockdev.ErrUnavailable, CauseUnavailable},
+	} {
+		if errors.Is(err, c.is) {
+			return c.cause
+		}
+	}
+	if errors.As(err, new(refused)) {
+		return CauseConfig
+	}
+	return CauseOther
+}
+
+// Refusal says of an image why it was not lazy when it was pulled last.
+type Refusal struct {
+	Ref   string    `json:"ref"` // empty: containerd has not said which image it is
+	Cause Cause     `json:"cause"`
+	Why   string    `json:"why"`
+	At    time.Time `json:"at"`
+}
+
+const (
+	// maxRefusals are remembered, the newest ones.
+	maxRefusals = 100
+	// maxWhy bounds what is remembered of one, in bytes: registries write some of it.
+	maxWhy = 1 << 10
+)
+
+// refusals remembers them, each image once.
+type refusals struct {
+	mu    sync.Mutex
+	list  []Refusal // the newest last
+	count map[Cause]int64
+}
+
+func (r *refusals) add(ref string, cause Cause, why string) {
+	if len(why) > maxWhy {
+		why = strings.ToValidUTF8(why[:maxWhy], "") + " ..."
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.count == nil {
+		r.count = make(map[Cause]int64)
+	}
+	r.count[cause]++
+	r.forgetLocked(ref)
+	r.list = append(r.list, Refusal{Ref: ref, Cause: cause, Why: why, At: time.Now().UTC()})
+	if n := len(r.list) - maxRefusals; n > 0 {
+		r.list = slices.Delete(r.list, 0, n)
+	}
+}
+
+func (r *refusals) forget(ref string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.forgetLocked(ref)
+}
+
+func (r *refusals) forgetLocked(ref string) {
+	r.list = slices.DeleteFunc(r.list, func(o Refusal) bool { return o.Ref == ref })
+}
+
+// Refusals returns the images that were not lazy when they were pulled, the newest
+// pull last: some of them, if there were many. They are forgotten when the node
+// ends.
+func (s *Snapshotter) Refusals() []Refusal {
+	s.refusals.mu.Lock()
+	defer s.refusals.mu.Unlock()
+	return slices.Clone(s.refusals.list)
+}
+
+// Refused returns how many pulls were not lazy for a cause.
+func (s *Snapshotter) Refused(c Cause) int64 {
+	s.refusals.mu.Lock()
+	defer s.refusals.mu.Unlock()
+	return s.refusals.count[c]
+}

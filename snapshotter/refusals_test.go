@@ -1,0 +1,103 @@
+package snapshotter
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/snapshotter/policy"
+)
+
+// TestRefusals: why an image is not lazy is remembered until it is, and counted by
+// its cause; what is remembered is bounded.
+func TestRefusals(t *testing.T) {
+	n := newNode(t, withRules(t, policy.Rules{Never: []string{"registry.test/never"}}))
+	never := newImage("registry.test/never:1", newLayer(t, file("n")))
+	app := newImage("registry.test/app:1", threeLayers(t)...)
+	gone := newImage("registry.test/gone:1", newLayer(t, file("g")))
+	n.images.publish(never)
+	for _, img := range []image{never, app, gone} {
+		_, fetched, err := n.pull(bg, img)
+		check(t, err)
+		if len(fetched) == 0 {
+			t.Errorf("%s is lazy", img.ref)
+		}
+	}
+	list := n.Refusals()
+	if len(list) != 3 || list[0].Ref != never.ref || list[0].Cause != CauseConfig || list[2].Ref != gone.ref || list[2].Cause != CauseNotFound ||
+		!strings.Contains(list[0].Why, "images.never") || time.Since(list[2].At) > time.Minute {
+		t.Errorf("remembered: %+v", list)
+	}
+	if n.Refused(CauseConfig) != 1 || n.Refused(CauseNotFound) != 2 || n.Refused(CauseSlow) != 0 {
+		t.Error("the causes are not counted, or more than once for an image of several layers")
+	}
+
+	// One that has become lazy is not listed any more; it is counted all the same.
+	for i := 2; i >= 0; i-- {
+		check(t, n.Remove(bg, "ns/1/"+app.chain(i)))
+	}
+	n.images.publish(app)
+	// What was decided may count for another while.
+	waitFor(t, "the image is lazy", func() bool {
+		top, fetched, err := n.pull(bg, app)
+		check(t, err)
+		if len(fetched) == 0 {
+			return true
+		}
+		for i := 2; i >= 0; i-- {
+			check(t, n.Remove(bg, "ns/1/"+app.chain(i)))
+		}
+		_ = top
+		return false
+	})
+	for _, r := range n.Refusals() {
+		if r.Ref == app.ref {
+			t.Errorf("an image that is lazy is listed: %+v", r)
+		}
+	}
+
+	var r refusals
+	for i := range 3 * maxRefusals {
+		r.add(fmt.Sprint(i), CauseOther, strings.Repeat("ä", maxWhy))
+	}
+	if len(r.list) != maxRefusals || r.list[0].Ref != fmt.Sprint(2*maxRefusals) || len(r.list[0].Why) > maxWhy+4 || !utf8.ValidString(r.list[0].Why) {
+		t.Errorf("%d are remembered, from %s on, of %d bytes", len(r.list), r.list[0].Ref, len(r.list[0].Why))
+	}
+}
+
+// TestCauses: errors of opening an image have their class, whatever wraps them.
+func TestCauses(t *testing.T) {
+	for err, want := range map[error]Cause{
+		blockdev.ErrUnavailable: CauseUnavailable, blockdev.ErrUnauthorized: CauseUnauthorized, blockdev.ErrNotFound: CauseNotFound,
+		blockdev.ErrCorrupt: CauseCorrupt, blockdev.ErrQuarantined: CauseCorrupt, blockdev.ErrNoSpace: CauseNoSpace,
+		blockdev.ErrUnsupported: CauseUnsupported, context.DeadlineExceeded: CauseSlow, errSlow: CauseSlow, refused("x"): CauseConfig, errClosing: CauseOther,
+	} {
+		if got := causeOf(fmt.Errorf("image x: %w", err)); got != want {
+			t.Errorf("%v: %s, want %s", err, got, want)
+		}
+	}
+}
+
+// TestStaleName: an image that was removed is not listed again when another one with
+// the same layers comes.
+func TestStaleName(t *testing.T) {
+	n := newNode(t)
+	one := newImage("registry.test/app:one", threeLayers(t)...)
+	two := newImage("registry.test/app:two", one.layers...)
+	n.images.publish(one, two)
+	_, _, err := n.pull(bg, one)
+	check(t, err)
+	for i := 2; i >= 0; i-- {
+		check(t, n.Remove(bg, one.chain(i)))
+	}
+	check(t, n.Cleanup(bg))
+	_, _, err = n.pull(bg, two)
+	check(t, err)
+	if list := must(n.Images(bg))(t); len(list) != 1 || list[0].Ref != two.ref {
+		t.Errorf("listed: %+v", list)
+	}
+}
