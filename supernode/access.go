@@ -65,6 +65,7 @@ type access struct {
 	yes     map[grant]time.Time // until when
 	no      map[string]time.Time
 	down    map[string]time.Time   // registry host, or repository -> not asked before
+	limited map[string]time.Time   // public repository -> not asked before
 	seen    map[graceKey]time.Time // last access, on disk or in pending
 	pending map[graceKey]int64     // Unix seconds to write; 0: delete
 
@@ -98,7 +99,7 @@ func openAccess(dir string, reg checker, ttl, grace time.Duration, log *slog.Log
 		return nil, fmt.Errorf("%s (is another supernode using the directory?): %w", file, err)
 	}
 	a := &access{reg: reg, ttl: ttl, grace: grace, now: now, log: log, db: db, done: make(chan struct{}),
-		flights: map[string]*question{}, yes: map[grant]time.Time{}, no: map[string]time.Time{}, down: map[string]time.Time{},
+		flights: map[string]*question{}, yes: map[grant]time.Time{}, no: map[string]time.Time{}, down: map[string]time.Time{}, limited: map[string]time.Time{},
 		seen: map[graceKey]time.Time{}, pending: map[graceKey]int64{}, stretched: map[string]stretched{}}
 	if err := a.load(); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", file, err), db.Close())
@@ -138,19 +139,26 @@ func (a *access) allow(ctx context.Context, peer string, ref registry.Reference,
 	repo := ref.Name()
 	g := grant{repo, registry.CredentialHash(req.Credential)}
 	withCred := g.cred != ""
-	mine := a.key(peer, repo, a.lasting(g.cred, req.Credential))
 	now := a.now()
 	a.mu.Lock()
 	public := now.Before(a.yes[grant{repo, ""}])
-	own := withCred && now.Before(a.yes[g])
-	notPublic := now.Before(a.no[repo])
 	everybody := a.counts(a.seen[publicKey(repo)], now)
-	before := withCred && a.counts(a.seen[mine], now)
-	isDown := now.Before(a.down[ref.Host]) || now.Before(a.down[repo])
+	limitedStill := now.Before(a.limited[repo])
 	a.mu.Unlock()
 	switch {
 	case public:
 		return verdict{public: true}, nil
+	case everybody && limitedStill:
+		return verdict{public: true, stale: true}, nil
+	}
+	mine := a.key(peer, repo, a.lasting(g.cred, req.Credential))
+	a.mu.Lock()
+	own := withCred && now.Before(a.yes[g])
+	notPublic := now.Before(a.no[repo])
+	before := withCred && a.counts(a.seen[mine], now)
+	isDown := now.Before(a.down[ref.Host]) || now.Before(a.down[repo])
+	a.mu.Unlock()
+	switch {
 	case own:
 		a.note(mine, now)
 		return verdict{}, nil
@@ -184,9 +192,23 @@ func (a *access) allow(ctx context.Context, peer string, ref registry.Reference,
 		a.setDown(ref, err)
 		return verdict{public: everybody, stale: true}, nil
 	case limited && everybody:
+		a.leaveAlone(repo, err)
 		return verdict{public: true, stale: true}, nil
 	}
 	return verdict{}, err
+}
+
+// leaveAlone has a public repository not asked about again while its registry limits
+// requests.
+func (a *access) leaveAlone(repo string, err error) {
+	wait := downTTL
+	if e := (*registry.Error)(nil); errors.As(err, &e) {
+		wait = max(wait, e.RetryAfter())
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	bound(a.limited)
+	a.limited[repo] = a.now().Add(min(wait, a.ttl))
 }
 
 // setDown keeps others from waiting for a registry that does not answer, or for a

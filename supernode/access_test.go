@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/supernode/registry"
+	"github.com/shoalfs/shoal/supernode/registry/registrytest"
 )
 
 // fakeChecker is a registry that lets in who it is told to.
@@ -316,6 +318,55 @@ func TestAccessLateNo(t *testing.T) {
 	close(block)
 	e.running.Wait()
 	e.want(t, "down, by what is known", "p", "a:1", alice, verdict{}, blockdev.ErrUnauthorized, 1)
+}
+
+// TestAccessLimited: a registry that limits requests is left alone about what anybody
+// may have.
+func TestAccessLimited(t *testing.T) {
+	f := registrytest.NewFake(t)
+	f.Push(t, "a", "1", registrytest.GzipLayer(t, "a", 10, 1))
+	reg, err := registry.New(registry.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := reg.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	now := time.Now()
+	a, err := openAccess(t.TempDir(), reg, 5*time.Minute, time.Hour, slog.New(slog.DiscardHandler), func() time.Time { return now })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := a.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	may := func(want verdict, requests int) {
+		t.Helper()
+		f.Forget()
+		req := blockdev.ImageRequest{Ref: f.Host + "/a:1"}
+		ref, err := registry.ParseReference(req.Ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := a.allow(t.Context(), "p", ref, req); err != nil || got != want || len(f.Requests()) != requests {
+			t.Errorf("%+v, %v, requests %v; want %+v and %d", got, err, f.Requests(), want, requests)
+		}
+	}
+	may(verdict{public: true}, 1)
+	now = now.Add(6 * time.Minute)
+	f.Script(registrytest.Status(http.StatusTooManyRequests, "Retry-After", "120"))
+	may(verdict{public: true, stale: true}, 1)
+	now = now.Add(time.Minute)
+	may(verdict{public: true, stale: true}, 0)
+	now = now.Add(2 * time.Minute)
+	may(verdict{public: true, stale: true}, 1)
+	now = now.Add(3 * time.Minute)
+	f.Script()
+	may(verdict{public: true}, 1)
 }
 
 // TestAccessRenewedToken: nodes get the tokens of some registries anew within hours;
