@@ -190,6 +190,9 @@ func (c *Containerd) StartContainer(ctx context.Context, name, snapshotter, ref 
 	})
 }
 
+// ID is what containerd calls it, and its snapshot.
+func (x *Container) ID() string { return x.id }
+
 // End kills the container and waits for its removal. It may be called more than
 // once, and after the container has ended by itself.
 func (x *Container) End() error {
