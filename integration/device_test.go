@@ -2,8 +2,13 @@ package integration
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/shoalfs/shoal/integration/lab"
 )
 
 // TestOneFileSystem: programs that stay on one file system, or remember directories by
@@ -47,4 +52,53 @@ read a < /before; read b < /after; echo kept $([ $a = $b ] && echo yes)`
 	if !strings.Contains(said[1], "devices 1\n") || strings.Contains(said[1], "moved") {
 		t.Errorf("%s", said[1])
 	}
+}
+
+// TestTimes: a file of a lazy image has the time of its last change as that of its last
+// reading and of its last change of attributes; modification times are the image's.
+func TestTimes(t *testing.T) {
+	s := newSite(t, "")
+	ref := s.push(t, "app", toolsLayer(t, "sh", "stat", "cat"), layer(t, file("data", "data")))
+	noError(t, s.Pull(t.Context(), "shoal", ref))
+	want := fmt.Sprintf("%[1]d %[1]d %[1]d", mtime.Unix())
+	if got, err := s.sh(t, "shoal", ref, "cat /data >&2; stat -c '%X %Y %Z' /data"); err != nil || strings.TrimSpace(got) != want {
+		t.Errorf("times of access, modification and change are %q, want %q (%v); do the documented limits still hold?", got, want, err)
+	}
+}
+
+// TestPinnedMounts: a mount namespace that has copied the node's mounts, as that of a pod
+// which has / of the machine in it, keeps neither the mounts nor the bytes of an
+// image that is removed.
+func TestPinnedMounts(t *testing.T) {
+	s := newSite(t, "")
+	ctx := t.Context()
+	ref := s.push(t, "app", layer(t, dir("d/"), file("d/data", bigContent(1))))
+	noError(t, s.Pull(ctx, "shoal", ref))
+	must(s.node.Status(ctx))(t)
+	agent := must(s.Start("agent", "unshare", nil, "--mount", "--propagation", "private", "sleep", "1000"))(t)
+	pinned := func() (n int) {
+		b := must(os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", agent.Pid())))(t)
+		return strings.Count(string(b), s.node.Root+"/m/")
+	}
+	noError(t, lab.WaitFor(ctx, "the agent's copy of the mounts", 10*time.Second, func() error {
+		exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", agent.Pid()))
+		if err == nil && !strings.HasSuffix(exe, "sleep") {
+			err = fmt.Errorf("it runs %s", exe)
+		}
+		return err
+	}))
+	if pinned() == 0 {
+		t.Fatal("the agent has no copy of the mounts")
+	}
+	must(s.Ctr(ctx, "images", "rm", "--sync", ref))(t)
+	noError(t, lab.WaitFor(ctx, "mounts and bytes gone", 20*time.Second, func() error {
+		left, err := filepath.Glob(filepath.Join(s.node.Root, "diffs", "*"))
+		if err != nil {
+			return err
+		}
+		if n := pinned(); n > 0 || len(left) > 0 {
+			return fmt.Errorf("%d mounts in the agent's namespace, files %v", n, left)
+		}
+		return nil
+	}))
 }

@@ -88,6 +88,35 @@ func TestDirect(t *testing.T) {
 	}
 }
 
+// TestNestedOverlay: overlayfs can be mounted inside a container, over its root, as
+// container engines do there.
+func TestNestedOverlay(t *testing.T) {
+	needRoot(t)
+	for _, loop := range []bool{false, true} {
+		base := t.TempDir()
+		meta, data, _ := image(t, base)
+		layer := mkdir(t, base, "dir")
+		t.Cleanup(func() { _ = Detach(layer) })
+		kind, err := Mount(meta, data, layer, Options{Loop: loop})
+		if err != nil {
+			t.Fatal(err)
+		}
+		lower := layer
+		for _, name := range []string{"root", "nested"} {
+			dir := mkdir(t, base, name)
+			opts := "lowerdir=" + lower + ",upperdir=" + mkdir(t, base, name+"-up") + ",workdir=" + mkdir(t, base, name+"-work")
+			if err := unix.Mount("overlay", dir, "overlay", 0, opts); err != nil {
+				t.Fatalf("%s over an image mounted as %v: %v", name, kind, err)
+			}
+			t.Cleanup(func() { _ = unix.Unmount(dir, 0) })
+			lower = dir
+		}
+		if _, err := os.Stat(filepath.Join(lower, "file")); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // readDirect reads the first n bytes of a file with O_DIRECT.
 func readDirect(path string, n int) ([]byte, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
