@@ -58,11 +58,26 @@ read a < /before; read b < /after; echo kept $([ $a = $b ] && echo yes)`
 // reading and of its last change of attributes; modification times are the image's.
 func TestTimes(t *testing.T) {
 	s := newSite(t, "")
-	ref := s.push(t, "app", toolsLayer(t, "sh", "stat", "cat"), layer(t, file("data", "data")))
+	ref := s.push(t, "app", toolsLayer(t, "sh", "stat", "cat"), layer(t, file("data", "data"), file("implied/f", "")))
 	noError(t, s.Pull(t.Context(), "shoal", ref))
-	want := fmt.Sprintf("%[1]d %[1]d %[1]d", mtime.Unix())
-	if got, err := s.sh(t, "shoal", ref, "cat /data >&2; stat -c '%X %Y %Z' /data"); err != nil || strings.TrimSpace(got) != want {
+	want := fmt.Sprintf("%[1]d %[1]d %[1]d\n0", mtime.Unix())
+	if got, err := s.sh(t, "shoal", ref, "cat /data >&2; stat -c '%X %Y %Z' /data; stat -c %Y /implied"); err != nil || strings.TrimSpace(got) != want {
 		t.Errorf("times of access, modification and change are %q, want %q (%v); do the documented limits still hold?", got, want, err)
+	}
+}
+
+// TestDirectIO: with mount = "loop", programs in containers may use O_DIRECT on files of a
+// lazy image, those that are not here yet as well; without, they may not.
+func TestDirectIO(t *testing.T) {
+	for _, way := range []string{"file", "loop"} {
+		s := newSite(t, fmt.Sprintf("mount = %q\n", way))
+		ref := s.push(t, "app", toolsLayer(t, "sh", "dd", "cmp"), layer(t, file("data", bigContent(1))))
+		noError(t, s.Pull(t.Context(), "shoal", ref))
+		out, err := s.sh(t, "shoal", ref, "dd if=/data of=/copy iflag=direct bs=64k 2>&1; if cmp /data /copy; then echo same; fi")
+		noError(t, err)
+		if direct := strings.Contains(out, "same"); direct != (way == "loop") {
+			t.Errorf("mount = %q: direct I/O is %t; do the documented limits still hold?\n%s", way, direct, out)
+		}
 	}
 }
 
