@@ -156,18 +156,22 @@ type PodContainer struct {
 
 // Start creates a container of ref in the pod, and starts it with a command.
 func (p *Pod) Start(ctx context.Context, name, ref string, command ...string) (*PodContainer, error) {
-	created, err := p.c.Runtime.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{
-		PodSandboxId: p.ID, SandboxConfig: p.config,
-		Config: &runtimeapi.ContainerConfig{
-			Metadata: &runtimeapi.ContainerMetadata{Name: name},
-			Image:    &runtimeapi.ImageSpec{Image: ref},
-			Command:  command,
-			LogPath:  p.config.Metadata.Name + "-" + name + ".log",
-			Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
-				NamespaceOptions: p.config.Linux.SecurityContext.NamespaceOptions,
-			}},
-		},
+	return p.StartConfig(ctx, &runtimeapi.ContainerConfig{
+		Metadata: &runtimeapi.ContainerMetadata{Name: name},
+		Image:    &runtimeapi.ImageSpec{Image: ref},
+		Command:  command,
 	})
+}
+
+// StartConfig creates a container and starts it. What a pod decides for its
+// containers is filled in.
+func (p *Pod) StartConfig(ctx context.Context, config *runtimeapi.ContainerConfig) (*PodContainer, error) {
+	name := config.Metadata.Name
+	config.LogPath = p.config.Metadata.Name + "-" + name + ".log"
+	config.Linux = &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
+		NamespaceOptions: p.config.Linux.SecurityContext.NamespaceOptions,
+	}}
+	created, err := p.c.Runtime.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: p.ID, SandboxConfig: p.config, Config: config})
 	if err != nil {
 		return nil, p.c.failed("create container "+name, err)
 	}
@@ -187,10 +191,16 @@ func (x *PodContainer) Exec(ctx context.Context, command ...string) (string, err
 	return string(resp.Stdout), nil
 }
 
+// Stop ends the pod's containers.
+func (p *Pod) Stop(ctx context.Context) error {
+	_, err := p.c.Runtime.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.ID})
+	return p.c.failed("stop pod", err)
+}
+
 // Remove ends the pod's containers and removes it.
 func (p *Pod) Remove(ctx context.Context) error {
-	if _, err := p.c.Runtime.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.ID}); err != nil {
-		return p.c.failed("stop pod", err)
+	if err := p.Stop(ctx); err != nil {
+		return err
 	}
 	_, err := p.c.Runtime.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: p.ID})
 	return p.c.failed("remove pod", err)

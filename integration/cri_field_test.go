@@ -1,0 +1,232 @@
+package integration
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/shoalfs/shoal/integration/lab"
+)
+
+// TestImageFileSystem: kubelet hears of the node's directory, and of the whole size
+// of an image, when hardly any of its bytes are there and none will come.
+func TestImageFileSystem(t *testing.T) {
+	eachContainerd(t, func(t *testing.T, v lab.ContainerdVersion) {
+		s := newCRISite(t, v, "prefetch = \"none\"\n", func(s *site, o *lab.ContainerdOptions) {
+			if v.ConfigVersion < 3 { // it does not know exports: docs/operations.md
+				noError(t, os.MkdirAll(s.Path("ctrd", "root"), 0o711))
+				noError(t, os.Symlink(s.node.Root, s.Path("ctrd", "root", "io.containerd.snapshotter.v1.shoal")))
+			}
+		})
+		ctx := t.Context()
+		const size = 8 << 20
+		ref := s.pushApp(t, "app", content(1, size))
+		noError(t, s.CRI.Pull(ctx, ref, nil))
+		if !s.isLazy(t, ctx, ref) {
+			t.Fatalf("the image is not lazy: %s", logLine(t, s.node.Log, ref))
+		}
+		noError(t, s.supernode.Kill())
+		noError(t, lab.WaitFor(ctx, "the image in kubelet's figures", time.Minute, func() error {
+			fs, err := s.CRI.ImageFs(ctx)
+			if err != nil {
+				return err
+			}
+			if used := fs.GetUsedBytes().GetValue(); used < size {
+				return fmt.Errorf("%d bytes used, want %d at least", used, size)
+			}
+			if fs.GetInodesUsed().GetValue() == 0 {
+				return errors.New("no inodes used")
+			}
+			return nil
+		}))
+		if local, _, err := s.node.Local(ctx, ref); err != nil || local > size/2 {
+			t.Errorf("%d bytes of the image are on the node (%v): this test is about bytes that are not", local, err)
+		}
+		at := must(s.CRI.ImageFs(ctx))(t).GetFsId().GetMountpoint()
+		if real, err := filepath.EvalSymlinks(at); err != nil || real != s.node.Root {
+			t.Errorf("kubelet hears of %s, which is %s (%v), want %s", at, real, err, s.node.Root)
+		}
+	})
+}
+
+// TestTwoRuntimeHandlers: an image that is lazy can be run by a runtime handler with
+// another snapshotter once it has been pulled for that one, too, and so can the
+// sandbox's; and the lazy ones go on.
+func TestTwoRuntimeHandlers(t *testing.T) {
+	s := newCRISite(t, pinned(t), "", func(_ *site, o *lab.ContainerdOptions) {
+		o.CRI.Handlers = map[string]string{"plain": "overlayfs"}
+	})
+	ctx := t.Context()
+	ref := s.pushApp(t, "app", bigContent(1))
+	noError(t, s.CRI.Pull(ctx, ref, nil))
+	lazy, _ := s.run(t, "lazy", ref, lab.PodOptions{})
+	for _, r := range []string{ref, s.registry.Addr + "/pause:v1"} {
+		must(s.Ctr(ctx, "-n", "k8s.io", "images", "pull", "--snapshotter", "overlayfs", r))(t)
+	}
+	plain, c := s.run(t, "plain", ref, lab.PodOptions{Handler: "plain"})
+	if got := must(c.Exec(ctx, "/guest", "cat", "/data"))(t); got != bigContent(1) {
+		t.Error("the container of the other snapshotter reads other content than was pushed")
+	}
+	noError(t, lazy.Remove(ctx))
+	lazy, c = s.run(t, "lazy2", ref, lab.PodOptions{})
+	if got := must(c.Exec(ctx, "/guest", "cat", "/data"))(t); got != bigContent(1) {
+		t.Error("the lazy container reads other content than was pushed")
+	}
+	noError(t, lazy.Remove(ctx))
+	noError(t, plain.Remove(ctx))
+}
+
+// TestSwitchFromOverlayfs: a machine that has run images with overlayfs and has
+// thrown the layers' bytes away (discard_unpacked_layers) is switched to shoal: the
+// images that it has run at once, lazily.
+func TestSwitchFromOverlayfs(t *testing.T) {
+	s := newCRISite(t, pinned(t), "", func(_ *site, o *lab.ContainerdOptions) {
+		o.CRI.Snapshotter, o.CRI.DiscardUnpacked = "overlayfs", true
+	})
+	ctx := t.Context()
+	ref := s.pushApp(t, "app", bigContent(1))
+	noError(t, s.CRI.Pull(ctx, ref, nil))
+	pod, _ := s.run(t, "before", ref, lab.PodOptions{})
+	noError(t, pod.Remove(ctx))
+	noError(t, s.Containerd.Stop())
+	noError(t, s.Containerd.Reconfigure(func(o *lab.ContainerdOptions) {
+		o.CRI.Snapshotter, o.CRI.DiscardUnpacked = "shoal", false
+	}))
+	noError(t, s.Containerd.Restart(ctx))
+	pod, c := s.run(t, "after", ref, lab.PodOptions{})
+	if got := must(c.Exec(ctx, "/guest", "cat", "/data"))(t); got != bigContent(1) {
+		t.Error("the container reads other content than was pushed")
+	}
+	if !s.isLazy(t, ctx, ref) {
+		t.Errorf("the image is not lazy: %s", logLine(t, s.node.Log, ref))
+	}
+	noError(t, pod.Remove(ctx))
+}
+
+// TestContainerdStartsWithoutNode: containerd starts while the node is away. It
+// answers, and once the node is back and the image has been touched, the image is
+// there and runs.
+func TestContainerdStartsWithoutNode(t *testing.T) {
+	s := newCRISite(t, pinned(t), "", nil)
+	ctx := t.Context()
+	ref := s.pushApp(t, "app", bigContent(1))
+	pause := s.registry.Addr + "/pause:v1"
+	noError(t, s.CRI.Pull(ctx, ref, nil))
+	noError(t, s.CRI.Pull(ctx, pause, nil))
+	noError(t, s.Containerd.Stop())
+	noError(t, s.node.Kill())
+	noError(t, s.Containerd.Restart(ctx))
+	must(s.CRI.Images(ctx))(t)
+	s.node = must(s.RestartNode(ctx, s.node))(t)
+	for _, r := range []string{ref, pause} { // an event, which CRI looks at images for
+		must(s.Ctr(ctx, "-n", "k8s.io", "images", "label", r, "lab.test/touched=1"))(t)
+	}
+	noError(t, lab.WaitFor(ctx, "the images in CRI's list", 20*time.Second, func() error {
+		refs, err := s.CRI.Images(ctx)
+		if err == nil && (!slices.Contains(refs, ref) || !slices.Contains(refs, pause)) {
+			err = fmt.Errorf("it has %q", refs)
+		}
+		return err
+	}))
+	var pod *lab.Pod
+	noError(t, lab.WaitFor(ctx, "a pod", time.Minute, func() (err error) { // containerd dials the node again in its own time
+		pod, err = s.CRI.RunPod(ctx, "pod", lab.PodOptions{})
+		return err
+	}))
+	c := must(pod.Start(ctx, "main", ref, "/guest", "pause"))(t)
+	if got := must(c.Exec(ctx, "/guest", "cat", "/data"))(t); got != bigContent(1) {
+		t.Error("the container reads other content than was pushed")
+	}
+	noError(t, pod.Remove(ctx))
+}
+
+// TestPodEndsWhileItWaitsForBytes: a pod whose process waits for bytes that do not
+// come can be killed, and also one that reads while the node is stopped.
+func TestPodEndsWhileItWaitsForBytes(t *testing.T) {
+	// Nothing below is over since a read has failed.
+	s := newCRISite(t, pinned(t), "read_timeout = \"1h\"\nprefetch = \"none\"\n", nil)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	ref := s.push(t, "app", must(s.Guest())(t), layer(t, file("one", content(1, 8<<20)), file("two", content(2, 8<<20))))
+	noError(t, s.CRI.Pull(ctx, ref, nil))
+	first, one := s.run(t, "first", ref, lab.PodOptions{})
+	second, two := s.run(t, "second", ref, lab.PodOptions{})
+	must(one.Exec(ctx, "/guest", "stat", "/one"))(t) // the program is there
+	noError(t, s.registry.Stop())
+	noError(t, s.supernode.Kill())
+	var reads [2]chan error
+	read := func(i int, c *lab.PodContainer, name string) {
+		reads[i] = make(chan error, 1)
+		go func() {
+			_, err := c.Exec(ctx, "/guest", "sum", name)
+			reads[i] <- err
+		}()
+	}
+	waiting := func(n float64) {
+		noError(t, lab.WaitFor(ctx, "a read that waits", 30*time.Second, func() error {
+			got, err := s.node.Metric(ctx, "shoal_node_reads_in_flight")
+			if err == nil && got < n {
+				err = fmt.Errorf("%v reads wait", got)
+			}
+			return err
+		}))
+	}
+	read(0, one, "/one")
+	waiting(1)
+	noError(t, first.Remove(ctx))
+	if err := <-reads[0]; err == nil {
+		t.Error("the read has ended well without its bytes")
+	}
+	read(1, two, "/two")
+	waiting(1)
+	noError(t, syscall.Kill(s.node.Pid(), syscall.SIGSTOP))
+	err := second.Stop(ctx)
+	noError(t, syscall.Kill(s.node.Pid(), syscall.SIGCONT))
+	noError(t, err)
+	if err := <-reads[1]; err == nil {
+		t.Error("the read has ended well without its bytes")
+	}
+	noError(t, second.Remove(ctx))
+}
+
+// TestImageVolume: an image as a volume of a pod is lazy, and so is a directory of
+// one.
+func TestImageVolume(t *testing.T) {
+	s := newCRISite(t, pinned(t), "", nil)
+	ctx := t.Context()
+	ref, volume := s.pushApp(t, "app", "x"), s.push(t, "volume", layer(t, dir("a/"), file("a/one", bigContent(5)), file("two", bigContent(6))))
+	noError(t, s.CRI.Pull(ctx, ref, nil))
+	noError(t, s.CRI.Pull(ctx, volume, nil))
+	pod := must(s.CRI.RunPod(ctx, "pod", lab.PodOptions{}))(t)
+	image := &runtimeapi.ImageSpec{Image: volume}
+	c := must(pod.StartConfig(ctx, &runtimeapi.ContainerConfig{
+		Metadata: &runtimeapi.ContainerMetadata{Name: "main"},
+		Image:    &runtimeapi.ImageSpec{Image: ref},
+		Command:  []string{"/guest", "pause"},
+		Mounts: []*runtimeapi.Mount{
+			{ContainerPath: "/all", Image: image, Readonly: true},
+			{ContainerPath: "/part", Image: image, ImageSubPath: "a", Readonly: true},
+		},
+	}))(t)
+	for name, want := range map[string]string{"/all/two": bigContent(6), "/all/a/one": bigContent(5), "/part/one": bigContent(5)} {
+		if got := must(c.Exec(ctx, "/guest", "cat", name))(t); got != want {
+			t.Errorf("%s has other content than was pushed", name)
+		}
+	}
+	if !s.isLazy(t, ctx, volume) {
+		t.Errorf("the volume is not lazy: %s", logLine(t, s.node.Log, volume))
+	}
+	if _, err := c.Exec(ctx, "/guest", "touch", "/all/new"); err == nil || !strings.Contains(err.Error(), "read-only") {
+		t.Errorf("a file in the volume: %v, want that it is read-only", err)
+	}
+	noError(t, pod.Remove(ctx))
+}
