@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -61,6 +62,41 @@ func TestQuotaHolds(t *testing.T) {
 	open(t, Config{Dir: dir, Quota: 1 << 20})
 	if n := du(t, dir); n > 1<<20 {
 		t.Errorf("%d bytes on disk after the quota was lowered to 1 MiB", n)
+	}
+}
+
+// TestClockJumps: what was used while the clock was ahead is not the last to be evicted
+// for as long, neither when it is put right nor after a restart.
+func TestClockJumps(t *testing.T) {
+	for name, restart := range map[string]bool{"at once": false, "after a restart": true} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			s := open(t, Config{Dir: dir})
+			var ls []fakeLayer
+			for i := range uint64(3) {
+				ls = append(ls, newLayer(i, 10))
+				publish(t, s, ls[i])
+			}
+			s.mu.Lock()
+			s.now = func() time.Time { return time.Now().AddDate(1, 0, 0) }
+			s.mu.Unlock()
+			s.Touch(ls[0].rec.DiffID)
+			s.mu.Lock()
+			s.now = time.Now
+			s.mu.Unlock()
+			if restart {
+				shut(t, s)
+				s = open(t, Config{Dir: dir})
+			}
+			s.Touch(ls[2].rec.DiffID)
+			s.Touch(ls[1].rec.DiffID)
+			for _, want := range []int{0, 2, 1} {
+				if ok, err := s.evictOne(); !ok || err != nil {
+					t.Fatal(ok, err)
+				}
+				checkGone(t, s, ls[want])
+			}
+		})
 	}
 }
 

@@ -63,6 +63,7 @@ func (s *Store) loadRecords(c *change) error {
 		s.cfg.Log.Error("store: dropping a damaged record", "bucket", string(bucket), "key", fmt.Sprintf("%x", key), "error", err)
 		bad = append(bad, [2][]byte{bucket, append([]byte(nil), key...)})
 	}
+	now := s.now().Unix()
 	err := c.tx.Bucket(bucketDiffs).ForEach(func(k, v []byte) error {
 		var r diffRecord
 		id, err := toDigest(k)
@@ -74,7 +75,8 @@ func (s *Store) loadRecords(c *change) error {
 			drop(bucketDiffs, k, err)
 			return c.wantRecount()
 		}
-		s.diffs[id] = &diffState{used: time.Unix(r.Used, 0).UnixNano()}
+		// Of what a clock that was ahead has left, all is used now.
+		s.diffs[id] = &diffState{used: max(0, min(r.Used, now)) * int64(time.Second)}
 		return nil
 	})
 	if err != nil {

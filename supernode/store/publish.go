@@ -271,7 +271,7 @@ func (s *Store) published(layer blockdev.Digest, r layerRecord) {
 		st = &diffState{}
 		s.diffs[r.DiffID] = st
 	}
-	st.used = time.Now().UnixNano()
+	st.used = s.useLocked()
 	if !slices.Contains(st.layers, layer) {
 		st.layers = append(st.layers, layer)
 	}

@@ -227,9 +227,17 @@ func (s *Store) Touch(diffID blockdev.Digest) bool {
 func (s *Store) touchLocked(diffID blockdev.Digest) bool {
 	st, ok := s.diffs[diffID]
 	if ok {
-		st.used, st.dirty = time.Now().UnixNano(), true
+		st.used, st.dirty = s.useLocked(), true
 	}
 	return ok
+}
+
+// useLocked is when something is used: the time, but behind every use before. So a clock
+// that was ahead for a while, and is put right, does not make what was used meanwhile
+// the last to be evicted for as long.
+func (s *Store) useLocked() int64 {
+	s.lastUse = max(s.lastUse+1, s.now().UnixNano())
+	return s.lastUse
 }
 
 // flushUses writes down the last uses that have changed.

@@ -68,6 +68,8 @@ type Store struct {
 
 	// mu guards what follows. It is never held across I/O.
 	mu       sync.Mutex
+	now      func() time.Time // of uses; tests give their own
+	lastUse  int64            // Unix nanoseconds; see useLocked
 	diffs    map[blockdev.Digest]*diffState
 	layers   map[blockdev.Digest]layerRecord
 	pins     map[blockdev.Digest]int // diffs in use
@@ -149,6 +151,7 @@ func Open(cfg Config) (*Store, error) {
 		stop:     make(chan struct{}),
 		wake:     make(chan struct{}, 1),
 		ingested: time.Now(),
+		now:      time.Now,
 	}
 	if err := s.openDB(); err != nil {
 		return nil, errors.Join(err, comp.close())
