@@ -27,6 +27,7 @@ var ErrCorrupt = errors.New("damaged gzip stream")
 type Reader struct {
 	src    io.Reader
 	srcErr error // why src gives no more
+	whole  bool  // because that was all: io.EOF itself, and no broken connection that wraps it
 
 	in       []byte // in[pos:end] has been read and is in neither bits nor output
 	pos, end int
@@ -107,7 +108,7 @@ func (z *Reader) fill() error {
 			if err == nil && n == 0 && empty == 100 {
 				err = io.ErrNoProgress
 			}
-			z.srcErr = err
+			z.srcErr, z.whole = err, err == io.EOF
 			if n > 0 {
 				return nil
 			}
@@ -116,7 +117,7 @@ func (z *Reader) fill() error {
 			}
 		}
 	}
-	if z.srcErr == io.EOF { // one that wraps it is a broken connection's
+	if z.whole {
 		return io.ErrUnexpectedEOF
 	}
 	return z.srcErr
@@ -241,7 +242,7 @@ func (z *Reader) trailer() error {
 	for z.end-z.pos < 2 {
 		if err := z.fill(); err == nil {
 			continue
-		} else if z.srcErr != io.EOF || z.pos < z.end && z.in[z.pos] == 0x1f {
+		} else if !z.whole || z.pos < z.end && z.in[z.pos] == 0x1f {
 			return err
 		}
 		z.junk = z.pos < z.end
