@@ -28,11 +28,17 @@ type keptSite struct {
 // newKeptSite: rate bounds the link to the supernode.
 func newKeptSite(t *testing.T, rate lab.Rate, env ...string) *keptSite {
 	t.Helper()
+	return newKeptSiteWith(t, "", rate, env...)
+}
+
+// newKeptSiteWith: config is for the node.
+func newKeptSiteWith(t *testing.T, config string, rate lab.Rate, env ...string) *keptSite {
+	t.Helper()
 	s := &keptSite{site: &site{Lab: newLab(t)}}
 	s.registry = must(s.StartRegistry(t.Context(), "registry", s.Path("images"), ""))(t)
 	s.supernode = must(s.StartSupernode(t.Context(), "super", ""))(t)
 	s.link = must(s.NewLink(s.supernode.HostPort(), rate, 0))(t)
-	s.node = must(s.StartKeptNode(t.Context(), "node", s.supernode.Via(s.link), "", env...))(t)
+	s.node = must(s.StartKeptNode(t.Context(), "node", s.supernode.Via(s.link), config, env...))(t)
 	s.Containerd = must(s.StartContainerd(t.Context(), "ctrd", lab.ContainerdOptions{Shoal: s.node.Socket}))(t)
 	return s
 }
