@@ -2,14 +2,17 @@ package integration
 
 import (
 	"archive/tar"
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/shoalfs/shoal/integration/lab"
@@ -19,7 +22,7 @@ import (
 func (s *site) machine(t *testing.T, name, nodeConfig string) (*lab.Node, *lab.Containerd) {
 	t.Helper()
 	n := must(s.StartNode(t.Context(), name, s.supernode.Address, nodeConfig))(t)
-	return n, must(s.StartContainerd(t.Context(), name+"-ctrd", lab.ContainerdOptions{Shoal: n.Socket, Mirror: n.Mirror}))(t)
+	return n, must(s.StartContainerd(t.Context(), name+"-ctrd", lab.ContainerdOptions{Shoal: n.Socket, Mirror: n.Mirror, MirrorCA: n.MirrorCA}))(t)
 }
 
 func newMirrorSite(t *testing.T) *site {
@@ -99,54 +102,137 @@ func (s *site) pushIndex(t *testing.T, repository string, layers ...lab.Blob) st
 	return s.registry.Addr + "/" + repository + ":multi"
 }
 
-// TestMirrorAccess: a private image's manifest and config are for nodes with a
-// credential that the registry takes; they ask it once for all of them.
+// TestMirrorAccess: a private image is lazy for a pull that shows a credential which
+// the registry takes, with nothing configured on the node; the registry is asked
+// once for all nodes. A pull that shows none, or a wrong one, gets the registry's own
+// refusal, whatever the node's credential opens and other pulls have shown; so it
+// does with the node's credential unless the config says otherwise.
 func TestMirrorAccess(t *testing.T) {
 	l := newLab(t)
 	ctx := t.Context()
 	open := must(l.StartRegistry(ctx, "open", l.Path("images"), ""))(t)
 	must(open.Push(ctx, "secret/app", "v1", []string{"/bin/true"}, layer(t, dir("d/"), file("d/f", bigContent(1)))))(t)
-	noError(t, open.Stop())
-	htpasswd := l.Path("htpasswd")
-	noError(t, os.WriteFile(htpasswd, must(exec.CommandContext(ctx, "htpasswd", "-nbB", "ann", "s3cret-word").Output())(t), 0o600))
-	s := &site{Lab: l, registry: must(l.StartRegistry(ctx, "private", l.Path("images"), htpasswd))(t)}
+	gate := newTokenGate(t, open.Addr)
+	gate.rotate("s3cret-word")
+	s := &site{Lab: l, registry: open}
 	s.supernode = must(l.StartSupernode(ctx, "super", ""))(t)
-	ref := s.registry.Addr + "/secret/app:v1"
-	docker := func(name, config string) string {
-		dir := l.Path(name)
-		noError(t, os.MkdirAll(dir, 0o700))
-		noError(t, os.WriteFile(filepath.Join(dir, "config.json"), []byte(config), 0o600))
-		return fmt.Sprintf("docker_config = %q\n", dir)
-	}
+	ref := gate.addr + "/secret/app:v1"
+	docker := l.Path("docker")
+	noError(t, os.MkdirAll(docker, 0o700))
 	auth := base64.StdEncoding.EncodeToString([]byte("ann:s3cret-word"))
-	good := docker("good", fmt.Sprintf(`{"auths":{%q:{"auth":%q}}}`, s.registry.Addr, auth))
+	noError(t, os.WriteFile(filepath.Join(docker, "config.json"), fmt.Appendf(nil, `{"auths":{%q:{"auth":%q}}}`, gate.addr, auth), 0o600))
+	config := fmt.Sprintf("docker_config = %q\n", docker)
 
-	// Neither containerd has a credential of its own: only the mirror can give it
-	// the manifest.
-	node, ctrd := s.machine(t, "ann", good)
-	noError(t, ctrd.Pull(ctx, "shoal", ref))
+	node, ctrd := s.machine(t, "ann", config)
+	for name, user := range map[string]string{"none": "", "wrong": "ann:wrong"} {
+		var extra []string
+		if user != "" {
+			extra = []string{"--user", user}
+		}
+		err := ctrd.Pull(ctx, "shoal", ref, extra...)
+		if err == nil {
+			t.Errorf("credential %s: the pull went through", name)
+			continue
+		}
+		if said, _, _ := strings.Cut(err.Error(), "containerd's log ends"); strings.Contains(said, node.Mirror) {
+			t.Errorf("credential %s: got %v, want the registry's own refusal", name, err)
+		}
+	}
+	if listed(t, node, ref) {
+		t.Error("a pull without a right has opened the image")
+	}
+	noError(t, ctrd.Pull(ctx, "shoal", ref, "--user", "ann:s3cret-word"))
+	if !listed(t, node, ref) {
+		t.Errorf("with the credential the image is not lazy: %s", logLine(t, node.Log, ref))
+	}
 	requests := must(s.registry.Requests(ctx))(t)
-	_, ctrd2 := s.machine(t, "anna", good)
-	noError(t, ctrd2.Pull(ctx, "shoal", ref))
-	if n := must(s.registry.Requests(ctx))(t) - requests; n != 0 {
+	node2, ctrd2 := s.machine(t, "anna", "")
+	noError(t, ctrd2.Pull(ctx, "shoal", ref, "--user", "ann:s3cret-word"))
+	if n := must(s.registry.Requests(ctx))(t) - requests; n != 0 || !listed(t, node2, ref) {
 		t.Errorf("the second node with the credential cost the registry %d requests, want none", n)
 	}
-
-	other, ctrd3 := s.machine(t, "bob", docker("broken", `{"auths":`))
-	if err := ctrd3.Pull(ctx, "shoal", ref); err == nil {
+	// Somebody else on that machine, when the image has just been there.
+	noError(t, removeImage(ctx, ctrd2, ref))
+	if err := ctrd2.Pull(ctx, "shoal", ref); err == nil {
 		t.Error("without a credential the pull went through")
 	}
-	_, err := l.Run(ctx, "shoal", "prefetch", "--control", other.Control, ref)
+
+	node3, ctrd3 := s.machine(t, "all", config+"node_credentials_for_pulls = true\n")
+	noError(t, ctrd3.Pull(ctx, "shoal", ref))
+	if !listed(t, node3, ref) {
+		t.Error("node_credentials_for_pulls: the image is not lazy")
+	}
+	for _, log := range []string{node.Log, node2.Log, node3.Log, s.supernode.Log} {
+		if b := string(must(os.ReadFile(log))(t)); strings.Contains(b, "s3cret-word") || strings.Contains(b, auth) {
+			t.Errorf("%s has the secret in it", log)
+		}
+	}
+	noError(t, filepath.WalkDir(node2.Root, func(path string, d os.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		if err == nil && strings.Contains(string(b), "s3cret-word") {
+			t.Errorf("%s has the secret in it", path)
+		}
+		return err
+	}))
+}
+
+func removeImage(ctx context.Context, c *lab.Containerd, ref string) error {
+	_, err := c.Ctr(ctx, "images", "rm", "--sync", ref)
+	return err
+}
+
+// TestMirrorBrokenCredentials: a config.json that cannot be read is said where it
+// matters, and kept from nobody's pull.
+func TestMirrorBrokenCredentials(t *testing.T) {
+	l := newLab(t)
+	ctx := t.Context()
+	open := must(l.StartRegistry(ctx, "open", l.Path("images"), ""))(t)
+	must(open.Push(ctx, "secret/app", "v1", []string{"/bin/true"}, layer(t, dir("d/"), file("d/f", bigContent(1)))))(t)
+	gate := newTokenGate(t, open.Addr)
+	gate.rotate("s3cret-word")
+	s := &site{Lab: l, registry: open}
+	s.supernode = must(l.StartSupernode(ctx, "super", ""))(t)
+	broken := l.Path("broken")
+	noError(t, os.MkdirAll(broken, 0o700))
+	noError(t, os.WriteFile(filepath.Join(broken, "config.json"), []byte(`{"auths":`), 0o600))
+	other, _ := s.machine(t, "bob", fmt.Sprintf("docker_config = %q\n", broken))
+	_, err := l.Run(ctx, "shoal", "prefetch", "--control", other.Control, gate.addr+"/secret/app:v1")
 	if err == nil || !strings.Contains(err.Error(), "denied") || !strings.Contains(err.Error(), "config.json") {
 		t.Errorf("prefetch: got %v, want an error that says that access is denied, and that config.json is broken", err)
 	}
 	if n := strings.Count(string(must(os.ReadFile(other.Log))(t)), "config.json is broken"); n != 1 {
 		t.Errorf("the log says %d times that config.json is broken, want once", n)
 	}
-	for _, log := range []string{node.Log, other.Log, s.supernode.Log} {
-		if b := string(must(os.ReadFile(log))(t)); strings.Contains(b, "s3cret-word") || strings.Contains(b, auth) {
-			t.Errorf("%s has the secret in it", log)
-		}
+}
+
+// TestMirrorSquatter: whoever has the mirror's port while shoal has not is told
+// nothing by containerd, whether it speaks HTTP, or TLS with a certificate of its own.
+func TestMirrorSquatter(t *testing.T) {
+	s := newMirrorSite(t)
+	ctx := t.Context()
+	ref := s.push(t, "app", layer(t, dir("d/"), file("d/f", bigContent(1))))
+	node, ctrd := s.machine(t, "one", "")
+	noError(t, node.Stop())
+	var asked atomic.Int64
+	thief := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
+		w.WriteHeader(http.StatusUnauthorized)
+	})
+	for _, start := range []func(*httptest.Server){(*httptest.Server).Start, (*httptest.Server).StartTLS} {
+		squatter := httptest.NewUnstartedServer(thief)
+		noError(t, squatter.Listener.Close())
+		squatter.Listener = must(net.Listen("tcp", node.Mirror))(t)
+		start(squatter)
+		noError(t, ctrd.Pull(ctx, "overlayfs", ref, "--user", "ann:s3cret-word"))
+		noError(t, removeImage(ctx, ctrd, ref))
+		squatter.Close()
+	}
+	if n := asked.Load(); n > 0 {
+		t.Errorf("containerd sent whoever had the port %d requests", n)
 	}
 }
 
@@ -190,7 +276,7 @@ func TestMirrorOnOneMachine(t *testing.T) {
 	s.registry = must(s.StartRegistry(ctx, "registry", s.Path("images"), ""))(t)
 	certs := s.Path("ctrd", "certs.d")
 	node := must(s.StartNode(ctx, "node", "", fmt.Sprintf("[embedded.registry]\nconfig_path = %q\n", certs)))(t)
-	ctrd := must(s.StartContainerd(ctx, "ctrd", lab.ContainerdOptions{Shoal: node.Socket, Mirror: node.Mirror}))(t)
+	ctrd := must(s.StartContainerd(ctx, "ctrd", lab.ContainerdOptions{Shoal: node.Socket, Mirror: node.Mirror, MirrorCA: node.MirrorCA}))(t)
 	ref := s.push(t, "app", layer(t, dir("d/"), file("d/f", bigContent(1))))
 	noError(t, ctrd.Pull(ctx, "shoal", ref))
 	if !listed(t, node, ref) {

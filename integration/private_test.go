@@ -21,9 +21,10 @@ import (
 	"github.com/shoalfs/shoal/integration/lab"
 )
 
-// TestPrivateImage: with docker's credential for the registry a private image is
-// lazy; without it the supernode hands out nothing, though it has the layers, and
-// containerd meets the registry's own refusal.
+// TestPrivateImage: with docker's credential for the registry, and the config's word
+// that pulls may use it, a private image is lazy without the mirror; without it
+// the supernode hands out nothing, though it has the layers, and containerd meets the
+// registry's own refusal.
 func TestPrivateImage(t *testing.T) {
 	l := newLab(t)
 	ctx := t.Context()
@@ -61,7 +62,7 @@ func TestPrivateImage(t *testing.T) {
 		t.Fatal(err)
 	}
 	nodeFor := func(name, dir string) (*lab.Node, *lab.Containerd) {
-		n := must(l.StartNode(ctx, name, super.Address, fmt.Sprintf("docker_config = %q\n", dir)))(t)
+		n := must(l.StartNode(ctx, name, super.Address, fmt.Sprintf("docker_config = %q\nnode_credentials_for_pulls = true\n", dir)))(t)
 		return n, must(l.StartContainerd(ctx, name+"-ctrd", lab.ContainerdOptions{Shoal: n.Socket}))(t)
 	}
 	node, ctrd := nodeFor("ann", docker)
@@ -112,7 +113,7 @@ func TestDrillPrivate(t *testing.T) {
 	s.supernode = must(l.StartSupernode(ctx, "super", `registry.access_ttl = "1s"`))(t)
 	s.link = must(s.NewLink(s.supernode.HostPort(), 8<<20, 0))(t)
 	s.node = must(s.StartKeptNode(ctx, "node", s.supernode.Via(s.link), fmt.Sprintf("docker_config = %q\n", docker)))(t)
-	s.Containerd = must(s.StartContainerd(ctx, "ctrd", lab.ContainerdOptions{Shoal: s.node.Socket}))(t)
+	s.Containerd = must(s.StartContainerd(ctx, "ctrd", lab.ContainerdOptions{Shoal: s.node.Socket, Mirror: s.node.Mirror, MirrorCA: s.node.MirrorCA}))(t)
 	eager := 0
 	pull := func(ref string) (view string) {
 		noError(t, s.Pull(ctx, "shoal", ref, "--user", "ann:"+gate.password))

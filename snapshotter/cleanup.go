@@ -59,7 +59,10 @@ func (s *Snapshotter) cleanup(ctx context.Context) error {
 		return err
 	}
 	s.sweep(ctx)
-	return s.pruneImages(chains)
+	if err := s.pruneImages(chains); err != nil {
+		return err
+	}
+	return s.dropKeys()
 }
 
 // survey moves directories that belong to no snapshot to scratch, and lists the
@@ -242,6 +245,7 @@ func (s *Snapshotter) start() error {
 	}
 	s.bg.Go(func() { s.mountActive(ctx, active) })
 	s.watching.Go(func() { s.wishes.watch(ctx) })
+	s.watching.Go(func() { s.forgetKeys(ctx) })
 	return nil
 }
 

@@ -102,8 +102,15 @@ type Config struct {
 	Data Data
 	// Images is where indexes come from; nil: no image is lazy.
 	Images blockdev.ImageSource
-	// Credentials are passed to Images; nil: anonymous access only.
+	// Credentials are the node's own: for KeepImage, and for the sources of images
+	// that are here already; nil: anonymous access only. Pulls show theirs (Begin).
 	Credentials Credentials
+	// NodeCredentials: pulls that show none are opened with Credentials, so that
+	// whoever can pull on this machine has what these open.
+	NodeCredentials bool
+	// Remote: Images is on another machine, where names like localhost mean something
+	// else.
+	Remote bool
 	// Policy says which images may be lazy, and what of them is prefetched; nil: every
 	// one, and all.
 	Policy *policy.Policy

@@ -360,6 +360,8 @@ type fakeImages struct {
 	err      error
 	// gate, if not nil, is waited for.
 	gate chan struct{}
+	// want, if not nil, is the only credential that opens anything.
+	want *blockdev.Credential
 	// entered, if not nil, gets a value when a request begins.
 	entered chan struct{}
 	change  func(*blockdev.Image)
@@ -378,7 +380,7 @@ func (f *fakeImages) publish(list ...image) {
 func (f *fakeImages) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
 	f.mu.Lock()
 	f.requests = append(f.requests, req)
-	gate, err, change := f.gate, f.err, f.change
+	gate, err, change, want := f.gate, f.err, f.change, f.want
 	if f.entered != nil {
 		select {
 		case f.entered <- struct{}{}:
@@ -400,6 +402,9 @@ func (f *fakeImages) OpenImage(ctx context.Context, req blockdev.ImageRequest) (
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
+	}
+	if err == nil && want != nil && req.Credential != *want {
+		err = blockdev.ErrUnauthorized
 	}
 	if err != nil {
 		return nil, fmt.Errorf("image %s: %w", req.Ref, err)

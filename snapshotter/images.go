@@ -90,7 +90,13 @@ func (s *Snapshotter) KeepImage(ctx context.Context, ref string, manifest blockd
 	if err != nil {
 		return Image{}, fmt.Errorf("image reference %q: %w", ref, err)
 	}
-	o, err := s.open(ctx, want{ref: ref, host: spec.Hostname(), manifest: manifest})
+	var cred blockdev.Credential
+	if s.cfg.Credentials != nil {
+		if cred, err = s.cfg.Credentials.Credential(ctx, ref); err != nil {
+			return Image{}, fmt.Errorf("credential for %s: %w", spec.Hostname(), err)
+		}
+	}
+	o, err := s.open(ctx, want{ref: ref, name: nameOf(spec), host: spec.Hostname(), manifest: manifest}, cred)
 	if err != nil {
 		return Image{}, fmt.Errorf("image %s: %w", ref, err)
 	}

@@ -115,7 +115,7 @@ func parseWant(labels map[string]string) (want, error) {
 	if err != nil {
 		return w, fmt.Errorf("image reference %q: %w", w.ref, err)
 	}
-	w.name, w.host = spec.Locator, spec.Hostname()
+	w.name, w.host = nameOf(spec), spec.Hostname()
 	if v := labels[snapshotters.TargetManifestDigestLabel]; v != "" {
 		if w.manifest, err = blockdev.ParseDigest(v); err != nil {
 			return w, fmt.Errorf("manifest: %w", err)

@@ -42,19 +42,17 @@ func (r refused) Error() string { return string(r) }
 
 // open gets the indexes of the wanted image and mounts its diffs. On an error
 // nothing is held, and the diffs that were added are unused.
-func (s *Snapshotter) open(ctx context.Context, w want) (_ *openImage, err error) {
+func (s *Snapshotter) open(ctx context.Context, w want, cred blockdev.Credential) (_ *openImage, err error) {
 	if why := s.cfg.Policy.NotLazy(w.ref); why != "" {
 		return nil, refused(why)
 	}
 	if s.cfg.Images == nil {
 		return nil, fmt.Errorf("no supernode is configured: %w", blockdev.ErrUnavailable)
 	}
-	req := blockdev.ImageRequest{Ref: w.ref, Manifest: w.manifest, Platform: s.cfg.Platform, Relay: true}
-	if s.cfg.Credentials != nil {
-		if req.Credential, err = s.cfg.Credentials.Credential(ctx, w.ref); err != nil {
-			return nil, fmt.Errorf("credential for %s: %w", w.host, err)
-		}
+	if why := s.local(w); why != "" {
+		return nil, refused(why)
 	}
+	req := blockdev.ImageRequest{Ref: w.ref, Manifest: w.manifest, Platform: s.cfg.Platform, Relay: true, Credential: cred}
 	have, releaseHave, err := s.have(ctx, w)
 	if err != nil {
 		return nil, err
@@ -77,6 +75,7 @@ func (s *Snapshotter) open(ctx context.Context, w want) (_ *openImage, err error
 	if err := s.add(ctx, o, img); err != nil {
 		return nil, err
 	}
+	s.rights.keep(w.name, cred)
 	if s.cfg.Policy.Prefetch(w.ref) != policy.None {
 		s.fetchStartup(img)
 	}
@@ -275,7 +274,7 @@ func cause(err error, timeout time.Duration) string {
 	case errors.Is(err, blockdev.ErrUnavailable):
 		return fmt.Sprintf("no supernode answers: %v", err)
 	case errors.Is(err, blockdev.ErrUnauthorized):
-		return fmt.Sprintf("this node's credential does not open it: %v", err)
+		return fmt.Sprintf("no credential that was shown opens it: %v", err)
 	default:
 		return err.Error()
 	}

@@ -25,13 +25,21 @@ type opening struct {
 	cancel context.CancelFunc
 	image  *openImage
 	err    error
+	cred   blockdev.Credential // with which it is opened
 	// ahead: it was begun before the first Prepare, so that its failure counts for
 	// failureTTL.
 	ahead bool
 
 	// Below here under openings.mu.
-	users int
-	timer *time.Timer // ends a result that nobody uses
+	users   int
+	claimed bool        // a Prepare has asked for it
+	timer   *time.Timer // ends a result that nobody uses
+}
+
+// opener opens an image.
+type opener struct {
+	cred blockdev.Credential // what it does so with
+	open func(context.Context) (*openImage, error)
 }
 
 // failureTTL is for how long a Prepare takes the failure of an opening that was
@@ -51,13 +59,13 @@ type openings struct {
 	timeout time.Duration   // of an opening
 	idle    time.Duration   // how long a result is kept that nobody uses
 	// ended is called, in a goroutine, when a result has been given up unused.
-	ended func(ctx context.Context)
+	ended func(ctx context.Context, o *opening)
 }
 
 // join returns the opening for key, begun by open if there is none. ahead: for a
 // Prepare that is still to come, so one that has failed is begun anew. Every join
 // needs a leave.
-func (os *openings) join(key openKey, ahead bool, open func(context.Context) (*openImage, error)) *opening {
+func (os *openings) join(key openKey, ahead bool, open opener) *opening {
 	os.mu.Lock()
 	defer os.mu.Unlock()
 	if os.closed {
@@ -73,12 +81,28 @@ func (os *openings) join(key openKey, ahead bool, open func(context.Context) (*o
 	if o == nil {
 		o = os.startLocked(key, ahead, open)
 	}
+	o.claimed = o.claimed || !ahead
+	os.useLocked(o)
+	return o
+}
+
+// find returns the opening for key; nil: there is none. It needs a leave, too.
+func (os *openings) find(key openKey) *opening {
+	os.mu.Lock()
+	defer os.mu.Unlock()
+	o := os.m[key]
+	if o != nil {
+		os.useLocked(o)
+	}
+	return o
+}
+
+func (os *openings) useLocked(o *opening) {
 	o.users++
 	if o.image != nil && o.timer != nil {
 		o.timer.Stop()
 		o.timer = nil
 	}
-	return o
 }
 
 // failed reports whether an opening has ended without an image.
@@ -91,16 +115,16 @@ func (o *opening) failed() bool {
 	}
 }
 
-func (os *openings) startLocked(key openKey, ahead bool, open func(context.Context) (*openImage, error)) *opening {
+func (os *openings) startLocked(key openKey, ahead bool, open opener) *opening {
 	ctx, cancel := context.WithTimeout(os.base, os.timeout)
-	o := &opening{key: key, ahead: ahead, done: make(chan struct{}), cancel: cancel}
+	o := &opening{key: key, ahead: ahead, cred: open.cred, done: make(chan struct{}), cancel: cancel}
 	if os.m == nil {
 		os.m = make(map[openKey]*opening)
 	}
 	os.m[key] = o
 	os.flights.Go(func() {
 		defer cancel()
-		image, err := open(ctx)
+		image, err := open.open(ctx)
 		os.mu.Lock()
 		defer os.mu.Unlock()
 		o.image, o.err = image, err
@@ -111,7 +135,7 @@ func (os *openings) startLocked(key openKey, ahead bool, open func(context.Conte
 		case err != nil:
 			os.expireLocked(o, failureTTL)
 		case o.users == 0:
-			os.expireLocked(o, os.idle)
+			os.expireLocked(o, os.idleOf(o))
 		}
 	})
 	return o
@@ -130,7 +154,14 @@ func (os *openings) leave(o *opening, finished bool) {
 		os.dropLocked(o)
 		return
 	}
-	os.expireLocked(o, os.idle)
+	os.expireLocked(o, os.idleOf(o))
+}
+
+func (os *openings) idleOf(o *opening) time.Duration {
+	if o.claimed {
+		return os.idle
+	}
+	return min(os.idle, claimTime)
 }
 
 // dropLocked makes the next join a new opening, and lets the diffs go if nobody
@@ -162,7 +193,7 @@ func (os *openings) expireLocked(o *opening, after time.Duration) {
 		os.flights.Add(1)
 		os.mu.Unlock()
 		defer os.flights.Done()
-		os.ended(os.base)
+		os.ended(os.base, o)
 	})
 }
 

@@ -126,10 +126,8 @@ func (s *Snapshotter) rewarm(o Origin) error {
 	defer cancel()
 	req := blockdev.ImageRequest{Ref: o.Ref, Manifest: o.Manifest, Platform: s.cfg.Platform}
 	var err error
-	if s.cfg.Credentials != nil {
-		if req.Credential, err = s.cfg.Credentials.Credential(ctx, o.Ref); err != nil {
-			return err
-		}
+	if req.Credential, err = s.SourceCredential(ctx, o.Ref); err != nil {
+		return err
 	}
 	for _, l := range o.layers {
 		req.Have = append(req.Have, l.Digest) // the indexes are here

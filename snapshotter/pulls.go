@@ -22,6 +22,7 @@ type pullKey struct {
 type pull struct {
 	opening *opening
 	explain sync.Once // the one line that says why not
+	name    sync.Once // the image is on record by its name
 
 	// Below here under pulls.mu.
 	refused bool // not lazy, whatever the opening comes to

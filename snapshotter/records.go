@@ -201,6 +201,27 @@ func (r *records) opened(img imageRecord, implied map[blockdev.Digest][]string) 
 	})
 }
 
+// rename puts an image on record under another reference; the old record goes,
+// unless it is kept.
+func (r *records) rename(img imageRecord, ref string) error {
+	return r.db.Update(func(tx *bolt.Tx) error {
+		b := tx.Bucket(bucketImages)
+		old, ok, err := getImage(b, img.key())
+		if err == nil && ok && !old.Kept {
+			err = b.Delete(img.key())
+		}
+		if err != nil {
+			return err
+		}
+		img.Ref = ref
+		if old, _, err = getImage(b, img.key()); err != nil {
+			return err
+		}
+		img.Kept = old.Kept
+		return putImage(b, img)
+	})
+}
+
 // have returns which of the layers, of this registry host, have an index here.
 func (r *records) have(host string, layers []blockdev.Digest) (map[blockdev.Digest]blockdev.Digest, error) {
 	found := make(map[blockdev.Digest]blockdev.Digest)

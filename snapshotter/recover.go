@@ -97,10 +97,8 @@ func (s *Snapshotter) recover(ctx context.Context, id blockdev.Digest) error {
 func (s *Snapshotter) reopen(ctx context.Context, rec imageRecord, id blockdev.Digest) error {
 	req := blockdev.ImageRequest{Ref: rec.Ref, Manifest: rec.Manifest, Platform: s.cfg.Platform}
 	var err error
-	if s.cfg.Credentials != nil {
-		if req.Credential, err = s.cfg.Credentials.Credential(ctx, rec.Ref); err != nil {
-			return err
-		}
+	if req.Credential, err = s.SourceCredential(ctx, rec.Ref); err != nil {
+		return err
 	}
 	img, err := s.cfg.Images.OpenImage(ctx, req)
 	if err != nil {

@@ -42,7 +42,10 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, info 
 	wait, cancel := context.WithTimeoutCause(ctx, s.cfg.PrepareTimeout*5/6, errSlow)
 	defer cancel()
 	pk := pullKey{namespace: namespaceOf(key), ref: w.ref, manifest: w.manifest}
-	p, leave, abandon := s.pulls.join(pk, w.chain, func() *opening { return s.openings.join(w.key(), false, s.opener(w)) })
+	p, leave, abandon := s.pulls.join(pk, w.chain, func() *opening {
+		s.rights.claim(w.name)
+		return s.openings.join(w.key(), false, s.preparer(w))
+	})
 	last, err := s.answer(ctx, wait, p, w, key, parent, info.Labels)
 	if err == nil && s.cfg.Policy.NotLazy(w.ref) == "" {
 		err = s.prepareKnown(ctx, key, parent, w, info.Labels)
@@ -64,6 +67,9 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 		return false, nil
 	}
 	o, err := s.pulls.wait(wait, p)
+	if why := s.cfg.Policy.NotLazy(w.ref); why != "" && err == nil {
+		err = refused(why) // the mirror may not have known the image by this name
+	}
 	switch {
 	case s.base.Err() != nil:
 		return false, errClosing
@@ -97,6 +103,9 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 		}
 		return refuse(CauseOrder, why)
 	}
+	if err := s.rename(p, o, w.ref); err != nil {
+		return false, err
+	}
 	last = i == len(o.Layers)-1
 	if last {
 		s.waitPrefetch(wait, w, o, labels)
@@ -113,14 +122,36 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 				"image", w.ref, "error", err)
 		}
 		s.refusals.forget(w.ref)
-		s.imagePulled(&o.imageRecord)
+		rec := o.imageRecord
+		rec.Ref = w.ref
+		s.imagePulled(&rec)
 	}
 	return last, fmt.Errorf("snapshot %s is lazy: %w", w.chain, errdefs.ErrAlreadyExists)
 }
 
-// opener is what opens the wanted image.
-func (s *Snapshotter) opener(w want) func(context.Context) (*openImage, error) {
-	return func(ctx context.Context) (*openImage, error) { return s.open(ctx, w) }
+// rename puts an image that the mirror has opened on record under the name that
+// containerd has for it.
+func (s *Snapshotter) rename(p *pull, o *openImage, ref string) (err error) {
+	if o.Ref != ref {
+		p.name.Do(func() { err = s.records.rename(o.imageRecord, ref) })
+	}
+	return err
+}
+
+// opener is what opens the wanted image on the word of a credential.
+func (s *Snapshotter) opener(w want, cred blockdev.Credential) opener {
+	return opener{cred: cred, open: func(ctx context.Context) (*openImage, error) { return s.open(ctx, w, cred) }}
+}
+
+// preparer is what opens an image that a Prepare asks for.
+func (s *Snapshotter) preparer(w want) opener {
+	return opener{open: func(ctx context.Context) (*openImage, error) {
+		cred, err := s.pullCredential(ctx, w)
+		if err != nil {
+			return nil, err
+		}
+		return s.open(ctx, w, cred)
+	}}
 }
 
 // prepareKnown answers for a layer of an image that is not lazy, if all of the

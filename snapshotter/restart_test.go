@@ -122,14 +122,19 @@ func TestLostDiffs(t *testing.T) {
 	for _, l := range img.layers {
 		check(t, n.data.Remove(bg, l.diffID))
 	}
-	n.images.err = blockdev.ErrUnavailable
+	n.images.set(func() { n.images.err = blockdev.ErrUnavailable })
 	if _, err := n.Prepare(bg, "c", top); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), img.ref) {
 		t.Errorf("with the supernode gone: %v", err)
+	}
+	for busy := true; busy; { // the other layers' attempts are over
+		n.mu.Lock()
+		busy = len(n.recoveries) > 0
+		n.mu.Unlock()
 	}
 	if _, err := n.Stat(bg, "c"); !errdefs.IsNotFound(err) {
 		t.Errorf("snapshot was made: %v", err)
 	}
-	n.images.err = nil
+	n.images.set(func() { n.images.err = nil })
 	asked := n.images.asked()
 	checkThree(t, mounted(t, must(n.Prepare(bg, "c", top))(t)))
 	if n.images.asked() != asked+1 {

@@ -29,6 +29,7 @@ type Snapshotter struct {
 	records  *records
 	refs     refs
 	openings openings
+	rights   rights
 	pulls    pulls
 	wishes   *wishes
 	refusals refusals
@@ -37,7 +38,7 @@ type Snapshotter struct {
 	base   context.Context // ends with Close
 	cancel context.CancelFunc
 	bg     sync.WaitGroup
-	// watching is the goroutine that looks at wishes until the end.
+	// watching are the goroutines that look at wishes and credentials until the end.
 	watching sync.WaitGroup
 	closed   sync.Once
 	// closeErr is that of the first Close.
@@ -103,7 +104,12 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 	}()
 	s.base, s.cancel = context.WithCancel(context.Background())
 	s.openings.base, s.openings.timeout, s.openings.idle = s.base, cfg.IndexTimeout, cfg.PullIdle
-	s.openings.ended = func(ctx context.Context) { s.sweep(ctx) }
+	s.openings.ended = func(ctx context.Context, o *opening) {
+		if !o.claimed {
+			s.notClaimed(o)
+		}
+		s.sweep(ctx)
+	}
 	s.pulls.openings, s.pulls.idle = &s.openings, cfg.PullIdle
 	if err := s.start(); err != nil {
 		s.cancel()

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"sync"
@@ -29,7 +28,6 @@ import (
 	"github.com/shoalfs/shoal/p2p/uplink"
 	"github.com/shoalfs/shoal/snapshotter"
 	"github.com/shoalfs/shoal/snapshotter/credentials"
-	"github.com/shoalfs/shoal/snapshotter/mirror"
 	"github.com/shoalfs/shoal/supernode"
 )
 
@@ -49,10 +47,13 @@ containerd's config:
       root = "/var/lib/shoal"
       enable_remote_snapshot_annotations = "true"
 
-It is also a registry mirror on loopback, so that manifests come through the
-supernode as well. In /etc/containerd/certs.d/_default/hosts.toml:
+It is also a registry mirror on loopback: manifests come through the supernode as
+well, pulls wait there for images that nobody has had yet, and private images are
+lazy for pulls that have a credential. The file that ca names is made at the first
+start. In /etc/containerd/certs.d/_default/hosts.toml:
 
-  [host."http://127.0.0.1:7704"]
+  [host."https://127.0.0.1:7704"]
+    ca = "/var/lib/shoal/mirror-ca.pem"
     capabilities = ["pull", "resolve"]`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -169,7 +170,7 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 
 	sn, err := snapshotter.New(snapshotter.Config{
 		Root: c.Root, Data: dataPath{vols}, Images: up,
-		Credentials: keychain, Platform: platform(),
+		Credentials: keychain, NodeCredentials: c.NodeCredentialsForPulls, Remote: remoteSupernode(c), Platform: platform(),
 		Policy:            images,
 		PrefetchAfterPull: c.PrefetchAfterPull, PrefetchAfterExit: c.PrefetchAfterExit,
 		Groups:       membership.groups(),
@@ -181,7 +182,7 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	defer func() { err = errors.Join(err, sn.Close()) }()
 	late.sn.Store(sn)
 
-	registryMirror, err := mirror.New(mirror.Config{Source: up, Credentials: keychain, Log: log, Registerer: metrics})
+	registryMirror, listenMirror, err := newMirror(c, plain, sn, keychain, store, log, metrics)
 	if err != nil {
 		return err
 	}
@@ -204,9 +205,7 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	}
 	var mirrorPort, metricsPort *daemon.Port
 	if c.MirrorAddress != "" {
-		mirrorPort = ports.Open("mirror_address", c.MirrorAddress, func() (net.Listener, error) {
-			return listenKept(store, keptMirror, tcpSocket(c.MirrorAddress), log)
-		})
+		mirrorPort = ports.Open("mirror_address", c.MirrorAddress, listenMirror)
 	}
 	if c.MetricsAddress != "" {
 		metricsPort = ports.Open("metrics_address", c.MetricsAddress, daemon.TCP(c.MetricsAddress))

@@ -122,7 +122,7 @@ func newSources(c *config.Node, up chunksAndProfiles, p *parts, keychain *creden
 	if err != nil {
 		return nil, err
 	}
-	d, err := direct.New(direct.Config{Layers: p.layers, Keep: p.keep, Open: openBlob(client, keychain), Log: log})
+	d, err := direct.New(direct.Config{Layers: p.layers, Keep: p.keep, Open: openBlob(client, p, keychain), Log: log})
 	if err != nil {
 		return nil, errors.Join(err, client.Close())
 	}
@@ -145,14 +145,23 @@ func registryBytes(metrics prometheus.Registerer) (prometheus.Counter, error) {
 
 func (s *sources) Close() error { return errors.Join(s.direct.Close(), s.client.Close()) }
 
-// openBlob is direct.Config.Open, with the node's own credentials.
-func openBlob(client *registry.Client, keychain *credentials.DockerConfig) func(context.Context, direct.Layer, int64) (io.ReadCloser, error) {
+// credential is what a registry is asked with for bytes of an image that is here.
+func (p *parts) credential(ctx context.Context, ref string) (blockdev.Credential, error) {
+	if sn := p.sn.Load(); sn != nil {
+		return sn.SourceCredential(ctx, ref)
+	}
+	return blockdev.Credential{}, errStarting
+}
+
+// openBlob is direct.Config.Open, with what the image was pulled with, or else the
+// node's own credentials.
+func openBlob(client *registry.Client, p *parts, keychain *credentials.DockerConfig) func(context.Context, direct.Layer, int64) (io.ReadCloser, error) {
 	return func(ctx context.Context, l direct.Layer, offset int64) (io.ReadCloser, error) {
 		ref, err := registry.ParseReference(l.Ref)
 		if err != nil {
 			return nil, err
 		}
-		cred, err := keychain.Credential(ctx, l.Ref)
+		cred, err := p.credential(ctx, l.Ref)
 		if err != nil {
 			return nil, err
 		}

@@ -26,6 +26,9 @@ type ContainerdOptions struct {
 	// Mirror is the host:port of a node's registry mirror, which Pull asks before
 	// the registry; empty: none.
 	Mirror string
+	// MirrorCA is the file of the authority that the mirror's certificate is from
+	// (Node.MirrorCA).
+	MirrorCA string
 	// CRI switches its CRI plugins on; nil: they are off.
 	CRI *CRIOptions
 	// Extra is added to the end of the config file.
@@ -100,7 +103,7 @@ func (c *Containerd) configure(name string) error {
 		}
 	}
 	if o.Mirror != "" {
-		hosts := fmt.Sprintf("[host.\"http://%s\"]\n  capabilities = [\"pull\", \"resolve\"]\n", o.Mirror)
+		hosts := fmt.Sprintf("[host.\"https://%s\"]\n  ca = %q\n  capabilities = [\"pull\", \"resolve\"]\n", o.Mirror, o.MirrorCA)
 		if _, err := l.writeFile(name+"/certs.d/_default/hosts.toml", hosts); err != nil {
 			return err
 		}

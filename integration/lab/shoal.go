@@ -37,8 +37,9 @@ type Node struct {
 	Listen string
 	// Metrics is the host:port of its metrics.
 	Metrics string
-	// Mirror is the host:port of its registry mirror.
-	Mirror string
+	// Mirror is the host:port of its registry mirror, and MirrorCA the file with the
+	// authority that its certificate is from.
+	Mirror, MirrorCA string
 
 	lab     *Lab
 	program string // under keep: where it takes the program from
@@ -194,7 +195,7 @@ func (l *Lab) prepareNode(name, supernode, extra string) (*Node, string, error) 
 	}
 	n := &Node{
 		Socket: l.Path(name, "shoal.sock"), Control: l.Path(name, "control.sock"),
-		Root: l.Path(name, "r"), Listen: listen, Metrics: metrics, Mirror: mirror, lab: l,
+		Root: l.Path(name, "r"), Listen: listen, Metrics: metrics, Mirror: mirror, MirrorCA: l.Path(name, "r", "mirror-ca.pem"), lab: l,
 	}
 	extra = defaults(extra, map[string]string{
 		"token_file": strconv.Quote(l.TokenFile()), "listen": fmt.Sprintf("[%q]", listen),

@@ -7,17 +7,27 @@
 // with the query parameter ns which registry it means. Whatever the mirror does
 // not have, layers above all, and whatever fails, it answers with an error:
 // containerd then asks the next host, at last the registry itself, with its own
-// credentials. So the mirror passes nothing through, and can only ever help.
+// credentials. So the mirror passes nothing through.
+//
+// It is also where a pull waits for an image that has to be opened first, since
+// containerd holds no lock there: at the manifest it has the image opened (Opener),
+// and it holds the config back until that is over. And it is where a pull shows
+// what it may have: the mirror asks for a token, containerd gets it with the pull's
+// credential or with none, and what that opens the registry is asked.
 //
 // # Invariants
 //
 //   - Bytes go out only after they were hashed against the digest that was asked
 //     for, or that the answer to a tag names.
-//   - Errors have the form of the OCI distribution specification. None is 401:
-//     the mirror takes no credential, it uses the node's own; none is 429, which
-//     containerd repeats at once.
-//   - Whatever waits, ends: Timeout bounds a request, maxRequests how many of
-//     them there are, the rest is turned away at once.
+//   - A document is given, and an image opened, only on the registry's word for the
+//     credential of the very pull that asks. Credentials are in memory alone, in no
+//     log line and no error.
+//   - Errors have the form of the OCI distribution specification. None is 429,
+//     which containerd repeats at once. What says nothing about the image is 401
+//     with a refused token, so that containerd shows what the registry says.
+//   - Whatever waits, ends: the source is waited for for less than a second in a
+//     pull, and a config that is held back as long as Opener says, but never longer
+//     than its client stays. Each has its bound on how many there are.
 //   - A supernode that finds the mirror in the hosts.toml that it shares with
 //     containerd is turned away (508), so that no request goes in circles.
 package mirror

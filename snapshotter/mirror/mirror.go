@@ -7,14 +7,18 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
 const (
@@ -31,12 +35,36 @@ type Credentials interface {
 	Credential(ctx context.Context, ref string) (blockdev.Credential, error)
 }
 
+// Opener opens images before containerd asks for their layers. A name is host and
+// repository.
+type Opener interface {
+	// Show says that a pull was given this manifest, or image index, on the word of
+	// the registry for this credential.
+	Show(name string, manifest blockdev.Digest, cred blockdev.Credential)
+	// Begin begins to open the image with this manifest on the word of this
+	// credential, unless it is open or being opened, and returns at once. tag may be
+	// empty.
+	Begin(name, tag string, manifest blockdev.Digest, cred blockdev.Credential)
+	// Await returns when containerd may begin to unpack the image: it is open, it
+	// cannot be opened, or ctx has ended.
+	Await(ctx context.Context, name string, manifest blockdev.Digest)
+}
+
 // Config says what a Mirror answers from. Source is required.
 type Config struct {
 	Source blockdev.DocumentSource
-	// Credentials are passed to Source; nil: anonymous access only.
-	Credentials Credentials
-	Log         *slog.Logger // nil: no log
+	// Opener, if not nil, opens the images that are pulled.
+	Opener Opener
+	// NodeCredentials, if not nil, are used where a pull's own credential opens
+	// nothing: whoever can pull on this machine can then pull what they open.
+	NodeCredentials Credentials
+	// Remote: the source is on another machine, where names like localhost mean
+	// something else. They are left to containerd's next host.
+	Remote bool
+	// Address is the mirror's host:port. Requests that name another host are turned
+	// away, but for the loopback names; empty: no request is.
+	Address string
+	Log     *slog.Logger // nil: no log
 	// Registerer, if not nil, takes the metrics.
 	Registerer prometheus.Registerer
 }
@@ -46,18 +74,31 @@ type Mirror struct {
 	cfg      Config
 	log      *slog.Logger
 	slots    chan struct{}
+	held     chan struct{}
+	pace     time.Duration
+	now      func() time.Time
+	names    []string // hosts that it is asked by; nil: any
+	tokens   tokens
+	known    known
+	health   health
 	requests *prometheus.CounterVec
 }
 
 // New returns a Mirror. An error is that of a metric which is there already.
 func New(cfg Config) (*Mirror, error) {
-	m := &Mirror{cfg: cfg, log: cfg.Log, slots: make(chan struct{}, maxRequests)}
+	m := &Mirror{
+		cfg: cfg, log: cfg.Log, slots: make(chan struct{}, maxRequests), held: make(chan struct{}, maxHeld), pace: pace, now: time.Now,
+		health: health{patience: patience, impatience: impatience},
+	}
 	if m.log == nil {
 		m.log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Address != "" {
+		m.names = hosts(cfg.Address)
+	}
 	m.requests = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "shoal_node_mirror_requests_total",
-		Help: "Requests of containerd to the registry mirror, by what was asked for and the HTTP status of the answer.",
+		Help: "Requests of containerd to the registry mirror, by what was asked for and the HTTP status of the answer. 401 is the first answer to every pull.",
 	}, []string{"kind", "status"})
 	if cfg.Registerer != nil {
 		if err := cfg.Registerer.Register(m.requests); err != nil {
@@ -80,6 +121,13 @@ func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func (m *Mirror) serve(w http.ResponseWriter, r *http.Request, kind *string) error {
+	if !m.mine(r.Host) {
+		return &problem{http.StatusMisdirectedRequest, codeUnsupported, fmt.Sprintf("%.80q is not this mirror", r.Host)}
+	}
+	if r.URL.Path == "/token" {
+		*kind = "token"
+		return m.token(w, r)
+	}
 	t, err := parse(r)
 	if err != nil {
 		return err
@@ -90,41 +138,141 @@ func (m *Mirror) serve(w http.ResponseWriter, r *http.Request, kind *string) err
 		return nil
 	}
 	*kind = string(t.what)
-	select {
-	case m.slots <- struct{}{}:
-		defer func() { <-m.slots }()
-	default:
-		return &problem{http.StatusServiceUnavailable, codeUnknown, fmt.Sprintf("%d requests are being answered, which is the limit", maxRequests)}
+	host, _, _ := strings.Cut(t.name, "/")
+	if m.cfg.Remote && policy.LocalHost(host) {
+		return &problem{http.StatusNotFound, codeManifestUnknown, host + " is a name that only this machine knows, and the supernode is another machine"}
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), timeout)
-	defer cancel()
-	doc, err := m.document(ctx, t, r.Method == http.MethodHead)
+	var manifest blockdev.Digest
+	if t.what == blob {
+		var ok bool
+		if manifest, ok = m.known.config(t); !ok {
+			return &problem{http.StatusNotFound, codeBlobUnknown, "not the config of a manifest that was given out here: layers come from the registry"}
+		}
+	}
+	cred, err := m.credential(r, t)
 	if err != nil {
 		return err
+	}
+	head := r.Method == http.MethodHead
+	doc, cred, err := m.ask(r.Context(), host, t, head, cred)
+	if err != nil {
+		if m.cfg.Opener != nil && errors.Is(err, errLate) && t.what != blob && !head && t.tag == "" && isManifest(r.Header.Get("Accept")) {
+			// The answer is late, and the image is opened all the same, for the Prepare
+			// that follows. Whether this credential may have it is asked then, too.
+			m.cfg.Opener.Begin(t.name, m.known.tag(t.name, t.digest), t.digest, cred)
+		}
+		return err
+	}
+	if m.cfg.Opener != nil && t.what != blob {
+		m.cfg.Opener.Show(t.name, doc.Digest, cred)
+		if m.known.note(t, doc) {
+			m.cfg.Opener.Begin(t.name, m.known.tag(t.name, doc.Digest), doc.Digest, cred)
+		}
+	} else if t.what != blob {
+		m.known.note(t, doc)
 	}
 	h := w.Header()
 	h.Set("Content-Type", doc.MediaType)
 	h.Set("Docker-Content-Digest", doc.Digest.String())
 	h.Set("Etag", `"`+doc.Digest.String()+`"`)
-	if r.Method == http.MethodHead {
+	switch {
+	case head:
 		h.Set("Content-Length", strconv.FormatInt(doc.Size, 10))
-		return nil
+	case t.what == blob && m.cfg.Opener != nil:
+		m.giveConfig(w, r, t, doc, manifest)
+	default:
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(doc.Data))
 	}
-	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(doc.Data))
 	return nil
 }
 
+// mine says whether a request's Host is one of the mirror's names: a browser on this
+// machine may be led here under another one.
+func (m *Mirror) mine(host string) bool {
+	if m.names == nil {
+		return true
+	}
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	return slices.Contains(m.names, strings.ToLower(strings.Trim(host, "[]")))
+}
+
+// isManifest says whether containerd expects an image manifest: it names the type
+// that it has from an image index, or from its first question, before all others.
+func isManifest(accept string) bool {
+	first, _, _ := strings.Cut(accept, ",")
+	return images.IsManifestType(strings.TrimSpace(first))
+}
+
+// errLate is for a question whose answer is not waited for.
+var errLate = fmt.Errorf("no answer yet: %w", blockdev.ErrUnavailable)
+
+// ask asks the source, and waits for it for a moment. The question goes on when it
+// is not waited for: the answer may be at hand for the next one of the same pull. It
+// returns the credential that has opened the document.
+func (m *Mirror) ask(ctx context.Context, host string, t target, head bool, cred blockdev.Credential) (*blockdev.Document, blockdev.Credential, error) {
+	select {
+	case m.slots <- struct{}{}:
+	default:
+		return nil, cred, fmt.Errorf("%d requests are being answered, which is the limit: %w", maxRequests, blockdev.ErrUnavailable)
+	}
+	wait, ok := m.health.begin(host, m.now())
+	if !ok {
+		<-m.slots
+		return nil, cred, errLate
+	}
+	type answer struct {
+		doc  *blockdev.Document
+		cred blockdev.Credential
+		err  error
+	}
+	began := m.now()
+	done := make(chan answer, 1)
+	// Not the request's: who asked first may leave.
+	qctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
+	go func() {
+		defer func() { <-m.slots }()
+		defer cancel()
+		doc, cred, err := m.question(qctx, t, head, cred)
+		m.health.end(host, !errors.Is(err, blockdev.ErrUnavailable) && !errors.Is(err, context.DeadlineExceeded) && m.now().Sub(began) < wait)
+		done <- answer{doc, cred, err}
+	}()
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case a := <-done:
+		return a.doc, a.cred, a.err
+	case <-timer.C:
+		if m.health.late(host, m.now()) {
+			m.log.Warn("the supernode is late with an answer, so containerd asks the registry itself; for a while it is hardly waited for", "registry", host)
+		}
+		return nil, cred, errLate
+	case <-ctx.Done():
+		return nil, cred, ctx.Err()
+	}
+}
+
+// question asks with the pull's credential, and where that opens nothing with the
+// node's, if the config wants that.
+func (m *Mirror) question(ctx context.Context, t target, head bool, cred blockdev.Credential) (*blockdev.Document, blockdev.Credential, error) {
+	doc, err := m.document(ctx, t, head, cred)
+	if m.cfg.NodeCredentials == nil || !errors.Is(err, blockdev.ErrUnauthorized) && !errors.Is(err, blockdev.ErrNotFound) {
+		return doc, cred, err
+	}
+	node, cerr := m.cfg.NodeCredentials.Credential(ctx, t.ref())
+	if cerr != nil || node == (blockdev.Credential{}) || node == cred {
+		return doc, cred, errors.Join(err, cerr)
+	}
+	doc, err = m.document(ctx, t, head, node)
+	return doc, node, err
+}
+
 // document asks the source, and believes none of it.
-func (m *Mirror) document(ctx context.Context, t target, head bool) (*blockdev.Document, error) {
-	req := blockdev.DocumentRequest{Ref: t.ref(), Head: head}
+func (m *Mirror) document(ctx context.Context, t target, head bool, cred blockdev.Credential) (*blockdev.Document, error) {
+	req := blockdev.DocumentRequest{Ref: t.ref(), Head: head, Credential: cred}
 	if t.what == blob {
 		req.Kind = blockdev.Config
-	}
-	if m.cfg.Credentials != nil {
-		var err error
-		if req.Credential, err = m.cfg.Credentials.Credential(ctx, req.Ref); err != nil {
-			return nil, fmt.Errorf("this node's credential: %w", err)
-		}
 	}
 	doc, err := m.cfg.Source.Document(ctx, req)
 	if err != nil {
@@ -173,32 +321,59 @@ func problemOf(err error) *problem {
 	switch {
 	case errors.As(err, &p):
 		return p
-	case errors.Is(err, blockdev.ErrUnauthorized):
-		return &problem{http.StatusForbidden, codeDenied, text}
-	case errors.Is(err, blockdev.ErrUnavailable):
-		return &problem{http.StatusServiceUnavailable, codeUnknown, text}
 	case errors.Is(err, blockdev.ErrNotFound):
 		return &problem{http.StatusNotFound, codeManifestUnknown, text}
 	case errors.Is(err, blockdev.ErrUnsupported):
 		return &problem{http.StatusNotImplemented, codeUnsupported, text}
 	case errors.Is(err, blockdev.ErrCorrupt):
 		return &problem{http.StatusBadGateway, codeUnknown, text}
-	case errors.Is(err, context.DeadlineExceeded):
-		return &problem{http.StatusGatewayTimeout, codeUnknown, text}
 	}
 	return &problem{http.StatusInternalServerError, codeUnknown, text}
+}
+
+// refusal is the challenge that leaves a request to containerd's next host; nil:
+// the error is answered in another way.
+func refusal(r *http.Request, err error) *challenge {
+	var c *challenge
+	if errors.As(err, &c) {
+		return c
+	}
+	why := ""
+	switch {
+	case errors.As(err, new(*problem)):
+		return nil
+	case errors.Is(err, blockdev.ErrUnauthorized):
+		why = "insufficient_scope" // as registries say it
+	case errors.Is(err, blockdev.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		why = "shoal's mirror leaves this to the registry, its supernode has no answer"
+	default:
+		return nil
+	}
+	t, perr := parse(r)
+	if perr != nil {
+		return nil
+	}
+	return &challenge{target: t, why: why}
 }
 
 // fail answers with err and returns the status. What is said to containerd it
 // shows to whoever pulled, if no other host has the answer either.
 func (m *Mirror) fail(w http.ResponseWriter, r *http.Request, err error) int {
-	p := problemOf(err)
+	c := refusal(r, err)
+	var p *problem
+	if c != nil {
+		p = &problem{http.StatusUnauthorized, codeDenied, err.Error()}
+		w.Header().Set("WWW-Authenticate", c.header(r))
+	} else {
+		p = problemOf(err)
+	}
 	if p.status == http.StatusNotFound && strings.Contains(r.URL.Path, "/blobs/") {
 		p.code = codeBlobUnknown
 	}
 	level := slog.LevelWarn
-	if p.status < 500 && p.status != http.StatusForbidden || r.Context().Err() != nil {
-		level = slog.LevelDebug // containerd asks for layers here first, that is all
+	switch {
+	case p.status < 500, p.status == http.StatusLoopDetected, r.Context().Err() != nil:
+		level = slog.LevelDebug // so every pull goes
 	}
 	m.log.Log(r.Context(), level, "the mirror leaves a request to containerd's next host",
 		"request", r.Method+" "+clip(r.URL.Path), "registry", clip(r.URL.Query().Get("ns")), "status", p.status, "error", err)

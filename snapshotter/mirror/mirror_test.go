@@ -10,8 +10,10 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -23,12 +25,6 @@ type source func(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.D
 
 func (f source) Document(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
 	return f(ctx, req)
-}
-
-type fixed blockdev.Credential
-
-func (f fixed) Credential(context.Context, string) (blockdev.Credential, error) {
-	return blockdev.Credential(f), nil
 }
 
 var (
@@ -48,13 +44,53 @@ func answers(b []byte) source {
 	}
 }
 
-func do(t *testing.T, s blockdev.DocumentSource, method, url string, change ...func(*http.Request)) (*http.Response, string) {
+// pullCredential is what the tests' pulls have.
+var pullCredential = blockdev.Credential{Username: "u", Secret: "s"}
+
+// newMirror is one that waits for its source, and whose tests need not be quick.
+func newMirror(t *testing.T, cfg Config) *Mirror {
 	t.Helper()
-	m, err := New(Config{Source: s, Credentials: fixed{Username: "u", Secret: "s"}})
+	m, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
+	m.health.patience = time.Minute
+	return m
+}
+
+// tokenFor is a token that containerd gets for a pull.
+func tokenFor(t *testing.T, m *Mirror, service, repo string, cred blockdev.Credential) string {
+	t.Helper()
+	form := url.Values{"service": {service}, "scope": {"repository:" + repo + ":pull"}, "client_id": {"containerd-client"}}
+	method, target, body := http.MethodGet, "/token?"+form.Encode(), ""
+	if cred.Secret != "" {
+		form.Set("grant_type", "password")
+		form.Set("username", cred.Username)
+		form.Set("password", cred.Secret)
+		method, target, body = http.MethodPost, "/token", form.Encode()
+	}
+	r := httptest.NewRequestWithContext(t.Context(), method, target, strings.NewReader(body))
+	r.Header.Set("Content-Type", "application/x-www-form-urlencoded; charset=utf-8")
+	w := httptest.NewRecorder()
+	m.ServeHTTP(w, r)
+	var got struct {
+		Token   string `json:"access_token"`
+		Expires int    `json:"expires_in"`
+	}
+	if err := json.Unmarshal(w.Body.Bytes(), &got); err != nil || w.Code != http.StatusOK || got.Token == "" || got.Expires < 60 {
+		t.Fatalf("token: %d %s: %v", w.Code, w.Body, err)
+	}
+	return got.Token
+}
+
+// send sends a request with a pull's token, where it is one for a repository.
+func send(t *testing.T, m *Mirror, method, url string, cred blockdev.Credential, change ...func(*http.Request)) (*http.Response, string) {
+	t.Helper()
 	r := httptest.NewRequestWithContext(t.Context(), method, url, nil)
+	if g, err := parse(r); err == nil && g.name != "" {
+		host, repo, _ := strings.Cut(g.name, "/")
+		r.Header.Set("Authorization", "Bearer "+tokenFor(t, m, host, repo, cred))
+	}
 	for _, f := range change {
 		f(r)
 	}
@@ -66,6 +102,17 @@ func do(t *testing.T, s blockdev.DocumentSource, method, url string, change ...f
 		t.Fatal(err)
 	}
 	return resp, string(b)
+}
+
+func do(t *testing.T, s blockdev.DocumentSource, method, url string, change ...func(*http.Request)) (*http.Response, string) {
+	t.Helper()
+	m := newMirror(t, Config{Source: s})
+	if r := httptest.NewRequestWithContext(t.Context(), method, url, nil); strings.Contains(r.URL.Path, "/blobs/") {
+		if g, err := parse(r); err == nil {
+			m.known.note(target{name: g.name}, &blockdev.Document{Digest: blockdev.Digest{1}, Data: []byte(`{"config":{"digest":"` + g.digest.String() + `"}}`)})
+		}
+	}
+	return send(t, m, method, url, pullCredential, change...)
 }
 
 func TestAnswers(t *testing.T) {
@@ -88,7 +135,7 @@ func TestAnswers(t *testing.T) {
 		for _, method := range []string{http.MethodGet, http.MethodHead} {
 			resp, body := do(t, s, method, c.path)
 			head := method == http.MethodHead
-			want := blockdev.DocumentRequest{Ref: c.ref, Kind: c.kind, Head: head, Credential: blockdev.Credential{Username: "u", Secret: "s"}}
+			want := blockdev.DocumentRequest{Ref: c.ref, Kind: c.kind, Head: head, Credential: pullCredential}
 			if resp.StatusCode != http.StatusOK || got != want {
 				t.Errorf("%s %s: %s %s, asked for %+v", method, c.path, resp.Status, body, got)
 			}
@@ -165,8 +212,9 @@ func TestRefuses(t *testing.T) {
 	})
 }
 
-// Whatever fails is answered so that containerd asks its next host: never 401,
-// which makes it look for credentials, nor 429, which it repeats.
+// Whatever fails is answered so that containerd asks its next host, and shows what
+// that says: so what is no word about the image itself is a refused token, the
+// least of all errors. None is 429, which containerd repeats.
 func TestErrors(t *testing.T) {
 	const manifestURL, blobURL = "/v2/a/manifests/v1?ns=r.test", "/v2/a/blobs/sha256:" + "0000000000000000000000000000000000000000000000000000000000000000?ns=r.test"
 	for _, c := range []struct {
@@ -177,11 +225,11 @@ func TestErrors(t *testing.T) {
 	}{
 		{blockdev.ErrNotFound, manifestURL, 404, codeManifestUnknown},
 		{blockdev.ErrNotFound, blobURL, 404, codeBlobUnknown},
-		{blockdev.ErrUnauthorized, manifestURL, 403, codeDenied},
+		{blockdev.ErrUnauthorized, manifestURL, 401, codeDenied},
 		{blockdev.ErrUnsupported, manifestURL, 501, codeUnsupported},
-		{blockdev.ErrUnavailable, manifestURL, 503, codeUnknown},
+		{blockdev.ErrUnavailable, manifestURL, 401, codeDenied},
 		{blockdev.ErrCorrupt, manifestURL, 502, codeUnknown},
-		{context.DeadlineExceeded, manifestURL, 504, codeUnknown},
+		{context.DeadlineExceeded, manifestURL, 401, codeDenied},
 		{errors.New("strange"), manifestURL, 500, codeUnknown},
 	} {
 		resp, body := do(t, source(func(context.Context, blockdev.DocumentRequest) (*blockdev.Document, error) {
@@ -190,6 +238,9 @@ func TestErrors(t *testing.T) {
 		wantProblem(t, resp, body, c.status, c.code)
 		if !strings.Contains(body, "cause") {
 			t.Errorf("%s: the answer does not say why", body)
+		}
+		if v := resp.Header.Get("WWW-Authenticate"); c.status == 401 && !strings.Contains(v, `error="`) {
+			t.Errorf("%v: containerd would ask for one more token: %s", c.err, v)
 		}
 	}
 }
@@ -221,13 +272,13 @@ func TestTooManyRequests(t *testing.T) {
 	})
 	var logs bytes.Buffer
 	reg := prometheus.NewRegistry()
-	m, err := New(Config{Source: s, Log: slog.New(slog.NewTextHandler(&logs, nil)), Registerer: reg})
-	if err != nil {
-		t.Fatal(err)
-	}
+	m := newMirror(t, Config{Source: s, Log: slog.New(slog.NewTextHandler(&logs, &slog.HandlerOptions{Level: slog.LevelDebug})), Registerer: reg})
+	word := tokenFor(t, m, "r.test", "a", pullCredential)
 	get := func() *httptest.ResponseRecorder {
 		w := httptest.NewRecorder()
-		m.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), "GET", "/v2/a/manifests/v1?ns=r.test", nil))
+		r := httptest.NewRequestWithContext(t.Context(), "GET", "/v2/a/manifests/v1?ns=r.test", nil)
+		r.Header.Set("Authorization", "Bearer "+word)
+		m.ServeHTTP(w, r)
 		return w
 	}
 	done := make(chan int, maxRequests)
@@ -237,7 +288,7 @@ func TestTooManyRequests(t *testing.T) {
 	for range maxRequests {
 		<-began
 	}
-	if w := get(); w.Code != http.StatusServiceUnavailable {
+	if w := get(); w.Code != http.StatusUnauthorized {
 		t.Errorf("one more request: %d", w.Code)
 	}
 	close(release)

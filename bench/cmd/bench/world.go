@@ -123,7 +123,7 @@ func (w *world) lazy(ctx context.Context, s *lab.Supernode) (*machine, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := w.StartContainerd(ctx, w.name("c"), lab.ContainerdOptions{Shoal: node.Socket, Mirror: node.Mirror})
+	c, err := w.StartContainerd(ctx, w.name("c"), lab.ContainerdOptions{Shoal: node.Socket, Mirror: node.Mirror, MirrorCA: node.MirrorCA})
 	return &machine{Containerd: c, node: node, link: link}, err
 }
 

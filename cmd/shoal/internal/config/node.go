@@ -25,34 +25,36 @@ type Images struct {
 
 // Node is the file of `shoal node`.
 type Node struct {
-	Version            int         `toml:"version"`
-	Root               string      `toml:"root" comment:"indexes, local diffs and mounts are kept here; a short path leaves room for images of many layers"`
-	Address            string      `toml:"address" comment:"Unix socket for containerd: [proxy_plugins.shoal] address"`
-	ControlAddress     string      `toml:"control_address" comment:"Unix socket for shoal status, prefetch and check"`
-	MetricsAddress     string      `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
-	MirrorAddress      string      `toml:"mirror_address" comment:"host:port of the registry mirror that containerd's hosts.toml names; anybody who reaches it reads manifests with this node's credentials, so keep it on loopback; empty: off"`
-	Supernodes         []string    `toml:"supernodes" comment:"each as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`
-	TokenFile          string      `toml:"token_file" comment:"the token to join the supernodes with: a copy of the one that the supernode has, or made, at the start"`
-	Listen             []string    `toml:"listen" comment:"host:port addresses for other nodes; empty: this node shares nothing"`
-	Zone               string      `toml:"zone" comment:"where this node is: traffic between zones is kept low; may be empty"`
-	Rack               string      `toml:"rack" comment:"where in the zone; may be empty"`
-	MaxUpload          Size        `toml:"max_upload" comment:"bytes a second that this node sends to other nodes; 0: no limit"`
-	MaxDownload        Size        `toml:"max_download" comment:"bytes a second of chunks that this node takes from other nodes and supernodes; 0: no limit"`
-	DockerConfig       string      `toml:"docker_config" comment:"directory of docker's config.json with registry credentials; empty: $DOCKER_CONFIG or ~/.docker"`
-	IndexTimeout       Duration    `toml:"index_timeout" comment:"how long an image's indexes may take to come: they are waited for that long, and kept for the next pull"`
-	PrepareTimeout     Duration    `toml:"prepare_timeout" comment:"how long a call of containerd waits for an image's indexes before containerd unpacks it in the ordinary way. Its garbage collection, and with that all pods of the node, wait behind such a call: longer is more lazy pulls, and longer stalls"`
-	ReadTimeout        Duration    `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`
-	CacheQuota         Size        `toml:"cache_quota" comment:"bytes on disk for layers; 0: what the disk has. What no container or image uses makes room; what does not fit is read without being kept"`
-	Prefetch           policy.Mode `toml:"prefetch" comment:"what is fetched of a lazy image besides what containers read: all of it (all), what containers read at their start (startup), or nothing (none)"`
-	PrefetchAfterPull  bool        `toml:"prefetch_after_pull" comment:"an image that was pulled and that no container has followed yet is fetched, too, as prefetch says"`
-	PrefetchAfterExit  bool        `toml:"prefetch_after_exit" comment:"an image goes on being fetched when its last container has ended"`
-	PrefetchRate       Size        `toml:"prefetch_rate" comment:"bytes a second, uncompressed, that are fetched for nobody who waits; what containers read, now or at their start, and pulls that wait for all bytes are not held to it; 0: no limit"`
-	Mount              string      `toml:"mount" comment:"how layers are mounted: file (from their files, Linux 6.12) or loop (through loop devices: for programs that open files of images with O_DIRECT)"`
-	ScrubInterval      Duration    `toml:"scrub_interval" comment:"how often everything on this disk is read and checked, at 32 MiB/s at most; 0s: never"`
-	RegistryConfigPath string      `toml:"registry_config_path" comment:"containerd's directory of hosts.toml files, for layers that no supernode has and this node reads from the registry itself"`
-	Images             Images      `toml:"images" comment:"rules for images by their names. An asterisk stands for any characters: \"registry.example.com/base/*\", \"docker.io/library/redis:7*\"; without a tag a pattern fits every tag"`
-	Embedded           Embedded    `toml:"embedded" comment:"the supernode of a node that names none"`
-	Log                Log         `toml:"log"`
+	Version                 int         `toml:"version"`
+	Root                    string      `toml:"root" comment:"indexes, local diffs and mounts are kept here; a short path leaves room for images of many layers"`
+	Address                 string      `toml:"address" comment:"Unix socket for containerd: [proxy_plugins.shoal] address"`
+	ControlAddress          string      `toml:"control_address" comment:"Unix socket for shoal status, prefetch and check"`
+	MetricsAddress          string      `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
+	MirrorAddress           string      `toml:"mirror_address" comment:"host:port of the registry mirror that containerd's hosts.toml names; keep it on loopback; empty: off"`
+	MirrorPlainHTTP         bool        `toml:"mirror_plain_http" comment:"true: the mirror speaks HTTP and not TLS. containerd then tells whoever has its port, while shoal has not, the credentials of every pull"`
+	Supernodes              []string    `toml:"supernodes" comment:"each as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`
+	TokenFile               string      `toml:"token_file" comment:"the token to join the supernodes with: a copy of the one that the supernode has, or made, at the start"`
+	Listen                  []string    `toml:"listen" comment:"host:port addresses for other nodes; empty: this node shares nothing"`
+	Zone                    string      `toml:"zone" comment:"where this node is: traffic between zones is kept low; may be empty"`
+	Rack                    string      `toml:"rack" comment:"where in the zone; may be empty"`
+	MaxUpload               Size        `toml:"max_upload" comment:"bytes a second that this node sends to other nodes; 0: no limit"`
+	MaxDownload             Size        `toml:"max_download" comment:"bytes a second of chunks that this node takes from other nodes and supernodes; 0: no limit"`
+	DockerConfig            string      `toml:"docker_config" comment:"directory of docker's config.json with registry credentials, for shoal prefetch; empty: $DOCKER_CONFIG or ~/.docker"`
+	NodeCredentialsForPulls bool        `toml:"node_credentials_for_pulls" comment:"true: EVERY container of this machine may run EVERY image that the credentials in docker_config open, with no pull secret of its own. false: a private image is lazy for pulls that show a credential of their own, through the mirror"`
+	IndexTimeout            Duration    `toml:"index_timeout" comment:"how long an image's indexes may take to come: they are waited for that long, and kept for the next pull"`
+	PrepareTimeout          Duration    `toml:"prepare_timeout" comment:"how long a call of containerd waits for an image's indexes before containerd unpacks it in the ordinary way. Its garbage collection, and with that all pods of the node, wait behind such a call: longer is more lazy pulls, and longer stalls"`
+	ReadTimeout             Duration    `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`
+	CacheQuota              Size        `toml:"cache_quota" comment:"bytes on disk for layers; 0: what the disk has. What no container or image uses makes room; what does not fit is read without being kept"`
+	Prefetch                policy.Mode `toml:"prefetch" comment:"what is fetched of a lazy image besides what containers read: all of it (all), what containers read at their start (startup), or nothing (none)"`
+	PrefetchAfterPull       bool        `toml:"prefetch_after_pull" comment:"an image that was pulled and that no container has followed yet is fetched, too, as prefetch says"`
+	PrefetchAfterExit       bool        `toml:"prefetch_after_exit" comment:"an image goes on being fetched when its last container has ended"`
+	PrefetchRate            Size        `toml:"prefetch_rate" comment:"bytes a second, uncompressed, that are fetched for nobody who waits; what containers read, now or at their start, and pulls that wait for all bytes are not held to it; 0: no limit"`
+	Mount                   string      `toml:"mount" comment:"how layers are mounted: file (from their files, Linux 6.12) or loop (through loop devices: for programs that open files of images with O_DIRECT)"`
+	ScrubInterval           Duration    `toml:"scrub_interval" comment:"how often everything on this disk is read and checked, at 32 MiB/s at most; 0s: never"`
+	RegistryConfigPath      string      `toml:"registry_config_path" comment:"containerd's directory of hosts.toml files, for layers that no supernode has and this node reads from the registry itself"`
+	Images                  Images      `toml:"images" comment:"rules for images by their names. An asterisk stands for any characters: \"registry.example.com/base/*\", \"docker.io/library/redis:7*\"; without a tag a pattern fits every tag"`
+	Embedded                Embedded    `toml:"embedded" comment:"the supernode of a node that names none"`
+	Log                     Log         `toml:"log"`
 }
 
 // minCacheQuota leaves room for the indexes and metadata of some images.

@@ -1,0 +1,117 @@
+package mirror
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+const (
+	// pace is how often a byte of a config goes out that is held back, and slowPace
+	// after the first half of it: containerd ends a pull for which nothing comes
+	// (CRI: image_pull_progress_timeout, 5 minutes). It sees the bytes that it reads
+	// of an answer; that a request is being worked on it does not see.
+	pace     = 10 * time.Second
+	slowPace = time.Minute
+	// writeTime bounds each write to containerd.
+	writeTime = time.Minute
+	// maxHeld bounds how many configs are held back at a time, and so the memory
+	// for them.
+	maxHeld = 256
+)
+
+// giveConfig answers with an image's config when the image is open, or when it is
+// known that it cannot be. It is asked for when containerd has the manifest and
+// nothing else, holds no lock, and has not begun to unpack.
+func (m *Mirror) giveConfig(w http.ResponseWriter, r *http.Request, t target, doc *blockdev.Document, manifest blockdev.Digest) {
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	ready := make(chan struct{})
+	go func() {
+		defer close(ready)
+		m.cfg.Opener.Await(ctx, t.name, manifest)
+	}()
+	defer func() {
+		cancel()
+		<-ready
+	}()
+	from := offset(r, doc.Size)
+	h := w.Header()
+	h.Set("Content-Length", strconv.FormatInt(doc.Size-from, 10))
+	status := http.StatusOK
+	if from > 0 {
+		status = http.StatusPartialContent
+		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", from, doc.Size-1, doc.Size))
+	}
+	rest := doc.Data[from:]
+	select {
+	case <-ready:
+		w.WriteHeader(status)
+		_, _ = w.Write(rest) // who asked may have gone
+		return
+	case <-time.After(m.pace / 10): // most are open already
+	}
+	select {
+	case m.held <- struct{}{}:
+		defer func() { <-m.held }()
+	default:
+		w.WriteHeader(status)
+		_, _ = w.Write(rest)
+		return
+	}
+	out := http.NewResponseController(w)
+	write := func(b []byte) bool {
+		_ = out.SetWriteDeadline(time.Now().Add(writeTime)) // a writer without deadlines has none to pass
+		if _, err := w.Write(b); err != nil {
+			return false
+		}
+		return out.Flush() == nil
+	}
+	w.WriteHeader(status)
+	if out.Flush() != nil {
+		return
+	}
+	half, every := len(rest)/2, m.pace
+	tick := time.NewTimer(every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ready:
+			write(rest)
+			return
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if len(rest) > 1 {
+				if !write(rest[:1]) {
+					return
+				}
+				rest = rest[1:]
+			}
+			if len(rest) < half {
+				every = m.pace * (slowPace / pace)
+			}
+			tick.Reset(every)
+		}
+	}
+}
+
+// offset is where a request wants a document to begin: containerd goes on where an
+// earlier attempt ended.
+func offset(r *http.Request, size int64) int64 {
+	v, ok := strings.CutPrefix(r.Header.Get("Range"), "bytes=")
+	if !ok {
+		return 0
+	}
+	v, _, _ = strings.Cut(v, "-")
+	n, err := strconv.ParseInt(v, 10, 64)
+	if err != nil || n <= 0 || n >= size {
+		return 0
+	}
+	return n
+}
