@@ -169,6 +169,13 @@ func openBlob(client *registry.Client, p *parts, keychain *credentials.DockerCon
 		// The type says no more than that it is a blob.
 		layer := registry.Layer{Digest: l.Digest, Size: l.Size, MediaType: ocispec.MediaTypeImageLayerGzip}
 		rc, err := client.Fetch(ctx, m, layer, cred, offset)
+		if errors.Is(err, blockdev.ErrUnauthorized) {
+			// The pull's has expired, or was exchanged; the node's own may be newer.
+			if own, cerr := keychain.Credential(ctx, l.Ref); cerr == nil && own != cred && own != (blockdev.Credential{}) {
+				cred = own
+				rc, err = client.Fetch(ctx, m, layer, cred, offset)
+			}
+		}
 		if cred != (blockdev.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
 			// A credential that has expired does not keep anybody from what is public.
 			rc, err = client.Fetch(ctx, m, layer, blockdev.Credential{}, offset)
