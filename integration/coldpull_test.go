@@ -54,7 +54,7 @@ func TestDrillColdPull(t *testing.T) {
 	measure := func(snapshotter string) *coldPull {
 		o := lab.ContainerdOptions{CRI: &lab.CRIOptions{Pause: pause, Snapshotter: snapshotter}}
 		if snapshotter == "shoal" {
-			o.Shoal, o.ShoalRoot = s.node.Socket, s.node.Root
+			o.Shoal, o.ShoalRoot, o.Mirror, o.MirrorCA = s.node.Socket, s.node.Root, s.node.Mirror, s.node.MirrorCA
 		}
 		m := &coldPull{site: &site{Lab: s.Lab, registry: s.registry, supernode: s.supernode, node: s.node}, link: link}
 		m.a, m.b, m.warm = link.Addr+"/a:v1", link.Addr+"/b:v1", link.Addr+"/warm:v1"
@@ -83,7 +83,8 @@ func TestDrillColdPull(t *testing.T) {
 	figure(t, drill+"the same with a GC due, overlayfs", "s", "", 0, overlay.starts...)
 	figure(t, drill+"pull of an image that shares the base", "s", "", 0, shoal.beside...)
 	figure(t, drill+"the same alone", "s", "", 0, shoal.alone...)
-	t.Logf("longest calls: %v", longest)
+	t.Logf("longest calls: %v; starts, seconds: %.2f, quiet %.2f, overlayfs %.2f, quiet %.2f; pulls: %.2f, alone %.2f",
+		longest, shoal.starts, shoal.quiet, overlay.starts, overlay.quiet, shoal.beside, shoal.alone)
 }
 
 // pushCold pushes an image of these layers and of random bytes above them.
@@ -213,7 +214,7 @@ func TestDrillDeadMirror(t *testing.T) {
 	s := newMirrorSite(t)
 	ctx := t.Context()
 	node := must(s.StartNode(ctx, "node", s.supernode.Address, "prepare_timeout = \"3s\"\n"))(t)
-	through := must(s.StartContainerd(ctx, "mirror", lab.ContainerdOptions{Shoal: node.Socket, Mirror: node.Mirror}))(t)
+	through := must(s.StartContainerd(ctx, "mirror", lab.ContainerdOptions{Shoal: node.Socket, Mirror: node.Mirror, MirrorCA: node.MirrorCA}))(t)
 	straight := must(s.StartContainerd(ctx, "straight", lab.ContainerdOptions{}))(t)
 	ref := s.push(t, "app", layer(t, file("data", bigContent(1))))
 	pull := func(c *lab.Containerd, snapshotter string) float64 {
