@@ -334,8 +334,8 @@ func TestAccessLimited(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	now := time.Now()
-	a, err := openAccess(t.TempDir(), reg, 5*time.Minute, time.Hour, slog.New(slog.DiscardHandler), func() time.Time { return now })
+	clock := accessEnv{t: time.Now()}
+	a, err := openAccess(t.TempDir(), reg, 5*time.Minute, time.Hour, slog.New(slog.DiscardHandler), clock.clock)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -357,14 +357,14 @@ func TestAccessLimited(t *testing.T) {
 		}
 	}
 	may(verdict{public: true}, 1)
-	now = now.Add(6 * time.Minute)
+	clock.pass(6 * time.Minute)
 	f.Script(registrytest.Status(http.StatusTooManyRequests, "Retry-After", "120"))
 	may(verdict{public: true, stale: true}, 1)
-	now = now.Add(time.Minute)
+	clock.pass(time.Minute)
 	may(verdict{public: true, stale: true}, 0)
-	now = now.Add(2 * time.Minute)
+	clock.pass(2 * time.Minute)
 	may(verdict{public: true, stale: true}, 1)
-	now = now.Add(3 * time.Minute)
+	clock.pass(3 * time.Minute)
 	f.Script()
 	may(verdict{public: true}, 1)
 }
