@@ -28,6 +28,9 @@ const (
 	claimTime = time.Minute
 	// maxUnclaimed is how many such images in a row make it the rule.
 	maxUnclaimed = 3
+	// distrustFor is for how long a namespace is distrusted. It is longer than rightLife,
+	// so that no right outlives it: a pull that shows one asks for layers right after.
+	distrustFor = time.Hour
 	// sweepKeys is how often credentials are looked through that are of no more use.
 	sweepKeys = time.Minute
 )
@@ -49,6 +52,11 @@ type rights struct {
 	// is how many there were since one was.
 	unclaimed map[string]struct{}
 	row       int
+	// distrusts are containerd's namespaces in which a layer was asked for without the
+	// name of its image, and until when that counts. There containerd does not write the
+	// names (disable_snapshot_annotations = true, CRI's default), so a name that
+	// comes all the same is an annotation of a manifest, which anybody can write.
+	distrusts map[string]time.Time
 }
 
 func (r *rights) show(key openKey, cred blockdev.Credential, now time.Time) {
@@ -80,6 +88,30 @@ func (r *rights) find(key openKey, now time.Time) (blockdev.Credential, bool) {
 		return blockdev.Credential{}, false
 	}
 	return v.cred, true
+}
+
+// drop forgets what was shown for an image: the pull that has shown it is over.
+func (r *rights) drop(key openKey) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.m, key)
+}
+
+// distrust notes that a namespace does not name its images.
+func (r *rights) distrust(namespace string, now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.distrusts == nil {
+		r.distrusts = make(map[string]time.Time)
+	}
+	r.distrusts[namespace] = now.Add(distrustFor)
+}
+
+// distrusted says whether names of images are believed of nobody in a namespace.
+func (r *rights) distrusted(namespace string, now time.Time) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return now.Before(r.distrusts[namespace])
 }
 
 // claim notes that a layer of an image of this repository was asked for.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -29,6 +30,9 @@ var _ mirror.Opener = (*Snapshotter)(nil)
 
 // private makes a fake supernode's images ones that only cred opens.
 func (f *fakeImages) private(cred blockdev.Credential) { f.set(func() { f.want = &cred }) }
+
+// repository is host/repository of a test image.
+func repository(img image) string { return img.ref[:strings.LastIndexByte(img.ref, ':')] }
 
 var tenant = blockdev.Credential{Username: "tenant", Secret: "secret"}
 
@@ -157,6 +161,50 @@ func TestOpenedAhead(t *testing.T) {
 	}
 	if n.images.asked() != 2 {
 		t.Errorf("asked %d times", n.images.asked())
+	}
+}
+
+// Where containerd does not write the names of images, a name that a layer has all the
+// same is an annotation of a manifest: it opens no private image, also right after a
+// pull that may have it. A right is gone with the pull that has shown it.
+func TestNamesOfManifests(t *testing.T) {
+	n := newNode(t, func(cfg *Config) {})
+	begin := func(img image, cred blockdev.Credential) {
+		n.Begin(repository(img), "1", img.manifest, cred)
+		n.Await(bg, repository(img), img.manifest)
+	}
+	secret := newImage("registry.test/secret:1", newLayer(t, file("secret")))
+	n.images.publish(secret)
+	n.images.private(tenant)
+	begin(secret, tenant)
+	unnamed := newImage("registry.test/other:1", newLayer(t, file("other"))).labels(0)
+	delete(unnamed, snapshotters.TargetRefLabel)
+	_, err := n.Prepare(bg, "ns/9/other", "", snapshots.WithLabels(unnamed))
+	check(t, err)
+	if _, fetched, err := n.pull(bg, secret); err != nil || len(fetched) != 1 {
+		t.Errorf("fetched %v, %v: the private image was opened by a name that anybody can write", fetched, err)
+	}
+	if lines := n.log.lines("disable_snapshot_annotations = false"); len(lines) != 1 {
+		t.Errorf("log:\n%s", n.log.b.String())
+	}
+	public := newImage("registry.test/public:1", newLayer(t, file("public")))
+	n.images.publish(public)
+	n.images.private(blockdev.Credential{})
+	begin(public, blockdev.Credential{})
+	if _, fetched, err := n.pull(bg, public); err != nil || len(fetched) != 0 {
+		t.Errorf("fetched %v, %v: what anybody may have is lazy all the same", fetched, err)
+	}
+
+	// In a namespace with names, a pull's right ends with the pull.
+	n = newNode(t, func(cfg *Config) {})
+	n.images.publish(secret)
+	n.images.private(tenant)
+	begin(secret, tenant)
+	if _, fetched, err := n.pull(bg, secret); err != nil || len(fetched) != 0 {
+		t.Fatalf("fetched %v, %v", fetched, err)
+	}
+	if _, ok := n.rights.find(openKey{name: "registry.test/secret", manifest: secret.manifest}, time.Now()); ok {
+		t.Error("the right outlives its pull")
 	}
 }
 

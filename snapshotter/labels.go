@@ -88,8 +88,7 @@ type want struct {
 	name     string // host/repository
 	host     string // of the registry
 	manifest blockdev.Digest
-	chain    string          // ChainID asked for
-	layer    blockdev.Digest // asked for; zero: not said
+	chain    string // ChainID asked for
 	// layers are digests of layers that the image has; a hint that may be
 	// incomplete, since labels have a maximal length.
 	layers []blockdev.Digest
@@ -129,9 +128,6 @@ func parseWant(labels map[string]string) (want, error) {
 			d, err := blockdev.ParseDigest(v)
 			if err != nil {
 				return w, fmt.Errorf("layer: %w", err)
-			}
-			if key == snapshotters.TargetLayerDigestLabel {
-				w.layer = d
 			}
 			w.layers = append(w.layers, d)
 		}

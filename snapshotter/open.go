@@ -29,6 +29,7 @@ const (
 type openImage struct {
 	imageRecord
 	chains  []string // ChainID of each layer
+	private bool     // it was opened with a credential
 	release func()   // ends the hold on the diffs
 }
 
@@ -75,6 +76,7 @@ func (s *Snapshotter) open(ctx context.Context, w want, cred blockdev.Credential
 	if err := s.add(ctx, o, img); err != nil {
 		return nil, err
 	}
+	o.private = cred != (blockdev.Credential{})
 	s.rights.keep(w.name, cred)
 	if s.cfg.Policy.Prefetch(w.ref) != policy.None {
 		s.fetchStartup(img)

@@ -123,44 +123,6 @@ func TestPrepareTimeout(t *testing.T) {
 	}
 }
 
-// A layer that is here as a whole is lazy, also where its image is not.
-func TestKnownLayer(t *testing.T) {
-	data := &completeData{}
-	n := newNode(t, func(c *Config) {
-		data.fakeData = c.Data.(*fakeData)
-		c.Data = data
-	})
-	ls := threeLayers(t)
-	a := newImage("registry.test/a:1", ls[0], ls[1])
-	b := newImage("registry.test/b:1", ls...)
-	n.images.publish(a)
-	_, _, err := n.pull(bg, a)
-	check(t, err)
-	data.complete.Store(true)
-	key := func(i int) string { return fmt.Sprintf("other/%d/k", i) }
-	for i := range 2 {
-		parent := ""
-		if i > 0 {
-			parent = b.chain(i - 1)
-		}
-		if _, err := n.Prepare(bg, key(i), parent, snapshots.WithLabels(b.labels(i))); !errdefs.IsAlreadyExists(err) {
-			t.Errorf("layer %d, which is here: %v", i, err)
-		}
-	}
-	if _, err := n.Prepare(bg, key(2), b.chain(1), snapshots.WithLabels(b.labels(2))); err != nil {
-		t.Errorf("layer that is not here: %v", err)
-	}
-	// The labels' word for what a layer is does not count.
-	lying := b.labels(1)
-	lying[labelRef] = b.chain(2)
-	if _, err := n.Prepare(bg, key(3), b.chain(1), snapshots.WithLabels(lying)); err != nil {
-		t.Errorf("layer with the ChainID of another one: %v", err)
-	}
-	if len(n.log.lines("not lazy", b.ref)) == 0 {
-		t.Errorf("log:\n%s", n.log.b.String())
-	}
-}
-
 func TestIndexTimeout(t *testing.T) {
 	n := newNode(t, func(c *Config) { c.IndexTimeout = 10 * time.Millisecond })
 	img := newImage("registry.test/x:1", threeLayers(t)...)

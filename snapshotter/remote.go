@@ -7,12 +7,11 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/identity"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -35,6 +34,7 @@ func (s *Snapshotter) limit(ctx context.Context) (context.Context, context.Cance
 func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, info snapshots.Info) error {
 	w, err := parseWant(info.Labels)
 	if err != nil {
+		s.rights.distrust(namespaceOf(key), time.Now())
 		s.explainUnlabelled(w, parent, err)
 		return nil
 	}
@@ -47,9 +47,6 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, info 
 		return s.openings.join(w.key(), false, s.preparer(w))
 	})
 	last, err := s.answer(ctx, wait, p, w, key, parent, info.Labels)
-	if err == nil && s.cfg.Policy.NotLazy(w.ref) == "" {
-		err = s.prepareKnown(ctx, key, parent, w, info.Labels)
-	}
 	if err == nil || errdefs.IsAlreadyExists(err) {
 		leave(last)
 	} else {
@@ -90,6 +87,11 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 	case o == nil:
 		return false, nil
 	}
+	if ns := namespaceOf(key); o.private && s.rights.distrusted(ns, time.Now()) {
+		return refuse(CauseUnauthorized, fmt.Sprintf("containerd's namespace %q has asked for layers without the name of their image within the last %v, "+
+			"so the name could come from somebody's manifest, and a private image is opened for none: "+
+			"set disable_snapshot_annotations = false in the CRI section of containerd's config", ns, distrustFor))
+	}
 	i := o.position(w.chain)
 	if i < 0 {
 		// Not what containerd has, or labels that lie: it is of no use to this pull.
@@ -122,6 +124,7 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 				"image", w.ref, "error", err)
 		}
 		s.refusals.forget(w.ref)
+		s.rights.drop(w.key()) // the next pull shows its own
 		rec := o.imageRecord
 		rec.Ref = w.ref
 		s.imagePulled(&rec)
@@ -152,41 +155,6 @@ func (s *Snapshotter) preparer(w want) opener {
 		}
 		return s.open(ctx, w, cred)
 	}}
-}
-
-// prepareKnown answers for a layer of an image that is not lazy, if all of the
-// layer is here already: nil if it is not.
-func (s *Snapshotter) prepareKnown(ctx context.Context, key, parent string, w want, labels map[string]string) error {
-	data, ok := s.cfg.Data.(Complete)
-	if !ok || w.layer == (blockdev.Digest{}) {
-		return nil
-	}
-	have, release, err := s.have(ctx, want{host: w.host, layers: []blockdev.Digest{w.layer}})
-	if err != nil {
-		return nil //nolint:nilerr // there is the ordinary way
-	}
-	defer release()
-	diff, ok := have[w.layer]
-	if !ok || !data.Complete(diff) {
-		return nil
-	}
-	chain := []digest.Digest{digest.Digest(diff.String())}
-	if parent != "" {
-		below, err := s.chainOf(ctx, parent)
-		if err != nil {
-			return err
-		}
-		chain = []digest.Digest{digest.Digest(below), chain[0]}
-	}
-	if identity.ChainID(chain).String() != w.chain {
-		return nil
-	}
-	if err := s.commitLazy(ctx, key, parent, diff, labels); errors.Is(err, errFixup) {
-		return nil
-	} else if err != nil {
-		return fmt.Errorf("image %s, layer %s: %w", w.ref, w.layer, err)
-	}
-	return fmt.Errorf("snapshot %s is lazy: %w", w.chain, errdefs.ErrAlreadyExists)
 }
 
 // notLazy writes the one line that says why.

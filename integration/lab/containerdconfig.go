@@ -44,7 +44,8 @@ type CRIOptions struct {
 	// Handlers are further runtime handlers, each with a snapshotter of its own.
 	Handlers map[string]string
 	// NoAnnotations is CRI's default, with which a snapshotter is not told which
-	// image a layer belongs to.
+	// image a layer belongs to. containerd 2.x then pulls without its transfer
+	// service, which tells it all the same.
 	NoAnnotations bool
 	// DiscardUnpacked has containerd forget layers once they have been unpacked.
 	DiscardUnpacked bool
@@ -139,6 +140,7 @@ stream_server_port = "0"
 [plugins.'io.containerd.cri.v1.images']
 snapshotter = %q
 disable_snapshot_annotations = %v
+use_local_image_pull = %v
 discard_unpacked_layers = %v
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
 sandbox = %q
@@ -153,7 +155,7 @@ bin_dirs = [%q]
 conf_dir = %q
 [plugins.'io.containerd.cri.v1.runtime'.containerd]
 default_runtime_name = "runc"
-`, filepath.Join(dir, "opt"), o.snapshotter(), o.NoAnnotations, o.DiscardUnpacked, o.Pause, filepath.Join(dir, "certs.d"), c.lab.Path("cni", "bin"), c.lab.Path("cni", "conf"))
+`, filepath.Join(dir, "opt"), o.snapshotter(), o.NoAnnotations, o.NoAnnotations, o.DiscardUnpacked, o.Pause, filepath.Join(dir, "certs.d"), c.lab.Path("cni", "bin"), c.lab.Path("cni", "conf"))
 	runtime := func(name string) {
 		fmt.Fprintf(b, "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.%s]\nruntime_type = \"io.containerd.runc.v2\"\n", name)
 		if s := o.Handlers[name]; s != "" {
