@@ -151,7 +151,7 @@ func TestMirrorPortIsKept(t *testing.T) {
 	}
 	close(done)
 	if l := <-stolen; l != nil {
-		l.Close()
+		noError(t, l.Close())
 		t.Error("somebody else got the port of the mirror")
 	}
 }
