@@ -36,7 +36,7 @@ const (
 // that nobody wants ends.
 type wishes struct {
 	data      Data
-	afterExit bool // a container wants its image until its snapshot is removed
+	afterExit bool // what a container has wanted is fetched to its end
 	// running returns the ids of mounted snapshots; nil: that is not known.
 	running func() map[string]struct{}
 	changed chan struct{}
@@ -44,7 +44,10 @@ type wishes struct {
 	mu         sync.Mutex
 	containers map[string]*container // by key of the snapshot
 	pulls      map[string]*pulled    // by key of the image record
-	asked      map[blockdev.Digest]struct{}
+	// ended are the diffs of containers that are gone, with afterExit, by key of the
+	// snapshot, until they are complete or removed.
+	ended map[string][]blockdev.Digest
+	asked map[blockdev.Digest]struct{}
 }
 
 // container is an active snapshot or a view.
@@ -69,7 +72,7 @@ func newWishes(cfg *Config) *wishes {
 		data: cfg.Data, afterExit: cfg.PrefetchAfterExit,
 		running:    func() map[string]struct{} { return mountedIDs(prefix) },
 		changed:    make(chan struct{}, 1),
-		containers: make(map[string]*container), pulls: make(map[string]*pulled), asked: make(map[blockdev.Digest]struct{}),
+		containers: make(map[string]*container), pulls: make(map[string]*pulled), ended: make(map[string][]blockdev.Digest), asked: make(map[blockdev.Digest]struct{}),
 	}
 }
 
@@ -97,14 +100,20 @@ func (w *wishes) found(key string, c container) {
 	w.look()
 }
 
-// end forgets the container of a snapshot that is gone.
+// end forgets the container of a snapshot that is gone, but not what it has wanted if
+// that is to be fetched all the same.
 func (w *wishes) end(key string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if _, ok := w.containers[key]; ok {
-		delete(w.containers, key)
-		w.look()
+	c, ok := w.containers[key]
+	if !ok {
+		return
 	}
+	delete(w.containers, key)
+	if w.afterExit {
+		w.ended[key] = c.diffs
+	}
+	w.look()
 }
 
 func (w *wishes) pull(key string, p pulled) {
@@ -183,6 +192,13 @@ func (w *wishes) review(now time.Time) (next time.Duration) {
 			}
 		case young && !c.ran: // the earlier process may have given it its mounts just now
 			next = wishInterval
+		}
+	}
+	for key, diffs := range w.ended {
+		if want(diffs) {
+			next = wishInterval
+		} else {
+			delete(w.ended, key)
 		}
 	}
 	for key, p := range w.pulls {

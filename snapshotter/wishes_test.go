@@ -69,7 +69,15 @@ func TestWishes(t *testing.T) {
 		{"is removed", func(w *wishes) {
 			w.start("k", container{id: "1", diffs: all, since: now})
 			w.end("k")
-		}, ids("1"), nil, true, nil, 0},
+		}, ids("1"), nil, false, nil, 0},
+		{"is removed, and is wanted still", func(w *wishes) {
+			w.start("k", container{id: "1", diffs: all, since: now})
+			w.end("k")
+		}, ids(), nil, true, all, wishInterval},
+		{"is removed, and is here", func(w *wishes) {
+			w.start("k", container{id: "1", diffs: all, since: now})
+			w.end("k")
+		}, ids(), all, true, nil, 0},
 		{"another shares a layer", func(w *wishes) {
 			w.start("k", container{id: "1", diffs: all, since: old})
 			w.start("l", container{id: "2", diffs: only, since: old})

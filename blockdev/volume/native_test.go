@@ -222,7 +222,9 @@ func TestLostLoop(t *testing.T) {
 		t.Error("the device was not over FUSE")
 	}
 	n.open()
-	if err := c.read(l); err != nil || mountID(t, dir) != id || n.stat(l).Lazy {
+	// Diffs are opened, and devices switched, in the background.
+	n.eventually("the device is over the data", func() bool { return !n.stat(l).Lazy })
+	if err := c.read(l); err != nil || mountID(t, dir) != id {
 		t.Errorf("container: %v; %+v", err, n.stat(l))
 	}
 }
