@@ -64,7 +64,8 @@ func TestSourceFaults(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			// A machine under load takes some time for what the source answers at once.
 			r := newRig(t, 2<<20, func(c *Config) {
-				if c.Timeout = 2 * time.Second; name == "never" {
+				c.Timeout = 2 * time.Second
+				if name == "never" {
 					c.Timeout = 60 * time.Millisecond
 					c.PrefetchIdle = c.Timeout
 				}

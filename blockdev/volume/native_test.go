@@ -223,7 +223,10 @@ func TestLostLoop(t *testing.T) {
 	}
 	n.open()
 	// Diffs are opened, and devices switched, in the background.
-	n.eventually("the device is over the data", func() bool { return !n.stat(l).Lazy })
+	n.eventually("the device is over the data", func() bool {
+		s, ok := n.Stat(l.id)
+		return ok && s.Dir != "" && !s.Lazy
+	})
 	if err := c.read(l); err != nil || mountID(t, dir) != id {
 		t.Errorf("container: %v; %+v", err, n.stat(l))
 	}
