@@ -2,6 +2,9 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -224,7 +227,7 @@ func (w *world) measureWarm(ctx context.Context, super *lab.Supernode, image str
 	}
 	// After the pull, so that what the supernode had to ask the registry counts as
 	// the pull's.
-	if s.metadata, _, err = w.measureMetadata(ctx, image, m.node.Mirror); err != nil {
+	if s.metadata, _, err = w.measureMetadata(ctx, image, m.node); err != nil {
 		return nil, err
 	}
 	ready, err := m.RunReady(ctx, "shoal", ref, false)
@@ -251,42 +254,73 @@ func (w *world) measureWarm(ctx context.Context, super *lab.Supernode, image str
 }
 
 // measureMetadata asks for what every pull asks for, the manifest by its tag and by
-// its digest, and the config, on a connection of its own: a node's mirror, or with
-// an empty address the registry by way of the link. It returns how long that took
-// and the bytes that came over the registry's link.
-func (w *world) measureMetadata(ctx context.Context, image, mirror string) (time.Duration, int64, error) {
+// its digest, and the config, on a connection of its own: a node's mirror, which wants
+// a token first, or without a node the registry by way of the link. It returns how
+// long that took and the bytes that came over the registry's link.
+func (w *world) measureMetadata(ctx context.Context, image string, node *lab.Node) (time.Duration, int64, error) {
 	man, err := w.manifest(ctx, image, "v1")
 	if err != nil {
 		return 0, 0, err
 	}
-	client := &http.Client{Transport: &http.Transport{}}
+	transport := &http.Transport{}
+	client := &http.Client{Transport: transport}
 	defer client.CloseIdleConnections()
 	base, query := "http://"+w.link.Addr+"/v2/"+image, ""
-	if mirror != "" {
-		base, query = "http://"+mirror+"/v2/"+image, "?ns="+w.link.Addr
+	if node != nil {
+		ca, err := os.ReadFile(node.MirrorCA)
+		if err != nil {
+			return 0, 0, err
+		}
+		transport.TLSClientConfig = &tls.Config{RootCAs: x509.NewCertPool()}
+		transport.TLSClientConfig.RootCAs.AppendCertsFromPEM(ca)
+		base, query = "https://"+node.Mirror+"/v2/"+image, "?ns="+w.link.Addr
+	}
+	token := ""
+	ask := func(method, url string, want int) ([]byte, error) {
+		req, err := http.NewRequestWithContext(ctx, method, url, nil)
+		if err != nil {
+			return nil, err
+		}
+		req.Header.Set("Accept", manifestTypes)
+		if token != "" {
+			req.Header.Set("Authorization", "Bearer "+token)
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			return nil, err
+		}
+		body, err := io.ReadAll(resp.Body)
+		if err := errors.Join(err, resp.Body.Close()); err != nil {
+			return nil, err
+		}
+		if resp.StatusCode != want {
+			return nil, fmt.Errorf("%s %s: %s", method, url, resp.Status)
+		}
+		return body, nil
 	}
 	before := w.link.Down()
 	began := time.Now()
-	for _, ask := range []struct{ method, path string }{
+	if node != nil { // as containerd does it: it is refused, and gets a token
+		if _, err := ask(http.MethodHead, base+"/manifests/v1"+query, http.StatusUnauthorized); err != nil {
+			return 0, 0, err
+		}
+		body, err := ask(http.MethodGet, "https://"+node.Mirror+"/token?service="+w.link.Addr+"&scope=repository:"+image+":pull", http.StatusOK)
+		if err != nil {
+			return 0, 0, err
+		}
+		var answer struct{ Token string }
+		if err := json.Unmarshal(body, &answer); err != nil {
+			return 0, 0, err
+		}
+		token = answer.Token
+	}
+	for _, q := range []struct{ method, path string }{
 		{http.MethodHead, "/manifests/v1"},
 		{http.MethodGet, "/manifests/v1"},
 		{http.MethodGet, "/blobs/" + man.Config.Digest},
 	} {
-		req, err := http.NewRequestWithContext(ctx, ask.method, base+ask.path+query, nil)
-		if err != nil {
+		if _, err := ask(q.method, base+q.path+query, http.StatusOK); err != nil {
 			return 0, 0, err
-		}
-		req.Header.Set("Accept", manifestTypes)
-		resp, err := client.Do(req)
-		if err != nil {
-			return 0, 0, err
-		}
-		_, err = io.Copy(io.Discard, resp.Body)
-		if err := errors.Join(err, resp.Body.Close()); err != nil {
-			return 0, 0, err
-		}
-		if resp.StatusCode != http.StatusOK {
-			return 0, 0, fmt.Errorf("%s %s: %s", ask.method, ask.path, resp.Status)
 		}
 	}
 	return time.Since(began), w.link.Down() - before, nil
@@ -301,7 +335,7 @@ func (w *world) measureTwoNodes(ctx context.Context, image string) (float64, err
 	if err != nil {
 		return 0, err
 	}
-	_, metadata, err := w.measureMetadata(ctx, image, "")
+	_, metadata, err := w.measureMetadata(ctx, image, nil)
 	if err != nil {
 		return 0, err
 	}
