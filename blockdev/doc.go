@@ -25,14 +25,19 @@
 //   - index: the index codec
 //   - profile: the codec of startup profiles
 //   - cache: local diffs on a node's disk, filled chunk by chunk
-//   - fusefs: the FUSE mount that shows local diffs as files
+//   - chain: several sources, one after the other, each with its time
 //   - turns: what is limited and may be held for long, shared among diffs
+//   - proof: a complete diff against its DiffID and its index
+//   - fusefs: the FUSE mount that shows local diffs as files
 //   - mount: EROFS mounts over those files
+//   - volume: a node's diffs as mounts: cache, fusefs and mount joined
+//   - blockdevtest: the conformance suite of Source, and stand-ins for tests
 //   - background: work that has only the processor time nobody else wants
 //
 // # Invariants
 //
-//   - An index is a function of the diff alone: same diff, same bytes.
+//   - An index is a function of the diff and the builder's version alone: same diff,
+//     same bytes.
 //   - Chunks cover the masked diff from 0 to its length, without gap or overlap.
 //   - No byte of a chunk is handed on before its SHA-256 has been checked.
 //   - blockdev imports no other package of shoal.

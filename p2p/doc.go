@@ -1,5 +1,5 @@
 // Package p2p is how the machines of a datacenter talk to each other: nodes to
-// supernodes now, nodes to nodes later, over the same protocols.
+// supernodes and nodes to nodes, over the same protocols.
 //
 // # Parts
 //

@@ -12,7 +12,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
-	"github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/p2p/route"
 	"github.com/shoalfs/shoal/supernode/ingest"
 	"github.com/shoalfs/shoal/supernode/registry"
 	"github.com/shoalfs/shoal/supernode/store"
@@ -98,7 +98,7 @@ func (s *Supernode) order(diff blockdev.Digest) []peer.ID {
 	for id := range s.siblings {
 		ids = append(ids, id)
 	}
-	return members.Order(diff, ids)
+	return route.Order(diff, ids)
 }
 
 // obtain gets a layer that is not stored: from its owner, or the next one that can

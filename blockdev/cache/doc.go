@@ -53,7 +53,7 @@
 //     went down while the cache was open leaves nothing believed of an
 //     incomplete diff; Prefetch checks what this process did not write itself
 //     before it says complete; Prove and Scrub check everything; and what goes to
-//     another machine or another diff is checked on its way (Cache.Chunk).
+//     another machine or another diff is checked on its way (Forward.Chunk).
 //   - One flight per chunk. A reader's context ends its own wait only.
 //   - No lock is held across I/O. Memory and requests in flight are bounded by
 //     Config. Reads of what is present allocate nothing and take no lock.

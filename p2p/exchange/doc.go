@@ -8,10 +8,11 @@
 //   - request: up to 256 digests of one diff, answered in any order on the
 //     stream that it came on. Streams are used again, so that a demand read
 //     costs one round trip.
-//   - lane: the client's streams of one kind (demand, startup, prefetch, index,
-//     profile) with its own limit, so that no kind waits for another.
-//   - window: the bytes of prefetch that a machine has under way to it. Whatever
-//     is, may stand in front of a demand read.
+//   - lane: the client's streams of one kind (demand, startup, prefetch, forwards,
+//     images, documents, reports) with its own limit, so that no kind waits for
+//     another.
+//   - window: the prefetch bytes that a machine has asked for and not received. Each
+//     of them can delay a demand read that is queued behind it.
 //
 // # Invariants
 //

@@ -1,7 +1,6 @@
 package members
 
 import (
-	"encoding/binary"
 	"net"
 	"net/netip"
 	"time"
@@ -9,37 +8,11 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/route"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
 func tcpAddr(ap netip.AddrPort) net.Addr { return net.TCPAddrFromAddrPort(ap) }
-
-// Order sorts supernodes by whom a layer or a group belongs to: rendezvous
-// hashing, so that when one is gone only what was its own moves on, and each
-// piece to the same next one on all machines.
-func Order(key blockdev.Digest, ids []peer.ID) []peer.ID {
-	out := append([]peer.ID(nil), ids...)
-	rank := make(map[peer.ID]uint64, len(ids))
-	for _, id := range ids {
-		d := blockdev.Sum(append(key[:len(key):len(key)], id...))
-		rank[id] = binary.BigEndian.Uint64(d[:8])
-	}
-	sortFunc(out, func(a, b peer.ID) bool {
-		if rank[a] != rank[b] {
-			return rank[a] > rank[b]
-		}
-		return a < b
-	})
-	return out
-}
-
-func sortFunc(ids []peer.ID, less func(a, b peer.ID) bool) {
-	for i := 1; i < len(ids); i++ { // a handful
-		for j := i; j > 0 && less(ids[j], ids[j-1]); j-- {
-			ids[j], ids[j-1] = ids[j-1], ids[j]
-		}
-	}
-}
 
 // rehomeLocked gives a group the first supernode, in its order, that has let this
 // node in.
@@ -53,7 +26,7 @@ func (n *Node) rehomeLocked(g *group) {
 	if len(ids) == 0 {
 		return
 	}
-	best := n.super[Order(g.id, ids)[0]]
+	best := n.super[route.Order(g.id, ids)[0]]
 	if g.home == best {
 		return
 	}

@@ -23,7 +23,7 @@ func TestBelow(t *testing.T) {
 		for n > 0 {
 			chunk++
 			digest := blockdev.Sum([]byte{byte(chunk), byte(chunk >> 8)})
-			if Rank(KeyOf(digest), "a") < Rank(KeyOf(digest), "b") {
+			if rank(KeyOf(digest), hashID("a")) < rank(KeyOf(digest), hashID("b")) {
 				continue // the other one is the root
 			}
 			n--

@@ -69,7 +69,7 @@
 // bytes) and before the first is given up (Report with Slow, then Next).
 //
 // Prefetch takes the chunks in the image's order, the same on every node, and keeps
-// as many bytes asked for as Window says.
+// as many bytes asked for as Table.Window says.
 //
 // # Invariants
 //

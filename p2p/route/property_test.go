@@ -192,21 +192,3 @@ func TestSelection(t *testing.T) {
 		}
 	}
 }
-
-func TestRendezvousMovesOnlyWhatItMust(t *testing.T) {
-	ids := []string{"a", "b", "c"}
-	first := map[string]int{}
-	for i := range 3000 {
-		key := KeyOf(digest(i))
-		all := Rendezvous(nil, key, ids)
-		first[ids[all[0]]]++
-		if less := Rendezvous(nil, key, ids[:2]); ids[all[0]] != "c" && less[0] != all[0] {
-			t.Fatalf("key %d moved from %s to %s when c went", i, ids[all[0]], ids[less[0]])
-		}
-	}
-	for id, n := range first {
-		if n < 900 || n > 1100 {
-			t.Errorf("%s is first for %d of 3000", id, n)
-		}
-	}
-}

@@ -41,29 +41,6 @@ func rank(key Key, h uint64) uint64 {
 	return hi ^ lo
 }
 
-// Rank returns the rank of id (a peer ID, for one) for key. Highest comes first.
-func Rank(key Key, id string) uint64 { return rank(key, hashID(id)) }
-
-// Rendezvous appends to dst the positions of ids in order of their rank for key,
-// highest first. Supernodes are asked for a layer in this order.
-func Rendezvous(dst []int, key Key, ids []string) []int {
-	from := len(dst)
-	for i := range ids {
-		dst = append(dst, i)
-	}
-	slices.SortFunc(dst[from:], func(a, b int) int {
-		ra, rb := Rank(key, ids[a]), Rank(key, ids[b])
-		switch {
-		case ra > rb:
-			return -1
-		case ra < rb:
-			return 1
-		}
-		return a - b
-	})
-	return dst
-}
-
 // A packed rank has a rank in its upper bits and in its lower ones the index of
 // whom it belongs to, so that sorting needs no second array.
 const (

@@ -41,8 +41,7 @@ type View struct {
 	Members []Member
 	// Gateways are a few members (8 are enough) of every other cell of the group.
 	// They carry all that goes between the cells, so each viewer should be
-	// given others: the supernode picks them by Rank(KeyOf(hash of the viewer's
-	// ID), member), for example.
+	// given others.
 	Gateways []Member
 }
 
@@ -144,6 +143,24 @@ func (t *Table) Levels() int {
 		levels++
 	}
 	return levels
+}
+
+// How many bytes a node should have asked for and not got yet, for each level of the
+// trees that they come through, and for how many levels at least.
+const (
+	windowPerLevel = 2 << 20
+	windowLevels   = 2
+)
+
+// Window is how many bytes of prefetch a node should have asked for and not got yet:
+// where a tree has many levels, a chunk is on its way for longer, and so more of them
+// have to be. A nil Table (no peers are known) has the least window.
+func (t *Table) Window() int64 {
+	levels := windowLevels
+	if t != nil {
+		levels = max(levels, t.Levels())
+	}
+	return int64(levels) * windowPerLevel
 }
 
 // Len is how many members and gateways there are.

@@ -12,7 +12,7 @@ import (
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
-// Store is what a node has of its diffs: *cache.Cache.
+// Store is what a node has of its diffs: *volume.Manager.
 type Store interface {
 	// EncodedIndex returns the index of a diff, as it came. It wraps
 	// blockdev.ErrNotFound if the diff is not here.

@@ -138,22 +138,16 @@ func (s *Swarm) Close() error {
 	return nil
 }
 
-// Where a tree has many levels, a chunk is on its way for longer, and so more of them
-// have to be. perLevel is how many bytes for each; with fewer than minLevels, none less.
-const (
-	perLevel  = 2 << 20
-	minLevels = 2
-)
-
-// Window is how many bytes of prefetch this node should have asked for and not got yet.
+// Window is how many bytes of prefetch this node should have asked for and not got
+// yet: what its deepest group wants (route.Table.Window).
 func (s *Swarm) Window() int64 {
-	levels := minLevels
+	window := (*route.Table)(nil).Window()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, g := range s.groups {
-		levels = max(levels, g.Table().Levels())
+		window = max(window, g.Table().Window())
 	}
-	return int64(levels) * perLevel
+	return window
 }
 
 func (s *Swarm) now() time.Duration { return time.Since(s.began) }

@@ -78,11 +78,11 @@ func TestWindow(t *testing.T) {
 		if n.swarm.group(w.ix.DiffID) == nil {
 			t.Fatal("no group")
 		}
-		if got := n.swarm.Window(); got != levels*perLevel {
-			t.Errorf("%d members: %d bytes, not %d levels of %d", len(w.view.Members), got, levels, perLevel)
+		if got := n.swarm.Window(); got != levels*2<<20 {
+			t.Errorf("%d members: %d bytes, not 2 MiB for each of %d levels", len(w.view.Members), got, levels)
 		}
 	}
-	want(minLevels)
+	want(2)                       // the least
 	for len(w.view.Members) < 4 { // a root and its children
 		w.join(newHost(t), "")
 	}

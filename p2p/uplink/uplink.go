@@ -9,7 +9,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/p2p/route"
 )
 
 // Supernode is one of them: an *exchange.Client.
@@ -71,7 +71,7 @@ func (u *Uplink) order(key blockdev.Digest) []Supernode {
 		return []Supernode{u.nodes[u.ids[0]]}
 	}
 	var there, away []Supernode
-	for _, id := range members.Order(key, u.ids) {
+	for _, id := range route.Order(key, u.ids) {
 		if s := u.nodes[id]; s.Status() == nil {
 			there = append(there, s)
 		} else {

@@ -9,7 +9,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/p2p/route"
 )
 
 // fake is a supernode that has some chunks.
@@ -83,7 +83,7 @@ func newUplink(t *testing.T, n int) (*Uplink, []*fake) {
 		t.Fatal(err)
 	}
 	var fakes []*fake
-	for _, id := range members.Order(key, ids) {
+	for _, id := range route.Order(key, ids) {
 		fakes = append(fakes, nodes[id].(*fake))
 	}
 	return u, fakes

@@ -15,6 +15,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	phost "github.com/shoalfs/shoal/p2p/host"
 	node "github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/p2p/route"
 )
 
 var image = blockdev.Sum([]byte("an image"))
@@ -378,7 +379,7 @@ func TestFailover(t *testing.T) {
 	}
 	a.knows(t, image, a, b)
 	home := supers[0]
-	if node.Order(image, []peer.ID{supers[0].host.ID(), supers[1].host.ID()})[0] != home.host.ID() {
+	if route.Order(image, []peer.ID{supers[0].host.ID(), supers[1].host.ID()})[0] != home.host.ID() {
 		home = supers[1]
 	}
 	in := func(s *super) (n int) {

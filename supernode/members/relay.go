@@ -9,7 +9,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/p2p/route"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -102,7 +102,7 @@ func (l *List) isHome(manifest blockdev.Digest) bool {
 	for id := range l.siblings {
 		all = append(all, id)
 	}
-	return members.Order(manifest, all)[0] == l.hostID()
+	return route.Order(manifest, all)[0] == l.hostID()
 }
 
 // relaysLocked returns what is known of an image in a zone: to begin with, that the

@@ -10,7 +10,9 @@
 // Chunk bytes do not go through a database engine: they are written once, never
 // changed (but moved once, see below), and deleted a whole diff at a time, so a log or a tree that moves
 // them about costs CPU and disk for nothing, and frees space only some time
-// later (doc of the engine figures: commit that added this package). A pack is
+// later (measured: pebble and badger needed 50 to 500 % of the bytes alive after half
+// of them had been deleted, packs with bbolt none; and 136 MiB of memory against 324 and
+// 862). A pack is
 // written by one ingest session, or one run of recompression. Space of chunks that nobody refers to any more
 // is given back to the file system at once, by punching a hole, or by deleting
 // the pack when nothing in it is alive. Offsets in a pack are never used again.

@@ -43,7 +43,7 @@ type setup struct {
 	// parent replaces route (and views): whom a node asks for everything (-1: the supernode).
 	// nil: route decides.
 	parent func(node int) int
-	// window replaces the adaptive window, in chunks.
+	// window replaces the daemon's window, in chunks.
 	window int
 }
 
@@ -111,7 +111,7 @@ func (w *swarm) place() {
 			w.net.addHost(z, w.link, w.link)
 			n := &w.nodes[host]
 			n.cell = c
-			n.known, n.book, n.window = w.spread == 0, route.NewBook(route.BookOptions{}), route.NewWindow(0)
+			n.known, n.book = w.spread == 0, route.NewBook(route.BookOptions{})
 		}
 	}
 }
@@ -172,7 +172,6 @@ func (w *swarm) view(own int) (t *route.Table, hosts []int32, err error) {
 func (w *swarm) join(i int32) error {
 	n := &w.nodes[i]
 	n.joined = w.net.now
-	n.window.Idle(time.Duration(w.net.now))
 	if !n.known && w.parent == nil {
 		t, hosts, err := w.view(n.cell)
 		if err != nil {

@@ -1,8 +1,11 @@
 package main
 
 import (
+	"encoding/binary"
 	"math/rand/v2"
+	"slices"
 
+	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/p2p/route"
 )
 
@@ -47,7 +50,11 @@ func (w *swarm) addLayers(r *rand.Rand) {
 		if i == len(shares)-1 {
 			end = int32(w.n)
 		}
-		l := layer{first: from, end: end, order: route.Rendezvous(nil, route.Key(r.Uint64()), names),
+		var order []int
+		for _, id := range route.Order(blockdev.Sum(binary.LittleEndian.AppendUint64(nil, r.Uint64())), names) {
+			order = append(order, slices.Index(names, id))
+		}
+		l := layer{first: from, end: end, order: order,
 			at: make([]stage, w.supers), got: make([]int32, w.supers), waiting: make([][]waiter, w.supers)}
 		for c := from; c < end; c++ {
 			w.layerOf[c] = int32(i)

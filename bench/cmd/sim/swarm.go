@@ -68,7 +68,6 @@ type node struct {
 	hosts   []int32 // by index of the group's table
 	known   bool    // in the views
 	cell    int
-	window  *route.Window
 	flights []int32
 	cursor  int32 // chunks looked at
 	own     int32 // prefetches under way
@@ -168,7 +167,11 @@ func (w *swarm) room(n *node) int32 {
 	if w.window > 0 {
 		return int32(w.window) - n.own
 	}
-	return int32(n.window.Bytes()/chunkSize) - n.own
+	var table *route.Table
+	if n.group != nil {
+		table = n.group.Table()
+	}
+	return int32(table.Window()/chunkSize) - n.own
 }
 
 // prefetch asks for more until the window is full.
@@ -351,7 +354,6 @@ func (w *swarm) arrived(i, chunk int32) {
 	n.flights[fl.place] = last
 	w.flights[last].place = fl.place
 	n.flights = n.flights[:len(n.flights)-1]
-	n.window.Got(time.Duration(w.net.now), chunkSize)
 	if fl.own {
 		n.own--
 	}
