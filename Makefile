@@ -46,10 +46,12 @@ test-images: setup build ## tree equality of all ten real images (builds those t
 # A cache per checkout: what another one left names files by that one's paths,
 # and then no //nolint and no rule for a path applies to them.
 lint: export GOLANGCI_LINT_CACHE = $(BIN)/lint-cache
-lint: $(BIN)/golangci-lint ## golangci-lint with the rules of .golangci.yml, in all modules
+lint: $(BIN)/golangci-lint $(BIN)/deadcode ## golangci-lint with the rules of .golangci.yml, in all modules; functions that nothing calls
 	$(BIN)/golangci-lint run ./...
 	cd integration && $(BIN)/golangci-lint run --config ../.golangci.yml ./...
 	cd bench && $(BIN)/golangci-lint run --config ../.golangci.yml ./...
+	@# What lives in a ...test package is there for tests.
+	dead="$$($(BIN)/deadcode ./... | grep -vE '^[^:]*test/')"; [ -z "$$dead" ] || { echo "$$dead" >&2; exit 1; }
 
 .PHONY: fuzz
 FUZZTIME ?= 10m
@@ -92,6 +94,8 @@ setup: ## install what tests, demo and benchmarks need (as root; Debian packages
 
 $(BIN)/golangci-lint: integration/tools/lint/go.mod
 	cd integration/tools/lint && $(GO) build -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+$(BIN)/deadcode: integration/tools/lint/go.mod
+	cd integration/tools/lint && $(GO) build -o $@ golang.org/x/tools/cmd/deadcode
 
 .PHONY: generate
 generate: ## generated code: protobuf messages

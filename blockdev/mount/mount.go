@@ -25,17 +25,6 @@ const (
 	Loop
 )
 
-func (k Kind) String() string {
-	switch k {
-	case File:
-		return "file"
-	case Loop:
-		return "loop"
-	default:
-		return "none"
-	}
-}
-
 // Options of one mount.
 type Options struct {
 	// Loop takes loop devices even if the kernel could do without.
@@ -149,14 +138,6 @@ func unmount(dir string, flags int) error {
 	default:
 		return fmt.Errorf("unmount %s: %w", dir, err)
 	}
-}
-
-// Dead says whether dir is the mount point of a FUSE file system that nobody
-// serves any more. If somebody does, Dead waits for the answer.
-func Dead(dir string) bool {
-	var st unix.Stat_t
-	err := unix.Stat(dir, &st)
-	return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED)
 }
 
 // MkdirMountpoint makes dir, as something to mount on. An existing directory
