@@ -44,6 +44,9 @@ func (s *Supernode) document(ctx context.Context, peer string, req blockdev.Docu
 	if err != nil {
 		return nil, err
 	}
+	if err := s.reg.Allowed(ref); err != nil {
+		return nil, err
+	}
 	if req.Kind == blockdev.Config {
 		// Looked for first: a layer's digest must not make a request to the
 		// registry out of each of a thousand nodes' mistakes.

@@ -9,6 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/supernode/registry"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
@@ -146,13 +147,15 @@ func (m *metrics) chunk(err error, n int) {
 	m.chunkBytes.Add(float64(n))
 }
 
-// outcome is the label for an error: one of nine.
+// outcome is the label for an error: one of ten.
 func outcome(err error) string {
 	switch {
 	case err == nil:
 		return "ok"
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return "canceled"
+	case registry.NotAllowed(err):
+		return "not_allowed"
 	case errors.Is(err, blockdev.ErrUnauthorized):
 		return "unauthorized"
 	case errors.Is(err, blockdev.ErrUnavailable):

@@ -72,6 +72,9 @@ func (s *Supernode) image(ctx context.Context, peer string, req blockdev.ImageRe
 	if err != nil {
 		return nil, err
 	}
+	if err := s.reg.Allowed(ref); err != nil {
+		return nil, err // what is stored of it, too
+	}
 	v, err := s.mayOpen(ctx, peer, ref, req)
 	if err != nil {
 		return nil, err

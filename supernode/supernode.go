@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/pattern"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/supernode/ingest"
 	"github.com/shoalfs/shoal/supernode/registry"
@@ -38,6 +39,9 @@ type Config struct {
 	// repository has a layer counts also for layers that were fetched from other
 	// registries.
 	TrustedRegistries []string
+	// Allowed are the repositories that registries and mirrors may be asked for, and
+	// that anybody is given; nil: all. Allow changes it.
+	Allowed *pattern.Repositories
 	// AccessTTL is how long a registry's permission to pull is believed; 5 min.
 	AccessTTL time.Duration
 	// AccessGrace is how long a peer that had access keeps it, with the same
@@ -204,6 +208,7 @@ func (s *Supernode) start(cfg Config) error {
 	s.onClose(func() error { s.metrics.unregister(); return nil })
 	rc := cfg.Registry
 	rc.HostDirs, rc.CacheDir, rc.CacheBytes = cfg.HostDirs, filepath.Join(cfg.Dir, "manifests"), manifests
+	rc.Allowed = cfg.Allowed
 	rc.Log, rc.Received = cfg.Log, s.metrics.received
 	if s.reg, err = registry.New(rc); err != nil {
 		return err
@@ -276,6 +281,9 @@ func (s *Supernode) Chunk(ctx context.Context, d blockdev.Digest) (exchange.Enco
 	}
 	return exchange.Encoded{Data: c.Data, Zstd: c.Zstd, Length: c.Length}, nil
 }
+
+// Allow sets which repositories may be asked for from now on; nil: all.
+func (s *Supernode) Allow(list *pattern.Repositories) { s.reg.Allow(list) }
 
 // Healthy returns nil if the supernode can work: its disk takes writes and holds
 // what it says.

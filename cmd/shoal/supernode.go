@@ -51,8 +51,13 @@ func openSupernode(root string, store config.Store, reg config.Registry, at plac
 	if reg.ConfigPath != "" {
 		hostDirs = append(hostDirs, reg.ConfigPath)
 	}
+	allowed, err := reg.Repositories()
+	if err != nil {
+		return nil, err
+	}
 	return supernode.New(supernode.Config{
-		Dir: root, Quota: int64(store.Quota),
+		Allowed: allowed,
+		Dir:     root, Quota: int64(store.Quota),
 		HostDirs: hostDirs, TrustedRegistries: reg.Trusted,
 		AccessTTL: time.Duration(reg.AccessTTL), AccessGrace: time.Duration(reg.AccessGrace),
 		Registry: registry.Config{TagTTL: time.Duration(reg.TagTTL)},

@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/shoalfs/shoal/internal/pattern"
 )
 
 // Mode says what is fetched of a lazy image besides what containers read.
@@ -45,13 +47,13 @@ type Rules struct {
 // Policy answers for one node. It is safe for concurrent use. A nil Policy lets
 // every image be lazy, and has all of it fetched.
 type Policy struct {
-	lazy, never, eager []pattern
+	lazy, never, eager []pattern.Pattern
 	modes              []rule // the most specific one first
 	fallback           Mode
 }
 
 type rule struct {
-	pattern
+	pattern.Pattern
 	mode Mode
 }
 
@@ -66,10 +68,10 @@ func New(r Rules) (*Policy, error) {
 	for _, l := range []struct {
 		key   string
 		texts []string
-		to    *[]pattern
+		to    *[]pattern.Pattern
 	}{{"lazy", r.Lazy, &p.lazy}, {"never", r.Never, &p.never}, {"eager", r.Eager, &p.eager}} {
 		for _, text := range l.texts {
-			pt, err := parsePattern(text)
+			pt, err := pattern.Parse(text)
 			if err != nil {
 				errs = append(errs, fmt.Errorf("images.%s: %w", l.key, err))
 			}
@@ -77,7 +79,7 @@ func New(r Rules) (*Policy, error) {
 		}
 	}
 	for text, mode := range r.Prefetch {
-		pt, err := parsePattern(text)
+		pt, err := pattern.Parse(text)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("images.prefetch: %w", err))
 		}
@@ -86,10 +88,10 @@ func New(r Rules) (*Policy, error) {
 		}
 		p.modes = append(p.modes, rule{pt, mode})
 	}
-	slices.SortFunc(p.modes, func(a, b rule) int { return compare(a.pattern, b.pattern) })
+	slices.SortFunc(p.modes, func(a, b rule) int { return pattern.Compare(a.Pattern, b.Pattern) })
 	for i := 1; i < len(p.modes); i++ {
-		if a, b := p.modes[i-1], p.modes[i]; a.parts == b.parts && a.text != b.text {
-			errs = append(errs, fmt.Errorf("images.prefetch: %q and %q name the same images: leave one of them out", a.text, b.text))
+		if a, b := p.modes[i-1], p.modes[i]; a.Same(b.Pattern) && a.String() != b.String() {
+			errs = append(errs, fmt.Errorf("images.prefetch: %q and %q name the same images: leave one of them out", a, b))
 		}
 	}
 	if len(errs) > 0 {
@@ -107,9 +109,9 @@ func (p *Policy) NotLazy(ref string) string {
 	if p == nil {
 		return ""
 	}
-	r := parseRef(ref)
+	r := pattern.ParseRef(ref)
 	if pt, ok := first(p.never, r); ok {
-		return fmt.Sprintf("the config's images.never names it (%q)", pt.text)
+		return fmt.Sprintf("the config's images.never names it (%q)", pt)
 	}
 	if _, ok := first(p.lazy, r); !ok {
 		return "the config's images.lazy does not name it"
@@ -123,7 +125,7 @@ func (p *Policy) Eager(ref string) bool {
 	if p == nil {
 		return false
 	}
-	_, ok := first(p.eager, parseRef(ref))
+	_, ok := first(p.eager, pattern.ParseRef(ref))
 	return ok
 }
 
@@ -133,23 +135,23 @@ func (p *Policy) Prefetch(ref string) Mode {
 	if p == nil {
 		return All
 	}
-	r := parseRef(ref)
+	r := pattern.ParseRef(ref)
 	if _, ok := first(p.eager, r); ok {
 		return All
 	}
 	for _, rule := range p.modes {
-		if rule.matches(r) {
+		if rule.Matches(r) {
 			return rule.mode
 		}
 	}
 	return p.fallback
 }
 
-func first(list []pattern, r parts) (pattern, bool) {
+func first(list []pattern.Pattern, r pattern.Ref) (pattern.Pattern, bool) {
 	for _, pt := range list {
-		if pt.matches(r) {
+		if pt.Matches(r) {
 			return pt, true
 		}
 	}
-	return pattern{}, false
+	return pattern.Pattern{}, false
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes"
@@ -17,6 +18,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/pattern"
 )
 
 // Config configures a Client. The zero value works, without a cache.
@@ -39,6 +41,9 @@ type Config struct {
 	Timeout time.Duration
 	// Stall is how long a connection may bring no byte; 0: 30 s.
 	Stall time.Duration
+	// Allowed are the repositories that may be asked for, also where a mirror has them;
+	// nil: all.
+	Allowed *pattern.Repositories
 	// Log gets what goes wrong and is survived; nil: nothing is logged.
 	Log *slog.Logger
 	// Received, if set, is told of every n bytes of answers as they arrive. It
@@ -48,16 +53,18 @@ type Config struct {
 
 // Client asks registries. It is safe for concurrent use.
 type Client struct {
-	cfg   Config
-	log   *slog.Logger
-	cache *cache // nil: none
-	quiet *logrus.Entry
-	once  *once
+	cfg     Config
+	log     *slog.Logger
+	cache   *cache // nil: none
+	quiet   *logrus.Entry
+	once    *once
+	allowed atomic.Pointer[pattern.Repositories]
 
 	mu       sync.Mutex
 	hosts    map[string]*hostSet // by Reference.Host
 	sessions map[sessionKey]*session
 	down     map[string]time.Time // host -> not to be asked for fresher tags before
+	told     map[string]bool      // hosts of which the log says that they may not be asked
 	closed   bool
 }
 
@@ -91,7 +98,8 @@ func New(cfg Config) (*Client, error) {
 	if cfg.CacheBytes == 0 {
 		cfg.CacheBytes = 256 << 20
 	}
-	c := &Client{cfg: cfg, log: cfg.Log, once: newOnce(), hosts: map[string]*hostSet{}, sessions: map[sessionKey]*session{}, down: map[string]time.Time{}}
+	c := &Client{cfg: cfg, log: cfg.Log, once: newOnce(), hosts: map[string]*hostSet{}, sessions: map[sessionKey]*session{}, down: map[string]time.Time{}, told: map[string]bool{}}
+	c.allowed.Store(cfg.Allowed)
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
@@ -157,10 +165,23 @@ func (c *Client) wrap(hc *http.Client, set *hostSet) {
 	hc.Transport = &transport{base: hc.Transport, stall: c.cfg.Stall, count: c.cfg.Received, loop: set.loop, plain: set.setPlain}
 }
 
-// session returns hosts and tokens for a credential at a registry. With renew,
-// what is kept is thrown away: containerd's authorizer keeps a failed token
-// request for ever.
-func (c *Client) session(ctx context.Context, host string, cred blockdev.Credential, renew bool) (_ *session, fresh bool, _ error) {
+// session returns hosts and tokens for a credential at a registry, as far as they may
+// be asked for the repository. With renew, what is kept is thrown away: containerd's
+// authorizer keeps a failed token request for ever.
+func (c *Client) session(ctx context.Context, ref Reference, cred blockdev.Credential, renew bool) (*session, bool, error) {
+	if err := c.Allowed(ref); err != nil {
+		return nil, false, err
+	}
+	s, fresh, err := c.hostSession(ctx, ref.Host, cred, renew)
+	if err != nil {
+		return nil, false, err
+	}
+	s, err = c.permitted(s, ref)
+	return s, fresh, err
+}
+
+// hostSession is session for all repositories of a registry.
+func (c *Client) hostSession(ctx context.Context, host string, cred blockdev.Credential, renew bool) (_ *session, fresh bool, _ error) {
 	now := time.Now()
 	key := sessionKey{host, CredentialHash(cred)}
 	c.mu.Lock()
@@ -253,7 +274,7 @@ func (c *Client) do(ctx context.Context, ref Reference, name string, cred blockd
 	ctx = ctrlog.WithLogger(ctx, c.quiet)
 	renew := false
 	for try := 0; ; try++ {
-		s, fresh, err := c.session(ctx, ref.Host, cred, renew)
+		s, fresh, err := c.session(ctx, ref, cred, renew)
 		if err != nil {
 			return mapError(ctx, name, err)
 		}

@@ -148,6 +148,12 @@ func mapError(ctx context.Context, ref string, err error) error {
 		}
 		return fmt.Errorf("%s: asking the registry: %w", ref, cerr)
 	}
+	if NotAllowed(err) {
+		if ref == "" {
+			return err
+		}
+		return fmt.Errorf("%s: %w", ref, err)
+	}
 	var own *Error
 	if errors.As(err, &own) {
 		e := *own

@@ -38,7 +38,7 @@ func (c *Client) Fetch(ctx context.Context, m *Manifest, l Layer, cred blockdev.
 	ref := Reference{Host: m.Host, Repository: m.Repository, Digest: m.Digest}
 	rctx, cancel := context.WithCancel(ctrlog.WithLogger(ctx, c.quiet))
 	for renew := false; ; renew = true {
-		s, fresh, err := c.session(rctx, ref.Host, cred, renew)
+		s, fresh, err := c.session(rctx, ref, cred, renew)
 		if err != nil {
 			cancel()
 			return nil, mapError(ctx, name, err)

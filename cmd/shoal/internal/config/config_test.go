@@ -161,6 +161,8 @@ func TestRefused(t *testing.T) {
 			"number for size":   {"[store]\nquota = 100", "store.quota"},
 			"relative hosts":    {"[registry]\nconfig_path = \"certs.d\"", "registry.config_path"},
 			"empty host":        {"[registry]\ntrusted = [\"\"]", "registry.trusted"},
+			"allowed tag":       {"[registry]\nallowed = [\"quay.io/x:1\"]", "registry.allowed"},
+			"allowed host":      {"[registry]\nallowed = [\"quay.io\"]", `registry.allowed: "quay.io"`},
 			"no time at all":    {"[registry]\naccess_ttl = \"0s\"", "registry.access_ttl"},
 			"grace below TTL":   {"[registry]\naccess_ttl = \"2h\"\naccess_grace = \"1h\"", "registry.access_grace"},
 		},

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/shoalfs/shoal/internal/pattern"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
@@ -29,10 +30,16 @@ func (s Store) check(prefix string) error {
 // Registry says how registries are reached and how long their word counts.
 type Registry struct {
 	ConfigPath  string   `toml:"config_path" comment:"containerd's directory of hosts.toml files: mirrors, CAs, plain HTTP"`
+	Allowed     []string `toml:"allowed" comment:"repositories that registries, and mirrors in hosts.toml, may be asked for, as patterns: \"registry.example.com/team/*\", \"docker.io/library/*\"; an asterisk stands for any characters. Nodes get no others, not even stored ones. A host that a registry redirects to needs no entry, a mirror does"`
 	Trusted     []string `toml:"trusted" comment:"registry hosts that need only say that they have a layer (HEAD) which came from another registry, and not send it once more"`
 	TagTTL      Duration `toml:"tag_ttl" comment:"how long what a tag names is believed before the registry is asked again"`
 	AccessTTL   Duration `toml:"access_ttl" comment:"how long a registry's permission to pull is believed"`
 	AccessGrace Duration `toml:"access_grace" comment:"and how long while the registry is down (no answer or 5xx; not 429), for the same node with the same credential"`
+}
+
+// Repositories are those that Allowed names.
+func (r Registry) Repositories() (*pattern.Repositories, error) {
+	return pattern.ParseRepositories(r.Allowed)
 }
 
 func (r Registry) check(prefix string) error {
@@ -43,6 +50,9 @@ func (r Registry) check(prefix string) error {
 		if h == "" || strings.ContainsAny(h, "/ ") {
 			return fmt.Errorf("%sregistry.trusted names %q: it is a host as in image references, such as \"registry.example.com:5000\"", prefix, h)
 		}
+	}
+	if _, err := r.Repositories(); err != nil {
+		return fmt.Errorf("%sregistry.allowed: %w", prefix, err)
 	}
 	if r.AccessGrace < r.AccessTTL {
 		return fmt.Errorf("%sregistry.access_grace (%v) is shorter than %sregistry.access_ttl (%v): while a registry is down its word would count for less time than while it is up",
@@ -87,6 +97,7 @@ func defaultStore() Store { return Store{Quota: 100 << 30} }
 func defaultRegistry() Registry {
 	return Registry{
 		ConfigPath:  "/etc/containerd/certs.d",
+		Allowed:     []string{"*"},
 		Trusted:     []string{},
 		TagTTL:      Duration(time.Minute),
 		AccessTTL:   Duration(5 * time.Minute),

@@ -1,4 +1,8 @@
-package policy
+// Package pattern is the language in which configs name images: an image reference
+// in which an asterisk stands for any characters.
+//
+// A Pattern never changes, and is safe for concurrent use.
+package pattern
 
 import (
 	"cmp"
@@ -12,26 +16,44 @@ import (
 // parts are a reference, or a pattern, taken apart: each is matched by itself.
 type parts struct{ name, tag, digest string }
 
-// pattern fits image references. An asterisk stands for any characters, slashes
+// Ref is an image reference, taken apart once to be matched with many patterns.
+type Ref struct{ parts }
+
+// Pattern fits image references. An asterisk stands for any characters, slashes
 // among them. Short names are completed as in docker ("redis" is
 // "docker.io/library/redis"), unless they begin with an asterisk. A pattern
 // without a tag fits every tag, and one without a digest every digest.
-type pattern struct {
+type Pattern struct {
 	parts
 	text string // as it was written
 }
 
-func (p pattern) matches(r parts) bool {
+// Matches says whether the pattern fits an image.
+func (p Pattern) Matches(r Ref) bool {
 	return glob(p.name, r.name) && glob(p.tag, r.tag) && glob(p.digest, r.digest)
 }
 
-// parsePattern reads one, or says what is wrong with it.
-func parsePattern(text string) (pattern, error) {
+// Fits says whether the pattern fits a repository, whatever its tags and digests:
+// name is its host and path, as in "docker.io/library/redis".
+func (p Pattern) Fits(name string) bool { return glob(p.name, name) }
+
+// Whole says whether the pattern names whole repositories, and neither a tag nor a
+// digest.
+func (p Pattern) Whole() bool { return p.tag == "*" && p.digest == "*" }
+
+// String is the pattern as it was written.
+func (p Pattern) String() string { return p.text }
+
+// Same says whether two patterns name the same images.
+func (p Pattern) Same(o Pattern) bool { return p.parts == o.parts }
+
+// Parse reads a pattern, or says what is wrong with it.
+func Parse(text string) (Pattern, error) {
 	p, err := cutPattern(text)
 	if err != nil {
-		return pattern{}, fmt.Errorf("%q is not a pattern for images: %w", text, err)
+		return Pattern{}, fmt.Errorf("%q is not a pattern for images: %w", text, err)
 	}
-	return pattern{p, text}, nil
+	return Pattern{p, text}, nil
 }
 
 func cutPattern(text string) (p parts, err error) {
@@ -93,12 +115,12 @@ func cutPattern(text string) (p parts, err error) {
 	return p, nil
 }
 
-// parseRef takes an image reference apart. One that is none by docker's rules,
+// ParseRef takes an image reference apart. One that is none by docker's rules,
 // but is by containerd's, is matched by its name.
-func parseRef(ref string) parts {
+func ParseRef(ref string) Ref {
 	named, err := reference.ParseNormalizedNamed(ref)
 	if err != nil {
-		return parts{name: ref}
+		return Ref{parts{name: ref}}
 	}
 	r := parts{name: named.Name()}
 	if t, ok := named.(reference.Tagged); ok {
@@ -110,12 +132,12 @@ func parseRef(ref string) parts {
 	if r.tag == "" && r.digest == "" {
 		r.tag = "latest"
 	}
-	return r
+	return Ref{r}
 }
 
-// compare sorts the more specific pattern first: the one that says more of the
+// Compare sorts the more specific pattern first: the one that says more of the
 // name, then of the tag, then of the digest.
-func compare(a, b pattern) int {
+func Compare(a, b Pattern) int {
 	literal := func(s string) int { return len(s) - strings.Count(s, "*") }
 	return cmp.Or(
 		-cmp.Compare(literal(a.name), literal(b.name)),
