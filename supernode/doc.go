@@ -36,7 +36,8 @@
 //   - All indexes of an image are handed out, or none.
 //   - A layer is fetched once, however many ask at the same time, and what has
 //     been fetched when they stop asking is not lost.
-//   - What is asked for is not evicted for Config.Lease.
+//   - What is stored and asked for is not evicted for Config.Lease, unless the store
+//     has nothing else: then what was asked for longest ago goes.
 //   - Credentials are kept in memory only, tokens for a minute, nothing of them
 //     on disk or in a log.
 package supernode

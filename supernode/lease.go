@@ -8,7 +8,8 @@ import (
 )
 
 // leases keep diffs that were asked for from being evicted for a while: a node
-// that has an index will come for the chunks.
+// that has an index will come for the chunks. There is one for each diff at the
+// most, and only for diffs that are stored.
 type leases struct {
 	pin  func(blockdev.Digest) (release func())
 	term time.Duration
@@ -22,6 +23,7 @@ type leases struct {
 type lease struct {
 	until   time.Time
 	release func()
+	users   int // who is collecting an image that the diff is part of
 }
 
 func newLeases(pin func(blockdev.Digest) func(), term time.Duration) *leases {
@@ -41,16 +43,43 @@ func newLeases(pin func(blockdev.Digest) func(), term time.Duration) *leases {
 	return l
 }
 
-// take holds a diff from now on for the term.
-func (l *leases) take(d blockdev.Digest) {
-	until := time.Now().Add(l.term)
+// take holds a diff that is stored, from now on for the term. Until done is called
+// the lease is not given up early either: an image must not evict its own layers.
+func (l *leases) take(d blockdev.Digest) (done func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if h := l.held[d]; h != nil {
-		h.until = until
-		return
+	h := l.held[d]
+	if h == nil {
+		h = &lease{release: l.pin(d)}
+		l.held[d] = h
 	}
-	l.held[d] = &lease{until: until, release: l.pin(d)}
+	h.until = time.Now().Add(l.term)
+	h.users++
+	return sync.OnceFunc(func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		h.users--
+	})
+}
+
+// uses collects what take has returned.
+type uses struct {
+	mu   sync.Mutex
+	done []func()
+}
+
+func (u *uses) add(done func()) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.done = append(u.done, done)
+}
+
+func (u *uses) end() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for _, done := range u.done {
+		done()
+	}
 }
 
 // expire lets go what has been held long enough.
@@ -58,11 +87,34 @@ func (l *leases) expire(now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for d, h := range l.held {
-		if now.After(h.until) {
-			h.release()
-			delete(l.held, d)
+		if h.users == 0 && now.After(h.until) {
+			l.endLocked(d, h)
 		}
 	}
+}
+
+// yield ends the oldest lease, because the store is full of leased diffs; false:
+// all of them are part of an image that is being collected now.
+func (l *leases) yield() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var oldest blockdev.Digest
+	var found *lease
+	for d, h := range l.held {
+		if h.users == 0 && (found == nil || h.until.Before(found.until)) {
+			oldest, found = d, h
+		}
+	}
+	if found == nil {
+		return false
+	}
+	l.endLocked(oldest, found)
+	return true
+}
+
+func (l *leases) endLocked(d blockdev.Digest, h *lease) {
+	h.release()
+	delete(l.held, d)
 }
 
 func (l *leases) close() {
@@ -71,7 +123,6 @@ func (l *leases) close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for d, h := range l.held {
-		h.release()
-		delete(l.held, d)
+		l.endLocked(d, h)
 	}
 }

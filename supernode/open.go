@@ -92,9 +92,6 @@ func (s *Supernode) image(ctx context.Context, peer string, req blockdev.ImageRe
 		return nil, err
 	}
 	for round := 1; ; round++ {
-		for _, l := range m.Layers {
-			s.leases.take(l.DiffID)
-		}
 		img, err := s.collect(ctx, peer, m, req, v)
 		again := errors.Is(err, errGone) && round < maxRounds
 		if !again {
@@ -125,6 +122,8 @@ var errGone = errors.New("removed from the store meanwhile")
 // reads their indexes.
 func (s *Supernode) collect(ctx context.Context, from string, m *registry.Manifest, req blockdev.ImageRequest, v verdict) (*blockdev.Image, error) {
 	watch := serial(req.Progress)
+	var uses uses
+	defer uses.end()
 	g, gctx := errgroup.WithContext(ctx)
 	begun := map[blockdev.Digest]bool{}
 	for _, l := range m.Layers {
@@ -133,7 +132,8 @@ func (s *Supernode) collect(ctx context.Context, from string, m *registry.Manife
 		}
 		begun[l.Digest] = true
 		g.Go(func() error {
-			return s.ensure(gctx, wanted{from: from, m: m, l: l, cred: req.Credential, public: v.public, stored: req.Stored, watch: watch})
+			return s.ensure(gctx, wanted{from: from, m: m, l: l, cred: req.Credential, public: v.public, stored: req.Stored, watch: watch,
+				ready: func() { uses.add(s.leases.take(l.DiffID)) }})
 		})
 	}
 	if err := g.Wait(); err != nil {
@@ -204,6 +204,7 @@ func (s *Supernode) ensure(ctx context.Context, r wanted) error {
 			s.log.Warn("an image config is wrong about a layer's DiffID", "image", r.m.Ref, "layer", l.Digest, "says", l.DiffID, "is", rec.DiffID)
 			return fmt.Errorf("layer %s: the image config says that its DiffID is %s, and it has another: %w", l.Digest, l.DiffID, blockdev.ErrCorrupt)
 		}
+		r.ready()
 		if watch != nil {
 			watch(blockdev.Progress{Layer: l.Digest, Done: l.Size, Total: l.Size, Stage: blockdev.StageStored})
 		}

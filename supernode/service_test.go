@@ -497,18 +497,35 @@ func TestLeases(t *testing.T) {
 		}
 	}, time.Hour)
 	a, b := blockdev.Digest{1}, blockdev.Digest{2}
-	l.take(a)
-	l.take(a)
-	l.take(b)
+	done := l.take(a)
+	l.take(a)()
+	l.take(b)()
 	l.expire(time.Now())
 	if pins[a] != 1 || pins[b] != 1 {
 		t.Errorf("%v", pins)
 	}
 	l.expire(time.Now().Add(61 * time.Minute))
+	if pins[a] != 1 || pins[b] != 0 {
+		t.Errorf("a is in use, b has expired: %v", pins)
+	}
+	done()
+	done()
+	l.expire(time.Now().Add(61 * time.Minute))
 	if pins[a] != 0 || pins[b] != 0 {
 		t.Errorf("expired, but pinned: %v", pins)
 	}
-	l.take(a)
+	// The oldest that nobody uses is given up.
+	l.take(b)()
+	inUse := l.take(a)
+	l.take(blockdev.Digest{3})()
+	if !l.yield() || pins[b] != 0 || pins[a] != 1 || pins[blockdev.Digest{3}] != 1 {
+		t.Errorf("the oldest is not given up: %v", pins)
+	}
+	if !l.yield() || l.yield() || pins[a] != 1 {
+		t.Errorf("what is in use is given up: %v", pins)
+	}
+	inUse()
+	l.take(a)()
 	l.close()
 	if pins[a] != 0 {
 		t.Errorf("closed, but pinned: %v", pins)

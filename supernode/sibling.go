@@ -48,6 +48,7 @@ type wanted struct {
 	public bool
 	stored bool // nothing is to be fetched
 	watch  func(blockdev.Progress)
+	ready  func() // called when it is stored and is what the image says
 }
 
 // mayOpen says whether a peer may have an image's indexes. A sibling has asked the

@@ -94,3 +94,80 @@ func (f *failures) forget() {
 	defer f.mu.Unlock()
 	clear(f.errs)
 }
+
+// A registry may say what it likes about layers that are never stored, or are not
+// what the image says: nothing of it is leased.
+func TestOnlyStoredIsLeased(t *testing.T) {
+	f := registrytest.NewFake(t)
+	s := start(t)
+	held := func() int {
+		s.leases.mu.Lock()
+		defer s.leases.mu.Unlock()
+		return len(s.leases.held)
+	}
+	l := registrytest.GzipLayer(t, "l", 10, 1)
+	push := func(name string, layers ...registrytest.Layer) {
+		config := registrytest.Config(t, registrytest.Platform{OS: amd64.OS, Architecture: amd64.Architecture}, layers...)
+		f.PushBlob(t, name, config)
+		f.PushManifest(t, name, "v1", registrytest.TypeManifest, registrytest.Manifest(t, registrytest.TypeManifest, config, layers...))
+	}
+	var missing []registrytest.Layer
+	for i := range 200 {
+		x := l
+		x.Blob = fmt.Appendf(nil, "none %d", i)
+		x.DiffID = blockdev.Sum(x.Blob)
+		missing = append(missing, x)
+	}
+	push("missing", missing...)
+	wrong := l
+	wrong.DiffID = blockdev.Digest{1}
+	f.PushBlob(t, "wrong", l.Blob)
+	push("wrong", wrong)
+	f.Push(t, "right", "v1", l)
+	for _, name := range []string{"missing", "wrong"} {
+		if _, err := s.OpenImageFor(t.Context(), "mallory", request(f.Target, name+":v1", nobody)); err == nil {
+			t.Errorf("the image %q is given", name)
+		}
+		if n := held(); n != 0 {
+			t.Errorf("%q: %d diffs are leased, none is right", name, n)
+		}
+	}
+	for range 2 {
+		if _, err := s.OpenImageFor(t.Context(), "bob", request(f.Target, "right:v1", nobody)); err != nil {
+			t.Fatal(err)
+		}
+		if n := held(); n != 1 {
+			t.Errorf("%d diffs are leased, one is stored", n)
+		}
+	}
+}
+
+// What was asked for within half an hour may be more than the quota: then what was
+// asked for longest ago goes, and the new image comes.
+func TestLeasesYield(t *testing.T) {
+	f := registrytest.NewFake(t)
+	s := start(t, func(c *Config) { c.Quota, c.Lease = 48<<20, time.Hour })
+	const images = 12
+	for i := range images {
+		f.Push(t, fmt.Sprintf("app%d", i), "v1", registrytest.GzipLayer(t, "f", 6<<20, uint64(i)), registrytest.GzipLayer(t, "g", 1<<20, uint64(100+i)))
+		if _, err := s.OpenImage(t.Context(), request(f.Target, fmt.Sprintf("app%d:v1", i), nobody)); err != nil {
+			t.Fatalf("image %d, with leases on all before it: %v", i, err)
+		}
+	}
+	if s.store.Stats().Evicted == 0 {
+		t.Error("nothing was evicted: the images are too small for this test")
+	}
+	stored := s.Images()
+	if len(stored) == 0 || stored[0].Ref != f.Host+"/app11:v1" {
+		t.Errorf("the newest image is not stored: %v", stored)
+	}
+	// An image that is larger than the store does not go round and round.
+	var layers []registrytest.Layer
+	for i := range images {
+		layers = append(layers, registrytest.GzipLayer(t, "f", 6<<20, uint64(1000+i)))
+	}
+	f.Push(t, "huge", "v1", layers...)
+	if _, err := s.OpenImage(t.Context(), request(f.Target, "huge:v1", nobody)); !errors.Is(err, blockdev.ErrNoSpace) {
+		t.Errorf("an image that is larger than the store: %v", err)
+	}
+}

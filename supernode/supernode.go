@@ -48,7 +48,8 @@ type Config struct {
 	// credential, while the registry is down, and how long what was public stays so;
 	// 24 h, at least AccessTTL.
 	AccessGrace time.Duration
-	// Lease is how long a layer that was asked for is not evicted; 30 min.
+	// Lease is how long a layer that was asked for is not evicted, as long as there
+	// are others to evict; 30 min.
 	Lease time.Duration
 	// Ingests is how many large layers are fetched at the same time; 4. Small
 	// ones do not wait for them.
@@ -197,7 +198,10 @@ func (s *Supernode) start(cfg Config) error {
 		manifests = max(1, min(manifests, cfg.Quota/manifestShare))
 	}
 	quota := max(0, cfg.Quota-cfg.Quota/spoolShare-manifests)
-	if s.store, err = store.Open(store.Config{Dir: filepath.Join(cfg.Dir, "store"), Quota: quota, Log: cfg.Log}); err != nil {
+	// Before the store, which gives leases up when it is full of them.
+	s.leases = newLeases(func(d blockdev.Digest) func() { return s.store.Pin(d) }, cfg.Lease)
+	s.onClose(func() error { s.leases.close(); return nil })
+	if s.store, err = store.Open(store.Config{Dir: filepath.Join(cfg.Dir, "store"), Quota: quota, Yield: s.leases.yield, Log: cfg.Log}); err != nil {
 		return fmt.Errorf("supernode: %w", err)
 	}
 	s.onClose(s.store.Close)
@@ -222,8 +226,6 @@ func (s *Supernode) start(cfg Config) error {
 		return fmt.Errorf("supernode: %w", err)
 	}
 	s.onClose(s.profiles.Close)
-	s.leases = newLeases(s.store.Pin, cfg.Lease)
-	s.onClose(func() error { s.leases.close(); return nil })
 	s.ingest, err = ingest.New(ingest.Config{Store: s.store, SpoolDir: filepath.Join(cfg.Dir, "spool"), SpoolQuota: cfg.Quota / spoolShare,
 		SpoolKey: "store.quota", Parallel: cfg.Ingests, Stall: cfg.Registry.Stall, Log: cfg.Log})
 	if err != nil {

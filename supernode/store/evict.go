@@ -85,21 +85,15 @@ func (s *Store) unreserve(n int64) {
 	s.used -= n
 }
 
-// evictOne removes the least recently used diff that is not pinned. False:
-// there is none.
+// evictOne removes the least recently used diff that is not pinned, or, if all are,
+// one whose pin Config.Yield gives back. False: there is none.
 func (s *Store) evictOne() (bool, error) {
-	s.mu.Lock()
-	var victim blockdev.Digest
-	oldest := int64(-1)
-	for id, st := range s.diffs {
-		if s.pins[id] == 0 && (oldest < 0 || st.used < oldest) {
-			victim, oldest = id, st.used
+	victim, oldest, before := s.victim()
+	for oldest < 0 {
+		if s.cfg.Yield == nil || !s.cfg.Yield() {
+			return false, nil
 		}
-	}
-	before := s.used
-	s.mu.Unlock()
-	if oldest < 0 {
-		return false, nil
+		victim, oldest, before = s.victim()
 	}
 	if err := s.remove(victim, true); err != nil {
 		return false, fmt.Errorf("evict diff %s: %w", victim, err)
@@ -110,6 +104,20 @@ func (s *Store) evictOne() (bool, error) {
 	s.mu.Unlock()
 	s.cfg.Log.Info("evicted a diff to hold the quota", "diff", victim, "lastUsed", time.Unix(0, oldest))
 	return true, nil
+}
+
+// victim is the diff to evict next, when it was used last, and how much the store
+// takes; oldest is negative if all diffs are pinned.
+func (s *Store) victim() (id blockdev.Digest, oldest, before int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	oldest = -1
+	for d, st := range s.diffs {
+		if s.pins[d] == 0 && (oldest < 0 || st.used < oldest) {
+			id, oldest = d, st.used
+		}
+	}
+	return id, oldest, s.used
 }
 
 // Remove drops a diff and every layer that holds it, and frees the chunks that

@@ -197,8 +197,7 @@ func (s *Store) AddOrigin(layer blockdev.Digest, origin string) error {
 }
 
 // Pin keeps a diff from being evicted until release is called, once or more
-// often. It may be pinned before it is published, so that the layers of one
-// image do not push each other out.
+// often. A diff that is not there may be pinned as well.
 func (s *Store) Pin(diffID blockdev.Digest) (release func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

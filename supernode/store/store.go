@@ -41,6 +41,9 @@ type Config struct {
 	// compress what ingests have stored raw; a tenth of it after the last call of
 	// Chunk. Default 10 seconds; negative: never.
 	Idle time.Duration
+	// Yield is called when there is no room and all diffs are pinned: it gives one pin
+	// back, or says false. Nil: there is none to be had.
+	Yield func() bool
 
 	// For tests: the size of a step and of a run, and what is called at points
 	// of a run.
