@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/quiet"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -67,6 +68,7 @@ type Node struct {
 	wg       sync.WaitGroup
 	host     host.Host // set by Start
 	complete atomic.Pointer[func(blockdev.Digest) bool]
+	quiet    quiet.Quiet
 
 	mu        sync.Mutex
 	groups    map[blockdev.Digest]*group
@@ -177,7 +179,7 @@ func (n *Node) Enter(im Image, peers []peer.AddrInfo) (leave func()) {
 	before := n.groups[im.Manifest] != nil
 	n.joinLocked(im)
 	for _, p := range peers {
-		n.asked[p.ID] = &question{groups: []blockdev.Digest{im.Manifest}, until: time.Now().Add(yesTime)}
+		n.enterLocked(p.ID, im.Manifest, time.Now())
 	}
 	return func() {
 		if !before {

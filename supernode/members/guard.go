@@ -82,7 +82,7 @@ func (l *List) sweep() {
 		l.reloadTokens()
 		l.expireRelays(time.Now())
 		for _, id := range l.overdue(time.Now()) {
-			if others, say := l.quiet.say("stranger", time.Now()); say {
+			if others, say := l.quiet.Say("stranger", string(id), time.Now()); say {
 				l.log.Info("disconnecting a peer that has not joined", "peer", id, "others", others)
 			}
 			l.metrics.strangers.Inc()

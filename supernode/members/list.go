@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/quiet"
 	phost "github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
 	"github.com/shoalfs/shoal/p2p/wire"
@@ -58,7 +59,7 @@ type List struct {
 	granter  *granter
 	siblings map[peer.ID]bool
 	metrics  *metrics
-	quiet    quiet
+	quiet    quiet.Quiet
 	host     host.Host
 	ctx      context.Context // ends with Close
 	cancel   context.CancelFunc
@@ -115,7 +116,6 @@ func New(c Config) (*List, error) {
 		strangers: map[peer.ID]time.Time{},
 		relays:    map[relayKey]*relays{},
 	}
-	l.quiet.last = map[string]*said{}
 	for _, id := range c.Siblings {
 		l.siblings[id] = true
 	}

@@ -240,7 +240,7 @@ func (l *List) refuse(st network.Stream, m *member, err error) {
 		reason = "limit"
 	}
 	l.metrics.refused.WithLabelValues(reason).Inc()
-	if others, say := l.quiet.say(reason+" "+string(m.id), time.Now()); say {
+	if others, say := l.quiet.Say("not let in: "+reason, string(m.id), time.Now()); say {
 		l.log.Warn("node not let in", "node", m.id, "from", m.remote, "err", err, "others", others)
 	}
 	b, encErr := wire.AppendMessage(nil, refusalEvent(err))
@@ -308,7 +308,7 @@ func (l *List) serveJoin(m *member, s *session, j *wire.GroupJoin) error {
 		return nil
 	}
 	l.metrics.groupsRefused.Inc()
-	if others, say := l.quiet.say("group "+string(m.id), time.Now()); say {
+	if others, say := l.quiet.Say("group", string(m.id), time.Now()); say {
 		l.log.Warn("node not let into an image's group", "node", m.id, "manifest", id, "err", err, "others", others)
 	}
 	return s.event(&wire.MemberEvent{Part: &wire.MemberEvent_Refusal{Refusal: &wire.GroupRefusal{Group: id[:], Error: wire.FromError(err)}}})
@@ -360,37 +360,4 @@ func dialable(remote string, listens [][]byte) [][]byte {
 		add(wire.AppendAddr(nil, ap))
 	}
 	return out
-}
-
-// quiet says what repeats once in a while.
-type quiet struct {
-	mu   sync.Mutex
-	last map[string]*said
-}
-
-type said struct {
-	at     time.Time
-	others int
-}
-
-const (
-	quietTime = time.Minute
-	maxQuiet  = 4096
-)
-
-// say says whether it is time to log this again, and how many were not.
-func (q *quiet) say(what string, now time.Time) (others int, say bool) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if s := q.last[what]; s != nil && now.Sub(s.at) < quietTime {
-		s.others++
-		return 0, false
-	} else if s != nil {
-		others = s.others
-	}
-	if len(q.last) >= maxQuiet {
-		clear(q.last)
-	}
-	q.last[what] = &said{at: now}
-	return others, true
 }
