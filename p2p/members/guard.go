@@ -25,10 +25,16 @@ const (
 	// sweepEvery is how often connections are looked through for such as are not
 	// to be there any more.
 	sweepEvery = time.Second
-	// yesTime and noTime are how long a supernode's answer counts. The first is
-	// less than a lease.
+	// yesTime is how long a supernode's yes counts, for the groups that it names;
+	// it is less than a lease.
 	yesTime = 10 * time.Second
-	noTime  = time.Second
+	// noTime is after what time supernodes are asked again about a peer of which they
+	// said nothing good, againTime about one that they know: it may have joined a
+	// further group.
+	noTime    = time.Second
+	againTime = 100 * time.Millisecond
+	// askTime is how long an answer is waited for before the question is asked again.
+	askTime = 3 * time.Second
 	// maxAsked bounds the answers kept.
 	maxAsked = 8192
 )
@@ -38,9 +44,12 @@ var errStranger = errors.New("no member of a group of this node")
 
 // question is what supernodes are asked, or have said, about one peer.
 type question struct {
-	left   []*session // have not answered yet
-	groups []blockdev.Digest
-	until  time.Time // the answer counts; zero: there is none yet
+	left  []*session // have been asked and have not answered yet
+	asked time.Time
+	again time.Time // not to be asked before, once nobody is left
+	// yes is the groups that a supernode has said the peer is in, and until when that
+	// counts.
+	yes map[blockdev.Digest]time.Time
 }
 
 func (q *question) waits(s *session) bool {
@@ -50,6 +59,27 @@ func (q *question) waits(s *session) bool {
 	}
 	q.left = slices.Delete(q.left, i, i+1)
 	return true
+}
+
+// isAsked says whether an answer may still come.
+func (q *question) isAsked(now time.Time) bool { return len(q.left) > 0 && now.Sub(q.asked) < askTime }
+
+// known says whether there is a yes that counts.
+func (q *question) known(now time.Time) bool {
+	for _, until := range q.yes {
+		if now.Before(until) {
+			return true
+		}
+	}
+	return false
+}
+
+// add notes a yes for a group.
+func (q *question) add(group blockdev.Digest, now time.Time) {
+	if q.yes == nil {
+		q.yes = map[blockdev.Digest]time.Time{}
+	}
+	q.yes[group] = now.Add(yesTime)
 }
 
 // knows says whether the peer is in the group, or in any if group is zero. What
@@ -69,50 +99,88 @@ func (n *Node) knowsLocked(group blockdev.Digest, id peer.ID, now time.Time) boo
 		return true
 	}
 	q := n.asked[id]
-	if q == nil || !now.Before(q.until) {
+	if q == nil {
 		return false
 	}
-	for _, g := range q.groups {
-		if (group == anyGroup || g == group) && n.groups[g] != nil {
+	if group != anyGroup {
+		return now.Before(q.yes[group])
+	}
+	for g, until := range q.yes {
+		if now.Before(until) && n.groups[g] != nil {
 			return true
 		}
 	}
 	return false
 }
 
-// askLocked has the supernodes asked who the peer is, unless they have been;
-// false: that is known to be nobody, or there is no supernode to ask.
-func (n *Node) askLocked(id peer.ID, now time.Time) bool {
+// askLocked has the supernodes asked who the peer is, unless they are being asked.
+// With wait, they have said a moment ago that the peer is in other groups: call again
+// after that time. False: they have answered what was asked at since or later, or the
+// peer is known to be nobody, or there is no supernode to ask.
+func (n *Node) askLocked(id peer.ID, since, now time.Time) (wait time.Duration, asking bool) {
 	q := n.asked[id]
-	if q != nil && (q.until.IsZero() || now.Before(q.until)) {
-		return q.until.IsZero()
+	switch {
+	case q == nil:
+	case q.isAsked(now):
+		return 0, true
+	case len(q.left) == 0 && !q.asked.Before(since):
+		return 0, false
+	case now.Before(q.again):
+		return q.again.Sub(now), q.known(now)
 	}
 	key, ok := host.Key(id)
 	if !ok {
-		return false
+		return 0, false
 	}
-	q = &question{}
+	var left []*session
 	for _, s := range n.sessions {
 		if s.isJoined() {
-			q.left = append(q.left, s)
-			s.ask(key)
+			left = append(left, s)
 		}
 	}
-	if len(q.left) == 0 {
-		return false
+	if len(left) == 0 {
+		return 0, false
 	}
+	if q == nil {
+		if q = n.questionLocked(id, now); q == nil {
+			return 0, false
+		}
+	}
+	q.left, q.asked = left, now
+	for _, s := range left {
+		s.ask(key)
+	}
+	return 0, true
+}
+
+// questionLocked adds what is known of a peer, nothing yet; nil: there is no room.
+func (n *Node) questionLocked(id peer.ID, now time.Time) *question {
 	if len(n.asked) >= maxAsked {
 		for id, old := range n.asked {
-			if !old.until.IsZero() {
+			if !old.isAsked(now) {
 				delete(n.asked, id)
 			}
 		}
 	}
 	if len(n.asked) >= maxAsked {
-		return false
+		return nil
 	}
+	q := &question{}
 	n.asked[id] = q
-	return true
+	return q
+}
+
+// enterLocked notes that a peer is in a group, by a supernode's word. It changes
+// nothing for a question that is being asked.
+func (n *Node) enterLocked(id peer.ID, group blockdev.Digest, now time.Time) {
+	q := n.asked[id]
+	if q == nil {
+		if q = n.questionLocked(id, now); q == nil {
+			return
+		}
+	}
+	q.add(group, now)
+	n.changedLocked()
 }
 
 // answer takes a supernode's answer.
@@ -124,24 +192,24 @@ func (n *Node) answer(s *session, a *wire.Answer) {
 	if q == nil || !q.waits(s) {
 		return // not asked
 	}
+	now := time.Now()
 	for g := range wire.Keys(a.Groups) {
 		// A supernode's word counts for the groups that it keeps.
 		if own := n.groups[g]; own != nil && own.home == s {
-			q.groups = append(q.groups, g)
+			q.add(g, now)
 		}
 	}
-	n.resolveLocked(id, q)
+	n.heardLocked(q, now)
 }
 
-// resolveLocked ends a question when one supernode has said yes, or all are heard.
-func (n *Node) resolveLocked(id peer.ID, q *question) {
-	switch {
-	case len(q.groups) > 0:
-		q.until = time.Now().Add(yesTime)
-	case len(q.left) == 0:
-		q.until = time.Now().Add(noTime)
-	default:
-		return
+// heardLocked wakes those that wait for the answers to a question: there is one more,
+// or one that is not to be had.
+func (n *Node) heardLocked(q *question, now time.Time) {
+	if len(q.left) == 0 {
+		q.again = now.Add(noTime)
+		if q.known(now) {
+			q.again = now.Add(againTime)
+		}
 	}
 	n.changedLocked()
 }
@@ -154,11 +222,16 @@ func (n *Node) Allowed(ctx context.Context, group blockdev.Digest, id peer.ID) e
 	if n.super[id] != nil {
 		return nil
 	}
+	since := time.Now()
 	for {
 		n.mu.Lock()
 		now := time.Now()
 		known := n.knowsLocked(group, id, now)
-		asking := known || n.askLocked(id, now)
+		var wait time.Duration
+		asking := known
+		if !known {
+			wait, asking = n.askLocked(id, since, now)
+		}
 		changed := n.changed
 		n.mu.Unlock()
 		switch {
@@ -167,8 +240,12 @@ func (n *Node) Allowed(ctx context.Context, group blockdev.Digest, id peer.ID) e
 		case !asking:
 			return fmt.Errorf("peer %s: %w", id, errStranger)
 		}
+		if wait == 0 {
+			wait = askTime // then the question is asked again
+		}
 		select {
 		case <-changed:
+		case <-time.After(wait):
 		case <-ctx.Done():
 			return fmt.Errorf("peer %s: %w, as far as can be known now: %w", id, errStranger, ctx.Err())
 		case <-n.ctx.Done():
@@ -195,7 +272,8 @@ func (n *Node) Connect(id peer.ID, dir network.Direction) bool {
 	if _, ok := n.strangers[id]; ok {
 		return true
 	}
-	if len(n.strangers) >= maxStrangers || !n.askLocked(id, now) {
+	_, asking := n.askLocked(id, now, now)
+	if len(n.strangers) >= maxStrangers || !asking {
 		n.metrics.strangers.Inc()
 		return false
 	}
@@ -224,7 +302,9 @@ func (n *Node) sweep() {
 		for _, id := range n.host.Network().Peers() {
 			if n.overdue(id, time.Now()) {
 				n.metrics.strangers.Inc()
-				n.log.Info("disconnecting a peer that is in no group of this node", "peer", id)
+				if others, say := n.quiet.Say("stranger", string(id), time.Now()); say {
+					n.log.Info("disconnecting a peer that is in no group of this node", "peer", id, "others", others)
+				}
 				_ = n.host.Network().ClosePeer(id) // gone already is as good
 			}
 		}
@@ -245,7 +325,7 @@ func (n *Node) expire(now time.Time) {
 		}
 	}
 	for id, q := range n.asked {
-		if !q.until.IsZero() && !now.Before(q.until) {
+		if len(q.left) == 0 && !now.Before(q.again) && !q.known(now) {
 			delete(n.asked, id)
 		}
 	}
@@ -275,11 +355,11 @@ func (n *Node) overdue(id peer.ID, now time.Time) bool {
 	since, ok := n.strangers[id]
 	if !ok {
 		n.strangers[id] = now
-		n.askLocked(id, now)
+		n.askLocked(id, now, now)
 		return false
 	}
 	if now.Sub(since) < strangerTime {
-		n.askLocked(id, now)
+		n.askLocked(id, now, now)
 		return false
 	}
 	return true

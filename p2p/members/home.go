@@ -64,9 +64,10 @@ func (n *Node) arrived(s *session) {
 func (n *Node) lost(s *session) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for id, q := range n.asked {
+	now := time.Now()
+	for _, q := range n.asked {
 		if q.waits(s) {
-			n.resolveLocked(id, q)
+			n.heardLocked(q, now)
 		}
 	}
 	if n.alone.IsZero() && !n.anyJoined() {
