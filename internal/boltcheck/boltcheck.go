@@ -81,18 +81,49 @@ func Pages(path string) error {
 	return nil
 }
 
-// Live checks a database that is in use. Writers wait meanwhile: bbolt compares the
-// pages with its list of free ones, which is that of the newest transaction.
-func Live(db *bolt.DB, visit func(tx *bolt.Tx) error) (err error) {
-	tx, err := db.Begin(true)
+// liveTries is how often Live looks for its transaction's meta page, which two commits
+// at that very moment write over.
+const liveTries = 10
+
+// Live checks a database that is in use, as it is now. Others read and write meanwhile:
+// a transaction that only reads keeps the pages that it sees from being used again,
+// and they are read once. A writer waits only if the file outgrows its memory map.
+func Live(db *bolt.DB, visit func(tx *bolt.Tx) error) error {
+	f, err := os.Open(db.Path())
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, tx.Rollback()) }()
-	if err := checkPages(db.Path()); err != nil {
-		return err
+	defer f.Close()
+	for range liveTries {
+		found, err := liveOnce(db, f, visit)
+		if found || err != nil {
+			return err
+		}
 	}
-	return check(tx, visit)
+	return fmt.Errorf("%s is written to without a pause: check it again", db.Path())
+}
+
+func liveOnce(db *bolt.DB, f *os.File, visit func(tx *bolt.Tx) error) (found bool, err error) {
+	tx, err := db.Begin(false)
+	if err != nil {
+		return false, err
+	}
+	defer func() { err = errors.Join(err, tx.Rollback()) }()
+	meta := metaOf(f, uint64(tx.ID()), int64(db.Info().PageSize))
+	if meta == nil {
+		return false, nil
+	}
+	st, err := f.Stat()
+	if err != nil {
+		return true, err
+	}
+	if err := checkMeta(f, st.Size(), meta); err != nil || visit == nil {
+		return true, err
+	}
+	if err := guard(func() error { return visit(tx) }); err != nil {
+		return true, fmt.Errorf("%w: %w", blockdev.ErrCorrupt, err)
+	}
+	return true, nil
 }
 
 // check checks the database of a transaction that no other one writes beside.

@@ -81,16 +81,6 @@ func lockedPages(path string) error {
 	}
 }
 
-// checkPages checks the pages of the database in a file that nobody writes to.
-func checkPages(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return checkFile(f)
-}
-
 func checkFile(f *os.File) error {
 	fi, err := f.Stat()
 	if err != nil || fi.Size() == 0 { // as a crash may leave a new one: bbolt sets it up
@@ -99,40 +89,72 @@ func checkFile(f *os.File) error {
 	return checkReader(f, fi.Size())
 }
 
-// checkReader is checkPages for size bytes of f.
+// checkReader is checkFile for size bytes of f.
 func checkReader(f io.ReaderAt, size int64) error {
 	meta, err := readMeta(f)
 	if err != nil {
 		return err
 	}
+	return checkMeta(f, size, meta)
+}
+
+// checkMeta checks the pages that belong to a meta record.
+func checkMeta(f io.ReaderAt, size int64, meta []byte) error {
 	p := &pages{f: f, size: int64(order.Uint32(meta[8:])), end: order.Uint64(meta[40:]), seen: make(map[uint64]bool)}
 	if most := uint64(size / p.size); p.end > most {
 		return corrupt("%d pages in a file that has room for %d", p.end, most)
 	}
+	var free []byte
 	if id := order.Uint64(meta[32:]); id != noFreelist {
-		if err := p.freelist(id); err != nil {
+		var err error
+		if free, err = p.freelist(id); err != nil {
 			return err
 		}
 	}
-	return p.tree(order.Uint64(meta[16:]))
+	if err := p.tree(order.Uint64(meta[16:])); err != nil {
+		return err
+	}
+	for ; len(free) > 0; free = free[8:] {
+		if id := order.Uint64(free); p.seen[id] {
+			return corrupt("page %d is in use and called free", id)
+		}
+	}
+	return nil
+}
+
+// metaAt reads the meta record of the page at off; nil: there is none.
+func metaAt(f io.ReaderAt, off int64) []byte {
+	b := make([]byte, metaSize)
+	if _, err := f.ReadAt(b, off+pageHeader); err != nil {
+		return nil
+	}
+	sum := fnv.New64a()
+	_, _ = sum.Write(b[:56]) // never fails
+	size := order.Uint32(b[8:])
+	if order.Uint32(b) != metaMagic || order.Uint32(b[4:]) != formatVersion || order.Uint64(b[56:]) != sum.Sum64() ||
+		size < 1024 || size > 64<<10 {
+		return nil
+	}
+	return b
+}
+
+// metaOf returns the meta record that a transaction has written; nil: it is not there,
+// or not any more.
+func metaOf(f io.ReaderAt, txid uint64, pageSize int64) []byte {
+	for _, off := range []int64{0, pageSize} {
+		if b := metaAt(f, off); b != nil && order.Uint64(b[48:]) == txid {
+			return b
+		}
+	}
+	return nil
 }
 
 // readMeta returns the newer meta record, as bbolt finds it.
 func readMeta(f io.ReaderAt) ([]byte, error) {
 	var best []byte
 	at := func(off int64) []byte {
-		b := make([]byte, metaSize)
-		if _, err := f.ReadAt(b, off+pageHeader); err != nil {
-			return nil
-		}
-		sum := fnv.New64a()
-		_, _ = sum.Write(b[:56]) // never fails
-		size := order.Uint32(b[8:])
-		if order.Uint32(b) != metaMagic || order.Uint32(b[4:]) != formatVersion || order.Uint64(b[56:]) != sum.Sum64() ||
-			size < 1024 || size > 64<<10 {
-			return nil
-		}
-		if best == nil || order.Uint64(b[48:]) > order.Uint64(best[48:]) {
+		b := metaAt(f, off)
+		if b != nil && best == nil || b != nil && order.Uint64(b[48:]) > order.Uint64(best[48:]) {
 			best = b
 		}
 		return b
@@ -184,24 +206,25 @@ func (p *pages) readError(err error) error {
 	return err
 }
 
-func (p *pages) freelist(id uint64) error {
+// freelist checks the list of free pages, and returns their numbers.
+func (p *pages) freelist(id uint64) ([]byte, error) {
 	b, err := p.page(id)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	ids, count := b[pageHeader:], uint64(order.Uint16(b[10:]))
 	if count == 0xffff { // more than that
 		count, ids = order.Uint64(ids), ids[8:]
 	}
 	if order.Uint16(b[8:]) != freelistPage || count > uint64(len(ids)/8) {
-		return corrupt("page %d is no list of free pages, or one of %d", id, count)
+		return nil, corrupt("page %d is no list of free pages, or one of %d", id, count)
 	}
 	for i := range count {
 		if free := order.Uint64(ids[8*i:]); free < 2 || free >= p.end {
-			return corrupt("page %d of %d is called free", free, p.end)
+			return nil, corrupt("page %d of %d is called free", free, p.end)
 		}
 	}
-	return nil
+	return ids[:8*count], nil
 }
 
 // tree checks the pages of a bucket, and of the buckets in it.

@@ -183,8 +183,9 @@ func (s *Store) openDB() error {
 			// The free list is rebuilt at open; writing it at every commit
 			// costs more.
 			NoFreelistSync: true,
-			// Address space, not memory: growing a smaller map waits for readers.
-			InitialMmapSize: 1 << 30,
+			// Address space, not memory: growing a smaller map waits for readers, and
+			// a check reads for as long as it takes.
+			InitialMmapSize: 16 << 30,
 		})
 		s.db = db
 		return err
