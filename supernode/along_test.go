@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -171,40 +170,4 @@ func TestSlowHolders(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantImage(t, s, img, l)
-}
-
-// TestFlightEndsAlone: work that nobody waits for has its time and no more; work
-// that somebody waits for goes on.
-func TestFlightEndsAlone(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		f := newFlights()
-		defer f.close()
-		ended := make(chan error, 1)
-		work := func(ctx context.Context, _ *flight) error {
-			<-ctx.Done()
-			ended <- context.Cause(ctx)
-			return ctx.Err()
-		}
-		wait := func(d time.Duration) {
-			ctx, cancel := context.WithTimeout(t.Context(), d)
-			defer cancel()
-			if _, err := f.do(ctx, "key", time.Minute, nil, work); !errors.Is(err, context.DeadlineExceeded) {
-				t.Errorf("%v", err)
-			}
-		}
-		wait(time.Second)
-		time.Sleep(30 * time.Second)
-		wait(time.Hour) // joined in time, and over the time
-		select {
-		case err := <-ended:
-			if !errors.Is(err, errAlone) {
-				t.Errorf("ended by %v", err)
-			}
-		case <-time.After(time.Second):
-			t.Error("goes on although nobody waits")
-		}
-		if len(ended) != 0 || len(f.run) != 0 {
-			t.Errorf("%d flights left", len(f.run))
-		}
-	})
 }

@@ -50,7 +50,7 @@ func (s *Supernode) fromHolders(ctx context.Context, r wanted) (store.LayerRecor
 	if s.holders == nil {
 		return store.LayerRecord{}, blockdev.ErrNotFound
 	}
-	_, err := s.flights.do(ctx, "holders "+r.key(), forever, nil, func(ctx context.Context, _ *flight) error {
+	err := s.once(ctx, "holders "+r.key(), outlives, nil, func(ctx context.Context, _ *progress) error {
 		holders := s.holders(r.m.Digest, originOf(r.m), maxHolders)
 		defer func() {
 			for _, h := range holders {
@@ -96,7 +96,7 @@ func (s *Supernode) restore(ctx context.Context, r wanted, holders []Holder) (er
 // restoreFrom stores what a holder has, and publishes it if it is the layer: while
 // it comes, the tar is put together again, hashed and indexed anew.
 func (s *Supernode) restoreFrom(ctx context.Context, r wanted, h Holder) error {
-	ctx, cancel := context.WithTimeout(ctx, atLeast(r.l.Size))
+	ctx, cancel := context.WithTimeout(ctx, timeFor(r.l.Size))
 	defer cancel()
 	ask, stop := context.WithTimeout(ctx, askTimeout)
 	defer stop()

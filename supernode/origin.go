@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/supernode/flight"
 	"github.com/shoalfs/shoal/supernode/ingest"
 	"github.com/shoalfs/shoal/supernode/registry"
 	"github.com/shoalfs/shoal/supernode/store"
@@ -53,8 +54,8 @@ func (s *Supernode) prove(ctx context.Context, r wanted, open ingest.Open) error
 	if err := s.failed.recall(key); err != nil {
 		return err
 	}
-	_, err := s.flights.do(ctx, key+" "+registry.CredentialHash(r.cred), atLeast(r.l.Size), r.watch, func(ctx context.Context, fl *flight) error {
-		err := s.show(ctx, r, open, fl)
+	return s.once(ctx, key+" "+registry.CredentialHash(r.cred), atLeast(r.l.Size), r.watch, func(ctx context.Context, p *progress) error {
+		err := s.show(ctx, r, open, p)
 		if err != nil && ctx.Err() == nil && !errors.Is(err, errGone) {
 			s.log.Warn("a layer is stored, and the image's registry does not show that this repository has it",
 				"image", r.m.Ref, "layer", r.l.Digest, "error", err)
@@ -62,22 +63,24 @@ func (s *Supernode) prove(ctx context.Context, r wanted, open ingest.Open) error
 		}
 		return err
 	})
-	return err
 }
 
-// atLeast is how long something of that many bytes may take when nobody waits: it
-// has to come at restoreRate at least.
-func atLeast(size int64) time.Duration {
+// atLeast is for work with that many bytes, which have to come at restoreRate if
+// nobody waits.
+func atLeast(size int64) flight.Policy { return flight.Policy{Least: timeFor(size)} }
+
+// timeFor is how long that many bytes may take.
+func timeFor(size int64) time.Duration {
 	return restoreTime + time.Duration(size/restoreRate)*time.Second
 }
 
-func (s *Supernode) show(ctx context.Context, r wanted, open ingest.Open, fl *flight) error {
+func (s *Supernode) show(ctx context.Context, r wanted, open ingest.Open, p *progress) error {
 	rec, err := s.store.Layer(r.l.Digest)
 	switch {
 	case err != nil:
 		return fmt.Errorf("%w: %w", errGone, blockdev.ErrUnavailable)
 	case !s.believed(rec, r.m.Host):
-		err = s.verify(ctx, r, open, fl)
+		err = s.verify(ctx, r, open, p)
 	default:
 		err = s.reg.HasBlob(ctx, r.m, r.l, r.cred)
 		if r.public && r.cred != (blockdev.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
@@ -85,7 +88,7 @@ func (s *Supernode) show(ctx context.Context, r wanted, open ingest.Open, fl *fl
 		}
 		if registry.Downgraded(err) {
 			// Only the bytes themselves are proof, whoever has sent them.
-			err = s.verify(ctx, r, open, fl)
+			err = s.verify(ctx, r, open, p)
 		}
 	}
 	if err != nil {
@@ -101,7 +104,7 @@ func (s *Supernode) show(ctx context.Context, r wanted, open ingest.Open, fl *fl
 
 // verify fetches and hashes a layer that is stored already, only to see that a
 // registry that has not sent it yet really has it.
-func (s *Supernode) verify(ctx context.Context, r wanted, open ingest.Open, fl *flight) error {
+func (s *Supernode) verify(ctx context.Context, r wanted, open ingest.Open, p *progress) error {
 	release, err := s.verifying.Take(ctx, r.m.Host)
 	if err != nil {
 		return err
@@ -114,7 +117,7 @@ func (s *Supernode) verify(ctx context.Context, r wanted, open ingest.Open, fl *
 	if err != nil {
 		return err
 	}
-	h := &counted{Hash: sha256.New(), fl: fl, p: blockdev.Progress{Layer: r.l.Digest, Total: r.l.Size, Stage: blockdev.StageVerifying}}
+	h := &counted{Hash: sha256.New(), to: p, p: blockdev.Progress{Layer: r.l.Digest, Total: r.l.Size, Stage: blockdev.StageVerifying}}
 	_, err = io.Copy(h, rc)
 	if cerr := rc.Close(); err == nil {
 		err = cerr
@@ -131,7 +134,7 @@ func (s *Supernode) verify(ctx context.Context, r wanted, open ingest.Open, fl *
 // counted is a hash that reports how far it is.
 type counted struct {
 	hash.Hash
-	fl   *flight
+	to   *progress
 	p    blockdev.Progress
 	last int64
 }
@@ -144,7 +147,7 @@ func (c *counted) Write(b []byte) (int, error) {
 	c.p.Done += int64(len(b))
 	if c.p.Done-c.last >= reportStep || c.last == 0 {
 		c.last = c.p.Done
-		c.fl.report(c.p)
+		c.to.Report(c.p)
 	}
 	return c.Hash.Write(b)
 }

@@ -208,7 +208,7 @@ func (s *Supernode) copyLayer(ctx context.Context, r wanted, id peer.ID, stored 
 		return store.LayerRecord{}, err
 	}
 	key := "copy " + string(id) + " " + r.key() + " " + registry.CredentialHash(r.cred)
-	_, err := s.flights.do(ctx, key, forever, nil, func(ctx context.Context, _ *flight) error {
+	err := s.once(ctx, key, outlives, nil, func(ctx context.Context, _ *progress) error {
 		return s.copyFrom(ctx, r, id, sib, stored)
 	})
 	if err != nil {

@@ -17,6 +17,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/pattern"
 	"github.com/shoalfs/shoal/p2p/exchange"
+	"github.com/shoalfs/shoal/supernode/flight"
 	"github.com/shoalfs/shoal/supernode/ingest"
 	"github.com/shoalfs/shoal/supernode/registry"
 	"github.com/shoalfs/shoal/supernode/slots"
@@ -129,7 +130,7 @@ type Supernode struct {
 	profiles  *profiles
 	ingest    *ingest.Ingester
 	leases    *leases
-	flights   *flights
+	flights   *flight.Group[string, *progress]
 	failed    *failures
 	seen      *seen
 	metrics   *metrics
@@ -164,7 +165,7 @@ func New(cfg Config) (*Supernode, error) {
 	}
 	s := &Supernode{
 		log:       cfg.Log,
-		flights:   newFlights(),
+		flights:   flight.New[string, *progress](outlives, errStopping),
 		failed:    &failures{now: time.Now, errs: map[string]failure{}},
 		seen:      newSeen(),
 		grant:     cfg.Grant,
@@ -264,7 +265,7 @@ func (s *Supernode) Close() error {
 	s.mu.Unlock()
 	s.cancel()
 	s.running.Wait()
-	s.flights.close()
+	s.flights.Close()
 	var errs []error
 	for i := len(s.closers) - 1; i >= 0; i-- {
 		errs = append(errs, s.closers[i]())
