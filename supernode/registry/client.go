@@ -19,6 +19,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/pattern"
+	"github.com/shoalfs/shoal/supernode/flight"
 )
 
 // Config configures a Client. The zero value works, without a cache.
@@ -57,7 +58,7 @@ type Client struct {
 	log     *slog.Logger
 	cache   *cache // nil: none
 	quiet   *logrus.Entry
-	once    *once
+	asking  *flight.Group[string, *question]
 	allowed atomic.Pointer[pattern.Repositories]
 
 	mu       sync.Mutex
@@ -98,7 +99,7 @@ func New(cfg Config) (*Client, error) {
 	if cfg.CacheBytes == 0 {
 		cfg.CacheBytes = 256 << 20
 	}
-	c := &Client{cfg: cfg, log: cfg.Log, once: newOnce(), hosts: map[string]*hostSet{}, sessions: map[sessionKey]*session{}, down: map[string]time.Time{}, told: map[string]bool{}}
+	c := &Client{cfg: cfg, log: cfg.Log, asking: flight.New[string, *question](flight.Policy{Outlives: true}, errClosed), hosts: map[string]*hostSet{}, sessions: map[sessionKey]*session{}, down: map[string]time.Time{}, told: map[string]bool{}}
 	c.allowed.Store(cfg.Allowed)
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
@@ -122,7 +123,7 @@ func New(cfg Config) (*Client, error) {
 // Close ends questions about manifests, configs and tags, and closes idle
 // connections. Other requests that run are the callers' to end.
 func (c *Client) Close() error {
-	c.once.close()
+	c.asking.Close()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.closed = true

@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 
 	"github.com/containerd/containerd/v2/core/images"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/supernode/flight"
 )
 
 // Document returns a manifest, an image index or a config as blockdev's
@@ -83,72 +83,32 @@ func (doc *document) mediaType() string {
 	return ocispec.MediaTypeImageIndex
 }
 
-// once runs each question once, however many want the answer at the same time.
-// It does not end when those who asked leave.
-type once struct {
-	ctx    context.Context // ends with close
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
-
-	mu      sync.Mutex
-	flights map[string]*question
-}
-
-// question is one that a registry is being asked; the answer is set when done is
-// closed.
+// question is one that a registry is being asked; the answer is set when it is done.
 type question struct {
-	done   chan struct{}
 	digest blockdev.Digest
 	data   []byte
-	err    error
 }
 
-func newOnce() *once {
-	ctx, cancel := context.WithCancel(context.Background())
-	return &once{ctx: ctx, cancel: cancel, flights: map[string]*question{}}
-}
-
-// do joins the question key, or asks it. The error of one who leaves is that of
-// ctx, with its cause.
-func (o *once) do(ctx context.Context, key string, ask func(context.Context, *question)) *question {
-	o.mu.Lock()
-	f := o.flights[key]
-	if f == nil {
-		f = &question{done: make(chan struct{})}
-		if o.ctx.Err() != nil {
-			o.mu.Unlock()
-			f.err = errClosed
-			return f
-		}
-		o.flights[key] = f
-		o.wg.Go(func() {
-			ask(o.ctx, f)
-			if f.err != nil && o.ctx.Err() != nil {
-				f.err = errClosed
-			}
-			o.mu.Lock()
-			delete(o.flights, key)
-			o.mu.Unlock()
-			close(f.done)
-		})
+// ask joins the question key, or asks it; it goes on when those who asked leave. The
+// error of one who leaves is that of ctx, with its cause.
+func (c *Client) ask(ctx context.Context, key string, ask func(context.Context, *question) error) (*question, error) {
+	a, err := c.asking.Join(key, func() (*question, flight.Work) {
+		f := new(question)
+		return f, func(ctx context.Context) error { return ask(ctx, f) }
+	})
+	if err != nil {
+		return nil, err
 	}
-	o.mu.Unlock()
+	defer a.Leave()
 	select {
-	case <-f.done:
-		return f
+	case <-a.Done():
+		return a.State, a.Err()
 	case <-ctx.Done():
 		if cause := context.Cause(ctx); errors.Is(cause, errSlow) {
-			return &question{err: &Error{kind: blockdev.ErrUnavailable, text: cause.Error()}}
+			return nil, &Error{kind: blockdev.ErrUnavailable, text: cause.Error()}
 		}
-		return &question{err: fmt.Errorf("asking the registry: %w", ctx.Err())}
+		return nil, fmt.Errorf("asking the registry: %w", ctx.Err())
 	}
-}
-
-func (o *once) close() {
-	o.mu.Lock()
-	o.cancel()
-	o.mu.Unlock()
-	o.wg.Wait()
 }
 
 var errClosed = fmt.Errorf("registry client is closed: %w", blockdev.ErrUnavailable)

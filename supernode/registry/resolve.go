@@ -161,12 +161,16 @@ func (q *query) tag(ctx context.Context) (d blockdev.Digest, kept bool, _ error)
 // askTag asks the registry what the tag names, and keeps the answer. The error does
 // not name the image: others who ask call it by another name.
 func (q *query) askTag(ctx context.Context) (blockdev.Digest, error) {
-	f := q.c.once.do(ctx, q.key("tag", q.ref.Tag), func(ctx context.Context, f *question) {
-		if f.digest, f.err = q.c.head(ctx, q.ref, "", blockdev.Digest{}, q.cred); f.err == nil {
+	f, err := q.c.ask(ctx, q.key("tag", q.ref.Tag), func(ctx context.Context, f *question) (err error) {
+		if f.digest, err = q.c.head(ctx, q.ref, "", blockdev.Digest{}, q.cred); err == nil {
 			q.c.keepTag(q.ref, q.name, f.digest)
 		}
+		return err
 	})
-	return f.digest, f.err
+	if err != nil {
+		return blockdev.Digest{}, err
+	}
+	return f.digest, nil
 }
 
 // maxDepth is how deep image indexes may be nested.
@@ -236,10 +240,14 @@ func (q *query) document(ctx context.Context, mediaType string, d descriptor, li
 	if b, ok := q.c.cache.doc(q.ref.Name(), d.digest, limit); ok {
 		return b, nil
 	}
-	f := q.c.once.do(ctx, q.key("document", d.digest.String()), func(ctx context.Context, f *question) {
-		f.data, f.err = q.fetch(ctx, mediaType, d, limit)
+	f, err := q.c.ask(ctx, q.key("document", d.digest.String()), func(ctx context.Context, f *question) (err error) {
+		f.data, err = q.fetch(ctx, mediaType, d, limit)
+		return err
 	})
-	return f.data, f.err
+	if err != nil {
+		return nil, err
+	}
+	return f.data, nil
 }
 
 // fetch reads a manifest or config from the registry, and keeps it. As for askTag,
