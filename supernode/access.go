@@ -13,6 +13,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/boltcheck"
+	"github.com/shoalfs/shoal/supernode/flight"
 	"github.com/shoalfs/shoal/supernode/registry"
 )
 
@@ -54,14 +55,11 @@ type access struct {
 	now        func() time.Time
 	log        *slog.Logger
 	db         *bbolt.DB
-	stop       context.CancelFunc
-	ctx        context.Context // of checks, which outlive the request that began them
-	done       chan struct{}
-	running    sync.WaitGroup
+	asking     *flight.Group[string, *question] // checks, which outlive the request that began them
+	stop, done chan struct{}                    // of flush
 
 	mu      sync.Mutex
-	failed  error // of the last write
-	flights map[string]*question
+	failed  error               // of the last write
 	yes     map[grant]time.Time // until when
 	no      map[string]time.Time
 	down    map[string]time.Time   // registry host, or repository -> not asked before
@@ -73,11 +71,10 @@ type access struct {
 	stretched map[string]stretched // by the hash of a credential
 }
 
-// question is one that a registry is being asked; err is set when done is closed.
+// question is one that a registry is being asked; access.mu guards it.
 type question struct {
-	done chan struct{}
-	err  error
-	late []graceKey // of peers that were not kept waiting; guarded by access.mu
+	err  error      // what the registry said, unless that is yes
+	late []graceKey // of peers that were not kept waiting
 }
 
 // grant is a repository and who may read it: the hash of a credential, or "" for
@@ -98,22 +95,22 @@ func openAccess(dir string, reg checker, ttl, grace time.Duration, log *slog.Log
 	if err != nil {
 		return nil, fmt.Errorf("%s (is another supernode using the directory?): %w", file, err)
 	}
-	a := &access{reg: reg, ttl: ttl, grace: grace, now: now, log: log, db: db, done: make(chan struct{}),
-		flights: map[string]*question{}, yes: map[grant]time.Time{}, no: map[string]time.Time{}, down: map[string]time.Time{}, limited: map[string]time.Time{},
+	a := &access{reg: reg, ttl: ttl, grace: grace, now: now, log: log, db: db, stop: make(chan struct{}), done: make(chan struct{}),
+		asking: flight.New[string, *question](outlives, errStopping),
+		yes:    map[grant]time.Time{}, no: map[string]time.Time{}, down: map[string]time.Time{}, limited: map[string]time.Time{},
 		seen: map[graceKey]time.Time{}, pending: map[graceKey]int64{}, stretched: map[string]stretched{}}
 	if err := a.load(); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", file, err), db.Close())
 	}
-	a.ctx, a.stop = context.WithCancel(context.Background())
 	go a.flush()
 	return a, nil
 }
 
 // Close ends running checks and writes what is pending.
 func (a *access) Close() error {
-	a.stop()
+	close(a.stop)
 	<-a.done
-	a.running.Wait()
+	a.asking.Close()
 	return errors.Join(a.write(), a.db.Close())
 }
 
@@ -236,27 +233,21 @@ func (a *access) ask(ctx context.Context, g grant, ref registry.Reference, req b
 	// The manifest belongs to the key: that one image is not there says nothing
 	// about the next one.
 	key := g.repo + "\x00" + g.cred + "\x00" + req.Ref + "\x00" + req.Manifest.Hex()
-	a.mu.Lock()
-	if a.now().Before(a.yes[g]) { // answered since the caller looked
-		a.mu.Unlock()
-		return nil
-	}
-	f := a.flights[key]
-	if f == nil {
-		if a.ctx.Err() != nil {
-			a.mu.Unlock()
-			return fmt.Errorf("%s: the supernode is stopping: %w", req.Ref, blockdev.ErrUnavailable)
+	f, err := a.asking.Join(key, func() (*question, flight.Work) {
+		q := new(question)
+		return q, func(ctx context.Context) error {
+			if a.answered(g) { // since the caller looked
+				return nil
+			}
+			err := a.reg.Check(ctx, req.Ref, req.Manifest, cred)
+			a.answer(q, g, ref.Host, err)
+			return err
 		}
-		f = &question{done: make(chan struct{})}
-		a.flights[key] = f
-		a.running.Add(1)
-		go func() {
-			defer a.running.Done()
-			a.answer(f, g, ref.Host, key, a.reg.Check(a.ctx, req.Ref, req.Manifest, cred))
-			close(f.done)
-		}()
+	})
+	if err != nil {
+		return fmt.Errorf("%s: %w", req.Ref, err)
 	}
-	a.mu.Unlock()
+	defer f.Leave()
 	var late <-chan time.Time
 	if hurry {
 		t := time.NewTimer(graceWait)
@@ -264,17 +255,23 @@ func (a *access) ask(ctx context.Context, g grant, ref registry.Reference, req b
 		late = t.C
 	}
 	select {
-	case <-f.done:
-		if f.err != nil && a.ctx.Err() != nil {
-			return fmt.Errorf("%s: the supernode is stopping: %w", req.Ref, blockdev.ErrUnavailable)
+	case <-f.Done():
+		if errors.Is(f.Err(), errStopping) {
+			return fmt.Errorf("%s: %w", req.Ref, errStopping)
 		}
-		return f.err
+		return f.Err()
 	case <-late:
-		a.tooLate(f, mine)
+		a.tooLate(f.State, mine)
 		return fmt.Errorf("%s: registry %s has not answered for %s: %w", req.Ref, ref.Host, graceWait, blockdev.ErrUnavailable)
 	case <-ctx.Done():
 		return fmt.Errorf("%s: asking the registry for access: %w", req.Ref, ctx.Err())
 	}
+}
+
+func (a *access) answered(g grant) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.now().Before(a.yes[g])
 }
 
 // tooLate has a "no" that is still to come count for a peer that does not wait for it.
@@ -297,11 +294,10 @@ func (a *access) forgetRefusedLocked(f *question) {
 }
 
 // answer keeps what a registry said.
-func (a *access) answer(f *question, g grant, host, key string, err error) {
+func (a *access) answer(f *question, g grant, host string, err error) {
 	now := a.now()
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	delete(a.flights, key)
 	f.err = err
 	a.forgetRefusedLocked(f)
 	switch {

@@ -103,6 +103,13 @@ func (e *accessEnv) open(t *testing.T) {
 	e.access = a
 }
 
+// settle waits until no registry is being asked.
+func (e *accessEnv) settle() {
+	for e.asking.Len() > 0 {
+		runtime.Gosched()
+	}
+}
+
 func newAccess(t *testing.T, let func(string, blockdev.Credential) error) *accessEnv {
 	t.Helper()
 	e := &accessEnv{reg: &fakeChecker{let: let}, t: time.Now(), dir: t.TempDir()}
@@ -309,14 +316,14 @@ func TestAccessLateNo(t *testing.T) {
 	e.want(t, "slow", "p", "a:1", alice, verdict{stale: true}, nil, 1)
 	e.pass(time.Minute)
 	close(block)
-	e.running.Wait()
+	e.settle()
 	block = make(chan struct{})
 	e.reg.mu.Lock()
 	e.reg.block = block
 	e.reg.mu.Unlock()
 	e.want(t, "still slow", "p", "a:1", alice, verdict{stale: true}, nil, 1)
 	close(block)
-	e.running.Wait()
+	e.settle()
 	e.want(t, "down, by what is known", "p", "a:1", alice, verdict{}, blockdev.ErrUnauthorized, 1)
 }
 

@@ -92,7 +92,7 @@ func (a *access) flush() {
 	swept := a.now()
 	for {
 		select {
-		case <-a.ctx.Done():
+		case <-a.stop:
 			return
 		case <-t.C:
 			if now := a.now(); now.Sub(swept) >= sweepEvery {
