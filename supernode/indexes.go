@@ -3,11 +3,11 @@ package supernode
 import (
 	"container/list"
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/supernode/flight"
 )
 
 // maxIndexes bounds the encoded indexes that are kept in memory, in bytes.
@@ -15,10 +15,12 @@ const maxIndexes = 64 << 20
 
 // indexes keeps the encoded indexes that were asked for last: in a rollout a
 // thousand nodes ask for the same ones at the same time, and would have a copy each.
+// One is read once for all of them, and not any more when all have left.
 type indexes struct {
-	read  func(ctx context.Context, diff blockdev.Digest) ([]byte, error)
-	touch func(diff blockdev.Digest) bool // whether it is still stored
-	limit int
+	touch   func(diff blockdev.Digest) bool // whether it is still stored
+	read    func(ctx context.Context, diff blockdev.Digest) ([]byte, error)
+	reading *flight.Group[blockdev.Digest, *encoded]
+	limit   int
 
 	mu    sync.Mutex
 	m     map[blockdev.Digest]*list.Element
@@ -29,76 +31,70 @@ type indexes struct {
 // encoded is an index as it is sent.
 type encoded struct {
 	diff blockdev.Digest
-	done chan struct{} // closed when what follows is set
-	data []byte        // nobody changes it
+	data []byte // nobody changes it
 	sum  blockdev.Digest
-	err  error
-
-	size int // counted in indexes.bytes; indexes.mu guards it
 }
 
 func newIndexes(read func(context.Context, blockdev.Digest) ([]byte, error), touch func(blockdev.Digest) bool) *indexes {
-	return &indexes{read: read, touch: touch, limit: maxIndexes, m: map[blockdev.Digest]*list.Element{}, lru: list.New()}
+	return &indexes{read: read, touch: touch, reading: flight.New[blockdev.Digest, *encoded](flight.Policy{}, errStopping),
+		limit: maxIndexes, m: map[blockdev.Digest]*list.Element{}, lru: list.New()}
 }
+
+func (x *indexes) close() { x.reading.Close() }
 
 // get returns the index of a diff. Its errors are those of the store.
 func (x *indexes) get(ctx context.Context, diff blockdev.Digest) (*encoded, error) {
-	for {
-		e, mine := x.find(diff)
-		if mine {
-			x.fill(ctx, e)
-			return e, e.err
-		}
-		select {
-		case <-e.done:
-		case <-ctx.Done():
-			return nil, fmt.Errorf("index of diff %s: %w", diff, ctx.Err())
-		}
-		switch {
-		case e.err == nil && x.touch(diff):
+	if e := x.find(diff); e != nil {
+		if x.touch(diff) {
 			return e, nil
-		case e.err == nil: // evicted: read again, or not to be found
-			x.forget(e)
-		case !errors.Is(e.err, context.Canceled) && !errors.Is(e.err, context.DeadlineExceeded):
-			return nil, e.err
-			// Else whoever read it has left.
 		}
+		x.forget(e) // evicted: read again, or not to be found
 	}
+	a, err := x.reading.Join(diff, func() (*encoded, flight.Work) {
+		e := &encoded{diff: diff}
+		return e, func(ctx context.Context) (err error) {
+			if e.data, err = x.read(ctx, diff); err == nil {
+				e.sum = blockdev.Sum(e.data)
+				x.keep(e)
+			}
+			return err
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := a.Wait(ctx); err != nil {
+		if ctx.Err() != nil {
+			err = fmt.Errorf("index of diff %s: %w", diff, ctx.Err())
+		}
+		return nil, err
+	}
+	return a.State, nil
 }
 
-// find returns the entry of a diff, and whether the caller is to fill it.
-func (x *indexes) find(diff blockdev.Digest) (e *encoded, mine bool) {
+// find returns what is kept of a diff; nil: nothing.
+func (x *indexes) find(diff blockdev.Digest) *encoded {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if el := x.m[diff]; el != nil {
-		x.lru.MoveToFront(el)
-		return el.Value.(*encoded), false
+	el := x.m[diff]
+	if el == nil {
+		return nil
 	}
-	e = &encoded{diff: diff, done: make(chan struct{})}
-	x.m[diff] = x.lru.PushFront(e)
-	return e, true
+	x.lru.MoveToFront(el)
+	return el.Value.(*encoded)
 }
 
-func (x *indexes) fill(ctx context.Context, e *encoded) {
-	defer close(e.done)
-	if e.data, e.err = x.read(ctx, e.diff); e.err != nil {
-		x.forget(e)
-		return
-	}
-	e.sum = blockdev.Sum(e.data)
+// keep keeps an index, in the place of those that were not asked for for longest.
+func (x *indexes) keep(e *encoded) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if el := x.m[e.diff]; el == nil || el.Value != e {
-		return
+	if el := x.m[e.diff]; el != nil {
+		x.forgetLocked(el.Value.(*encoded))
 	}
-	e.size = len(e.data)
-	x.bytes += e.size
+	x.m[e.diff] = x.lru.PushFront(e)
+	x.bytes += len(e.data)
 	for x.bytes > x.limit {
-		old := x.lru.Back().Value.(*encoded)
-		x.forgetLocked(old)
-		if old == e {
-			return
-		}
+		x.forgetLocked(x.lru.Back().Value.(*encoded))
 	}
 }
 
@@ -115,5 +111,5 @@ func (x *indexes) forgetLocked(e *encoded) {
 	}
 	delete(x.m, e.diff)
 	x.lru.Remove(el)
-	x.bytes -= e.size
+	x.bytes -= len(e.data)
 }

@@ -207,6 +207,7 @@ func (s *Supernode) start(cfg Config) error {
 	}
 	s.onClose(s.store.Close)
 	s.indexes = newIndexes(s.store.Index, s.store.Touch)
+	s.onClose(func() error { s.indexes.close(); return nil })
 	if s.metrics, err = newMetrics(cfg.Registerer, s.store.Stats); err != nil {
 		return fmt.Errorf("supernode: metrics: %w", err)
 	}
