@@ -8,38 +8,28 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/layer"
+	"github.com/shoalfs/shoal/supernode/flight"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
-// errAbandoned ends a flight that nobody has waited for during Config.Grace.
-var errAbandoned = fmt.Errorf("nobody waits for the layer any more: %w", context.Canceled)
+// arrival is one layer on its way from one registry into the store: the state of a
+// flight.
+type arrival struct {
+	in *Ingester
+	l  Layer // the first asker's
 
-// flight is one layer on its way from one registry into the store.
-type flight struct {
-	in     *Ingester
-	key    flightKey
-	l      Layer // the first asker's
-	cancel context.CancelCauseFunc
-
-	done chan struct{}
-	// Set before done is closed. rec.DiffID is set as soon as it is known, also
+	// Set before the flight is done. rec.DiffID is set as soon as it is known, also
 	// if the flight fails.
 	rec store.LayerRecord
-	err error
 
 	stage             atomic.Int32
 	fetched, unpacked atomic.Int64
-
-	// Guarded by Ingester.mu.
-	waiters int
-	grace   *time.Timer
 
 	mu      sync.Mutex
 	claims  []blockdev.Digest // DiffIDs that askers' configs say
@@ -54,7 +44,7 @@ type opening struct {
 	origin string
 }
 
-func (f *flight) progress() Progress {
+func (f *arrival) progress() Progress {
 	return Progress{
 		Layer: f.l.Digest, Stage: Stage(f.stage.Load()),
 		Fetched: f.fetched.Load(), Total: f.l.Size, Unpacked: f.unpacked.Load(),
@@ -64,91 +54,47 @@ func (f *flight) progress() Progress {
 // maxOpens bounds the credentials that a flight falls back to.
 const maxOpens = 8
 
-// join finds the layer's flight or starts it, and counts the caller as waiting.
-// tries: the flight also tries the caller's Open before it gives up.
-func (in *Ingester) join(l Layer) (_ *flight, tries bool, _ error) {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	if in.closed {
-		return nil, false, ErrClosed
+// join finds the layer's flight or starts it. tries: the flight also tries the
+// caller's Open before it gives up.
+func (in *Ingester) join(l Layer) (a *flight.Asker[*arrival], tries bool, _ error) {
+	a, err := in.flights.Join(l.key(), func() (*arrival, flight.Work) {
+		f := &arrival{in: in, l: l, claims: []blockdev.Digest{l.DiffID}, opens: []opening{{l.Open, l.Origin}}}
+		return f, f.run
+	})
+	if err != nil || a.Led {
+		return a, true, err
 	}
-	key := flightKey{l.Digest, l.Size, l.Host}
-	f := in.flights[key]
-	if f == nil {
-		ctx, cancel := context.WithCancelCause(in.ctx)
-		f = &flight{in: in, key: key, l: l, cancel: cancel, done: make(chan struct{})}
-		in.flights[key] = f
-		// Started below only, when the first asker is in its lists.
-		defer in.wg.Go(func() { in.run(ctx, f) })
-	}
-	f.waiters++
-	if f.grace != nil {
-		f.grace.Stop()
-		f.grace = nil
-	}
+	return a, a.State.also(l), nil
+}
+
+// also notes what one more asker says and has. True: its Open will be tried.
+func (f *arrival) also(l Layer) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if !slices.Contains(f.claims, l.DiffID) {
 		f.claims = append(f.claims, l.DiffID)
 	}
-	if tries = len(f.opens) < maxOpens && !f.refused; tries {
-		f.opens = append(f.opens, opening{l.Open, l.Origin})
+	if len(f.opens) >= maxOpens || f.refused {
+		return false
 	}
-	return f, tries, nil
+	f.opens = append(f.opens, opening{l.Open, l.Origin})
+	return true
 }
 
-func (in *Ingester) leave(f *flight) {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	if f.waiters--; f.waiters == 0 {
-		f.grace = time.AfterFunc(in.cfg.Grace, func() { in.abandon(f) })
-		select {
-		case <-f.done:
-			f.grace.Stop()
-		default:
-		}
-	}
-}
-
-// abandon ends a flight that nobody waits for, unless somebody has come since.
-func (in *Ingester) abandon(f *flight) {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	if f.waiters == 0 {
-		f.cancel(errAbandoned)
-		// Who comes from now on starts anew, after this one has left the spool.
-		if in.flights[f.key] == f {
-			delete(in.flights, f.key)
-		}
-	}
-}
-
-func (in *Ingester) run(ctx context.Context, f *flight) {
-	defer f.cancel(nil)
+// run is the flight's work.
+func (f *arrival) run(ctx context.Context) error {
 	err := f.fly(ctx)
 	if err == nil {
 		f.stage.Store(int32(StageStored))
-		in.stats.ingested.Add(1)
+		f.in.stats.ingested.Add(1)
 	} else {
-		in.stats.failed.Add(1)
-		if cause := context.Cause(ctx); cause != nil {
-			err = cause
-		}
+		f.in.stats.failed.Add(1)
 	}
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	if in.flights[f.key] == f {
-		delete(in.flights, f.key)
-	}
-	if f.grace != nil {
-		f.grace.Stop()
-	}
-	f.err = err
-	close(f.done)
+	return err
 }
 
 // fly waits for a place and for room, and takes the layer through.
-func (f *flight) fly(ctx context.Context) error {
+func (f *arrival) fly(ctx context.Context) error {
 	places := f.in.large
 	if f.l.Size <= SmallLayer {
 		places = f.in.small
@@ -158,7 +104,7 @@ func (f *flight) fly(ctx context.Context) error {
 		return err
 	}
 	defer release()
-	sf, err := f.in.spool.take(ctx, spoolName(f.key), f.l.Size)
+	sf, err := f.in.spool.take(ctx, spoolName(f.l.key()), f.l.Size)
 	if err != nil {
 		return err
 	}
@@ -188,7 +134,7 @@ func spoolName(k flightKey) string {
 
 // through runs both sides of the pipeline over the spool file and publishes.
 // pieced becomes true if the blob did not come over one connection.
-func (f *flight) through(ctx context.Context, sf *spoolFile, pieced *bool) error {
+func (f *arrival) through(ctx context.Context, sf *spoolFile, pieced *bool) error {
 	session, err := f.in.cfg.Store.Begin(f.l.Digest)
 	if err != nil {
 		return err
@@ -244,7 +190,7 @@ func (f *flight) through(ctx context.Context, sf *spoolFile, pieced *bool) error
 
 // reason picks the error that says why: a broken download also breaks the
 // unpacking, and an error of the unpacking cancels the download.
-func (f *flight) reason(ctx context.Context, first, fetchErr error) error {
+func (f *arrival) reason(ctx context.Context, first, fetchErr error) error {
 	switch {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
@@ -255,7 +201,7 @@ func (f *flight) reason(ctx context.Context, first, fetchErr error) error {
 }
 
 // build unpacks what r brings.
-func (f *flight) build(ctx context.Context, r io.Reader, session *store.Ingest) (*blockdev.Index, error) {
+func (f *arrival) build(ctx context.Context, r io.Reader, session *store.Ingest) (*blockdev.Index, error) {
 	tar, err := Decompress(r)
 	if err != nil {
 		return nil, err
@@ -273,7 +219,7 @@ func (f *flight) build(ctx context.Context, r io.Reader, session *store.Ingest) 
 // counting counts what is unpacked, and bounds it.
 type counting struct {
 	r io.Reader
-	f *flight
+	f *arrival
 	n int64
 }
 
@@ -289,7 +235,7 @@ func (c *counting) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (f *flight) claimed(diffID blockdev.Digest) bool {
+func (f *arrival) claimed(diffID blockdev.Digest) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return slices.Contains(f.claims, diffID)
@@ -297,7 +243,7 @@ func (f *flight) claimed(diffID blockdev.Digest) bool {
 
 // open asks with the credentials of those who wait, in the order in which they
 // came, until one is let in.
-func (f *flight) open(ctx context.Context, offset int64) (io.ReadCloser, error) {
+func (f *arrival) open(ctx context.Context, offset int64) (io.ReadCloser, error) {
 	for i := 0; ; i++ {
 		f.mu.Lock()
 		o := f.opens[i]
@@ -326,7 +272,7 @@ func (f *flight) open(ctx context.Context, offset int64) (io.ReadCloser, error) 
 
 // origins are those that have sent some of the blob in this flight; all of it may
 // have been in the spool.
-func (f *flight) origins() []string {
+func (f *arrival) origins() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if len(f.shown) == 0 {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/layer"
+	"github.com/shoalfs/shoal/supernode/flight"
 	"github.com/shoalfs/shoal/supernode/slots"
 	"github.com/shoalfs/shoal/supernode/store"
 )
@@ -125,15 +126,12 @@ type Ingester struct {
 	cfg          Config
 	spool        *spool
 	large, small *slots.Slots // places, by registry host
+	flights      *flight.Group[flightKey, *arrival]
 	stats        counters
 
-	ctx    context.Context // ends with Close
-	cancel context.CancelCauseFunc
+	ctx    context.Context // of expireSpool; ends with Close
+	cancel context.CancelFunc
 	wg     sync.WaitGroup
-
-	mu      sync.Mutex
-	closed  bool
-	flights map[flightKey]*flight
 }
 
 type flightKey struct {
@@ -141,6 +139,8 @@ type flightKey struct {
 	size  int64 // a wrong one is the fault of those alone who say it
 	host  string
 }
+
+func (l Layer) key() flightKey { return flightKey{l.Digest, l.Size, l.Host} }
 
 // New prepares the spool directory and deletes expired spool files.
 func New(cfg Config) (*Ingester, error) {
@@ -157,19 +157,17 @@ func New(cfg Config) (*Ingester, error) {
 		spool:   sp,
 		large:   slots.New(cfg.Parallel, hostsFactor*cfg.Parallel),
 		small:   slots.New(cfg.Parallel, hostsFactor*cfg.Parallel),
-		flights: make(map[flightKey]*flight),
+		flights: flight.New[flightKey, *arrival](flight.Policy{Grace: cfg.Grace}, ErrClosed),
 	}
-	in.ctx, in.cancel = context.WithCancelCause(context.Background())
+	in.ctx, in.cancel = context.WithCancel(context.Background())
 	in.wg.Go(in.expireSpool)
 	return in, nil
 }
 
 // Close ends all flights and waits for them. Their spool files stay.
 func (in *Ingester) Close() error {
-	in.mu.Lock()
-	in.closed = true
-	in.mu.Unlock()
-	in.cancel(ErrClosed)
+	in.cancel()
+	in.flights.Close()
 	in.wg.Wait()
 	return nil
 }
@@ -246,11 +244,11 @@ func (in *Ingester) layer(ctx context.Context, l Layer, watch func(Progress)) (s
 		return rec, nil
 	}
 	for {
-		f, tries, err := in.join(l)
+		a, tries, err := in.join(l)
 		if err != nil {
 			return store.LayerRecord{}, err
 		}
-		rec, err := in.wait(ctx, f, l, watch)
+		rec, err := in.wait(ctx, a, l, watch)
 		if !tries && ctx.Err() == nil && (errors.Is(err, blockdev.ErrUnauthorized) || errors.Is(err, blockdev.ErrNotFound)) {
 			continue // that was the others' answer
 		}
@@ -262,8 +260,9 @@ func (in *Ingester) layer(ctx context.Context, l Layer, watch func(Progress)) (s
 }
 
 // wait is told how a flight that the caller has joined ends, and leaves it.
-func (in *Ingester) wait(ctx context.Context, f *flight, l Layer, watch func(Progress)) (store.LayerRecord, error) {
-	defer in.leave(f)
+func (in *Ingester) wait(ctx context.Context, a *flight.Asker[*arrival], l Layer, watch func(Progress)) (store.LayerRecord, error) {
+	defer a.Leave()
+	f := a.State
 	var tick <-chan time.Time
 	if watch != nil {
 		t := time.NewTicker(watchInterval)
@@ -273,18 +272,18 @@ func (in *Ingester) wait(ctx context.Context, f *flight, l Layer, watch func(Pro
 	}
 	for {
 		select {
-		case <-f.done:
+		case <-a.Done():
 			if watch != nil {
 				watch(f.progress())
 			}
 			// Who asked with another DiffID than the layer has hears of it even if
 			// the flight has failed for everybody. If it has not, there is a record.
-			if f.err != nil && f.rec.DiffID != (blockdev.Digest{}) {
+			if a.Err() != nil && f.rec.DiffID != (blockdev.Digest{}) {
 				if err := claim(l, f.rec.DiffID); err != nil {
 					return store.LayerRecord{}, err
 				}
 			}
-			return f.rec, f.err
+			return f.rec, a.Err()
 		case <-tick:
 			watch(f.progress())
 		case <-ctx.Done():
@@ -304,10 +303,8 @@ func claim(l Layer, diffID blockdev.Digest) error {
 
 // Progress returns where all running flights are.
 func (in *Ingester) Progress() []Progress {
-	in.mu.Lock()
-	defer in.mu.Unlock()
 	var ps []Progress
-	for _, f := range in.flights {
+	for _, f := range in.flights.States() {
 		ps = append(ps, f.progress())
 	}
 	return ps
@@ -330,12 +327,9 @@ type counters struct {
 
 // Stats returns a snapshot.
 func (in *Ingester) Stats() Stats {
-	in.mu.Lock()
-	n := len(in.flights)
-	in.mu.Unlock()
 	c := &in.stats
 	return Stats{
-		Flights: n, Ingested: c.ingested.Load(), Failed: c.failed.Load(), Retries: c.retries.Load(),
+		Flights: in.flights.Len(), Ingested: c.ingested.Load(), Failed: c.failed.Load(), Retries: c.retries.Load(),
 		Fetched: c.fetched.Load(), Resumed: c.resumed.Load(), Unpacked: c.unpacked.Load(),
 	}
 }
