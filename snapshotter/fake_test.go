@@ -423,6 +423,15 @@ func (f *fakeImages) OpenImage(ctx context.Context, req blockdev.ImageRequest) (
 	if change != nil {
 		change(img)
 	}
+	if req.Admit != nil {
+		var total int64
+		for _, l := range img.Layers {
+			total += int64(len(l.Index))
+		}
+		if err := req.Admit(total); err != nil {
+			return nil, fmt.Errorf("image %s: %w", req.Ref, err)
+		}
+	}
 	return img, nil
 }
 

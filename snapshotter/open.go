@@ -64,7 +64,9 @@ func (s *Snapshotter) open(ctx context.Context, w want, cred blockdev.Credential
 	}
 
 	began := time.Now()
-	img, err := s.cfg.Images.OpenImage(ctx, req)
+	at := place{room: s.room}
+	defer at.leave() // after add, which is the last that needs the indexes
+	img, err := s.indexes(ctx, req, &at)
 	if err != nil {
 		return nil, err
 	}
@@ -84,6 +86,22 @@ func (s *Snapshotter) open(ctx context.Context, w want, cred blockdev.Credential
 	s.log.Info("image is lazy", "image", w.ref, "manifest", o.Manifest, "layers", len(o.Layers),
 		"known", len(have), "took", time.Since(began).Round(time.Millisecond))
 	return o, nil
+}
+
+// indexes gets an image once there is room for its indexes. How much that takes the
+// supernode says first; a request that finds no room ends, so that it holds nothing at
+// the supernode while it waits, and is sent again.
+func (s *Snapshotter) indexes(ctx context.Context, req blockdev.ImageRequest, at *place) (*blockdev.Image, error) {
+	req.Admit = at.admit
+	for {
+		img, err := s.cfg.Images.OpenImage(ctx, req)
+		if !errors.Is(err, errNoRoom) {
+			return img, err
+		}
+		if err := at.wait(ctx); err != nil {
+			return nil, err
+		}
+	}
 }
 
 // have finds the wanted layers whose index is here already, and holds their diffs.

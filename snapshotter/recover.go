@@ -100,7 +100,9 @@ func (s *Snapshotter) reopen(ctx context.Context, rec imageRecord, id blockdev.D
 	if req.Credential, err = s.SourceCredential(ctx, rec.Ref); err != nil {
 		return err
 	}
-	img, err := s.cfg.Images.OpenImage(ctx, req)
+	at := place{room: s.room}
+	defer at.leave()
+	img, err := s.indexes(ctx, req, &at)
 	if err != nil {
 		return err
 	}

@@ -33,6 +33,7 @@ type Snapshotter struct {
 	pulls    pulls
 	wishes   *wishes
 	refusals refusals
+	room     *indexRoom
 	options  []string // overlayfs' for every mount
 
 	base   context.Context // ends with Close
@@ -76,6 +77,7 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 		recoveries: make(map[blockdev.Digest]*recovery), rewarmings: make(map[string]*rewarming)}
 	s.wishes = newWishes(&cfg)
 	s.idmapDone = sync.NewCond(&s.mu)
+	s.room = newIndexRoom(smallIndexes, roomForSmall, roomForLarge)
 	for _, dir := range []string{"", "s", "scratch", "l"} {
 		if err := os.MkdirAll(filepath.Join(cfg.Root, dir), 0o700); err != nil {
 			return nil, err

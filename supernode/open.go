@@ -140,6 +140,7 @@ func (s *Supernode) collect(ctx context.Context, from string, m *registry.Manife
 		return nil, err
 	}
 	img := &blockdev.Image{Ref: req.Ref, Manifest: m.Digest}
+	var total int64
 	for _, l := range m.Layers {
 		bl := blockdev.Layer{Digest: l.Digest, Size: l.Size, DiffID: l.DiffID}
 		if !slices.Contains(req.Have, l.Digest) {
@@ -150,6 +151,11 @@ func (s *Supernode) collect(ctx context.Context, from string, m *registry.Manife
 			}
 			if err != nil {
 				return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
+			}
+			if total += int64(len(e.data)); req.Admit != nil {
+				if err := req.Admit(total); err != nil {
+					return nil, err
+				}
 			}
 			bl.Index, bl.IndexDigest = e.data, e.sum
 		}

@@ -225,6 +225,19 @@ func TestHostileIndexServer(t *testing.T) {
 			}
 		})
 	}
+	t.Run("no room", func(t *testing.T) {
+		full := errors.New("full")
+		client := liar(t, IndexProtocol, Options{}, sends(encode(t, header(5, 7))), true)
+		img, err := client.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "r/a:1", Admit: func(n int64) error {
+			if n != 12 {
+				t.Errorf("room for %d bytes is asked for, want 12", n)
+			}
+			return full
+		}})
+		if !errors.Is(err, full) || errors.Is(err, blockdev.ErrUnavailable) || img != nil {
+			t.Errorf("%v", err) // another supernode would be asked for what is not the fault of this one
+		}
+	})
 	t.Run("silent", func(t *testing.T) {
 		client := liar(t, IndexProtocol, Options{ImageTimeout: 200 * time.Millisecond}, sends(encode(t, header(5))), true)
 		if _, err := client.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnavailable) {

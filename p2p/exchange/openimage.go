@@ -35,12 +35,19 @@ func (c *Client) openImage(ctx context.Context, req *blockdev.ImageRequest) (*bl
 		return nil, err
 	}
 	var img *blockdev.Image
+	var refused error
 	err = c.converse(ctx, c.images, out, func(st *stream) (bool, error) {
 		a := imageAnswer{c: c, req: req, start: time.Now(), st: st}
 		var err error
 		img, err = a.read()
+		if refused = a.refused; refused != nil {
+			return true, nil // nothing is wrong with the server
+		}
 		return a.begun, err
 	})
+	if err == nil {
+		err = refused
+	}
 	return img, err
 }
 
@@ -128,6 +135,7 @@ type imageAnswer struct {
 	idle  int  // frames that brought nothing
 
 	img     *blockdev.Image
+	refused error   // by req.Admit
 	lengths []int64 // of the indexes
 	layer   int     // whose index comes next
 }
@@ -224,6 +232,11 @@ func (a *imageAnswer) header(h *wire.ImageHeader) error {
 		}
 		a.lengths = append(a.lengths, n)
 		a.img.Layers = append(a.img.Layers, layer)
+	}
+	if a.req.Admit != nil {
+		if a.refused = a.req.Admit(total); a.refused != nil {
+			return a.refused
+		}
 	}
 	a.skip()
 	return nil

@@ -63,6 +63,17 @@ func (s *Swarm) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*bloc
 	return img, nil
 }
 
+// exactly refuses, before it is read, an index that has another length than the
+// supernode has said: there is room for as much as that.
+func exactly(l *blockdev.Layer) func(int64) error {
+	return func(n int64) error {
+		if n != l.IndexSize {
+			return fmt.Errorf("an index of %d bytes where %d are expected, of diff %s: %w", n, l.IndexSize, l.DiffID, blockdev.ErrCorrupt)
+		}
+		return nil
+	}
+}
+
 // addrInfos is who relays are, and where they listen.
 func addrInfos(relays []blockdev.Relay) (infos []peer.AddrInfo) {
 	for _, r := range relays {
@@ -100,7 +111,7 @@ func (s *Swarm) fromRelay(ctx context.Context, img *blockdev.Image, from peer.Ad
 		if l.IndexSize == 0 {
 			continue
 		}
-		got, err := c.OpenImage(ctx, blockdev.ImageRequest{Ref: img.Ref, Manifest: img.Manifest, Only: []blockdev.Digest{l.DiffID}, Stored: true})
+		got, err := c.OpenImage(ctx, blockdev.ImageRequest{Ref: img.Ref, Manifest: img.Manifest, Only: []blockdev.Digest{l.DiffID}, Stored: true, Admit: exactly(l)})
 		if err != nil {
 			return err
 		}
