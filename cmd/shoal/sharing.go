@@ -8,6 +8,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/pace"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/swarm"
@@ -29,12 +30,12 @@ const keepFrames = 16 << 20
 // intake is what all that a node gets from others goes through.
 type intake struct {
 	window   *exchange.Window
-	download *exchange.Pacer
+	download *pace.Pacer
 	frames   *exchange.Frames // nil: this node passes nothing on
 }
 
 func newIntake(c *config.Node) intake {
-	in := intake{window: exchange.NewWindow(), download: exchange.NewPacer(int64(c.MaxDownload))}
+	in := intake{window: exchange.NewWindow(), download: pace.New(int64(c.MaxDownload))}
 	if len(c.Listen) > 0 {
 		in.frames = exchange.NewFrames(keepFrames)
 	}
@@ -80,7 +81,7 @@ func share(c *config.Node, up upstream, store swarm.Store, log *slog.Logger, reg
 	}
 	server, err := exchange.NewServer(r.membership.host, exchange.ServerConfig{
 		Provider: r.swarm.Provider(store), Images: r.swarm.Images(store), Limits: swarm.NodeLimits(),
-		Upload: exchange.NewPacer(int64(c.MaxUpload)), Log: log, Registerer: reg,
+		Upload: pace.New(int64(c.MaxUpload)), Log: log, Registerer: reg,
 	})
 	if err != nil {
 		return nil, err

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/pace"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
@@ -60,7 +61,8 @@ func openSupernode(root string, store config.Store, reg config.Registry, at plac
 		Dir:     root, Quota: int64(store.Quota),
 		HostDirs: hostDirs, TrustedRegistries: reg.Trusted,
 		AccessTTL: time.Duration(reg.AccessTTL), AccessGrace: time.Duration(reg.AccessGrace),
-		Registry: registry.Config{TagTTL: time.Duration(reg.TagTTL)},
+		Ingests:  reg.Ingests,
+		Registry: registry.Config{TagTTL: time.Duration(reg.TagTTL), Download: pace.New(int64(reg.MaxDownload))},
 		Grant:    at.grant, Holders: at.holders, Relays: at.relays, Self: at.self, Siblings: at.siblings, Log: log, Registerer: metrics,
 	})
 }
@@ -74,9 +76,12 @@ type place struct {
 	siblings siblings
 }
 
-// supernodePeers is how many nodes may be connected at once. Each takes some tens
-// of kilobytes of memory, when it is there.
-const supernodePeers = 12_000
+// supernodeLimits has requests wait for the upload budget: a node that is refused asks
+// the registry, if there is one supernode. The waits are shorter than what a node has
+// patience for (supernodePatience; exchange.Options.PrefetchTimeout).
+func supernodeLimits() exchange.Limits {
+	return exchange.Limits{DemandBacklog: supernodePatience * 8 / 10, PrefetchBacklog: 30 * time.Second}
+}
 
 func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	log := newLogger(c.Log)
@@ -112,7 +117,7 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	if err != nil {
 		return err
 	}
-	h, err := host.New(host.Config{Key: key, Listen: c.Listen, MaxPeers: supernodePeers, Guard: list, UserAgent: "shoal/" + version})
+	h, err := host.New(host.Config{Key: key, Listen: c.Listen, MaxPeers: c.MaxPeers, Guard: list, UserAgent: "shoal/" + version})
 	if err != nil {
 		return err
 	}
@@ -129,7 +134,10 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	defer func() { err = errors.Join(err, s.Close()) }()
 	list.Start(h)
 	defer func() { err = errors.Join(err, list.Close()) }()
-	server, err := exchange.NewServer(h, exchange.ServerConfig{Chunks: s, Images: s, Documents: s, Profiles: s, Log: log, Registerer: metrics})
+	server, err := exchange.NewServer(h, exchange.ServerConfig{
+		Chunks: s, Images: s, Documents: s, Profiles: s, Upload: pace.New(int64(c.MaxUpload)), Limits: supernodeLimits(),
+		Log: log, Registerer: metrics,
+	})
 	if err != nil {
 		return err
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/multiformats/go-multistream"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/pace"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -39,7 +40,7 @@ type Options struct {
 	Window *Window
 	// Download is the budget for chunks, shared by the clients of one machine;
 	// nil: no limit.
-	Download *Pacer
+	Download *pace.Pacer
 	// Frames, if not nil, is given the chunks that come compressed, once Deliver
 	// has returned nil for them.
 	Frames *Frames

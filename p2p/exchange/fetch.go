@@ -256,7 +256,10 @@ func (f *fetch) pace(ctx context.Context, chunks []blockdev.Chunk) error {
 	for i := range chunks {
 		n += int64(chunks[i].Length)
 	}
-	return f.c.opts.Download.take(ctx, f.c.keeper.info.ID, f.priority, n)
+	if f.c.opts.Download.Take(ctx, string(f.c.keeper.info.ID), f.priority, n) != nil {
+		return contextError(ctx)
+	}
+	return nil
 }
 
 // uncount gives back to the window what has not come.

@@ -88,8 +88,12 @@ func (s *Server) answerChunks(st network.Stream, out *deadline, from peer.ID, re
 		s.stats.request(k, err)
 		return s.refuse(st, out, wire.FromError(err))
 	}
-	if err := s.cfg.Upload.busy(q.Priority); err != nil {
-		return refuse(err)
+	backlog := s.cfg.Limits.PrefetchBacklog
+	if k == demand {
+		backlog = s.cfg.Limits.DemandBacklog
+	}
+	if wait := s.cfg.Upload.Wait(string(from), q.Priority); wait > backlog {
+		return refuse(fmt.Errorf("the upload limit of %d bytes/s is used up for %v: %w", s.cfg.Upload.Rate(), wait.Round(time.Millisecond), wire.ErrBusy))
 	}
 	if !s.admit.enter(from, k) {
 		return refuse(fmt.Errorf("%s requests of this node, or in all, are at their limit: %w", k, wire.ErrBusy))
@@ -272,7 +276,10 @@ func (a *chunkAnswer) pace(ctx context.Context, n int) error {
 			return err
 		}
 	}
-	return a.s.cfg.Upload.take(ctx, a.from, a.priority, int64(n))
+	if a.s.cfg.Upload.Take(ctx, string(a.from), a.priority, int64(n)) != nil {
+		return contextError(ctx)
+	}
+	return nil
 }
 
 // chunk returns the next chunk, one of n, having started to read those

@@ -13,6 +13,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/semaphore"
+
+	"github.com/shoalfs/shoal/blockdev/pace"
 )
 
 // Limits bound what peers can make a server do. The zero value of each field
@@ -36,6 +38,12 @@ type Limits struct {
 	// PrefetchReads is how many chunks are read from Chunks for prefetches
 	// and by startup profiles at the same time (32). A Provider bounds this itself.
 	PrefetchReads int
+
+	// DemandBacklog and PrefetchBacklog are how long a request may have to wait for
+	// the upload budget (100 ms and 1 s, the latter for startup, too): one that would
+	// wait for longer is answered busy. A node's peers have others to ask; a
+	// supernode, of which there may be one, has them wait.
+	DemandBacklog, PrefetchBacklog time.Duration
 
 	// IdleTimeout closes streams on which no request comes (2 min). It is
 	// longer than a client keeps them.
@@ -78,6 +86,8 @@ func (l *Limits) setDefaults() {
 	setDefault(&l.ReadAhead, 4)
 	setDefault(&l.TotalReadAhead, 512)
 	setDefault(&l.PrefetchReads, 32)
+	setDefault(&l.DemandBacklog, 100*time.Millisecond)
+	setDefault(&l.PrefetchBacklog, time.Second)
 	setDefault(&l.IdleTimeout, 2*time.Minute)
 	setDefault(&l.WriteTimeout, 30*time.Second)
 	setDefault(&l.ChunkTimeout, 30*time.Second)
@@ -96,7 +106,7 @@ type ServerConfig struct {
 	Documents Documents // nil: no manifest protocol
 	Profiles  Profiles  // nil: no profile protocol
 	// Upload is the budget for chunks; nil: no limit.
-	Upload *Pacer
+	Upload *pace.Pacer
 	Limits Limits
 	Log    *slog.Logger // nil: no log
 	// Registerer, if not nil, takes the server's metrics.

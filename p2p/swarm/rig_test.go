@@ -23,6 +23,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/blockdev/pace"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/route"
@@ -196,7 +197,7 @@ func newHost(t testing.TB) lphost.Host {
 // options of one node.
 type options struct {
 	zone   string
-	upload *exchange.Pacer
+	upload *pace.Pacer
 	limits exchange.Limits
 	quiet  time.Duration
 	frames *exchange.Frames

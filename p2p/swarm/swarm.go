@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/pace"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/route"
 )
@@ -54,7 +55,7 @@ type Config struct {
 	// Window and Download bound what comes in (exchange.Options); Supernode's
 	// client should have the same.
 	Window   *exchange.Window
-	Download *exchange.Pacer
+	Download *pace.Pacer
 	// Frames are the chunks that came a moment ago, to be passed on as they came;
 	// Supernode's client should have the same. nil: everything is sent raw.
 	Frames *exchange.Frames

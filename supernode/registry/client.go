@@ -18,6 +18,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/pace"
 	"github.com/shoalfs/shoal/internal/pattern"
 	"github.com/shoalfs/shoal/supernode/flight"
 )
@@ -50,6 +51,9 @@ type Config struct {
 	// Received, if set, is told of every n bytes of answers as they arrive. It
 	// is called from many goroutines.
 	Received func(n int64)
+	// Download is the budget for layers, shared among registries in turns; nil: no
+	// limit. Manifests, tokens and questions do not wait for it.
+	Download *pace.Pacer
 }
 
 // Client asks registries. It is safe for concurrent use.

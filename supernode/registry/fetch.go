@@ -16,6 +16,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/pace"
 )
 
 // Fetch streams a layer's compressed bytes from offset (0..layer.Size) to its
@@ -45,7 +46,7 @@ func (c *Client) Fetch(ctx context.Context, m *Manifest, l Layer, cred blockdev.
 		}
 		b, raw := open(rctx, s, ref, l, offset)
 		if raw == nil {
-			b.ctx, b.cancel, b.name, b.host = ctx, cancel, name, ref.Host
+			b.ctx, b.own, b.cancel, b.name, b.host, b.budget = ctx, rctx, cancel, name, ref.Host, c.cfg.Download
 			return b, nil
 		}
 		err = mapError(ctx, name, raw)
@@ -96,7 +97,9 @@ func open(ctx context.Context, s *session, ref Reference, l Layer, offset int64)
 // blob is a layer's reader: as long as the descriptor says, errors mapped.
 type blob struct {
 	ctx        context.Context    // the caller's of Fetch; only to name its end as the cause
-	cancel     context.CancelFunc // ends the request
+	own        context.Context    // of the request
+	cancel     context.CancelFunc // ends own
+	budget     *pace.Pacer
 	name, host string
 	size       int64
 
@@ -133,6 +136,10 @@ func (b *blob) Read(p []byte) (int, error) {
 	case err == io.EOF:
 		return n, io.EOF
 	case err != nil:
+		return n, mapError(b.ctx, b.name, err)
+	}
+	// The bytes are here: a wait holds back those behind them, and whoever sends them.
+	if err := b.budget.Take(b.own, b.host, blockdev.Demand, int64(n)); err != nil {
 		return n, mapError(b.ctx, b.name, err)
 	}
 	return n, nil

@@ -27,6 +27,25 @@ func (s Store) check(prefix string) error {
 	return nil
 }
 
+// Bounds of what an operator may set: an ingest takes a processor, and a peer some tens
+// of kilobytes of memory when it is there.
+const (
+	maxIngests = 256
+	maxPeers   = 1 << 17
+	// leastRate keeps a limit from being a failure: with less, one chunk takes longer
+	// than those that wait for it have patience.
+	leastRate = 1 << 20
+)
+
+// checkRate checks a limit in bytes a second, of which 0 means none.
+func checkRate(key string, v Size) error {
+	if v != 0 && v < leastRate {
+		text, err := v.MarshalText()
+		return errors.Join(err, fmt.Errorf("%s is %s: it must be at least 1MiB, or 0 for no limit", key, text))
+	}
+	return nil
+}
+
 // Registry says how registries are reached and how long their word counts.
 type Registry struct {
 	ConfigPath  string   `toml:"config_path" comment:"containerd's directory of hosts.toml files: mirrors, CAs, plain HTTP"`
@@ -34,6 +53,8 @@ type Registry struct {
 	Trusted     []string `toml:"trusted" comment:"registry hosts that need only say that they have a layer (HEAD) which came from another registry, and not send it once more"`
 	TagTTL      Duration `toml:"tag_ttl" comment:"how long what a tag names is believed before the registry is asked again"`
 	AccessTTL   Duration `toml:"access_ttl" comment:"how long a registry's permission to pull is believed"`
+	MaxDownload Size     `toml:"max_download" comment:"bytes a second of layers that are taken from registries, which share it; 0: no limit"`
+	Ingests     int      `toml:"ingests" comment:"how many layers of more than 8 MiB are fetched at the same time; a registry that has none under way gets one beyond them"`
 	AccessGrace Duration `toml:"access_grace" comment:"and how long while the registry is down (no answer or 5xx; not 429), for the same node with the same credential"`
 }
 
@@ -54,6 +75,12 @@ func (r Registry) check(prefix string) error {
 	if _, err := r.Repositories(); err != nil {
 		return fmt.Errorf("%sregistry.allowed: %w", prefix, err)
 	}
+	if r.Ingests < 1 || r.Ingests > maxIngests {
+		return fmt.Errorf("%sregistry.ingests is %d: it must be from 1 to %d; each takes a processor and a connection", prefix, r.Ingests, maxIngests)
+	}
+	if err := checkRate(prefix+"registry.max_download", r.MaxDownload); err != nil {
+		return err
+	}
 	if r.AccessGrace < r.AccessTTL {
 		return fmt.Errorf("%sregistry.access_grace (%v) is shorter than %sregistry.access_ttl (%v): while a registry is down its word would count for less time than while it is up",
 			prefix, time.Duration(r.AccessGrace), prefix, time.Duration(r.AccessTTL))
@@ -70,6 +97,8 @@ type Supernode struct {
 	Listen         []string `toml:"listen" comment:"host:port addresses for nodes"`
 	TokenFile      string   `toml:"token_file" comment:"tokens that nodes join with, one a line; empty: the file token in root, which is made at the first start"`
 	Siblings       []string `toml:"siblings" comment:"the supernodes of this datacenter, ID@host:port, if there are several; the same list on each; its own address may be in it"`
+	MaxUpload      Size     `toml:"max_upload" comment:"bytes a second of chunks that this supernode sends; nodes share it, and what containers read comes before prefetch; 0: no limit"`
+	MaxPeers       int      `toml:"max_peers" comment:"how many nodes and supernodes may be connected at a time"`
 	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status, prefetch, members and check"`
 	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
 	Store          Store    `toml:"store"`
@@ -84,6 +113,7 @@ func DefaultSupernode() *Supernode {
 		Root:           "/var/lib/shoal-supernode",
 		Listen:         []string{"0.0.0.0:7700"},
 		Siblings:       []string{},
+		MaxPeers:       12_000,
 		ControlAddress: "/run/shoal/supernode.sock",
 		MetricsAddress: "127.0.0.1:7701",
 		Store:          defaultStore(),
@@ -99,6 +129,7 @@ func defaultRegistry() Registry {
 		ConfigPath:  "/etc/containerd/certs.d",
 		Allowed:     []string{"*"},
 		Trusted:     []string{},
+		Ingests:     4,
 		TagTTL:      Duration(time.Minute),
 		AccessTTL:   Duration(5 * time.Minute),
 		AccessGrace: Duration(24 * time.Hour),
@@ -115,6 +146,10 @@ func (c *Supernode) Check() error {
 	if len(c.Listen) == 0 {
 		errs = append(errs, errors.New("listen is empty: no node could reach this supernode"))
 	}
+	if c.MaxPeers < 1 || c.MaxPeers > maxPeers {
+		errs = append(errs, fmt.Errorf("max_peers is %d: it must be from 1 to %d", c.MaxPeers, maxPeers))
+	}
+	errs = append(errs, checkRate("max_upload", c.MaxUpload))
 	if c.TokenFile != "" {
 		errs = append(errs, checkAbs("token_file", c.TokenFile))
 	}

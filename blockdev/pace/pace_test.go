@@ -1,26 +1,22 @@
-package exchange
+package pace
 
 import (
 	"context"
-	"errors"
 	"testing"
 	"testing/synctest"
 	"time"
 
-	"github.com/libp2p/go-libp2p/core/peer"
-
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/p2p/wire"
 )
 
 const chunkSize = blockdev.AvgChunk
 
-func TestPacerRate(t *testing.T) {
+func TestRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p := NewPacer(10 * chunkSize)
+		p := New(10 * chunkSize)
 		begin := time.Now()
 		for range 100 {
-			if err := p.take(t.Context(), "a", blockdev.Prefetch, chunkSize); err != nil {
+			if err := p.Take(t.Context(), "a", blockdev.Prefetch, chunkSize); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -30,22 +26,22 @@ func TestPacerRate(t *testing.T) {
 		}
 	})
 	var none *Pacer
-	if err := none.take(t.Context(), "a", blockdev.Demand, 1<<40); err != nil || none.busy(blockdev.Demand) != nil || NewPacer(0) != nil {
+	if err := none.Take(t.Context(), "a", blockdev.Demand, 1<<40); err != nil || none.Wait("a", blockdev.Demand) != 0 || New(0) != nil {
 		t.Error("no limit is a limit")
 	}
 }
 
 // Each of several peers gets its share, however much one of them wants; and
 // demand goes first.
-func TestPacerShares(t *testing.T) {
+func TestShares(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p := NewPacer(100 * chunkSize)
+		p := New(100 * chunkSize)
 		ctx, cancel := context.WithCancel(t.Context())
-		got := map[peer.ID]*int{"greedy": new(int), "modest": new(int), "reader": new(int)}
-		want := func(id peer.ID, pr blockdev.Priority, several int) {
+		got := map[string]*int{"greedy": new(int), "modest": new(int), "reader": new(int)}
+		want := func(id string, pr blockdev.Priority, several int) {
 			for range several {
 				go func() {
-					for p.take(ctx, id, pr, chunkSize) == nil {
+					for p.Take(ctx, id, pr, chunkSize) == nil {
 						*got[id]++
 					}
 				}()
@@ -68,31 +64,39 @@ func TestPacerShares(t *testing.T) {
 		cancel()
 		synctest.Wait()
 		for _, c := range p.classes {
-			if c.bytes != 0 || len(c.turns) != 0 || len(c.peers) != 0 {
+			if c.bytes != 0 || len(c.turns) != 0 || len(c.keys) != 0 {
 				t.Errorf("left over: %+v", c)
 			}
 		}
 	})
 }
 
-func TestPacerBusy(t *testing.T) {
+// What somebody would wait for is what goes before, and not what others have in line
+// behind it.
+func TestWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p := NewPacer(10 * chunkSize)
+		p := New(10 * chunkSize)
 		ctx, cancel := context.WithCancel(t.Context())
-		for range 30 {
-			go func() { _ = p.take(ctx, "a", blockdev.Prefetch, chunkSize) }()
+		for range 60 {
+			go func() { _ = p.Take(ctx, "greedy", blockdev.Prefetch, chunkSize) }()
 		}
 		synctest.Wait()
-		if err := p.busy(blockdev.Prefetch); !errors.Is(err, wire.ErrBusy) {
-			t.Errorf("with a backlog of 2 s, prefetch is told %v", err)
+		if w := p.Wait("greedy", blockdev.Prefetch); w < 2*time.Second {
+			t.Errorf("one with 60 chunks in line is to wait for %v", w)
 		}
-		if err := p.busy(blockdev.Demand); err != nil {
-			t.Errorf("demand waits for prefetch: %v", err)
+		if w := p.Wait("modest", blockdev.Prefetch); w > 300*time.Millisecond {
+			t.Errorf("another one is to wait for %v", w)
+		}
+		if w := p.Wait("greedy", blockdev.Demand); w > 200*time.Millisecond {
+			t.Errorf("demand waits for prefetch: %v", w)
+		}
+		if got := p.Waiting()[blockdev.Prefetch]; got < 20*chunkSize || got > 60*chunkSize {
+			t.Errorf("%d bytes wait", got)
 		}
 		cancel()
 		synctest.Wait()
-		if err := p.busy(blockdev.Prefetch); err != nil {
-			t.Errorf("nobody waits any more: %v", err)
+		if w := p.Wait("greedy", blockdev.Prefetch); w > 200*time.Millisecond || p.Waiting() != [3]int64{} {
+			t.Errorf("nobody waits any more: %v, %v", w, p.Waiting())
 		}
 	})
 }

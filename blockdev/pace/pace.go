@@ -1,35 +1,35 @@
-package exchange
+// Package pace hands out a budget of bytes a second: what a daemon sends to nodes, or
+// takes from others.
+//
+// # Invariants
+//
+//   - Demand comes before startup, and startup before prefetch.
+//   - Within one priority those that want bytes have their turns one after the other
+//     (deficit round robin by key), so that one that wants much does not get more than
+//     others. One that has waited for nobody's bytes but its own waits for at most one
+//     quantum of each other.
+//   - A Pacer holds nothing but the claims that wait, whose number its users bound.
+package pace
 
 import (
 	"context"
-	"fmt"
 	"sync"
 	"time"
 
-	"github.com/libp2p/go-libp2p/core/peer"
-
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/p2p/wire"
 )
 
 const (
-	// quantum is how many bytes a peer sends when its turn comes.
+	// quantum is how many bytes a key gets when its turn comes.
 	quantum = blockdev.AvgChunk
 	// leastBurst is how many bytes may go at once after a pause.
 	leastBurst = blockdev.MaxChunk
 	// burstTime is the same as a time, for fast links: what a timer may be late.
 	burstTime = 10 * time.Millisecond
-
-	// What waits for longer than this finds out at once, as busy.
-	demandBacklog   = 100 * time.Millisecond
-	prefetchBacklog = time.Second
 )
 
-// Pacer hands out a budget of bytes per second: demand before prefetch, and in
-// turns among the peers that want some (deficit round robin), so that one that
-// wants much does not get more than others. It holds nothing but those that
-// wait, whose number the limits of server and client bound. A nil Pacer has no
-// limit.
+// Pacer is a budget. Its methods may be called from several goroutines. A nil Pacer has
+// no limit.
 type Pacer struct {
 	rate, burst float64
 
@@ -44,11 +44,12 @@ type Pacer struct {
 type class struct {
 	bytes int64
 	turns []*account // those with waiting, the next one first
-	peers map[peer.ID]*account
+	keys  map[string]*account
 }
 
 type account struct {
-	id      peer.ID
+	key     string
+	bytes   int64 // of waiting
 	credit  int64 // what it may have still; below zero after a large chunk
 	waiting []*claim
 }
@@ -58,8 +59,8 @@ type claim struct {
 	granted chan struct{}
 }
 
-// NewPacer returns a Pacer of rate bytes a second; nil if rate is 0.
-func NewPacer(rate int64) *Pacer {
+// New returns a Pacer of rate bytes a second; nil if rate is 0.
+func New(rate int64) *Pacer {
 	if rate <= 0 {
 		return nil
 	}
@@ -67,41 +68,73 @@ func NewPacer(rate int64) *Pacer {
 	p.burst = max(leastBurst, p.rate*burstTime.Seconds())
 	p.tokens = p.burst
 	for i := range p.classes {
-		p.classes[i].peers = make(map[peer.ID]*account)
+		p.classes[i].keys = make(map[string]*account)
 	}
 	return p
 }
 
-// busy returns wire.ErrBusy if what is asked for now would wait for too long.
-func (p *Pacer) busy(pr blockdev.Priority) error {
+// Rate is the budget, in bytes a second; 0: no limit.
+func (p *Pacer) Rate() int64 {
 	if p == nil {
-		return nil
+		return 0
+	}
+	return int64(p.rate)
+}
+
+// Wait is how long, at most, what a key asks for now has to wait until its first bytes
+// are within the budget, if nobody asks for more of a higher priority meanwhile.
+func (p *Pacer) Wait(key string, pr blockdev.Priority) time.Duration {
+	if p == nil {
+		return 0
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.refill(time.Now())
-	bytes, limit := p.classes[blockdev.Demand].bytes, demandBacklog
-	if pr != blockdev.Demand {
-		bytes, limit = bytes+p.classes[blockdev.Startup].bytes, prefetchBacklog
+	bytes := p.classes[pr].before(key)
+	for _, higher := range order {
+		if higher == pr {
+			break
+		}
+		bytes += p.classes[higher].bytes
 	}
-	if pr == blockdev.Prefetch {
-		bytes += p.classes[blockdev.Prefetch].bytes
-	}
-	wait := time.Duration((float64(bytes) - min(p.tokens, 0)) / p.rate * float64(time.Second))
-	if wait > limit {
-		return fmt.Errorf("the budget of %.0f bytes/s is used up for %v: %w", p.rate, wait.Round(time.Millisecond), wire.ErrBusy)
-	}
-	return nil
+	return time.Duration((float64(bytes) - min(p.tokens, 0)) / p.rate * float64(time.Second))
 }
 
-// take waits until n bytes for a peer are within the budget.
-func (p *Pacer) take(ctx context.Context, id peer.ID, pr blockdev.Priority, n int64) error {
+// order is how priorities come.
+var order = [...]blockdev.Priority{blockdev.Demand, blockdev.Startup, blockdev.Prefetch}
+
+// before is how many bytes, at most, go before what a key asks for now: its own, and as
+// much of each other.
+func (c *class) before(key string) int64 {
+	own, others := int64(0), int64(len(c.keys))
+	if a := c.keys[key]; a != nil {
+		own = a.bytes
+		others--
+	}
+	return min(c.bytes, own+others*(own+quantum))
+}
+
+// Waiting is how many bytes wait for the budget, by blockdev.Priority.
+func (p *Pacer) Waiting() (bytes [3]int64) {
+	if p == nil {
+		return bytes
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for pr := range p.classes {
+		bytes[pr] = p.classes[pr].bytes
+	}
+	return bytes
+}
+
+// Take waits until n bytes for a key are within the budget. Its error is ctx's cause.
+func (p *Pacer) Take(ctx context.Context, key string, pr blockdev.Priority, n int64) error {
 	if p == nil || n == 0 {
 		return nil
 	}
 	c := &claim{bytes: n, granted: make(chan struct{})}
 	p.mu.Lock()
-	p.classes[pr].add(id, c)
+	p.classes[pr].add(key, c)
 	p.grant(time.Now())
 	p.mu.Unlock()
 	select {
@@ -111,10 +144,10 @@ func (p *Pacer) take(ctx context.Context, id peer.ID, pr blockdev.Priority, n in
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !p.classes[pr].remove(id, c) {
+	if !p.classes[pr].remove(key, c) {
 		return nil // granted meanwhile
 	}
-	return contextError(ctx)
+	return context.Cause(ctx)
 }
 
 func (p *Pacer) refill(now time.Time) {
@@ -126,14 +159,8 @@ func (p *Pacer) refill(now time.Time) {
 func (p *Pacer) grant(now time.Time) {
 	p.refill(now)
 	for {
-		c := &p.classes[blockdev.Demand]
-		if len(c.turns) == 0 {
-			c = &p.classes[blockdev.Startup]
-		}
-		if len(c.turns) == 0 {
-			c = &p.classes[blockdev.Prefetch]
-		}
-		if len(c.turns) == 0 {
+		c := p.first()
+		if c == nil {
 			return
 		}
 		if p.tokens <= 0 {
@@ -153,14 +180,25 @@ func (p *Pacer) grant(now time.Time) {
 	p.timer.Reset(wait)
 }
 
-func (c *class) add(id peer.ID, cl *claim) {
-	a := c.peers[id]
+// first is the highest class that has something to wait; nil: none.
+func (p *Pacer) first() *class {
+	for _, pr := range order {
+		if c := &p.classes[pr]; len(c.turns) > 0 {
+			return c
+		}
+	}
+	return nil
+}
+
+func (c *class) add(key string, cl *claim) {
+	a := c.keys[key]
 	if a == nil {
-		a = &account{id: id}
-		c.peers[id] = a
+		a = &account{key: key}
+		c.keys[key] = a
 		c.turns = append(c.turns, a)
 	}
 	a.waiting = append(a.waiting, cl)
+	a.bytes += cl.bytes
 	c.bytes += cl.bytes
 }
 
@@ -184,11 +222,12 @@ func (c *class) next() int64 {
 // drop takes claim i of a out, and a if it has no other.
 func (c *class) drop(a *account, i int) {
 	c.bytes -= a.waiting[i].bytes
+	a.bytes -= a.waiting[i].bytes
 	a.waiting = append(a.waiting[:i], a.waiting[i+1:]...)
 	if len(a.waiting) > 0 {
 		return
 	}
-	delete(c.peers, a.id)
+	delete(c.keys, a.key)
 	for k, t := range c.turns {
 		if t == a {
 			c.turns = append(c.turns[:k], c.turns[k+1:]...)
@@ -198,8 +237,8 @@ func (c *class) drop(a *account, i int) {
 }
 
 // remove takes a claim out; false: it is not there any more.
-func (c *class) remove(id peer.ID, cl *claim) bool {
-	a := c.peers[id]
+func (c *class) remove(key string, cl *claim) bool {
+	a := c.keys[key]
 	if a == nil {
 		return false
 	}
