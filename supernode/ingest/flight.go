@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -15,6 +16,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/layer"
 	"github.com/shoalfs/shoal/supernode/flight"
+	"github.com/shoalfs/shoal/supernode/slots"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
@@ -30,6 +32,8 @@ type arrival struct {
 
 	stage             atomic.Int32
 	fetched, unpacked atomic.Int64
+	told              atomic.Int64 // fetched and unpacked bytes when news was told last
+	news              flight.Progress[Progress]
 
 	mu      sync.Mutex
 	claims  []blockdev.Digest // DiffIDs that askers' configs say
@@ -51,6 +55,30 @@ func (f *arrival) progress() Progress {
 	}
 }
 
+// to notes where the layer is.
+func (f *arrival) to(s Stage) {
+	f.stage.Store(int32(s))
+	f.tell()
+}
+
+// moved tells watchers now and then how far the layer is: a thousand of them are not
+// to cost much of what the layer itself does.
+func (f *arrival) moved() {
+	now, last := f.fetched.Load()+f.unpacked.Load(), f.told.Load()
+	if (last == 0 || now-last >= max(newsStep, f.l.Size/newsParts)) && f.told.CompareAndSwap(last, now) {
+		f.tell()
+	}
+}
+
+func (f *arrival) tell() { f.news.Report(f.progress()) }
+
+const (
+	// newsStep and newsParts: watchers are told after so many bytes, or such a part
+	// of the blob, whichever is more.
+	newsStep  = 256 << 10
+	newsParts = 64
+)
+
 // maxOpens bounds the credentials that a flight falls back to.
 const maxOpens = 8
 
@@ -59,6 +87,7 @@ const maxOpens = 8
 func (in *Ingester) join(l Layer) (a *flight.Asker[*arrival], tries bool, _ error) {
 	a, err := in.flights.Join(l.key(), func() (*arrival, flight.Work) {
 		f := &arrival{in: in, l: l, claims: []blockdev.Digest{l.DiffID}, opens: []opening{{l.Open, l.Origin}}}
+		f.tell()
 		return f, f.run
 	})
 	if err != nil || a.Led {
@@ -85,7 +114,7 @@ func (f *arrival) also(l Layer) bool {
 func (f *arrival) run(ctx context.Context) error {
 	err := f.fly(ctx)
 	if err == nil {
-		f.stage.Store(int32(StageStored))
+		f.to(StageStored)
 		f.in.stats.ingested.Add(1)
 	} else {
 		f.in.stats.failed.Add(1)
@@ -93,30 +122,44 @@ func (f *arrival) run(ctx context.Context) error {
 	return err
 }
 
-// fly waits for a place and for room, and takes the layer through.
+// errYielded ends a turn of a layer whose registry sends less than Config.LeastRate,
+// while another one waits. No asker sees it.
+var errYielded = errors.New("its registry sends next to nothing, and others wait")
+
+// fly takes the layer through, in as many turns as that takes.
 func (f *arrival) fly(ctx context.Context) error {
-	places := f.in.large
-	if f.l.Size <= SmallLayer {
-		places = f.in.small
+	for turn := 0; ; turn++ {
+		err := f.turn(ctx, turn)
+		if ctx.Err() != nil || !errors.Is(err, errYielded) {
+			return err
+		}
+		f.to(StageWaiting)
+		f.in.stats.yields.Add(1)
+		f.in.cfg.Log.Warn("a registry sends a layer too slowly to keep others waiting; it goes on after them", "image", f.l.Ref,
+			"layer", f.l.Digest, "at", f.fetched.Load(), "size", f.l.Size)
 	}
-	release, err := places.Take(ctx, f.l.Host)
+}
+
+// turn waits for a place and for room in the spool, and takes the layer through, or
+// gives up its place on the way.
+func (f *arrival) turn(ctx context.Context, n int) error {
+	sf, release, err := f.board(ctx, n)
 	if err != nil {
 		return err
 	}
 	defer release()
-	sf, err := f.in.spool.take(ctx, spoolName(f.l.key()), f.l.Size)
-	if err != nil {
-		return err
-	}
 	pieced := sf.length > 0
-	err = f.through(ctx, sf, &pieced)
-	if pieced && errors.Is(err, blockdev.ErrCorrupt) && ctx.Err() == nil {
+	tctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer f.pace(tctx, n, cancel)()
+	err = f.through(tctx, sf, &pieced)
+	if pieced && errors.Is(err, blockdev.ErrCorrupt) && tctx.Err() == nil {
 		// The seam may be the cause: a power failure can leave garbage at the end of
 		// the spool file, and a registry may answer a range request with something
 		// else. Once more, all of it from the registry.
 		f.in.cfg.Log.Warn("layer wrong after resuming its download; fetching all of it again", "image", f.l.Ref, "layer", f.l.Digest, "error", err)
 		if err = sf.restart(); err == nil {
-			err = f.through(ctx, sf, &pieced)
+			err = f.through(tctx, sf, &pieced)
 		}
 	}
 	// What is wrong in itself is not kept; what a later attempt can go on with is.
@@ -125,6 +168,73 @@ func (f *arrival) fly(ctx context.Context) error {
 		f.in.cfg.Log.Warn("spool file not given up", "layer", f.l.Digest, "error", cerr)
 	}
 	return err
+}
+
+// board takes a place and room in the spool. It waits for the one without having the
+// other, so that nobody who lacks room keeps others from a place.
+func (f *arrival) board(ctx context.Context, rank int) (*spoolFile, func(), error) {
+	places := f.in.places(f.l.Size)
+	for {
+		release, err := places.TakeRanked(ctx, f.l.Host, rank)
+		if err != nil {
+			return nil, nil, err
+		}
+		sf, wait, err := f.in.spool.take(spoolName(f.l.key()), f.l.Size)
+		if sf != nil {
+			return sf, release, nil
+		}
+		release()
+		if err == nil {
+			err = f.in.spool.wait(ctx, wait)
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+	}
+}
+
+// pace ends the turn where the registry trickles and another layer waits. A layer
+// that has had turns gets longer ones: what is in its spool file is unpacked anew in
+// each.
+func (f *arrival) pace(ctx context.Context, turn int, end context.CancelCauseFunc) (stop func()) {
+	places := f.in.places(f.l.Size)
+	window := f.in.cfg.Turn << min(turn, maxTurnShift)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		t := time.NewTicker(window)
+		defer t.Stop()
+		before := f.fetched.Load()
+		for {
+			select {
+			case <-t.C:
+			case <-ctx.Done():
+				return
+			}
+			now := f.fetched.Load()
+			slow := Stage(f.stage.Load()) == StageFetching && float64(now-before) < float64(f.in.cfg.LeastRate)*window.Seconds()
+			if slow && (places.Waiting() > 0 || f.in.spool.waiting.Load() > 0) {
+				end(errYielded)
+				return
+			}
+			before = now
+		}
+	}()
+	return func() {
+		end(nil)
+		<-done
+	}
+}
+
+// maxTurnShift bounds how much longer turns become.
+const maxTurnShift = 5
+
+// places are those for a layer of so many bytes.
+func (in *Ingester) places(size int64) *slots.Slots {
+	if size <= SmallLayer {
+		return in.small
+	}
+	return in.large
 }
 
 func spoolName(k flightKey) string {
@@ -140,9 +250,10 @@ func (f *arrival) through(ctx context.Context, sf *spoolFile, pieced *bool) erro
 		return err
 	}
 	defer session.Abort() // does nothing once published
-	f.stage.Store(int32(StageFetching))
 	f.fetched.Store(sf.length)
 	f.unpacked.Store(0)
+	f.told.Store(0)
+	f.to(StageFetching)
 	f.in.stats.resumed.Add(sf.length)
 
 	t := newTail(sf.f, sf.length)
@@ -155,10 +266,13 @@ func (f *arrival) through(ctx context.Context, sf *spoolFile, pieced *bool) erro
 		fe := &fetcher{in: f.in, l: l, sf: sf, t: t, fetch: func(n int) {
 			f.fetched.Add(int64(n))
 			f.in.stats.fetched.Add(int64(n))
+			f.moved()
 		}}
 		fetchErr = fe.run(gctx)
 		*pieced = *pieced || fe.broke
-		f.stage.CompareAndSwap(int32(StageFetching), int32(StageUnpacking))
+		if f.stage.CompareAndSwap(int32(StageFetching), int32(StageUnpacking)) {
+			f.tell()
+		}
 		return fetchErr
 	})
 	g.Go(func() error {
@@ -173,7 +287,7 @@ func (f *arrival) through(ctx context.Context, sf *spoolFile, pieced *bool) erro
 	if !f.claimed(ix.DiffID) {
 		return claim(f.l, ix.DiffID)
 	}
-	f.stage.Store(int32(StageStoring))
+	f.to(StageStoring)
 	enc, err := index.Encode(ix)
 	if err != nil {
 		return err
@@ -229,6 +343,7 @@ func (c *counting) Read(p []byte) (int, error) {
 	c.n += int64(n)
 	c.f.unpacked.Store(c.n)
 	c.f.in.stats.unpacked.Add(int64(n))
+	c.f.moved()
 	if limit := c.f.in.cfg.MaxDiff; c.n > limit {
 		return n, fmt.Errorf("the layer unpacks to more than %d GiB: %w", limit>>30, blockdev.ErrUnsupported)
 	}

@@ -50,6 +50,12 @@ type Config struct {
 	// Stall is how long a connection may bring nothing before it counts as
 	// broken. Default 30 s.
 	Stall time.Duration
+	// LeastRate is what a registry has to send of a layer, in bytes a second, to keep
+	// its place while another layer waits; see package doc. Default 128 KiB.
+	LeastRate int64
+	// Turn is for how long it is looked at how much it sends, and so the least time
+	// that a layer has a place. Default 10 s.
+	Turn time.Duration
 	// MaxDiff bounds a layer's uncompressed size, in bytes. Default 256 GiB.
 	MaxDiff int64
 	// Build is passed on to layer.Build.
@@ -86,6 +92,12 @@ func (c Config) withDefaults() Config {
 	}
 	if c.Stall <= 0 {
 		c.Stall = 30 * time.Second
+	}
+	if c.LeastRate <= 0 {
+		c.LeastRate = 128 << 10
+	}
+	if c.Turn <= 0 {
+		c.Turn = 10 * time.Second
 	}
 	if c.MaxDiff <= 0 {
 		c.MaxDiff = 256 << 30
@@ -213,12 +225,9 @@ type Progress struct {
 	Fetched, Total, Unpacked int64
 }
 
-// watchInterval is how often progress is reported.
-const watchInterval = 100 * time.Millisecond
-
 // Layer returns the layer's record, after ingesting the layer if the store does
-// not have it. watch, if not nil, is told how far it is, now and then, from
-// this goroutine. The record may have other origins than l.Origin, or another
+// not have it. watch, if not nil, is told how far it is, at once and whenever some
+// more has come; it must not block. The record may have other origins than l.Origin, or another
 // DiffID, if the store had the layer or others asked for it, too: who may have it,
 // and may know that the DiffID is another, is the caller's to decide.
 //
@@ -263,32 +272,21 @@ func (in *Ingester) layer(ctx context.Context, l Layer, watch func(Progress)) (s
 func (in *Ingester) wait(ctx context.Context, a *flight.Asker[*arrival], l Layer, watch func(Progress)) (store.LayerRecord, error) {
 	defer a.Leave()
 	f := a.State
-	var tick <-chan time.Time
 	if watch != nil {
-		t := time.NewTicker(watchInterval)
-		defer t.Stop()
-		tick = t.C
-		watch(f.progress())
+		defer f.news.Watch(watch)()
 	}
-	for {
-		select {
-		case <-a.Done():
-			if watch != nil {
-				watch(f.progress())
+	select {
+	case <-a.Done():
+		// Who asked with another DiffID than the layer has hears of it even if
+		// the flight has failed for everybody. If it has not, there is a record.
+		if a.Err() != nil && f.rec.DiffID != (blockdev.Digest{}) {
+			if err := claim(l, f.rec.DiffID); err != nil {
+				return store.LayerRecord{}, err
 			}
-			// Who asked with another DiffID than the layer has hears of it even if
-			// the flight has failed for everybody. If it has not, there is a record.
-			if a.Err() != nil && f.rec.DiffID != (blockdev.Digest{}) {
-				if err := claim(l, f.rec.DiffID); err != nil {
-					return store.LayerRecord{}, err
-				}
-			}
-			return f.rec, a.Err()
-		case <-tick:
-			watch(f.progress())
-		case <-ctx.Done():
-			return store.LayerRecord{}, ctx.Err()
 		}
+		return f.rec, a.Err()
+	case <-ctx.Done():
+		return store.LayerRecord{}, ctx.Err()
 	}
 }
 
@@ -315,6 +313,7 @@ type Stats struct {
 	Flights  int
 	Ingested int64 // layers published
 	Failed   int64 // flights that ended otherwise
+	Yields   int64 // places that slow registries gave back to others
 	Retries  int64 // connections that broke or were refused and were tried again
 	Fetched  int64 // compressed bytes from the network
 	Resumed  int64 // compressed bytes that were in a spool file already
@@ -322,14 +321,14 @@ type Stats struct {
 }
 
 type counters struct {
-	ingested, failed, retries, fetched, resumed, unpacked atomic.Int64
+	ingested, failed, yields, retries, fetched, resumed, unpacked atomic.Int64
 }
 
 // Stats returns a snapshot.
 func (in *Ingester) Stats() Stats {
 	c := &in.stats
 	return Stats{
-		Flights: in.flights.Len(), Ingested: c.ingested.Load(), Failed: c.failed.Load(), Retries: c.retries.Load(),
+		Flights: in.flights.Len(), Ingested: c.ingested.Load(), Failed: c.failed.Load(), Yields: c.yields.Load(), Retries: c.retries.Load(),
 		Fetched: c.fetched.Load(), Resumed: c.resumed.Load(), Unpacked: c.unpacked.Load(),
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -23,6 +24,8 @@ type spool struct {
 	key    string
 	expiry time.Duration
 	now    func() time.Time
+
+	waiting atomic.Int64 // how many wait for room
 
 	mu    sync.Mutex
 	open  map[string]int64 // file name -> bytes that it may grow to
@@ -50,32 +53,34 @@ type spoolFile struct {
 }
 
 // take opens the file name for a blob of size bytes, with what it holds from an
-// earlier attempt. It waits while other flights have the quota's room, and
-// deletes files without a flight to get some.
-func (s *spool) take(ctx context.Context, name string, size int64) (*spoolFile, error) {
+// earlier attempt. It deletes files without a flight to get room. While other
+// flights have it all it returns a channel for wait in place of a file.
+func (s *spool) take(name string, size int64) (_ *spoolFile, freed <-chan struct{}, _ error) {
 	if s.quota > 0 && size > s.quota {
-		return nil, fmt.Errorf("spool: a layer of %d MiB: %w: the quota is %d MiB; raise %s", size>>20, blockdev.ErrNoSpace, s.quota>>20, s.key)
+		return nil, nil, fmt.Errorf("spool: a layer of %d MiB: %w: the quota is %d MiB; raise %s", size>>20, blockdev.ErrNoSpace, s.quota>>20, s.key)
 	}
-	for {
-		ok, wait, err := s.reserve(name, size)
-		if err != nil {
-			return nil, err
-		}
-		if ok {
-			break
-		}
-		select {
-		case <-wait:
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
+	ok, freed, err := s.reserve(name, size)
+	if err != nil || !ok {
+		return nil, freed, err
 	}
 	sf, err := s.openFile(name, size)
 	if err != nil {
 		s.release(name)
-		return nil, err
+		return nil, nil, err
 	}
-	return sf, nil
+	return sf, nil, nil
+}
+
+// wait waits until some file was given up, or for ctx's cause.
+func (s *spool) wait(ctx context.Context, freed <-chan struct{}) error {
+	s.waiting.Add(1)
+	defer s.waiting.Add(-1)
+	select {
+	case <-freed:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // reserve takes room for size bytes; if there is none, wait tells when to try

@@ -6,8 +6,8 @@
 //
 //   - At most n pieces of work run, and one more for each key that has none
 //     running, up to most in all.
-//   - Who waits is served in the order of coming, but for those whose key has to
-//     wait anyway.
+//   - Who waits is served in the order of rank, and within a rank in that of coming,
+//     but for those whose key has to wait anyway.
 //   - Waiting costs a goroutine and nothing else.
 package slots
 
@@ -28,8 +28,9 @@ type Slots struct {
 }
 
 type waiter struct {
-	key string
-	got chan struct{} // closed when the place is the waiter's
+	key  string
+	rank int
+	got  chan struct{} // closed when the place is the waiter's
 }
 
 // New returns n places (at least one), and up to most with those for keys that have
@@ -42,9 +43,19 @@ func New(n, most int) *Slots {
 // Take waits for a place for key, until ctx ends; release gives it back, and may be
 // called more than once. The error is ctx's cause.
 func (s *Slots) Take(ctx context.Context, key string) (release func(), err error) {
+	return s.TakeRanked(ctx, key, 0)
+}
+
+// TakeRanked is Take for somebody who waits behind all of a lower rank: behind those,
+// say, that have not had a place yet.
+func (s *Slots) TakeRanked(ctx context.Context, key string, rank int) (release func(), err error) {
 	s.mu.Lock()
-	w := &waiter{key: key, got: make(chan struct{})}
-	s.queue = append(s.queue, w)
+	w := &waiter{key: key, rank: rank, got: make(chan struct{})}
+	i := len(s.queue)
+	for i > 0 && s.queue[i-1].rank > rank {
+		i--
+	}
+	s.queue = slices.Insert(s.queue, i, w)
 	s.grantLocked()
 	s.mu.Unlock()
 	select {
@@ -68,6 +79,13 @@ func (s *Slots) Take(ctx context.Context, key string) (release func(), err error
 		defer s.mu.Unlock()
 		s.putLocked(key)
 	}), nil
+}
+
+// Waiting is how many wait for a place.
+func (s *Slots) Waiting() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.queue)
 }
 
 func (s *Slots) putLocked(key string) {

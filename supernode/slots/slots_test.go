@@ -3,6 +3,7 @@ package slots
 import (
 	"context"
 	"errors"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -93,4 +94,39 @@ func TestWhoLeavesTakesNothing(t *testing.T) {
 	if s.used != 0 || len(s.queue) != 0 {
 		t.Errorf("left: %d %v", s.used, s.queue)
 	}
+}
+
+// TestRanks: who has had a place waits behind those that have not.
+func TestRanks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := New(1, 1)
+		release, err := s.Take(t.Context(), "a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var order []string
+		for _, w := range []struct {
+			name string
+			rank int
+		}{{"again", 1}, {"first", 0}, {"a third time", 2}, {"second", 0}, {"again, too", 1}} {
+			go func() {
+				release, err := s.TakeRanked(t.Context(), "a", w.rank)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				order = append(order, w.name)
+				release()
+			}()
+			synctest.Wait()
+		}
+		if n := s.Waiting(); n != 5 {
+			t.Errorf("%d wait", n)
+		}
+		release()
+		synctest.Wait()
+		if got := strings.Join(order, ", "); got != "first, second, again, again, too, a third time" || s.Waiting() != 0 {
+			t.Error(got)
+		}
+	})
 }
