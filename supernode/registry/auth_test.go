@@ -402,7 +402,7 @@ func files(t *testing.T, dir string) []os.DirEntry {
 func TestCacheIsBounded(t *testing.T) {
 	f := registrytest.NewFake(t)
 	dir := t.TempDir()
-	c := newClient(t, func(cfg *registry.Config) { cfg.CacheDir = dir; cfg.CacheBytes = 4000 })
+	c := newClient(t, func(cfg *registry.Config) { cfg.CacheDir = dir; cfg.CacheBytes = 16 << 10 })
 	for i := range 30 {
 		tag := fmt.Sprint("v", i)
 		f.Push(t, "app", tag, registrytest.GzipLayer(t, tag, 10, uint64(i)))
@@ -418,7 +418,7 @@ func TestCacheIsBounded(t *testing.T) {
 		}
 		bytes += fi.Size()
 	}
-	if bytes > 4000 {
-		t.Errorf("%d bytes in the cache, 4000 allowed", bytes)
+	if bytes > 16<<10 {
+		t.Errorf("%d bytes in the cache, 16 KiB allowed", bytes)
 	}
 }

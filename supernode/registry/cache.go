@@ -19,11 +19,12 @@ import (
 // cache keeps small documents on disk: manifests and configs, which are hashed
 // again whenever they are read, and what tags named last. Each is a file named
 // by the SHA-256 of its key, so that names from outside never become paths. It
-// is bounded by bytes; the least recently used go first. Nothing is lost with it
+// is bounded by bytes, as they are on disk, and by maxFiles; the least recently used go first. Nothing is lost with it
 // but time, so it is not synced.
 type cache struct {
 	dir   string
-	limit int64
+	limit int64 // bytes
+	most  int   // files
 
 	mu    sync.Mutex
 	files map[string]*list.Element // by file name
@@ -33,8 +34,18 @@ type cache struct {
 
 type cacheFile struct {
 	name string
-	size int64
+	size int64 // bytes that it takes of the disk
 }
+
+const (
+	// block is what the smallest file takes of a disk: what a tag names is 71 bytes.
+	block = 4096
+	// maxFiles bounds the inodes.
+	maxFiles = 1 << 16
+)
+
+// onDisk is what a file of n bytes takes.
+func onDisk(n int64) int64 { return (n + block - 1) / block * block }
 
 func openCache(dir string, limit int64) (*cache, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -44,7 +55,7 @@ func openCache(dir string, limit int64) (*cache, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &cache{dir: dir, limit: limit, files: map[string]*list.Element{}, lru: list.New()}
+	c := &cache{dir: dir, limit: limit, most: maxFiles, files: map[string]*list.Element{}, lru: list.New()}
 	var infos []fs.FileInfo
 	for _, e := range entries {
 		fi, err := e.Info()
@@ -62,7 +73,7 @@ func openCache(dir string, limit int64) (*cache, error) {
 	}
 	sort.Slice(infos, func(i, j int) bool { return infos[i].ModTime().Before(infos[j].ModTime()) })
 	for _, fi := range infos {
-		c.add(fi.Name(), fi.Size())
+		c.add(fi.Name(), onDisk(fi.Size()))
 	}
 	return c, nil
 }
@@ -82,7 +93,7 @@ func (c *cache) add(name string, size int64) {
 	c.files[name] = c.lru.PushFront(cacheFile{name, size})
 	c.bytes += size
 	var gone []string
-	for c.bytes > c.limit && c.lru.Len() > 1 {
+	for (c.bytes > c.limit || c.lru.Len() > c.most) && c.lru.Len() > 1 {
 		f := c.lru.Remove(c.lru.Back()).(cacheFile)
 		delete(c.files, f.name)
 		c.bytes -= f.size
@@ -118,7 +129,7 @@ func (c *cache) get(name string, limit int64) ([]byte, time.Time, bool) {
 }
 
 func (c *cache) put(name string, data []byte) error {
-	if c == nil || int64(len(data)) > c.limit {
+	if c == nil || onDisk(int64(len(data))) > c.limit {
 		return nil
 	}
 	f, err := os.CreateTemp(c.dir, "new-")
@@ -132,7 +143,7 @@ func (c *cache) put(name string, data []byte) error {
 	if err := os.Rename(f.Name(), filepath.Join(c.dir, name)); err != nil {
 		return errors.Join(err, os.Remove(f.Name()))
 	}
-	c.add(name, int64(len(data)))
+	c.add(name, onDisk(int64(len(data))))
 	return nil
 }
 
