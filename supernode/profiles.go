@@ -169,20 +169,23 @@ func (p *profiles) mayReport(peer string, diff blockdev.Digest) bool {
 	return ok && p.now().Sub(at) < handedOutFor
 }
 
+// room says whether a report of a peer's would be kept: whoever has nothing new to
+// say costs one look.
+func (p *profiles) room(peer string, diff blockdev.Digest) (room bool, err error) {
+	n := report{Peer: peer, At: p.now()}
+	err = p.db.View(func(tx *bbolt.Tx) error {
+		rec, _ := readProfile(tx.Bucket(profileBucket).Get(diff[:]))
+		room = rec.add(n)
+		return nil
+	})
+	return room, err
+}
+
 // add takes a report whose chunks are ones of the diff.
 func (p *profiles) add(peer string, d blockdev.DiffProfile) error {
 	now := p.now()
 	n := report{Peer: peer, At: now, Profile: profile.Append(nil, d.Profile)}
-	room := false
-	err := p.db.View(func(tx *bbolt.Tx) error { // spares the disk
-		rec, _ := readProfile(tx.Bucket(profileBucket).Get(d.Diff[:]))
-		room = rec.add(n)
-		return nil
-	})
-	if err != nil || !room {
-		return err
-	}
-	err = p.db.Update(func(tx *bbolt.Tx) error {
+	err := p.db.Update(func(tx *bbolt.Tx) error {
 		b := tx.Bucket(profileBucket)
 		rec, _ := readProfile(b.Get(d.Diff[:]))
 		if !rec.add(n) {
@@ -247,16 +250,21 @@ func (p *profiles) surplus(diff blockdev.Digest) (old []blockdev.Digest) {
 // ReportProfileFrom implements exchange.Profiles. Errors wrap
 // blockdev.ErrUnauthorized for a diff that the peer was not handed,
 // blockdev.ErrNotFound for one that is not stored any more, blockdev.ErrCorrupt
-// for chunks that it does not have.
+// for chunks that it does not have. A report that tells nothing new is not looked at.
 func (s *Supernode) ReportProfileFrom(ctx context.Context, peer string, p blockdev.DiffProfile) error {
 	if !s.profiles.mayReport(peer, p.Diff) {
 		return fmt.Errorf("startup profile of diff %s: this peer was not handed its index: %w", p.Diff, blockdev.ErrUnauthorized)
 	}
-	enc, err := s.store.Index(ctx, p.Diff)
+	if room, err := s.profiles.room(peer, p.Diff); err != nil || !room {
+		return err
+	}
+	// Whoever has just started the image has asked for its index, so that is here as a
+	// rule.
+	e, err := s.indexes.get(ctx, p.Diff)
 	if err != nil {
 		return fmt.Errorf("startup profile of diff %s: %w", p.Diff, err)
 	}
-	info, err := index.Peek(enc)
+	info, err := index.Peek(e.data)
 	if err != nil {
 		return fmt.Errorf("startup profile of diff %s: %w", p.Diff, err)
 	}

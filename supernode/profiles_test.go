@@ -185,3 +185,39 @@ func TestProfilesDamaged(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestReportLooksForRoomFirst: at a rollout most reports tell nothing new. They cost no
+// index.
+func TestReportLooksForRoomFirst(t *testing.T) {
+	reg := registrytest.NewFake(t)
+	l := registrytest.GzipLayer(t, "a", 1000, 1)
+	reg.Push(t, "app", "v1", l)
+	s := start(t)
+	p := blockdev.DiffProfile{Diff: l.DiffID, Profile: blockdev.Profile{{Chunk: 0}}}
+	report := func(i int) {
+		t.Helper()
+		peer := fmt.Sprint("peer", i)
+		if _, err := s.OpenImageFor(t.Context(), peer, request(reg.Target, "app:v1", nobody)); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.ReportProfileFrom(t.Context(), peer, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range maxReports {
+		report(i)
+	}
+	peer := fmt.Sprint("peer", maxReports)
+	if _, err := s.OpenImageFor(t.Context(), peer, request(reg.Target, "app:v1", nobody)); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.store.Remove(l.DiffID); err != nil { // whoever reads the index sees it
+		t.Fatal(err)
+	}
+	if err := s.ReportProfileFrom(t.Context(), peer, p); err != nil {
+		t.Errorf("a report for which there is no room: %v", err)
+	}
+	if err := s.ReportProfileFrom(t.Context(), "peer0", p); err == nil {
+		t.Error("a report that would be kept, and the index was not read")
+	}
+}
