@@ -92,6 +92,14 @@ func (m *membership) close() error {
 	return errors.Join(m.node.Close(), m.host.Close())
 }
 
+// answered says why no supernode has let this node in since it started; m may be nil.
+func (m *membership) answered() error {
+	if m == nil {
+		return nil
+	}
+	return m.node.Answered()
+}
+
 // watch has others told which images are complete here; m may be nil.
 func (m *membership) watch(vols *volume.Manager) {
 	if m == nil {

@@ -140,6 +140,8 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	if err != nil {
 		return err
 	}
+	state := daemon.Starting("the node is starting")
+	defer ports.Serve(ctx, "metrics_address", c.MetricsAddress, daemon.Metrics(metrics, state))()
 	up, membership, addresses, err := openUpstream(ctx, c, ports, log, metrics)
 	if err != nil {
 		return err
@@ -203,12 +205,9 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	if err != nil {
 		return errors.Join(err, ln.Close())
 	}
-	var mirrorPort, metricsPort *daemon.Port
+	var mirrorPort *daemon.Port
 	if c.MirrorAddress != "" {
 		mirrorPort = ports.Open("mirror_address", c.MirrorAddress, listenMirror)
-	}
-	if c.MetricsAddress != "" {
-		metricsPort = ports.Open("metrics_address", c.MetricsAddress, daemon.TCP(c.MetricsAddress))
 	}
 	if err := store.DropRest(); err != nil {
 		log.Error("what another version has kept cannot be dropped", "error", err)
@@ -225,12 +224,17 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	// What fails here must not take away what containers read from.
 	var beside sync.WaitGroup
 	defer beside.Wait()
-	beside.Go(func() { metricsPort.ServeHTTP(ctx, daemon.Metrics(metrics, nil)) })
 	beside.Go(func() { mirrorPort.ServeHTTP(ctx, registryMirror) })
 	beside.Go(func() {
 		if err := store.Watch(ctx, vols.Check); err != nil {
 			log.Error("cannot say that the node is alive: whoever started it may end it", "error", err)
 		}
+	})
+	state.Set(nil, func() error {
+		if err := ctx.Err(); err != nil {
+			return errors.New("the node is stopping")
+		}
+		return membership.answered()
 	})
 	log.Info("node is up", "version", version, "socket", c.Address, "supernodes", addresses)
 	if err := store.Ready(); err != nil {

@@ -91,6 +91,8 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	if err != nil {
 		return err
 	}
+	state := daemon.Starting("the supernode is starting: it opens its store")
+	defer ports.Serve(ctx, "metrics_address", c.MetricsAddress, daemon.Metrics(metrics, state))()
 	stopTracing, err := daemon.Trace(ctx, "shoal-supernode", version)
 	if err != nil {
 		return err
@@ -146,13 +148,12 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	g.Go(func() error {
 		return control.Serve(ctx, c.ControlAddress, &supernodeDaemon{s, list, credentials.NewDockerConfig(ctx, "", log)})
 	})
-	if c.MetricsAddress != "" {
-		port := ports.Open("metrics_address", c.MetricsAddress, daemon.TCP(c.MetricsAddress))
-		g.Go(func() error {
-			port.ServeHTTP(ctx, daemon.Metrics(metrics, s.Healthy))
-			return nil
-		})
-	}
+	state.Set(s.Healthy, func() error {
+		if ctx.Err() != nil {
+			return errors.New("the supernode is stopping")
+		}
+		return nil
+	})
 	log.Info("nodes join with a token in this file: copy it to their token_file", "path", list.TokenFile())
 	for _, addr := range host.Addrs(h) {
 		log.Info("supernode is up: name this address in the nodes' config", "version", version, "supernodes", addr)

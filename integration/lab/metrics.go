@@ -3,7 +3,9 @@ package lab
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"strconv"
 	"strings"
@@ -29,6 +31,38 @@ func (n *Node) Metric(ctx context.Context, name string) (float64, error) {
 // Series returns a metric of the node by its labels, as they are printed.
 func (n *Node) Series(ctx context.Context, name string) (map[string]float64, error) {
 	return series(ctx, n.lab.client(), n.Metrics, name)
+}
+
+// Probe asks for a path at the address of the metrics, such as /readyz.
+func (s *Supernode) Probe(ctx context.Context, path string) (status int, text string, err error) {
+	return probe(ctx, s.lab.client(), s.Metrics, path)
+}
+
+// Probe is Probe for a node on any machine of the lab.
+func (n *Node) Probe(ctx context.Context, path string) (status int, text string, err error) {
+	return probe(ctx, n.lab.client(), n.Metrics, path)
+}
+
+func probe(ctx context.Context, client *http.Client, addr, path string) (int, string, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+path, nil)
+	if err != nil {
+		return 0, "", err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, "", err
+	}
+	b, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, string(b), errors.Join(err, resp.Body.Close())
+}
+
+// ready returns why the supernode does not serve yet.
+func (s *Supernode) ready(ctx context.Context) error {
+	status, text, err := s.Probe(ctx, "/readyz")
+	if err == nil && status != http.StatusOK {
+		err = fmt.Errorf("not ready: %s", text)
+	}
+	return err
 }
 
 func metric(ctx context.Context, client *http.Client, addr, name string) (float64, error) {

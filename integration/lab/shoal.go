@@ -133,8 +133,7 @@ func (l *Lab) StartSupernodes(ctx context.Context, n int, extra string) ([]*Supe
 	}
 	for _, s := range all {
 		if err := WaitFor(ctx, "supernode", 20*time.Second, func() error {
-			_, err := s.Metric(ctx, "shoal_supernode_members")
-			return errors.Join(err, s.Alive())
+			return errors.Join(s.ready(ctx), s.Alive())
 		}); err != nil {
 			return nil, err
 		}
@@ -253,8 +252,7 @@ func (l *Lab) RestartSupernode(ctx context.Context, s *Supernode) (*Supernode, e
 		if err := again.Alive(); err != nil {
 			return err
 		}
-		_, err := again.Metric(ctx, "shoal_build_info")
-		return err
+		return again.ready(ctx)
 	})
 }
 

@@ -46,6 +46,7 @@ func (s *session) isJoined() bool {
 // arrived is called when s has let this node in: it gets the groups that are its
 // own, and those that it had before.
 func (n *Node) arrived(s *session) {
+	n.answered.Store(true)
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.alone = time.Time{}

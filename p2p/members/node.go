@@ -69,6 +69,7 @@ type Node struct {
 	host     host.Host // set by Start
 	complete atomic.Pointer[func(blockdev.Digest) bool]
 	quiet    quiet.Quiet
+	answered atomic.Bool // a supernode has let this node in
 
 	mu        sync.Mutex
 	groups    map[blockdev.Digest]*group
@@ -159,6 +160,23 @@ func (n *Node) Ready(ctx context.Context, supernode peer.ID) error {
 		return fmt.Errorf("%s is none of this node's supernodes: %w", supernode, blockdev.ErrUnavailable)
 	}
 	return s.ready(ctx)
+}
+
+// Answered returns nil once a supernode has let this node in, whatever has become of
+// it since. Its error wraps blockdev.ErrUnavailable and says why none has.
+func (n *Node) Answered() error {
+	if n.answered.Load() {
+		return nil
+	}
+	errs := []error{fmt.Errorf("no supernode has let this node in since it started: %w", blockdev.ErrUnavailable)}
+	for _, s := range n.sessions {
+		s.mu.Lock()
+		if s.err != nil {
+			errs = append(errs, fmt.Errorf("supernode %s: %w", s.info.ID, s.err))
+		}
+		s.mu.Unlock()
+	}
+	return errors.Join(errs...)
 }
 
 // Join makes this node a member of an image's group. It returns at once; the

@@ -29,7 +29,7 @@ type Node struct {
 	Root                    string      `toml:"root" comment:"indexes, local diffs and mounts are kept here; a short path leaves room for images of many layers"`
 	Address                 string      `toml:"address" comment:"Unix socket for containerd: [proxy_plugins.shoal] address"`
 	ControlAddress          string      `toml:"control_address" comment:"Unix socket for shoal status, prefetch and check"`
-	MetricsAddress          string      `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
+	MetricsAddress          string      `toml:"metrics_address" comment:"host:port for Prometheus (/metrics), /healthz and /readyz; empty: off"`
 	MirrorAddress           string      `toml:"mirror_address" comment:"host:port of the registry mirror that containerd's hosts.toml names; keep it on loopback; empty: off"`
 	MirrorPlainHTTP         bool        `toml:"mirror_plain_http" comment:"true: the mirror speaks HTTP and not TLS. containerd then tells whoever has its port, while shoal has not, the credentials of every pull"`
 	Supernodes              []string    `toml:"supernodes" comment:"each as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`

@@ -100,7 +100,7 @@ type Supernode struct {
 	MaxUpload      Size     `toml:"max_upload" comment:"bytes a second of chunks that this supernode sends; nodes share it, and what containers read comes before prefetch; 0: no limit"`
 	MaxPeers       int      `toml:"max_peers" comment:"how many nodes and supernodes may be connected at a time"`
 	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status, prefetch, members and check"`
-	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics) and /healthz; empty: off"`
+	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics), /healthz and /readyz; empty: off"`
 	Store          Store    `toml:"store"`
 	Registry       Registry `toml:"registry"`
 	Log            Log      `toml:"log"`

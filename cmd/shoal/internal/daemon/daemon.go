@@ -33,20 +33,20 @@ func NewMetrics(version, role string) *prometheus.Registry {
 	return r
 }
 
-// Metrics answers /metrics and /healthz. healthy says why the daemon cannot work
-// (503); nil: that it answers is all there is to know.
-func Metrics(metrics prometheus.Gatherer, healthy func() error) http.Handler {
+// Metrics answers /metrics, /healthz and /readyz: the latter two with 503 and a
+// sentence where the state says why not.
+func Metrics(metrics prometheus.Gatherer, state *State) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		if healthy != nil {
-			if err := healthy(); err != nil {
+	for path, look := range map[string]func() error{"/healthz": state.Healthy, "/readyz": state.Ready} {
+		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, _ *http.Request) {
+			if err := look(); err != nil {
 				http.Error(w, err.Error(), http.StatusServiceUnavailable)
 				return
 			}
-		}
-		_, _ = w.Write([]byte("ok\n")) // who asked may have gone
-	})
+			_, _ = w.Write([]byte("ok\n")) // who asked may have gone
+		})
+	}
 	return mux
 }
 

@@ -111,6 +111,25 @@ func (p *Port) ServeHTTP(ctx context.Context, h http.Handler) {
 	}
 }
 
+// Serve answers on a TCP address, as soon as it can be bound, until stop is called or ctx
+// ends. An empty address serves nothing.
+func (p *Ports) Serve(ctx context.Context, key, addr string, h http.Handler) (stop func()) {
+	if addr == "" {
+		return func() {}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	port := p.Open(key, addr, TCP(addr))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		port.ServeHTTP(ctx, h)
+	}()
+	return func() {
+		cancel()
+		<-done
+	}
+}
+
 // TCP listens on addr, for Open.
 func TCP(addr string) func() (net.Listener, error) {
 	return func() (net.Listener, error) { return net.Listen("tcp", addr) }
