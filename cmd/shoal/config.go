@@ -65,7 +65,12 @@ func defaultConfig(role string) interface{ Check() error } {
 // loadConfig reads path over the defaults in c. The default file may be missing,
 // since every key has a default; one that was named must be there.
 func loadConfig(cmd *cobra.Command, path string, c interface{ Check() error }) error {
-	if !cmd.Flags().Changed("config") && !exists(path) {
+	return loadNamed(path, cmd.Flags().Changed("config"), c)
+}
+
+// loadNamed is loadConfig for a path that was named, or is the default one.
+func loadNamed(path string, named bool, c interface{ Check() error }) error {
+	if !named && !exists(path) {
 		return c.Check()
 	}
 	return config.Load(path, c)

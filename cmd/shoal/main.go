@@ -47,7 +47,7 @@ the rest follows in the background.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	cmd.AddCommand(newNodeCommand(), newSupernodeCommand(), newConfigCommand(),
+	cmd.AddCommand(newNodeCommand(), newSupernodeCommand(), newConfigCommand(), newInstallCommand(),
 		newKeepCommand(), newPrefetchCommand(), newStatusCommand(), newCheckCommand(), newMembersCommand(), newVersionCommand())
 	return cmd
 }

@@ -1,0 +1,216 @@
+package install
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/shoalfs/shoal/cmd/shoal/internal/tomledit"
+)
+
+// machine is a directory with containerd's files in it.
+type machine struct {
+	t    *testing.T
+	dir  string
+	node Node
+}
+
+func newMachine(t *testing.T, config string) *machine {
+	m := &machine{t: t, dir: t.TempDir()}
+	m.node = Node{Socket: "/run/shoal/shoal.sock", Root: "/var/lib/shoal", Mirror: "127.0.0.1:7704", MirrorCA: m.path("mirror-ca.pem")}
+	m.put("mirror-ca.pem", "a certificate")
+	if config != "" {
+		m.put("config.toml", config)
+	}
+	return m
+}
+
+func (m *machine) path(name string) string { return filepath.Join(m.dir, name) }
+
+func (m *machine) put(name, text string) {
+	m.t.Helper()
+	text = strings.ReplaceAll(text, "DIR", m.dir)
+	if err := os.MkdirAll(filepath.Dir(m.path(name)), 0o755); err != nil {
+		m.t.Fatal(err)
+	}
+	if err := os.WriteFile(m.path(name), []byte(text), 0o640); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// files are all that there is, but for copies.
+func (m *machine) files() map[string]string {
+	files := map[string]string{}
+	err := filepath.WalkDir(m.dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || strings.HasSuffix(path, copySuffix) {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		files[path] = string(b)
+		return err
+	})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return files
+}
+
+func (m *machine) install(version int) Plan {
+	m.t.Helper()
+	p, err := Containerd(m.path("config.toml"), version, m.node)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	if err := p.Apply(); err != nil {
+		m.t.Fatal(err)
+	}
+	return p
+}
+
+func (m *machine) remove() {
+	m.t.Helper()
+	p, err := Remove(m.path("config.toml"), m.node)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	if err := p.Apply(); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// configs are as distributions ship them, cut down to what shoal touches.
+var configs = map[string]string{
+	"1.6, Debian":               "version = 2\n\n[plugins]\n  [plugins.\"io.containerd.grpc.v1.cri\"]\n    [plugins.\"io.containerd.grpc.v1.cri\".cni]\n      bin_dir = \"/usr/lib/cni\"\n      conf_dir = \"/etc/cni/net.d\"\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\n  config_path = \"DIR/certs.d\"\n",
+	"1.7, containerd's default": "disabled_plugins = []\nimports = []\nversion = 2\n\n[plugins]\n\n  [plugins.\"io.containerd.grpc.v1.cri\"]\n    sandbox_image = \"registry.k8s.io/pause:3.8\"\n\n    [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n      default_runtime_name = \"runc\"\n      disable_snapshot_annotations = true\n      snapshotter = \"overlayfs\"\n\n    [plugins.\"io.containerd.grpc.v1.cri\".registry]\n      config_path = \"DIR/certs.d:/etc/docker/certs.d\"\n\n      [plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors]\n\n[proxy_plugins]\n",
+	"2.x, containerd's default": "version = 3\nroot = '/var/lib/containerd'\nimports = ['DIR/conf.d/*.toml']\n\n[plugins]\n  [plugins.'io.containerd.cri.v1.images']\n    snapshotter = 'overlayfs'\n    disable_snapshot_annotations = true\n\n    [plugins.'io.containerd.cri.v1.images'.registry]\n      config_path = 'DIR/certs.d'\n\n[proxy_plugins]\n",
+	"2.x, no drop-ins":          "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  discard_unpacked_layers = true\n  [plugins.'io.containerd.cri.v1.images'.registry]\n    config_path = 'DIR/certs.d'\n",
+	"2.x, other snapshotters":   "version = 3\nimports = ['conf.d/*.toml']\n[plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = 'DIR/certs.d'\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux/amd64'\n  snapshotter = 'native'\n[proxy_plugins.stargz]\n  type = 'snapshot'\n  address = '/run/stargz.sock'\n",
+}
+
+// TestContainerd: what containerd reads afterwards names the node everywhere, a second time
+// changes nothing, and Remove gives every file back, byte for byte.
+func TestContainerd(t *testing.T) {
+	for name, text := range configs {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t, text)
+			before := m.files()
+			m.install(3)
+			after := m.files()
+			if p := m.install(3); len(p.Changes) > 0 {
+				t.Errorf("a second time changes %v", p.Changes)
+			}
+			all := ""
+			for path, text := range after {
+				all += text
+				if err := toml.Unmarshal([]byte(text), &map[string]any{}); strings.HasSuffix(path, ".toml") && err != nil {
+					t.Errorf("%s: %v", path, err)
+				}
+			}
+			for _, want := range []string{
+				"[proxy_plugins.shoal]", `snapshotter = "shoal"`, "disable_snapshot_annotations = false", `root = "/var/lib/shoal"`,
+				`capabilities = ["remap-ids"]`, "[host.'https://127.0.0.1:7704']",
+			} {
+				if !strings.Contains(all, want) {
+					t.Errorf("no %s", want)
+				}
+			}
+			if b, err := os.ReadFile(m.path("config.toml" + copySuffix)); after[m.path("config.toml")] != before[m.path("config.toml")] && (err != nil || string(b) != before[m.path("config.toml")]) {
+				t.Errorf("the copy: %v", err)
+			}
+			m.remove()
+			for path, text := range m.files() {
+				if text != before[path] {
+					t.Errorf("%s is left as\n%s\nwas\n%s", path, text, before[path])
+				}
+			}
+			if st, err := os.Stat(m.path("config.toml")); err != nil || st.Mode().Perm() != 0o640 {
+				t.Errorf("mode %v, %v", st, err)
+			}
+		})
+	}
+}
+
+// TestNoConfig: a machine without the file gets one, of containerd's version, and loses it.
+func TestNoConfig(t *testing.T) {
+	for version, want := range map[int]string{2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.images"} {
+		m := newMachine(t, "")
+		p, err := Containerd(m.path("config.toml"), version, Node{Socket: "/s", Root: "/r"})
+		if err != nil || len(p.Changes) != 1 || !bytes.Contains(p.Changes[0].New, []byte(want)) || len(p.Notes) != 1 {
+			t.Fatalf("version %d: %+v, %v", version, p, err)
+		}
+		if err := p.Apply(); err != nil {
+			t.Fatal(err)
+		}
+		m.remove()
+		if _, err := os.Stat(m.path("config.toml")); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("version %d: the file is left: %v", version, err)
+		}
+	}
+}
+
+// TestRefused: nothing is written, and the error says what to do.
+func TestRefused(t *testing.T) {
+	for name, c := range map[string]struct{ text, want string }{
+		"version 1":          {"[plugins.cri]\n", "containerd config migrate"},
+		"a template":         {"{{ template \"base\" . }}\n", "template"},
+		"inline":             {"version = 2\n[plugins]\n\"io.containerd.grpc.v1.cri\" = { containerd = { snapshotter = \"overlayfs\" } }\n", `snapshotter = "shoal"`},
+		"registries, inside": {"version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"docker.io\"]\nendpoint = [\"https://x\"]\n", "registry.mirrors"},
+		"other hosts":        {"version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = \"DIR/busy\"\n", "the first"},
+		"no certificate yet": {"version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = \"DIR/certs.d\"\n", "Start the node first"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t, c.text)
+			m.put("busy/_default/hosts.toml", "[host.'https://mirror.example.com']\n")
+			if name == "no certificate yet" {
+				m.node.MirrorCA += "x"
+			}
+			p, err := Containerd(m.path("config.toml"), 2, m.node)
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%v does not say %q (%v)", err, c.want, p)
+			}
+		})
+	}
+	if !errors.Is(byHand("x", tomledit.ErrByHand, nil), tomledit.ErrByHand) {
+		t.Error("the cause is lost")
+	}
+}
+
+// TestOtherRegistries: a registry with a hosts.toml of its own is named, with the lines.
+func TestOtherRegistries(t *testing.T) {
+	m := newMachine(t, "version = 3\n[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = 'DIR/certs.d'\n")
+	m.put("certs.d/docker.io/hosts.toml", "[host.'https://mirror.example.com']\n")
+	m.put("certs.d/quay.io/hosts.toml", "[host.'https://127.0.0.1:7704']\n")
+	if p := m.install(3); len(p.Notes) != 1 || !strings.Contains(p.Notes[0], "docker.io") || !strings.Contains(p.Notes[0], "mirror-ca.pem") {
+		t.Errorf("notes %q", p.Notes)
+	}
+	p, err := Remove(m.path("config.toml"), m.node)
+	if err != nil || len(p.Notes) != 1 || !strings.Contains(p.Notes[0], "quay.io") {
+		t.Errorf("notes %q, %v", p.Notes, err)
+	}
+}
+
+// TestApplyFails: what was changed before a failure is taken back.
+func TestApplyFails(t *testing.T) {
+	m := newMachine(t, "version = 3\n")
+	before := m.files()
+	m.put("file", "")
+	p := Plan{Changes: []Change{
+		{m.path("config.toml"), []byte("version = 3\n"), []byte("other\n")},
+		{m.path("new"), nil, []byte("new\n")},
+		{m.path("file/below"), nil, []byte("cannot be\n")},
+	}}
+	if err := p.Apply(); err == nil {
+		t.Fatal("no error")
+	}
+	after := m.files()
+	delete(after, m.path("file"))
+	if len(after) != len(before) || after[m.path("config.toml")] != before[m.path("config.toml")] {
+		t.Errorf("left: %v", after)
+	}
+}
