@@ -121,3 +121,42 @@ func TestColdImageStopsNobody(t *testing.T) {
 		noError(t, p.Remove(ctx))
 	})
 }
+
+// TestHeldPullIsProgress: an image's config that the mirror holds back for longer than
+// CRI waits for progress does not end the pull, whichever way containerd pulls.
+func TestHeldPullIsProgress(t *testing.T) {
+	const timeout = 4 * time.Second
+	held := func(t *testing.T, v lab.ContainerdVersion, local bool) {
+		s := newCRISite(t, v, "", func(s *site, o *lab.ContainerdOptions) {
+			o.Mirror, o.MirrorCA = s.node.Mirror, s.node.MirrorCA
+			o.CRI.NoAnnotations, o.CRI.ProgressTimeout = local, timeout
+		})
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+		defer cancel()
+		cold := layer(t, file("cold", bigContent(7)))
+		hold := newHoldback(t, s.registry.Addr, cold.Digest)
+		s.push(t, "a", must(s.Guest())(t), cold)
+		ref := hold.Addr + "/a:v1"
+		began := time.Now()
+		pulled := make(chan error, 1)
+		go func() { pulled <- s.CRI.Pull(ctx, ref, nil) }()
+		select {
+		case err := <-pulled:
+			t.Fatalf("the pull of an image whose indexes are waited for ended after %v: %v", time.Since(began), err)
+		case <-time.After(9 * time.Second):
+		}
+		hold.release()
+		noError(t, <-pulled)
+		if !local && !s.isLazy(t, ctx, ref) { // a local pull does not say which image it is
+			t.Errorf("the image is not lazy: %s", logLine(t, s.node.Log, ref))
+		}
+	}
+	eachContainerd(t, func(t *testing.T, v lab.ContainerdVersion) {
+		if v.ConfigVersion < 3 {
+			held(t, v, false) // the only way that it has
+			return
+		}
+		t.Run("transfer service", func(t *testing.T) { held(t, v, false) })
+		t.Run("local", func(t *testing.T) { held(t, v, true) })
+	})
+}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 )
 
 // ContainerdOptions say which containerd is started, and how.
@@ -47,6 +48,9 @@ type CRIOptions struct {
 	// image a layer belongs to. containerd 2.x then pulls without its transfer
 	// service, which tells it all the same.
 	NoAnnotations bool
+	// ProgressTimeout is after how long without progress a pull ends; 0: containerd's
+	// own, which is 5 minutes.
+	ProgressTimeout time.Duration
 	// DiscardUnpacked has containerd forget layers once they have been unpacked.
 	DiscardUnpacked bool
 }
@@ -142,6 +146,7 @@ snapshotter = %q
 disable_snapshot_annotations = %v
 use_local_image_pull = %v
 discard_unpacked_layers = %v
+image_pull_progress_timeout = %q
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
 sandbox = %q
 [plugins.'io.containerd.cri.v1.images'.registry]
@@ -155,7 +160,7 @@ bin_dirs = [%q]
 conf_dir = %q
 [plugins.'io.containerd.cri.v1.runtime'.containerd]
 default_runtime_name = "runc"
-`, filepath.Join(dir, "opt"), o.snapshotter(), o.NoAnnotations, o.NoAnnotations, o.DiscardUnpacked, o.Pause, filepath.Join(dir, "certs.d"), c.lab.Path("cni", "bin"), c.lab.Path("cni", "conf"))
+`, filepath.Join(dir, "opt"), o.snapshotter(), o.NoAnnotations, o.NoAnnotations, o.DiscardUnpacked, o.progressTimeout(), o.Pause, filepath.Join(dir, "certs.d"), c.lab.Path("cni", "bin"), c.lab.Path("cni", "conf"))
 	runtime := func(name string) {
 		fmt.Fprintf(b, "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.%s]\nruntime_type = \"io.containerd.runc.v2\"\n", name)
 		if s := o.Handlers[name]; s != "" {
@@ -182,6 +187,7 @@ sandbox_image = %q
 disable_apparmor = true
 restrict_oom_score_adj = true
 netns_mounts_under_state_dir = true
+image_pull_progress_timeout = %q
 [plugins."io.containerd.grpc.v1.cri".registry]
 config_path = %q
 [plugins."io.containerd.grpc.v1.cri".cni]
@@ -193,10 +199,14 @@ disable_snapshot_annotations = %v
 discard_unpacked_layers = %v
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
-`, filepath.Join(dir, "opt"), o.Pause, filepath.Join(dir, "certs.d"), c.lab.Path("cni", "bin"), c.lab.Path("cni", "conf"), o.snapshotter(), o.NoAnnotations, o.DiscardUnpacked)
+`, filepath.Join(dir, "opt"), o.Pause, o.progressTimeout(), filepath.Join(dir, "certs.d"), c.lab.Path("cni", "bin"), c.lab.Path("cni", "conf"), o.snapshotter(), o.NoAnnotations, o.DiscardUnpacked)
 }
 
 func (o *CRIOptions) snapshotter() string { return cmp.Or(o.Snapshotter, "shoal") }
+
+func (o *CRIOptions) progressTimeout() string {
+	return cmp.Or(o.ProgressTimeout, 5*time.Minute).String()
+}
 
 // fakeCNI makes a network that gives pods nothing but an address to show: those
 // with a network namespace of their own must have one.

@@ -12,12 +12,16 @@ import (
 )
 
 const (
-	// pace is how often a byte of a config goes out that is held back, and slowPace
-	// after the first half of it: containerd ends a pull for which nothing comes
-	// (CRI: image_pull_progress_timeout, 5 minutes). It sees the bytes that it reads
-	// of an answer; that a request is being worked on it does not see.
-	pace     = 10 * time.Second
-	slowPace = time.Minute
+	// pace is how often a byte of a config goes out at first that is held back:
+	// containerd ends a pull for which nothing comes (CRI: image_pull_progress_timeout,
+	// 5 minutes). It sees the bytes that it reads of an answer; that a request is
+	// being worked on it does not see.
+	pace = 2 * time.Second
+	// pauses is for how much of the time so far nothing comes, and longest, in units
+	// of pace, for how long at the most: small configs have 200 bytes, which are to
+	// last for as long as index_timeout may be.
+	pauses  = 30
+	longest = 30
 	// writeTime bounds each write to containerd.
 	writeTime = time.Minute
 	// maxHeld bounds how many configs are held back at a time, and so the memory
@@ -54,7 +58,7 @@ func (m *Mirror) giveConfig(w http.ResponseWriter, r *http.Request, t target, do
 		w.WriteHeader(status)
 		_, _ = w.Write(rest) // who asked may have gone
 		return
-	case <-time.After(m.pace / 10): // most are open already
+	case <-time.After(m.pace / 2): // most are open already
 	}
 	select {
 	case m.held <- struct{}{}:
@@ -76,8 +80,8 @@ func (m *Mirror) giveConfig(w http.ResponseWriter, r *http.Request, t target, do
 	if out.Flush() != nil {
 		return
 	}
-	half, every := len(rest)/2, m.pace
-	tick := time.NewTimer(every)
+	began := time.Now()
+	tick := time.NewTimer(m.pace)
 	defer tick.Stop()
 	for {
 		select {
@@ -93,10 +97,7 @@ func (m *Mirror) giveConfig(w http.ResponseWriter, r *http.Request, t target, do
 				}
 				rest = rest[1:]
 			}
-			if len(rest) < half {
-				every = m.pace * (slowPace / pace)
-			}
-			tick.Reset(every)
+			tick.Reset(min(max(m.pace, time.Since(began)/pauses), longest*m.pace))
 		}
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -168,6 +169,43 @@ func TestPull(t *testing.T) {
 		t.Errorf("rest of the config: %q, %v", rest.Bytes(), err)
 	}
 	resp.Body.Close()
+}
+
+// sentAt records when bytes of an answer were written.
+type sentAt struct {
+	*httptest.ResponseRecorder
+	times []time.Time
+}
+
+func (s *sentAt) Write(b []byte) (int, error) {
+	for range b {
+		s.times = append(s.times, time.Now())
+	}
+	return s.ResponseRecorder.Write(b)
+}
+
+// The bytes of a config that is held back come more often than any sensible
+// time-out for progress, and last for an hour, whatever is in the config.
+func TestHeldConfigGoesOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := &opener{open: make(chan struct{})}
+		m := newMirror(t, Config{Source: newRegistry(pullCredential), Opener: o})
+		doc := &blockdev.Document{Data: bytes.Repeat([]byte("x"), 180), Size: 180}
+		began := time.Now()
+		time.AfterFunc(time.Hour, func() { close(o.open) })
+		w := &sentAt{ResponseRecorder: httptest.NewRecorder()}
+		m.giveConfig(w, httptest.NewRequest(http.MethodGet, "/", nil), target{name: "r.test/a"}, doc, blockdev.Digest{})
+		if d := time.Since(began); d != time.Hour || w.Body.Len() != 180 {
+			t.Fatalf("%d bytes after %v", w.Body.Len(), d)
+		}
+		last := began
+		for i, at := range w.times {
+			if most := max(3*time.Second, at.Sub(began)/20); at.Sub(last) > min(most, time.Minute) {
+				t.Errorf("byte %d came %v after the one before, %v after the beginning", i, at.Sub(last), at.Sub(began))
+			}
+			last = at
+		}
+	})
 }
 
 // Who may have what: each pull what its own credential opens.
