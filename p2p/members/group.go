@@ -179,17 +179,30 @@ func (n *Node) View(manifest blockdev.Digest) *route.View {
 	return nil
 }
 
+// setDiffsLocked says which diffs a group's image has: none, if it is left.
+func (n *Node) setDiffsLocked(g *group, diffs []blockdev.Digest) {
+	for _, d := range g.diffs {
+		rest := slices.DeleteFunc(n.byDiff[d], func(o *group) bool { return o == g })
+		if len(rest) == 0 {
+			delete(n.byDiff, d)
+		} else {
+			n.byDiff[d] = rest
+		}
+	}
+	g.diffs = diffs
+	for _, d := range diffs {
+		if !slices.Contains(n.byDiff[d], g) { // an image may have a layer twice
+			n.byDiff[d] = append(n.byDiff[d], g)
+		}
+	}
+}
+
 // Groups returns the groups of the images on this node that have this diff, those
-// with most members first.
+// with most members first. It is called for each request for chunks.
 func (n *Node) Groups(diff blockdev.Digest) []blockdev.Digest {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	var found []*group
-	for _, g := range n.groups {
-		if slices.Contains(g.diffs, diff) {
-			found = append(found, g)
-		}
-	}
+	found := slices.Clone(n.byDiff[diff])
 	slices.SortFunc(found, func(a, b *group) int {
 		if c := b.known() - a.known(); c != 0 {
 			return c

@@ -3,6 +3,7 @@ package members
 import (
 	"context"
 	"net"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -45,6 +46,53 @@ func newAsker(t *testing.T, supernodes int, groups ...blockdev.Digest) *asker {
 		n.groups[g] = &group{id: g, home: n.sessions[i%supernodes]}
 	}
 	return a
+}
+
+// What groups have a diff is known without going through all of them, and follows
+// joins, changes and leaves.
+func TestGroupsOfDiff(t *testing.T) {
+	a := newAsker(t, 1)
+	d := func(i byte) blockdev.Digest { return blockdev.Digest{1, i} }
+	m := func(i byte) blockdev.Digest { return blockdev.Digest{2, i} }
+	want := func(diff blockdev.Digest, groups ...blockdev.Digest) {
+		t.Helper()
+		if got := a.Groups(diff); !slices.Equal(got, groups) {
+			t.Errorf("groups of diff %d: %v, want %v", diff[1], got, groups)
+		}
+	}
+	a.Join(Image{Manifest: m(1), Diffs: []blockdev.Digest{d(1), d(2), d(1)}})
+	a.Join(Image{Manifest: m(2), Diffs: []blockdev.Digest{d(1)}})
+	want(d(1), m(1), m(2))
+	want(d(2), m(1))
+	want(d(3))
+	a.groups[m(2)].members = map[peer.ID]*entry{"x": {}} // most members first
+	want(d(1), m(2), m(1))
+	a.Join(Image{Manifest: m(1), Diffs: []blockdev.Digest{d(3)}})
+	want(d(1), m(2))
+	want(d(2))
+	want(d(3), m(1))
+	a.Leave(m(1))
+	a.Leave(m(2))
+	if len(a.byDiff) != 0 {
+		t.Errorf("%d diffs are kept that no group has", len(a.byDiff))
+	}
+}
+
+// BenchmarkGroups is what each request for chunks does first.
+func BenchmarkGroups(b *testing.B) {
+	n := &Node{byDiff: map[blockdev.Digest][]*group{}, groups: map[blockdev.Digest]*group{}}
+	for i := range 200 {
+		g := &group{id: blockdev.Digest{2, byte(i)}}
+		n.groups[g.id] = g
+		var diffs []blockdev.Digest
+		for j := range 20 {
+			diffs = append(diffs, blockdev.Digest{1, byte(i), byte(j)})
+		}
+		n.setDiffsLocked(g, diffs)
+	}
+	for b.Loop() {
+		n.Groups(blockdev.Digest{1, 77, 7})
+	}
 }
 
 // questions takes what is to be asked of a supernode.

@@ -73,7 +73,8 @@ type Node struct {
 
 	mu        sync.Mutex
 	groups    map[blockdev.Digest]*group
-	changed   chan struct{} // closed, and made anew, when views or answers change
+	byDiff    map[blockdev.Digest][]*group // those that have a diff
+	changed   chan struct{}                // closed, and made anew, when views or answers change
 	strangers map[peer.ID]time.Time
 	asked     map[peer.ID]*question
 	alone     time.Time // since when no supernode has us; zero: one has
@@ -106,6 +107,7 @@ func New(c Config) (*Node, error) {
 		cfg: c, log: c.Log,
 		super:     map[peer.ID]*session{},
 		groups:    map[blockdev.Digest]*group{},
+		byDiff:    map[blockdev.Digest][]*group{},
 		changed:   make(chan struct{}),
 		strangers: map[peer.ID]time.Time{},
 		asked:     map[peer.ID]*question{},
@@ -217,7 +219,8 @@ func (n *Node) joinLocked(im Image) {
 		n.groups[im.Manifest] = g
 	}
 	again := g.home != nil && g.refused && string(g.grant) != string(im.Grant)
-	g.diffs, g.grant = im.Diffs, im.Grant
+	n.setDiffsLocked(g, im.Diffs)
+	g.grant = im.Grant
 	if again {
 		g.refused = false
 		g.home.want(g.id, true)
@@ -234,6 +237,7 @@ func (n *Node) Leave(manifest blockdev.Digest) {
 		return
 	}
 	delete(n.groups, manifest)
+	n.setDiffsLocked(g, nil)
 	if g.home != nil {
 		g.home.want(g.id, false)
 	}

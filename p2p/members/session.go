@@ -38,6 +38,12 @@ type refusal struct{ error }
 
 func (r refusal) Unwrap() error { return r.error }
 
+// noToken is an attempt for which this node had no token to show. It says nothing
+// of what a supernode would say: a token file may be there again in a moment.
+type noToken struct{ error }
+
+func (e noToken) Unwrap() error { return e.error }
+
 // session is the membership with one supernode.
 type session struct {
 	n    *Node
@@ -141,6 +147,8 @@ func (s *session) ready(ctx context.Context) error {
 		switch {
 		case trying == nil && errors.As(err, &refused):
 			return fmt.Errorf("%w: %w", blockdev.ErrUnavailable, refused.error)
+		case trying == nil && errors.As(err, new(noToken)):
+			return fmt.Errorf("%w: %w", blockdev.ErrUnavailable, err)
 		case trying == nil && err != nil && s.n.host.Network().Connectedness(s.info.ID) != network.Connected:
 			return fmt.Errorf("%w: %w", blockdev.ErrUnavailable, err)
 		case trying == nil:
@@ -186,7 +194,7 @@ func (s *session) join() (_ network.Stream, _ *bufio.Reader, lease time.Duration
 	}
 	token, err := s.n.cfg.Token()
 	if err != nil {
-		return nil, nil, 0, refusal{err}
+		return nil, nil, 0, noToken{fmt.Errorf("this node has no token to join with: %w", err)}
 	}
 	st, err := h.NewStream(network.WithNoDial(ctx, "connected before"), s.info.ID, Protocol)
 	if err != nil {

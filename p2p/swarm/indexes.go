@@ -15,9 +15,11 @@ import (
 
 const (
 	// A relay that needs more than relayTime, and a second for relayRate bytes, is
-	// given up. It may be waiting for a relay of its own.
+	// given up. It may be waiting for a relay of its own. The time for bytes is one for
+	// all relays of an image: one that sends wrong bytes slowly takes it from itself
+	// and the others, and not from the node once for each.
 	relayTime = 5 * time.Second
-	relayRate = 256 << 10
+	relayRate = 1 << 20
 	// connectRelay is how long it may take to connect to one: it may be a machine that
 	// has died a moment ago.
 	connectRelay = 500 * time.Millisecond
@@ -43,12 +45,13 @@ func (s *Swarm) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*bloc
 	}
 	infos := addrInfos(img.Relays)
 	leave := s.cfg.Enter(img, infos)
-	for _, info := range infos {
-		if err = s.fromRelay(ctx, img, info, own); err == nil || ctx.Err() != nil {
-			break
+	err = inTurn(ctx, infos, indexBytes(img), func(ctx context.Context, info peer.AddrInfo) error {
+		err := s.fromRelay(ctx, img, info, own)
+		if err != nil {
+			s.log.Info("a node does not pass on an image's indexes", "image", req.Ref, "peer", info.ID, "cause", err)
 		}
-		s.log.Info("a node does not pass on an image's indexes", "image", req.Ref, "peer", info.ID, "cause", err)
-	}
+		return err
+	})
 	if err != nil && ctx.Err() == nil {
 		req.Relay = false
 		img, err = s.cfg.Supernode.OpenImage(ctx, req)
@@ -61,6 +64,31 @@ func (s *Swarm) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*bloc
 		s.opened.set(own, img.Layers[i].DiffID, img.Layers[i].Index)
 	}
 	return img, nil
+}
+
+// indexBytes is the length of the indexes that relays have.
+func indexBytes(img *blockdev.Image) (n int64) {
+	for i := range img.Layers {
+		n += img.Layers[i].IndexSize
+	}
+	return n
+}
+
+// inTurn asks relays one after the other for size bytes of indexes, until one has
+// given the last of them or their time is over.
+func inTurn(ctx context.Context, relays []peer.AddrInfo, size int64, ask func(context.Context, peer.AddrInfo) error) (err error) {
+	transfer := time.Duration(size) * time.Second / relayRate
+	for _, info := range relays {
+		began := time.Now()
+		turn, cancel := context.WithTimeout(ctx, relayTime+transfer)
+		err = ask(turn, info)
+		cancel()
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		transfer -= max(0, time.Since(began)-relayTime)
+	}
+	return err
 }
 
 // exactly refuses, before it is read, an index that has another length than the
@@ -100,12 +128,6 @@ func (s *Swarm) fromRelay(ctx context.Context, img *blockdev.Image, from peer.Ad
 	if err := c.Ready(connect); err != nil {
 		return err
 	}
-	var left int64
-	for i := range img.Layers {
-		left += img.Layers[i].IndexSize
-	}
-	ctx, cancel := context.WithTimeout(ctx, relayTime+time.Duration(left/relayRate)*time.Second)
-	defer cancel()
 	for i := range img.Layers {
 		l := &img.Layers[i]
 		if l.IndexSize == 0 {

@@ -6,10 +6,12 @@ import (
 	"errors"
 	"net/netip"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	lphost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
 	manet "github.com/multiformats/go-multiaddr/net"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -98,6 +100,42 @@ func TestIndexFromRelay(t *testing.T) {
 	if n := w.entered.Load(); n != entered {
 		t.Errorf("entered %d groups more than it left", n-entered)
 	}
+}
+
+// Relays that lie as slowly as they may cost a few seconds each, and the time for the
+// bytes once, however many they are.
+func TestSlowRelays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		relays := make([]peer.AddrInfo, 3)
+		began, asked := time.Now(), 0
+		err := inTurn(t.Context(), relays, 12<<20, func(ctx context.Context, _ peer.AddrInfo) error {
+			asked++
+			<-ctx.Done()
+			return ctx.Err()
+		})
+		if d := time.Since(began); !errors.Is(err, context.DeadlineExceeded) || d != 3*relayTime+12*time.Second {
+			t.Errorf("%v after %v", err, d)
+		}
+		if asked != 3 {
+			t.Errorf("%d relays were asked", asked)
+		}
+		// One that fails at once takes nothing from the next.
+		asked = 0
+		err = inTurn(t.Context(), relays, 12<<20, func(ctx context.Context, _ peer.AddrInfo) error {
+			if asked++; asked == 1 {
+				return blockdev.ErrCorrupt
+			}
+			select {
+			case <-time.After(16 * time.Second):
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		})
+		if err != nil || asked != 2 {
+			t.Errorf("%v from relay %d", err, asked)
+		}
+	})
 }
 
 // Who asks for an index that is on its way gets it when it comes; it is kept for a

@@ -3,6 +3,7 @@ package members
 import (
 	"context"
 	"errors"
+	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -165,6 +166,42 @@ func TestWrongToken(t *testing.T) {
 	// The operator adds the token: the node gets in by itself.
 	writeTokens(t, s.tokenFile, goodToken, otherToken)
 	eventually(t, "the node gets in", func() bool { return n.Ready(t.Context(), s.host.ID()) == nil })
+}
+
+// A token file that cannot be read for a moment, as while it is being written, is no
+// refusal: the node keeps what it knows, says what is wrong, and joins again as soon
+// as the file is there.
+func TestTokenFileAway(t *testing.T) {
+	s := newSuper(t, nil)
+	var away atomic.Bool
+	n := newNode(t, func(c *node.Config) {
+		c.Token = func() (string, error) {
+			if away.Load() {
+				return "", os.ErrNotExist
+			}
+			return goodToken, nil
+		}
+	}, s)
+	other := newNode(t, nil, s)
+	n.has(t, s, image)
+	other.has(t, s, image)
+	n.knows(t, image, n, other)
+	away.Store(true)
+	if err := n.host.Network().ClosePeer(s.host.ID()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the node says that it has no token", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		err := n.Ready(ctx, s.host.ID())
+		return errors.Is(err, blockdev.ErrUnavailable) && errors.Is(err, os.ErrNotExist)
+	})
+	if v := n.View(image); v == nil || len(v.Members) == 0 {
+		t.Error("the node has forgotten who has the image")
+	}
+	away.Store(false)
+	eventually(t, "the node gets in", func() bool { return n.Ready(t.Context(), s.host.ID()) == nil })
+	n.knows(t, image, n, other)
 }
 
 // A token that is taken out of the file ends the memberships that it began; a node
