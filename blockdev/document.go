@@ -26,6 +26,9 @@ type DocumentRequest struct {
 	Head bool
 	// Credential is the node's for Ref's registry.
 	Credential Credential
+	// Alive, if not nil, is called when the source gives a sign that it is at work. It
+	// must not block.
+	Alive func()
 }
 
 // Document is a manifest, an image index or an image config, byte for byte as its

@@ -51,6 +51,9 @@ type ImageRequest struct {
 	// waited for. Calls come one at a time and must not block; none comes after
 	// OpenImage has returned.
 	Progress func(Progress)
+	// Alive, if not nil, is called when the source gives a sign that it is at work. It
+	// must not block.
+	Alive func()
 }
 
 // Layer is one layer of an image.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -21,6 +22,12 @@ type Step struct {
 	// next one is asked; 0: for ever. The last source that is asked has all the
 	// time that the request has.
 	Patience time.Duration
+	// Away, if not nil, says whether the source is known to have been out of reach
+	// for as long as a request would wait for it. Until then the source that says
+	// blockdev.ErrUnavailable is asked again, by what somebody waits for and for as long as
+	// it may be silent: one that is being restarted refuses connections, or has too much
+	// to do just after. nil: the next source is asked at once.
+	Away func() bool
 	// PrefetchAfter keeps prefetch from this source until the ones before it have
 	// delivered nothing for so long: a registry is not to be asked by all nodes
 	// at once because a supernode is being restarted.
@@ -168,8 +175,9 @@ type request struct {
 	blockdev.Request
 	ctx     context.Context // of the call
 	deliver blockdev.Deliver
-	open    []int // chunks that nobody has delivered yet
-	refused error // deliver's, that ends the request
+	open    []int     // chunks that nobody has delivered yet
+	refused error     // deliver's, that ends the request
+	until   time.Time // a source that is unavailable is asked again
 }
 
 var errSilent = errors.New("the source is silent")
@@ -183,8 +191,17 @@ func (r *request) ask(s *step, last bool) error {
 		silent = time.AfterFunc(s.Patience, func() { cancel(errSilent) })
 		defer silent.Stop()
 	}
+	r.until = time.Now().Add(s.Patience)
 	healing := false
+	var refused error
 	err := r.once(ctx, s, silent)
+	for pause := minPause; !last && r.again(ctx, s, err); pause = min(2*pause, maxPause) {
+		refused = err
+		if !wait(ctx, pause/2+rand.N(pause/2)) {
+			break
+		}
+		err = r.once(ctx, s, silent)
+	}
 	if ctx.Err() == nil && errors.Is(err, blockdev.ErrNotFound) {
 		s.answered()
 	}
@@ -198,9 +215,39 @@ func (r *request) ask(s *step, last bool) error {
 	}
 	if r.ctx.Err() == nil && errors.Is(context.Cause(ctx), errSilent) {
 		s.silent(r.Diff, healing)
+		if refused != nil {
+			return fmt.Errorf("no chunk for %v, at last: %w", s.Patience, refused)
+		}
 		return fmt.Errorf("no chunk for %v: %w", s.Patience, blockdev.ErrUnavailable)
 	}
 	return err
+}
+
+// minPause and maxPause are the pauses before a source that is unavailable is asked
+// again: short while a restart may be over at any moment, and never in step with what
+// others do.
+const (
+	minPause = 50 * time.Millisecond
+	maxPause = time.Second
+)
+
+// again says whether to ask the source once more that has given this error.
+func (r *request) again(ctx context.Context, s *step, err error) bool {
+	return errors.Is(err, blockdev.ErrUnavailable) && !errors.Is(err, blockdev.ErrNotFound) &&
+		r.Priority != blockdev.Prefetch && s.Away != nil && len(r.open) > 0 && r.refused == nil && ctx.Err() == nil &&
+		time.Now().Before(r.until) && !s.Away()
+}
+
+// wait returns false if the context has ended meanwhile.
+func wait(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 func (r *request) once(ctx context.Context, s *step, silent *time.Timer) error {
@@ -226,6 +273,7 @@ func (r *request) once(ctx context.Context, s *step, silent *time.Timer) error {
 		case err == nil:
 			got[k] = true
 			s.served(r.Diff)
+			r.until = time.Now().Add(s.Patience)
 			if silent != nil {
 				silent.Reset(s.Patience)
 			}

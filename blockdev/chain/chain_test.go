@@ -315,3 +315,97 @@ func TestHeal(t *testing.T) {
 		t.Errorf("error is %v", err)
 	}
 }
+
+// TestRestart: a source that refuses requests for a moment is asked again by all that
+// somebody waits for, and the next source is not asked.
+func TestRestart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ix, m := fixture()
+		var back time.Time
+		super := blockdevtest.SourceFunc(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+			if time.Now().Before(back) {
+				return blockdev.ErrUnavailable
+			}
+			return m.Fetch(ctx, req, deliver)
+		})
+		registry := &counted{Source: m}
+		c := New(Step{Name: "supernode", Source: super, Patience: 10 * time.Second, Away: func() bool { return false }},
+			Step{Name: "registry", Source: registry})
+		for _, prio := range []blockdev.Priority{blockdev.Demand, blockdev.Startup} {
+			began := time.Now()
+			back = began.Add(3 * time.Second)
+			if n, err := fetch(t.Context(), c, prio, ix); err != nil || n != len(ix.Chunks) {
+				t.Errorf("%v: %d of %d chunks, %v", prio, n, len(ix.Chunks), err)
+			}
+			if took := time.Since(began); took < 3*time.Second || took > 3*time.Second+maxPause {
+				t.Errorf("%v: took %v", prio, took)
+			}
+		}
+		if n := registry.requests.Load(); n != 0 {
+			t.Errorf("the registry was asked %d times", n)
+		}
+		began := time.Now()
+		back = began.Add(time.Second)
+		if _, err := fetch(t.Context(), c, blockdev.Prefetch, ix); err != nil || time.Since(began) != 0 {
+			t.Errorf("prefetch waits: %v, %v", time.Since(began), err)
+		}
+	})
+}
+
+// TestBreaksInTheMiddle: a source that goes away in the middle of an answer and comes back
+// is asked for the rest.
+func TestBreaksInTheMiddle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ix, m := fixture()
+		times := 0
+		super := &counted{Source: blockdevtest.SourceFunc(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+			if times++; times == 1 {
+				req.Chunks = req.Chunks[:len(req.Chunks)/2]
+				return errors.Join(m.Fetch(ctx, req, deliver), fmt.Errorf("the stream broke: %w", blockdev.ErrUnavailable))
+			}
+			return m.Fetch(ctx, req, deliver)
+		})}
+		registry := &counted{Source: m}
+		c := New(Step{Name: "supernode", Source: super, Patience: 10 * time.Second, Away: func() bool { return false }},
+			Step{Name: "registry", Source: registry})
+		if n, err := fetch(t.Context(), c, blockdev.Demand, ix); err != nil || n != len(ix.Chunks) || registry.requests.Load() != 0 {
+			t.Errorf("%d of %d chunks, %v; the registry was asked %d times", n, len(ix.Chunks), err, registry.requests.Load())
+		}
+		if want := int64(len(ix.Chunks) + len(ix.Chunks) - len(ix.Chunks)/2); super.chunks.Load() != want {
+			t.Errorf("asked for %d chunks in all, want %d", super.chunks.Load(), want)
+		}
+	})
+}
+
+// TestGoneForLong: what it costs to wait for a source that does not come back is paid
+// once: by what was asked before it was known to be away.
+func TestGoneForLong(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ix, m := fixture()
+		gone := time.Now()
+		const patience = 10 * time.Second
+		registry := &counted{Source: m}
+		c := New(Step{Name: "supernode", Source: failing(blockdev.ErrUnavailable), Patience: patience,
+			Away: func() bool { return time.Since(gone) > patience }}, Step{Name: "registry", Source: registry})
+		time.Sleep(4 * time.Second)
+		read := func(name string, least, most time.Duration) {
+			t.Helper()
+			began := time.Now()
+			if n, err := fetch(t.Context(), c, blockdev.Demand, of(ix, name)); err != nil || n != len(ix.Chunks) {
+				t.Fatal(n, err)
+			}
+			if took := time.Since(began); took < least || took > most {
+				t.Errorf("read of %s took %v, want %v to %v", name, took, least, most)
+			}
+		}
+		read("one", 6*time.Second, 6*time.Second+maxPause)
+		read("one", 0, 0)
+		read("two", 0, 0)
+		time.Sleep(time.Hour)
+		read("two", 0, 0)
+		// It is not away for long, and refuses all the same: its patience, once for a while.
+		gone = time.Now().Add(time.Hour)
+		read("three", patience, patience)
+		read("three", 0, 0)
+	})
+}

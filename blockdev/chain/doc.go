@@ -8,6 +8,8 @@
 //   - A source that stays silent does not use up the time of the others: after
 //     Step.Patience without a chunk, a demand request goes on to the next one,
 //     and for a while demand requests for that diff try the silent source last.
+//   - A source that is unavailable has the same time as one that is silent (Step.Away),
+//     unless it is known to have been away for that long: a restart sends nobody on.
 //   - A source that is silent about one diff may be well: requests for other diffs go to
 //     it as before, until it was silent about two and not heard of in between.
 //   - The error names every source that was asked, and why each has failed. It

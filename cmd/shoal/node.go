@@ -146,15 +146,17 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	if err != nil {
 		return err
 	}
+	var away func() bool // an embedded supernode is always there
 	if r, ok := up.(*remote); ok {
 		late.swarm.Store(r.swarm)
+		away = func() bool { return r.Away(readPatience(c)) }
 	}
 	membership.watch(vols)
 	defer func() { err = errors.Join(err, up.Close()) }()
 	keychain := credentials.NewDockerConfig(ctx, c.DockerConfig, log)
 	plain := up
 	up = explained{up, keychain}
-	src, err := newSources(c, up, &late, keychain, log, metrics)
+	src, err := newSources(c, up, away, &late, keychain, log, metrics)
 	if err != nil {
 		return err
 	}
@@ -273,12 +275,13 @@ func openUpstream(ctx context.Context, c *config.Node, ports *daemon.Ports, log 
 	in := newIntake(c)
 	clients := map[peer.ID]uplink.Supernode{}
 	var restart time.Duration
-	if len(m.supernodes) == 1 {
+	one := len(m.supernodes) == 1
+	if one {
 		restart = supernodeRestart // else the next one takes over
 	}
 	for _, info := range m.supernodes {
 		client, err := exchange.NewClient(m.host, info, exchange.Options{
-			Window: in.window, Download: in.download, Frames: in.frames, Restart: restart, Patient: true,
+			Window: in.window, Download: in.download, Frames: in.frames, Restart: restart, Patient: one, Away: readPatience(c),
 			Log: log, Ready: func(ctx context.Context) error { return m.node.Ready(ctx, info.ID) },
 		})
 		if err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"log/slog"
+	"time"
 
 	libp2p "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -36,13 +37,17 @@ func peerIDs(infos []peer.AddrInfo) []peer.ID {
 	return ids
 }
 
+// siblingSign is how long a supernode waits for another one's first sign of life before
+// it goes on without it: a node waits meanwhile. Earlier versions give one after 5 s.
+const siblingSign = 6 * time.Second
+
 // siblings are connections to the other supernodes.
 type siblings map[peer.ID]supernode.Sibling
 
 func openSiblings(h libp2p.Host, infos []peer.AddrInfo, log *slog.Logger) (siblings, error) {
 	all := siblings{}
 	for _, info := range infos {
-		c, err := exchange.NewClient(h, info, exchange.Options{Log: log})
+		c, err := exchange.NewClient(h, info, exchange.Options{FirstSign: siblingSign, Log: log})
 		if err != nil {
 			return nil, errors.Join(err, all.close())
 		}

@@ -23,14 +23,20 @@ import (
 )
 
 const (
-	// supernodePatience is how long a read waits for the supernode, and those
-	// before it, to bring anything, before the registry is asked: a fifth of
-	// read_timeout, and not more than this.
+	// supernodePatience is the most that readPatience is.
 	supernodePatience = 10 * time.Second
 	// registryPrefetch is how long the supernode must have brought nothing before
 	// prefetch goes to the registry.
 	registryPrefetch = time.Minute
 )
+
+// readPatience is how long a read waits for the supernodes, and for the nodes before
+// them, to bring anything before the registry is asked, whether they are silent or cannot
+// be reached. None waits longer than that for supernodes that went away, or that were
+// not there when the node started.
+func readPatience(c *config.Node) time.Duration {
+	return min(supernodePatience, time.Duration(c.ReadTimeout)/5)
+}
 
 // parts are those parts of a node that others, which are made before them, call
 // back.
@@ -105,7 +111,8 @@ type sources struct {
 	direct *direct.Source
 }
 
-func newSources(c *config.Node, up chunksAndProfiles, p *parts, keychain *credentials.DockerConfig, log *slog.Logger, metrics prometheus.Registerer) (*sources, error) {
+// newSources makes the sources; away is chain.Step.Away of the supernode.
+func newSources(c *config.Node, up chunksAndProfiles, away func() bool, p *parts, keychain *credentials.DockerConfig, log *slog.Logger, metrics prometheus.Registerer) (*sources, error) {
 	received, err := registryBytes(metrics)
 	if err != nil {
 		return nil, err
@@ -129,7 +136,7 @@ func newSources(c *config.Node, up chunksAndProfiles, p *parts, keychain *creden
 	return &sources{
 		ProfileSink: up,
 		Chain: chain.New(
-			chain.Step{Name: "supernode", Source: up, Patience: min(supernodePatience, time.Duration(c.ReadTimeout)/5), Heal: p.rewarm},
+			chain.Step{Name: "supernode", Source: up, Patience: readPatience(c), Away: away, Heal: p.rewarm},
 			chain.Step{Name: "registry", Source: d, PrefetchAfter: registryPrefetch}),
 		client: client, direct: d,
 	}, nil

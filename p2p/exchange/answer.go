@@ -69,10 +69,10 @@ func (a *answer) done() {
 	}
 }
 
-// await runs work and calls tick every interval while it goes on, so that the
-// client knows that somebody is at it. An error of tick, as the client is gone,
+// await runs work and calls tick soon, and then every interval while it goes on, so that
+// the client knows that somebody is at it. An error of tick, as the client is gone,
 // ends the work.
-func (a *answer) await(interval time.Duration, work func(context.Context), tick func() error) error {
+func (a *answer) await(interval time.Duration, work func(context.Context), tick func(first bool) error) error {
 	ctx, cancel := context.WithCancel(a.s.ctx)
 	defer cancel()
 	done := make(chan struct{})
@@ -80,14 +80,17 @@ func (a *answer) await(interval time.Duration, work func(context.Context), tick 
 		defer close(done)
 		work(ctx)
 	}()
-	t := time.NewTicker(interval)
+	t := time.NewTicker(min(interval, a.s.cfg.Limits.FirstSign))
 	defer t.Stop()
-	for {
+	for first := true; ; first = false {
 		select {
 		case <-done:
 			return nil
 		case <-t.C:
-			if err := tick(); err != nil {
+			if first {
+				t.Reset(interval)
+			}
+			if err := tick(first); err != nil {
 				cancel()
 				<-done
 				return err

@@ -50,14 +50,21 @@ type Options struct {
 	// one chunk (15 s, 60 s); ImageTimeout how long it may be silent while it
 	// prepares an image or a manifest (20 s). The context bounds the whole.
 	DemandTimeout, PrefetchTimeout, ImageTimeout time.Duration
+	// FirstSign is how long the server may be silent before its first sign that it is at
+	// work on an image or a manifest; 0: ImageTimeout. A server gives one within half a
+	// second.
+	FirstSign time.Duration
 	// DialTimeout bounds one attempt to connect (3 s); after failures the next
 	// one comes after 50 ms, doubling up to MaxBackoff (2 s).
 	DialTimeout, MaxBackoff time.Duration
-	// Restart is how long requests for images and documents wait for a server that
-	// was connected a moment ago: one that is being restarted; if that is longer ago
-	// they wait for one more attempt to connect. 0: they fail at once, as when there is
-	// another server to ask.
+	// Restart is how long requests for images, documents and chunks that somebody waits
+	// for wait for a server that was connected a moment ago: one that is being restarted;
+	// if that is longer ago they wait for one more attempt to connect. 0: they fail at
+	// once, as when there is another server to ask.
 	Restart time.Duration
+	// Away is after what time without a connection requests for chunks do not wait for
+	// another attempt to connect any more; 0: they always wait for one that is under way.
+	Away time.Duration
 	// Patient: images and documents for which the server has too much to do are asked
 	// for again until the context ends. A rollout has all nodes ask one supernode at
 	// once, and what it says after a while is better than what a registry would have
@@ -82,6 +89,7 @@ func (o *Options) setDefaults() {
 	setDefault(&o.DemandTimeout, 15*time.Second)
 	setDefault(&o.PrefetchTimeout, 60*time.Second)
 	setDefault(&o.ImageTimeout, 20*time.Second)
+	setDefault(&o.FirstSign, o.ImageTimeout)
 	setDefault(&o.DialTimeout, 3*time.Second)
 	setDefault(&o.MaxBackoff, 2*time.Second)
 	if o.Window == nil {
@@ -167,6 +175,27 @@ func (c *Client) ready(ctx context.Context) error {
 		return err
 	}
 	return c.opts.Ready(ctx)
+}
+
+// Gone returns for how long there has been no connection to the server, or since the
+// Client was made; 0: there is one.
+func (c *Client) Gone() time.Duration { return c.keeper.gone() }
+
+// readyForChunks is ready for a request of this priority. One that somebody waits for
+// has the next attempt to connect come soon; what it costs to wait for a server that does
+// not come back is paid once.
+func (c *Client) readyForChunks(ctx context.Context, prio blockdev.Priority) error {
+	if c.opts.Away > 0 && c.keeper.gone() > c.opts.Away {
+		return c.keeper.status()
+	}
+	if prio == blockdev.Prefetch || c.opts.Peer {
+		return c.ready(ctx)
+	}
+	err := c.readyAgain(ctx)
+	if err != nil && c.opts.Away > 0 {
+		c.keeper.hurry()
+	}
+	return err
 }
 
 // restartLook is how often a request looks whether a server is back.

@@ -52,13 +52,13 @@ func TestDocument(t *testing.T) {
 		if !reflect.DeepEqual(got, have) {
 			t.Errorf("a document of %d bytes has changed on the way", n)
 		}
-		if gotPeer != c.keeper.host.ID().String() || gotReq != req {
+		if gotPeer != c.keeper.host.ID().String() || !reflect.DeepEqual(gotReq, req) {
 			t.Errorf("peer %q asked for %+v", gotPeer, gotReq)
 		}
 		req.Kind, req.Head = blockdev.Config, true
 		want := *have
 		want.Data = nil
-		if got, err = c.Document(t.Context(), req); err != nil || !reflect.DeepEqual(got, &want) || gotReq != req {
+		if got, err = c.Document(t.Context(), req); err != nil || !reflect.DeepEqual(got, &want) || !reflect.DeepEqual(gotReq, req) {
 			t.Errorf("without the bytes: %+v, %v", got, err)
 		}
 	}

@@ -128,7 +128,7 @@ func (f *fetch) batch(ctx context.Context) error {
 	}
 	defer f.lane.leave()
 	for attempt := 1; ; attempt++ {
-		if err := f.c.ready(ctx); err != nil {
+		if err := f.c.readyForChunks(ctx, f.priority); err != nil {
 			return err
 		}
 		f.begun = false

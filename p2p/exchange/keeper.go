@@ -41,6 +41,7 @@ type keeper struct {
 
 	mu      sync.Mutex
 	up      bool
+	since   time.Time     // when it was first not up, since it last was or the keeper was made
 	lost    time.Time     // when it was so last; zero: never
 	err     error         // why not up, from the last attempt
 	dialing chan struct{} // closed at the end of the attempt; nil if there is none
@@ -50,6 +51,7 @@ func newKeeper(h host.Host, info peer.AddrInfo, opts Options, expire func(time.T
 	k := &keeper{
 		host: h, info: info, opts: &opts, expire: expire,
 		look: make(chan struct{}, 1), wanted: make(chan struct{}, 1), done: make(chan struct{}), dialing: make(chan struct{}),
+		since: time.Now(),
 	}
 	k.ctx, k.cancel = context.WithCancel(context.Background())
 	go k.run()
@@ -139,7 +141,8 @@ func (k *keeper) report() {
 	connected := k.connected()
 	k.mu.Lock()
 	if k.up && !connected {
-		k.up, k.lost, k.dialing = false, time.Now(), make(chan struct{})
+		k.down()
+		k.dialing = make(chan struct{})
 	}
 	k.mu.Unlock()
 	select {
@@ -205,11 +208,17 @@ func (k *keeper) begin() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.up {
-		k.up, k.lost = false, time.Now()
+		k.down()
 	}
 	if k.dialing == nil {
 		k.dialing = make(chan struct{})
 	}
+}
+
+// down notes that there is no connection any more; mu is held.
+func (k *keeper) down() {
+	now := time.Now()
+	k.up, k.lost, k.since = false, now, now
 }
 
 func (k *keeper) settle(err error) {
@@ -240,6 +249,17 @@ func (k *keeper) ready(ctx context.Context) error {
 		}
 	}
 	return k.status()
+}
+
+// gone returns for how long there has been no connection; 0: there is one.
+func (k *keeper) gone() time.Duration {
+	k.mu.Lock()
+	up, since := k.up, k.since
+	k.mu.Unlock()
+	if up || k.connected() {
+		return 0
+	}
+	return max(time.Since(since), 1)
 }
 
 // lostAt returns when a connection was lost last; zero: never.

@@ -30,7 +30,7 @@ func (c *Client) openDocument(ctx context.Context, req *blockdev.DocumentRequest
 	}
 	var doc *blockdev.Document
 	err = c.converse(ctx, c.docs, out, func(st *stream) (bool, error) {
-		a := documentReader{c: c, st: st, head: req.Head, start: time.Now()}
+		a := documentReader{c: c, st: st, head: req.Head, alive: req.Alive, start: time.Now()}
 		var err error
 		doc, err = a.read()
 		return a.begun, err
@@ -43,6 +43,7 @@ type documentReader struct {
 	c     *Client
 	st    *stream
 	head  bool
+	alive func() // may be nil
 	buf   []byte
 	start time.Time
 	begun bool // a frame has come
@@ -52,13 +53,16 @@ type documentReader struct {
 
 func (a *documentReader) read() (_ *blockdev.Document, err error) {
 	for a.doc == nil || !a.head && int64(len(a.doc.Data)) < a.doc.Size {
-		if err := a.st.SetReadDeadline(time.Now().Add(a.c.opts.ImageTimeout)); err != nil {
+		if err := a.st.SetReadDeadline(time.Now().Add(a.c.silence(a.begun))); err != nil {
 			return nil, err
 		}
 		if a.buf, err = wire.ReadFrame(a.st.r, wire.MaxManifestFrame, a.buf); err != nil {
 			return nil, err
 		}
 		a.begun = true
+		if a.alive != nil {
+			a.alive()
+		}
 		frame, err := wire.ParseManifestFrame(a.buf)
 		if err != nil {
 			return nil, err

@@ -102,7 +102,7 @@ func (c *Client) converseOnce(ctx context.Context, l *lane, out []byte, take fun
 			c.keeper.report()
 		}
 		if attempt > 1 || begun || !c.broken(ctx, err) {
-			return c.cause(ctx, err, c.opts.ImageTimeout)
+			return c.cause(ctx, err, c.silence(begun))
 		}
 	}
 }
@@ -124,6 +124,14 @@ func (c *Client) ask(ctx context.Context, l *lane, out []byte, take func(*stream
 	return take(st)
 }
 
+// silence is how long the server may be silent, which has begun to answer or not.
+func (c *Client) silence(begun bool) time.Duration {
+	if begun {
+		return c.opts.ImageTimeout
+	}
+	return c.opts.FirstSign
+}
+
 // imageAnswer reads the frames of one answer.
 type imageAnswer struct {
 	c     *Client
@@ -142,13 +150,16 @@ type imageAnswer struct {
 
 func (a *imageAnswer) read() (_ *blockdev.Image, err error) {
 	for {
-		if err := a.st.SetReadDeadline(time.Now().Add(a.c.opts.ImageTimeout)); err != nil {
+		if err := a.st.SetReadDeadline(time.Now().Add(a.c.silence(a.begun))); err != nil {
 			return nil, err
 		}
 		if a.buf, err = wire.ReadFrame(a.st.r, wire.MaxIndexFrame, a.buf); err != nil {
 			return nil, err
 		}
 		a.begun = true
+		if a.req.Alive != nil {
+			a.req.Alive()
+		}
 		frame, err := wire.ParseIndexFrame(a.buf)
 		if err != nil {
 			return nil, err

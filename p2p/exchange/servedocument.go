@@ -32,7 +32,7 @@ func (s *Server) serveDocument(st network.Stream) error {
 	var failed error
 	err = w.await(s.cfg.Limits.WorkingInterval, func(ctx context.Context) {
 		doc, failed = s.cfg.Documents.DocumentFor(ctx, st.Conn().RemotePeer().String(), *req)
-	}, func() error {
+	}, func(bool) error {
 		return w.write(&wire.ManifestFrame{Part: &wire.ManifestFrame_Working{Working: &wire.Working{}}})
 	})
 	if err != nil {

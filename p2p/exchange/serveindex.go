@@ -71,9 +71,9 @@ func (a *indexAnswer) open(from string, req *blockdev.ImageRequest, progress boo
 			leave := a.leave
 			a.leave = sync.OnceFunc(func() { a.s.sending.Release(1); leave() })
 		}
-	}, func() error {
+	}, func(first bool) error {
 		layers := news.take()
-		if len(layers) == 0 && time.Since(said) < a.s.cfg.Limits.WorkingInterval {
+		if len(layers) == 0 && !first && time.Since(said) < a.s.cfg.Limits.WorkingInterval {
 			return nil
 		}
 		said = time.Now()

@@ -56,6 +56,9 @@ type Limits struct {
 	// is told that there is still somebody (5 s), and ProgressInterval how often,
 	// at most, how far the layers are, if it wants to know (500 ms).
 	WorkingInterval, ProgressInterval time.Duration
+	// FirstSign is after what time such a client is told so first (200 ms): it may ask
+	// another server if nobody seems to be there.
+	FirstSign time.Duration
 	// DemandPause is how long a prefetch waits for the same peer's demand
 	// requests before it sends its next chunk anyway (50 ms).
 	DemandPause time.Duration
@@ -92,6 +95,7 @@ func (l *Limits) setDefaults() {
 	setDefault(&l.WriteTimeout, 30*time.Second)
 	setDefault(&l.ChunkTimeout, 30*time.Second)
 	setDefault(&l.WorkingInterval, 5*time.Second)
+	setDefault(&l.FirstSign, 200*time.Millisecond)
 	setDefault(&l.ProgressInterval, 500*time.Millisecond)
 	setDefault(&l.DemandPause, 50*time.Millisecond)
 	setDefault(&l.StartupPause, 5*time.Millisecond)

@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"sync"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/p2p/route"
+	"github.com/shoalfs/shoal/p2p/wire"
 )
 
 // Supernode is one of them: an *exchange.Client.
@@ -20,6 +23,8 @@ type Supernode interface {
 	blockdev.ProfileSink
 	// Status returns nil if it can be reached.
 	Status() error
+	// Gone returns for how long it could not; 0: it can.
+	Gone() time.Duration
 	Close() error
 }
 
@@ -27,6 +32,7 @@ type Supernode interface {
 type Uplink struct {
 	ids   []peer.ID
 	nodes map[peer.ID]Supernode
+	pace
 
 	mu sync.Mutex
 	// from says who gave out a diff's index: who is told what containers read of
@@ -49,7 +55,8 @@ func New(nodes map[peer.ID]Supernode) (*Uplink, error) {
 	if len(nodes) == 0 {
 		return nil, errors.New("uplink: no supernode")
 	}
-	u := &Uplink{nodes: nodes, from: map[blockdev.Digest]Supernode{}}
+	u := &Uplink{nodes: nodes, from: map[blockdev.Digest]Supernode{},
+		pace: pace{slow: map[Supernode]time.Time{}, trials: map[Supernode]int{}}}
 	for id := range nodes {
 		u.ids = append(u.ids, id)
 	}
@@ -65,20 +72,36 @@ func (u *Uplink) Close() error {
 	return errors.Join(errs...)
 }
 
-// order lists the supernodes as they are to be asked: those that are there first.
-func (u *Uplink) order(key blockdev.Digest) []Supernode {
+// order lists the supernodes as they are to be asked: those that are there first, of them
+// those last that are slow. probe is how long a request takes to find out whether one
+// still is; 0: this one does not.
+func (u *Uplink) order(key blockdev.Digest, probe time.Duration) []Supernode {
 	if len(u.ids) == 1 {
 		return []Supernode{u.nodes[u.ids[0]]}
 	}
-	var there, away []Supernode
+	var there, slow, away []Supernode
 	for _, id := range route.Order(key, u.ids) {
-		if s := u.nodes[id]; s.Status() == nil {
-			there = append(there, s)
-		} else {
+		switch s := u.nodes[id]; {
+		case s.Status() != nil:
 			away = append(away, s)
+		case len(there) == 0 && u.last(s, probe):
+			slow = append(slow, s)
+		default:
+			there = append(there, s)
 		}
 	}
-	return append(there, away...)
+	return append(append(there, slow...), away...)
+}
+
+// Away says whether no supernode could be reached for longer than d, or since the
+// Uplink was made.
+func (u *Uplink) Away(d time.Duration) bool {
+	for _, s := range u.nodes {
+		if s.Gone() <= d {
+			return false
+		}
+	}
+	return true
 }
 
 // next says whether to ask the next supernode after this error.
@@ -86,23 +109,32 @@ func next(ctx context.Context, err error) bool {
 	return ctx.Err() == nil && (errors.Is(err, blockdev.ErrUnavailable) || errors.Is(err, blockdev.ErrNotFound) || errors.Is(err, blockdev.ErrCorrupt))
 }
 
-// each asks supernodes until one answers. The error is the first one's that was
-// there: it says most.
-func (u *Uplink) each(ctx context.Context, key blockdev.Digest, ask func(Supernode) error) error {
-	var first error
-	for _, s := range u.order(key) {
-		err := ask(s)
-		if err == nil {
-			return nil
-		}
-		if first == nil {
-			first = err
-		}
-		if !next(ctx, err) {
+// minBusy and maxBusy are the pauses before supernodes are asked again that all have
+// too much to do.
+const (
+	minBusy = 50 * time.Millisecond
+	maxBusy = 2 * time.Second
+)
+
+// converse asks supernodes for an image or a document until one answers, and again
+// while all have too much to do. Where there is one, its client does that.
+func (u *Uplink) converse(ctx context.Context, key blockdev.Digest, after time.Duration, do ask) error {
+	if len(u.ids) == 1 {
+		return do(ctx, u.nodes[u.ids[0]], nil)
+	}
+	for pause := minBusy; ; pause = min(2*pause, maxBusy) {
+		err := u.race(ctx, u.order(key, after), way{after: after}, do)
+		if !errors.Is(err, wire.ErrBusy) || ctx.Err() != nil {
 			return err
 		}
+		t := time.NewTimer(pause/2 + rand.N(pause/2))
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return fmt.Errorf("%w, until the last: %w", ctx.Err(), err)
+		}
 	}
-	return first
 }
 
 // imageKey names what an image belongs to a supernode by.
@@ -114,14 +146,66 @@ func imageKey(ref string, manifest blockdev.Digest) blockdev.Digest {
 }
 
 // OpenImage implements blockdev.ImageSource.
-func (u *Uplink) OpenImage(ctx context.Context, req blockdev.ImageRequest) (img *blockdev.Image, err error) {
-	err = u.each(ctx, imageKey(req.Ref, req.Manifest), func(s Supernode) error {
-		if img, err = s.OpenImage(ctx, req); err == nil {
+func (u *Uplink) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+	var got answered[*blockdev.Image]
+	var turn sync.Mutex // one call of Progress at a time
+	progress, alive := req.Progress, req.Alive
+	err := u.converse(ctx, imageKey(req.Ref, req.Manifest), imageHedge, func(ctx context.Context, s Supernode, sign func()) error {
+		req := req
+		req.Alive = both(alive, sign)
+		if progress != nil {
+			req.Progress = func(p blockdev.Progress) {
+				turn.Lock()
+				defer turn.Unlock()
+				progress(p)
+			}
+		}
+		img, err := s.OpenImage(ctx, req)
+		if err == nil && got.take(img) {
 			u.note(img, s)
 		}
 		return err
 	})
-	return img, err
+	return got.result(err)
+}
+
+// answered keeps the first answer.
+type answered[T any] struct {
+	mu   sync.Mutex
+	have bool
+	v    T
+}
+
+func (a *answered[T]) take(v T) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.have {
+		return false
+	}
+	a.have, a.v = true, v
+	return true
+}
+
+// result is what was answered, if err is nil.
+func (a *answered[T]) result(err error) (T, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err != nil {
+		var none T
+		return none, err
+	}
+	return a.v, nil
+}
+
+// both calls two functions, each of which may be nil.
+func both(a, b func()) func() {
+	if a == nil || b == nil {
+		if a == nil {
+			return b
+		}
+		return a
+	}
+	return func() { a(); b() }
 }
 
 func (u *Uplink) note(img *blockdev.Image, s Supernode) {
@@ -148,7 +232,7 @@ func (u *Uplink) ReportProfiles(ctx context.Context, profiles []blockdev.DiffPro
 		s := u.from[p.Diff]
 		u.mu.Unlock()
 		if s == nil {
-			s = u.order(p.Diff)[0]
+			s = u.order(p.Diff, 0)[0]
 		}
 		to[s] = append(to[s], p)
 	}
@@ -160,72 +244,17 @@ func (u *Uplink) ReportProfiles(ctx context.Context, profiles []blockdev.DiffPro
 }
 
 // Document implements blockdev.DocumentSource.
-func (u *Uplink) Document(ctx context.Context, req blockdev.DocumentRequest) (doc *blockdev.Document, err error) {
-	err = u.each(ctx, imageKey(req.Ref, blockdev.Digest{}), func(s Supernode) error {
-		doc, err = s.Document(ctx, req)
-		return err
-	})
-	return doc, err
-}
-
-// Fetch implements blockdev.Source.
-func (u *Uplink) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
-	if len(u.ids) == 1 {
-		return u.nodes[u.ids[0]].Fetch(ctx, req, deliver)
-	}
-	f := fetch{left: make([]int, len(req.Chunks)), deliver: deliver}
-	for i := range f.left {
-		f.left[i] = i
-	}
-	err := u.each(ctx, req.Diff, func(s Supernode) error {
-		if f.failed != nil {
-			return f.failed // whatever it wraps: no other supernode can help
-		}
-		return f.from(ctx, s, req)
-	})
-	if f.failed != nil {
-		return f.failed
-	}
-	return err
-}
-
-// fetch is one call of Fetch.
-type fetch struct {
-	left    []int // positions in the request that are not delivered yet
-	deliver blockdev.Deliver
-	failed  error // of deliver, and none of the sender's making
-}
-
-// from gets what is left from s.
-func (f *fetch) from(ctx context.Context, s Supernode, req blockdev.Request) error {
-	chunks := make([]blockdev.Chunk, len(f.left))
-	for i, at := range f.left {
-		chunks[i] = req.Chunks[at]
-	}
-	got := make([]bool, len(chunks))
-	req.Chunks = chunks
-	err := s.Fetch(ctx, req, func(i int, data []byte) error {
-		err := f.deliver(f.left[i], data)
-		switch {
-		case err == nil:
-			got[i] = true
-		case !errors.Is(err, blockdev.ErrCorrupt):
-			f.failed = err
+func (u *Uplink) Document(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+	var got answered[*blockdev.Document]
+	alive := req.Alive
+	err := u.converse(ctx, imageKey(req.Ref, blockdev.Digest{}), documentHedge, func(ctx context.Context, s Supernode, sign func()) error {
+		req := req
+		req.Alive = both(alive, sign)
+		doc, err := s.Document(ctx, req)
+		if err == nil {
+			got.take(doc)
 		}
 		return err
 	})
-	rest := f.left[:0:0]
-	for i, at := range f.left {
-		if !got[i] {
-			rest = append(rest, at)
-		}
-	}
-	f.left = rest
-	if err == nil && len(f.left) > 0 {
-		err = fmt.Errorf("%d chunks were not delivered: %w", len(f.left), blockdev.ErrCorrupt)
-	}
-	if err != nil && len(f.left) == 0 {
-		return nil
-	}
-	return err
+	return got.result(err)
 }

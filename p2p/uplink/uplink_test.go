@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 
@@ -14,18 +17,57 @@ import (
 
 // fake is a supernode that has some chunks.
 type fake struct {
-	away   error
+	away error
+	gone time.Duration
+	// hangs, if not nil, is told of each request, which then gets no answer until the
+	// channel that it returns is closed; nil: an answer at once.
+	hangs func() <-chan struct{}
+	// alive is how often a request that hangs gives a sign of life; 0: never.
+	alive  time.Duration
 	chunks map[blockdev.Digest]bool
 	image  error
+	mu     sync.Mutex
 	asked  int
+	wanted atomic.Int64 // chunks, of the last Fetch
 	told   []blockdev.DiffProfile
 }
 
 func (f *fake) Status() error { return f.away }
 func (f *fake) Close() error  { return nil }
 
-func (f *fake) OpenImage(context.Context, blockdev.ImageRequest) (*blockdev.Image, error) {
+func (f *fake) Gone() time.Duration { return f.gone }
+
+// begin counts a request and waits for as long as it is to hang.
+func (f *fake) begin(ctx context.Context, alive func()) error {
+	f.mu.Lock()
 	f.asked++
+	hangs := f.hangs
+	f.mu.Unlock()
+	if hangs == nil {
+		return nil
+	}
+	until := hangs()
+	for until != nil {
+		var sign <-chan time.Time
+		if f.alive > 0 {
+			sign = time.After(f.alive)
+		}
+		select {
+		case <-until:
+			return nil
+		case <-sign:
+			alive()
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+func (f *fake) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+	if err := f.begin(ctx, req.Alive); err != nil {
+		return nil, err
+	}
 	if err := errors.Join(f.away, f.image); err != nil {
 		return nil, err
 	}
@@ -37,13 +79,18 @@ func (f *fake) ReportProfiles(_ context.Context, list []blockdev.DiffProfile) er
 	return nil
 }
 
-func (f *fake) Document(context.Context, blockdev.DocumentRequest) (*blockdev.Document, error) {
-	f.asked++
-	return nil, f.image
+func (f *fake) Document(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+	if err := f.begin(ctx, req.Alive); err != nil {
+		return nil, err
+	}
+	return &blockdev.Document{}, f.image
 }
 
-func (f *fake) Fetch(_ context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
-	f.asked++
+func (f *fake) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+	f.wanted.Store(int64(len(req.Chunks)))
+	if err := f.begin(ctx, func() {}); err != nil {
+		return err
+	}
 	if f.away != nil {
 		return f.away
 	}
@@ -53,7 +100,7 @@ func (f *fake) Fetch(_ context.Context, req blockdev.Request, deliver blockdev.D
 			missing = blockdev.ErrNotFound
 			continue
 		}
-		if err := deliver(i, c.Digest[:1]); err != nil {
+		if err := deliver(i, content[c.Digest]); err != nil {
 			return err
 		}
 	}
@@ -89,6 +136,15 @@ func newUplink(t *testing.T, n int) (*Uplink, []*fake) {
 	return u, fakes
 }
 
+// content is what chunks are made of.
+var content = map[blockdev.Digest][]byte{}
+
+func init() {
+	for i := range 256 {
+		content[blockdev.Sum([]byte{byte(i)})] = []byte{byte(i)}
+	}
+}
+
 func chunks(n int) (list []blockdev.Chunk) {
 	for i := range n {
 		list = append(list, blockdev.Chunk{Length: 1, Digest: blockdev.Sum([]byte{byte(i)})})
@@ -101,7 +157,7 @@ func fetchAll(t *testing.T, u *Uplink, list []blockdev.Chunk) ([]int, error) {
 	t.Helper()
 	got := make([]int, len(list))
 	err := u.Fetch(t.Context(), blockdev.Request{Diff: key, Chunks: list}, func(i int, data []byte) error {
-		if data[0] != list[i].Digest[0] {
+		if blockdev.Sum(data) != list[i].Digest {
 			t.Errorf("chunk %d comes with the bytes of another", i)
 		}
 		got[i]++
