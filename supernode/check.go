@@ -43,7 +43,7 @@ func Inspect(ctx context.Context, dir string, repair bool, log *slog.Logger) (_ 
 	case err == nil:
 		// Without a quota, and without compressing anything: only what a crash has
 		// left is cleaned up.
-		s, err := store.Open(store.Config{Dir: root, Log: log, Idle: -1})
+		s, err := store.Open(store.Config{Dir: root, Log: log, Idle: -1, Thorough: true})
 		if err != nil {
 			return nil, err
 		}

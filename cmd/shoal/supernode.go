@@ -119,7 +119,7 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	if err != nil {
 		return err
 	}
-	h, err := host.New(host.Config{Key: key, Listen: c.Listen, MaxPeers: c.MaxPeers, Guard: list, UserAgent: "shoal/" + version})
+	h, err := host.New(host.Config{Key: key, MaxPeers: c.MaxPeers, Guard: list, UserAgent: "shoal/" + version})
 	if err != nil {
 		return err
 	}
@@ -144,6 +144,12 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, server.Close()) }()
+	// Last: who can connect may ask. A node that is refused knows what that is, and waits.
+	for _, addr := range c.Listen {
+		if err := host.Listen(h, addr); err != nil {
+			return err
+		}
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		return control.Serve(ctx, c.ControlAddress, &supernodeDaemon{s, list, credentials.NewDockerConfig(ctx, "", log)})

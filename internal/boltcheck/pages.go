@@ -59,9 +59,11 @@ func corrupt(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", blockdev.ErrCorrupt, fmt.Sprintf(format, args...))
 }
 
-// lockedPages checks the pages of the database in a file while bbolt's lock keeps others
-// from writing to it.
-func lockedPages(path string) error {
+// lockedPages checks the pages of the database in a file.
+func lockedPages(path string) error { return locked(path, checkFile) }
+
+// locked looks at a database while bbolt's lock keeps others from writing to it.
+func locked(path string, look func(*os.File) error) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
@@ -70,7 +72,7 @@ func lockedPages(path string) error {
 	for end := time.Now().Add(lockWait); ; time.Sleep(lockLook) {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
 		if err == nil {
-			return checkFile(f)
+			return look(f)
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return &os.PathError{Op: "flock", Path: path, Err: err}
@@ -100,7 +102,7 @@ func checkReader(f io.ReaderAt, size int64) error {
 
 // checkMeta checks the pages that belong to a meta record.
 func checkMeta(f io.ReaderAt, size int64, meta []byte) error {
-	p := &pages{f: f, size: int64(order.Uint32(meta[8:])), end: order.Uint64(meta[40:]), seen: make(map[uint64]bool)}
+	p := newPages(f, meta)
 	if most := uint64(size / p.size); p.end > most {
 		return corrupt("%d pages in a file that has room for %d", p.end, most)
 	}
@@ -120,6 +122,11 @@ func checkMeta(f io.ReaderAt, size int64, meta []byte) error {
 		}
 	}
 	return nil
+}
+
+// newPages are those that belong to a meta record.
+func newPages(f io.ReaderAt, meta []byte) *pages {
+	return &pages{f: f, size: int64(order.Uint32(meta[8:])), end: order.Uint64(meta[40:]), seen: make(map[uint64]bool)}
 }
 
 // metaAt reads the meta record of the page at off; nil: there is none.

@@ -42,7 +42,7 @@ func (s *Store) update(f func(c *change) error) error {
 	punched := s.punched
 	s.punched = nil
 	s.mu.Unlock()
-	err := guard(func() error {
+	err := s.guard(func() error {
 		return s.db.Update(func(tx *bolt.Tx) error {
 			c.tx = tx
 			for _, e := range punched {

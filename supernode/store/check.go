@@ -34,7 +34,7 @@ const maxFindings = 100
 const forgotten = "its layers are fetched again when they are asked for"
 
 // CheckIndex checks the index.db of a store that nobody has open. Errors wrap
-// blockdev.ErrCorrupt for damage (Open starts with an empty store then) and
+// blockdev.ErrCorrupt for damage (a thorough Open starts with an empty store then) and
 // boltcheck.ErrInUse.
 func CheckIndex(dir string) error {
 	s := &Store{cfg: Config{Dir: dir}}
@@ -48,7 +48,8 @@ func CheckIndex(dir string) error {
 func (s *Store) Check(ctx context.Context, mark bool) (*Health, error) {
 	h := &Health{}
 	if err := mapClosed(boltcheck.Live(s.db, nil)); errors.Is(err, blockdev.ErrCorrupt) {
-		h.add("index.db", "", "%v: stop the supernode and delete its store, which is fetched again", err)
+		s.doubtful.Store(true)
+		h.add("index.db", "", "%v: restart the supernode, which begins with an empty store: layers are fetched again when they are asked for", err)
 		return h, nil
 	} else if err != nil {
 		return nil, err

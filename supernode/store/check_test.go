@@ -208,7 +208,7 @@ func FuzzFlip(f *testing.F) {
 		if err := CheckIndex(dir); err != nil && !errors.Is(err, blockdev.ErrCorrupt) {
 			t.Fatal(err)
 		}
-		s, err := Open(Config{Dir: dir, Idle: -1})
+		s, err := Open(Config{Dir: dir, Idle: -1, Thorough: true}) // as after a kill, and as shoal check
 		if errors.Is(err, blockdev.ErrUnsupported) {
 			return // the flip is in the format's number
 		}

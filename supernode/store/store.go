@@ -41,6 +41,9 @@ type Config struct {
 	// compress what ingests have stored raw; a tenth of it after the last call of
 	// Chunk. Default 10 seconds; negative: never.
 	Idle time.Duration
+	// Thorough has Open read all of index.db also after a clean end, which takes as long
+	// as the store is large.
+	Thorough bool
 	// Yield is called when there is no room and all diffs are pinned: it gives one pin
 	// back, or says false. Nil: there is none to be had.
 	Yield func() bool
@@ -89,6 +92,8 @@ type Store struct {
 	stats    counters
 	due      int64     // raw bytes of chunks that are still to be compressed
 	ingested time.Time // when the last ingest ended, or Open
+
+	doubtful atomic.Bool // index.db has shown damage
 
 	served atomic.Int64  // when the last call of Chunk was, in Unix nanoseconds
 	wake   chan struct{} // recompress is to look again
@@ -174,14 +179,20 @@ func (s *Store) dbPath() string { return filepath.Join(s.cfg.Dir, "index.db") }
 // openDB opens index.db; one that is no database any more is replaced.
 func (s *Store) openDB() error {
 	open := func() error {
-		if err := boltcheck.Pages(s.dbPath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		// All of it is read only if it has not been closed in good order: that takes as
+		// long as the store is large.
+		sealed, err := boltcheck.Sealed(s.dbPath())
+		if err == nil && (!sealed || s.cfg.Thorough) {
+			err = boltcheck.Pages(s.dbPath())
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		db, err := bolt.Open(s.dbPath(), 0o600, &bolt.Options{
 			Timeout:      time.Second, // for the lock
 			FreelistType: bolt.FreelistMapType,
-			// The free list is rebuilt at open; writing it at every commit
-			// costs more.
+			// The free list is written by Close, and else rebuilt at open: writing it
+			// at every commit costs more.
 			NoFreelistSync: true,
 			// Address space, not memory: growing a smaller map waits for readers, and
 			// a check reads for as long as it takes.
@@ -214,7 +225,7 @@ func guard(f func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // a page number far off
 	defer func() {
 		if r := recover(); r != nil {
-			err = fmt.Errorf("store: index.db: %w: %v", blockdev.ErrCorrupt, r)
+			err = fmt.Errorf("store: %w: %v", errDamaged, r)
 		}
 	}()
 	return f()
@@ -222,8 +233,21 @@ func guard(f func() error) (err error) {
 
 // view runs a read transaction.
 func (s *Store) view(f func(tx *bolt.Tx) error) error {
-	return mapClosed(guard(func() error { return s.db.View(f) }))
+	return mapClosed(s.guard(func() error { return s.db.View(f) }))
 }
+
+// guard is guard for what is done with an open index.db: after damage the next Open is to
+// check it in full.
+func (s *Store) guard(f func() error) error {
+	err := guard(f)
+	if errors.Is(err, errDamaged) && !s.doubtful.Swap(true) {
+		s.cfg.Log.Error("the store's index is damaged; the next start checks it, and begins with an empty store: restart the supernode", "dir", s.cfg.Dir, "error", err)
+	}
+	return err
+}
+
+// errDamaged: index.db cannot be read.
+var errDamaged = fmt.Errorf("index.db: %w", blockdev.ErrCorrupt)
 
 func mapClosed(err error) error {
 	if errors.Is(err, bolterrors.ErrDatabaseNotOpen) {
@@ -252,6 +276,11 @@ func (s *Store) Close() error {
 		in.Abort()
 	}
 	err := s.flushUses()
+	if !s.doubtful.Load() {
+		if serr := boltcheck.Seal(s.db); !errors.Is(serr, bolterrors.ErrDatabaseNotOpen) {
+			err = errors.Join(err, serr)
+		}
+	}
 	return errors.Join(err, s.db.Close(), s.packs.close(), s.comp.close())
 }
 
