@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -136,7 +137,7 @@ func TestAnswers(t *testing.T) {
 			resp, body := do(t, s, method, c.path)
 			head := method == http.MethodHead
 			want := blockdev.DocumentRequest{Ref: c.ref, Kind: c.kind, Head: head, Credential: pullCredential}
-			if resp.StatusCode != http.StatusOK || got != want {
+			if resp.StatusCode != http.StatusOK || !reflect.DeepEqual(got, want) {
 				t.Errorf("%s %s: %s %s, asked for %+v", method, c.path, resp.Status, body, got)
 			}
 			for h, want := range map[string]string{"Content-Type": mediaType, "Docker-Content-Digest": manifestID.String(), "Content-Length": fmt.Sprint(len(manifestBytes))} {
