@@ -45,8 +45,12 @@ const Upgrade = syscall.SIGUSR2
 const (
 	maxStored = 64
 	// Pauses before a daemon is started again that did not get ready, but for the
-	// first time. One that did is started at once.
+	// first time; or that ended within steady of being ready, but for the first
+	// freeRestarts times: a request that kills it comes again to the next one. One that
+	// was ready for longer is started at once.
 	firstPause, maxPause = 100 * time.Millisecond, 5 * time.Second
+	freeRestarts         = 5
+	steady               = 500 * time.Millisecond
 )
 
 // Config of Run.
@@ -99,8 +103,9 @@ type keeper struct {
 	child    *exec.Cmd // nil between two lives
 	ended    chan error
 	ready    chan struct{}
-	wasReady bool // the child has said so
-	failures int  // children in a row that did not
+	wasReady bool      // the child has said so
+	since    time.Time // when it said so
+	failures int       // children in a row that were not ready for as long as steady
 	stopping bool
 
 	mu     sync.Mutex
@@ -123,11 +128,16 @@ func (k *keeper) loop(signals <-chan os.Signal) error {
 	for {
 		select {
 		case <-k.ready:
-			k.wasReady, k.failures = true, 0
+			if !k.wasReady {
+				k.wasReady, k.since = true, time.Now()
+			}
 			if k.previous != nil {
 				k.Log.Info("upgraded", "program", k.path)
 				k.previous.Close()
-				k.previous, deadline = nil, nil
+				k.previous = nil
+				if !k.stopping { // else it is the stop's
+					deadline = nil
+				}
 			}
 		case s := <-signals:
 			switch {
@@ -199,13 +209,18 @@ func (k *keeper) after(err error) time.Duration {
 		k.program, k.previous = k.previous, nil
 		return 0
 	}
-	wait := time.Duration(0)
-	if !k.wasReady {
-		if k.failures > 0 {
-			wait = min(firstPause<<min(k.failures-1, 10), maxPause)
+	free := 1
+	if k.wasReady {
+		free = freeRestarts
+		if time.Since(k.since) >= steady {
+			k.failures = 0
 		}
-		k.failures++
 	}
+	wait := time.Duration(0)
+	if k.failures >= free {
+		wait = min(firstPause<<min(k.failures-free, 10), maxPause)
+	}
+	k.failures++
 	k.Log.Warn("ended, starting it again", "program", k.path, "end", ending(err), "in", wait)
 	return wait
 }
@@ -222,6 +237,7 @@ func ending(err error) string {
 func (k *keeper) start() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.wasReady = false
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -244,7 +260,7 @@ func (k *keeper) start() error {
 	if err := c.Start(); err != nil {
 		return err
 	}
-	k.child, k.pid, k.wasReady, k.ended = c, c.Process.Pid, false, make(chan error, 1)
+	k.child, k.pid, k.ended = c, c.Process.Pid, make(chan error, 1)
 	select {
 	case <-k.ready: // of an earlier child
 	default:

@@ -98,10 +98,22 @@ func runDaemon(dir string) error {
 	}
 	signals := make(chan os.Signal, 4)
 	notify(signals)
+	if _, err := os.Stat(filepath.Join(dir, "ready-at-the-end")); err == nil {
+		fmt.Println("waiting", number)
+		<-signals
+		if err := store.Ready(); err != nil {
+			return err
+		}
+		fmt.Println("ready", number)
+		select {}
+	}
 	if err := store.Ready(); err != nil {
 		return err
 	}
 	fmt.Println("ready", number)
+	if _, err := os.Stat(filepath.Join(dir, "ready-and-gone")); err == nil {
+		os.Exit(8)
+	}
 	for s := range signals {
 		fmt.Printf("daemon %d got %v\n", number, s)
 		switch s {
@@ -364,9 +376,60 @@ func TestCrashLoop(t *testing.T) {
 			t.Fatalf("pause of %v", got)
 		}
 	}
-	k.wasReady = true
+	k.wasReady, k.since = true, time.Now().Add(-steady)
 	if got := k.after(nil); got != 0 {
 		t.Errorf("an accident: %v", got)
+	}
+}
+
+// TestCrashAfterReady: a daemon that gets ready and ends at once, each time, is no busy
+// loop.
+func TestCrashAfterReady(t *testing.T) {
+	k := start(t)
+	k.expect("ready 1")
+	flag := filepath.Join(k.dir, "ready-and-gone")
+	if err := os.WriteFile(flag, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	k.signal(syscall.SIGQUIT)
+	// On a machine that is busy one of them may live for longer than steady, and the
+	// count begins anew.
+	for n := 2; !strings.Contains(k.log.String(), "in=200ms"); n++ {
+		k.expect(fmt.Sprint("ready ", n))
+	}
+	if err := os.Remove(flag); err != nil {
+		t.Fatal(err)
+	}
+	if free := strings.Count(strings.Split(k.log.String(), "in=100ms")[0], "in=0s"); free < freeRestarts {
+		t.Errorf("a pause after %d restarts, want %d without one", free, freeRestarts)
+	}
+}
+
+// TestReadyDuringStop: what a daemon says when it is to end does not give it more time
+// for that, in the middle of an upgrade either.
+func TestReadyDuringStop(t *testing.T) {
+	k := start(t)
+	k.expect("ready 1")
+	if err := os.WriteFile(filepath.Join(k.dir, "ready-at-the-end"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	k.signal(Upgrade)
+	k.expect("waiting 2")
+	k.signal(syscall.SIGTERM)
+	k.expect("ready 2")
+	done := make(chan struct{})
+	go func() {
+		for range k.lines {
+		}
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(30 * time.Second):
+		t.Fatal("a daemon that does not end is not killed")
+	}
+	if !strings.Contains(k.log.String(), "killed: it took too long") {
+		t.Error("the log does not say that the daemon was killed")
 	}
 }
 
