@@ -33,7 +33,8 @@ type Options struct {
 	// Peer: the server gets chunks from others as this machine does, maybe from
 	// this machine. So that nobody waits for himself in the end, prefetches
 	// beyond their limit fail with wire.ErrBusy and do not wait, neither for each
-	// other nor for the window: whoever calls bounds them.
+	// other nor for the window: whoever calls bounds them. It is one of many: only the
+	// first attempt to connect is waited for.
 	Peer bool
 	// Window bounds the bytes that prefetches have under way. The clients of one
 	// machine share one; nil: this client gets its own.

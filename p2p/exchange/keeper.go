@@ -236,12 +236,14 @@ func (k *keeper) settle(err error) {
 }
 
 // ready returns nil if there is a connection. It waits for an attempt that is
-// under way; between attempts it fails at once with the last one's error.
+// under way; between attempts it fails at once with the last one's error, and for one
+// of many peers (Options.Peer) from the first one that failed on, until another one has
+// not.
 func (k *keeper) ready(ctx context.Context) error {
 	k.mu.Lock()
-	up, dialing := k.up, k.dialing
+	up, dialing, failed := k.up, k.dialing, k.err != nil
 	k.mu.Unlock()
-	if !up && dialing != nil {
+	if !up && dialing != nil && !(failed && k.opts.Peer) {
 		select {
 		case <-dialing:
 		case <-ctx.Done():

@@ -2,6 +2,8 @@ package exchange
 
 import (
 	"context"
+	"errors"
+	"log/slog"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -127,3 +129,30 @@ func TestKeeperHurries(t *testing.T) {
 		}
 	})
 }
+
+// TestOneOfManyIsNotWaitedFor: of one of many peers the first attempt to connect is waited
+// for, and none after one that has failed, until there is a connection.
+func TestOneOfManyIsNotWaitedFor(t *testing.T) {
+	h := newHost(t, nil)
+	for _, many := range []bool{false, true} {
+		k := &keeper{host: h, ctx: t.Context(), opts: &Options{Peer: many, Log: slog.New(slog.DiscardHandler)}, dialing: make(chan struct{})}
+		k.info.ID = "nobody"
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := k.ready(ended); !errors.Is(err, context.Canceled) {
+			t.Errorf("one of many %v: the first attempt is not waited for: %v", many, err)
+		}
+		k.settle(errTest)
+		k.begin()
+		if err := k.ready(ended); errors.Is(err, errTest) != many {
+			t.Errorf("one of many %v, after an attempt that has failed: %v", many, err)
+		}
+		k.settle(nil)
+		k.begin()
+		if err := k.ready(ended); !errors.Is(err, context.Canceled) {
+			t.Errorf("one of many %v: the first attempt after a connection is not waited for: %v", many, err)
+		}
+	}
+}
+
+var errTest = errors.New("refused")

@@ -177,12 +177,13 @@ func (b *Book) judge(id string, o Outcome, now time.Duration) {
 		p = &trouble{}
 		b.peers[id] = p
 	}
+	doubtful := p.doubtful()
 	p.good = 0
 	switch o {
 	case Busy:
 		p.busyUntil = now + busyWait
 	case Slow:
-		if p.slow++; p.slow >= slowLimit {
+		if p.slow++; p.slow >= slowLimit || doubtful {
 			b.eject(p, now, deadFor, deadAtMost)
 		}
 	case Dead:
@@ -190,6 +191,25 @@ func (b *Book) judge(id string, o Outcome, now time.Duration) {
 	case Corrupt:
 		b.eject(p, now, corruptFor, corruptMax)
 	}
+}
+
+// doubtful says whether the peer was left out, and its last answer was no good one.
+func (p *trouble) doubtful() bool { return p.strikes > 0 && p.good == 0 }
+
+// Doubtful says whether the peer was left out, and its last answer was no good one. Who waits
+// for a chunk asks somebody else at the same time.
+func (b *Book) Doubtful(id string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	p := b.peers[id]
+	return p != nil && p.doubtful()
+}
+
+// Judge is Report for what was asked of a peer outside of a Group.
+func (b *Book) Judge(id string, o Outcome, now time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.judge(id, o, now)
 }
 
 // eject leaves p out for a while: first, doubled for each time before. What was

@@ -69,8 +69,17 @@ func (b *batch) fetch() error {
 	return c.FetchVia(b.ctx, exchange.Via{Group: b.f.g.id, Hops: b.target.Hops, Failed: b.failed}, req, b.deliver)
 }
 
-// connected says whether there is a connection to the peer; search.mu is held.
-func (b *batch) connected() bool { return b.client != nil && b.client.Status() == nil }
+// connecting returns since when there has been an attempt to connect to the peer; zero:
+// there is a connection. search.mu is held.
+func (b *batch) connecting() time.Time {
+	if b.client == nil {
+		return b.began
+	}
+	if gone := b.client.Gone(); gone > 0 {
+		return time.Now().Add(-gone)
+	}
+	return time.Time{}
+}
 
 // deliver is the batch's blockdev.Deliver. What it does with the bytes (it checks
 // and writes them) is done without the search's lock, so that others are hedged and

@@ -17,6 +17,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/p2p/exchange"
+	"github.com/shoalfs/shoal/p2p/route"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -134,6 +135,24 @@ func TestHostilePeers(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Nobody waits to see whether a peer that has failed is back: it is asked together with
+// somebody else, also where no bytes are left for asking twice.
+func TestDoubtfulPeer(t *testing.T) {
+	w := newWorld(t, 4<<20)
+	n := w.node(options{})
+	silent := w.impostor(func(st network.Stream) { _, _ = io.Copy(io.Discard, st) })
+	for n.swarm.book.Hedge(1 << 10) {
+	}
+	n.swarm.book.Judge(string(silent.ID()), route.Dead, n.swarm.now()-time.Minute)
+	for i := range w.ix.Chunks {
+		w.read(n, i)
+		if n.metric(t, "shoal_node_hedges_total", "") > 0 {
+			return
+		}
+	}
+	t.Error("nothing was asked for twice")
 }
 
 // A peer that asks for more than its share is told so, and others are served.

@@ -2,6 +2,7 @@ package swarm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"time"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/route"
 )
 
 const (
@@ -46,8 +48,14 @@ func (s *Swarm) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*bloc
 	infos := addrInfos(img.Relays)
 	leave := s.cfg.Enter(img, infos)
 	err = inTurn(ctx, infos, indexBytes(img), func(ctx context.Context, info peer.AddrInfo) error {
+		if s.book.Out(string(info.ID), s.now()) {
+			return fmt.Errorf("peer %s has failed a moment ago: %w", info.ID, blockdev.ErrUnavailable)
+		}
 		err := s.fromRelay(ctx, img, info, own)
 		if err != nil {
+			if !errors.Is(ctx.Err(), context.Canceled) { // else nobody waits any more
+				s.book.Judge(string(info.ID), relayOutcome(err), s.now())
+			}
 			s.log.Info("a node does not pass on an image's indexes", "image", req.Ref, "peer", info.ID, "cause", err)
 		}
 		return err
@@ -100,6 +108,15 @@ func exactly(l *blockdev.Layer) func(int64) error {
 		}
 		return nil
 	}
+}
+
+// relayOutcome is what is to be remembered of a relay that has failed. It may have been
+// waiting for a relay of its own.
+func relayOutcome(err error) route.Outcome {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return route.Slow
+	}
+	return outcome(err)
 }
 
 // addrInfos is who relays are, and where they listen.

@@ -21,8 +21,11 @@ const (
 	// given up, whatever route says; prefetchPeer the same for prefetch.
 	demandPeer   = 5 * time.Second
 	prefetchPeer = time.Minute
-	// dialPeer bounds one attempt to connect.
-	dialPeer = 8 * time.Second
+	// dialPeer bounds one attempt to connect, and dialAgain the pause before the next one.
+	dialPeer  = 8 * time.Second
+	dialAgain = 15 * time.Second
+	// signPeer is how long a relay may be silent before it says that it is at work.
+	signPeer = 500 * time.Millisecond
 )
 
 // pool keeps clients of peers: made when first asked, closed when idle.
@@ -93,7 +96,7 @@ func (p *pool) at(info peer.AddrInfo) (*pooled, error) {
 	c, err := exchange.NewClient(p.cfg.Host, info, exchange.Options{
 		Name: "peer", Frames: p.cfg.Frames,
 		Demand: peerDemand, Startup: peerStartup, Prefetch: peerPrefetch, Forwards: peerForwards, Peer: true,
-		DemandTimeout: demandPeer, PrefetchTimeout: prefetchPeer, DialTimeout: dialPeer,
+		DemandTimeout: demandPeer, PrefetchTimeout: prefetchPeer, DialTimeout: dialPeer, MaxBackoff: dialAgain, FirstSign: signPeer,
 		Window: p.cfg.Window, Download: p.cfg.Download,
 	})
 	if err != nil {

@@ -186,10 +186,17 @@ func (f *search) add(batches map[sort]*batch, t route.Target, i int) {
 	b.chunks = append(b.chunks, i)
 }
 
-// send starts batches.
+// send starts batches. A peer that has failed, and was well never since, is asked
+// together with somebody else: nobody waits to see whether it is back.
 func (f *search) send(batches map[sort]*batch) {
 	for _, b := range batches {
 		b.start()
+		if b.target.Kind == route.Peer && f.demand() && f.s.book.Doubtful(b.target.ID) {
+			f.mu.Lock()
+			b.hedged = true
+			f.mu.Unlock()
+			f.hedge(b, true)
+		}
 	}
 }
 
@@ -216,17 +223,17 @@ func (f *search) patience(now time.Time) time.Duration {
 		if !f.demand() && b.client != nil {
 			end = waitUntil(b.last, f.s.began.Add(time.Duration(b.client.heard.Load())), giveUp)
 		}
-		if !b.connected() {
+		if since := b.connecting(); !since.IsZero() {
 			// Connecting takes some round trips and much arithmetic, more so
 			// where many connect at once.
-			wait := connectDemand
-			if !f.demand() {
-				wait = dialPeer
+			if f.demand() {
+				end = since.Add(connectDemand)
+			} else {
+				end = b.last.Add(max(giveUp, dialPeer))
 			}
-			end = b.last.Add(max(giveUp, wait))
 		}
 		if !now.Before(end) {
-			if b.connected() {
+			if b.connecting().IsZero() {
 				b.cancel(errSlow)
 			} else {
 				b.cancel(errConnecting)
@@ -246,7 +253,7 @@ func (f *search) patience(now time.Time) time.Duration {
 	}
 	f.mu.Unlock()
 	for _, b := range slow {
-		f.hedge(b)
+		f.hedge(b, false)
 	}
 	return max(time.Until(next), time.Millisecond/4)
 }
@@ -269,7 +276,8 @@ func waitUntil(last, heard time.Time, giveUp time.Duration) time.Time {
 // keptBack is how long a prefetch waits for a chunk while its peer sends others.
 const keptBack = 45 * time.Second
 
-// connectDemand is how long a demand read waits for a connection to a peer.
+// connectDemand is how long demand reads wait for a connection to a peer, from when it was
+// asked for first: those that come later pay nothing for a peer that does not answer.
 const connectDemand = 150 * time.Millisecond
 
 // Why a batch was given up.
@@ -278,15 +286,16 @@ var (
 	errConnecting = errors.New("still connecting")
 )
 
-// hedge asks somebody else for what a slow batch still owes.
-func (f *search) hedge(b *batch) {
+// hedge asks somebody else for what a slow batch still owes, or, with doubt, one to a
+// peer that may not answer: that is for no more than it takes to find out.
+func (f *search) hedge(b *batch, doubt bool) {
 	batches := make(map[sort]*batch, 4)
 	for _, i := range b.chunks {
 		w := &f.want[i]
 		f.mu.Lock()
-		skip := w.got || w.flying != 1
+		skip := w.got || w.flying != 1 && !doubt
 		f.mu.Unlock()
-		if skip || !f.s.book.Hedge(int(f.req.Chunks[i].Length)) {
+		if skip || !doubt && !f.s.book.Hedge(int(f.req.Chunks[i].Length)) {
 			continue
 		}
 		if t := f.g.Next(&w.ask, f.s.now()); t.Kind == route.Peer || t.Kind == route.Supernode {
