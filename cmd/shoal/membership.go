@@ -59,7 +59,12 @@ func openMembership(ctx context.Context, c *config.Node, ports *daemon.Ports, lo
 	if err != nil {
 		return nil, err
 	}
+	announce, err := c.Announced()
+	if err != nil {
+		return nil, err
+	}
 	m.node, err = members.New(members.Config{
+		Announce:   announce,
 		Supernodes: m.supernodes, Token: token, Zone: c.Zone, Rack: c.Rack, MaxUpload: int64(c.MaxUpload), Log: log, Registerer: reg,
 	})
 	if err != nil {

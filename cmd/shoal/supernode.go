@@ -191,7 +191,7 @@ func (d *supernodeDaemon) Status(context.Context) (*control.Status, error) {
 func (d *supernodeDaemon) Members() []control.Member {
 	list := []control.Member{}
 	for _, m := range d.list.Members() {
-		c := control.Member{ID: m.ID, Address: m.Address, Zone: m.Zone, Rack: m.Rack, MaxUpload: m.MaxUpload,
+		c := control.Member{ID: m.ID, Address: m.Address, Announced: m.Announced, Zone: m.Zone, Rack: m.Rack, MaxUpload: m.MaxUpload,
 			Images: m.Images, Seconds: m.Seconds, State: "member"}
 		switch {
 		case m.Revoked:

@@ -3,6 +3,10 @@ package host
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/libp2p/go-libp2p"
@@ -13,12 +17,18 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	tls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
+	ma "github.com/multiformats/go-multiaddr"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// dialTimeout bounds one attempt to connect, handshakes included. Within a
-// datacenter a healthy peer needs milliseconds.
-const dialTimeout = 3 * time.Second
+const (
+	// dialTimeout bounds one attempt to connect, handshakes included. Within a
+	// datacenter a healthy peer needs milliseconds, but a busy one seconds.
+	dialTimeout = 3 * time.Second
+	// tcpTimeout bounds the first part of it, to which the other machine's kernel
+	// answers, however busy its processes are. No answer: its packets are dropped.
+	tcpTimeout = time.Second
+)
 
 // Config says what New makes. The zero value of each field but Key is usable.
 type Config struct {
@@ -67,10 +77,12 @@ func New(c Config) (host.Host, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("p2p host: connection manager: %w", err), rm.Close())
 	}
+	var made atomic.Pointer[host.Host] // once there is one
+	var reach reach
 	opts := []libp2p.Option{
 		libp2p.Identity(c.Key),
 		libp2p.NoListenAddrs, // below, one by one: libp2p is content if any of them works
-		libp2p.Transport(tcp.NewTCPTransport, tcp.DisableReuseport(), tcp.WithConnectionTimeout(dialTimeout)),
+		libp2p.Transport(tcp.NewTCPTransport, tcp.DisableReuseport(), tcp.WithConnectionTimeout(tcpTimeout)),
 		libp2p.Security(tls.ID, tls.New),
 		libp2p.Muxer(yamux.ID, muxer(c.Window)),
 		libp2p.ResourceManager(rm),
@@ -81,7 +93,15 @@ func New(c Config) (host.Host, error) {
 		libp2p.DisableIdentifyAddressDiscovery(),
 		libp2p.ForceReachabilityPrivate(), // stops AutoNAT's probes
 		libp2p.WithDialTimeout(dialTimeout),
+		// All addresses of a peer are dialed at once, of both families: there are few,
+		// and one whose packets are dropped must not hold up the others.
 		libp2p.SwarmOpts(swarm.WithDialRanker(swarm.NoDelayDialRanker)),
+		libp2p.AddrsFactory(func(addrs []ma.Multiaddr) []ma.Multiaddr {
+			if h := made.Load(); h != nil {
+				return reach.others(*h, addrs)
+			}
+			return reach.others(nil, addrs)
+		}),
 		// These suppress dials to addresses that failed a lot: wrong for a
 		// supernode that was down for a while.
 		libp2p.UDPBlackHoleSuccessCounter(nil),
@@ -95,6 +115,7 @@ func New(c Config) (host.Host, error) {
 	if err != nil {
 		return nil, fmt.Errorf("p2p host: %w", err)
 	}
+	made.Store(&h)
 	for _, addr := range c.Listen {
 		if err := Listen(h, addr); err != nil {
 			return nil, errors.Join(err, h.Close())
@@ -106,21 +127,44 @@ func New(c Config) (host.Host, error) {
 	return h, nil
 }
 
-// Listen has a host listen on a further address, in the form of Config.Listen.
+// Listen has a host listen on a further address, in the form of Config.Listen. It may be
+// called again after an error: what could be listened on then still is.
 func Listen(h host.Host, addr string) error {
 	must, may, err := listenAddrs(addr)
 	if err != nil {
 		return fmt.Errorf("p2p host: %w", err)
 	}
-	for _, a := range must {
+	listen := func(a ma.Multiaddr) error {
+		if ap, ok := addrPort(a); ok && ap.Port() != 0 && slices.ContainsFunc(h.Network().ListenAddresses(), a.Equal) {
+			return nil
+		}
 		if err := h.Network().Listen(a); err != nil {
 			return fmt.Errorf("p2p host: listen on %s: %w", a, err)
 		}
+		return nil
+	}
+	for _, a := range must {
+		if err := listen(a); err != nil {
+			return err
+		}
 	}
 	for _, a := range may {
-		_ = h.Network().Listen(a) // no IPv6 here; what must work does
+		if err := listen(a); err != nil && !noFamily(err) {
+			return err
+		}
 	}
 	return nil
+}
+
+// noFamily says whether a machine does not have the address family at all. libp2p does not
+// wrap the errors of listening.
+func noFamily(err error) bool {
+	for _, e := range []error{syscall.EAFNOSUPPORT, syscall.EADDRNOTAVAIL, syscall.EPROTONOSUPPORT} {
+		if errors.Is(err, e) || strings.Contains(err.Error(), e.Error()) {
+			return true
+		}
+	}
+	return false
 }
 
 // ID returns the peer ID of key.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -34,6 +35,9 @@ type Config struct {
 	// MaxUpload is how many bytes per second this node will send to others;
 	// 0: no limit.
 	MaxUpload int64
+	// Announce is where others are to dial this node; empty: at the interface over which
+	// it reaches the supernode (host.Toward).
+	Announce []netip.AddrPort
 	// Outage is for how long views count while no supernode answers; 10 min.
 	Outage time.Duration
 	// Failover is how long a group's home may be away before the group moves to

@@ -8,16 +8,16 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
-	ma "github.com/multiformats/go-multiaddr"
-	manet "github.com/multiformats/go-multiaddr/net"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -55,11 +55,11 @@ type session struct {
 	joined network.Conn  // the connection on which this node is a member; nil: it is not
 	err    error         // of the last attempt, nil before its end
 	trying chan struct{} // closed at the end of the attempt; nil: none is under way
-	// listeners is how many there were when this node joined; not under mu: join and
-	// write take turns.
-	listeners int
-	groups    map[blockdev.Digest]bool
-	who       []wire.Key
+	// told are the addresses that the supernode was told when this node joined; not under
+	// mu: join and write take turns.
+	told   []netip.AddrPort
+	groups map[blockdev.Digest]bool
+	who    []wire.Key
 }
 
 func newSession(n *Node, info peer.AddrInfo) *session {
@@ -209,9 +209,9 @@ func (s *session) join() (_ network.Stream, _ *bufio.Reader, lease time.Duration
 	if err := st.SetDeadline(deadline); err != nil {
 		return nil, nil, 0, err
 	}
-	s.listeners = len(h.Network().ListenAddresses())
+	s.told = s.n.announced(st.Conn())
 	hello := &wire.Hello{Token: token, Instance: s.n.instance[:], Zone: s.n.cfg.Zone, Rack: s.n.cfg.Rack,
-		MaxUpload: uint64(s.n.cfg.MaxUpload), Addrs: listening(h.Addrs())}
+		MaxUpload: uint64(s.n.cfg.MaxUpload), Addrs: encode(s.told)}
 	if err := write(st, &wire.MemberRequest{Part: &wire.MemberRequest_Hello{Hello: hello}}); err != nil {
 		return nil, nil, 0, fmt.Errorf("join: %w", err)
 	}
@@ -315,8 +315,8 @@ func (s *session) write(st network.Stream, lease time.Duration, done <-chan stru
 			}
 			return
 		case <-tick.C:
-			if len(s.n.host.Network().ListenAddresses()) > s.listeners {
-				s.n.log.Info("this node listens on a further address: joining again, so that others hear of it", "peer", s.info.ID)
+			if now := s.n.announced(st.Conn()); !slices.Equal(now, s.told) {
+				s.n.log.Info("this node has got other addresses: joining again, so that others hear of them", "peer", s.info.ID, "addrs", now, "before", s.told)
 				_ = st.Reset()
 				return
 			}
@@ -396,26 +396,22 @@ func read(r *bufio.Reader) (*wire.MemberEvent, error) {
 	return wire.ParseMemberEvent(b)
 }
 
-// listening returns the addresses to tell, those that other machines can dial
-// first.
-func listening(addrs []ma.Multiaddr) [][]byte {
-	var remote, local [][]byte
-	for _, a := range addrs {
-		na, err := manet.ToNetAddr(a)
-		if err != nil {
-			continue
-		}
-		ap, err := netip.ParseAddrPort(na.String())
-		if err != nil || ap.Port() == 0 || ap.Addr().IsUnspecified() || ap.Addr().IsLinkLocalUnicast() {
-			continue
-		}
-		b := wire.AppendAddr(nil, ap)
-		if ap.Addr().Unmap().IsLoopback() {
-			local = append(local, b)
-		} else {
-			remote = append(remote, b)
-		}
+// announced returns where others are told to dial this node: as the config says, or at the
+// interface over which this connection to a supernode goes. It depends on nothing that
+// changes by itself.
+func (n *Node) announced(to network.Conn) []netip.AddrPort {
+	addrs := n.cfg.Announce
+	if len(addrs) == 0 {
+		addrs = host.Toward(n.host, to.LocalMultiaddr())
 	}
-	all := append(remote, local...)
-	return all[:min(len(all), wire.MaxAddrs)]
+	return addrs[:min(len(addrs), wire.MaxAddrs)]
+}
+
+// encode returns addresses as they are sent.
+func encode(addrs []netip.AddrPort) [][]byte {
+	out := make([][]byte, len(addrs))
+	for i, ap := range addrs {
+		out[i] = wire.AppendAddr(nil, ap)
+	}
+	return out
 }

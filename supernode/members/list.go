@@ -332,7 +332,9 @@ func (l *List) common(m *member, key wire.Key) (joined []byte) {
 type Info struct {
 	ID string
 	// Address is where its connection comes from.
-	Address    string
+	Address string
+	// Announced is where others are told to dial it, IP:port; none: it shares nothing.
+	Announced  []string
 	Zone, Rack string
 	// MaxUpload is in bytes per second; 0: no limit.
 	MaxUpload int64
@@ -346,13 +348,23 @@ type Info struct {
 	Revoked bool
 }
 
+func (m *member) announced() []string {
+	var out []string
+	for _, b := range m.message.Addrs {
+		if ap, err := wire.ParseAddr(b); err == nil { // dialable has made it
+			out = append(out, ap.String())
+		}
+	}
+	return out
+}
+
 // Members lists all members, and who is revoked.
 func (l *List) Members() []Info {
 	l.mu.Lock()
 	var out []Info
 	for _, m := range l.members {
 		out = append(out, Info{
-			ID: m.id.String(), Address: m.remote, Zone: m.zone, Rack: m.rack, MaxUpload: int64(m.upload),
+			ID: m.id.String(), Address: m.remote, Announced: m.announced(), Zone: m.zone, Rack: m.rack, MaxUpload: int64(m.upload),
 			Images: len(m.groups), Seconds: int64(time.Since(m.joined).Seconds()), Lost: m.session == nil,
 		})
 	}

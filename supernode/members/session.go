@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -328,36 +329,39 @@ func (l *List) serveWho(m *member, s *session, w *wire.Who) error {
 const maxListed = 4
 
 // dialable returns the addresses that others are to dial: first the one that the
-// node is seen to come from, with the ports it listens on, then those that it
-// names. Loopback addresses are left out where they are another machine's.
+// node is seen to come from, if it listens there, then the others that it names.
+// Link-local addresses mean nothing to others, and loopback ones do only where everybody
+// is on this machine, and the node names no others.
 func dialable(remote string, listens [][]byte) [][]byte {
 	seen, err := netip.ParseAddrPort(remote)
-	local := err == nil && seen.Addr().Unmap().IsLoopback()
-	var out [][]byte
-	add := func(b []byte) {
-		for _, have := range out {
-			if bytes.Equal(have, b) {
-				return
-			}
-		}
-		if len(out) < maxListed {
-			out = append(out, b)
-		}
-	}
-	var named []netip.AddrPort
+	var named, loop []netip.AddrPort
 	for _, b := range listens {
 		ap, err := wire.ParseAddr(b)
-		if err == nil && (local || !ap.Addr().Unmap().IsLoopback()) {
+		switch ip := ap.Addr().Unmap(); {
+		case err != nil || ip.IsLinkLocalUnicast():
+		case ip.IsLoopback():
+			loop = append(loop, ap)
+		default:
 			named = append(named, ap)
 		}
 	}
-	for _, ap := range named { // listens there
-		if err == nil && ap.Addr().Unmap() == seen.Addr().Unmap() {
-			add(wire.AppendAddr(nil, ap))
+	if len(named) == 0 && err == nil && seen.Addr().Unmap().IsLoopback() {
+		named = loop
+	}
+	var out [][]byte
+	add := func(ap netip.AddrPort) {
+		b := wire.AppendAddr(nil, ap)
+		if len(out) < maxListed && !slices.ContainsFunc(out, func(have []byte) bool { return bytes.Equal(have, b) }) {
+			out = append(out, b)
 		}
 	}
 	for _, ap := range named {
-		add(wire.AppendAddr(nil, ap))
+		if err == nil && ap.Addr().Unmap() == seen.Addr().Unmap() {
+			add(ap)
+		}
+	}
+	for _, ap := range named {
+		add(ap)
 	}
 	return out
 }

@@ -3,9 +3,11 @@ package config
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"reflect"
 	"time"
 
+	"github.com/shoalfs/shoal/p2p/wire"
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
@@ -34,7 +36,8 @@ type Node struct {
 	MirrorPlainHTTP         bool        `toml:"mirror_plain_http" comment:"true: the mirror speaks HTTP and not TLS. containerd then tells whoever has its port, while shoal has not, the credentials of every pull"`
 	Supernodes              []string    `toml:"supernodes" comment:"each as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`
 	TokenFile               string      `toml:"token_file" comment:"the token to join the supernodes with: a copy of the one that the supernode has, or made, at the start"`
-	Listen                  []string    `toml:"listen" comment:"host:port addresses for other nodes; empty: this node shares nothing"`
+	Listen                  []string    `toml:"listen" comment:"host:port addresses for other nodes; without a host: all of this machine, IPv4 and IPv6; empty: this node shares nothing"`
+	Announce                []string    `toml:"announce" comment:"IP:port addresses where other nodes are told to dial this one, such as that of a NAT; empty: those of the network interface over which it reaches the supernode"`
 	Zone                    string      `toml:"zone" comment:"where this node is: traffic between zones is kept low; may be empty"`
 	Rack                    string      `toml:"rack" comment:"where in the zone; may be empty"`
 	MaxUpload               Size        `toml:"max_upload" comment:"bytes a second that this node sends to other nodes; 0: no limit"`
@@ -77,7 +80,8 @@ func DefaultNode() *Node {
 		MirrorAddress:      "127.0.0.1:7704",
 		Supernodes:         []string{},
 		TokenFile:          "/etc/shoal/token",
-		Listen:             []string{"0.0.0.0:7703"},
+		Listen:             []string{":7703"},
+		Announce:           []string{},
 		IndexTimeout:       Duration(5 * time.Minute),
 		PrepareTimeout:     Duration(3 * time.Second),
 		ReadTimeout:        Duration(time.Minute),
@@ -99,6 +103,28 @@ func (c *Node) Policy() (*policy.Policy, error) {
 		Lazy: c.Images.Lazy, Never: c.Images.Never, Eager: c.Images.Eager,
 		Prefetch: c.Images.Prefetch, Default: c.Prefetch,
 	})
+}
+
+// Announced reads announce.
+func (c *Node) Announced() ([]netip.AddrPort, error) {
+	if len(c.Announce) > 0 && len(c.Listen) == 0 {
+		return nil, errors.New("announce is set and listen is empty: others would be told of a node that shares nothing")
+	}
+	if len(c.Announce) > wire.MaxAddrs {
+		return nil, fmt.Errorf("announce has %d addresses: at most %d are told", len(c.Announce), wire.MaxAddrs)
+	}
+	var out []netip.AddrPort
+	for _, a := range c.Announce {
+		ap, err := netip.ParseAddrPort(a)
+		switch ip := ap.Addr(); {
+		case err != nil:
+			return nil, fmt.Errorf("announce: %q is not IP:port, such as \"192.0.2.7:7703\" or \"[2001:db8::7]:7703\"", a)
+		case ap.Port() == 0 || ip.IsUnspecified() || ip.IsMulticast() || ip.IsLinkLocalUnicast() || ip.Zone() != "":
+			return nil, fmt.Errorf("announce: no other machine can dial %q", a)
+		}
+		out = append(out, ap)
+	}
+	return out, nil
 }
 
 // Check returns what is wrong with the values, each error naming its key.
@@ -146,6 +172,8 @@ func (c *Node) Check() error {
 	for _, a := range c.Listen {
 		errs = append(errs, checkHostPort("listen", a))
 	}
+	_, err = c.Announced()
+	errs = append(errs, err)
 	errs = append(errs, checkLabel("zone", c.Zone), checkLabel("rack", c.Rack), checkAbs("token_file", c.TokenFile))
 	errs = append(errs, checkSupernodes("supernodes", c.Supernodes))
 	return errors.Join(errs...)

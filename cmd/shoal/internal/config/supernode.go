@@ -94,7 +94,7 @@ func (r Registry) check(prefix string) error {
 type Supernode struct {
 	Version        int      `toml:"version"`
 	Root           string   `toml:"root" comment:"identity, chunks and indexes are kept here"`
-	Listen         []string `toml:"listen" comment:"host:port addresses for nodes"`
+	Listen         []string `toml:"listen" comment:"host:port addresses for nodes; without a host: all of this machine, IPv4 and IPv6"`
 	TokenFile      string   `toml:"token_file" comment:"tokens that nodes join with, one a line; empty: the file token in root, which is made at the first start"`
 	Siblings       []string `toml:"siblings" comment:"the supernodes of this datacenter, ID@host:port, if there are several; the same list on each; its own address may be in it"`
 	MaxUpload      Size     `toml:"max_upload" comment:"bytes a second of chunks that this supernode sends; nodes share it, and what containers read comes before prefetch; 0: no limit"`
@@ -111,7 +111,7 @@ func DefaultSupernode() *Supernode {
 	return &Supernode{
 		Version:        Version,
 		Root:           "/var/lib/shoal-supernode",
-		Listen:         []string{"0.0.0.0:7700"},
+		Listen:         []string{":7700"},
 		Siblings:       []string{},
 		MaxPeers:       12_000,
 		ControlAddress: "/run/shoal/supernode.sock",

@@ -12,8 +12,10 @@ import (
 type Member struct {
 	ID      string `json:"id"`
 	Address string `json:"address,omitempty"`
-	Zone    string `json:"zone,omitempty"`
-	Rack    string `json:"rack,omitempty"`
+	// Announced is where other nodes are told to dial it.
+	Announced []string `json:"announced,omitempty"`
+	Zone      string   `json:"zone,omitempty"`
+	Rack      string   `json:"rack,omitempty"`
 	// MaxUpload is in bytes per second; 0: no limit.
 	MaxUpload int64 `json:"max_upload,omitempty"`
 	Images    int   `json:"images"`
