@@ -19,6 +19,10 @@ import (
 // switches, a bridge for each zone. Zones are joined in a row by uplinks. It is
 // reached from nowhere else.
 type Net struct {
+	// IPv4 and IPv6 say which addresses machines get that are added from now on; NewNet
+	// sets the first.
+	IPv4, IPv6 bool
+
 	lab   *Lab
 	sw    string // the switches' namespace
 	zones int
@@ -30,8 +34,9 @@ type Net struct {
 // of its network.
 type Host struct {
 	Name string
-	// IP is its address in the Net.
-	IP string
+	// IP is its address in the Net: the IPv4 one, if it has one; IP6 is the IPv6 one, or
+	// empty.
+	IP, IP6 string
 	// Zone counts from 0.
 	Zone int
 
@@ -43,7 +48,7 @@ type Host struct {
 
 // NewNet makes a network of zones without hosts.
 func (l *Lab) NewNet(ctx context.Context, zones int) (*Net, error) {
-	n := &Net{lab: l, sw: filepath.Base(l.Dir) + "-sw", zones: zones}
+	n := &Net{IPv4: true, lab: l, sw: filepath.Base(l.Dir) + "-sw", zones: zones}
 	if err := n.ip(ctx, "netns", "add", n.sw); err != nil {
 		return nil, err
 	}
@@ -88,11 +93,47 @@ func (n *Net) NewHost(ctx context.Context, name string, zone int, rate Rate) (*H
 	if zone < 0 || zone >= n.zones {
 		return nil, fmt.Errorf("host %s: there is no zone %d", name, zone)
 	}
-	n.hosts++
-	h := &Host{
-		Name: name, Zone: zone, net: n, IP: fmt.Sprintf("10.77.%d.%d", n.hosts/250, n.hosts%250+1),
-		ns: filepath.Base(n.lab.Dir) + "-" + name, port: "p" + strconv.Itoa(n.hosts),
+	h, err := n.newHost(ctx, name, zone)
+	if err != nil {
+		return nil, err
 	}
+	if n.IPv4 {
+		h.IP = fmt.Sprintf("10.77.%d.%d", n.hosts/250, n.hosts%250+1)
+	}
+	if n.IPv6 {
+		h.IP6 = fmt.Sprintf("fd77::%x", n.hosts+1)
+	}
+	steps := [][]string{
+		{"-n", h.ns, "link", "add", "eth0", "type", "veth", "peer", "name", h.port, "netns", n.sw},
+		{"-n", h.ns, "link", "set", "eth0", "up"},
+		{"-n", n.sw, "link", "set", h.port, "up", "master", "zone" + strconv.Itoa(zone)},
+	}
+	if h.IP != "" {
+		steps = append(steps, []string{"-n", h.ns, "addr", "add", h.IP + "/16", "dev", "eth0"},
+			// A route may say it where the sysctl may not.
+			[]string{"-n", h.ns, "route", "replace", "10.77.0.0/16", "dev", "eth0", "src", h.IP, "congctl", congestionControl})
+	}
+	if h.IP6 != "" {
+		steps = append(steps, []string{"-n", h.ns, "-6", "addr", "add", h.IP6 + "/64", "dev", "eth0", "nodad"})
+	}
+	if h.IP == "" {
+		h.IP = h.IP6
+	}
+	for _, args := range steps {
+		if err := n.ip(ctx, args...); err != nil {
+			return nil, err
+		}
+	}
+	if rate == 0 {
+		return h, nil
+	}
+	return h, errors.Join(n.shape(ctx, h.ns, "eth0", rate), n.shape(ctx, n.sw, h.port, rate))
+}
+
+// newHost makes a machine that has no network yet.
+func (n *Net) newHost(ctx context.Context, name string, zone int) (*Host, error) {
+	n.hosts++
+	h := &Host{Name: name, Zone: zone, net: n, ns: filepath.Base(n.lab.Dir) + "-" + name, port: "p" + strconv.Itoa(n.hosts)}
 	transport := &http.Transport{DialContext: h.Dial}
 	h.http = &http.Client{Transport: transport}
 	if err := n.ip(ctx, "netns", "add", h.ns); err != nil {
@@ -102,23 +143,72 @@ func (n *Net) NewHost(ctx context.Context, name string, zone int, rate Rate) (*H
 		transport.CloseIdleConnections()
 		return n.ip(context.Background(), "netns", "del", h.ns)
 	})
+	return h, n.ip(ctx, "-n", h.ns, "link", "set", "lo", "up")
+}
+
+// NewHostBehind adds a machine whose only way to the Net is address translation at
+// another one (IPv4): it can dial everybody, and nobody can dial it.
+func (n *Net) NewHostBehind(ctx context.Context, name string, router *Host) (*Host, error) {
+	h, err := n.newHost(ctx, name, router.Zone)
+	if err != nil {
+		return nil, err
+	}
+	h.IP = fmt.Sprintf("192.168.%d.2", n.hosts)
+	gateway := fmt.Sprintf("192.168.%d.1", n.hosts)
 	for _, args := range [][]string{
-		{"-n", h.ns, "link", "set", "lo", "up"},
-		{"-n", h.ns, "link", "add", "eth0", "type", "veth", "peer", "name", h.port, "netns", n.sw},
-		{"-n", h.ns, "addr", "add", h.IP + "/16", "dev", "eth0"},
+		{"-n", h.ns, "link", "add", "eth0", "type", "veth", "peer", "name", h.port, "netns", router.ns},
+		{"-n", h.ns, "addr", "add", h.IP + "/24", "dev", "eth0"},
 		{"-n", h.ns, "link", "set", "eth0", "up"},
-		// A route may say it where the sysctl may not.
-		{"-n", h.ns, "route", "replace", "10.77.0.0/16", "dev", "eth0", "src", h.IP, "congctl", congestionControl},
-		{"-n", n.sw, "link", "set", h.port, "up", "master", "zone" + strconv.Itoa(zone)},
+		{"-n", router.ns, "addr", "add", gateway + "/24", "dev", h.port},
+		{"-n", router.ns, "link", "set", h.port, "up"},
+		{"-n", h.ns, "route", "add", "default", "via", gateway},
 	} {
 		if err := n.ip(ctx, args...); err != nil {
 			return nil, err
 		}
 	}
-	if rate == 0 {
-		return h, nil
+	if err := router.do(func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0) }); err != nil {
+		return nil, err
 	}
-	return h, errors.Join(n.shape(ctx, h.ns, "eth0", rate), n.shape(ctx, n.sw, h.port, rate))
+	return h, router.Run(ctx, "iptables", "-t", "nat", "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
+}
+
+// SecondLink gives a machine another network card, with this address (and the length of
+// its prefix), in a network that nobody else is in.
+func (n *Net) SecondLink(ctx context.Context, h *Host, addr string) error {
+	for _, args := range [][]string{
+		{"-n", h.ns, "link", "add", "eth1", "type", "veth", "peer", "name", "second" + h.port, "netns", n.sw},
+		{"-n", h.ns, "addr", "add", addr, "dev", "eth1"},
+		{"-n", h.ns, "link", "set", "eth1", "up"},
+		{"-n", n.sw, "link", "set", "second" + h.port, "up"},
+	} {
+		if err := n.ip(ctx, args...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Run runs a program in the machine's network.
+func (h *Host) Run(ctx context.Context, program string, args ...string) error {
+	return h.net.ip(ctx, append([]string{"netns", "exec", h.ns, program}, args...)...)
+}
+
+// SetDropped has the machine's network drop all packets to and from it, without a word
+// to anybody, or ends that.
+func (h *Host) SetDropped(ctx context.Context, dropped bool) error {
+	how := "-D"
+	if dropped {
+		how = "-I"
+	}
+	for _, program := range []string{"iptables", "ip6tables"} {
+		for _, rule := range [][]string{{"INPUT", "-i"}, {"OUTPUT", "-o"}} {
+			if err := h.Run(ctx, program, "-w", how, rule[0], rule[1], "eth0", "-j", "DROP"); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // portBuffer is what a port of a small switch holds at least, in bytes. Slow links

@@ -47,9 +47,9 @@ storage:
   delete:
     enabled: true
 http:
-  addr: %s
+  addr: %q
   debug:
-    addr: %s
+    addr: %q
     prometheus:
       enabled: true
 %s`, storage, addr, debug, auth))
