@@ -2,9 +2,11 @@ package integration
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -57,4 +59,107 @@ func TestReadiness(t *testing.T) {
 	want(node, "/readyz", http.StatusOK, "ok")
 	noError(t, super.Stop())
 	want(node, "/readyz", http.StatusOK, "ok")
+}
+
+// newRig starts a registry, a supernode and a node, without containerd.
+func newRig(t *testing.T, nodeConfig, superConfig string) *site {
+	t.Helper()
+	bin(t) // skips without root
+	s := &site{Lab: newLab(t)}
+	s.registry = must(s.StartRegistry(t.Context(), "registry", s.Path("images"), ""))(t)
+	s.supernode = must(s.StartSupernode(t.Context(), "super", superConfig))(t)
+	s.node = must(s.StartNode(t.Context(), "node", s.supernode.Address, nodeConfig))(t)
+	return s
+}
+
+// pull says how a pull of an image goes on the node.
+func (s *site) pull(t *testing.T, repository string) error {
+	t.Helper()
+	return s.node.Pull(t.Context(), must(s.registry.Image(t.Context(), repository, "v1"))(t))
+}
+
+// configure changes a daemon's config file.
+func (s *site) configure(t *testing.T, name string, change func(string) string) {
+	t.Helper()
+	file := s.Path(name + ".toml")
+	before := string(must(os.ReadFile(file))(t))
+	after := change(before)
+	if after == before {
+		t.Fatalf("%s is not changed:\n%s", file, before)
+	}
+	noError(t, os.WriteFile(file, []byte(after), 0o600))
+}
+
+// logged waits for a daemon's log to have a line with all words.
+func logged(t *testing.T, file string, words ...string) {
+	t.Helper()
+	noError(t, lab.WaitFor(t.Context(), "log line", 20*time.Second, func() error {
+		b, err := os.ReadFile(file)
+		for line := range strings.Lines(string(b)) {
+			if !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(line, w) }) {
+				return nil
+			}
+		}
+		return errors.Join(err, fmt.Errorf("%s has no line with %q:\n%s", file, words, lab.Tail(file, 10)))
+	}))
+}
+
+// TestReload: SIGHUP and shoal reload have both daemons go by what their configs say
+// now, as far as that is possible while they run, and say the rest by its key. A config
+// with an error changes nothing.
+func TestReload(t *testing.T) {
+	s := newRig(t, "[images]\nnever = [\"docker.io/never/*\"]\n", "")
+	ctx := t.Context()
+	for i := range 5 {
+		s.push(t, fmt.Sprintf("team%d/app", i), layer(t, file("f", bigContent(i))))
+	}
+	noError(t, s.pull(t, "team0/app"))
+	super, node := s.supernode.Pid(), s.node.Pid()
+
+	// The node's rules for images, by a signal; and a key that has to wait.
+	s.configure(t, "node", func(c string) string {
+		return "cache_quota = \"1GiB\"\n" + strings.Replace(c, "docker.io/never/*", s.registry.Addr+"/team1/*", 1) + "[log]\nlevel = \"debug\"\n"
+	})
+	noError(t, syscall.Kill(node, syscall.SIGHUP))
+	logged(t, s.node.Log, "config reloaded", "images.never", "log.level")
+	logged(t, s.node.Log, "need a restart", "cache_quota")
+	if err := s.pull(t, "team1/app"); err == nil {
+		t.Error("an image that the config names since the reload is lazy")
+	}
+	if out := must(s.Run(ctx, "shoal", "reload", "--control", s.node.Control))(t); out != "needs a restart: cache_quota\n" {
+		t.Errorf("a second reload says %q", out)
+	}
+	logged(t, s.node.Log, "level=DEBUG", "config file read")
+
+	// What the supernode may ask for, by the command.
+	allow := func(c string) string {
+		return c + "[registry]\nallowed = [\"" + s.registry.Addr + "/team3/*\"]\nmax_download = \"1GiB\"\n"
+	}
+	s.configure(t, "super", allow)
+	if out := must(s.Run(ctx, "shoal", "reload", "--control", s.supernode.Control))(t); out != "changed: registry.allowed\nchanged: registry.max_download\n" {
+		t.Errorf("reload says %q", out)
+	}
+	if err := s.pull(t, "team2/app"); err == nil {
+		t.Error("an image that the supernode may not ask for is lazy")
+	}
+	if out := must(s.Run(ctx, "shoal", "status", "--control", s.node.Control))(t); !strings.Contains(out, "team2/app") || !strings.Contains(out, "registry.allowed") {
+		t.Errorf("the node's status does not say why:\n%s", out)
+	}
+	noError(t, s.pull(t, "team3/app"))
+
+	// An error in the file: nothing changes.
+	s.configure(t, "super", func(c string) string { return strings.Replace(c, "allowed = [", "allowed = [\"quay.io\", ", 1) })
+	if out, err := s.Run(ctx, "shoal", "reload", "--control", s.supernode.Control); err == nil || !strings.Contains(err.Error()+out, `registry.allowed: "quay.io"`) {
+		t.Errorf("an error in the config: %v %q", err, out)
+	}
+	logged(t, s.supernode.Log, "config not reloaded", "registry.allowed")
+	s.configure(t, "super", func(c string) string { return "[[[" })
+	noError(t, syscall.Kill(super, syscall.SIGHUP))
+	logged(t, s.supernode.Log, "config not reloaded", "line 1")
+	if err := s.pull(t, "team4/app"); err == nil {
+		t.Error("a config that does not parse has lifted a rule")
+	}
+	if err := errors.Join(s.node.Alive(), s.supernode.Alive()); err != nil || s.node.Pid() != node || s.supernode.Pid() != super {
+		t.Errorf("a reload has ended a daemon: %v", err)
+	}
 }

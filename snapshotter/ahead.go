@@ -181,7 +181,7 @@ func (s *Snapshotter) Show(name string, manifest blockdev.Digest, cred blockdev.
 // registry for this credential, and returns at once.
 func (s *Snapshotter) Begin(name, tag string, manifest blockdev.Digest, cred blockdev.Credential) {
 	w, err := aheadOf(name, tag, manifest)
-	if err != nil || s.cfg.Policy.NotLazy(w.ref) != "" {
+	if err != nil || s.policy.Load().NotLazy(w.ref) != "" {
 		return
 	}
 	s.Show(name, manifest, cred)
@@ -218,7 +218,7 @@ func (s *Snapshotter) Await(ctx context.Context, name string, manifest blockdev.
 			return
 		}
 		if o.err == nil {
-			if s.cfg.Policy.Eager(o.image.Ref) {
+			if s.policy.Load().Eager(o.image.Ref) {
 				s.waitBytes(ctx, o.image)
 			}
 			s.openings.leave(o, false)

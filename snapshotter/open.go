@@ -44,7 +44,7 @@ func (r refused) Error() string { return string(r) }
 // open gets the indexes of the wanted image and mounts its diffs. On an error
 // nothing is held, and the diffs that were added are unused.
 func (s *Snapshotter) open(ctx context.Context, w want, cred blockdev.Credential) (_ *openImage, err error) {
-	if why := s.cfg.Policy.NotLazy(w.ref); why != "" {
+	if why := s.policy.Load().NotLazy(w.ref); why != "" {
 		return nil, refused(why)
 	}
 	if s.cfg.Images == nil {
@@ -80,7 +80,7 @@ func (s *Snapshotter) open(ctx context.Context, w want, cred blockdev.Credential
 	}
 	o.private = cred != (blockdev.Credential{})
 	s.rights.keep(w.name, cred)
-	if s.cfg.Policy.Prefetch(w.ref) != policy.None {
+	if s.policy.Load().Prefetch(w.ref) != policy.None {
 		s.fetchStartup(img)
 	}
 	s.log.Info("image is lazy", "image", w.ref, "manifest", o.Manifest, "layers", len(o.Layers),

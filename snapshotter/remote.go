@@ -64,7 +64,7 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 		return false, nil
 	}
 	o, err := s.pulls.wait(wait, p)
-	if why := s.cfg.Policy.NotLazy(w.ref); why != "" && err == nil {
+	if why := s.policy.Load().NotLazy(w.ref); why != "" && err == nil {
 		err = refused(why) // the mirror may not have known the image by this name
 	}
 	switch {

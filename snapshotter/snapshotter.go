@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
 // Snapshotter implements containerd's snapshots.Snapshotter and snapshots.Cleaner.
@@ -32,6 +33,7 @@ type Snapshotter struct {
 	rights   rights
 	pulls    pulls
 	wishes   *wishes
+	policy   atomic.Pointer[policy.Policy]
 	refusals refusals
 	room     *indexRoom
 	options  []string // overlayfs' for every mount
@@ -66,6 +68,9 @@ var (
 	_ snapshots.Cleaner     = (*Snapshotter)(nil)
 )
 
+// SetPolicy changes Config.Policy, for pulls and containers that begin from now on.
+func (s *Snapshotter) SetPolicy(p *policy.Policy) { s.policy.Store(p) }
+
 // New opens a snapshotter, puts right what an earlier process has left half done,
 // and starts to mount, in the background, what active snapshots use. The caller
 // must Close it.
@@ -75,6 +80,7 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 	}
 	s := &Snapshotter{cfg: cfg, log: cfg.Log, idmapping: make(map[string]struct{}), recovering: make(chan struct{}, 1), cleaning: make(chan struct{}, 1),
 		recoveries: make(map[blockdev.Digest]*recovery), rewarmings: make(map[string]*rewarming)}
+	s.policy.Store(cfg.Policy)
 	s.wishes = newWishes(&cfg)
 	s.idmapDone = sync.NewCond(&s.mu)
 	s.room = newIndexRoom(smallIndexes, roomForSmall, roomForLarge)

@@ -321,11 +321,11 @@ func (s *Snapshotter) imagesOf(links []link) (policy.Mode, []imageRecord) {
 		}
 	}
 	if len(found) == 0 {
-		return s.cfg.Policy.Prefetch(""), nil
+		return s.policy.Load().Prefetch(""), nil
 	}
 	most := policy.None
 	for _, rec := range found {
-		switch mode := s.cfg.Policy.Prefetch(rec.Ref); {
+		switch mode := s.policy.Load().Prefetch(rec.Ref); {
 		case mode == policy.All, mode == policy.Startup && most == policy.None:
 			most = mode
 		}
@@ -336,7 +336,7 @@ func (s *Snapshotter) imagesOf(links []link) (policy.Mode, []imageRecord) {
 // imagePulled notes the end of a pull, and has the image fetched if no container
 // follows.
 func (s *Snapshotter) imagePulled(rec *imageRecord) {
-	unfollowed := s.cfg.PrefetchAfterPull && s.cfg.Policy.Prefetch(rec.Ref) == policy.All
+	unfollowed := s.cfg.PrefetchAfterPull && s.policy.Load().Prefetch(rec.Ref) == policy.All
 	if err := s.records.pulled(*rec, unfollowed); err != nil {
 		s.log.Error("a pull is not noted; if the node restarts, the rest of the image is not fetched before a container starts", "image", rec.Ref, "error", err)
 	}
@@ -353,7 +353,7 @@ func (s *Snapshotter) startWishes() error {
 		return err
 	}
 	for _, rec := range list {
-		if rec.Unfollowed && s.cfg.PrefetchAfterPull && s.cfg.Policy.Prefetch(rec.Ref) == policy.All {
+		if rec.Unfollowed && s.cfg.PrefetchAfterPull && s.policy.Load().Prefetch(rec.Ref) == policy.All {
 			s.wishes.pull(string(rec.key()), pulled{diffs: rec.diffs(), due: time.Now().Add(pullPatience)})
 		}
 	}

@@ -289,6 +289,10 @@ func (s *Supernode) Chunk(ctx context.Context, d blockdev.Digest) (exchange.Enco
 // Allow sets which repositories may be asked for from now on; nil: all.
 func (s *Supernode) Allow(list *pattern.Repositories) { s.reg.Allow(list) }
 
+// LimitDownload changes how many bytes of layers a second are taken from registries; 0:
+// no limit.
+func (s *Supernode) LimitDownload(rate int64) { s.reg.Limit(rate) }
+
 // Healthy returns nil if the supernode can work: its disk takes writes and holds
 // what it says.
 func (s *Supernode) Healthy() error { return s.access.healthy() }

@@ -10,22 +10,31 @@ import (
 // Cache: the next request waits for as long as what has come should have taken.
 // What is under way then is bounded by the window.
 type rate struct {
-	limit int64 // bytes a second; 0: none
-
-	mu   sync.Mutex
-	next time.Time // when what has come is paid for
+	mu    sync.Mutex
+	limit int64     // bytes a second; 0: none
+	next  time.Time // when what has come is paid for
 }
+
+// set changes the limit. What has come under the one before is paid for.
+func (r *rate) set(limit int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.limit, r.next = limit, time.Time{}
+}
+
+// SetPrefetchRate changes Config.PrefetchRate; 0: no limit.
+func (c *Cache) SetPrefetchRate(bytes int64) { c.rate.set(bytes) }
 
 // rateBurst is for how long a link that was idle may be used in full.
 const rateBurst = 50 * time.Millisecond
 
 // came counts n bytes.
 func (r *rate) came(n int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.limit <= 0 {
 		return
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	if least := time.Now().Add(-rateBurst); r.next.Before(least) {
 		r.next = least
 	}

@@ -14,6 +14,7 @@ package pace
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -31,13 +32,14 @@ const (
 // Pacer is a budget. Its methods may be called from several goroutines. A nil Pacer has
 // no limit.
 type Pacer struct {
-	rate, burst float64
+	limited atomic.Bool // as rate > 0, for those that need no lock then
 
-	mu      sync.Mutex
-	tokens  float64 // may be below zero by one chunk
-	at      time.Time
-	classes [3]class // by blockdev.Priority
-	timer   *time.Timer
+	mu          sync.Mutex
+	rate, burst float64 // rate 0: no limit
+	tokens      float64 // may be below zero by one chunk
+	at          time.Time
+	classes     [3]class // by blockdev.Priority
+	timer       *time.Timer
 }
 
 // class is those that wait for bytes of one priority.
@@ -59,36 +61,57 @@ type claim struct {
 	granted chan struct{}
 }
 
-// New returns a Pacer of rate bytes a second; nil if rate is 0.
+// New returns a Pacer of rate bytes a second; 0: no limit.
 func New(rate int64) *Pacer {
-	if rate <= 0 {
-		return nil
-	}
-	p := &Pacer{rate: float64(rate), at: time.Now()}
-	p.burst = max(leastBurst, p.rate*burstTime.Seconds())
-	p.tokens = p.burst
+	p := &Pacer{at: time.Now()}
 	for i := range p.classes {
 		p.classes[i].keys = make(map[string]*account)
 	}
+	p.Set(rate)
+	p.tokens = p.burst
 	return p
 }
+
+// Set changes the rate, for those that wait as well; 0: no limit from now on.
+func (p *Pacer) Set(rate int64) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	p.refill(now)
+	p.rate = max(0, float64(rate))
+	p.burst = max(leastBurst, p.rate*burstTime.Seconds())
+	p.tokens = min(p.tokens, p.burst)
+	p.limited.Store(p.rate > 0)
+	p.grant(now)
+}
+
+// Limited says whether there is a limit now.
+func (p *Pacer) Limited() bool { return p != nil && p.limited.Load() }
 
 // Rate is the budget, in bytes a second; 0: no limit.
 func (p *Pacer) Rate() int64 {
 	if p == nil {
 		return 0
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	return int64(p.rate)
 }
 
 // Wait is how long, at most, what a key asks for now has to wait until its first bytes
 // are within the budget, if nobody asks for more of a higher priority meanwhile.
 func (p *Pacer) Wait(key string, pr blockdev.Priority) time.Duration {
-	if p == nil {
+	if !p.Limited() {
 		return 0
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.rate == 0 {
+		return 0
+	}
 	p.refill(time.Now())
 	bytes := p.classes[pr].before(key)
 	for _, higher := range order {
@@ -129,7 +152,7 @@ func (p *Pacer) Waiting() (bytes [3]int64) {
 
 // Take waits until n bytes for a key are within the budget. Its error is ctx's cause.
 func (p *Pacer) Take(ctx context.Context, key string, pr blockdev.Priority, n int64) error {
-	if p == nil || n == 0 {
+	if n == 0 || !p.Limited() {
 		return nil
 	}
 	c := &claim{bytes: n, granted: make(chan struct{})}
@@ -162,6 +185,10 @@ func (p *Pacer) grant(now time.Time) {
 		c := p.first()
 		if c == nil {
 			return
+		}
+		if p.rate == 0 {
+			c.next()
+			continue
 		}
 		if p.tokens <= 0 {
 			break

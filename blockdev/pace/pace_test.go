@@ -2,6 +2,7 @@ package pace
 
 import (
 	"context"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -25,10 +26,48 @@ func TestRate(t *testing.T) {
 			t.Errorf("took %v", took)
 		}
 	})
-	var none *Pacer
-	if err := none.Take(t.Context(), "a", blockdev.Demand, 1<<40); err != nil || none.Wait("a", blockdev.Demand) != 0 || New(0) != nil {
-		t.Error("no limit is a limit")
+	for _, none := range []*Pacer{nil, New(0)} {
+		if err := none.Take(t.Context(), "a", blockdev.Demand, 1<<40); err != nil || none.Wait("a", blockdev.Demand) != 0 || none.Rate() != 0 {
+			t.Error("no limit is a limit")
+		}
 	}
+}
+
+// TestSet: another rate counts for those that wait already, and none lets all of them go.
+func TestSet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := New(chunkSize)
+		took := func() time.Duration {
+			begin := time.Now()
+			var all sync.WaitGroup
+			for range 100 {
+				all.Go(func() {
+					if err := p.Take(t.Context(), "a", blockdev.Prefetch, chunkSize); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			synctest.Wait()
+			all.Wait()
+			return time.Since(begin)
+		}
+		time.AfterFunc(10*time.Second, func() { p.Set(100 * chunkSize) })
+		if d := took(); d < 10*time.Second || d > 12*time.Second {
+			t.Errorf("faster after 10 s: took %v", d)
+		}
+		p.Set(chunkSize)
+		time.AfterFunc(10*time.Second, func() { p.Set(0) })
+		if d := took(); d != 10*time.Second {
+			t.Errorf("no limit after 10 s: took %v", d)
+		}
+		if d := took(); d != 0 {
+			t.Errorf("no limit: took %v", d)
+		}
+		p.Set(100 * chunkSize)
+		if d := took(); d < time.Second/2 || d > 2*time.Second {
+			t.Errorf("a limit again: took %v", d)
+		}
+	})
 }
 
 // Each of several peers gets its share, however much one of them wants; and

@@ -177,6 +177,9 @@ func (m *Manager) volume(id blockdev.Digest) (*volume, error) {
 // Diffs returns all diffs, in no order.
 func (m *Manager) Diffs() []blockdev.Digest { return files{m}.List() }
 
+// SetPrefetchRate changes cache.Config.PrefetchRate.
+func (m *Manager) SetPrefetchRate(bytes int64) { m.cache.SetPrefetchRate(bytes) }
+
 // Has says whether the node has the index of a diff.
 func (m *Manager) Has(id blockdev.Digest) bool {
 	_, err := m.volume(id)

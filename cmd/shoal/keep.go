@@ -28,7 +28,8 @@ the same by itself, with the unit file that comes with shoal.
 To upgrade, replace the program's file and send SIGUSR2 to keep: the new program
 takes over. If it does not get ready, the old one is started again.
 
-SIGTERM and SIGINT end the node and keep. SIGHUP, SIGQUIT and SIGUSR1 are passed on.`,
+SIGTERM and SIGINT end the node and keep. SIGHUP, SIGQUIT and SIGUSR1 are passed on:
+with SIGHUP the node reads its config again.`,
 		Example: "  shoal keep -- /usr/local/bin/shoal node --config /etc/shoal/node.toml",
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) == 0 {

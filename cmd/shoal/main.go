@@ -48,13 +48,25 @@ the rest follows in the background.`,
 		SilenceErrors: true,
 	}
 	cmd.AddCommand(newNodeCommand(), newSupernodeCommand(), newConfigCommand(), newInstallCommand(),
-		newKeepCommand(), newPrefetchCommand(), newStatusCommand(), newCheckCommand(), newMembersCommand(), newVersionCommand())
+		newKeepCommand(), newPrefetchCommand(), newStatusCommand(), newCheckCommand(), newMembersCommand(), newReloadCommand(), newVersionCommand())
 	return cmd
 }
 
 // newLogger makes the logger that everything in a daemon writes to.
 func newLogger(c config.Log) *slog.Logger {
-	o := &slog.HandlerOptions{Level: c.Level}
+	log, _ := newLeveledLogger(c)
+	return log
+}
+
+// newLeveledLogger is newLogger with a level that may change.
+func newLeveledLogger(c config.Log) (*slog.Logger, *slog.LevelVar) {
+	level := new(slog.LevelVar)
+	level.Set(c.Level)
+	return loggerAt(c, level), level
+}
+
+func loggerAt(c config.Log, level slog.Leveler) *slog.Logger {
+	o := &slog.HandlerOptions{Level: level}
 	if c.Format == "json" {
 		return slog.New(slog.NewJSONHandler(os.Stderr, o))
 	}

@@ -57,15 +57,19 @@ start. In /etc/containerd/certs.d/_default/hosts.toml:
     capabilities = ["pull", "resolve"]`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c := config.DefaultNode()
-			if err := loadConfig(cmd, path, c); err != nil {
+			load := func() (*config.Node, error) {
+				c := config.DefaultNode()
+				return c, loadConfig(cmd, path, c)
+			}
+			c, err := load()
+			if err != nil {
 				return err
 			}
 			if err := program.Detach(); err != nil {
 				return err
 			}
 			program.SetName(cmd.Root().Name())
-			return runNode(cmd.Context(), c, fdstore.Open())
+			return runNode(cmd.Context(), c, load, fdstore.Open())
 		},
 	}
 	cmd.Flags().StringVar(&path, "config", path, "config file; the default one may be missing")
@@ -100,8 +104,9 @@ func (e explained) Document(ctx context.Context, req blockdev.DocumentRequest) (
 
 // runNode serves FUSE first, since containers may be waiting for the answers to
 // their reads, and stops serving it last.
-func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err error) {
-	log := newLogger(c.Log)
+func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, error), store *fdstore.Store) (err error) {
+	log, level := newLeveledLogger(c.Log)
+	reload := newReloader(c, load, log)
 	daemon.LimitMemory(log)
 	if !store.Kept() {
 		log.Warn("nobody keeps this process' descriptors: when it ends, containers on lazily mounted images get I/O errors; start it as `shoal keep -- shoal node`, or by the systemd unit that comes with shoal")
@@ -191,7 +196,17 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 		return err
 	}
 	embedded, _ := plain.(*supernode.Supernode)
-	d := &nodeDaemon{vols: vols, sn: sn, up: up, embedded: embedded, credentials: keychain, addresses: addresses}
+	reload.on(func(c *config.Node) error { return setLevel(level, c.Log.Level) }, "log.level")
+	reload.on(func(c *config.Node) error {
+		images, err := c.Policy()
+		if err == nil {
+			sn.SetPolicy(images)
+		}
+		return err
+	}, "images.lazy", "images.never", "images.eager", "images.prefetch", "prefetch")
+	reload.on(func(c *config.Node) error { vols.SetPrefetchRate(int64(c.PrefetchRate)); return nil }, "prefetch_rate")
+	reloadUpstream(reload, plain)
+	d := &nodeDaemon{reloader: reload, vols: vols, sn: sn, up: up, embedded: embedded, credentials: keychain, addresses: addresses}
 	metrics.MustRegister(d.collectors()...)
 	calls, err := timeCalls(metrics)
 	if err != nil {
@@ -226,6 +241,7 @@ func runNode(ctx context.Context, c *config.Node, store *fdstore.Store) (err err
 	// What fails here must not take away what containers read from.
 	var beside sync.WaitGroup
 	defer beside.Wait()
+	beside.Go(func() { reload.serve(ctx) })
 	beside.Go(func() { mirrorPort.ServeHTTP(ctx, registryMirror) })
 	beside.Go(func() {
 		if err := store.Watch(ctx, vols.Check); err != nil {
@@ -303,6 +319,17 @@ func openUpstream(ctx context.Context, c *config.Node, ports *daemon.Ports, log 
 	return r, m, c.Supernodes, nil
 }
 
+// reloadUpstream adds what a node does when the keys of where it gets things from change.
+func reloadUpstream(reload *reloader[*config.Node], up upstream) {
+	switch up := up.(type) {
+	case *supernode.Supernode:
+		reloadRegistry(reload, "embedded.", up, func(c *config.Node) config.Registry { return c.Embedded.Registry })
+	case *remote:
+		reload.on(func(c *config.Node) error { up.download.Set(int64(c.MaxDownload)); return nil }, "max_download")
+		reload.on(func(c *config.Node) error { up.upload.Set(int64(c.MaxUpload)); return nil }, "max_upload")
+	}
+}
+
 // dataPath is the volumes as the snapshotter sees them.
 type dataPath struct{ *volume.Manager }
 
@@ -317,6 +344,7 @@ func (d dataPath) Complete(id blockdev.Digest) bool {
 
 // nodeDaemon answers the control socket.
 type nodeDaemon struct {
+	*reloader[*config.Node]
 	vols        *volume.Manager
 	sn          *snapshotter.Snapshotter
 	up          upstream

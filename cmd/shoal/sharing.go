@@ -21,6 +21,8 @@ type remote struct {
 	*uplink.Uplink
 	membership *membership
 	swarm      *swarm.Swarm
+	download   *pace.Pacer // from others
+	upload     *pace.Pacer // to other nodes
 }
 
 // keepFrames is how many bytes of compressed chunks a node keeps in memory to pass
@@ -55,7 +57,7 @@ func newRemote(c *config.Node, m *membership, up *uplink.Uplink, in intake, log 
 	if err != nil {
 		return nil, err
 	}
-	return &remote{up, m, s}, nil
+	return &remote{up, m, s, in.download, pace.New(int64(c.MaxUpload))}, nil
 }
 
 // Fetch implements blockdev.Source.
@@ -81,7 +83,7 @@ func share(c *config.Node, up upstream, store swarm.Store, log *slog.Logger, reg
 	}
 	server, err := exchange.NewServer(r.membership.host, exchange.ServerConfig{
 		Provider: r.swarm.Provider(store), Images: r.swarm.Images(store), Limits: swarm.NodeLimits(),
-		Upload: pace.New(int64(c.MaxUpload)), Log: log, Registerer: reg,
+		Upload: r.upload, Log: log, Registerer: reg,
 	})
 	if err != nil {
 		return nil, err

@@ -34,11 +34,15 @@ func newSupernodeCommand() *cobra.Command {
 		Short: "Run the datacenter's cache, the only one that talks to registries",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c := config.DefaultSupernode()
-			if err := loadConfig(cmd, path, c); err != nil {
+			load := func() (*config.Supernode, error) {
+				c := config.DefaultSupernode()
+				return c, loadConfig(cmd, path, c)
+			}
+			c, err := load()
+			if err != nil {
 				return err
 			}
-			return runSupernode(cmd.Context(), c)
+			return runSupernode(cmd.Context(), c, load)
 		},
 	}
 	cmd.Flags().StringVar(&path, "config", path, "config file; the default one may be missing")
@@ -67,6 +71,18 @@ func openSupernode(root string, store config.Store, reg config.Registry, at plac
 	})
 }
 
+// reloadRegistry adds what a supernode does when keys of its registry section change.
+func reloadRegistry[C any](reload *reloader[C], prefix string, s *supernode.Supernode, section func(C) config.Registry) {
+	reload.on(func(c C) error {
+		list, err := section(c).Repositories()
+		if err == nil {
+			s.Allow(list)
+		}
+		return err
+	}, prefix+"registry.allowed")
+	reload.on(func(c C) error { s.LimitDownload(int64(section(c).MaxDownload)); return nil }, prefix+"registry.max_download")
+}
+
 // place is where a supernode is among others.
 type place struct {
 	grant    func(peer string, manifest blockdev.Digest, origin string) ([]byte, error)
@@ -83,8 +99,9 @@ func supernodeLimits() exchange.Limits {
 	return exchange.Limits{DemandBacklog: supernodePatience * 8 / 10, PrefetchBacklog: 30 * time.Second}
 }
 
-func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
-	log := newLogger(c.Log)
+func runSupernode(ctx context.Context, c *config.Supernode, load func() (*config.Supernode, error)) (err error) {
+	log, level := newLeveledLogger(c.Log)
+	reload := newReloader(c, load, log)
 	daemon.LimitMemory(log)
 	metrics := daemon.NewMetrics(version, "supernode")
 	ports, err := daemon.NewPorts(log, metrics)
@@ -136,8 +153,9 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 	defer func() { err = errors.Join(err, s.Close()) }()
 	list.Start(h)
 	defer func() { err = errors.Join(err, list.Close()) }()
+	upload := pace.New(int64(c.MaxUpload))
 	server, err := exchange.NewServer(h, exchange.ServerConfig{
-		Chunks: s, Images: s, Documents: s, Profiles: s, Upload: pace.New(int64(c.MaxUpload)), Limits: supernodeLimits(),
+		Chunks: s, Images: s, Documents: s, Profiles: s, Upload: upload, Limits: supernodeLimits(),
 		Log: log, Registerer: metrics,
 	})
 	if err != nil {
@@ -150,9 +168,13 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 			return err
 		}
 	}
+	reload.on(func(c *config.Supernode) error { return setLevel(level, c.Log.Level) }, "log.level")
+	reload.on(func(c *config.Supernode) error { upload.Set(int64(c.MaxUpload)); return nil }, "max_upload")
+	reloadRegistry(reload, "", s, func(c *config.Supernode) config.Registry { return c.Registry })
 	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { reload.serve(ctx); return nil })
 	g.Go(func() error {
-		return control.Serve(ctx, c.ControlAddress, &supernodeDaemon{s, list, credentials.NewDockerConfig(ctx, "", log)})
+		return control.Serve(ctx, c.ControlAddress, &supernodeDaemon{reload, s, list, credentials.NewDockerConfig(ctx, "", log)})
 	})
 	state.Set(s.Healthy, func() error {
 		if ctx.Err() != nil {
@@ -169,6 +191,7 @@ func runSupernode(ctx context.Context, c *config.Supernode) (err error) {
 
 // supernodeDaemon answers the control socket.
 type supernodeDaemon struct {
+	*reloader[*config.Supernode]
 	s           *supernode.Supernode
 	list        *members.List
 	credentials *credentials.DockerConfig

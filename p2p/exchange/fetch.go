@@ -249,7 +249,7 @@ func (f *fetch) ask(ctx context.Context, st *stream) error {
 
 // pace waits for the download budget.
 func (f *fetch) pace(ctx context.Context, chunks []blockdev.Chunk) error {
-	if f.c.opts.Download == nil {
+	if !f.c.opts.Download.Limited() {
 		return nil
 	}
 	var n int64

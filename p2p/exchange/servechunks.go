@@ -265,7 +265,7 @@ func (a *chunkAnswer) run(ctx context.Context) (failed, err error) {
 // pace waits for n bytes of the upload budget. What was written before goes out
 // if there is a wait.
 func (a *chunkAnswer) pace(ctx context.Context, n int) error {
-	if a.s.cfg.Upload == nil {
+	if !a.s.cfg.Upload.Limited() {
 		return nil
 	}
 	if a.w.Buffered() > 0 {

@@ -31,6 +31,9 @@ func (notAllowed) Answered() bool { return true }
 // under way go on.
 func (c *Client) Allow(list *pattern.Repositories) { c.allowed.Store(list) }
 
+// Limit changes the rate of Config.Download, if there is one.
+func (c *Client) Limit(rate int64) { c.cfg.Download.Set(rate) }
+
 // Allowed returns an error that wraps ErrNotAllowed if nobody may be asked for the
 // repository.
 func (c *Client) Allowed(ref Reference) error {

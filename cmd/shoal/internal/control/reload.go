@@ -1,0 +1,47 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"net/http"
+)
+
+// Reloaded says what reading the config again has done, by keys.
+type Reloaded struct {
+	// Changed count now; Restart are other than what runs, and need a restart.
+	Changed []string `json:"changed"`
+	Restart []string `json:"restart"`
+}
+
+// Reloader is a Daemon that reads its config again.
+type Reloader interface {
+	// Reload changes nothing if the config has an error.
+	Reload() (*Reloaded, error)
+}
+
+func serveReload(mux *http.ServeMux, d Daemon) {
+	r, ok := d.(Reloader)
+	if !ok {
+		return
+	}
+	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, _ *http.Request) {
+		done, err := r.Reload()
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(done) // a client that went away needs no answer
+	})
+}
+
+// Reload has the daemon read its config again.
+func (c Client) Reload(ctx context.Context) (*Reloaded, error) {
+	var done Reloaded
+	err := c.quickly(ctx, http.MethodPost, "/v1/reload", nil, func(r io.Reader) error { return json.NewDecoder(r).Decode(&done) })
+	if err != nil {
+		return nil, err
+	}
+	return &done, nil
+}
