@@ -1,5 +1,7 @@
 package blockdev
 
+import "iter"
+
 // Limits of the chunker, in bytes. A chunk that is longer than MaxChunk is
 // refused wherever it turns up; only the last chunk of a diff, and pieces, may
 // be shorter than MinChunk.
@@ -44,4 +46,21 @@ type Index struct {
 	// for (clean, slash-separated, no leading slash, sorted). Their attributes
 	// are those of the layers below, which a single layer cannot know.
 	Implied []string
+}
+
+// Digests are those of all chunks and header pieces, in order, repeated where they
+// repeat.
+func (ix *Index) Digests() iter.Seq[Digest] {
+	return func(yield func(Digest) bool) {
+		for _, c := range ix.Chunks {
+			if !yield(c.Digest) {
+				return
+			}
+		}
+		for _, p := range ix.Headers {
+			if !yield(p.Digest) {
+				return
+			}
+		}
+	}
 }

@@ -143,15 +143,7 @@ func (s *Supernode) restoreFrom(ctx context.Context, r wanted, h Holder) error {
 		}
 	}
 	rec := store.LayerRecord{Layer: r.l.Digest, Size: r.l.Size, DiffID: r.l.DiffID, Origins: []string{originOf(r.m)}}
-	return session.Publish(ctx, rec, enc, digests(slices.Concat(ix.Chunks, pieces)))
-}
-
-func digests(chunks []blockdev.Chunk) []blockdev.Digest {
-	all := make([]blockdev.Digest, len(chunks))
-	for i, c := range chunks {
-		all[i] = c.Digest
-	}
-	return all
+	return session.Publish(ctx, rec, enc, ix.Digests())
 }
 
 // bring fetches chunks, checks and stores them, one request ahead of the function

@@ -254,7 +254,7 @@ func (s *Supernode) copyFrom(ctx context.Context, r wanted, id peer.ID, sib Sibl
 		return err
 	}
 	rec := store.LayerRecord{Layer: r.l.Digest, Size: r.l.Size, DiffID: r.l.DiffID, Origins: []string{originOf(r.m)}}
-	if err := session.Publish(ctx, rec, enc, digests(chunks)); err != nil {
+	if err := session.Publish(ctx, rec, enc, ix.Digests()); err != nil {
 		return err
 	}
 	s.metrics.copies.Inc()

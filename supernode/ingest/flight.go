@@ -292,14 +292,7 @@ func (f *arrival) through(ctx context.Context, sf *spoolFile, pieced *bool) erro
 	if err != nil {
 		return err
 	}
-	chunks := make([]blockdev.Digest, 0, len(ix.Chunks)+len(ix.Headers))
-	for _, c := range ix.Chunks {
-		chunks = append(chunks, c.Digest)
-	}
-	for _, p := range ix.Headers {
-		chunks = append(chunks, p.Digest)
-	}
-	return session.Publish(ctx, f.rec, enc, chunks)
+	return session.Publish(ctx, f.rec, enc, ix.Digests())
 }
 
 // reason picks the error that says why: a broken download also breaks the

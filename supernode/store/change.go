@@ -22,6 +22,7 @@ type change struct {
 	gone   []uint64 // packs without a live extent
 	due    int64    // difference of the raw bytes still to be compressed
 	doomed []blockdev.Digest
+	drops  []uint64 // unpublished records that the caller drops after the commit
 	// reserved bytes of an ingest become bytes of its pack with this change.
 	reserved int64
 	// committed, if set, is called after the commit and before anything is
@@ -177,11 +178,15 @@ func (c *change) wantRecount() error {
 }
 
 func (c *change) putJSON(bucket []byte, key blockdev.Digest, v any) error {
+	return putJSONAt(c.tx.Bucket(bucket), key[:], v)
+}
+
+func putJSONAt(bucket *bolt.Bucket, key []byte, v any) error {
 	b, err := json.Marshal(v)
 	if err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
-	return c.tx.Bucket(bucket).Put(key[:], b)
+	return bucket.Put(key, b)
 }
 
 // diff returns the record of a diff.

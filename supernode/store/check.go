@@ -128,13 +128,17 @@ func (s *Store) checkDiff(id blockdev.Digest) (missing map[blockdev.Digest]exten
 		if err != nil || !ok { // evicted
 			return nil, nil, err
 		}
-		var b, refs []byte
+		var b []byte
 		missing = nil
-		if b, bad = s.packs.read(r.Index, nil); bad == nil {
-			refs, bad = s.packs.read(r.Refs, nil)
-		}
-		if bad == nil {
-			missing, bad = s.checkRefs(refs)
+		b, bad = s.packs.read(r.Index, nil)
+		for _, e := range r.lists() {
+			var refs []byte
+			if bad == nil {
+				refs, bad = s.packs.read(e, nil)
+			}
+			if bad == nil {
+				missing, bad = s.checkRefs(refs)
+			}
 		}
 		if bad == nil {
 			var ix *blockdev.Index
@@ -148,7 +152,7 @@ func (s *Store) checkDiff(id blockdev.Digest) (missing map[blockdev.Digest]exten
 		if !errors.Is(bad, blockdev.ErrCorrupt) {
 			return nil, nil, bad
 		}
-		if again, ok, err := s.diffRecord(id); err == nil && ok && again == r {
+		if again, ok, err := s.diffRecord(id); err == nil && ok && again.Index == r.Index {
 			return missing, bad, nil // else it was moved, or evicted
 		}
 	}

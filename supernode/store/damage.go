@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	bolterrors "go.etcd.io/bbolt/errors"
 
@@ -17,6 +18,8 @@ import (
 // disk dies, are looked for in one pass over the reference lists.
 type damageQueue struct {
 	scan sync.Mutex // held by the one who scans; others wait, and find theirs done
+
+	marks atomic.Int64 // goes up before any are marked
 
 	mu      sync.Mutex
 	pending map[blockdev.Digest]extent
@@ -44,6 +47,7 @@ func (s *Store) damaged(chunks map[blockdev.Digest]extent) {
 		return // another scan has done it
 	}
 	s.count(func(c *counters) { c.damaged += int64(len(todo)) })
+	q.marks.Add(1)
 	err := s.update(func(c *change) error {
 		for d, at := range todo {
 			if err := c.markDamaged(d, at); err != nil {
@@ -56,12 +60,15 @@ func (s *Store) damaged(chunks map[blockdev.Digest]extent) {
 		s.cfg.Log.Error("store: damaged chunks could not be marked", "chunks", len(todo), "error", err)
 	}
 	for _, id := range s.diffIDs() {
-		refs, err := s.refsOf(id)
+		lists, err := s.refsOf(id)
 		if err != nil {
 			continue
 		}
 		for d := range todo {
-			_, has := slices.BinarySearchFunc(refs, d, compareDigests)
+			has := slices.ContainsFunc(lists, func(refs []blockdev.Digest) bool {
+				_, has := slices.BinarySearchFunc(refs, d, compareDigests)
+				return has
+			})
 			if has {
 				s.cfg.Log.Error("store: a chunk is damaged on disk; its layer will be fetched again", "chunk", d, "diff", id)
 				s.forgetLayers(id)
@@ -135,17 +142,17 @@ func (s *Store) recount() error {
 	s.cfg.Log.Warn("store: counting references again after damage", "dir", s.cfg.Dir)
 	refs := make(map[blockdev.Digest]uint32)
 	for _, id := range s.diffIDs() {
-		list, err := s.refsOf(id)
+		lists, err := s.refsOf(id)
 		if err != nil {
 			return err
 		}
-		if list == nil {
+		if lists == nil {
 			if err := s.dropDiff(id); err != nil {
 				return err
 			}
 			continue
 		}
-		for _, d := range list {
+		for _, d := range slices.Concat(lists...) {
 			refs[d]++
 		}
 	}
@@ -163,9 +170,15 @@ func (s *Store) recount() error {
 				return err
 			}
 			add(r.Index)
-			add(r.Refs)
+			for _, e := range r.lists() {
+				add(e)
+			}
 		}
 		if err := c.recountPacks(live); err != nil {
+			return err
+		}
+		// No diff has what these count.
+		if err := c.emptyBucket(bucketUnpublished); err != nil {
 			return err
 		}
 		return c.tx.Bucket(bucketMeta).Delete(keyRecount)

@@ -34,16 +34,19 @@
 // of the disk, its raw length. A run needs a little room below the quota, and
 // evicts nothing to get it.
 //
-// # index.db, format 1
+// # index.db, format 2
+//
+// A store in which no layer was ever published in batches says format 1, which earlier
+// versions read as well.
 //
 // All integers are little-endian, except those in keys, which are big-endian so
 // that they sort. Buckets:
 //
-//	meta    "format" -> uint32 1
+//	meta    "format" -> uint32 1 or 2
 //	chunks  SHA-256 of the raw bytes (32) -> chunk record (44 bytes):
 //	        pack id u64, offset u64, stored length u32, raw length u32,
 //	        CRC-32C of the stored bytes u32, references u32 (diffs that have the
-//	        chunk), flags u32 (1: stored as one zstd frame, else raw;
+//	        chunk, or lists of one: see below), flags u32 (1: stored as one zstd frame, else raw;
 //	        2: damaged; 4: raw, still to be compressed), zero u32, CRC-32C of the 40 bytes before it u32
 //	        A damaged one of stored length 0 is in place of a record that could not be
 //	        read, or was gone: the chunk lies nowhere
@@ -55,16 +58,28 @@
 //	        transaction that frees the extent, removed after it was punched
 //	orphans SHA-256 (32) -> nothing: records with no reference that a running
 //	        ingest holds
+//	unpublished  pack id u64 -> JSON unpublishedRecord: reference lists that count and
+//	        belong to no diff: of a running ingest, by its pack, or of a diff that was
+//	        removed, by the pack of its index
 //	due     pack id u64, offset u64 -> SHA-256 (32), raw length u32: the chunk
 //	        there is still to be compressed; one for every record with flag 4
 //
-// A diff's encoded index and its reference list (the digests of its chunks and
-// header pieces, sorted, each once, 32 bytes each) are extents of the pack of
+// A diff's encoded index and its reference lists (the digests of its chunks and
+// header pieces, sorted, each once in a list, 32 bytes each) are extents of the pack of
 // the ingest that published it, CRC-32C as chunks.
+//
+// # Batches
+//
+// Memory and transactions do not grow with a layer: after each 8,192 chunks an ingest
+// commits what it has put, with one reference for each, and a list of them. The lists
+// are unpublished until Publish makes them those of the diff, in one transaction; if
+// that does not come, Abort or the next Open takes the references back, list by list.
+// A diff of many lists is removed in the same way: it is out of sight with the first
+// transaction.
 //
 // # Invariants
 //
-//   - What index.db says is on disk: a pack is synced before the transaction
+//   - What index.db says is on disk: what a pack holds is synced before the transaction
 //     that first names it commits. A pack that index.db does not name is
 //     deleted when the store is opened; so a crash leaves nothing behind.
 //   - Bytes are freed only after the transaction that dropped the last

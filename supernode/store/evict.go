@@ -126,17 +126,23 @@ func (s *Store) victim() (id blockdev.Digest, oldest, before int64) {
 func (s *Store) Remove(id blockdev.Digest) error { return s.remove(id, false) }
 
 func (s *Store) remove(id blockdev.Digest, unlessPinned bool) error {
+	drops, err := s.removeDiff(id, unlessPinned)
+	s.dropped(drops)
+	return err
+}
+
+func (s *Store) removeDiff(id blockdev.Digest, unlessPinned bool) (drops []uint64, err error) {
 	s.commit.Lock()
 	defer s.commit.Unlock()
-	refs, err := s.freeable(id)
+	old, err := s.freeable(id)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	s.mu.Lock()
 	st := s.diffs[id]
 	if st == nil || (unlessPinned && s.pins[id] > 0) {
 		s.mu.Unlock()
-		return nil
+		return nil, nil
 	}
 	// Out of sight first: nobody is given what is about to go.
 	delete(s.diffs, id)
@@ -152,9 +158,10 @@ func (s *Store) remove(id blockdev.Digest, unlessPinned bool) error {
 				return err
 			}
 		}
-		if err := c.replaceDiff(id, refs); err != nil {
+		if err := c.replaceDiff(id, old); err != nil {
 			return err
 		}
+		drops = c.drops
 		return c.tx.Bucket(bucketDiffs).Delete(id[:])
 	})
 	if err != nil {
@@ -166,8 +173,9 @@ func (s *Store) remove(id blockdev.Digest, unlessPinned bool) error {
 				s.layers[l] = r
 			}
 		}
+		return nil, err
 	}
-	return err
+	return drops, nil
 }
 
 // collectOrphans frees records without reference that no ingest holds any more.

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -51,7 +52,7 @@ func TestQuotaHolds(t *testing.T) {
 	if !errors.Is(err, blockdev.ErrNoSpace) || !bytes.Contains([]byte(err.Error()), []byte("store.quota")) {
 		t.Fatalf("Put beyond the quota: %v", err)
 	}
-	if err := in.Publish(t.Context(), big.rec, big.index, nil); err == nil {
+	if err := in.Publish(t.Context(), big.rec, big.index, slices.Values[[]blockdev.Digest](nil)); err == nil {
 		t.Error("published after a failed Put")
 	}
 	check(t, s, first)
@@ -139,7 +140,7 @@ func TestIngestHoldsChunks(t *testing.T) {
 			checkChunks(t, s, b)
 			switch how {
 			case "publish":
-				if err := in.Publish(t.Context(), b.rec, b.index, b.digests()); err != nil {
+				if err := in.Publish(t.Context(), b.rec, b.index, slices.Values(b.digests())); err != nil {
 					t.Fatal(err)
 				}
 				check(t, s, b)
@@ -218,7 +219,7 @@ func TestConcurrent(t *testing.T) {
 					continue
 				}
 				if err == nil {
-					err = in.Publish(context.Background(), l.rec, l.index, l.digests())
+					err = in.Publish(context.Background(), l.rec, l.index, slices.Values(l.digests()))
 				}
 				in.Abort()
 				if err != nil && !errors.Is(err, blockdev.ErrNoSpace) {

@@ -24,11 +24,11 @@ func (s *Store) load() error {
 		meta := c.tx.Bucket(bucketMeta)
 		switch v := meta.Get(keyFormat); {
 		case v == nil:
-			if err := meta.Put(keyFormat, binary.LittleEndian.AppendUint32(nil, formatVersion)); err != nil {
+			if err := meta.Put(keyFormat, binary.LittleEndian.AppendUint32(nil, firstFormat)); err != nil {
 				return err
 			}
-		case len(v) != 4 || binary.LittleEndian.Uint32(v) != formatVersion:
-			return fmt.Errorf("store: %s has format %x, this version reads format %d: %w", s.cfg.Dir, v, formatVersion, blockdev.ErrUnsupported)
+		case len(v) != 4 || binary.LittleEndian.Uint32(v) < firstFormat || binary.LittleEndian.Uint32(v) > formatVersion:
+			return fmt.Errorf("store: %s has format %x, this version reads formats up to %d: %w", s.cfg.Dir, v, formatVersion, blockdev.ErrUnsupported)
 		}
 		recount = meta.Get(keyRecount) != nil
 		return s.loadRecords(c)
@@ -42,6 +42,9 @@ func (s *Store) load() error {
 		}
 	}
 	if err := s.loadPacks(); err != nil {
+		return err
+	}
+	if err := s.dropAll(); err != nil {
 		return err
 	}
 	if err := s.collectOrphans(); err != nil {

@@ -5,8 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
+	"maps"
 	"slices"
 	"time"
+
+	bolt "go.etcd.io/bbolt"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -33,50 +37,107 @@ const refBytesInDB = 280
 
 // Publish makes the layer visible, at once and durably: when it returns nil, a
 // restart finds layer, index and chunks. chunks are the digests of all chunks
-// and header pieces of the index, in any order, repeated or not; every one of
-// them was put in this session or is in the store already. Publishing a diff
+// and header pieces of the index, in any order, repeated or not, each time that they
+// are gone through; every one of them was put in this session, or is in the store
+// already if the session is a small one. Publishing a diff
 // that is there replaces its index and adds the layer. On error the session is
 // aborted, and nothing has changed. Errors wrap blockdev.ErrNoSpace, or
 // blockdev.ErrCorrupt if a chunk that the session counted on turned out damaged.
-func (in *Ingest) Publish(ctx context.Context, rec LayerRecord, encodedIndex []byte, chunks []blockdev.Digest) error {
+func (in *Ingest) Publish(ctx context.Context, rec LayerRecord, encodedIndex []byte, chunks iter.Seq[blockdev.Digest]) error {
 	defer in.Abort() // does nothing once published
 	if rec.Layer != in.layer {
 		return fmt.Errorf("store: layer %s published in the ingest of %s", rec.Layer, in.layer)
 	}
-	refs := slices.Clone(chunks)
-	slices.SortFunc(refs, compareDigests)
-	refs = slices.Compact(refs)
-	list := make([]byte, 0, len(refs)*len(blockdev.Digest{}))
-	for _, d := range refs {
-		list = append(list, d[:]...)
+	drops, err := in.publish(ctx, rec, encodedIndex, chunks)
+	if err != nil {
+		return err
+	}
+	in.s.packs.release(in.pack)
+	in.unhold()
+	in.s.dropped(drops)
+	return nil
+}
+
+// dropped frees what is left of diffs with many lists. What fails is tried again at
+// the next Open.
+func (s *Store) dropped(drops []uint64) {
+	for _, id := range drops {
+		if err := s.drop(id); err != nil && !errors.Is(err, ErrClosed) {
+			s.cfg.Log.Error("store: a removed diff's chunks not freed; the next start does it", "error", err)
+		}
+	}
+}
+
+// errMarked: chunks were found damaged since it was looked whether any is.
+var errMarked = errors.New("store: chunks were found damaged meanwhile")
+
+func (in *Ingest) publish(ctx context.Context, rec LayerRecord, encodedIndex []byte, chunks iter.Seq[blockdev.Digest]) (drops []uint64, err error) {
+	in.gate.Lock()
+	defer in.gate.Unlock()
+	refs := in.batchRefs()
+	if len(in.lists) == 0 {
+		refs = distinct(chunks)
 	}
 	diff := diffRecord{Used: time.Now().Unix()}
-	var err error
-	if diff.Refs, err = in.append(ctx, list, nil); err != nil {
-		return err
+	list, err := in.appendList(ctx, refs)
+	if err != nil {
+		return nil, err
 	}
+	lists := append(slices.Clip(in.lists), list)
+	diff.Refs, diff.More = lists[0], lists[1:]
 	if diff.Index, err = in.append(ctx, encodedIndex, nil); err != nil {
-		return err
+		return nil, err
 	}
-	if err := in.reserve(ctx, int64(len(refs))*refBytesInDB); err != nil {
-		return err
-	}
-	if err := in.sync(); err != nil {
-		return err
+	if err := in.seal(); err != nil {
+		return nil, err
 	}
 	in.s.commit.Lock()
 	defer in.s.commit.Unlock()
 	old, err := in.s.freeable(rec.DiffID)
 	if err != nil {
-		return err
+		return nil, err
 	}
+	if old != nil && len(in.lists) > 0 {
+		twice, err := in.countedTwice(rec.DiffID)
+		if err != nil {
+			return nil, err
+		}
+		if !twice {
+			old = nil // left to the recount
+		}
+	}
+	for {
+		marks := in.s.damage.marks.Load()
+		if len(in.lists) > 0 {
+			if err := in.verify(ctx, chunks); err != nil {
+				return nil, err
+			}
+		}
+		drops, err = in.publishIn(ctx, rec, diff, refs, old, marks)
+		if !errors.Is(err, errMarked) {
+			return drops, err
+		}
+	}
+}
+
+// publishIn is the transaction that publishes.
+func (in *Ingest) publishIn(ctx context.Context, rec LayerRecord, diff diffRecord, refs []blockdev.Digest, old *freeing, marks int64) (drops []uint64, err error) {
 	layer := layerRecord{DiffID: rec.DiffID, Size: rec.Size, Origins: rec.Origins}
 	err = in.s.update(func(c *change) error {
+		if len(in.lists) > 0 && in.s.damage.marks.Load() != marks {
+			return errMarked
+		}
+		c.live[in.id]++ // the index
 		if err := in.record(c, refs, old); err != nil {
 			return err
 		}
 		if err := c.replaceDiff(rec.DiffID, old); err != nil {
 			return err
+		}
+		if len(in.lists) > 0 {
+			if err := errors.Join(c.newFormat(), c.tx.Bucket(bucketUnpublished).Delete(packKey(in.id))); err != nil {
+				return err
+			}
 		}
 		if err := c.putJSON(bucketDiffs, rec.DiffID, diff); err != nil {
 			return err
@@ -85,9 +146,8 @@ func (in *Ingest) Publish(ctx context.Context, rec LayerRecord, encodedIndex []b
 		if err := c.putJSON(bucketLayers, rec.Layer, layer); err != nil {
 			return err
 		}
-		in.mu.Lock()
-		c.reserved = in.reserved
-		in.mu.Unlock()
+		c.reserved = in.takeReserved()
+		drops = c.drops
 		c.committed = func() {
 			in.s.published(rec.Layer, layer)
 			in.end()
@@ -95,32 +155,76 @@ func (in *Ingest) Publish(ctx context.Context, rec LayerRecord, encodedIndex []b
 		}
 		return ctx.Err()
 	})
-	if err != nil {
+	return drops, err
+}
+
+// distinct returns each digest once, in order. A layer that has the same few chunks
+// again and again takes no more room than these.
+func distinct(chunks iter.Seq[blockdev.Digest]) []blockdev.Digest {
+	set := make(map[blockdev.Digest]struct{})
+	for d := range chunks {
+		set[d] = struct{}{}
+	}
+	return slices.SortedFunc(maps.Keys(set), compareDigests)
+}
+
+// verify makes sure that all chunks are in this batch or in the store: those of
+// earlier batches may have been found damaged since.
+func (in *Ingest) verify(ctx context.Context, chunks iter.Seq[blockdev.Digest]) error {
+	batch := make([]blockdev.Digest, 0, checkBatch)
+	look := func() error {
+		err := in.s.view(func(tx *bolt.Tx) error {
+			for _, d := range batch {
+				v := tx.Bucket(bucketChunks).Get(d[:])
+				if v == nil {
+					return fmt.Errorf("store: chunk %s of the index was not put", d)
+				}
+				if r, err := decodeChunk(v); err != nil || r.damaged() {
+					return errors.Join(fmt.Errorf("store: chunk %s was found damaged meanwhile: %w", d, blockdev.ErrCorrupt), err)
+				}
+			}
+			return ctx.Err()
+		})
+		batch = batch[:0]
 		return err
 	}
-	in.s.packs.release(in.pack)
-	in.unhold()
-	return nil
+	for d := range chunks {
+		if _, put := in.chunks[d]; put {
+			continue
+		}
+		if batch = append(batch, d); len(batch) == cap(batch) {
+			if err := look(); err != nil {
+				return err
+			}
+		}
+	}
+	return look()
 }
 
 // compareDigests is the order of reference lists.
 func compareDigests(a, b blockdev.Digest) int { return bytes.Compare(a[:], b[:]) }
 
-// sync writes what is buffered and makes the pack durable.
+// seal ends the Puts, and is sync.
+func (in *Ingest) seal() error {
+	in.mu.Lock()
+	in.sealed = true
+	in.mu.Unlock()
+	return in.sync()
+}
+
+// sync writes what is buffered and makes the pack durable. gate is held: nobody else
+// writes.
 func (in *Ingest) sync() error {
 	in.mu.Lock()
 	if err := in.usableLocked(); err != nil {
 		in.mu.Unlock()
 		return err
 	}
-	in.sealed = true
-	var rest []*buffer
 	if in.cur != nil {
 		in.writing = append(in.writing, in.cur)
 		in.cur = nil
 	}
-	// Only this call writes now: a sealed session takes no more Puts.
-	rest = append(rest, in.writing...)
+	rest := slices.Clone(in.writing)
 	in.mu.Unlock()
 	for _, b := range rest {
 		if err := in.write(b); err != nil {
@@ -135,17 +239,17 @@ func (in *Ingest) sync() error {
 
 // record gives every chunk of refs one more reference. What the session has
 // put is used where the store has no good copy, and given up elsewhere. old are the
-// references of the diff's earlier version, which are dropped next. The session is
-// sealed, so its chunks may be read without the lock.
-func (in *Ingest) record(c *change, refs, old []blockdev.Digest) error {
-	c.live[in.id] += 2 // index and reference list
+// references of the diff's earlier version, which are dropped next. gate is held, so
+// the session's chunks may be read without the lock.
+func (in *Ingest) record(c *change, refs []blockdev.Digest, old *freeing) error {
+	c.live[in.id]++ // the list
 	used := make(map[blockdev.Digest]struct{}, len(in.chunks))
 	for _, d := range refs {
 		own, mine := in.chunks[d]
 		r, ok, err := c.chunk(d)
 		if !ok {
 			// Its record is gone, as when a bit of the key has flipped.
-			if _, had := slices.BinarySearchFunc(old, d, compareDigests); had {
+			if old.had(d) {
 				err = blockdev.ErrCorrupt
 			}
 		}
@@ -197,8 +301,22 @@ func (in *Ingest) record(c *change, refs, old []blockdev.Digest) error {
 	return nil
 }
 
-// replaceDiff drops the references and extents of a diff's earlier version.
-func (c *change) replaceDiff(id blockdev.Digest, old []blockdev.Digest) error {
+// freeing is what there is to free of a diff.
+type freeing struct {
+	refs []blockdev.Digest // unless there are many lists
+}
+
+func (f *freeing) had(d blockdev.Digest) bool {
+	if f == nil {
+		return false
+	}
+	_, had := slices.BinarySearchFunc(f.refs, d, compareDigests)
+	return had
+}
+
+// replaceDiff drops the references and extents of a diff's earlier version. If these
+// are many, the caller does so with c.drops, after the commit.
+func (c *change) replaceDiff(id blockdev.Digest, old *freeing) error {
 	r, ok, err := getDiff(c.tx, id)
 	if err != nil {
 		return c.wantRecount()
@@ -210,7 +328,11 @@ func (c *change) replaceDiff(id blockdev.Digest, old []blockdev.Digest) error {
 		// Damaged, or the diff came between: what it had is freed by the recount.
 		return c.wantRecount()
 	}
-	for _, d := range old {
+	if len(r.More) > 0 {
+		c.drops = append(c.drops, r.Index.Pack)
+		return c.putUnpublished(r.Index.Pack, unpublishedRecord{Lists: r.lists(), Index: &r.Index})
+	}
+	for _, d := range old.refs {
 		if err := c.unref(d); err != nil {
 			return err
 		}
@@ -220,28 +342,28 @@ func (c *change) replaceDiff(id blockdev.Digest, old []blockdev.Digest) error {
 	return nil
 }
 
-// refsOf returns the reference list of a diff: nil if there is no such diff or
-// the list is damaged.
-func (s *Store) refsOf(id blockdev.Digest) ([]blockdev.Digest, error) {
+// refsOf returns the reference lists of a diff: nil if there is no such diff or
+// one of them is damaged.
+func (s *Store) refsOf(id blockdev.Digest) (lists [][]blockdev.Digest, err error) {
 	r, ok, err := s.diffRecord(id)
 	if err != nil || !ok {
 		return nil, err
 	}
-	b, err := s.packs.read(r.Refs, nil)
-	if err != nil {
-		s.cfg.Log.Error("store: the reference list of a diff is damaged", "diff", id, "error", err)
-		return nil, nil
+	for _, e := range r.lists() {
+		refs, err := s.readList(e)
+		if err != nil {
+			s.cfg.Log.Error("store: the reference list of a diff is damaged", "diff", id, "error", err)
+			return nil, nil
+		}
+		lists = append(lists, refs)
 	}
-	refs := make([]blockdev.Digest, len(b)/len(blockdev.Digest{}))
-	for i := range refs {
-		copy(refs[i][:], b[i*len(refs[i]):])
-	}
-	return refs, nil
+	return lists, nil
 }
 
-// freeable is refsOf for who frees what a diff has: nil also if its index is not where
-// its record says. What lies there then may be somebody else's.
-func (s *Store) freeable(id blockdev.Digest) ([]blockdev.Digest, error) {
+// freeable returns what there is to free of a diff: nil if that is not known. It is
+// not, either, if its index is not where its record says: what lies there then may be
+// somebody else's.
+func (s *Store) freeable(id blockdev.Digest) (*freeing, error) {
 	r, ok, err := s.diffRecord(id)
 	if errors.Is(err, blockdev.ErrCorrupt) || err == nil && !ok {
 		return nil, nil
@@ -253,7 +375,15 @@ func (s *Store) freeable(id blockdev.Digest) ([]blockdev.Digest, error) {
 		s.cfg.Log.Error("store: the index of a diff is damaged", "diff", id, "error", err)
 		return nil, nil
 	}
-	return s.refsOf(id)
+	if len(r.More) > 0 {
+		return &freeing{}, nil // drop looks at the lists, one at a time
+	}
+	refs, err := s.readList(r.Refs)
+	if err != nil {
+		s.cfg.Log.Error("store: the reference list of a diff is damaged", "diff", id, "error", err)
+		return nil, nil
+	}
+	return &freeing{refs}, nil
 }
 
 // published brings the memory up to date with what was committed.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -187,7 +188,7 @@ func TestIngestEndsStep(t *testing.T) {
 	}
 	b := newLayer(2, 5)
 	b.chunks = append(b.chunks, l.chunks...)
-	if err := in.Publish(t.Context(), b.rec, b.index, b.digests()); err != nil {
+	if err := in.Publish(t.Context(), b.rec, b.index, slices.Values(b.digests())); err != nil {
 		t.Fatal(err)
 	}
 	check(t, s, b)
@@ -415,7 +416,7 @@ func TestConcurrentRuns(t *testing.T) {
 			for _, c := range l.chunks {
 				err = errors.Join(err, in.Put(context.Background(), blockdev.Sum(c), c))
 			}
-			err = errors.Join(err, in.Publish(context.Background(), l.rec, l.index, l.digests()))
+			err = errors.Join(err, in.Publish(context.Background(), l.rec, l.index, slices.Values(l.digests())))
 			if i >= 3 {
 				err = errors.Join(err, s.Remove(ls[(i-3)%len(ls)].rec.DiffID))
 			}

@@ -9,7 +9,12 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 )
 
-const formatVersion = 1
+// formatVersion is that of a store with a layer that was published in batches; one
+// without is of firstFormat, which earlier versions read.
+const (
+	firstFormat   = 1
+	formatVersion = 2
+)
 
 var (
 	bucketMeta    = []byte("meta")
@@ -20,11 +25,13 @@ var (
 	bucketDead    = []byte("dead")
 	bucketOrphans = []byte("orphans")
 	bucketDue     = []byte("due")
-	keyFormat     = []byte("format")
+	// bucketUnpublished has what no diff counts for, and references count.
+	bucketUnpublished = []byte("unpublished")
+	keyFormat         = []byte("format")
 )
 
 func allBuckets() [][]byte {
-	return [][]byte{bucketMeta, bucketChunks, bucketDiffs, bucketLayers, bucketPacks, bucketDead, bucketOrphans, bucketDue}
+	return [][]byte{bucketMeta, bucketChunks, bucketDiffs, bucketLayers, bucketPacks, bucketDead, bucketOrphans, bucketDue, bucketUnpublished}
 }
 
 const (
@@ -106,11 +113,25 @@ func decodeChunk(b []byte) (chunkRecord, error) {
 
 // diffRecord is the JSON of bucket diffs.
 type diffRecord struct {
-	// Index is the encoded index, Refs the reference list.
-	Index extent `json:"index"`
-	Refs  extent `json:"refs"`
+	// Index is the encoded index, Refs the first reference list, More the others.
+	Index extent   `json:"index"`
+	Refs  extent   `json:"refs"`
+	More  []extent `json:"more,omitempty"`
 	// Used is when the diff was last asked for, in Unix seconds, coarsely.
 	Used int64 `json:"used"`
+}
+
+func (r diffRecord) lists() []extent { return append([]extent{r.Refs}, r.More...) }
+
+// unpublishedRecord is the JSON of bucket unpublished: references that belong to no
+// diff, since its layer is still coming or its diff was removed.
+type unpublishedRecord struct {
+	// Lists are reference lists, of chunks that have one reference for each.
+	Lists []extent `json:"lists"`
+	// Index is that of a diff that was removed.
+	Index *extent `json:"index,omitempty"`
+	// Ended: what an ingest has put behind the last of its lists is freed.
+	Ended bool `json:"ended,omitempty"`
 }
 
 // layerRecord is the JSON of bucket layers.

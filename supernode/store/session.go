@@ -31,12 +31,18 @@ type Ingest struct {
 	id    uint64
 	pack  *packFile
 
+	// gate is held by reading for a Put, and by writing while a batch is made of
+	// what was put, which nothing changes then. lists are those of earlier batches.
+	gate  sync.RWMutex
+	lists []extent
+
 	mu       sync.Mutex
 	sealed   bool // Publish has begun: chunks does not change any more
 	ended    bool
 	err      error // the first failed write; nothing is published after it
 	size     int64 // bytes appended to the pack
-	reserved int64 // bytes of the quota
+	settled  int64 // bytes of the pack that are counted as the store's
+	reserved int64 // bytes of the quota, for the rest
 	chunks   map[blockdev.Digest]chunkRecord
 	held     map[blockdev.Digest]struct{} // chunks that the store had already
 	cur      *buffer                      // being filled
@@ -88,6 +94,29 @@ func (s *Store) newPackID() (uint64, error) {
 // stored raw: compressing it is left for later, see recompress.
 // Errors wrap blockdev.ErrNoSpace where the quota or the disk is full.
 func (in *Ingest) Put(ctx context.Context, d blockdev.Digest, data []byte) error {
+	full, err := in.put(ctx, d, data)
+	if err != nil || !full {
+		return err
+	}
+	if err := in.commitBatch(ctx); err != nil {
+		return in.fail(err)
+	}
+	return nil
+}
+
+// put says whether there is enough for a batch.
+func (in *Ingest) put(ctx context.Context, d blockdev.Digest, data []byte) (full bool, err error) {
+	in.gate.RLock()
+	defer in.gate.RUnlock()
+	if err := in.putOne(ctx, d, data); err != nil {
+		return false, err
+	}
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return len(in.chunks)+len(in.held) >= in.s.cfg.batch, nil
+}
+
+func (in *Ingest) putOne(ctx context.Context, d blockdev.Digest, data []byte) error {
 	if len(data) == 0 || len(data) > blockdev.MaxChunk {
 		return fmt.Errorf("store: chunk of %d bytes, want 1 to %d", len(data), blockdev.MaxChunk)
 	}
@@ -208,20 +237,32 @@ func (in *Ingest) append(ctx context.Context, b []byte, placed func(extent)) (ex
 		in.writing = append(in.writing, full)
 		in.cur = nil
 	}
-	if in.cur == nil {
-		in.cur = in.bufferLocked()
-	}
 	e.Offset = in.size
-	in.cur.data = append(in.cur.data, b...)
+	var large *buffer
+	switch {
+	case len(b) > writeBuffer: // the index of a large layer: not copied
+		large = &buffer{start: in.size, data: b}
+		in.writing = append(in.writing, large)
+	case in.cur == nil:
+		in.cur = in.bufferLocked()
+		fallthrough
+	default:
+		in.cur.data = append(in.cur.data, b...)
+	}
 	in.size += int64(len(b))
 	if placed != nil {
 		placed(e)
 	}
 	in.mu.Unlock()
-	if full == nil {
-		return e, nil
+	for _, w := range []*buffer{full, large} {
+		if w == nil {
+			continue
+		}
+		if err := in.write(w); err != nil {
+			return e, err
+		}
 	}
-	return e, in.write(full)
+	return e, nil
 }
 
 func (in *Ingest) bufferLocked() *buffer {
@@ -249,7 +290,7 @@ func (in *Ingest) write(b *buffer) error {
 			break
 		}
 	}
-	// A reference list or an index may have made it larger than others need.
+	// A reference list or an index may be larger than others need.
 	if cap(b.data) == writeBuffer {
 		in.spare = append(in.spare, b)
 	}
@@ -259,7 +300,7 @@ func (in *Ingest) write(b *buffer) error {
 // reserve makes sure that the quota has room for n more bytes of this session.
 func (in *Ingest) reserve(ctx context.Context, n int64) error {
 	in.mu.Lock()
-	need := in.size + n - in.reserved
+	need := in.size - in.settled + n - in.reserved
 	in.mu.Unlock()
 	if need <= 0 {
 		return nil
@@ -309,9 +350,16 @@ func (in *Ingest) Abort() {
 	if !in.end() {
 		return
 	}
+	in.gate.Lock() // whoever makes a batch comes to an end first
+	defer in.gate.Unlock()
 	in.leave() // first, so that nobody looks for chunks in a pack that is gone
 	in.s.packs.release(in.pack)
-	if err := in.s.packs.remove(in.id); err != nil {
+	if len(in.lists) > 0 {
+		// Others may count on chunks of these batches.
+		if err := in.s.drop(in.id); err != nil && !errors.Is(err, ErrClosed) {
+			in.s.cfg.Log.Warn("store: what an aborted ingest has put is not freed; the next start does it", "layer", in.layer, "error", err)
+		}
+	} else if err := in.s.packs.remove(in.id); err != nil {
 		in.s.cfg.Log.Warn("store: the pack of an aborted ingest was not deleted; the next start does it", "layer", in.layer, "error", err)
 	}
 	in.s.unreserve(in.reserved)

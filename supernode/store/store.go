@@ -51,6 +51,7 @@ type Config struct {
 	// For tests: the size of a step and of a run, and what is called at points
 	// of a run.
 	stepBytes, runBytes int64
+	batch               int
 	hook                func(point string)
 }
 
@@ -128,6 +129,9 @@ func Open(cfg Config) (*Store, error) {
 	}
 	if cfg.stepBytes == 0 {
 		cfg.stepBytes, cfg.runBytes = stepBytes, runBytes
+	}
+	if cfg.batch == 0 {
+		cfg.batch = batchChunks
 	}
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("store: %w", err)

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"testing"
 
@@ -99,7 +100,7 @@ func put(t testing.TB, s *Store, l fakeLayer) *Ingest {
 
 func publish(t testing.TB, s *Store, l fakeLayer) {
 	t.Helper()
-	if err := put(t, s, l).Publish(t.Context(), l.rec, l.index, l.digests()); err != nil {
+	if err := put(t, s, l).Publish(t.Context(), l.rec, l.index, slices.Values(l.digests())); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -189,16 +190,18 @@ func checkAccounts(t testing.TB, dir string) {
 	live := make(map[uint64]int64)
 	var due int64
 	for _, id := range s.diffIDs() {
-		refs, err := s.refsOf(id)
-		if err != nil || refs == nil {
+		lists, err := s.refsOf(id)
+		if err != nil || lists == nil {
 			t.Fatalf("references of %s: %v", id, err)
 		}
-		for _, d := range refs {
+		for _, d := range slices.Concat(lists...) {
 			want[d]++
 		}
 		r, _, _ := s.diffRecord(id)
 		live[r.Index.Pack]++
-		live[r.Refs.Pack]++
+		for _, e := range r.lists() {
+			live[e.Pack]++
+		}
 	}
 	err := s.view(func(tx *bolt.Tx) error {
 		if err := tx.Bucket(bucketChunks).ForEach(func(k, v []byte) error {
@@ -233,6 +236,9 @@ func checkAccounts(t testing.TB, dir string) {
 		}
 		if n != len(live) {
 			t.Errorf("%d packs known, want %d", n, len(live))
+		}
+		if k, _ := tx.Bucket(bucketUnpublished).Cursor().First(); k != nil {
+			t.Errorf("references of pack %x are not published", k)
 		}
 		if k, _ := tx.Bucket(bucketOrphans).Cursor().First(); k != nil {
 			t.Errorf("orphan %x left", k)
@@ -269,7 +275,7 @@ func TestPublishReadRestart(t *testing.T) {
 	if _, err := s.Layer(l.rec.Layer); !errors.Is(err, blockdev.ErrNotFound) {
 		t.Fatalf("layer visible before publish: %v", err)
 	}
-	if err := in.Publish(t.Context(), l.rec, l.index, l.digests()); err != nil {
+	if err := in.Publish(t.Context(), l.rec, l.index, slices.Values(l.digests())); err != nil {
 		t.Fatal(err)
 	}
 	check(t, s, l)
@@ -308,7 +314,7 @@ func TestEachChunkOnce(t *testing.T) {
 		in *Ingest
 		l  fakeLayer
 	}{{inA, a}, {inC, c}, {inB, b}} {
-		if err := x.in.Publish(t.Context(), x.l.rec, x.l.index, x.l.digests()); err != nil {
+		if err := x.in.Publish(t.Context(), x.l.rec, x.l.index, slices.Values(x.l.digests())); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -380,7 +386,7 @@ func TestPublishNeedsEveryChunk(t *testing.T) {
 	s := open(t, Config{Dir: dir})
 	l := newLayer(1, 5)
 	in := put(t, s, l)
-	if err := in.Publish(t.Context(), l.rec, l.index, append(l.digests(), blockdev.Sum([]byte("never put")))); err == nil {
+	if err := in.Publish(t.Context(), l.rec, l.index, slices.Values(append(l.digests(), blockdev.Sum([]byte("never put"))))); err == nil {
 		t.Fatal("published without a chunk")
 	}
 	checkGone(t, s, l)
