@@ -1,9 +1,13 @@
 package fusefs
 
 import (
+	"context"
+	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -14,8 +18,8 @@ import (
 const benchSize = 512 << 20
 
 // BenchmarkSequential and BenchmarkRandom4K compare an image over FUSE, with all
-// its data local, with the same image mounted from the file, and with the file
-// itself. cold: nothing is in the page cache; warm: the file is, but nothing of
+// its data local, with the same image mounted from the file, with both through loop
+// devices, and with the file itself. cold: nothing is in the page cache; warm: the file is, but nothing of
 // the image. cpu-µs is the processor time of this process (reader and server)
 // for each operation; the machine's noise is not in it.
 func BenchmarkSequential(b *testing.B) {
@@ -47,6 +51,55 @@ func BenchmarkRandom4K(b *testing.B) {
 	})
 }
 
+// BenchmarkMissing has many readers read pages at once that are missing and come after
+// 5 ms, by the two ways to mount an image. A loop device takes 128 reads at a time.
+func BenchmarkMissing(b *testing.B) {
+	const pages = 2048
+	f := &memFile{data: make([]byte, pages*64<<10)}
+	f.await = func(ctx context.Context, _ int64) error {
+		select {
+		case <-time.After(5 * time.Millisecond):
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	files := &memFiles{}
+	files.put(idA, f)
+	s := start(b, files, Options{})
+	for _, readers := range []int{1, 16, 64, 512} {
+		for _, c := range []struct {
+			name string
+			o    mount.Options
+		}{{"file", mount.Options{}}, {"loop", mount.Options{Loop: true}}} {
+			b.Run(fmt.Sprintf("%s/readers=%d", c.name, readers), func(b *testing.B) {
+				path := filepath.Join(image(b, f.Size(), s.path(idA), c.o), "file")
+				for range b.N {
+					b.StopTimer()
+					dropCaches(b)
+					b.StartTimer()
+					var wg sync.WaitGroup
+					for r := range readers {
+						wg.Go(func() {
+							fd := openRaw(b, path)
+							if err := unix.Fadvise(int(fd), 0, 0, unix.FADV_RANDOM); err != nil {
+								b.Error(err)
+							}
+							buf := make([]byte, pageSize)
+							for i := r; i < min(pages, 128*readers); i += readers {
+								if _, err := fd.ReadAt(buf, int64(i)*64<<10); err != nil {
+									b.Error(err)
+								}
+							}
+						})
+					}
+					wg.Wait()
+				}
+			})
+		}
+	}
+}
+
 func benchmark(b *testing.B, read func(rawFile) int64) {
 	needRoot(b)
 	f := onDisk(b, 1, benchSize)
@@ -60,6 +113,8 @@ func benchmark(b *testing.B, read func(rawFile) int64) {
 		{"plain", f.local.Name()},
 		{"erofs-file", filepath.Join(image(b, benchSize, f.local.Name(), mount.Options{}), "file")},
 		{"erofs-fuse", filepath.Join(image(b, benchSize, s.path(idA), mount.Options{}), "file")},
+		{"loop-file", filepath.Join(image(b, benchSize, f.local.Name(), mount.Options{Loop: true}), "file")},
+		{"loop-fuse", filepath.Join(image(b, benchSize, s.path(idA), mount.Options{Loop: true}), "file")},
 	} {
 		for _, warm := range []bool{false, true} {
 			name := c.name + "/cold"

@@ -8,7 +8,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -74,6 +77,64 @@ func TestHungReadsHoldNothing(t *testing.T) {
 	}
 	close(open)
 	within(t, "hung reads", wg.Wait)
+}
+
+// TestLoopQueue: a loop device gives out so many reads of a diff at a time, of a file that
+// the kernel reads directly it gives out all. docs/limits.md says what that means.
+func TestLoopQueue(t *testing.T) {
+	depth := 128 // the kernel's default
+	if b, err := os.ReadFile("/sys/module/loop/parameters/hw_queue_depth"); err == nil {
+		if depth, err = strconv.Atoi(strings.TrimSpace(string(b))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	readers := depth + 64
+	for name, c := range map[string]struct {
+		o    mount.Options
+		want int // readers that wait here
+	}{
+		"file": {mount.Options{}, readers},
+		"loop": {mount.Options{Loop: true}, depth},
+	} {
+		t.Run(name, func(t *testing.T) {
+			open := make(chan struct{})
+			var now, most atomic.Int64
+			hung := &memFile{data: make([]byte, readers*16<<10)}
+			hung.await = func(context.Context, int64) error {
+				n := now.Add(1)
+				defer now.Add(-1)
+				for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
+				}
+				<-open
+				return nil
+			}
+			files := &memFiles{}
+			files.put(idA, hung)
+			s := start(t, files, Options{})
+			f := openRaw(t, filepath.Join(image(t, hung.Size(), s.path(idA), c.o), "file"))
+			if err := unix.Fadvise(int(f), 0, 0, unix.FADV_RANDOM); err != nil {
+				t.Fatal(err)
+			}
+			var wg sync.WaitGroup
+			for i := range readers {
+				wg.Go(func() {
+					if _, err := f.ReadAt(make([]byte, 4096), int64(i)*16<<10); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			within(t, "reads that the kernel should give out", func() {
+				for now.Load() < int64(c.want) {
+					time.Sleep(time.Millisecond)
+				}
+			})
+			close(open)
+			within(t, "all reads", wg.Wait)
+			if n := most.Load(); n != int64(c.want) {
+				t.Errorf("%d reads have waited here at a time, want %d; do the documented limits still hold?", n, c.want)
+			}
+		})
+	}
 }
 
 // lineServer is a Server whose reads come from the test and whose answers go nowhere.

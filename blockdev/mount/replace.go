@@ -107,10 +107,38 @@ func switchLoop(dev, to string) error {
 		return err
 	}
 	defer backing.Close()
+	direct, err := served(backing)
+	if err != nil {
+		return err
+	}
 	d, err := os.Open(dev)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	return unix.IoctlSetInt(int(d.Fd()), loopChangeFD, int(backing.Fd()))
+	// Each change waits for all reads that the device is doing, and holds up new ones. So
+	// direct I/O is set while the device reads from the disk, which answers soon.
+	if direct {
+		err = setDirect(d, true)
+	}
+	if err == nil {
+		err = unix.IoctlSetInt(int(d.Fd()), loopChangeFD, int(backing.Fd()))
+	}
+	if err == nil && !direct {
+		err = setDirect(d, false)
+	}
+	return err
+}
+
+// setDirect turns a loop device's direct I/O on or off. If the kernel has no direct I/O
+// for the file, then the device stays without.
+func setDirect(d *os.File, direct bool) error {
+	v := 0
+	if direct {
+		v = 1
+	}
+	if err := unix.IoctlSetInt(int(d.Fd()), unix.LOOP_SET_DIRECT_IO, v); !errors.Is(err, unix.EINVAL) {
+		return err
+	}
+	return nil
 }

@@ -3,8 +3,10 @@ package volume
 import (
 	"bytes"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -91,6 +93,9 @@ func TestNativeWhenComplete(t *testing.T) {
 			}
 			defer inside.Close()
 			n.checkPart(l, inside, 0, 100_000)
+			if loop {
+				n.checkDirect(l, map[string]string{n.fusePath(l.id): "1", n.diffFile(l, "meta"): "0"})
+			}
 			if got := n.lazyUsers(l); got != 1 {
 				t.Errorf("%d containers on a lazy mount, want 1", got)
 			}
@@ -111,6 +116,9 @@ func TestNativeWhenComplete(t *testing.T) {
 			want := 1
 			if loop {
 				want = 0
+			}
+			if loop {
+				n.checkDirect(l, map[string]string{n.diffFile(l, "data"): "0", n.diffFile(l, "meta"): "0"})
 			}
 			if got := n.lazyUsers(l); got != want {
 				t.Errorf("%d containers read through FUSE, want %d", got, want)
@@ -188,6 +196,28 @@ func TestNativeAfterCrash(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// checkDirect compares how the loop devices over a layer's files read them: "1" with
+// direct I/O, "0" through the page cache.
+func (n *node) checkDirect(l *layer, want map[string]string) {
+	n.t.Helper()
+	found, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	got := make(map[string]string)
+	for _, path := range found {
+		// Devices of others come and go meanwhile.
+		backing, _ := os.ReadFile(path)
+		direct, _ := os.ReadFile(filepath.Join(filepath.Dir(path), "dio"))
+		if file := strings.TrimSpace(string(backing)); strings.HasPrefix(file, n.root) && strings.Contains(file, l.id.Hex()) {
+			got[file] = strings.TrimSpace(string(direct))
+		}
+	}
+	if !maps.Equal(got, want) {
+		n.t.Errorf("loop devices and their direct I/O: %v, want %v", got, want)
 	}
 }
 
