@@ -52,7 +52,7 @@ type Node struct {
 	PrefetchAfterPull       bool        `toml:"prefetch_after_pull" comment:"an image that was pulled and that no container has followed yet is fetched, too, as prefetch says"`
 	PrefetchAfterExit       bool        `toml:"prefetch_after_exit" comment:"an image goes on being fetched when its last container has ended"`
 	PrefetchRate            Size        `toml:"prefetch_rate" comment:"bytes a second, uncompressed, that are fetched for nobody who waits; what containers read, now or at their start, and pulls that wait for all bytes are not held to it; 0: no limit"`
-	Mount                   string      `toml:"mount" comment:"how layers are mounted: file (from their files, Linux 6.12) or loop (through loop devices: for programs that open files of images with O_DIRECT)"`
+	Mount                   string      `toml:"mount" comment:"how layers are mounted: file (from their files, Linux 6.12) or loop (through loop devices, which is slower: for programs that open files of images with O_DIRECT; docs/limits.md says what it costs)"`
 	ScrubInterval           Duration    `toml:"scrub_interval" comment:"how often everything on this disk is read and checked, at 32 MiB/s at most; 0s: never"`
 	RegistryConfigPath      string      `toml:"registry_config_path" comment:"containerd's directory of hosts.toml files, for layers that no supernode has and this node reads from the registry itself"`
 	Images                  Images      `toml:"images" comment:"rules for images by their names. An asterisk stands for any characters: \"registry.example.com/base/*\", \"docker.io/library/redis:7*\"; without a tag a pattern fits every tag"`
