@@ -179,6 +179,31 @@ func TestMirrorAccess(t *testing.T) {
 	}))
 }
 
+// TestHeadOnlyPull: a private image for several platforms of which containerd has all
+// but the snapshots, so that its pull asks for nothing but what the tag names, is lazy for
+// a pull with a credential, and for no other.
+func TestHeadOnlyPull(t *testing.T) {
+	l := newLab(t)
+	ctx := t.Context()
+	s := &site{Lab: l, registry: must(l.StartRegistry(ctx, "open", l.Path("images"), ""))(t)}
+	_, repository, _ := strings.Cut(s.pushIndex(t, "secret/app", layer(t, dir("d/"), file("d/f", bigContent(1)))), "/")
+	gate := newTokenGate(t, s.registry.Addr)
+	gate.rotate("s3cret-word")
+	s.supernode = must(l.StartSupernode(ctx, "super", ""))(t)
+	ref := gate.addr + "/" + repository
+	node, ctrd := s.machine(t, "ann", "")
+	noError(t, ctrd.Pull(ctx, "overlayfs", ref, "--user", "ann:s3cret-word"))
+	noError(t, node.Stop())
+	node = must(s.RestartNode(ctx, node))(t) // it forgets what that pull has shown
+	if listed(t, node, ref) {
+		t.Fatal("the image is lazy before it was pulled for shoal")
+	}
+	noError(t, ctrd.Pull(ctx, "shoal", ref, "--user", "ann:s3cret-word"))
+	if !listed(t, node, ref) {
+		t.Errorf("the image is not lazy: %s", logLine(t, node.Log, ref))
+	}
+}
+
 func removeImage(ctx context.Context, c *lab.Containerd, ref string) error {
 	_, err := c.Ctr(ctx, "images", "rm", "--sync", ref)
 	return err

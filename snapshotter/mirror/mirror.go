@@ -167,6 +167,8 @@ func (m *Mirror) serve(w http.ResponseWriter, r *http.Request, kind *string) err
 		m.cfg.Opener.Show(t.name, doc.Digest, cred)
 		if m.known.note(t, doc) {
 			m.cfg.Opener.Begin(t.name, m.known.tag(t.name, doc.Digest), doc.Digest, cred)
+		} else if head && cred != (blockdev.Credential{}) && images.IsIndexType(doc.MediaType) {
+			m.showListed(r.Context(), host, target{what: t.what, name: t.name, digest: doc.Digest}, cred)
 		}
 	} else if t.what != blob {
 		m.known.note(t, doc)

@@ -2,6 +2,7 @@ package mirror
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -14,11 +15,15 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -68,6 +73,8 @@ func (o *opener) told(call string) bool {
 type registry struct {
 	docs map[string][]byte // by the end of the reference
 	cred blockdev.Credential
+
+	mediaType string // of all; empty: application/json
 }
 
 var (
@@ -93,7 +100,7 @@ func (r *registry) Document(_ context.Context, req blockdev.DocumentRequest) (*b
 	if !ok || b == nil {
 		return nil, fmt.Errorf("%s: %w", req.Ref, blockdev.ErrNotFound)
 	}
-	doc := &blockdev.Document{Digest: blockdev.Sum(b), MediaType: "application/json", Size: int64(len(b))}
+	doc := &blockdev.Document{Digest: blockdev.Sum(b), MediaType: cmp.Or(r.mediaType, "application/json"), Size: int64(len(b))}
 	if !req.Head {
 		doc.Data = b
 	}
@@ -169,6 +176,46 @@ func TestPull(t *testing.T) {
 		t.Errorf("rest of the config: %q, %v", rest.Bytes(), err)
 	}
 	resp.Body.Close()
+}
+
+// A pull that sends only a HEAD has shown its right for this machine's manifests that
+// the index lists, and nothing is opened for it: it may not be for this snapshotter.
+func TestHeadOnly(t *testing.T) {
+	digest := func(s string) blockdev.Digest { return blockdev.Sum([]byte(s)) }
+	entry := func(name, os, arch string) string {
+		return fmt.Sprintf(`{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":%q,"platform":{"os":%q,"architecture":%q}}`, digest(name), os, arch)
+	}
+	other := map[string]string{"amd64": "arm64"}[runtime.GOARCH]
+	if other == "" {
+		other = "amd64"
+	}
+	list := fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,"manifests":[%s,%s,%s,{"digest":"nonsense"}]}`, ocispec.MediaTypeImageIndex,
+		entry("other", "linux", other), entry("mine", "linux", runtime.GOARCH), entry("windows", "windows", runtime.GOARCH))
+	for _, c := range []struct {
+		name  string
+		cred  blockdev.Credential
+		calls []string
+	}{
+		{"private", pullCredential, []string{"show r.test/a " + blockdev.Sum(list).Hex()[:4] + " u", "show r.test/a " + digest("mine").Hex()[:4] + " u"}},
+		{"public", blockdev.Credential{}, []string{"show r.test/a " + blockdev.Sum(list).Hex()[:4] + " "}}, // there is no right to show
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			reg := newRegistry(c.cred)
+			reg.mediaType = ocispec.MediaTypeImageIndex
+			reg.docs[":v1"], reg.docs["@"+blockdev.Sum(list).String()] = list, list
+			o := &opener{}
+			m := newMirror(t, Config{Source: reg, Opener: o})
+			if resp, body := send(t, m, "HEAD", "/v2/a/manifests/v1?ns=r.test", c.cred); resp.StatusCode != http.StatusOK {
+				t.Fatalf("%s %s", resp.Status, body)
+			}
+			if !slices.Equal(o.calls, c.calls) {
+				t.Errorf("the opener was told %q, want %q", o.calls, c.calls)
+			}
+			if tag := m.known.tag("r.test/a", digest("mine")); c.name == "private" && tag != "v1" {
+				t.Errorf("the manifest's tag: %q", tag)
+			}
+		})
+	}
 }
 
 // sentAt records when bytes of an answer were written.
