@@ -29,6 +29,16 @@ type Request struct {
 	// are asked for as chunks, too; their Offset lies behind the diff. The callee
 	// does not keep the slice.
 	Chunks []Chunk
+	// From, if not nil, is where the chunk comes from that is delivered next: a Source
+	// that knows sets it before each call of Deliver.
+	From *Origin
+}
+
+// Comes notes where the chunk comes from that is delivered next.
+func (r *Request) Comes(from Origin) {
+	if r.From != nil {
+		*r.From = from
+	}
 }
 
 // Deliver takes the bytes of Chunks[i] of a request. data is valid until it

@@ -28,12 +28,13 @@ type flight struct {
 	group   *group
 	waiters int           // demand reads that wait; Diff.mu
 	over    bool          // Diff.mu
-	done    chan struct{} // closed after mem and err are set
+	done    chan struct{} // closed after mem, from and err are set
 	// mem holds the bytes if they could not be written, and then the flight stays
 	// listed for a while (recent); otherwise they are in the data file, unless err
 	// says why they are not.
-	mem []byte
-	err error
+	mem  []byte
+	from blockdev.Origin // of the bytes
+	err  error
 	// Used by the group only. remote: copying it from this disk has failed.
 	// got: the Source has delivered it.
 	remote, got bool
@@ -51,6 +52,7 @@ type group struct {
 	// owed is how many bytes of Cache.window the group has still. Used by attempts, one
 	// at a time.
 	owed int64
+	from blockdev.Origin // of the chunk that the Source delivers
 
 	// Under Diff.mu:
 	prio     blockdev.Priority
@@ -73,14 +75,14 @@ func (d *Diff) finish(f *flight, mem []byte, err error) {
 	close(f.done)
 }
 
-// unwritten returns the chunk's bytes if the flight is over and they could not be
-// written.
-func (f *flight) unwritten() []byte {
+// outcome returns where the chunk has come from if the flight is over, and its bytes if
+// they could not be written.
+func (f *flight) outcome() (unwritten []byte, from blockdev.Origin) {
 	select {
 	case <-f.done:
-		return f.mem
+		return f.mem, f.from
 	default:
-		return nil
+		return nil, blockdev.FromLocal
 	}
 }
 
@@ -308,7 +310,8 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 	var returned atomic.Bool
 	left := len(flights)
 	began, bytes := time.Now(), int64(0)
-	err := d.c.cfg.Source.Fetch(ctx, blockdev.Request{Diff: d.id, Priority: prio, Hops: g.hops, Chunks: chunks}, func(i int, data []byte) error {
+	g.from = blockdev.FromLocal
+	err := d.c.cfg.Source.Fetch(ctx, blockdev.Request{Diff: d.id, Priority: prio, Hops: g.hops, Chunks: chunks, From: &g.from}, func(i int, data []byte) error {
 		if returned.Load() {
 			return errors.New("delivered after the request had ended")
 		}
@@ -325,7 +328,7 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 				d.id, f.chunk, len(data), d.tab.length(f.chunk), d.tab.digests[f.chunk], blockdev.ErrCorrupt)
 		}
 		idle.Reset(timeout)
-		f.got = true
+		f.got, f.from = true, g.from
 		left--
 		if g.owed > 0 {
 			g.owed -= int64(len(data))

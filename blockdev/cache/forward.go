@@ -137,7 +137,7 @@ func (f *Forward) Chunk(ctx context.Context, i int, alloc func(n int) []byte) ([
 			continue // it has come meanwhile
 		}
 		err = d.await(ctx, []wait{w})
-		if b := w.unwritten(); b != nil {
+		if b, _ := w.outcome(); b != nil {
 			return append(alloc(n)[:0], b...), nil
 		}
 		if err == nil && try > 0 {

@@ -168,7 +168,7 @@ type lateMemory struct {
 	given []byte
 }
 
-func (m *lateMemory) Take(_ context.Context, n int) ([]byte, error) {
+func (m *lateMemory) Take(_ context.Context, n int, _ blockdev.Origin) ([]byte, error) {
 	if !m.ready.Load() {
 		m.early.Store(true)
 	}

@@ -58,8 +58,8 @@ func (d *Diff) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 // given is memory that the reader has already.
 type given []byte
 
-func (g given) Take(_ context.Context, n int) ([]byte, error) { return g[:n], nil }
-func (given) Give()                                           {}
+func (g given) Take(_ context.Context, n int, _ blockdev.Origin) ([]byte, error) { return g[:n], nil }
+func (given) Give()                                                              {}
 
 // Read is ReadAt of n bytes into memory that it takes from m when all of them are at
 // hand.
@@ -165,7 +165,11 @@ func (d *Diff) gather(ctx context.Context, off int64, n int, mem *unwritten) (bo
 // take takes memory for a range whose chunks are at hand and reads it. It returns false
 // if one of them is not there any more.
 func (d *Diff) take(ctx context.Context, off int64, n int, mem *unwritten, m blockdev.Memory) (bool, error) {
-	p, err := m.Take(ctx, n)
+	from := blockdev.FromLocal
+	if mem != nil {
+		from = mem.from
+	}
+	p, err := m.Take(ctx, n, from)
 	if err != nil {
 		if errors.Is(context.Cause(ctx), errTimeout) {
 			err = d.lateErr(ctx, nil)
@@ -195,11 +199,12 @@ type wait struct {
 // for others; shared among diffs.
 const heldBytes = 32 << 20
 
-// unwritten is what one read has of chunks that could not be written, by number. The
-// zero value is empty.
+// unwritten is what one read has of chunks that could not be written, by number, and
+// the farthest place that one of its chunks has come from. The zero value is empty.
 type unwritten struct {
 	chunks map[int][]byte
 	bytes  int64
+	from   blockdev.Origin
 }
 
 func (u *unwritten) get(i int) []byte {
@@ -229,7 +234,7 @@ func (u *unwritten) hold(d *Diff, i int, b []byte) bool {
 func (u *unwritten) drop(d *Diff) {
 	if u.bytes > 0 {
 		d.c.held.Give(d.id, u.bytes)
-		*u = unwritten{}
+		*u = unwritten{from: u.from}
 	}
 }
 
@@ -244,7 +249,9 @@ func (d *Diff) waitPart(ctx context.Context, lo, hi int, mem *unwritten) (bool, 
 		err = d.await(ctx, waits)
 		full := false
 		for _, w := range waits {
-			if b := w.unwritten(); b != nil && !mem.hold(d, w.chunk, b) {
+			b, from := w.outcome()
+			mem.from = max(mem.from, from)
+			if b != nil && !mem.hold(d, w.chunk, b) {
 				full = true
 			}
 		}

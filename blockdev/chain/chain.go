@@ -32,6 +32,9 @@ type Step struct {
 	// delivered nothing for so long: a registry is not to be asked by all nodes
 	// at once because a supernode is being restarted.
 	PrefetchAfter time.Duration
+	// From is where its chunks come from; FromLocal: it says so itself
+	// (blockdev.Request.From).
+	From blockdev.Origin
 	// Heal, if not nil, is called when the source says blockdev.ErrNotFound. If
 	// it returns nil, the source is asked once more: a supernode that has lost or
 	// evicted a layer has fetched it again.
@@ -267,6 +270,9 @@ func (r *request) once(ctx context.Context, s *step, silent *time.Timer) error {
 		}
 		if got[k] {
 			return nil
+		}
+		if s.From != blockdev.FromLocal {
+			req.Comes(s.From)
 		}
 		err := r.deliver(asked[k], data)
 		switch {

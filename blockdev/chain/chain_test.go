@@ -409,3 +409,29 @@ func TestGoneForLong(t *testing.T) {
 		read("three", 0, 0)
 	})
 }
+
+// TestFrom: a read is told which source its chunk has come from, and what a source says
+// of itself stays.
+func TestFrom(t *testing.T) {
+	ix, m := fixture()
+	front := blockdevtest.SourceFunc(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+		for i, c := range req.Chunks[:2] {
+			req.Comes(blockdev.FromPeer)
+			err := m.Fetch(ctx, blockdev.Request{Diff: req.Diff, Chunks: []blockdev.Chunk{c}}, func(_ int, b []byte) error { return deliver(i, b) })
+			if err != nil {
+				return err
+			}
+		}
+		return blockdev.ErrNotFound
+	})
+	var from blockdev.Origin
+	got := map[blockdev.Origin]int{}
+	c := New(Step{Name: "front", Source: front}, Step{Name: "registry", Source: m, From: blockdev.FromRegistry})
+	err := c.Fetch(t.Context(), blockdev.Request{Diff: ix.DiffID, Chunks: ix.Chunks, From: &from}, func(int, []byte) error {
+		got[from]++
+		return nil
+	})
+	if err != nil || got[blockdev.FromPeer] != 2 || got[blockdev.FromRegistry] != len(ix.Chunks)-2 {
+		t.Errorf("%d chunks come from %v, %v", len(ix.Chunks), got, err)
+	}
+}

@@ -69,6 +69,7 @@ type memFile struct {
 	here func(off int64, n int) bool
 	// await waits for what is not local; nil: it is at hand.
 	await func(ctx context.Context, off int64) error
+	from  blockdev.Origin // of what is not local
 	// read reads what is not local, when it is at hand; nil: data.
 	read func(ctx context.Context, p []byte, off int64) (int, error)
 }
@@ -81,7 +82,7 @@ func (f *memFile) Read(ctx context.Context, off int64, n int, m blockdev.Memory)
 			return 0, err
 		}
 	}
-	p, err := m.Take(ctx, n)
+	p, err := m.Take(ctx, n, f.from)
 	if err != nil {
 		return 0, err
 	}

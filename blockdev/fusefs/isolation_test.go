@@ -226,15 +226,15 @@ func TestAnswerMemory(t *testing.T) {
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
 	first, second := answerMemory{s: s, n: smallRead + 1}, answerMemory{s: s, n: 1}
-	if p, err := first.Take(t.Context(), first.n); err != nil || len(p) != first.n {
+	if p, err := first.Take(t.Context(), first.n, blockdev.FromLocal); err != nil || len(p) != first.n {
 		t.Fatalf("%d bytes, %v", len(p), err)
 	}
-	if _, err := second.Take(ended, 1); !errors.Is(err, context.Canceled) {
+	if _, err := second.Take(ended, 1, blockdev.FromLocal); !errors.Is(err, context.Canceled) {
 		t.Fatalf("there is memory beyond the limit, or %v", err)
 	}
 	second.Give() // nothing
 	first.Give()
-	if _, err := second.Take(t.Context(), 1); err != nil {
+	if _, err := second.Take(t.Context(), 1, blockdev.FromLocal); err != nil {
 		t.Fatal(err)
 	}
 	second.Give()

@@ -129,7 +129,7 @@ func listSize(h inHeader, req []byte) int {
 // the bytes that the kernel asked for, up to the file's length: EROFS takes what
 // is missing from an answer for zeros.
 func (w *worker) read(ctx context.Context, r readIn) {
-	s := w.s
+	s, began := w.s, time.Now()
 	id, f, ok := s.nodes.byNode(r.node)
 	if !ok || handle(id) != r.handle {
 		s.fail(r.unique, unix.ESTALE)
@@ -146,6 +146,7 @@ func (w *worker) read(ctx context.Context, r readIn) {
 	}
 	n := int(min(int64(r.size), length-r.off))
 	if local, ok := f.Local(r.off, n); ok && w.readLocal(local, r, n) {
+		s.opts.Observe(blockdev.FromLocal, time.Since(began))
 		return
 	}
 	next := s.pending.take()
@@ -153,9 +154,8 @@ func (w *worker) read(ctx context.Context, r readIn) {
 		s.failRead(id, r, errLineFull)
 		return
 	}
-	now := time.Now()
-	deadline, second := s.tries.deadline(id, r.off, now, now.Add(s.opts.ReadTimeout))
-	err := s.slow.add(ctx, slowRead{readIn: r, slot: w.slot, id: id, file: f, n: n, deadline: deadline, second: second})
+	deadline, second := s.tries.deadline(id, r.off, began, began.Add(s.opts.ReadTimeout))
+	err := s.slow.add(ctx, slowRead{readIn: r, slot: w.slot, id: id, file: f, n: n, deadline: deadline, second: second, began: began})
 	if err != nil && !errors.Is(err, errStopped) {
 		s.pending.give(next)
 		s.failRead(id, r, err)

@@ -36,6 +36,11 @@ type Options struct {
 	// Describe returns what an operator calls a diff, as attributes of log lines:
 	// its image and layer. Default: none.
 	Describe func(blockdev.Digest) []any
+	// Observe is told of each read that was answered with its bytes: the farthest place
+	// that some of them have come from, and the time since the kernel gave the read to
+	// this server. It is called from many goroutines and does not wait. Default: nobody
+	// is told.
+	Observe func(from blockdev.Origin, took time.Duration)
 	// Init is what Server.Init returned on a connection that another server has
 	// answered before. Empty: the kernel will send FUSE_INIT.
 	Init []byte
@@ -62,6 +67,9 @@ func (o *Options) setDefaults() {
 	o.SlowBytes = max(o.SlowBytes, MaxRead)
 	if o.Describe == nil {
 		o.Describe = func(blockdev.Digest) []any { return nil }
+	}
+	if o.Observe == nil {
+		o.Observe = func(blockdev.Origin, time.Duration) {}
 	}
 	if o.ReadTimeout <= 0 {
 		o.ReadTimeout = time.Minute

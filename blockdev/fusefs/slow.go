@@ -31,6 +31,7 @@ type slowRead struct {
 	n        int // bytes to answer
 	deadline time.Time
 	second   bool // try, of the kernel's
+	began    time.Time
 }
 
 // slowReads answers reads that have to wait, in goroutines of their own. A read that
@@ -73,7 +74,7 @@ func (q *slowReads) add(ctx context.Context, r slowRead) error {
 	if !q.line.Try(r.id, 1) {
 		return errLineFull
 	}
-	q.began[r.unique] = time.Now()
+	q.began[r.unique] = r.began
 	// Reads of a diff that wait for a goroutine have later deadlines than those that
 	// have one, so there is always one in time to fail them.
 	q.active.Start(r.id, 1, func() { q.tasks.Go(func() { q.answer(ctx, r) }) })
@@ -133,6 +134,7 @@ func (s *Server) answerSlow(ctx context.Context, r slowRead) bool {
 	n, err := r.file.Read(ctx, r.off, r.n, &m)
 	if err = slowEnd(r, m.payload(r.n), n, err); err == nil {
 		s.answer(r.unique, m.b, r.n)
+		s.opts.Observe(m.from, time.Since(r.began))
 		return true
 	}
 	cause := context.Cause(ctx)
@@ -153,10 +155,13 @@ type answerMemory struct {
 	s *Server
 	n int // bytes of payload, with the zeros behind the file's content
 	b *buffer
+	// from is the farthest place of the read's bytes.
+	from blockdev.Origin
 }
 
 // Take waits until there is room among the answers that are being copied.
-func (m *answerMemory) Take(ctx context.Context, n int) ([]byte, error) {
+func (m *answerMemory) Take(ctx context.Context, n int, from blockdev.Origin) ([]byte, error) {
+	m.from = from
 	if err := m.s.slow.memory.Acquire(ctx, int64(bufferSize(m.n))); err != nil {
 		return nil, context.Cause(ctx)
 	}

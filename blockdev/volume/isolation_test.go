@@ -100,9 +100,11 @@ func TestHungImageStallsNobody(t *testing.T) {
 		n.add(fresh)
 		n.check(fresh, n.mountDir(fresh))
 	})
-	if got := n.Waiting(0)[0]; got != readers {
-		t.Errorf("%d reads are said to wait, %d do", got, readers)
-	}
+	within(t, "the reads that were answered to wait no more", func() {
+		for n.Waiting(0)[0] != readers { // a read is counted until shortly after its answer
+			runtime.Gosched()
+		}
+	})
 	if c := n.Counters(); c.Failed != 0 {
 		t.Errorf("%d reads failed", c.Failed)
 	}

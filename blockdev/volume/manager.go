@@ -38,6 +38,8 @@ type Config struct {
 	// Describe returns what an operator calls a diff, as attributes of log lines;
 	// nil: there is no other name.
 	Describe func(blockdev.Digest) []any
+	// Observe is fusefs.Options.Observe; nil: nobody is told of reads.
+	Observe func(from blockdev.Origin, took time.Duration)
 	// PrefetchDiffs is how many diffs are prefetched at a time. Default 2.
 	PrefetchDiffs int
 	// ScrubInterval is how often everything that is here is read and checked, slowly.

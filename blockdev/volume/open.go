@@ -178,7 +178,7 @@ func (m *Manager) serve(ctx context.Context, conn *connection) (err error) {
 	}
 	m.fuse = conn.fd
 	m.server, err = fusefs.New(conn.fd, files{m}, fusefs.Options{
-		Log: m.cfg.Log, ReadTimeout: m.cfg.ReadTimeout, Describe: m.cfg.Describe, Init: conn.init, Pending: conn.pending,
+		Log: m.cfg.Log, ReadTimeout: m.cfg.ReadTimeout, Describe: m.cfg.Describe, Observe: m.cfg.Observe, Init: conn.init, Pending: conn.pending,
 	})
 	if err != nil {
 		return err

@@ -120,8 +120,9 @@ func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, err
 	}
 	source := newLateSource()
 	var late parts
+	reads := newReadSeconds()
 	vols, err := volume.Open(ctx, volume.Config{
-		Root: c.Root, Source: source, Profiles: source, Log: log, Keep: store, Describe: late.describe,
+		Root: c.Root, Source: source, Profiles: source, Log: log, Keep: store, Describe: late.describe, Observe: reads.observe,
 		ReadTimeout: time.Duration(c.ReadTimeout), ScrubInterval: scrubInterval(c), Loop: c.Mount == config.MountLoop,
 		Cache: cache.Config{
 			Timeout:      time.Duration(c.ReadTimeout),
@@ -207,7 +208,7 @@ func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, err
 	reload.on(func(c *config.Node) error { vols.SetPrefetchRate(int64(c.PrefetchRate)); return nil }, "prefetch_rate")
 	reloadUpstream(reload, plain)
 	d := &nodeDaemon{reloader: reload, vols: vols, sn: sn, up: up, embedded: embedded, credentials: keychain, addresses: addresses}
-	metrics.MustRegister(d.collectors()...)
+	metrics.MustRegister(append(d.collectors(), reads)...)
 	calls, err := timeCalls(metrics)
 	if err != nil {
 		return err

@@ -183,7 +183,7 @@ func nodeMetrics(t *testing.T, r prometheus.Registerer) {
 		t.Fatal(err)
 	}
 	defer server.Close()
-	r.MustRegister((&nodeDaemon{}).collectors()...)
+	r.MustRegister(append((&nodeDaemon{}).collectors(), newReadSeconds())...)
 	if _, err := timeCalls(r); err != nil {
 		t.Fatal(err)
 	}

@@ -133,11 +133,15 @@ func newSources(c *config.Node, up chunksAndProfiles, away func() bool, p *parts
 	if err != nil {
 		return nil, errors.Join(err, client.Close())
 	}
+	from := blockdev.FromLocal // the swarm tells peers and supernodes apart
+	if len(c.Supernodes) == 0 {
+		from = blockdev.FromSupernode
+	}
 	return &sources{
 		ProfileSink: up,
 		Chain: chain.New(
-			chain.Step{Name: "supernode", Source: up, Patience: readPatience(c), Away: away, Heal: p.rewarm},
-			chain.Step{Name: "registry", Source: d, PrefetchAfter: registryPrefetch}),
+			chain.Step{Name: "supernode", Source: up, From: from, Patience: readPatience(c), Away: away, Heal: p.rewarm},
+			chain.Step{Name: "registry", Source: d, From: blockdev.FromRegistry, PrefetchAfter: registryPrefetch}),
 		client: client, direct: d,
 	}, nil
 }

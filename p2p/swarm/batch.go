@@ -99,6 +99,11 @@ func (b *batch) deliver(k int, data []byte) error {
 		}
 		return nil
 	}
+	from := blockdev.FromPeer
+	if b.target.Kind == route.Supernode {
+		from = blockdev.FromSupernode
+	}
+	f.req.Comes(from)
 	if err := f.deliver(b.chunks[k], data); err != nil {
 		if !errors.Is(err, blockdev.ErrCorrupt) {
 			f.mu.Lock()

@@ -20,6 +20,7 @@ func (s *Swarm) Fetch(ctx context.Context, req blockdev.Request, deliver blockde
 	}
 	if g == nil || len(req.Chunks) == 0 {
 		return s.cfg.Supernode.Fetch(ctx, req, func(i int, data []byte) error {
+			req.Comes(blockdev.FromSupernode)
 			err := deliver(i, data)
 			if err == nil {
 				s.metrics.supernode.Add(float64(len(data)))

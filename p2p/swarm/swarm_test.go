@@ -133,3 +133,36 @@ func TestWithoutSupernode(t *testing.T) {
 		t.Errorf("%d of %d chunks came from peers", fromPeers, len(w.ix.Chunks))
 	}
 }
+
+// TestFrom: a read is told whether a peer or the supernode has sent its chunk, as the
+// counters of bytes say.
+func TestFrom(t *testing.T) {
+	w := newWorld(t, 2<<20)
+	a := w.node(options{})
+	fetch := func(n *node) map[blockdev.Origin]int {
+		t.Helper()
+		var from blockdev.Origin
+		got := map[blockdev.Origin]int{}
+		err := n.swarm.Fetch(t.Context(), blockdev.Request{Diff: w.ix.DiffID, Priority: blockdev.Demand, Chunks: w.ix.Chunks, From: &from}, func(int, []byte) error {
+			got[from]++
+			from = blockdev.FromLocal
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	if got := fetch(a); got[blockdev.FromSupernode] != len(w.ix.Chunks) {
+		t.Errorf("alone: %v of %d chunks", got, len(w.ix.Chunks))
+	}
+	for i := range w.ix.Chunks {
+		w.read(a, i)
+	}
+	b := w.node(options{})
+	w.connect()
+	got := fetch(b)
+	if got[blockdev.FromPeer] == 0 || got[blockdev.FromPeer]+got[blockdev.FromSupernode] != len(w.ix.Chunks) {
+		t.Errorf("beside one that has all: %v of %d chunks", got, len(w.ix.Chunks))
+	}
+}

@@ -1,0 +1,32 @@
+package main
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
+
+// readSeconds is a histogram of reads through FUSE by where their bytes were.
+type readSeconds struct {
+	*prometheus.HistogramVec
+	by [blockdev.Origins]prometheus.Observer
+}
+
+func newReadSeconds() *readSeconds {
+	r := &readSeconds{HistogramVec: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name:    "shoal_node_read_seconds",
+		Help:    "Time of reads of lazy images, from when the kernel hands a read out to its answer, by the farthest place of its bytes: local, peer, supernode, registry.",
+		Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
+	}, []string{"source"})}
+	for o := range r.by {
+		r.by[o] = r.WithLabelValues(blockdev.Origin(o).String())
+	}
+	return r
+}
+
+// observe is volume.Config.Observe.
+func (r *readSeconds) observe(from blockdev.Origin, took time.Duration) {
+	r.by[from].Observe(took.Seconds())
+}
