@@ -44,6 +44,15 @@ type noToken struct{ error }
 
 func (e noToken) Unwrap() error { return e.error }
 
+// toldNo is a supernode's error: a refusal, unless it says that it cannot answer now, as
+// one does that is about to restart. That changes nothing about who is a member.
+func toldNo(err error) error {
+	if errors.Is(err, blockdev.ErrUnavailable) {
+		return err
+	}
+	return refusal{err}
+}
+
 // session is the membership with one supernode.
 type session struct {
 	n    *Node
@@ -58,6 +67,7 @@ type session struct {
 	// told are the addresses that the supernode was told when this node joined; not under
 	// mu: join and write take turns.
 	told   []netip.AddrPort
+	stream int // how many streams there were; Node.mu guards it
 	groups map[blockdev.Digest]bool
 	who    []wire.Key
 }
@@ -224,7 +234,7 @@ func (s *session) join() (_ network.Stream, _ *bufio.Reader, lease time.Duration
 	case *wire.MemberEvent_Welcome:
 		return st, r, time.Duration(p.Welcome.LeaseMs) * time.Millisecond, nil
 	case *wire.MemberEvent_Error:
-		return nil, nil, 0, refusal{p.Error.Err()}
+		return nil, nil, 0, toldNo(p.Error.Err())
 	}
 	return nil, nil, 0, fmt.Errorf("join: the supernode answers with something else: %w", blockdev.ErrCorrupt)
 }
@@ -273,7 +283,7 @@ func (s *session) read(st network.Stream, r *bufio.Reader, lease time.Duration) 
 		}
 		switch p := ev.Part.(type) {
 		case *wire.MemberEvent_Error:
-			return refusal{p.Error.Err()}
+			return toldNo(p.Error.Err())
 		case *wire.MemberEvent_Update:
 			if err := s.n.update(s, p.Update); err != nil {
 				s.n.log.Warn("asking for a group anew", "peer", s.info.ID, "err", err)
