@@ -2,6 +2,7 @@ package members
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -25,6 +26,7 @@ type group struct {
 	full    bool     // every byte of the image is here
 
 	from    *session // that the view is from
+	stream  int      // which of its streams
 	version uint64
 	cell    uint32
 	zone    string
@@ -32,7 +34,20 @@ type group struct {
 	cells   map[uint32]*cell   // the others
 	gates   map[peer.ID]*entry // all gateways in cells
 	view    *route.View        // of all this; nil: no view
+	// What the home has been told that this node has, on its current stream, and may be
+	// told to keep.
+	offered offer
+	anew    bool // an update did not fit: all is to be told
 }
+
+// offer is what of a view a join has named.
+type offer uint8
+
+const (
+	offeredNothing offer = iota
+	offeredMembers       // those of the own cell, and no other cell
+	offeredAll           // and the gateways of all other cells
+)
 
 type cell struct {
 	zone     string
@@ -45,10 +60,11 @@ type entry struct {
 	rack  string
 	addrs []ma.Multiaddr
 	full  bool
+	sum   uint64 // of all that was said of it
 }
 
 func newEntry(m *wire.GroupMember) (*entry, error) {
-	e := &entry{id: host.FromKey(wire.Key(m.Key)), rack: m.Rack, full: m.Full}
+	e := &entry{id: host.FromKey(wire.Key(m.Key)), rack: m.Rack, full: m.Full, sum: m.Sum()}
 	for _, b := range m.Addrs {
 		ap, err := wire.ParseAddr(b)
 		if err != nil {
@@ -66,9 +82,12 @@ func newEntry(m *wire.GroupMember) (*entry, error) {
 // apply makes u part of what is known. An error says that u does not fit; then
 // nothing is changed, and all of the group must be asked for.
 func (g *group) apply(s *session, u *wire.GroupUpdate) error {
-	if u.From != 0 && (g.from != s || u.From != g.version || u.Cell != g.cell || g.members == nil) {
+	if u.From != 0 && (g.from != s || g.stream != s.stream || u.From != g.version || u.Cell != g.cell || g.members == nil) {
 		return fmt.Errorf("update of group %s from version %d of cell %d, this node has version %d of cell %d: %w",
 			g.id, u.From, u.Cell, g.version, g.cell, blockdev.ErrCorrupt)
+	}
+	if (u.KeepMembers || u.KeepCells) && (g.offered == offeredNothing || g.members == nil || u.Cell != g.cell) {
+		return fmt.Errorf("update of group %s that keeps what this node has of cell %d, it has not said that it has it: %w", g.id, u.Cell, blockdev.ErrCorrupt)
 	}
 	joined, err := entries(u.Joined)
 	if err != nil {
@@ -86,10 +105,13 @@ func (g *group) apply(s *session, u *wire.GroupUpdate) error {
 		}
 		changes = append(changes, change{c.Cell, &cell{c.Zone, gw}})
 	}
-	if u.From == 0 {
-		g.members, g.cells = make(map[peer.ID]*entry, len(joined)), make(map[uint32]*cell, len(changes))
+	if u.From == 0 && !u.KeepMembers {
+		g.members = make(map[peer.ID]*entry, len(joined))
 	}
-	g.from, g.version, g.cell, g.zone = s, u.Version, u.Cell, u.Zone
+	if u.From == 0 && !(u.KeepCells && g.offered == offeredAll) {
+		g.cells = make(map[uint32]*cell, len(changes))
+	}
+	g.from, g.stream, g.version, g.cell, g.zone, g.offered, g.anew = s, s.stream, u.Version, u.Cell, u.Zone, offeredNothing, false
 	for key := range wire.Keys(u.Left) {
 		delete(g.members, host.FromKey(key))
 	}
@@ -157,7 +179,33 @@ func (g *group) remake() error {
 
 // drop forgets who is in the group.
 func (g *group) drop() {
-	g.from, g.version, g.members, g.cells, g.gates, g.view = nil, 0, nil, nil, nil, nil
+	g.from, g.version, g.members, g.cells, g.gates, g.view, g.offered = nil, 0, nil, nil, nil, nil, offeredNothing
+}
+
+// have is what a join on s says that this node has: a list of an earlier stream, or of
+// another supernode. Nil: nothing, or what s has sent on this very stream, and then the
+// node joins again to be told everything, or that it is full.
+func (g *group) have(s *session) *wire.GroupHave {
+	g.offered = offeredNothing
+	if g.members == nil || g.anew || g.from == s && g.stream == s.stream {
+		return nil
+	}
+	h := &wire.GroupHave{Cell: g.cell, Members: listSum(slices.Collect(maps.Values(g.members)))}
+	if g.offered = offeredMembers; len(g.cells) <= wire.MaxHaveCells {
+		g.offered = offeredAll
+		for _, id := range slices.Sorted(maps.Keys(g.cells)) {
+			h.Cells, h.Gateways = append(h.Cells, id), append(h.Gateways, listSum(g.cells[id].gateways))
+		}
+	}
+	return h
+}
+
+func listSum(es []*entry) uint64 {
+	sums := make([]uint64, len(es))
+	for i, e := range es {
+		sums[i] = e.sum
+	}
+	return wire.ListSum(sums)
 }
 
 // find returns what is known of a peer.

@@ -50,6 +50,7 @@ func (n *Node) arrived(s *session) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.alone = time.Time{}
+	s.stream++
 	for _, g := range n.groups {
 		if g.home == s {
 			g.refused = false
@@ -120,6 +121,7 @@ func (n *Node) update(s *session, u *wire.GroupUpdate) error {
 		return nil // left, or moved, meanwhile
 	}
 	if err := g.apply(s, u); err != nil {
+		g.anew = true
 		return err
 	}
 	n.changedLocked()
@@ -149,7 +151,7 @@ func (n *Node) joinMessage(s *session, id blockdev.Digest) *wire.GroupJoin {
 	if g == nil || g.home != s {
 		return nil
 	}
-	return &wire.GroupJoin{Group: id[:], Grant: g.grant, Full: g.full}
+	return &wire.GroupJoin{Group: id[:], Grant: g.grant, Full: g.full, Have: g.have(s)}
 }
 
 // Watch has n look, every second, whether images have become complete: complete

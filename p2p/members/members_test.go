@@ -110,6 +110,58 @@ func TestApply(t *testing.T) {
 	if g.find(host.FromKey(wire.Key{9})) != nil || g.find(host.FromKey(wire.Key{1})) != nil || g.find(host.FromKey(wire.Key{8})) == nil {
 		t.Error("who is known is not who is in the view")
 	}
+	// On another stream it keeps what it says that it has, and what is new replaces it.
+	if have := g.have(home); have != nil {
+		t.Errorf("on the stream that the list is from, the node says that it has %v", have)
+	}
+	keep := &wire.GroupUpdate{Version: 8, Cell: 1, Zone: "east", KeepMembers: true, KeepCells: true}
+	if err := g.apply(home, keep); err == nil {
+		t.Error("the node keeps what it has not named")
+	}
+	home.stream++
+	have := g.have(home)
+	if have == nil || have.Cell != 1 || len(have.Cells) != 1 || have.Cells[0] != 4 ||
+		have.Members != wire.ListSum([]uint64{member(2).Sum(), member(3).Sum()}) || have.Gateways[0] != wire.ListSum([]uint64{member(8).Sum()}) {
+		t.Fatalf("it says that it has %v", have)
+	}
+	if err := g.apply(home, &wire.GroupUpdate{Version: 9, From: 8, Cell: 1, Joined: []*wire.GroupMember{member(5)}}); err == nil {
+		t.Error("an update of another stream's version was applied")
+	}
+	if err := g.apply(home, &wire.GroupUpdate{Version: 8, Cell: 2, KeepMembers: true}); err == nil {
+		t.Error("the members of another cell are kept")
+	}
+	if err := g.apply(home, keep); err != nil {
+		t.Error(err)
+	}
+	check(8, []string{id(2), id(3)}, []string{id(8)})
+	g.have(other)
+	if err := g.apply(other, &wire.GroupUpdate{Version: 3, Cell: 1, Zone: "east", KeepCells: true, Joined: []*wire.GroupMember{member(2)},
+		Cells: []*wire.GroupCell{{Cell: 5, Zone: "west", Gateways: []*wire.GroupMember{member(9)}}}}); err != nil {
+		t.Error(err)
+	}
+	check(3, []string{id(2)}, []string{id(8), id(9)})
+	home.stream++
+	g.have(home)
+	if err := g.apply(home, &wire.GroupUpdate{Version: 8, Cell: 1, Zone: "east", KeepMembers: true, KeepCells: true, Joined: []*wire.GroupMember{member(3)},
+		Cells: []*wire.GroupCell{{Cell: 5}}}); err != nil {
+		t.Error(err)
+	}
+	check(8, []string{id(2), id(3)}, []string{id(8)})
+	g.anew = true
+	if home.stream++; g.have(home) != nil {
+		t.Error("after an update that did not fit the node says that it has something")
+	}
+	g.anew = false
+	for i := range uint32(wire.MaxHaveCells) { // too many to be named: they are told anew
+		g.cells[100+i] = g.cells[4]
+	}
+	if have := g.have(home); have == nil || len(have.Cells) != 0 {
+		t.Errorf("%v", have)
+	}
+	if err := g.apply(home, &wire.GroupUpdate{Version: 8, Cell: 1, Zone: "east", KeepMembers: true, KeepCells: true,
+		Cells: []*wire.GroupCell{{Cell: 4, Zone: "west", Gateways: []*wire.GroupMember{member(8)}}}}); err != nil || len(g.cells) != 1 {
+		t.Errorf("%v, %d cells", err, len(g.cells))
+	}
 	// Who shares nothing is not to be asked.
 	silent := member(4)
 	silent.Addrs = nil

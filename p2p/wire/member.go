@@ -1,12 +1,15 @@
 package wire
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"slices"
 	"unicode"
 	"unicode/utf8"
 
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -27,6 +30,9 @@ const (
 	MaxWho = 64
 	// MaxGateways is how many gateways a cell may have.
 	MaxGateways = 8
+	// MaxHaveCells is how many cells a GroupHave may name: what supernodes of an
+	// earlier version take as part of a request that they do not know.
+	MaxHaveCells = 160
 	// MaxGroups is how many groups one node may be in.
 	MaxGroups = 4096
 
@@ -58,6 +64,9 @@ func ParseMemberRequest(b []byte) (*MemberRequest, error) {
 	case *MemberRequest_Join:
 		if err = checkGroup(p.Join.GetGroup()); err == nil && len(p.Join.GetGrant()) > MaxGrant {
 			err = fmt.Errorf("grant of %d bytes, at most %d are allowed", len(p.Join.GetGrant()), MaxGrant)
+		}
+		if n, m := len(p.Join.GetHave().GetCells()), len(p.Join.GetHave().GetGateways()); err == nil && (n != m || n > MaxHaveCells) {
+			err = fmt.Errorf("%d cells with %d sums, at most %d are allowed", n, m, MaxHaveCells)
 		}
 	case *MemberRequest_Leave:
 		err = checkGroup(p.Leave.GetGroup())
@@ -140,6 +149,9 @@ func checkUpdate(u *GroupUpdate) error {
 	if u.GetVersion() == 0 || u.GetFrom() >= u.GetVersion() {
 		return fmt.Errorf("update from version %d to %d", u.GetFrom(), u.GetVersion())
 	}
+	if u.GetFrom() != 0 && (u.GetKeepMembers() || u.GetKeepCells()) {
+		return fmt.Errorf("update from version %d that begins with what the node had before", u.GetFrom())
+	}
 	if err := checkJoined("keys", u.GetLeft(), 0, MaxMemberEvent/KeyLen); err != nil {
 		return err
 	}
@@ -203,6 +215,63 @@ func checkAddrs(addrs [][]byte) error {
 		}
 	}
 	return nil
+}
+
+// Sum returns what a GroupHave's sums are made of: a hash of all that m says.
+func (m *GroupMember) Sum() uint64 {
+	b := make([]byte, 0, 256)
+	b = append(b, m.Key...)
+	full := byte(0)
+	if m.Full {
+		full = 1
+	}
+	b = append(b, full, byte(len(m.Rack)))
+	b = append(b, m.Rack...)
+	for _, a := range m.Addrs {
+		b = append(append(b, byte(len(a))), a...)
+	}
+	return sum64(b)
+}
+
+// ListSum returns the sum of a list whose members have these, which it sorts.
+func ListSum(sums []uint64) uint64 {
+	slices.Sort(sums)
+	b := make([]byte, 0, 8*len(sums))
+	for _, s := range sums {
+		b = binary.BigEndian.AppendUint64(b, s)
+	}
+	return sum64(b)
+}
+
+func sum64(b []byte) uint64 {
+	h := sha256.Sum256(b)
+	return binary.BigEndian.Uint64(h[:])
+}
+
+// AppendCell appends c as it is in an encoded GroupUpdate, for AppendUpdate.
+func AppendCell(dst []byte, c *GroupCell) ([]byte, error) {
+	dst = protowire.AppendTag(dst, 7, protowire.BytesType) // GroupUpdate.cells
+	dst = protowire.AppendVarint(dst, uint64(proto.Size(c)))
+	return proto.MarshalOptions{UseCachedSize: true}.MarshalAppend(dst, c)
+}
+
+// AppendUpdate appends a MemberEvent with the update u, as AppendMessage does, with
+// further cells that AppendCell has encoded: the same cells are in many updates.
+func AppendUpdate(dst []byte, u *GroupUpdate, cells [][]byte) ([]byte, error) {
+	body := proto.Size(u)
+	for _, c := range cells {
+		body += len(c)
+	}
+	event := protowire.SizeTag(3) + protowire.SizeBytes(body)
+	dst = slices.Grow(dst, protowire.SizeVarint(uint64(event))+event)
+	dst = protowire.AppendVarint(dst, uint64(event))
+	dst = protowire.AppendTag(dst, 3, protowire.BytesType) // MemberEvent.update
+	dst = protowire.AppendVarint(dst, uint64(body))
+	dst, err := proto.MarshalOptions{UseCachedSize: true}.MarshalAppend(dst, u)
+	for _, c := range cells {
+		dst = append(dst, c...)
+	}
+	return dst, err
 }
 
 // AppendAddr returns an address as it is sent. IPv4 addresses take 4 bytes, also

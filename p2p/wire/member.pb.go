@@ -307,6 +307,7 @@ type GroupJoin struct {
 	Group         []byte                 `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"` // digest of the manifest, 32 bytes
 	Grant         []byte                 `protobuf:"bytes,2,opt,name=grant,proto3" json:"grant,omitempty"` // as it came with the image's indexes
 	Full          bool                   `protobuf:"varint,3,opt,name=full,proto3" json:"full,omitempty"`  // every byte of the image is on this node
+	Have          *GroupHave             `protobuf:"bytes,4,opt,name=have,proto3" json:"have,omitempty"`   // what the node knows of the group from an earlier stream; none: nothing
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -362,6 +363,86 @@ func (x *GroupJoin) GetFull() bool {
 	return false
 }
 
+func (x *GroupJoin) GetHave() *GroupHave {
+	if x != nil {
+		return x.Have
+	}
+	return nil
+}
+
+// GroupHave is a digest of a list of members, cell by cell, so that what is still so
+// need not be sent again. A sum is the first 8 bytes, in network order, of the SHA-256
+// of the sums of all members, in network order and in ascending order; a member's sum is
+// that of key, full (1 or 0), and each of rack and addresses with its length (1 byte) in
+// front.
+type GroupHave struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Cell          uint32                 `protobuf:"varint,1,opt,name=cell,proto3" json:"cell,omitempty"`                 // the node's own
+	Members       uint64                 `protobuf:"fixed64,2,opt,name=members,proto3" json:"members,omitempty"`          // sum of its members
+	Cells         []uint32               `protobuf:"varint,3,rep,packed,name=cells,proto3" json:"cells,omitempty"`        // the others; none, if there are more than 160
+	Gateways      []uint64               `protobuf:"fixed64,4,rep,packed,name=gateways,proto3" json:"gateways,omitempty"` // sum of the gateways of each of those
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GroupHave) Reset() {
+	*x = GroupHave{}
+	mi := &file_p2p_wire_member_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GroupHave) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GroupHave) ProtoMessage() {}
+
+func (x *GroupHave) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_wire_member_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GroupHave.ProtoReflect.Descriptor instead.
+func (*GroupHave) Descriptor() ([]byte, []int) {
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *GroupHave) GetCell() uint32 {
+	if x != nil {
+		return x.Cell
+	}
+	return 0
+}
+
+func (x *GroupHave) GetMembers() uint64 {
+	if x != nil {
+		return x.Members
+	}
+	return 0
+}
+
+func (x *GroupHave) GetCells() []uint32 {
+	if x != nil {
+		return x.Cells
+	}
+	return nil
+}
+
+func (x *GroupHave) GetGateways() []uint64 {
+	if x != nil {
+		return x.Gateways
+	}
+	return nil
+}
+
 // GroupLeave says that it has it no more.
 type GroupLeave struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -372,7 +453,7 @@ type GroupLeave struct {
 
 func (x *GroupLeave) Reset() {
 	*x = GroupLeave{}
-	mi := &file_p2p_wire_member_proto_msgTypes[4]
+	mi := &file_p2p_wire_member_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -384,7 +465,7 @@ func (x *GroupLeave) String() string {
 func (*GroupLeave) ProtoMessage() {}
 
 func (x *GroupLeave) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_member_proto_msgTypes[4]
+	mi := &file_p2p_wire_member_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -397,7 +478,7 @@ func (x *GroupLeave) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupLeave.ProtoReflect.Descriptor instead.
 func (*GroupLeave) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_member_proto_rawDescGZIP(), []int{4}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *GroupLeave) GetGroup() []byte {
@@ -417,7 +498,7 @@ type Who struct {
 
 func (x *Who) Reset() {
 	*x = Who{}
-	mi := &file_p2p_wire_member_proto_msgTypes[5]
+	mi := &file_p2p_wire_member_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -429,7 +510,7 @@ func (x *Who) String() string {
 func (*Who) ProtoMessage() {}
 
 func (x *Who) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_member_proto_msgTypes[5]
+	mi := &file_p2p_wire_member_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -442,7 +523,7 @@ func (x *Who) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Who.ProtoReflect.Descriptor instead.
 func (*Who) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_member_proto_rawDescGZIP(), []int{5}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Who) GetKeys() []byte {
@@ -461,7 +542,7 @@ type Goodbye struct {
 
 func (x *Goodbye) Reset() {
 	*x = Goodbye{}
-	mi := &file_p2p_wire_member_proto_msgTypes[6]
+	mi := &file_p2p_wire_member_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -473,7 +554,7 @@ func (x *Goodbye) String() string {
 func (*Goodbye) ProtoMessage() {}
 
 func (x *Goodbye) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_member_proto_msgTypes[6]
+	mi := &file_p2p_wire_member_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -486,7 +567,7 @@ func (x *Goodbye) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Goodbye.ProtoReflect.Descriptor instead.
 func (*Goodbye) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_member_proto_rawDescGZIP(), []int{6}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{7}
 }
 
 // MemberEvent is what a supernode sends: welcome first, or error and nothing else.
@@ -506,7 +587,7 @@ type MemberEvent struct {
 
 func (x *MemberEvent) Reset() {
 	*x = MemberEvent{}
-	mi := &file_p2p_wire_member_proto_msgTypes[7]
+	mi := &file_p2p_wire_member_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -518,7 +599,7 @@ func (x *MemberEvent) String() string {
 func (*MemberEvent) ProtoMessage() {}
 
 func (x *MemberEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_member_proto_msgTypes[7]
+	mi := &file_p2p_wire_member_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -531,7 +612,7 @@ func (x *MemberEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberEvent.ProtoReflect.Descriptor instead.
 func (*MemberEvent) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_member_proto_rawDescGZIP(), []int{7}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *MemberEvent) GetPart() isMemberEvent_Part {
@@ -629,7 +710,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_p2p_wire_member_proto_msgTypes[8]
+	mi := &file_p2p_wire_member_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -641,7 +722,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_member_proto_msgTypes[8]
+	mi := &file_p2p_wire_member_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -654,7 +735,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_member_proto_rawDescGZIP(), []int{8}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Welcome) GetLeaseMs() uint32 {
@@ -669,20 +750,22 @@ func (x *Welcome) GetLeaseMs() uint32 {
 type GroupUpdate struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Group         []byte                 `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
-	Version       uint64                 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"` // of what the node has after this update
-	From          uint64                 `protobuf:"varint,3,opt,name=from,proto3" json:"from,omitempty"`       // of what it must have before; 0: nothing, this is all
-	Cell          uint32                 `protobuf:"varint,4,opt,name=cell,proto3" json:"cell,omitempty"`       // the node's own
-	Joined        []*GroupMember         `protobuf:"bytes,5,rep,name=joined,proto3" json:"joined,omitempty"`    // members that are new in the own cell, or have changed
-	Left          []byte                 `protobuf:"bytes,6,opt,name=left,proto3" json:"left,omitempty"`        // keys of those that are gone from it, 32 bytes each, joined
-	Cells         []*GroupCell           `protobuf:"bytes,7,rep,name=cells,proto3" json:"cells,omitempty"`      // cells that are new or have other gateways than before
-	Zone          string                 `protobuf:"bytes,8,opt,name=zone,proto3" json:"zone,omitempty"`        // of the own cell
+	Version       uint64                 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`                            // of what the node has after this update
+	From          uint64                 `protobuf:"varint,3,opt,name=from,proto3" json:"from,omitempty"`                                  // of what it must have before; 0: nothing, this is all
+	Cell          uint32                 `protobuf:"varint,4,opt,name=cell,proto3" json:"cell,omitempty"`                                  // the node's own
+	Joined        []*GroupMember         `protobuf:"bytes,5,rep,name=joined,proto3" json:"joined,omitempty"`                               // members that are new in the own cell, or have changed
+	Left          []byte                 `protobuf:"bytes,6,opt,name=left,proto3" json:"left,omitempty"`                                   // keys of those that are gone from it, 32 bytes each, joined
+	Cells         []*GroupCell           `protobuf:"bytes,7,rep,name=cells,proto3" json:"cells,omitempty"`                                 // cells that are new or have other gateways than before
+	Zone          string                 `protobuf:"bytes,8,opt,name=zone,proto3" json:"zone,omitempty"`                                   // of the own cell
+	KeepMembers   bool                   `protobuf:"varint,9,opt,name=keep_members,json=keepMembers,proto3" json:"keep_members,omitempty"` // with from 0: the own cell's members are what the node's join has named in have
+	KeepCells     bool                   `protobuf:"varint,10,opt,name=keep_cells,json=keepCells,proto3" json:"keep_cells,omitempty"`      // with from 0: so are those of the other cells in it that are not listed here
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GroupUpdate) Reset() {
 	*x = GroupUpdate{}
-	mi := &file_p2p_wire_member_proto_msgTypes[9]
+	mi := &file_p2p_wire_member_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -694,7 +777,7 @@ func (x *GroupUpdate) String() string {
 func (*GroupUpdate) ProtoMessage() {}
 
 func (x *GroupUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_member_proto_msgTypes[9]
+	mi := &file_p2p_wire_member_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -707,7 +790,7 @@ func (x *GroupUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupUpdate.ProtoReflect.Descriptor instead.
 func (*GroupUpdate) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_member_proto_rawDescGZIP(), []int{9}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GroupUpdate) GetGroup() []byte {
@@ -766,6 +849,20 @@ func (x *GroupUpdate) GetZone() string {
 	return ""
 }
 
+func (x *GroupUpdate) GetKeepMembers() bool {
+	if x != nil {
+		return x.KeepMembers
+	}
+	return false
+}
+
+func (x *GroupUpdate) GetKeepCells() bool {
+	if x != nil {
+		return x.KeepCells
+	}
+	return false
+}
+
 type GroupMember struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Key           []byte                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
@@ -778,7 +875,7 @@ type GroupMember struct {
 
 func (x *GroupMember) Reset() {
 	*x = GroupMember{}
-	mi := &file_p2p_wire_member_proto_msgTypes[10]
+	mi := &file_p2p_wire_member_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -790,7 +887,7 @@ func (x *GroupMember) String() string {
 func (*GroupMember) ProtoMessage() {}
 
 func (x *GroupMember) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_member_proto_msgTypes[10]
+	mi := &file_p2p_wire_member_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -803,7 +900,7 @@ func (x *GroupMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupMember.ProtoReflect.Descriptor instead.
 func (*GroupMember) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_member_proto_rawDescGZIP(), []int{10}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GroupMember) GetKey() []byte {
@@ -846,7 +943,7 @@ type GroupCell struct {
 
 func (x *GroupCell) Reset() {
 	*x = GroupCell{}
-	mi := &file_p2p_wire_member_proto_msgTypes[11]
+	mi := &file_p2p_wire_member_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -858,7 +955,7 @@ func (x *GroupCell) String() string {
 func (*GroupCell) ProtoMessage() {}
 
 func (x *GroupCell) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_member_proto_msgTypes[11]
+	mi := &file_p2p_wire_member_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -871,7 +968,7 @@ func (x *GroupCell) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupCell.ProtoReflect.Descriptor instead.
 func (*GroupCell) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_member_proto_rawDescGZIP(), []int{11}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *GroupCell) GetCell() uint32 {
@@ -906,7 +1003,7 @@ type GroupRefusal struct {
 
 func (x *GroupRefusal) Reset() {
 	*x = GroupRefusal{}
-	mi := &file_p2p_wire_member_proto_msgTypes[12]
+	mi := &file_p2p_wire_member_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -918,7 +1015,7 @@ func (x *GroupRefusal) String() string {
 func (*GroupRefusal) ProtoMessage() {}
 
 func (x *GroupRefusal) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_member_proto_msgTypes[12]
+	mi := &file_p2p_wire_member_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -931,7 +1028,7 @@ func (x *GroupRefusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupRefusal.ProtoReflect.Descriptor instead.
 func (*GroupRefusal) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_member_proto_rawDescGZIP(), []int{12}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *GroupRefusal) GetGroup() []byte {
@@ -959,7 +1056,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_p2p_wire_member_proto_msgTypes[13]
+	mi := &file_p2p_wire_member_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -971,7 +1068,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_member_proto_msgTypes[13]
+	mi := &file_p2p_wire_member_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -984,7 +1081,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_member_proto_rawDescGZIP(), []int{13}
+	return file_p2p_wire_member_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Answer) GetKey() []byte {
@@ -1022,11 +1119,17 @@ const file_p2p_wire_member_proto_rawDesc = "" +
 	"\n" +
 	"max_upload\x18\x05 \x01(\x04R\tmaxUpload\x12\x14\n" +
 	"\x05addrs\x18\x06 \x03(\fR\x05addrs\"\a\n" +
-	"\x05Renew\"K\n" +
+	"\x05Renew\"y\n" +
 	"\tGroupJoin\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\fR\x05group\x12\x14\n" +
 	"\x05grant\x18\x02 \x01(\fR\x05grant\x12\x12\n" +
-	"\x04full\x18\x03 \x01(\bR\x04full\"\"\n" +
+	"\x04full\x18\x03 \x01(\bR\x04full\x12,\n" +
+	"\x04have\x18\x04 \x01(\v2\x18.shoal.wire.v1.GroupHaveR\x04have\"k\n" +
+	"\tGroupHave\x12\x12\n" +
+	"\x04cell\x18\x01 \x01(\rR\x04cell\x12\x18\n" +
+	"\amembers\x18\x02 \x01(\x06R\amembers\x12\x14\n" +
+	"\x05cells\x18\x03 \x03(\rR\x05cells\x12\x1a\n" +
+	"\bgateways\x18\x04 \x03(\x06R\bgateways\"\"\n" +
 	"\n" +
 	"GroupLeave\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\fR\x05group\"\x19\n" +
@@ -1041,7 +1144,7 @@ const file_p2p_wire_member_proto_rawDesc = "" +
 	"\x06answer\x18\x05 \x01(\v2\x15.shoal.wire.v1.AnswerH\x00R\x06answerB\x06\n" +
 	"\x04part\"$\n" +
 	"\aWelcome\x12\x19\n" +
-	"\blease_ms\x18\x01 \x01(\rR\aleaseMs\"\xf1\x01\n" +
+	"\blease_ms\x18\x01 \x01(\rR\aleaseMs\"\xb3\x02\n" +
 	"\vGroupUpdate\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\fR\x05group\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversion\x12\x12\n" +
@@ -1050,7 +1153,11 @@ const file_p2p_wire_member_proto_rawDesc = "" +
 	"\x06joined\x18\x05 \x03(\v2\x1a.shoal.wire.v1.GroupMemberR\x06joined\x12\x12\n" +
 	"\x04left\x18\x06 \x01(\fR\x04left\x12.\n" +
 	"\x05cells\x18\a \x03(\v2\x18.shoal.wire.v1.GroupCellR\x05cells\x12\x12\n" +
-	"\x04zone\x18\b \x01(\tR\x04zone\"]\n" +
+	"\x04zone\x18\b \x01(\tR\x04zone\x12!\n" +
+	"\fkeep_members\x18\t \x01(\bR\vkeepMembers\x12\x1d\n" +
+	"\n" +
+	"keep_cells\x18\n" +
+	" \x01(\bR\tkeepCells\"]\n" +
 	"\vGroupMember\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\fR\x03key\x12\x12\n" +
 	"\x04rack\x18\x02 \x01(\tR\x04rack\x12\x14\n" +
@@ -1079,45 +1186,47 @@ func file_p2p_wire_member_proto_rawDescGZIP() []byte {
 	return file_p2p_wire_member_proto_rawDescData
 }
 
-var file_p2p_wire_member_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_p2p_wire_member_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_p2p_wire_member_proto_goTypes = []any{
 	(*MemberRequest)(nil), // 0: shoal.wire.v1.MemberRequest
 	(*Hello)(nil),         // 1: shoal.wire.v1.Hello
 	(*Renew)(nil),         // 2: shoal.wire.v1.Renew
 	(*GroupJoin)(nil),     // 3: shoal.wire.v1.GroupJoin
-	(*GroupLeave)(nil),    // 4: shoal.wire.v1.GroupLeave
-	(*Who)(nil),           // 5: shoal.wire.v1.Who
-	(*Goodbye)(nil),       // 6: shoal.wire.v1.Goodbye
-	(*MemberEvent)(nil),   // 7: shoal.wire.v1.MemberEvent
-	(*Welcome)(nil),       // 8: shoal.wire.v1.Welcome
-	(*GroupUpdate)(nil),   // 9: shoal.wire.v1.GroupUpdate
-	(*GroupMember)(nil),   // 10: shoal.wire.v1.GroupMember
-	(*GroupCell)(nil),     // 11: shoal.wire.v1.GroupCell
-	(*GroupRefusal)(nil),  // 12: shoal.wire.v1.GroupRefusal
-	(*Answer)(nil),        // 13: shoal.wire.v1.Answer
-	(*Error)(nil),         // 14: shoal.wire.v1.Error
+	(*GroupHave)(nil),     // 4: shoal.wire.v1.GroupHave
+	(*GroupLeave)(nil),    // 5: shoal.wire.v1.GroupLeave
+	(*Who)(nil),           // 6: shoal.wire.v1.Who
+	(*Goodbye)(nil),       // 7: shoal.wire.v1.Goodbye
+	(*MemberEvent)(nil),   // 8: shoal.wire.v1.MemberEvent
+	(*Welcome)(nil),       // 9: shoal.wire.v1.Welcome
+	(*GroupUpdate)(nil),   // 10: shoal.wire.v1.GroupUpdate
+	(*GroupMember)(nil),   // 11: shoal.wire.v1.GroupMember
+	(*GroupCell)(nil),     // 12: shoal.wire.v1.GroupCell
+	(*GroupRefusal)(nil),  // 13: shoal.wire.v1.GroupRefusal
+	(*Answer)(nil),        // 14: shoal.wire.v1.Answer
+	(*Error)(nil),         // 15: shoal.wire.v1.Error
 }
 var file_p2p_wire_member_proto_depIdxs = []int32{
 	1,  // 0: shoal.wire.v1.MemberRequest.hello:type_name -> shoal.wire.v1.Hello
 	2,  // 1: shoal.wire.v1.MemberRequest.renew:type_name -> shoal.wire.v1.Renew
 	3,  // 2: shoal.wire.v1.MemberRequest.join:type_name -> shoal.wire.v1.GroupJoin
-	4,  // 3: shoal.wire.v1.MemberRequest.leave:type_name -> shoal.wire.v1.GroupLeave
-	5,  // 4: shoal.wire.v1.MemberRequest.who:type_name -> shoal.wire.v1.Who
-	6,  // 5: shoal.wire.v1.MemberRequest.goodbye:type_name -> shoal.wire.v1.Goodbye
-	8,  // 6: shoal.wire.v1.MemberEvent.welcome:type_name -> shoal.wire.v1.Welcome
-	14, // 7: shoal.wire.v1.MemberEvent.error:type_name -> shoal.wire.v1.Error
-	9,  // 8: shoal.wire.v1.MemberEvent.update:type_name -> shoal.wire.v1.GroupUpdate
-	12, // 9: shoal.wire.v1.MemberEvent.refusal:type_name -> shoal.wire.v1.GroupRefusal
-	13, // 10: shoal.wire.v1.MemberEvent.answer:type_name -> shoal.wire.v1.Answer
-	10, // 11: shoal.wire.v1.GroupUpdate.joined:type_name -> shoal.wire.v1.GroupMember
-	11, // 12: shoal.wire.v1.GroupUpdate.cells:type_name -> shoal.wire.v1.GroupCell
-	10, // 13: shoal.wire.v1.GroupCell.gateways:type_name -> shoal.wire.v1.GroupMember
-	14, // 14: shoal.wire.v1.GroupRefusal.error:type_name -> shoal.wire.v1.Error
-	15, // [15:15] is the sub-list for method output_type
-	15, // [15:15] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	5,  // 3: shoal.wire.v1.MemberRequest.leave:type_name -> shoal.wire.v1.GroupLeave
+	6,  // 4: shoal.wire.v1.MemberRequest.who:type_name -> shoal.wire.v1.Who
+	7,  // 5: shoal.wire.v1.MemberRequest.goodbye:type_name -> shoal.wire.v1.Goodbye
+	4,  // 6: shoal.wire.v1.GroupJoin.have:type_name -> shoal.wire.v1.GroupHave
+	9,  // 7: shoal.wire.v1.MemberEvent.welcome:type_name -> shoal.wire.v1.Welcome
+	15, // 8: shoal.wire.v1.MemberEvent.error:type_name -> shoal.wire.v1.Error
+	10, // 9: shoal.wire.v1.MemberEvent.update:type_name -> shoal.wire.v1.GroupUpdate
+	13, // 10: shoal.wire.v1.MemberEvent.refusal:type_name -> shoal.wire.v1.GroupRefusal
+	14, // 11: shoal.wire.v1.MemberEvent.answer:type_name -> shoal.wire.v1.Answer
+	11, // 12: shoal.wire.v1.GroupUpdate.joined:type_name -> shoal.wire.v1.GroupMember
+	12, // 13: shoal.wire.v1.GroupUpdate.cells:type_name -> shoal.wire.v1.GroupCell
+	11, // 14: shoal.wire.v1.GroupCell.gateways:type_name -> shoal.wire.v1.GroupMember
+	15, // 15: shoal.wire.v1.GroupRefusal.error:type_name -> shoal.wire.v1.Error
+	16, // [16:16] is the sub-list for method output_type
+	16, // [16:16] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_p2p_wire_member_proto_init() }
@@ -1134,7 +1243,7 @@ func file_p2p_wire_member_proto_init() {
 		(*MemberRequest_Who)(nil),
 		(*MemberRequest_Goodbye)(nil),
 	}
-	file_p2p_wire_member_proto_msgTypes[7].OneofWrappers = []any{
+	file_p2p_wire_member_proto_msgTypes[8].OneofWrappers = []any{
 		(*MemberEvent_Welcome)(nil),
 		(*MemberEvent_Error)(nil),
 		(*MemberEvent_Update)(nil),
@@ -1147,7 +1256,7 @@ func file_p2p_wire_member_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_p2p_wire_member_proto_rawDesc), len(file_p2p_wire_member_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

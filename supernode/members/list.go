@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
-	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -21,14 +19,11 @@ import (
 	phost "github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
 	"github.com/shoalfs/shoal/p2p/wire"
+	"github.com/shoalfs/shoal/supernode/cells"
 )
 
-const (
-	// maxMembers bounds the list; maxGroup a group, whose gateways must fit into
-	// one message.
-	maxMembers = 1 << 17
-	maxGroup   = 1 << 16
-)
+// maxMembers bounds the list.
+const maxMembers = 1 << 17
 
 // Config says where a List keeps its things and whom it lets in.
 type Config struct {
@@ -69,7 +64,9 @@ type List struct {
 	mu        sync.Mutex
 	closed    bool
 	members   map[peer.ID]*member
-	groups    map[blockdev.Digest]*groupState
+	groups    map[blockdev.Digest]*group
+	dirty     map[*group]struct{} // groups that have something to tell, or will have
+	holders   int                 // seats of members that have all of their image
 	strangers map[peer.ID]time.Time
 	relays    map[relayKey]*relays
 }
@@ -82,20 +79,15 @@ type member struct {
 	zone     string
 	rack     string
 	upload   uint64
-	message  *wire.GroupMember // how other nodes are told of it
-	remote   string            // where its connection comes from
+	as       *cells.Member // how other nodes are told of it
+	remote   string        // where its connection comes from
 	token    tokenHash
 	joined   time.Time
-	groups   map[blockdev.Digest]*seat
+	groups   map[blockdev.Digest]*place
 	session  *session    // nil: it has lost it, and expiry runs
+	stream   int         // how many sessions it has had; see place
 	expiry   *time.Timer // ends the membership
-}
-
-// groupState is a group with what pushing needs.
-type groupState struct {
-	*group
-	dirty bool
-	last  time.Time // of the last flush
+	unproven *time.Timer // ends its places that it has not joined again since it came back
 }
 
 // New reads token file and list of revoked nodes. It does nothing yet but guard:
@@ -112,7 +104,8 @@ func New(c Config) (*List, error) {
 		siblings:  map[peer.ID]bool{},
 		work:      make(chan struct{}, 1),
 		members:   map[peer.ID]*member{},
-		groups:    map[blockdev.Digest]*groupState{},
+		groups:    map[blockdev.Digest]*group{},
+		dirty:     map[*group]struct{}{},
 		strangers: map[peer.ID]time.Time{},
 		relays:    map[relayKey]*relays{},
 	}
@@ -185,30 +178,71 @@ func (l *List) Grant(id string, manifest blockdev.Digest, origin string) ([]byte
 	return l.granter.make(key, manifest, originOf(origin))
 }
 
-// add lets a node in that has said hello. Its error is for the node to know.
-func (l *List) add(m *member, s *session) error {
+// add lets a node in that has said hello. Its error is for the node to know. The
+// member that it returns is m, or the one that m is again, with its places in groups.
+func (l *List) add(m *member, s *session) (*member, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
-		return fmt.Errorf("the supernode is stopping: %w", blockdev.ErrUnavailable)
+		return nil, fmt.Errorf("the supernode is stopping: %w", blockdev.ErrUnavailable)
 	}
-	if old := l.members[m.id]; old != nil {
-		if old.instance != m.instance && old.session != nil && !old.session.conn.IsClosed() {
-			return fmt.Errorf("%w: one at %s, one at %s. If a machine was cloned, stop shoal on one and delete the file identity below its root",
-				errTwice, old.remote, m.remote)
-		}
+	old := l.members[m.id]
+	switch {
+	case old != nil && old.instance == m.instance && old.zone == m.zone && old.rack == m.rack:
+		l.returnLocked(old, m, s)
+		return old, nil
+	case old != nil && old.instance != m.instance && old.session != nil && !old.session.conn.IsClosed():
+		return nil, fmt.Errorf("%w: one at %s, one at %s. If a machine was cloned, stop shoal on one and delete the file identity below its root",
+			errTwice, old.remote, m.remote)
+	case old != nil:
 		m.joined = old.joined
 		l.removeLocked(old)
-	} else if len(l.members) >= maxMembers {
-		return fmt.Errorf("this supernode has %d members, which is its limit: %w", len(l.members), wire.ErrBusy)
+	case len(l.members) >= maxMembers:
+		return nil, fmt.Errorf("this supernode has %d members, which is its limit: %w", len(l.members), wire.ErrBusy)
 	}
 	m.session = s
 	l.members[m.id] = m
 	delete(l.strangers, m.id)
-	return nil
+	return m, nil
 }
 
 var errTwice = errors.New("two nodes have the same identity")
+
+// returnLocked gives a member that has come back, as m, its new session. Its places are
+// kept for a lease: that is how long it has to say in which groups it still is.
+func (l *List) returnLocked(old, m *member, s *session) {
+	if old.expiry != nil {
+		old.expiry.Stop()
+	}
+	if old.session != nil {
+		old.session.end(nil)
+	}
+	changed := old.as.Message().Sum() != m.as.Message().Sum()
+	old.session, old.as, old.remote, old.token, old.upload = s, m.as, m.remote, m.token, m.upload
+	old.stream++
+	if changed {
+		for _, p := range old.groups {
+			p.group.SetMember(p.seat, m.as)
+			l.dirtyLocked(p.group)
+		}
+	}
+	if old.unproven != nil {
+		old.unproven.Stop()
+	}
+	stream := old.stream
+	old.unproven = time.AfterFunc(l.cfg.Lease, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.members[old.id] != old || old.stream != stream {
+			return
+		}
+		for id, p := range old.groups {
+			if p.stream != stream {
+				l.leaveLocked(old, id)
+			}
+		}
+	})
+}
 
 // removeLocked ends a membership, with its session.
 func (l *List) removeLocked(m *member) {
@@ -219,8 +253,10 @@ func (l *List) removeLocked(m *member) {
 	for id := range m.groups {
 		l.leaveLocked(m, id)
 	}
-	if m.expiry != nil {
-		m.expiry.Stop()
+	for _, t := range []*time.Timer{m.expiry, m.unproven} {
+		if t != nil {
+			t.Stop()
+		}
 	}
 	if m.session != nil {
 		m.session.end(nil)
@@ -228,12 +264,13 @@ func (l *List) removeLocked(m *member) {
 	}
 }
 
-// detach is called when a member's session has ended. bye: it said so, and is
-// removed; else it stays for what is left of its lease, a duration from now.
-func (l *List) detach(m *member, bye bool, lease time.Duration) {
+// detach is called when a session has ended. bye: the member said so, and is removed;
+// else it stays for what is left of its lease, a duration from now, unless it has got
+// another session.
+func (l *List) detach(m *member, s *session, bye bool, lease time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.members[m.id] != m || m.session == nil {
+	if l.members[m.id] != m || m.session != s {
 		return
 	}
 	m.session = nil
@@ -241,141 +278,17 @@ func (l *List) detach(m *member, bye bool, lease time.Duration) {
 		l.removeLocked(m)
 		return
 	}
+	stream := m.stream
 	m.expiry = time.AfterFunc(lease, func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		if l.members[m.id] == m {
+		if l.members[m.id] == m && m.stream == stream {
 			l.log.Info("a node's lease is over", "node", m.id, "from", m.remote)
 			l.metrics.expired.Inc()
 			l.removeLocked(m)
 			l.strangers[m.id] = cutOff
 		}
 	})
-}
-
-// join makes a member one of a group. If it is one already, it is told everything,
-// unless all it wants to say is that it has the whole image now.
-func (l *List) join(m *member, id blockdev.Digest, grant []byte, full bool) error {
-	origin, err := l.granter.check(grant, m.key, id)
-	if err != nil {
-		return err
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.members[m.id] != m {
-		return fmt.Errorf("no member any more: %w", blockdev.ErrUnavailable)
-	}
-	g := l.groups[id]
-	if s := m.groups[id]; s != nil {
-		s.synced = s.synced && s.full != full
-		s.setFull(full)
-		s.origin = origin
-	} else {
-		if len(m.groups) >= wire.MaxGroups || g != nil && g.size >= maxGroup {
-			return fmt.Errorf("the node is in %d groups, or the group is full: %w", len(m.groups), wire.ErrBusy)
-		}
-		if g == nil {
-			g = &groupState{group: newGroup(id)}
-			l.groups[id] = g
-		}
-		s := g.add(m)
-		s.full, s.origin = full, origin
-		m.groups[id] = s
-		if r := l.relays[relayKey{id, m.zone}]; r != nil {
-			r.add(m)
-		}
-	}
-	l.dirtyLocked(g)
-	return nil
-}
-
-func (l *List) leave(m *member, id blockdev.Digest) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.members[m.id] == m {
-		l.leaveLocked(m, id)
-	}
-}
-
-func (l *List) leaveLocked(m *member, id blockdev.Digest) {
-	s, g := m.groups[id], l.groups[id]
-	if s == nil {
-		return
-	}
-	delete(m.groups, id)
-	g.remove(s)
-	if g.size == 0 {
-		delete(l.groups, id)
-		return
-	}
-	l.dirtyLocked(g)
-}
-
-// common returns the groups that a member shares with the peer of this key,
-// joined.
-func (l *List) common(m *member, key wire.Key) (joined []byte) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	other := l.members[phost.FromKey(key)]
-	if other == nil {
-		return nil
-	}
-	for id := range m.groups {
-		if other.groups[id] != nil {
-			joined = append(joined, id[:]...)
-		}
-	}
-	return joined
-}
-
-// Info describes a member to operators.
-type Info struct {
-	ID string
-	// Address is where its connection comes from.
-	Address string
-	// Announced is where others are told to dial it, IP:port; none: it shares nothing.
-	Announced  []string
-	Zone, Rack string
-	// MaxUpload is in bytes per second; 0: no limit.
-	MaxUpload int64
-	// Images is how many groups it is in.
-	Images int
-	// Seconds is for how long it has been a member.
-	Seconds int64
-	// Lost: it has no connection, and its lease runs out.
-	Lost bool
-	// Revoked: it is no member, and is not let in.
-	Revoked bool
-}
-
-func (m *member) announced() []string {
-	var out []string
-	for _, b := range m.message.Addrs {
-		if ap, err := wire.ParseAddr(b); err == nil { // dialable has made it
-			out = append(out, ap.String())
-		}
-	}
-	return out
-}
-
-// Members lists all members, and who is revoked.
-func (l *List) Members() []Info {
-	l.mu.Lock()
-	var out []Info
-	for _, m := range l.members {
-		out = append(out, Info{
-			ID: m.id.String(), Address: m.remote, Announced: m.announced(), Zone: m.zone, Rack: m.rack, MaxUpload: int64(m.upload),
-			Images: len(m.groups), Seconds: int64(time.Since(m.joined).Seconds()), Lost: m.session == nil,
-		})
-	}
-	l.mu.Unlock()
-	for _, id := range l.revoked.list() {
-		out = append(out, Info{ID: id.String(), Revoked: true})
-	}
-	slices.SortFunc(out, func(a, b Info) int {
-		return strings.Compare(a.Zone+"\x00"+a.Rack+"\x00"+a.ID, b.Zone+"\x00"+b.Rack+"\x00"+b.ID)
-	})
-	return out
 }
 
 // Revoke ends the membership of a node and never lets it in again, until Allow.

@@ -64,6 +64,9 @@ func TestGroup(t *testing.T) {
 		}
 		return true
 	})
+	if n := s.metric(t, "shoal_supernode_holders"); n != 1 {
+		t.Errorf("%v holders, one node has the whole image", n)
+	}
 	b.Leave(image)
 	a.knows(t, image, a)
 	if b.View(image) != nil {
@@ -84,6 +87,10 @@ func TestGroup(t *testing.T) {
 	if len(a.View(image).Members) != 1 {
 		t.Errorf("a's cell has %d members", len(a.View(image).Members))
 	}
+	defer func() {
+		a.Leave(image)
+		eventually(t, "nobody has the whole image", func() bool { return s.metric(t, "shoal_supernode_holders") == 0 })
+	}()
 	if list := s.Members(); len(list) != 3 || list[0].Zone != "east" || list[2].Zone != "west" || list[2].Images != 1 {
 		t.Errorf("members %+v", list)
 	}

@@ -46,7 +46,7 @@ func newMetrics(l *List, reg prometheus.Registerer) (*metrics, error) {
 	m.all = []prometheus.Collector{
 		gauge("members", "Nodes that are members.", func() int { return len(l.members) }),
 		gauge("groups", "Images that a member has.", func() int { return len(l.groups) }),
-		gauge("holders", "Members that have all of an image, counted for each of their images.", l.holdersLocked),
+		gauge("holders", "Members that have all of an image, counted for each of their images.", func() int { return l.holders }),
 		m.joins, m.refused, m.expired, m.groupsRefused, m.strangers, m.tokenErrors, m.pushes, m.pushBytes,
 	}
 	if reg == nil {

@@ -14,14 +14,40 @@ const (
 
 // interval is the least time between two flushes of the group: a message for each
 // member and flush, so larger groups have fewer of them.
-func (g *groupState) interval() time.Duration {
-	return min(pushEvery+time.Duration(g.size/20)*time.Millisecond, maxPushEvery)
+func (g *group) interval() time.Duration {
+	return min(pushEvery+time.Duration(g.Size()/20)*time.Millisecond, maxPushEvery)
+}
+
+// restored is when those that have come back to a new group are told who is in it.
+func (g *group) restored(lease time.Duration) time.Time {
+	quiet := g.began
+	if g.back.After(quiet) {
+		quiet = g.back
+	}
+	quiet = quiet.Add(restoreQuiet)
+	if end := g.began.Add(lease); end.Before(quiet) {
+		return end
+	}
+	return quiet
+}
+
+// due is when the group is to be flushed.
+func (g *group) due(lease time.Duration) time.Time {
+	next := g.last.Add(g.interval())
+	if g.changed {
+		return next
+	}
+	if end := g.restored(lease); end.After(next) {
+		return end
+	}
+	return next
 }
 
 // dirtyLocked has a group flushed, soon.
-func (l *List) dirtyLocked(g *groupState) {
-	if !g.dirty {
-		g.dirty = true
+func (l *List) dirtyLocked(g *group) {
+	l.dirty[g] = struct{}{}
+	if !g.changed {
+		g.changed = true
 		signal(l.work)
 	}
 }
@@ -46,35 +72,55 @@ func (l *List) push() {
 // flush flushes the groups whose time has come, and says when the next one's does.
 func (l *List) flush(now time.Time) (wait time.Duration, more bool) {
 	l.mu.Lock()
+	var ready []*group
+	for g := range l.dirty {
+		if !g.due(l.cfg.Lease).After(now) {
+			ready = append(ready, g)
+		}
+	}
+	l.mu.Unlock()
+	for _, g := range ready {
+		l.flushGroup(g, now)
+	}
+	l.mu.Lock()
 	defer l.mu.Unlock()
-	for id, g := range l.groups {
-		if !g.dirty {
-			continue
-		}
-		due := g.interval() - now.Sub(g.last)
-		if due <= 0 {
-			again, err := g.flush(l.sendLocked)
-			if err != nil {
-				l.log.Error("cannot tell nodes about an image's group", "manifest", id, "err", err)
-			}
-			g.last, g.dirty = now, again
-			due = g.interval()
-		}
-		if g.dirty && (!more || due < wait) {
+	for g := range l.dirty {
+		if due := g.due(l.cfg.Lease).Sub(now); !more || due < wait {
 			wait, more = due, true
 		}
 	}
 	return wait, more
 }
 
-func (l *List) sendLocked(m *member, msg []byte) bool {
-	if m.session == nil {
-		return true // it gets everything when it is back
+// flushGroup tells the members of a group what is new. It is for push alone: what is
+// collected is sent before more is. Messages are made and queued without the lock,
+// which every stream of every peer needs.
+func (l *List) flushGroup(g *group, now time.Time) {
+	l.mu.Lock()
+	if l.groups[g.id] != g { // all have left
+		l.mu.Unlock()
+		return
 	}
-	ok := m.session.send(msg)
-	if ok {
-		l.metrics.pushes.Inc()
-		l.metrics.pushBytes.Add(float64(len(msg)))
+	if g.restoring && !g.restored(l.cfg.Lease).After(now) {
+		g.restoring = false
+		g.Restored()
 	}
-	return ok
+	u := g.Collect(receiver)
+	g.last, g.changed = now, false
+	l.mu.Unlock()
+
+	failed, err := u.Send()
+	if err != nil {
+		l.log.Error("cannot tell nodes about an image's group", "manifest", g.id, "err", err)
+	}
+	l.metrics.pushes.Add(float64(u.Messages))
+	l.metrics.pushBytes.Add(float64(u.Bytes))
+
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	g.Failed(failed)
+	g.changed = g.changed || len(failed) > 0
+	if !g.changed && !g.restoring {
+		delete(l.dirty, g)
+	}
 }

@@ -22,6 +22,9 @@ const (
 	// them go through as many steps as a binary tree has, and no node's link is
 	// taken for longer than it takes to send them twice.
 	relayChildren = 2
+	// maxReady bounds how many of a zone are kept to be named for an image: more than
+	// ask at the same time.
+	maxReady = 1024
 	// relayWait is how long somebody waits for a member to have them.
 	relayWait = 2 * time.Second
 )
@@ -81,10 +84,11 @@ func (l *List) relaysFor(p peer.ID, manifest blockdev.Digest, late bool) (found 
 	if m == nil || l.groups[manifest] == nil && !l.isHome(manifest) {
 		return nil, nil // who has the indexes joins the group elsewhere
 	}
-	r := l.relaysLocked(relayKey{manifest, m.zone})
+	zone := l.groups[manifest].zone(m.zone)
+	r := l.relaysLocked(relayKey{manifest, zone})
 	now := time.Now()
 	r.expire(now)
-	if len(r.given)+l.groups[manifest].inZone(m.zone) >= relayDirect {
+	if len(r.given)+l.groups[manifest].inZone(zone) >= relayDirect {
 		if found = r.take(l, m, manifest); len(found) > 0 {
 			return found, nil
 		}
@@ -115,11 +119,12 @@ func (l *List) relaysLocked(key relayKey) *relays {
 	r = &relays{given: map[peer.ID]time.Time{}, changed: make(chan struct{})}
 	l.relays[key] = r
 	if g := l.groups[key.manifest]; g != nil {
-		for _, c := range g.cells {
-			for _, s := range c.seats {
-				if c.zone == key.zone {
-					r.add(s.m)
-				}
+		for seat := range g.All() {
+			if len(r.ready) == maxReady {
+				break
+			}
+			if g.Zone(seat.Member().Zone) == key.zone {
+				r.add(seat.Owner.m)
 			}
 		}
 	}
@@ -130,7 +135,7 @@ func (l *List) relaysLocked(key relayKey) *relays {
 func (r *relays) add(m *member) {
 	delete(r.given, m.id)
 	twice := slices.ContainsFunc(r.ready, func(x relay) bool { return x.m == m })
-	if len(m.message.Addrs) > 0 && !twice {
+	if len(m.as.Message().Addrs) > 0 && !twice && len(r.ready) < maxReady {
 		r.ready = append(r.ready, relay{m: m})
 	}
 	close(r.changed)
@@ -162,16 +167,19 @@ func (r *relays) take(l *List, m *member, manifest blockdev.Digest) (found []blo
 }
 
 // inZone counts the members of a group in a zone; g may be nil.
-func (g *groupState) inZone(zone string) (n int) {
+func (g *group) inZone(zone string) (n int) {
 	if g == nil {
 		return 0
 	}
-	for _, c := range g.cells {
-		if c.zone == zone {
-			n += len(c.seats)
-		}
+	return g.InZone(zone)
+}
+
+// zone is where a group puts members of a zone; g may be nil.
+func (g *group) zone(zone string) string {
+	if g == nil {
+		return zone
 	}
-	return n
+	return g.Zone(zone)
 }
 
 // overLocked says whether a relay is not to be named any more.
@@ -182,7 +190,7 @@ func (l *List) overLocked(x relay, manifest blockdev.Digest) bool {
 // relay is how m is named to another node.
 func (m *member) relay() blockdev.Relay {
 	r := blockdev.Relay{Key: m.key}
-	for _, b := range m.message.Addrs {
+	for _, b := range m.as.Message().Addrs {
 		if a, err := wire.ParseAddr(b); err == nil { // dialable has made it
 			r.Addrs = append(r.Addrs, a)
 		}
@@ -199,15 +207,15 @@ func (r *relays) expire(now time.Time) {
 	}
 }
 
-// expireRelays forgets relays that are over, and images that nobody has and nobody is
-// being given.
+// expireRelays forgets images that nobody has and nobody is being given. Relays that
+// are over are found when they are looked for: they are few, images times members are
+// not.
 func (l *List) expireRelays(now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for key, r := range l.relays {
 		r.expire(now)
-		r.ready = slices.DeleteFunc(r.ready, func(x relay) bool { return l.overLocked(x, key.manifest) })
-		if l.groups[key.manifest] == nil && len(r.given) == 0 {
+		if l.groups[key.manifest].inZone(key.zone) == 0 && len(r.given) == 0 {
 			delete(l.relays, key)
 		}
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	phost "github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/wire"
+	"github.com/shoalfs/shoal/supernode/cells"
 )
 
 // maxQueue bounds what waits to be sent to a member, in bytes.
@@ -45,8 +46,8 @@ func newSession(st network.Stream) *session {
 	return &session{st: st, conn: st.Conn(), wake: make(chan struct{}, 1), closed: make(chan struct{})}
 }
 
-// send queues an encoded message; false: there is no room.
-func (s *session) send(msg []byte) bool {
+// Send queues an encoded message; false: there is no room.
+func (s *session) Send(msg []byte) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.over || s.bytes+len(msg) > maxQueue {
@@ -68,7 +69,7 @@ func signal(ch chan struct{}) {
 // event queues a message.
 func (s *session) event(ev *wire.MemberEvent) error {
 	b, err := wire.AppendMessage(nil, ev)
-	if err == nil && !s.send(b) {
+	if err == nil && !s.Send(b) {
 		err = fmt.Errorf("the node does not read: %w", blockdev.ErrUnavailable)
 	}
 	return err
@@ -154,12 +155,13 @@ func (l *List) serve(st network.Stream) {
 		return
 	}
 	s := newSession(st)
-	if err := l.add(m, s); err != nil {
-		l.refuse(st, m, err)
+	hello := m
+	if m, err = l.add(hello, s); err != nil {
+		l.refuse(st, hello, err)
 		return
 	}
 	l.metrics.joins.Inc()
-	l.log.Debug("node joined", "node", m.id, "from", m.remote, "zone", m.zone, "rack", m.rack)
+	l.log.Debug("node joined", "node", m.id, "from", hello.remote, "zone", m.zone, "rack", m.rack)
 	if err := s.event(l.welcome()); err != nil {
 		s.end(nil)
 	}
@@ -169,7 +171,7 @@ func (l *List) serve(st network.Stream) {
 		s.write(l.cfg.Lease)
 	}()
 	heard, bye := l.requests(st, r, m, s)
-	l.detach(m, bye, l.cfg.Lease-time.Since(heard))
+	l.detach(m, s, bye, l.cfg.Lease-time.Since(heard))
 	s.end(nil)
 	<-written
 	_ = st.Close()
@@ -186,7 +188,7 @@ func (l *List) hello(st network.Stream, r *bufio.Reader) (*member, error) {
 		return nil, err
 	}
 	id := st.Conn().RemotePeer()
-	m := &member{id: id, joined: time.Now(), groups: map[blockdev.Digest]*seat{}, remote: st.Conn().RemoteMultiaddr().String()}
+	m := &member{id: id, joined: time.Now(), groups: map[blockdev.Digest]*place{}, remote: st.Conn().RemoteMultiaddr().String()}
 	if na, err := manet.ToNetAddr(st.Conn().RemoteMultiaddr()); err == nil {
 		m.remote = na.String()
 	}
@@ -223,7 +225,7 @@ func (l *List) judge(m *member, h *wire.Hello) error {
 	}
 	m.instance = [wire.InstanceLen]byte(h.Instance)
 	m.zone, m.rack, m.upload = h.Zone, h.Rack, h.MaxUpload
-	m.message = &wire.GroupMember{Key: m.key[:], Rack: m.rack, Addrs: dialable(m.remote, h.Addrs)}
+	m.as = cells.NewMember(m.zone, &wire.GroupMember{Key: m.key[:], Rack: m.rack, Addrs: dialable(m.remote, h.Addrs)})
 	return nil
 }
 
@@ -304,7 +306,7 @@ func (l *List) requests(st network.Stream, r *bufio.Reader, m *member, s *sessio
 
 func (l *List) serveJoin(m *member, s *session, j *wire.GroupJoin) error {
 	id := blockdev.Digest(j.Group)
-	err := l.join(m, id, j.Grant, j.Full)
+	err := l.join(m, j)
 	if err == nil {
 		return nil
 	}
