@@ -249,6 +249,11 @@ func simulate(ctx context.Context, o *options, log io.Writer) error {
 		}, all)
 		curves = append(curves, curve{name: sc.name, result: all[0]})
 	}
+	if strings.Contains("lists of members", o.only) {
+		if err := lists(ctx, o, &rep); err != nil {
+			return err
+		}
+	}
 	if err := rep.Print(log); err != nil {
 		return err
 	}
