@@ -6,7 +6,7 @@
 //   - ingest: a layer's stream -> checked, unpacked, chunked, stored
 //   - gunzip: the unpacking of gzip, which an ingest spends most of its time on
 //   - store: chunks and indexes on disk, below a quota
-//   - members: who may talk to a supernode, and who has which image
+//   - members: who may talk to a supernode, and who has which image; cells: the lists of that
 //
 // Indexes that were asked for last stay in memory, once for all who ask, and may be
 // given by nodes that have had them (relays) in place of this supernode.

@@ -11,10 +11,8 @@
 //     changes.
 //   - session: a member's stream. A member that has lost it stays one until its
 //     lease is over.
-//   - cell: a part of a group, within one zone, of maxCell members at most; racks
-//     stay together where there is room. All members of a cell are told the same.
-//   - gateways: those members of a cell that the members of another one know.
-//   - seat: a member's place in a group.
+//   - cell, gateways, seat, have: see package cells, which keeps the lists.
+//   - place: what a member has in a group, its seat among it.
 //   - relay: a member that has been given an image's indexes and passes them on to
 //     a few of its zone that ask after it.
 //
@@ -26,10 +24,12 @@
 //     new lease; who is revoked is taken off all lists at once.
 //   - A group's list goes to those alone who have shown a grant for it.
 //   - Leases are durations. Nothing here looks at a wall clock.
+//   - A member that comes back within its lease, the same process, keeps its places; those
+//     that it does not join again within another lease are given up.
 //   - A group's changes are collected and pushed together, as differences, each
 //     encoded once for a cell: when n nodes join within a moment, messages are in
 //     the order of n times the length of that moment, not n times n.
 //   - What is kept for a node that does not read is bounded; it gets the whole
 //     list again when it does.
-//   - No lock is held across I/O.
+//   - No lock is held across I/O, nor while messages are encoded.
 package members
