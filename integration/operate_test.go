@@ -2,6 +2,7 @@ package integration
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -162,4 +163,80 @@ func TestReload(t *testing.T) {
 	if err := errors.Join(s.node.Alive(), s.supernode.Alive()); err != nil || s.node.Pid() != node || s.supernode.Pid() != super {
 		t.Errorf("a reload has ended a daemon: %v", err)
 	}
+}
+
+// stored is a line of `shoal store list --output json`.
+type stored struct {
+	Layer   string
+	Size    int64
+	Pinned  bool
+	Images  []string
+	Origins []string
+}
+
+// TestStore: an operator sees what is stored, the largest first, removes an image or a
+// layer, and pins an image over a restart.
+func TestStore(t *testing.T) {
+	s := newRig(t, "", "")
+	ctx := t.Context()
+	shared := layer(t, file("s", bigContent(1)))
+	own := layer(t, file("o", bigContent(2)+bigContent(3)))
+	a, b := s.push(t, "team/a", shared, own), s.push(t, "team/b", shared)
+	noError(t, s.pull(t, "team/a"))
+	noError(t, s.pull(t, "team/b"))
+	run := func(args ...string) (string, error) {
+		return s.Run(ctx, "shoal", append(append([]string{"store"}, args...), "--control", s.supernode.Control)...)
+	}
+	list := func() (all []stored) {
+		t.Helper()
+		noError(t, json.Unmarshal([]byte(must(run("list", "--output", "json"))(t)), &all))
+		return all
+	}
+	refused := func(want string, args ...string) {
+		t.Helper()
+		if out, err := run(args...); err == nil || !strings.Contains(err.Error()+out, want) {
+			t.Errorf("%v: %v %q, want %q", args, err, out, want)
+		}
+	}
+	all := list()
+	if len(all) != 2 || all[0].Size < all[1].Size || !slices.Equal(all[0].Images, []string{a}) || !slices.Equal(all[1].Images, []string{a, b}) ||
+		!slices.Equal(all[0].Origins, []string{s.registry.Addr + "/team/a"}) || all[0].Pinned {
+		t.Fatalf("%+v", all)
+	}
+	if out := must(run("list"))(t); !strings.Contains(out, "LAYER") || !strings.Contains(out, all[0].Layer) || !strings.Contains(out, a) {
+		t.Errorf("the table:\n%s", out)
+	}
+	refused("is no layer or diff that is stored", "remove", "sha256:"+strings.Repeat("0", 64))
+	refused("is not pinned", "unpin", b)
+
+	// Pinned: neither by name nor by digest, and not after a restart.
+	must(run("pin", b))(t)
+	s.supernode = must(s.Lab.RestartSupernode(ctx, stopped(t, s.supernode)))(t)
+	if all = list(); len(all) != 2 || all[0].Pinned || !all[1].Pinned || !slices.Equal(all[1].Images, []string{b}) {
+		t.Errorf("after a restart: %+v", all)
+	}
+	refused("unpin it first", "remove", b)
+	refused("unpin that first", "remove", all[1].Layer)
+	// The image's own layer goes, the pinned one stays.
+	if out := must(run("remove", a))(t); out != "removed: "+all[0].Layer+"\n" {
+		t.Errorf("remove says %q", out)
+	}
+	refused("shoal prefetch", "pin", a)
+	must(run("unpin", b))(t)
+	must(run("remove", list()[0].Layer))(t)
+	if all = list(); len(all) != 0 {
+		t.Errorf("all is removed, and there is %+v", all)
+	}
+	// What was removed comes again.
+	must(s.Run(ctx, "shoal", "prefetch", "--control", s.supernode.Control, a))(t)
+	if all = list(); len(all) != 2 {
+		t.Errorf("brought again: %+v", all)
+	}
+}
+
+// stopped ends a supernode that is to be started again.
+func stopped(t *testing.T, s *lab.Supernode) *lab.Supernode {
+	t.Helper()
+	noError(t, s.Stop())
+	return s
 }

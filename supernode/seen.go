@@ -61,6 +61,18 @@ func (s *seen) add(m *registry.Manifest) {
 	}
 }
 
+// forget drops what is known by a name.
+func (s *seen) forget(ref string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id, el := range s.byID {
+		if el.Value.(*registry.Manifest).Ref == ref {
+			s.lru.Remove(el)
+			delete(s.byID, id)
+		}
+	}
+}
+
 func (s *seen) all() []*registry.Manifest {
 	s.mu.Lock()
 	defer s.mu.Unlock()

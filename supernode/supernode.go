@@ -133,6 +133,7 @@ type Supernode struct {
 	flights   *flight.Group[string, *progress]
 	failed    *failures
 	seen      *seen
+	pinned    *pinned
 	metrics   *metrics
 	trusted   map[string]bool
 	grant     func(peer string, manifest blockdev.Digest, origin string) ([]byte, error)
@@ -206,6 +207,9 @@ func (s *Supernode) start(cfg Config) error {
 		return fmt.Errorf("supernode: %w", err)
 	}
 	s.onClose(s.store.Close)
+	if s.pinned, err = openPinned(cfg.Dir, s.store.Pin); err != nil {
+		return fmt.Errorf("supernode: %w", err)
+	}
 	s.indexes = newIndexes(s.store.Index, s.store.Touch)
 	s.onClose(func() error { s.indexes.close(); return nil })
 	if s.metrics, err = newMetrics(cfg.Registerer, s.store.Stats); err != nil {

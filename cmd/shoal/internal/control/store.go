@@ -1,0 +1,116 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"net/http"
+	"time"
+)
+
+// StoredLayer is a layer that a supernode has stored.
+type StoredLayer struct {
+	Layer  string    `json:"layer"`
+	DiffID string    `json:"diff_id"`
+	Size   int64     `json:"size"` // bytes, as at its registry
+	Used   time.Time `json:"used"`
+	Pinned bool      `json:"pinned"`
+	// Images are those that are known to have it: the pinned ones, and those that were
+	// asked for since the supernode's start.
+	Images []string `json:"images"`
+	// Origins are the repositories that have shown to have it.
+	Origins []string `json:"origins"`
+}
+
+// StoreKeeper is what a supernode's Daemon has beside.
+type StoreKeeper interface {
+	// Stored lists all layers, the largest first.
+	Stored() []StoredLayer
+	// Remove takes an image's name, or a digest of a layer or diff, and returns the
+	// layers that are gone.
+	Remove(ctx context.Context, what string) (layers []string, err error)
+	// Pin keeps an image in the store; Unpin takes that back.
+	Pin(ctx context.Context, ref string) error
+	Unpin(ref string) error
+}
+
+// storeRequest names an image or a digest.
+type storeRequest struct {
+	What string `json:"what"`
+}
+
+// serveStore adds what a supernode answers; other daemons say that they are none.
+func serveStore(mux *http.ServeMux, d Daemon) {
+	k, ok := d.(StoreKeeper)
+	if !ok {
+		mux.HandleFunc("/v1/store/", func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "this is a node: the store is the supernode's, so ask there, or name its socket with --control", http.StatusNotFound)
+		})
+		return
+	}
+	answer := func(w http.ResponseWriter, v any) {
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(v) // a client that went away needs no answer
+	}
+	mux.HandleFunc("GET /v1/store/list", func(w http.ResponseWriter, _ *http.Request) { answer(w, k.Stored()) })
+	change := func(do func(context.Context, string) ([]string, error)) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			var req storeRequest
+			err := json.NewDecoder(io.LimitReader(r.Body, 4<<10)).Decode(&req)
+			layers := []string{}
+			if err == nil {
+				layers, err = do(r.Context(), req.What)
+			}
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusBadRequest)
+				return
+			}
+			answer(w, layers)
+		}
+	}
+	mux.HandleFunc("POST /v1/store/remove", change(k.Remove))
+	mux.HandleFunc("POST /v1/store/pin", change(func(ctx context.Context, ref string) ([]string, error) { return []string{}, k.Pin(ctx, ref) }))
+	mux.HandleFunc("POST /v1/store/unpin", change(func(_ context.Context, ref string) ([]string, error) { return []string{}, k.Unpin(ref) }))
+}
+
+// Stored asks a supernode for all layers in its store.
+func (c Client) Stored(ctx context.Context) ([]StoredLayer, error) {
+	var list []StoredLayer
+	err := c.quickly(ctx, http.MethodGet, "/v1/store/list", nil, func(r io.Reader) error { return json.NewDecoder(r).Decode(&list) })
+	return list, err
+}
+
+// Remove has a supernode remove an image, or the layer or diff with a digest, from its
+// store. It returns the layers that are gone.
+func (c Client) Remove(ctx context.Context, what string) ([]string, error) {
+	return c.changeStore(ctx, "remove", what)
+}
+
+// Pin has a supernode keep an image in its store.
+func (c Client) Pin(ctx context.Context, ref string) error {
+	_, err := c.changeStore(ctx, "pin", ref)
+	return err
+}
+
+// Unpin takes a Pin back.
+func (c Client) Unpin(ctx context.Context, ref string) error {
+	_, err := c.changeStore(ctx, "unpin", ref)
+	return err
+}
+
+// changeStore may ask a registry, so it waits for as long as ctx does.
+func (c Client) changeStore(ctx context.Context, how, what string) ([]string, error) {
+	body, err := json.Marshal(storeRequest{what})
+	if err != nil {
+		return nil, err
+	}
+	resp, err := c.do(ctx, http.MethodPost, "/v1/store/"+how, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	var layers []string
+	err = json.NewDecoder(resp.Body).Decode(&layers)
+	return layers, err
+}

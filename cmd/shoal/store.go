@@ -1,0 +1,174 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/docker/go-units"
+	"github.com/spf13/cobra"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
+)
+
+func newStoreCommand() *cobra.Command {
+	var socket, output string
+	client := func() control.Client {
+		if socket == "" {
+			socket = config.DefaultSupernode().ControlAddress
+		}
+		return control.Client{Path: socket}
+	}
+	cmd := &cobra.Command{
+		Use:   "store",
+		Short: "On a supernode: list what is stored, remove it, or keep it",
+	}
+	cmd.PersistentFlags().StringVar(&socket, "control", "", "control socket of the supernode (default "+config.DefaultSupernode().ControlAddress+")")
+	list := &cobra.Command{
+		Use:   "list",
+		Short: "List the stored layers, the largest first",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if output != "table" && output != "json" {
+				return fmt.Errorf("--output is %q: it is table or json", output)
+			}
+			layers, err := client().Stored(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if output == "json" {
+				enc := json.NewEncoder(cmd.OutOrStdout())
+				enc.SetIndent("", "  ")
+				return enc.Encode(layers)
+			}
+			return writeStored(cmd.OutOrStdout(), layers)
+		},
+	}
+	list.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	one := func(what string) cobra.PositionalArgs {
+		return func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return fmt.Errorf("which one? Name one %s", what)
+			}
+			return nil
+		}
+	}
+	cmd.AddCommand(list, &cobra.Command{
+		Use:   "remove IMAGE|DIGEST",
+		Short: "Remove an image's layers that no other known image has, or one layer",
+		Args:  one("image, or the digest of a layer or diff"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			layers, err := client().Remove(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			for _, l := range layers {
+				fmt.Fprintf(cmd.OutOrStdout(), "removed: %s\n", l)
+			}
+			if len(layers) == 0 {
+				fmt.Fprintln(cmd.OutOrStdout(), "nothing is removed: other images have all its layers, or they are not stored")
+			}
+			return nil
+		},
+	}, &cobra.Command{
+		Use:   "pin IMAGE",
+		Short: "Keep a stored image, over restarts, whatever else needs room",
+		Args:  one("image"),
+		RunE:  func(cmd *cobra.Command, args []string) error { return client().Pin(cmd.Context(), args[0]) },
+	}, &cobra.Command{
+		Use:   "unpin IMAGE",
+		Short: "Take a pin back",
+		Args:  one("image"),
+		RunE:  func(cmd *cobra.Command, args []string) error { return client().Unpin(cmd.Context(), args[0]) },
+	})
+	return cmd
+}
+
+func writeStored(w io.Writer, layers []control.StoredLayer) error {
+	if len(layers) == 0 {
+		fmt.Fprintln(w, "nothing is stored")
+		return nil
+	}
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "LAYER\tSIZE\tUSED\tPINNED\tIMAGES\tORIGINS")
+	several := func(list []string) string {
+		switch len(list) {
+		case 0:
+			return "-"
+		case 1, 2:
+			return strings.Join(list, ", ")
+		}
+		return fmt.Sprintf("%s and %d more", list[0], len(list)-1)
+	}
+	for _, l := range layers {
+		pinned := "-"
+		if l.Pinned {
+			pinned = "pinned"
+		}
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\n", l.Layer, units.BytesSize(float64(l.Size)), l.Used.UTC().Format(time.DateTime), pinned, several(l.Images), several(l.Origins))
+	}
+	return tw.Flush()
+}
+
+// Stored implements control.StoreKeeper.
+func (d *supernodeDaemon) Stored() []control.StoredLayer {
+	out := []control.StoredLayer{}
+	for _, l := range d.s.Stored() {
+		out = append(out, control.StoredLayer{Layer: l.Layer.String(), DiffID: l.DiffID.String(), Size: l.Size, Used: l.Used,
+			Pinned: l.Pinned, Images: append([]string{}, l.Images...), Origins: append([]string{}, l.Origins...)})
+	}
+	return out
+}
+
+// image is what an operator names.
+func (d *supernodeDaemon) image(ctx context.Context, name string) (blockdev.ImageRequest, error) {
+	ref, err := normalize(name)
+	if err != nil {
+		return blockdev.ImageRequest{}, err
+	}
+	cred, err := d.credentials.Credential(ctx, ref)
+	return blockdev.ImageRequest{Ref: ref, Credential: cred, Platform: platform()}, err
+}
+
+// Remove implements control.StoreKeeper.
+func (d *supernodeDaemon) Remove(ctx context.Context, what string) ([]string, error) {
+	var gone []blockdev.Digest
+	digest, err := blockdev.ParseDigest(what)
+	if err == nil {
+		gone, err = d.s.RemoveDigest(digest)
+	} else {
+		var req blockdev.ImageRequest
+		if req, err = d.image(ctx, what); err == nil {
+			gone, err = d.s.RemoveImage(ctx, req)
+		}
+	}
+	layers := []string{}
+	for _, l := range gone {
+		layers = append(layers, l.String())
+	}
+	return layers, err
+}
+
+// Pin implements control.StoreKeeper.
+func (d *supernodeDaemon) Pin(ctx context.Context, name string) error {
+	req, err := d.image(ctx, name)
+	if err != nil {
+		return err
+	}
+	return d.s.PinImage(ctx, req)
+}
+
+// Unpin implements control.StoreKeeper.
+func (d *supernodeDaemon) Unpin(name string) error {
+	ref, err := normalize(name)
+	if err != nil {
+		return err
+	}
+	return d.s.UnpinImage(ref)
+}
