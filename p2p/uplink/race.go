@@ -19,7 +19,7 @@ const (
 	// startupHedge, imageHedge and documentHedge are the same for others. A supernode
 	// that is at work on an image or a document says so within exchange's FirstSign.
 	startupHedge  = 2 * time.Second
-	imageHedge    = 2 * time.Second
+	imageHedge    = 800 * time.Millisecond
 	documentHedge = 500 * time.Millisecond
 	// prefetchGiveUp is how long a prefetch waits before it goes on to the next one. It is
 	// not asked for twice: what it waits for may be this node's own link.
