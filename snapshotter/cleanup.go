@@ -51,7 +51,7 @@ func (s *Snapshotter) cleanup(ctx context.Context) error {
 		return errClosing
 	}
 	defer func() { <-s.cleaning }()
-	trash, chains, err := s.survey(ctx)
+	trash, _, err := s.survey(ctx)
 	for _, dir := range trash {
 		s.removeDir(dir)
 	}
@@ -59,7 +59,7 @@ func (s *Snapshotter) cleanup(ctx context.Context) error {
 		return err
 	}
 	s.sweep(ctx)
-	if err := s.pruneImages(chains); err != nil {
+	if err := s.pruneImages(ctx); err != nil {
 		return err
 	}
 	return s.dropKeys()
@@ -152,29 +152,32 @@ func (s *Snapshotter) removeDiff(ctx context.Context, id blockdev.Digest) error 
 }
 
 // pruneImages drops records of images whose top layer has no snapshot, that are not
-// kept, and that no pull is opening.
-func (s *Snapshotter) pruneImages(chains map[string]struct{}) error {
-	list, err := s.records.images()
-	if err != nil {
-		return err
-	}
-	var gone []imageRecord
-	for _, img := range list {
-		underWay := !img.Pulled && time.Since(img.Opened) < s.cfg.PullIdle
-		if _, ok := chains[img.Top]; ok || img.Kept || underWay {
-			continue
+// kept, and that no pull is opening. The snapshots are looked at while no record can
+// change: a pull commits the top layer first and notes its end in the record then, so it
+// is seen here, or writes the record again.
+func (s *Snapshotter) pruneImages(ctx context.Context) error {
+	gone, left, err := s.records.prune(func(list []imageRecord) (stale []imageRecord, err error) {
+		chains, err := s.lazyChains(ctx)
+		if err != nil {
+			return nil, err
 		}
-		gone = append(gone, img)
-	}
-	if s.cfg.Groups != nil {
-		for _, img := range gone {
-			here := slices.ContainsFunc(list, func(other imageRecord) bool { return other.Manifest == img.Manifest && other.Ref != img.Ref })
-			if !here {
-				s.cfg.Groups.Leave(img.Manifest)
+		for _, img := range list {
+			underWay := !img.Pulled && time.Since(img.Opened) < s.cfg.PullIdle
+			if _, ok := chains[img.Top]; !ok && !img.Kept && !underWay {
+				stale = append(stale, img)
 			}
 		}
+		return stale, nil
+	})
+	if err != nil || s.cfg.Groups == nil {
+		return err
 	}
-	return s.records.forgetImages(gone)
+	for _, img := range gone {
+		if !slices.ContainsFunc(left, func(other imageRecord) bool { return other.Manifest == img.Manifest }) {
+			s.cfg.Groups.Leave(img.Manifest)
+		}
+	}
+	return nil
 }
 
 // start derives who uses what from the metadata, removes what nobody does, and
@@ -220,7 +223,7 @@ func (s *Snapshotter) start() error {
 	if err := s.startKept(chains); err != nil {
 		return err
 	}
-	if err := s.pruneImages(chains); err != nil {
+	if err := s.pruneImages(ctx); err != nil {
 		return err
 	}
 	if err := s.joinGroups(chains); err != nil {

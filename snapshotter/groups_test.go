@@ -77,3 +77,49 @@ func TestGroups(t *testing.T) {
 		t.Error("a released image is shared")
 	}
 }
+
+// slowLeave are groups that it takes long to leave one of.
+type slowLeave struct {
+	fakeGroups
+	slow           blockdev.Digest
+	begun, through chan struct{}
+	once           sync.Once
+}
+
+func (g *slowLeave) Leave(manifest blockdev.Digest) {
+	if manifest == g.slow {
+		g.once.Do(func() { close(g.begun) })
+		<-g.through
+	}
+	g.fakeGroups.Leave(manifest)
+}
+
+// An image that is pulled again while what an earlier pull of it has left is being
+// cleaned up stays on record.
+func TestPulledWhileCleaningUp(t *testing.T) {
+	a, b := newImage("registry.test/a:1", newLayer(t, file("a"))), newImage("registry.test/b:1", newLayer(t, file("b")))
+	g := &slowLeave{slow: a.manifest, begun: make(chan struct{}), through: make(chan struct{})}
+	n := newNode(t, func(c *Config) { c.Groups = g })
+	n.images.publish(a, b)
+	for _, img := range []image{a, b} {
+		top, _, err := n.pull(bg, img)
+		check(t, err)
+		check(t, n.Remove(bg, top))
+	}
+	cleaned := make(chan error, 1)
+	go func() { cleaned <- n.cleanup(bg) }()
+	<-g.begun
+	_, fetched, err := n.pull(bg, b)
+	check(t, err)
+	if len(fetched) != 0 {
+		t.Fatalf("the image is not lazy; log:\n%s", n.log.b.String())
+	}
+	close(g.through)
+	check(t, <-cleaned)
+	if list := must(n.Images(bg))(t); len(list) != 1 || list[0].Ref != b.ref {
+		t.Errorf("the node has these images on record: %+v", list)
+	}
+	if !g.in(b.manifest) {
+		t.Error("the node has left the group of an image that it has")
+	}
+}

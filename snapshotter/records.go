@@ -369,28 +369,53 @@ func (r *records) forget(id blockdev.Digest) error {
 
 func (r *records) images() (list []imageRecord, err error) {
 	err = r.db.View(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucketImages).ForEach(func(_, v []byte) error {
-			var rec imageRecord
-			if err := json.Unmarshal(v, &rec); err != nil {
-				return fmt.Errorf("record of an image: %w", err)
-			}
-			list = append(list, rec)
-			return nil
-		})
+		list, err = imagesIn(tx)
+		return err
 	})
 	return list, err
 }
 
-func (r *records) forgetImages(list []imageRecord) error {
-	if len(list) == 0 {
+func imagesIn(tx *bolt.Tx) (list []imageRecord, err error) {
+	err = tx.Bucket(bucketImages).ForEach(func(_, v []byte) error {
+		var rec imageRecord
+		if err := json.Unmarshal(v, &rec); err != nil {
+			return fmt.Errorf("record of an image: %w", err)
+		}
+		list = append(list, rec)
 		return nil
+	})
+	return list, err
+}
+
+// prune drops the images that choose picks of all, with those on record then, and
+// returns them and those that are left. No record changes meanwhile.
+func (r *records) prune(choose func([]imageRecord) ([]imageRecord, error)) (gone, left []imageRecord, err error) {
+	list, err := r.images()
+	if err != nil {
+		return nil, nil, err
 	}
-	return r.db.Update(func(tx *bolt.Tx) error {
+	if gone, err = choose(list); err != nil || len(gone) == 0 {
+		return nil, list, err // the usual case, without a write
+	}
+	err = r.db.Update(func(tx *bolt.Tx) error {
+		if list, err = imagesIn(tx); err != nil {
+			return err
+		}
+		if gone, err = choose(list); err != nil {
+			return err
+		}
+		left = nil
 		for _, img := range list {
+			if !slices.ContainsFunc(gone, func(g imageRecord) bool { return slices.Equal(g.key(), img.key()) }) {
+				left = append(left, img)
+			}
+		}
+		for _, img := range gone {
 			if err := tx.Bucket(bucketImages).Delete(img.key()); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
+	return gone, left, err
 }
