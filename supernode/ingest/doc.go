@@ -20,6 +20,14 @@
 // nobody has gone on with it for Config.SpoolExpiry. What it holds is not
 // believed after a crash: the whole blob is hashed again.
 //
+// # Turns
+//
+// A layer has a place for as long as its registry sends at least Config.LeastRate, or
+// nobody waits for a place or for room in the spool. Else its turn ends after
+// Config.Turn: it keeps its spool file, and queues behind all layers that have had
+// fewer turns. What is there is unpacked again in the next one, so each turn that may
+// be cut short is twice as long as the one before, up to 32 times.
+//
 // # Invariants
 //
 //   - A layer is published only when its compressed bytes have its digest and
@@ -30,6 +38,8 @@
 //     was in the spool.
 //   - One flight per layer, size and registry host, however many ask. Those who ask may
 //     leave; the flight goes on while somebody waits, and Config.Grace longer.
-//   - Spool files together stay within Config.SpoolQuota.
-//   - Memory does not depend on the layer's size, only on its number of files.
+//   - Spool files together stay within Config.SpoolQuota. Who waits for room in it has
+//     no place meanwhile.
+//   - Memory depends on a layer's number of files and, by some 100 bytes each, of
+//     chunks, for the index. Not on its bytes otherwise.
 package ingest
