@@ -3,8 +3,11 @@ package snapshotter
 import (
 	"context"
 	"errors"
+	"sync/atomic"
 
 	"golang.org/x/sync/semaphore"
+
+	"github.com/shoalfs/shoal/blockdev"
 )
 
 // All pulls together hold no more encoded indexes than this, from before the first
@@ -25,6 +28,7 @@ type indexRoom struct {
 	small, large       *semaphore.Weighted
 	most               int64 // of an image that is small
 	forSmall, forLarge int64 // what small and large have
+	held, waiting      atomic.Int64
 }
 
 func newIndexRoom(most, forSmall, forLarge int64) *indexRoom {
@@ -60,17 +64,35 @@ func (p *place) admit(n int64) error {
 		p.want = n
 		return errNoRoom
 	}
-	p.held = n
+	p.hold(n)
 	return nil
 }
+
+// hold notes that there is room for n.
+func (p *place) hold(n int64) {
+	p.held = n
+	_, weight := p.room.of(n)
+	p.room.held.Add(weight)
+}
+
+// use returns the bytes of room that are taken, and how many openings wait for some.
+func (r *indexRoom) use() blockdev.Use {
+	return blockdev.Use{Used: r.held.Load(), Waiting: r.waiting.Load(), Capacity: r.forSmall + r.forLarge}
+}
+
+// IndexRoom returns the memory for encoded indexes of pulls: bytes, and how many
+// openings wait for some.
+func (s *Snapshotter) IndexRoom() blockdev.Use { return s.room.use() }
 
 // wait returns when there is room for what admit has refused.
 func (p *place) wait(ctx context.Context) error {
 	sem, weight := p.room.of(p.want)
+	p.room.waiting.Add(1)
+	defer p.room.waiting.Add(-1)
 	if err := sem.Acquire(ctx, weight); err != nil {
 		return errors.Join(errNoRoom, err)
 	}
-	p.held = p.want
+	p.hold(p.want)
 	return nil
 }
 
@@ -78,6 +100,7 @@ func (p *place) leave() {
 	if p.held > 0 {
 		sem, weight := p.room.of(p.held)
 		sem.Release(weight)
+		p.room.held.Add(-weight)
 		p.held = 0
 	}
 }

@@ -124,6 +124,9 @@ func TestIndexRoom(t *testing.T) {
 		if src.most > 140 {
 			t.Errorf("%d bytes at a time, want 140 at the most", src.most)
 		}
+		if u := s.room.use(); u.Used != 0 || u.Waiting != 0 || u.Capacity != 140 {
+			t.Errorf("left in use: %+v", u)
+		}
 	})
 }
 

@@ -9,6 +9,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/pace"
+	"github.com/shoalfs/shoal/internal/gauges"
 	"github.com/shoalfs/shoal/supernode/registry"
 	"github.com/shoalfs/shoal/supernode/store"
 )
@@ -86,6 +88,39 @@ func newMetrics(reg prometheus.Registerer, stats func() store.Stats) (*metrics, 
 		}
 	}
 	return m, nil
+}
+
+// watch adds the gauges of what is limited in s, whose parts are open.
+func (m *metrics) watch(s *Supernode, download *pace.Pacer) error {
+	ingest := func(i int) func() blockdev.Use {
+		return func() blockdev.Use {
+			large, small, spool := s.ingest.Uses()
+			return [...]blockdev.Use{large, small, spool}[i]
+		}
+	}
+	for _, c := range []prometheus.Collector{
+		gauges.New(namespace+"_places", "Places for work: ingests of layers over 8 MiB and of small ones, layers that are verified (fetched once more) or restored from nodes. "+
+			"used above capacity: a registry that has none got one beyond.", map[string]func() blockdev.Use{
+			"ingests": ingest(0), "small_ingests": ingest(1), "verifying": s.verifying.Use, "restoring": s.restoring.Use,
+		}),
+		gauges.New(namespace+"_bytes", "Bytes that layers under way may take of the spool, and bytes of layers that wait for registry.max_download (capacity: a second).",
+			map[string]func() blockdev.Use{
+				"spool": ingest(2),
+				"download": func() blockdev.Use {
+					w := download.Waiting()
+					return blockdev.Use{Waiting: w[0] + w[1] + w[2], Capacity: download.Rate()}
+				},
+			}),
+	} {
+		if m.reg == nil {
+			return nil
+		}
+		if err := m.reg.Register(c); err != nil {
+			return err
+		}
+		m.collectors = append(m.collectors, c)
+	}
+	return nil
 }
 
 func (m *metrics) unregister() {

@@ -238,6 +238,9 @@ func (s *Supernode) start(cfg Config) error {
 		return fmt.Errorf("supernode: %w", err)
 	}
 	s.onClose(s.ingest.Close)
+	if err := s.metrics.watch(s, cfg.Registry.Download); err != nil {
+		return fmt.Errorf("supernode: metrics: %w", err)
+	}
 	return nil
 }
 

@@ -68,6 +68,10 @@ func (c *Cache) Stats() Stats {
 	}
 }
 
+// Uses returns the bytes of demand requests in flight (waiting: requests), and those
+// that reads hold of chunks that could not be written.
+func (c *Cache) Uses() (demand, held blockdev.Use) { return c.demand.Use(), c.held.Use() }
+
 // chunkBuffer has room for any chunk.
 type chunkBuffer = *[blockdev.MaxChunk]byte
 

@@ -113,6 +113,10 @@ func (q *slowReads) waiting(ages []time.Duration) []int {
 // begins when this one got it.
 func (s *Server) Waiting(ages ...time.Duration) []int { return s.slow.waiting(ages) }
 
+// Uses returns the reads that wait for missing bytes, and those of them that have a
+// goroutine (waiting: reads that have none yet).
+func (s *Server) Uses() (line, active blockdev.Use) { return s.slow.line.Use(), s.slow.active.Use() }
+
 // Failed returns how many reads were answered with EIO.
 func (s *Server) Failed() int64 { return s.failed.Load() }
 

@@ -34,6 +34,7 @@ type Turns struct {
 
 	mu   sync.Mutex
 	used int64
+	line int64 // takes that wait
 	keys map[blockdev.Digest]*line
 	// waiting are the lines that have somebody in them; next is whose turn it is.
 	waiting []*line
@@ -131,6 +132,14 @@ func (t *Turns) enqueue(l *line, n int64, start func()) {
 		l.last.next = e
 	}
 	l.last = e
+	t.line++
+}
+
+// Use returns what all keys hold, and how many takes wait.
+func (t *Turns) Use() blockdev.Use {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return blockdev.Use{Used: t.used, Waiting: t.line, Capacity: t.limit}
 }
 
 // Give gives back n that a key has taken, and grants what fits now.
@@ -168,6 +177,7 @@ func (t *Turns) grant() {
 			continue
 		}
 		passed = 0
+		t.line--
 		l.used += e.n
 		t.used += e.n
 		if l.first = e.next; l.first == nil {

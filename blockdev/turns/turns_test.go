@@ -29,6 +29,15 @@ func TestShare(t *testing.T) {
 			t.Errorf("%d are free for others, want %d", free, c.free)
 		}
 	}
+	if u := tn.Use(); u != (blockdev.Use{Used: 105, Waiting: 3000 - 105, Capacity: 120}) {
+		t.Errorf("in use: %+v", u)
+	}
+	for range 60 {
+		tn.Give(key(60), 1)
+	}
+	if u := tn.Use(); u.Used+u.Waiting != 3000-60 {
+		t.Errorf("in use after 60 were given back: %+v", u)
+	}
 }
 
 // However many keys hold on to what they have, each key that comes gets its least.
@@ -121,7 +130,7 @@ func TestEverybodyIsServed(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if len(tn.keys) != 0 || tn.used != 0 || len(tn.waiting) != 0 {
+	if len(tn.keys) != 0 || tn.Use() != (blockdev.Use{Capacity: limit}) || len(tn.waiting) != 0 {
 		t.Fatalf("%d keys, %d units, %d lines are left over", len(tn.keys), tn.used, len(tn.waiting))
 	}
 }

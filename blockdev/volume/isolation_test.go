@@ -105,6 +105,13 @@ func TestHungImageStallsNobody(t *testing.T) {
 			runtime.Gosched()
 		}
 	})
+	u := n.Uses()
+	if u.Reads.Used != readers || u.Readers.Used != readers || u.Reads.Capacity <= readers {
+		t.Errorf("%d reads wait, and the gauges say %+v", readers, u)
+	}
+	if u.DemandBytes.Used == 0 || u.DemandBytes.Used > u.DemandBytes.Capacity {
+		t.Errorf("bytes in flight for them: %+v", u.DemandBytes)
+	}
 	if c := n.Counters(); c.Failed != 0 {
 		t.Errorf("%d reads failed", c.Failed)
 	}

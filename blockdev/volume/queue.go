@@ -476,3 +476,10 @@ func (m *Manager) awaitOne(ctx context.Context, q *queue, v *volume, report func
 		}
 	}
 }
+
+// use returns how many volumes are worked on and wait.
+func (q *queue) use() blockdev.Use {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return blockdev.Use{Used: int64(q.running), Waiting: int64(len(q.line)), Capacity: int64(q.most)}
+}

@@ -69,3 +69,22 @@ func (m *Manager) Waiting(ages ...time.Duration) []int { return m.server.Waiting
 
 // FailedReads returns how many reads through FUSE were answered with EIO.
 func (m *Manager) FailedReads() int64 { return m.server.Failed() }
+
+// Uses are the limited things of a Manager.
+type Uses struct {
+	// Reads wait for missing bytes; Readers of them have a goroutine.
+	Reads, Readers blockdev.Use
+	// Prefetches, Proofs and Scrubs are layers.
+	Prefetches, Proofs, Scrubs blockdev.Use
+	// DemandBytes are in flight for demand reads (waiting: requests); HeldBytes are those
+	// that reads hold because they could not be written.
+	DemandBytes, HeldBytes blockdev.Use
+}
+
+// Uses returns how much of each is in use now.
+func (m *Manager) Uses() (u Uses) {
+	u.Reads, u.Readers = m.server.Uses()
+	u.Prefetches, u.Proofs, u.Scrubs = m.queue.use(), m.proofs.use(), m.scrubs.use()
+	u.DemandBytes, u.HeldBytes = m.cache.Uses()
+	return u
+}

@@ -9,8 +9,10 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/blockdev/volume"
+	"github.com/shoalfs/shoal/internal/gauges"
 	"github.com/shoalfs/shoal/snapshotter"
 )
 
@@ -82,6 +84,24 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 		lazy("containers", func(_ bool, users int) bool { return users > 0 }),
 		lazy("none", func(lazy bool, users int) bool { return lazy && users == 0 }),
 	}
+	use := func(of func(volume.Uses) blockdev.Use) func() blockdev.Use {
+		return func() blockdev.Use { return of(d.vols.Uses()) }
+	}
+	all = append(all,
+		gauges.New("shoal_node_places", "What is limited: reads that wait for bytes and those of them that are worked on, layers that are prefetched, proven and scrubbed.",
+			map[string]func() blockdev.Use{
+				"reads":      use(func(u volume.Uses) blockdev.Use { return u.Reads }),
+				"readers":    use(func(u volume.Uses) blockdev.Use { return u.Readers }),
+				"prefetches": use(func(u volume.Uses) blockdev.Use { return u.Prefetches }),
+				"proofs":     use(func(u volume.Uses) blockdev.Use { return u.Proofs }),
+				"scrubs":     use(func(u volume.Uses) blockdev.Use { return u.Scrubs }),
+			}),
+		gauges.New("shoal_node_bytes", "Bytes that are limited, and how many requests wait for some: in flight for reads (demand), held since the disk takes no writes (unwritten), indexes of pulls (indexes).",
+			map[string]func() blockdev.Use{
+				"demand":    use(func(u volume.Uses) blockdev.Use { return u.DemandBytes }),
+				"unwritten": use(func(u volume.Uses) blockdev.Use { return u.HeldBytes }),
+				"indexes":   func() blockdev.Use { return d.sn.IndexRoom() },
+			}))
 	for _, complete := range []bool{true, false} {
 		state := map[bool]string{true: "complete", false: "incomplete"}[complete]
 		all = append(all, prometheus.NewGaugeFunc(prometheus.GaugeOpts{

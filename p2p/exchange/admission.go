@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/shoalfs/shoal/blockdev"
 )
 
 // kind of a request, for limits and metrics.
@@ -88,6 +90,13 @@ func (a *admission) leave(p peer.ID, k kind) {
 	if load.now == [kinds]int{} {
 		delete(a.peers, p)
 	}
+}
+
+// use returns the requests of a kind that are worked on, and their limit.
+func (a *admission) use(k kind) blockdev.Use {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return blockdev.Use{Used: int64(a.now[k]), Capacity: int64(a.total[k])}
 }
 
 // waitForDemand lets demand requests of p go before the next chunk of a request

@@ -6,6 +6,9 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/pace"
+	"github.com/shoalfs/shoal/internal/gauges"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -19,7 +22,7 @@ type serverMetrics struct {
 	all      []prometheus.Collector
 }
 
-func newServerMetrics(reg prometheus.Registerer) (*serverMetrics, error) {
+func newServerMetrics(reg prometheus.Registerer, admit *admission, upload *pace.Pacer) (*serverMetrics, error) {
 	m := &serverMetrics{reg: reg}
 	m.requests = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "shoal_p2p_requests_total",
@@ -37,7 +40,18 @@ func newServerMetrics(reg prometheus.Registerer) (*serverMetrics, error) {
 		m.chunks[k] = chunks.WithLabelValues(k.String())
 		m.bytes[k] = bytes.WithLabelValues(k.String())
 	}
-	m.all = []prometheus.Collector{m.requests, chunks, bytes}
+	uses, waits := map[string]func() blockdev.Use{}, map[string]func() blockdev.Use{}
+	for k := range kinds {
+		uses[k.String()] = func() blockdev.Use { return admit.use(k) }
+	}
+	for k, pr := range map[kind]blockdev.Priority{demand: blockdev.Demand, startup: blockdev.Startup, prefetch: blockdev.Prefetch} {
+		waits[k.String()] = func() blockdev.Use {
+			return blockdev.Use{Waiting: upload.Waiting()[pr], Capacity: upload.Rate()}
+		}
+	}
+	m.all = []prometheus.Collector{m.requests, chunks, bytes,
+		gauges.New("shoal_p2p_places", "Requests from peers that are worked on, by kind. One beyond the capacity is answered busy, so none waits; an image counts while it is opened.", uses),
+		gauges.New("shoal_p2p_upload_bytes", "Bytes of chunks that wait for max_upload, by kind (capacity: a second; 0: no limit).", waits)}
 	if reg == nil {
 		return m, nil
 	}

@@ -147,13 +147,14 @@ func NewServer(h host.Host, cfg ServerConfig) (*Server, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	cfg.Limits.setDefaults()
-	stats, err := newServerMetrics(cfg.Registerer)
+	admit := newAdmission(&cfg.Limits)
+	stats, err := newServerMetrics(cfg.Registerer, admit, cfg.Upload)
 	if err != nil {
 		return nil, err
 	}
 	s := &Server{
 		host: h, cfg: cfg, log: cfg.Log, stats: stats,
-		admit:         newAdmission(&cfg.Limits),
+		admit:         admit,
 		source:        cfg.Provider,
 		sending:       semaphore.NewWeighted(int64(cfg.Limits.Images)),
 		prefetchReads: semaphore.NewWeighted(int64(cfg.Limits.PrefetchReads)),

@@ -332,3 +332,8 @@ func (in *Ingester) Stats() Stats {
 		Fetched: c.fetched.Load(), Resumed: c.resumed.Load(), Unpacked: c.unpacked.Load(),
 	}
 }
+
+// Uses returns the places of large and of small layers, and the bytes of the spool.
+func (in *Ingester) Uses() (large, small, spool blockdev.Use) {
+	return in.large.Use(), in.small.Use(), in.spool.use()
+}

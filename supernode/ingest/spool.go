@@ -224,6 +224,17 @@ func (s *spool) expire() error {
 	return nil
 }
 
+// use returns the bytes that layers under way may take.
+func (s *spool) use() blockdev.Use {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	u := blockdev.Use{Capacity: s.quota}
+	for _, n := range s.open {
+		u.Used += n
+	}
+	return u
+}
+
 // diskError makes a full disk testable.
 func diskError(err error) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {

@@ -15,6 +15,8 @@ import (
 	"context"
 	"slices"
 	"sync"
+
+	"github.com/shoalfs/shoal/blockdev"
 )
 
 // Slots are places for work. All methods may be called from any goroutine.
@@ -38,6 +40,14 @@ type waiter struct {
 func New(n, most int) *Slots {
 	n = max(n, 1)
 	return &Slots{n: n, most: max(most, n), byKey: map[string]int{}}
+}
+
+// Use returns how many places are taken and waited for, and how many there are for work
+// of any key.
+func (s *Slots) Use() blockdev.Use {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return blockdev.Use{Used: int64(s.used), Waiting: int64(len(s.queue)), Capacity: int64(s.n)}
 }
 
 // Take waits for a place for key, until ctx ends; release gives it back, and may be

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+
+	"github.com/shoalfs/shoal/blockdev"
 )
 
 func TestOneKeyTakesNobodyAlong(t *testing.T) {
@@ -31,6 +33,9 @@ func TestOneKeyTakesNobodyAlong(t *testing.T) {
 		other, other2, third, fourth := take("other"), take("other"), take("third"), take("fourth")
 		if !has(other) || has(other2) || !has(third) || has(fourth) {
 			t.Error("not one place for each key that has none, up to four in all")
+		}
+		if u := s.Use(); u != (blockdev.Use{Used: 4, Waiting: 3, Capacity: 2}) {
+			t.Errorf("in use: %+v", u)
 		}
 		(<-other)()
 		synctest.Wait()
