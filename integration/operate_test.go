@@ -240,3 +240,54 @@ func stopped(t *testing.T, s *lab.Supernode) *lab.Supernode {
 	noError(t, s.Stop())
 	return s
 }
+
+// TestRevokeOnAll: a node that is revoked at one supernode is out at its siblings as well,
+// also at one that was down at that time; and what takes that back is told like it.
+func TestRevokeOnAll(t *testing.T) {
+	bin(t) // skips without root
+	l := newLab(t)
+	ctx := t.Context()
+	supers := must(l.StartSupernodes(ctx, 2, ""))(t)
+	node := must(l.StartNode(ctx, "node", supers[0].Address+","+supers[1].Address, ""))(t)
+	id := nodeAddr(t, node).ID.String()
+	state := func(s *lab.Supernode, id, want string) {
+		t.Helper()
+		noError(t, lab.WaitFor(ctx, want, 30*time.Second, func() error {
+			out, err := l.Run(ctx, "shoal", "members", "--output", "json", "--control", s.Control)
+			var list []struct{ ID, State string }
+			if err == nil {
+				err = json.Unmarshal([]byte(out), &list)
+			}
+			got := ""
+			for _, m := range list {
+				if m.ID == id {
+					got = m.State
+				}
+			}
+			if err == nil && got != want {
+				err = fmt.Errorf("%s is %q at %s, want %q", id, got, s.Name, want)
+			}
+			return err
+		}))
+	}
+	members := func(s *lab.Supernode, args ...string) {
+		t.Helper()
+		must(l.Run(ctx, "shoal", append(append([]string{"members"}, args...), "--control", s.Control)...))(t)
+	}
+	state(supers[0], id, "member")
+	state(supers[1], id, "member")
+	members(supers[0], "revoke", id)
+	state(supers[1], id, "revoked")
+	logged(t, node.Log, "not a member of the supernode", "revoked")
+
+	other := newClient(t).id.String()
+	noError(t, supers[1].Stop())
+	members(supers[0], "revoke", other)
+	members(supers[0], "allow", id)
+	supers[1] = must(l.RestartSupernode(ctx, supers[1]))(t)
+	state(supers[1], other, "revoked")
+	state(supers[1], id, "member")
+	members(supers[1], "allow", other)
+	state(supers[0], other, "")
+	state(supers[0], id, "member")
+}

@@ -60,6 +60,7 @@ type List struct {
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
 	work     chan struct{} // capacity 1: a group is dirty
+	tell     chan struct{} // capacity 1: siblings are to hear of a revocation
 
 	mu        sync.Mutex
 	closed    bool
@@ -103,6 +104,7 @@ func New(c Config) (*List, error) {
 		cfg: c, log: c.Log,
 		siblings:  map[peer.ID]bool{},
 		work:      make(chan struct{}, 1),
+		tell:      make(chan struct{}, 1),
 		members:   map[peer.ID]*member{},
 		groups:    map[blockdev.Digest]*group{},
 		dirty:     map[*group]struct{}{},
@@ -145,6 +147,10 @@ func (l *List) Start(h host.Host) {
 	h.SetStreamHandler(members.Protocol, l.serve)
 	l.wg.Go(l.push)
 	l.wg.Go(l.sweep)
+	if len(l.siblings) > 0 {
+		h.SetStreamHandler(revokedProtocol, l.serveRevoked)
+		l.wg.Go(l.tellSiblings)
+	}
 }
 
 // Close ends all memberships. Close it before the host.
@@ -152,6 +158,7 @@ func (l *List) Close() error {
 	l.cancel()
 	if l.host != nil {
 		l.host.RemoveStreamHandler(members.Protocol)
+		l.host.RemoveStreamHandler(revokedProtocol)
 	}
 	l.mu.Lock()
 	l.closed = true
@@ -305,6 +312,13 @@ func (l *List) Revoke(id string) error {
 	if err := l.revoked.set(p, true); err != nil {
 		return err
 	}
+	l.cutOff(p)
+	signal(l.tell)
+	return nil
+}
+
+// cutOff ends the membership of a node that is revoked now.
+func (l *List) cutOff(p peer.ID) {
 	l.mu.Lock()
 	if m := l.members[p]; m != nil {
 		if m.session != nil {
@@ -316,7 +330,6 @@ func (l *List) Revoke(id string) error {
 	}
 	l.mu.Unlock()
 	l.log.Warn("node revoked", "node", p)
-	return nil
 }
 
 // Allow takes a Revoke back.
@@ -325,7 +338,11 @@ func (l *List) Allow(id string) error {
 	if err != nil {
 		return fmt.Errorf("%q is no peer ID: `shoal members` lists them", id)
 	}
-	return l.revoked.set(p, false)
+	if err := l.revoked.set(p, false); err != nil {
+		return err
+	}
+	signal(l.tell)
+	return nil
 }
 
 func (l *List) hostID() peer.ID {
