@@ -168,6 +168,16 @@ func TestContainerdIsJudge(t *testing.T) {
 		{name: "500 once", set: func(o *odd) { o.reg.Script(rt.Times(1, rt.Status(500))) }},
 		{name: "503 once for a layer", set: func(o *odd) { o.reg.Script(rt.On("GET", o.blob(), rt.Times(1, rt.Status(503)))) }},
 
+		{name: "429 once for a layer, with Retry-After", set: func(o *odd) {
+			o.reg.Script(rt.On("GET", o.blob(), rt.Times(1, rt.Status(429, "Retry-After", "1"))))
+		}},
+		{name: "404 for a layer", set: func(o *odd) { o.reg.Script(rt.On("", o.blob(), rt.Status(404))) }, refused: []string{"not found"}},
+		{name: "403 for a layer", set: func(o *odd) { o.reg.Script(rt.On("", o.blob(), rt.Status(403))) }, refused: []string{"403"}},
+		{name: "401 for a layer", set: func(o *odd) { o.reg.Script(rt.On("", o.blob(), rt.Status(401))) }, refused: []string{"401"}},
+		{name: "429 for a layer, for long", set: func(o *odd) {
+			o.reg.Script(rt.On("GET", o.blob(), rt.Status(429, "Retry-After", "7")))
+		}, refused: []string{"429", "7s"}},
+
 		{name: "no HEAD", set: func(o *odd) { o.reg.Script(rt.On("HEAD", "", rt.Status(405))) }},
 		{name: "HEAD of blobs forbidden", set: func(o *odd) { o.reg.Script(rt.On("HEAD", "/blobs/", rt.Status(403))) }},
 		{name: "HEAD of blobs unknown", set: func(o *odd) { o.reg.Script(rt.On("HEAD", "/blobs/", rt.Status(404))) }},
@@ -270,6 +280,21 @@ func TestContainerdIsJudge(t *testing.T) {
 			o.mirror("http://" + o.other.Host)
 			o.other.Script(rt.On("GET", o.blob(), rt.Blob{Data: o.layer.Blob, Length: 1000, NoRanges: true}.Serve))
 		}, refused: []string{"bytes before the end"}},
+		{name: "a mirror without a layer", set: func(o *odd) {
+			o.mirror("http://" + o.other.Host)
+			o.other.Script(rt.On("", o.blob(), rt.Status(404)))
+		}},
+		{name: "a mirror that limits for a layer", set: func(o *odd) {
+			o.mirror("http://" + o.other.Host)
+			o.other.Script(rt.On("", o.blob(), rt.Status(429, "Retry-After", "100")))
+		}},
+		{name: "a mirror that answers everything with a page", set: func(o *odd) {
+			o.mirror("http://" + o.other.Host)
+			o.other.Script(func(w http.ResponseWriter, r *http.Request) bool {
+				w.Header().Set("Content-Type", "text/html")
+				return rt.Blob{Data: []byte("<html>sign in</html>"), Length: -1}.Serve(w, r)
+			})
+		}, stricter: []string{"web page"}}, // containerd takes the page for the image, and fails when it unpacks it
 		{name: "a mirror below a path", set: func(o *odd) {
 			o.reg.Push(o.T, "proxy/example/app", "v1", o.layer)
 			o.ref = "registry.example/app:v1"
@@ -300,6 +325,7 @@ func TestContainerdIsJudge(t *testing.T) {
 			o.hosts("registry.example", "server = \"https://%s\"\nskip_verify = true\n", f.Host)
 			o.ref = "registry.example/app:v1"
 		}, refused: []string{"certificate"}},
+		{name: "a manifest named by SHA-512", set: func(o *odd) { o.ref = o.reg.Host + "/app@sha512:" + strings.Repeat("0", 128) }, refused: []string{"sha512"}},
 		{name: "SHA-512", set: func(o *odd) {
 			cfg := rt.Config(o.T, rt.Platform{OS: "linux", Architecture: "amd64"}, o.layer)
 			m := []byte(strings.Replace(string(rt.Manifest(o.T, rt.TypeManifest, cfg, o.layer)), blockdev.Sum(o.layer.Blob).String(), "sha512:"+strings.Repeat("0", 128), 1))

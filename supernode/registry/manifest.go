@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"sort"
@@ -93,6 +94,9 @@ func corrupt(format string, args ...any) error {
 func parseDocument(b []byte) (*document, error) {
 	var doc document
 	if err := json.Unmarshal(b, &doc); err != nil {
+		if bytes.HasPrefix(bytes.TrimSpace(b), []byte("<")) {
+			return nil, corrupt("the manifest is a web page: a mirror or a proxy answers in the registry's place")
+		}
 		return nil, corrupt("the manifest is not readable JSON")
 	}
 	switch {
