@@ -73,7 +73,10 @@ var lazily = map[string]string{"prefetch": `"none"`}
 func droppedPeer(t *testing.T, d *tally, c *costs) {
 	ctx := t.Context()
 	w := newOwnNet(t, true, false, nil)
-	const part = 60
+	part := 60
+	if isDrill() {
+		part = 200 // more than there are bytes for asking twice
+	}
 	im, files := w.image(t, "read", 4*part, w.super.Control)
 	super := []string{w.super.At(w.at.IP)}
 	hosts := map[string]*lab.Host{}
