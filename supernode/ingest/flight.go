@@ -8,7 +8,6 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -16,7 +15,6 @@ import (
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/layer"
 	"github.com/shoalfs/shoal/supernode/flight"
-	"github.com/shoalfs/shoal/supernode/slots"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
@@ -120,121 +118,6 @@ func (f *arrival) run(ctx context.Context) error {
 		f.in.stats.failed.Add(1)
 	}
 	return err
-}
-
-// errYielded ends a turn of a layer whose registry sends less than Config.LeastRate,
-// while another one waits. No asker sees it.
-var errYielded = errors.New("its registry sends next to nothing, and others wait")
-
-// fly takes the layer through, in as many turns as that takes.
-func (f *arrival) fly(ctx context.Context) error {
-	for turn := 0; ; turn++ {
-		err := f.turn(ctx, turn)
-		if ctx.Err() != nil || !errors.Is(err, errYielded) {
-			return err
-		}
-		f.to(StageWaiting)
-		f.in.stats.yields.Add(1)
-		f.in.cfg.Log.Warn("a registry sends a layer too slowly to keep others waiting; it goes on after them", "image", f.l.Ref,
-			"layer", f.l.Digest, "at", f.fetched.Load(), "size", f.l.Size)
-	}
-}
-
-// turn waits for a place and for room in the spool, and takes the layer through, or
-// gives up its place on the way.
-func (f *arrival) turn(ctx context.Context, n int) error {
-	sf, release, err := f.board(ctx, n)
-	if err != nil {
-		return err
-	}
-	defer release()
-	pieced := sf.length > 0
-	tctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer f.pace(tctx, n, cancel)()
-	err = f.through(tctx, sf, &pieced)
-	if pieced && errors.Is(err, blockdev.ErrCorrupt) && tctx.Err() == nil {
-		// The seam may be the cause: a power failure can leave garbage at the end of
-		// the spool file, and a registry may answer a range request with something
-		// else. Once more, all of it from the registry.
-		f.in.cfg.Log.Warn("layer wrong after resuming its download; fetching all of it again", "image", f.l.Ref, "layer", f.l.Digest, "error", err)
-		if err = sf.restart(); err == nil {
-			err = f.through(tctx, sf, &pieced)
-		}
-	}
-	// What is wrong in itself is not kept; what a later attempt can go on with is.
-	keep := err != nil && !errors.Is(err, blockdev.ErrCorrupt) && !errors.Is(err, blockdev.ErrUnsupported)
-	if cerr := sf.giveUp(keep); cerr != nil {
-		f.in.cfg.Log.Warn("spool file not given up", "layer", f.l.Digest, "error", cerr)
-	}
-	return err
-}
-
-// board takes a place and room in the spool. It waits for the one without having the
-// other, so that nobody who lacks room keeps others from a place.
-func (f *arrival) board(ctx context.Context, rank int) (*spoolFile, func(), error) {
-	places := f.in.places(f.l.Size)
-	for {
-		release, err := places.TakeRanked(ctx, f.l.Host, rank)
-		if err != nil {
-			return nil, nil, err
-		}
-		sf, wait, err := f.in.spool.take(spoolName(f.l.key()), f.l.Size)
-		if sf != nil {
-			return sf, release, nil
-		}
-		release()
-		if err == nil {
-			err = f.in.spool.wait(ctx, wait)
-		}
-		if err != nil {
-			return nil, nil, err
-		}
-	}
-}
-
-// pace ends the turn where the registry trickles and another layer waits. A layer
-// that has had turns gets longer ones: what is in its spool file is unpacked anew in
-// each.
-func (f *arrival) pace(ctx context.Context, turn int, end context.CancelCauseFunc) (stop func()) {
-	places := f.in.places(f.l.Size)
-	window := f.in.cfg.Turn << min(turn, maxTurnShift)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		t := time.NewTicker(window)
-		defer t.Stop()
-		before := f.fetched.Load()
-		for {
-			select {
-			case <-t.C:
-			case <-ctx.Done():
-				return
-			}
-			now := f.fetched.Load()
-			slow := Stage(f.stage.Load()) == StageFetching && float64(now-before) < float64(f.in.cfg.LeastRate)*window.Seconds()
-			if slow && (places.Waiting() > 0 || f.in.spool.waiting.Load() > 0) {
-				end(errYielded)
-				return
-			}
-			before = now
-		}
-	}()
-	return func() {
-		end(nil)
-		<-done
-	}
-}
-
-// maxTurnShift bounds how much longer turns become.
-const maxTurnShift = 5
-
-// places are those for a layer of so many bytes.
-func (in *Ingester) places(size int64) *slots.Slots {
-	if size <= SmallLayer {
-		return in.small
-	}
-	return in.large
 }
 
 func spoolName(k flightKey) string {

@@ -8,8 +8,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-
-	"github.com/shoalfs/shoal/blockdev"
 )
 
 // drip sends a byte now and then, until the context ends.
@@ -88,12 +86,10 @@ func TestSlowAlone(t *testing.T) {
 	// Two of one registry, for one place.
 	before := f.in.Stats()
 	var wg sync.WaitGroup
-	var total int64
 	for i := range 2 {
 		diff := makeTar(t, uint64(10+i), 1000)
 		blob := gzipped(t, diff)
 		l := trickling(f.reg.add(blob, diff, gzipType), "slow", blob, time.Millisecond/2)
-		total += l.Size
 		wg.Go(func() {
 			if _, err := f.in.Layer(t.Context(), l, nil); err != nil {
 				t.Error(err)
@@ -104,12 +100,11 @@ func TestSlowAlone(t *testing.T) {
 	}
 	wg.Wait()
 	s := f.in.Stats()
-	// What was read and not yet written when the place was given back comes again.
 	if s.Yields == before.Yields {
 		t.Error("the second waited for all of the first")
 	}
 	if s.Ingested != 3 {
-		t.Errorf("%+v, %d bytes", s, total)
+		t.Errorf("%+v", s)
 	}
 }
 
@@ -167,7 +162,7 @@ func TestNews(t *testing.T) {
 		t.Fatal(err)
 	}
 	first, last := all[0], all[len(all)-1]
-	if first.Stage != StageWaiting || last.Stage != StageStored || last.Fetched != l.Size || last.Layer != l.Digest || last.Layer == (blockdev.Digest{}) {
+	if first.Stage != StageWaiting || last.Stage != StageStored || last.Fetched != l.Size || last.Layer != l.Digest {
 		t.Errorf("%+v ... %+v", first, last)
 	}
 	if n := len(all); n < 5 || n > 2*newsParts+10 {
