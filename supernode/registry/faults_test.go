@@ -237,7 +237,7 @@ func TestBadManifests(t *testing.T) {
 		{"good", "", []byte(good), config, nil, ""},
 		{"wrong content type", "text/html", []byte(good), config, nil, ""},
 		{"content type of an index", registrytest.TypeIndex, []byte(good), config, nil, ""},
-		{"html", "", []byte("<html>login</html>"), config, blockdev.ErrCorrupt, "JSON"},
+		{"html", "", []byte("<html>login</html>"), config, blockdev.ErrCorrupt, "web page"},
 		{"empty", "", []byte("{}"), config, blockdev.ErrUnsupported, "schema version 0"},
 		{"schema 1", "", []byte(`{"schemaVersion":1,"fsLayers":[{"blobSum":"x"}]}`), config, blockdev.ErrUnsupported, "schema 1"},
 		{"both", "", []byte(strings.Replace(good, `"layers"`, `"manifests":[],"layers"`, 1)), config, blockdev.ErrCorrupt, "both"},
