@@ -64,6 +64,10 @@
 //	due     pack id u64, offset u64 -> SHA-256 (32), raw length u32: the chunk
 //	        there is still to be compressed; one for every record with flag 4
 //
+// Close writes bbolt's list of free pages, and the next transaction takes it back
+// (boltcheck.Seal). If the list is there, then the store was closed in good order, and Open
+// reads no more of index.db than it needs; otherwise Open checks all pages.
+//
 // A diff's encoded index and its reference lists (the digests of its chunks and
 // header pieces, sorted, each once in a list, 32 bytes each) are extents of the pack of
 // the ingest that published it, CRC-32C as chunks.

@@ -245,7 +245,7 @@ func (s *Store) view(f func(tx *bolt.Tx) error) error {
 func (s *Store) guard(f func() error) error {
 	err := guard(f)
 	if errors.Is(err, errDamaged) && !s.doubtful.Swap(true) {
-		s.cfg.Log.Error("the store's index is damaged; the next start checks it, and begins with an empty store: restart the supernode", "dir", s.cfg.Dir, "error", err)
+		s.cfg.Log.Error("the store's index is damaged; the next start checks it, and begins with an empty store; restart the supernode", "dir", s.cfg.Dir, "error", err)
 	}
 	return err
 }

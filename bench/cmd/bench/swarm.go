@@ -49,6 +49,8 @@ var swarmScenes = []scene{
 	{"registry", (*swarmWorld).sceneRegistry},
 	{"all", (*swarmWorld).sceneAll},
 	{"supernode-killed", (*swarmWorld).sceneSupernodeKilled},
+	{"restart", (*swarmWorld).sceneRestart},
+	{"hang", (*swarmWorld).sceneHang},
 	{"burst", (*swarmWorld).sceneBurst},
 	{"beside", (*swarmWorld).sceneBeside},
 	{"parent-killed", (*swarmWorld).sceneParentKilled},
@@ -67,7 +69,7 @@ func swarmCommand(o *options) *cobra.Command {
 	cmd.Flags().IntVar(&s.nodes, "nodes", 32, "how many nodes, half of them in each of two zones")
 	cmd.Flags().IntVar(&s.mbit, "mbit", 5, "each node's link where all take part, Mbit/s; ten times that where few do; a supernode's is ten times a node's")
 	cmd.Flags().StringVar(&s.image, "image", "redis", "the image that all nodes get, of those with an upgrade")
-	cmd.Flags().StringSliceVar(&s.scenes, "scenes", nil, "only these: few, registry, all, supernode-killed, burst, beside, parent-killed, changes, latency")
+	cmd.Flags().StringSliceVar(&s.scenes, "scenes", nil, "only these: few, registry, all, supernode-killed, restart, hang, burst, beside, parent-killed, changes, latency")
 	return cmd
 }
 
@@ -75,7 +77,11 @@ func benchSwarm(ctx context.Context, o *swarmOptions) (err error) {
 	if o.nodes < 16 {
 		return fmt.Errorf("--nodes %d: the scenes need 16 at least", o.nodes)
 	}
-	w, err := newSwarmWorld(ctx, o, o.image, "python-django", "torch")
+	images := []string{o.image, "python-django"}
+	if len(o.scenes) == 0 || slices.Contains(o.scenes, "burst") {
+		images = append(images, "torch") // takes long to build
+	}
+	w, err := newSwarmWorld(ctx, o, images...)
 	if err != nil {
 		return err
 	}
