@@ -28,6 +28,9 @@ type Step struct {
 	// it may be silent: one that is being restarted refuses connections, or has too much
 	// to do just after. nil: the next source is asked at once.
 	Away func() bool
+	// Status, if not nil, says why the source cannot be reached now, for errors; nil: it
+	// can.
+	Status func() error
 	// PrefetchAfter keeps prefetch from this source until the ones before it have
 	// delivered nothing for so long: a registry is not to be asked by all nodes
 	// at once because a supernode is being restarted.
@@ -218,6 +221,9 @@ func (r *request) ask(s *step, last bool) error {
 	}
 	if r.ctx.Err() == nil && errors.Is(context.Cause(ctx), errSilent) {
 		s.silent(r.Diff, healing)
+		if refused == nil && s.Status != nil {
+			refused = s.Status()
+		}
 		if refused != nil {
 			return fmt.Errorf("no chunk for %v, at last: %w", s.Patience, refused)
 		}

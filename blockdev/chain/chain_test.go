@@ -407,6 +407,13 @@ func TestGoneForLong(t *testing.T) {
 		gone = time.Now().Add(time.Hour)
 		read("three", patience, patience)
 		read("three", 0, 0)
+		// Why a source is silent is in the error, if it says so.
+		c = New(Step{Name: "supernode", Source: blockdevtest.SourceFunc(silent), Patience: patience, Status: func() error {
+			return fmt.Errorf("cannot connect: %w", blockdev.ErrUnavailable)
+		}}, Step{Name: "registry", Source: failing(blockdev.ErrUnavailable)})
+		if _, err := fetch(t.Context(), c, blockdev.Demand, ix); err == nil || !strings.Contains(err.Error(), "cannot connect") {
+			t.Errorf("%v does not say that there is no connection", err)
+		}
 	})
 }
 

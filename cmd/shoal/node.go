@@ -152,17 +152,18 @@ func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, err
 	if err != nil {
 		return err
 	}
-	var away func() bool // an embedded supernode is always there
+	var reach reach // an embedded supernode is always there
 	if r, ok := up.(*remote); ok {
 		late.swarm.Store(r.swarm)
-		away = func() bool { return r.Away(readPatience(c)) }
+		reach.status = r.Status
+		reach.away = func() bool { return r.Away(readPatience(c)) }
 	}
 	membership.watch(vols)
 	defer func() { err = errors.Join(err, up.Close()) }()
 	keychain := credentials.NewDockerConfig(ctx, c.DockerConfig, log)
 	plain := up
 	up = explained{up, keychain}
-	src, err := newSources(c, up, away, &late, keychain, log, metrics)
+	src, err := newSources(c, up, reach, &late, keychain, log, metrics)
 	if err != nil {
 		return err
 	}

@@ -111,8 +111,14 @@ type sources struct {
 	direct *direct.Source
 }
 
-// newSources makes the sources; away is chain.Step.Away of the supernode.
-func newSources(c *config.Node, up chunksAndProfiles, away func() bool, p *parts, keychain *credentials.DockerConfig, log *slog.Logger, metrics prometheus.Registerer) (*sources, error) {
+// reach says whether supernodes can be reached: chain.Step.Away and Status.
+type reach struct {
+	away   func() bool
+	status func() error
+}
+
+// newSources makes the sources.
+func newSources(c *config.Node, up chunksAndProfiles, reach reach, p *parts, keychain *credentials.DockerConfig, log *slog.Logger, metrics prometheus.Registerer) (*sources, error) {
 	received, err := registryBytes(metrics)
 	if err != nil {
 		return nil, err
@@ -140,7 +146,7 @@ func newSources(c *config.Node, up chunksAndProfiles, away func() bool, p *parts
 	return &sources{
 		ProfileSink: up,
 		Chain: chain.New(
-			chain.Step{Name: "supernode", Source: up, From: from, Patience: readPatience(c), Away: away, Heal: p.rewarm},
+			chain.Step{Name: "supernode", Source: up, From: from, Patience: readPatience(c), Away: reach.away, Status: reach.status, Heal: p.rewarm},
 			chain.Step{Name: "registry", Source: d, From: blockdev.FromRegistry, PrefetchAfter: registryPrefetch}),
 		client: client, direct: d,
 	}, nil

@@ -93,6 +93,17 @@ func (u *Uplink) order(key blockdev.Digest, probe time.Duration) []Supernode {
 	return append(append(there, slow...), away...)
 }
 
+// Status returns nil if a supernode can be reached now, or why one of them cannot.
+func (u *Uplink) Status() error {
+	var err error
+	for _, id := range u.ids {
+		if err = u.nodes[id].Status(); err == nil {
+			return nil
+		}
+	}
+	return err
+}
+
 // Away says whether no supernode could be reached for longer than d, or since the
 // Uplink was made.
 func (u *Uplink) Away(d time.Duration) bool {
