@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -70,8 +71,9 @@ func (a *answer) done() {
 }
 
 // await runs work and calls tick soon, and then every interval while it goes on, so that
-// the client knows that somebody is at it. An error of tick, as the client is gone,
-// ends the work.
+// the client knows that somebody is at it. Thousands that wait for the same image began
+// at the same time: the second tick comes early by chance, so that theirs do not all
+// come at once. An error of tick, as the client is gone, ends the work.
 func (a *answer) await(interval time.Duration, work func(context.Context), tick func(first bool) error) error {
 	ctx, cancel := context.WithCancel(a.s.ctx)
 	defer cancel()
@@ -82,15 +84,18 @@ func (a *answer) await(interval time.Duration, work func(context.Context), tick 
 	}()
 	t := time.NewTicker(min(interval, a.s.cfg.Limits.FirstSign))
 	defer t.Stop()
-	for first := true; ; first = false {
+	for n := 0; ; n++ {
 		select {
 		case <-done:
 			return nil
 		case <-t.C:
-			if first {
+			switch n {
+			case 0:
+				t.Reset(interval/2 + rand.N(interval/2+1))
+			case 1:
 				t.Reset(interval)
 			}
-			if err := tick(first); err != nil {
+			if err := tick(n == 0); err != nil {
 				cancel()
 				<-done
 				return err

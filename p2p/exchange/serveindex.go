@@ -73,7 +73,7 @@ func (a *indexAnswer) open(from string, req *blockdev.ImageRequest, progress boo
 		}
 	}, func(first bool) error {
 		layers := news.take()
-		if len(layers) == 0 && !first && time.Since(said) < a.s.cfg.Limits.WorkingInterval {
+		if len(layers) == 0 && !first && time.Since(said) < a.s.cfg.Limits.WorkingInterval/2 { // await may be early
 			return nil
 		}
 		said = time.Now()
