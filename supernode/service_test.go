@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -203,7 +204,7 @@ func gather(t *testing.T, g prometheus.Gatherer) map[string]float64 {
 		for _, m := range f.GetMetric() {
 			name := f.GetName()
 			for _, l := range m.GetLabel() {
-				if l.GetName() != "outcome" {
+				if !slices.Contains([]string{"outcome", "of", "state"}, l.GetName()) {
 					t.Errorf("metric %s has the label %s", name, l.GetName())
 				}
 				name += "{" + l.GetValue() + "}"
