@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -24,40 +25,45 @@ import (
 	"github.com/shoalfs/shoal/supernode/members"
 )
 
-const operations = "../../docs/operations.md"
+const docs = "../../docs/"
 
-var update = flag.Bool("update", false, "write the tables in docs/operations.md anew")
+var update = flag.Bool("update", false, "write the tables in docs/ anew")
 
-// TestOperations: the tables in the operators' page are what the program says.
-func TestOperations(t *testing.T) {
-	b, err := os.ReadFile(operations)
+// TestDocsTables: the tables in the operators' pages are what the program says.
+func TestDocsTables(t *testing.T) {
+	for _, table := range []struct{ page, name, want string }{
+		{"configuration.md", "keys of node.toml", keyTable(t, "node")},
+		{"configuration.md", "keys of supernode.toml", keyTable(t, "supernode")},
+		{"operations.md", "metrics of a node", metricTable(t, nodeMetrics)},
+		{"operations.md", "metrics of a supernode", metricTable(t, supernodeMetrics)},
+	} {
+		from, to := "<!-- "+table.name+" -->\n", "<!-- end of "+table.name+" -->\n"
+		before, rest, ok := strings.Cut(readDoc(t, table.page), from)
+		got, after, ok2 := strings.Cut(rest, to)
+		if !ok || !ok2 {
+			t.Errorf("%s has no %q with its end", table.page, strings.TrimSpace(from))
+			continue
+		}
+		switch {
+		case got == table.want:
+		case *update:
+			if err := os.WriteFile(docs+table.page, []byte(before+from+table.want+to+after), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		default:
+			t.Errorf("%s, %s: not as it is (go test ./cmd/shoal -run TestDocsTables -update writes it):\n%s\nwant:\n%s",
+				table.page, table.name, got, table.want)
+		}
+	}
+}
+
+func readDoc(t *testing.T, page string) string {
+	t.Helper()
+	b, err := os.ReadFile(docs + page)
 	if err != nil {
 		t.Fatal(err)
 	}
-	doc := string(b)
-	for name, want := range map[string]string{
-		"keys of node.toml":      keyTable(t, "node"),
-		"keys of supernode.toml": keyTable(t, "supernode"),
-		"metrics of a node":      metricTable(t, nodeMetrics),
-		"metrics of a supernode": metricTable(t, supernodeMetrics),
-	} {
-		from, to := "<!-- "+name+" -->\n", "<!-- end of "+name+" -->\n"
-		before, rest, ok := strings.Cut(doc, from)
-		got, after, ok2 := strings.Cut(rest, to)
-		if !ok || !ok2 {
-			t.Errorf("%s has no %q with its end", operations, strings.TrimSpace(from))
-			continue
-		}
-		if got != want && !*update {
-			t.Errorf("%s, %s: not as it is (go test ./cmd/shoal -run TestOperations -update writes it):\n%s\nwant:\n%s", operations, name, got, want)
-		}
-		doc = before + from + want + to + after
-	}
-	if *update && doc != string(b) {
-		if err := os.WriteFile(operations, []byte(doc), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
+	return string(b)
 }
 
 // keyTable makes a table of `shoal config default role`.
@@ -228,14 +234,17 @@ func supernodeMetrics(t *testing.T, r prometheus.Registerer) {
 	}
 }
 
-// TestExamples: config files that the page shows are right.
-func TestExamples(t *testing.T) {
-	b, err := os.ReadFile(operations)
+// TestDocsExamples: config files that the pages show are right.
+func TestDocsExamples(t *testing.T) {
+	pages, err := filepath.Glob(docs + "*.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	shown := regexp.MustCompile("(?s)```toml (node|supernode)\n(.*?)```").FindAllStringSubmatch(string(b), -1)
-	if len(shown) < 2 {
+	var shown [][]string
+	for _, p := range pages {
+		shown = append(shown, regexp.MustCompile("(?s)```toml (node|supernode)\n(.*?)```").FindAllStringSubmatch(readDoc(t, filepath.Base(p)), -1)...)
+	}
+	if len(shown) < 3 {
 		t.Errorf("%d examples found", len(shown))
 	}
 	for _, m := range shown {
