@@ -34,8 +34,8 @@ func TestDocsTables(t *testing.T) {
 	for _, table := range []struct{ page, name, want string }{
 		{"configuration.md", "keys of node.toml", keyTable(t, "node")},
 		{"configuration.md", "keys of supernode.toml", keyTable(t, "supernode")},
-		{"operations.md", "metrics of a node", metricTable(t, nodeMetrics)},
-		{"operations.md", "metrics of a supernode", metricTable(t, supernodeMetrics)},
+		{"metrics.md", "metrics of a node", metricTable(t, nodeMetrics)},
+		{"metrics.md", "metrics of a supernode", metricTable(t, supernodeMetrics)},
 	} {
 		from, to := "<!-- "+table.name+" -->\n", "<!-- end of "+table.name+" -->\n"
 		before, rest, ok := strings.Cut(readDoc(t, table.page), from)
