@@ -22,7 +22,7 @@ import (
 func TestImageFileSystem(t *testing.T) {
 	eachContainerd(t, func(t *testing.T, v lab.ContainerdVersion) {
 		s := newCRISite(t, v, "prefetch = \"none\"\n", func(s *site, o *lab.ContainerdOptions) {
-			if v.ConfigVersion < 3 { // it does not know exports: docs/operations.md
+			if v.ConfigVersion < 3 { // it does not know exports: docs/containerd.md
 				noError(t, os.MkdirAll(s.Path("ctrd", "root"), 0o711))
 				noError(t, os.Symlink(s.node.Root, s.Path("ctrd", "root", "io.containerd.snapshotter.v1.shoal")))
 			}

@@ -241,7 +241,7 @@ func (f *flipSite) readBack(kind flipKind, im flipImage) {
 			f.failed++
 			return
 		}
-		// The operator's part, as operations.md has it: what was set aside, or is in
+		// The operator's part, as docs/troubleshooting.md has it: what was set aside, or is in
 		// the way, is deleted, and images are pulled again.
 		f.recovered++
 		noError(f.t, f.one.Stop())

@@ -3,7 +3,7 @@
 // the supernode, so that registries see no more requests the more nodes there are,
 // and images that are stored can be pulled while their registry is down.
 //
-// containerd names it in hosts.toml (docs/operations.md has the file), and says
+// containerd names it in hosts.toml (docs/containerd.md has the file), and says
 // with the query parameter ns which registry it means. Whatever the mirror does
 // not have, layers above all, and whatever fails, it answers with an error:
 // containerd then asks the next host, at last the registry itself, with its own

@@ -180,8 +180,7 @@ func read(path string) (p Plan, text []byte, c mainConfig, err error) {
 		return p, nil, c, err
 	}
 	if err := toml.Unmarshal(tomledit.Undo(text, mark), &c); err != nil {
-		return p, nil, c, fmt.Errorf("%s is not containerd's config, or a template of it: %w. Add the lines of docs/operations.md, "+
-			"\"containerd\", by hand", path, err)
+		return p, nil, c, fmt.Errorf("%s is not containerd's config, or a template of it: %w. Add the lines of docs/containerd.md by hand", path, err)
 	}
 	return p, text, c, nil
 }
