@@ -74,13 +74,19 @@ func TestHungDiffLeavesRoom(t *testing.T) {
 	r := newRig(t, 12<<20, func(c *Config) { c.DemandBytes, c.MaxReadAhead = most, 256<<10 })
 	good, want := r.other(77, 12<<20)
 	open := make(chan struct{})
-	var hung atomic.Int64 // bytes
+	var hung atomic.Int64 // bytes in flight
 	r.source(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
 		if req.Diff == r.d.id {
+			n := int64(0)
 			for _, c := range req.Chunks {
-				hung.Add(int64(c.Length))
+				n += int64(c.Length)
 			}
-			<-open
+			hung.Add(n)
+			select {
+			case <-open:
+			case <-ctx.Done(): // of this attempt
+			}
+			hung.Add(-n)
 		}
 		return r.mem.Fetch(ctx, req, deliver)
 	})

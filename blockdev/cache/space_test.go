@@ -108,7 +108,8 @@ func TestQuotaHolds(t *testing.T) {
 	if n := most.Load(); n > quota || n < quota*3/4 {
 		t.Errorf("at most %d bytes on disk, the quota is %d", n, quota)
 	}
-	if r.Stats().NotKept == 0 || r.log.count("the cache is full") != 1 {
+	again := r.log.count("can be written to again") // a removal may give room for a moment
+	if r.Stats().NotKept == 0 || r.log.count("the cache is full") != 1+again {
 		t.Errorf("%+v; log:\n%s", r.Stats(), r.log.b.String())
 	}
 	for _, d := range diffs {
@@ -130,7 +131,7 @@ func TestQuotaHolds(t *testing.T) {
 		}
 	}
 	r.prefetch()
-	if n := r.log.count("can be written to again"); n != 0 {
+	if n := r.log.count("can be written to again") - again; n != 0 {
 		t.Errorf("a new process that finds room says so %d times", n)
 	}
 	if err := r.Remove(t.Context(), r.d.id); err != nil {
