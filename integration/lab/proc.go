@@ -122,29 +122,37 @@ func (p *Process) end(sig syscall.Signal, patience time.Duration) error {
 // RSS returns the resident memory of the process now, and the most it ever
 // had, in bytes.
 func (p *Process) RSS() (now, peak int64, err error) {
+	m, err := p.status()
+	return m["VmRSS:"], m["VmHWM:"], err
+}
+
+// Memory returns how much of the resident memory is the process's own, in bytes, and how
+// much is of files that it has mapped, such as its program and databases: the kernel can
+// drop that and read it again.
+func (p *Process) Memory() (own, files int64, err error) {
+	m, err := p.status()
+	return m["RssAnon:"], m["RssFile:"], err
+}
+
+// status returns the lines of /proc/PID/status that have sizes, in bytes.
+func (p *Process) status() (map[string]int64, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Pid()))
 	if err != nil {
-		return 0, 0, err
+		return nil, err
 	}
-	for _, line := range strings.Split(string(b), "\n") {
+	sizes := map[string]int64{}
+	for line := range strings.Lines(string(b)) {
 		fields := strings.Fields(line)
-		if len(fields) < 2 {
+		if len(fields) != 3 || fields[2] != "kB" {
 			continue
 		}
-		switch fields[0] {
-		case "VmRSS:", "VmHWM:":
-			kib, err := strconv.ParseInt(fields[1], 10, 64)
-			if err != nil {
-				return 0, 0, err
-			}
-			if fields[0] == "VmRSS:" {
-				now = kib << 10
-			} else {
-				peak = kib << 10
-			}
+		kib, err := strconv.ParseInt(fields[1], 10, 64)
+		if err != nil {
+			return nil, err
 		}
+		sizes[fields[0]] = kib << 10
 	}
-	return now, peak, nil
+	return sizes, nil
 }
 
 // Run runs a program from Bin or PATH to its end and returns its standard
