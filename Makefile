@@ -59,7 +59,7 @@ fuzz: ## every fuzz target for FUZZTIME (10m)
 	./integration/fuzz.sh $(FUZZTIME)
 
 ##
-.PHONY: bench-start bench-read bench-upgrade bench-ingest
+.PHONY: bench-start bench-read bench-upgrade bench-ingest bench-sizing
 bench-start: setup build ## pull and start of the ten images against overlayfs -> bench/out/start.json
 	cd bench && $(GO) run ./cmd/bench start --bin $(BIN)
 bench-read: setup build ## reading a running image against overlayfs and containerd's erofs -> bench/out/read.json
@@ -68,6 +68,8 @@ bench-upgrade: setup build ## new bytes from v1 to v2 -> bench/out/upgrade.json
 	cd bench && $(GO) run ./cmd/bench upgrade --bin $(BIN)
 bench-ingest: setup build ## ingest and memory of the biggest image -> bench/out/ingest.json
 	cd bench && $(GO) run ./cmd/bench ingest --bin $(BIN)
+bench-sizing: setup build ## memory and disk of a supernode for each 1,000 nodes, TB of store, GB of images -> bench/out/sizing.json
+	cd bench && $(GO) run ./cmd/bench sizing --bin $(BIN)
 
 .PHONY: sim
 sim: ## 1,000 and 10,000 simulated nodes, and other designs in the same network -> bench/out/sim.json, plots
