@@ -63,13 +63,21 @@ func (s *Supernode) mayOpen(ctx context.Context, from string, ref registry.Refer
 	return s.access.allow(ctx, from, ref, req)
 }
 
+// siblings are the other supernodes. They are replaced, and never changed.
+type siblings map[peer.ID]Sibling
+
+// SetSiblings changes Config.Siblings for requests that begin from now on. What those that
+// are left out are being asked is theirs to end.
+func (s *Supernode) SetSiblings(list map[peer.ID]Sibling) { s.siblings.Store((*siblings)(&list)) }
+
 // sibling returns the peer ID in from if it is a sibling's.
 func (s *Supernode) sibling(from string) peer.ID {
-	if len(s.siblings) == 0 || from == "" {
+	sibs := *s.siblings.Load()
+	if len(sibs) == 0 || from == "" {
 		return ""
 	}
 	id, err := peer.Decode(from)
-	if err != nil || s.siblings[id] == nil {
+	if err != nil || sibs[id] == nil {
 		return ""
 	}
 	return id
@@ -94,9 +102,9 @@ func only(m *registry.Manifest, layers []blockdev.Digest) (*registry.Manifest, e
 }
 
 // order sorts all supernodes by whom a diff belongs to, the owner first.
-func (s *Supernode) order(diff blockdev.Digest) []peer.ID {
-	ids := []peer.ID{s.self}
-	for id := range s.siblings {
+func (sibs siblings) order(self peer.ID, diff blockdev.Digest) []peer.ID {
+	ids := []peer.ID{self}
+	for id := range sibs {
 		ids = append(ids, id)
 	}
 	return route.Order(diff, ids)
@@ -109,13 +117,14 @@ func (s *Supernode) order(diff blockdev.Digest) []peer.ID {
 // A request between supernodes is never passed on; all that follows from one are
 // questions for what is stored. So there are no circles.
 func (s *Supernode) obtain(ctx context.Context, r wanted, open ingest.Open) (store.LayerRecord, error) {
-	if len(s.siblings) == 0 {
+	sibs := *s.siblings.Load()
+	if len(sibs) == 0 {
 		return s.fetch(ctx, r, open)
 	}
 	if r.stored {
 		return store.LayerRecord{}, fmt.Errorf("layer %s: not stored here: %w", r.l.Digest, blockdev.ErrNotFound)
 	}
-	order := s.order(r.l.DiffID)
+	order := sibs.order(s.self, r.l.DiffID)
 	from := s.sibling(r.from)
 	for _, id := range order {
 		if id == s.self {
@@ -125,7 +134,7 @@ func (s *Supernode) obtain(ctx context.Context, r wanted, open ingest.Open) (sto
 			continue // the sibling has found that one to be gone, or is to hear from it itself
 		}
 		// Who asks, and comes before this supernode, has the layer or nobody has.
-		rec, err := s.copyLayer(ctx, r, id, id == from)
+		rec, err := s.copyLayer(ctx, r, id, sibs[id], id == from)
 		if err == nil || !elsewhere(ctx, err) {
 			return rec, err
 		}
@@ -137,10 +146,10 @@ func (s *Supernode) obtain(ctx context.Context, r wanted, open ingest.Open) (sto
 	for _, id := range order {
 		// Also the one that asks: it may have fetched the layer when this
 		// supernode could not be reached, and want it to be here, too.
-		if id == s.self || s.siblings[id].Status() != nil {
+		if id == s.self || sibs[id].Status() != nil {
 			continue
 		}
-		if rec, err := s.copyLayer(ctx, r, id, true); err == nil {
+		if rec, err := s.copyLayer(ctx, r, id, sibs[id], true); err == nil {
 			return rec, nil
 		} else if ctx.Err() != nil {
 			return rec, err
@@ -148,7 +157,7 @@ func (s *Supernode) obtain(ctx context.Context, r wanted, open ingest.Open) (sto
 	}
 	rec, err := s.fetch(ctx, r, open)
 	if err == nil {
-		s.replicate(r, order)
+		s.replicate(r, sibs, order)
 	}
 	return rec, err
 }
@@ -169,11 +178,11 @@ func elsewhere(ctx context.Context, err error) bool {
 
 // replicate has the next supernode in the order copy a layer that has just been
 // ingested here, so that what dies with this one is what is in flight.
-func (s *Supernode) replicate(r wanted, order []peer.ID) {
+func (s *Supernode) replicate(r wanted, sibs siblings, order []peer.ID) {
 	next := peer.ID("")
 	at := slices.Index(order, s.self)
 	for i := 1; i < len(order) && next == ""; i++ {
-		if id := order[(at+i)%len(order)]; s.siblings[id].Status() == nil {
+		if id := order[(at+i)%len(order)]; sibs[id].Status() == nil {
 			next = id
 		}
 	}
@@ -189,7 +198,7 @@ func (s *Supernode) replicate(r wanted, order []peer.ID) {
 		defer end()
 		ctx, cancel := context.WithTimeout(ctx, replicateTimeout)
 		defer cancel()
-		_, err := s.siblings[next].OpenImage(ctx, s.layerRequest(r, false))
+		_, err := sibs[next].OpenImage(ctx, s.layerRequest(r, false))
 		if err != nil && s.ctx.Err() == nil {
 			s.log.Warn("a layer is on this supernode alone", "layer", r.l.Digest, "err", err)
 		}
@@ -202,8 +211,7 @@ func (s *Supernode) layerRequest(r wanted, stored bool) blockdev.ImageRequest {
 
 // copyLayer stores a layer that a sibling has; unless stored is set, the sibling
 // fetches it first if it does not.
-func (s *Supernode) copyLayer(ctx context.Context, r wanted, id peer.ID, stored bool) (store.LayerRecord, error) {
-	sib := s.siblings[id]
+func (s *Supernode) copyLayer(ctx context.Context, r wanted, id peer.ID, sib Sibling, stored bool) (store.LayerRecord, error) {
 	if err := sib.Status(); err != nil {
 		return store.LayerRecord{}, err
 	}

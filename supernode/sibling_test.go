@@ -79,7 +79,7 @@ func startCluster(t *testing.T, n int) *cluster {
 
 // owner is the position of the supernode that a layer belongs to.
 func (c *cluster) owner(l registrytest.Layer) int {
-	first := c.s[0].order(l.DiffID)[0]
+	first := c.s[0].siblings.Load().order(c.ids[0], l.DiffID)[0]
 	for i, id := range c.ids {
 		if id == first {
 			return i
@@ -141,7 +141,7 @@ func TestSiblings(t *testing.T) {
 			}
 			wantImage(t, c.s[0], img, layers...)
 			for _, l := range layers {
-				order := c.s[0].order(l.DiffID)
+				order := c.s[0].siblings.Load().order(c.ids[0], l.DiffID)
 				for i, id := range c.ids {
 					if id == order[0] || id == order[1] {
 						c.stored(t, i, l)
@@ -261,4 +261,36 @@ func TestReplicateToOwner(t *testing.T) {
 	if most := blobs(reg, []registrytest.Layer{l}); most != 1 {
 		t.Errorf("the layer was fetched %d times from the registry", most)
 	}
+}
+
+// TestSetSiblings: supernodes that are siblings no more get their layers from the registry,
+// and do for each other what they do for nodes; as siblings again they copy.
+func TestSetSiblings(t *testing.T) {
+	reg := registrytest.NewFake(t)
+	c := startCluster(t, 2)
+	layers := c.someLayers(t)
+	reg.Push(t, "team/app", "v1", layers...)
+	open := func(i, times int) {
+		t.Helper()
+		img, err := c.s[i].OpenImageFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody))
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantImage(t, c.s[i], img, layers...)
+		if most := blobs(reg, layers); most != times {
+			t.Errorf("a layer was fetched %d times from the registry, want %d", most, times)
+		}
+	}
+	known := []siblings{*c.s[0].siblings.Load(), *c.s[1].siblings.Load()}
+	c.s[1].SetSiblings(nil)
+	c.s[0].SetSiblings(map[peer.ID]Sibling{})
+	open(0, 1)
+	req := request(reg.Target, "team/app:v1", nobody)
+	req.Only = []blockdev.Digest{blockdev.Sum(layers[0].Blob)}
+	_, err := c.s[0].OpenImageFor(t.Context(), c.ids[1].String(), req)
+	wantErr(t, err, blockdev.ErrUnauthorized, "only supernodes")
+	for i := range c.s {
+		c.s[i].SetSiblings(known[i])
+	}
+	open(1, 1)
 }

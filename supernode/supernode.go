@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -70,7 +71,7 @@ type Config struct {
 	Relays func(ctx context.Context, peer string, manifest blockdev.Digest) []blockdev.Relay
 	// Self is this supernode's peer ID, and Siblings are the other supernodes, by
 	// theirs. All of them are to have the same list, each without itself: a layer
-	// belongs to one by rendezvous hash of its DiffID.
+	// belongs to one by rendezvous hash of its DiffID. SetSiblings changes them.
 	Self     peer.ID
 	Siblings map[peer.ID]Sibling
 	// Log gets what an operator should know; nil: nothing is logged.
@@ -141,7 +142,7 @@ type Supernode struct {
 	relays    func(ctx context.Context, peer string, manifest blockdev.Digest) []blockdev.Relay
 	indexes   *indexes
 	self      peer.ID
-	siblings  map[peer.ID]Sibling
+	siblings  atomic.Pointer[siblings]
 	verifying *slots.Slots // for verifications, by registry host
 	restoring *slots.Slots // for layers that come from holders, by registry host
 	decoder   *decoder
@@ -173,12 +174,12 @@ func New(cfg Config) (*Supernode, error) {
 		holders:   cfg.Holders,
 		relays:    cfg.Relays,
 		self:      cfg.Self,
-		siblings:  cfg.Siblings,
 		trusted:   map[string]bool{},
 		verifying: slots.New(cfg.Ingests, hostsFactor*cfg.Ingests),
 		restoring: slots.New(maxRestores, hostsFactor*maxRestores),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.SetSiblings(cfg.Siblings)
 	for _, h := range cfg.TrustedRegistries {
 		s.trusted[strings.ToLower(h)] = true
 	}

@@ -27,7 +27,7 @@ import (
 type membership struct {
 	host       libp2p.Host
 	node       *members.Node
-	supernodes []peer.AddrInfo
+	supernodes []peer.AddrInfo // at its start
 
 	listening sync.WaitGroup // ends with stop
 	stop      context.CancelFunc
@@ -48,12 +48,9 @@ func openMembership(ctx context.Context, c *config.Node, ports *daemon.Ports, lo
 	// A token that is missing now is no reason not to serve what is here: it is
 	// looked for again, and the log says so.
 	m := &membership{}
-	for _, s := range c.Supernodes {
-		info, err := host.ParseAddr(s)
-		if err != nil {
-			return nil, err
-		}
-		m.supernodes = append(m.supernodes, info)
+	var err error
+	if m.supernodes, err = parseSupernodes(c.Supernodes); err != nil {
+		return nil, err
 	}
 	key, err := host.LoadIdentity(filepath.Join(c.Root, "identity"))
 	if err != nil {

@@ -10,7 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
@@ -25,7 +24,6 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/program"
 	"github.com/shoalfs/shoal/p2p/exchange"
-	"github.com/shoalfs/shoal/p2p/uplink"
 	"github.com/shoalfs/shoal/snapshotter"
 	"github.com/shoalfs/shoal/snapshotter/credentials"
 	"github.com/shoalfs/shoal/supernode"
@@ -148,7 +146,7 @@ func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, err
 	}
 	state := daemon.Starting("the node is starting")
 	defer ports.Serve(ctx, "metrics_address", c.MetricsAddress, daemon.Metrics(metrics, state))()
-	up, membership, addresses, err := openUpstream(ctx, c, ports, log, metrics)
+	up, membership, err := openUpstream(ctx, c, ports, log, metrics)
 	if err != nil {
 		return err
 	}
@@ -207,8 +205,8 @@ func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, err
 		return err
 	}, "images.lazy", "images.never", "images.eager", "images.prefetch", "prefetch")
 	reload.on(func(c *config.Node) error { vols.SetPrefetchRate(int64(c.PrefetchRate)); return nil }, "prefetch_rate")
-	reloadUpstream(reload, plain)
-	d := &nodeDaemon{reloader: reload, vols: vols, sn: sn, up: up, embedded: embedded, credentials: keychain, addresses: addresses}
+	reloadUpstream(reload, c, plain)
+	d := &nodeDaemon{reloader: reload, vols: vols, sn: sn, up: up, embedded: embedded, credentials: keychain, supernodes: supernodeNames(plain)}
 	metrics.MustRegister(append(d.collectors(), reads)...)
 	calls, err := timeCalls(metrics)
 	if err != nil {
@@ -256,7 +254,7 @@ func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, err
 		}
 		return membership.answered()
 	})
-	log.Info("node is up", "version", version, "socket", c.Address, "supernodes", addresses)
+	log.Info("node is up", "version", version, "socket", c.Address, "supernodes", d.supernodes())
 	if err := store.Ready(); err != nil {
 		log.Error("cannot say that the node is ready", "error", err)
 	}
@@ -271,65 +269,48 @@ func scrubInterval(c *config.Node) time.Duration {
 	return time.Duration(c.ScrubInterval)
 }
 
-// supernodeRestart is how long a pull waits for the only supernode after its
-// connection was lost: a restart takes less, and an image that was not opened then
-// would be unpacked in the ordinary way for good.
-const supernodeRestart = 3 * time.Second
-
 // openUpstream connects to the supernode, or embeds one. The membership is nil if
 // it does the latter.
-func openUpstream(ctx context.Context, c *config.Node, ports *daemon.Ports, log *slog.Logger, reg prometheus.Registerer) (upstream, *membership, []string, error) {
+func openUpstream(ctx context.Context, c *config.Node, ports *daemon.Ports, log *slog.Logger, reg prometheus.Registerer) (upstream, *membership, error) {
 	if len(c.Supernodes) == 0 {
 		s, err := openSupernode(filepath.Join(c.Root, "supernode"), c.Embedded.Store, c.Embedded.Registry, place{}, log, reg)
-		if err != nil {
-			return nil, nil, nil, err
-		}
-		return s, nil, []string{"embedded"}, nil
+		return s, nil, err
 	}
 	m, err := openMembership(ctx, c, ports, log, reg)
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, nil, err
 	}
 	in := newIntake(c)
-	clients := map[peer.ID]uplink.Supernode{}
-	var restart time.Duration
-	one := len(m.supernodes) == 1
-	if one {
-		restart = supernodeRestart // else the next one takes over
-	}
-	for _, info := range m.supernodes {
-		client, err := exchange.NewClient(m.host, info, exchange.Options{
-			Window: in.window, Download: in.download, Frames: in.frames, Restart: restart, Patient: one, Away: readPatience(c),
-			Log: log, Ready: func(ctx context.Context) error { return m.node.Ready(ctx, info.ID) },
-		})
-		if err != nil {
-			for _, c := range clients {
-				err = errors.Join(err, c.Close())
-			}
-			return nil, nil, nil, errors.Join(err, m.close())
-		}
-		clients[info.ID] = client
-	}
-	up, err := uplink.New(clients)
+	up, err := openLinks(c, m, exchange.Options{Window: in.window, Download: in.download, Frames: in.frames, Away: readPatience(c), Log: log})
 	if err != nil {
-		return nil, nil, nil, errors.Join(err, m.close())
+		return nil, nil, errors.Join(err, m.close())
 	}
-	r, err := newRemote(c, m, up, in, log, reg)
+	r, err := newRemote(c, up, in, log, reg)
 	if err != nil {
-		return nil, nil, nil, errors.Join(err, up.Close(), m.close())
+		return nil, nil, errors.Join(err, up.Close(), m.close())
 	}
-	return r, m, c.Supernodes, nil
+	return r, m, nil
 }
 
 // reloadUpstream adds what a node does when the keys of where it gets things from change.
-func reloadUpstream(reload *reloader[*config.Node], up upstream) {
+func reloadUpstream(reload *reloader[*config.Node], running *config.Node, up upstream) {
 	switch up := up.(type) {
 	case *supernode.Supernode:
 		reloadRegistry(reload, "embedded.", up, func(c *config.Node) config.Registry { return c.Embedded.Registry })
 	case *remote:
+		reloadSupernodes(reload, up.links, remoteSupernode(running))
 		reload.on(func(c *config.Node) error { up.download.Set(int64(c.MaxDownload)); return nil }, "max_download")
 		reload.on(func(c *config.Node) error { up.upload.Set(int64(c.MaxUpload)); return nil }, "max_upload")
 	}
+}
+
+// supernodeNames returns what says who the supernodes are.
+func supernodeNames(up upstream) func() []string {
+	r, ok := up.(*remote)
+	if !ok {
+		return func() []string { return []string{"embedded"} }
+	}
+	return func() []string { return *r.names.Load() }
 }
 
 // dataPath is the volumes as the snapshotter sees them.
@@ -352,7 +333,7 @@ type nodeDaemon struct {
 	up          upstream
 	embedded    *supernode.Supernode // nil: the node uses others
 	credentials *credentials.DockerConfig
-	addresses   []string
+	supernodes  func() []string // their addresses
 }
 
 func (d *nodeDaemon) Status(ctx context.Context) (*control.Status, error) {
@@ -364,7 +345,7 @@ func (d *nodeDaemon) Status(ctx context.Context) (*control.Status, error) {
 	if err != nil {
 		return nil, err
 	}
-	st := &control.Status{Version: version, Role: "node", Supernodes: d.addresses, Images: []control.Image{}}
+	st := &control.Status{Version: version, Role: "node", Supernodes: d.supernodes(), Images: []control.Image{}}
 	for _, im := range images {
 		ci := control.Image{Ref: im.Ref, Layers: []control.Layer{}}
 		for _, l := range im.Layers {

@@ -18,6 +18,9 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
 )
 
+// errRestart is what a change's apply returns if this value needs a restart.
+var errRestart = errors.New("needs a restart")
+
 // change is what a running daemon does when one of these keys of its config has
 // another value. Whatever apply does, it does as a whole or, with an error, not at all.
 type change[C any] struct {
@@ -81,7 +84,12 @@ func (r *reloader[C]) Reload() (*control.Reloaded, error) {
 		if len(keys) == 0 {
 			continue
 		}
-		if err := ch.apply(c); err != nil {
+		err := ch.apply(c)
+		if errors.Is(err, errRestart) {
+			done.Restart = append(done.Restart, keys...)
+			continue
+		}
+		if err != nil {
 			r.log.Error("a change in the config cannot be applied; what was before counts", "keys", keys, "error", err)
 			errs = append(errs, fmt.Errorf("%v: %w", keys, err))
 			continue

@@ -12,17 +12,15 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/swarm"
-	"github.com/shoalfs/shoal/p2p/uplink"
 )
 
 // remote is supernodes on other machines, and before them the nodes of this one's
 // groups.
 type remote struct {
-	*uplink.Uplink
-	membership *membership
-	swarm      *swarm.Swarm
-	download   *pace.Pacer // from others
-	upload     *pace.Pacer // to other nodes
+	*links
+	swarm    *swarm.Swarm
+	download *pace.Pacer // from others
+	upload   *pace.Pacer // to other nodes
 }
 
 // keepFrames is how many bytes of compressed chunks a node keeps in memory to pass
@@ -45,7 +43,8 @@ func newIntake(c *config.Node) intake {
 }
 
 // newRemote puts the swarm before the supernodes.
-func newRemote(c *config.Node, m *membership, up *uplink.Uplink, in intake, log *slog.Logger, reg prometheus.Registerer) (*remote, error) {
+func newRemote(c *config.Node, up *links, in intake, log *slog.Logger, reg prometheus.Registerer) (*remote, error) {
+	m := up.membership
 	cfg := swarm.Config{
 		Host: m.host, Groups: m.node, Supernode: up, Zone: c.Zone, Rack: c.Rack,
 		Window: in.window, Download: in.download, Frames: in.frames, Log: log, Registerer: reg,
@@ -57,7 +56,7 @@ func newRemote(c *config.Node, m *membership, up *uplink.Uplink, in intake, log 
 	if err != nil {
 		return nil, err
 	}
-	return &remote{up, m, s, in.download, pace.New(int64(c.MaxUpload))}, nil
+	return &remote{up, s, in.download, pace.New(int64(c.MaxUpload))}, nil
 }
 
 // Fetch implements blockdev.Source.
@@ -71,7 +70,7 @@ func (r *remote) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blo
 }
 
 func (r *remote) Close() error {
-	return errors.Join(r.swarm.Close(), r.Uplink.Close(), r.membership.close())
+	return errors.Join(r.swarm.Close(), r.links.Close(), r.membership.close())
 }
 
 // share serves other nodes out of store, if there are any and the config wants it.

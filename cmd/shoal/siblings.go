@@ -1,16 +1,17 @@
 package main
 
 import (
-	"errors"
 	"log/slog"
 	"time"
 
 	libp2p "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
 
+	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/supernode"
+	"github.com/shoalfs/shoal/supernode/members"
 )
 
 // parseSiblings reads the addresses of the other supernodes. This one's own is
@@ -41,27 +42,47 @@ func peerIDs(infos []peer.AddrInfo) []peer.ID {
 // it goes on without it: a node waits meanwhile. Earlier versions give one after 5 s.
 const siblingSign = 6 * time.Second
 
-// siblings are connections to the other supernodes.
-type siblings map[peer.ID]supernode.Sibling
-
-func openSiblings(h libp2p.Host, infos []peer.AddrInfo, log *slog.Logger) (siblings, error) {
-	all := siblings{}
-	for _, info := range infos {
-		c, err := exchange.NewClient(h, info, exchange.Options{FirstSign: siblingSign, Log: log})
-		if err != nil {
-			return nil, errors.Join(err, all.close())
-		}
-		all[info.ID] = c
-	}
-	return all, nil
+// siblings are the other supernodes as a supernode asks them.
+type siblings struct {
+	open func(peer.AddrInfo) (*exchange.Client, error)
+	all  clients
 }
 
-func (s siblings) close() error {
-	var errs []error
-	for _, c := range s {
-		if c, ok := c.(*exchange.Client); ok {
-			errs = append(errs, c.Close())
-		}
+func newSiblings(h libp2p.Host, log *slog.Logger) *siblings {
+	return &siblings{open: func(info peer.AddrInfo) (*exchange.Client, error) {
+		return exchange.NewClient(h, info, exchange.Options{FirstSign: siblingSign, Log: log})
+	}}
+}
+
+// change makes these the siblings: use is told of them, and those that are left out are
+// closed then. With an error of opening one nothing changes.
+func (s *siblings) change(infos []peer.AddrInfo, use func(map[peer.ID]supernode.Sibling)) error {
+	now, err := s.all.with(infos, s.open)
+	if err != nil {
+		return err
 	}
-	return errors.Join(errs...)
+	list := make(map[peer.ID]supernode.Sibling, len(now))
+	for id, c := range now {
+		list[id] = c
+	}
+	use(list)
+	before := s.all
+	s.all = now
+	return before.closeBut(now)
+}
+
+func (s *siblings) close() error { return s.all.closeBut(nil) }
+
+// reloadSiblings adds what a supernode does when its config names other siblings.
+func reloadSiblings(reload *reloader[*config.Supernode], self peer.ID, sibs *siblings, list *members.List, s *supernode.Supernode) {
+	reload.on(func(c *config.Supernode) error {
+		infos, err := parseSiblings(c.Siblings, self)
+		if err != nil {
+			return err
+		}
+		if err := list.SetSiblings(peerIDs(infos)); err != nil {
+			return err
+		}
+		return sibs.change(infos, s.SetSiblings)
+	}, "siblings")
 }

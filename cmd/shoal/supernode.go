@@ -67,7 +67,7 @@ func openSupernode(root string, store config.Store, reg config.Registry, at plac
 		AccessTTL: time.Duration(reg.AccessTTL), AccessGrace: time.Duration(reg.AccessGrace),
 		Ingests:  reg.Ingests,
 		Registry: registry.Config{TagTTL: time.Duration(reg.TagTTL), Download: pace.New(int64(reg.MaxDownload))},
-		Grant:    at.grant, Holders: at.holders, Relays: at.relays, Self: at.self, Siblings: at.siblings, Log: log, Registerer: metrics,
+		Grant:    at.grant, Holders: at.holders, Relays: at.relays, Self: at.self, Log: log, Registerer: metrics,
 	})
 }
 
@@ -85,11 +85,10 @@ func reloadRegistry[C any](reload *reloader[C], prefix string, s *supernode.Supe
 
 // place is where a supernode is among others.
 type place struct {
-	grant    func(peer string, manifest blockdev.Digest, origin string) ([]byte, error)
-	holders  func(manifest blockdev.Digest, origin string, n int) []supernode.Holder
-	relays   func(ctx context.Context, peer string, manifest blockdev.Digest) []blockdev.Relay
-	self     peer.ID
-	siblings siblings
+	grant   func(peer string, manifest blockdev.Digest, origin string) ([]byte, error)
+	holders func(manifest blockdev.Digest, origin string, n int) []supernode.Holder
+	relays  func(ctx context.Context, peer string, manifest blockdev.Digest) []blockdev.Relay
+	self    peer.ID
 }
 
 // supernodeLimits has requests wait for the upload budget: a node that is refused asks
@@ -141,16 +140,16 @@ func runSupernode(ctx context.Context, c *config.Supernode, load func() (*config
 		return err
 	}
 	defer func() { err = errors.Join(err, h.Close()) }()
-	sibs, err := openSiblings(h, others, log)
-	if err != nil {
-		return err
-	}
+	sibs := newSiblings(h, log)
 	defer func() { err = errors.Join(err, sibs.close()) }()
-	s, err := openSupernode(c.Root, c.Store, c.Registry, place{list.Grant, holders{h, list, log}.of, list.Relays, self, sibs}, log, metrics)
+	s, err := openSupernode(c.Root, c.Store, c.Registry, place{list.Grant, holders{h, list, log}.of, list.Relays, self}, log, metrics)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
+	if err := sibs.change(others, s.SetSiblings); err != nil {
+		return err
+	}
 	list.Start(h)
 	defer func() { err = errors.Join(err, list.Close()) }()
 	upload := pace.New(int64(c.MaxUpload))
@@ -171,6 +170,7 @@ func runSupernode(ctx context.Context, c *config.Supernode, load func() (*config
 	reload.on(func(c *config.Supernode) error { return setLevel(level, c.Log.Level) }, "log.level")
 	reload.on(func(c *config.Supernode) error { upload.Set(int64(c.MaxUpload)); return nil }, "max_upload")
 	reloadRegistry(reload, "", s, func(c *config.Supernode) config.Registry { return c.Registry })
+	reloadSiblings(reload, self, sibs, list, s)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { reload.serve(ctx); return nil })
 	g.Go(func() error {

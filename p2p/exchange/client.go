@@ -71,6 +71,9 @@ type Options struct {
 	// once, and what it says after a while is better than what a registry would have
 	// to bear.
 	Patient bool
+	// Only, if not nil, says whether there is no other server to ask now. If there is, Restart
+	// and Patient do not count.
+	Only func() bool
 	// Ready, if not nil, returns nil once the server, which is connected, has let
 	// this machine in. Requests wait for it.
 	Ready func(context.Context) error
@@ -207,7 +210,7 @@ const restartLook = 10 * time.Millisecond
 func (c *Client) readyAgain(ctx context.Context) error {
 	for attempts := 0; ; attempts++ {
 		err := c.ready(ctx)
-		if err == nil || ctx.Err() != nil || c.keeper.ctx.Err() != nil || c.opts.Restart == 0 ||
+		if err == nil || ctx.Err() != nil || c.keeper.ctx.Err() != nil || c.opts.Restart == 0 || !c.only() ||
 			attempts > 0 && time.Since(c.keeper.lostAt()) >= c.opts.Restart {
 			return err
 		}
@@ -220,6 +223,12 @@ func (c *Client) readyAgain(ctx context.Context) error {
 		}
 	}
 }
+
+// only says whether there is no other server to ask.
+func (c *Client) only() bool { return c.opts.Only == nil || c.opts.Only() }
+
+// Server returns whom the client was made for.
+func (c *Client) Server() peer.AddrInfo { return c.keeper.info }
 
 // Peer returns the server's peer ID.
 func (c *Client) Peer() peer.ID { return c.keeper.info.ID }

@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -199,7 +200,9 @@ func TestImageLimits(t *testing.T) {
 			return &blockdev.Image{}, nil
 		}),
 	})
-	c, patient := newClient(t, h, Options{}), newClient(t, h, Options{Patient: true})
+	var only atomic.Bool
+	only.Store(true)
+	c, patient := newClient(t, h, Options{}), newClient(t, h, Options{Patient: true, Only: only.Load})
 	if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "many/layers"}); !errors.Is(err, blockdev.ErrUnsupported) {
 		t.Errorf("too many layers: %v", err)
 	}
@@ -222,6 +225,11 @@ func TestImageLimits(t *testing.T) {
 	if _, err := patient.OpenImage(ctx, blockdev.ImageRequest{Ref: "b"}); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, wire.ErrBusy) {
 		t.Errorf("over the limit until the end: %v", err)
 	}
+	only.Store(false) // there is another one to ask now
+	if _, err := patient.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "b"}); !errors.Is(err, wire.ErrBusy) {
+		t.Errorf("over the limit, with another server to ask: %v", err)
+	}
+	only.Store(true)
 	go func() {
 		_, err := patient.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "b"})
 		done <- err

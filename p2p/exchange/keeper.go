@@ -73,8 +73,9 @@ func (k *keeper) run() {
 	}}
 	k.host.Network().Notify(watch)
 	defer k.host.Network().StopNotify(watch)
-	k.host.ConnManager().Protect(k.info.ID, "shoal")
-	defer k.host.ConnManager().Unprotect(k.info.ID, "shoal")
+	tag := fmt.Sprintf("shoal %p", k) // its own: there may be another client of the same server
+	k.host.ConnManager().Protect(k.info.ID, tag)
+	defer k.host.ConnManager().Unprotect(k.info.ID, tag)
 	defer k.settle(errors.New("the client is closed"))
 
 	backoff := minBackoff

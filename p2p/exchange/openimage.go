@@ -66,7 +66,7 @@ func (c *Client) converse(ctx context.Context, l *lane, out []byte, take func(*s
 	defer l.leave()
 	for pause := minBusy; ; pause = min(2*pause, maxBusy) {
 		err := c.converseOnce(ctx, l, out, take)
-		if !c.opts.Patient || !errors.Is(err, wire.ErrBusy) {
+		if !c.opts.Patient || !c.only() || !errors.Is(err, wire.ErrBusy) {
 			return err
 		}
 		t := time.NewTimer(pause/2 + rand.N(pause/2))

@@ -33,6 +33,7 @@
 //	}
 //	err := n.Allowed(ctx, group, peer)       // may peer ask this node for chunks of group?
 //	err := n.Ready(ctx, supernode)           // wait until that supernode has let us in
+//	err := n.SetSupernodes(...)              // the config has changed
 //
 // # Invariants
 //

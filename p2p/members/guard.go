@@ -133,7 +133,7 @@ func (n *Node) askLocked(id peer.ID, since, now time.Time) (wait time.Duration, 
 		return 0, false
 	}
 	var left []*session
-	for _, s := range n.sessions {
+	for _, s := range n.super {
 		if s.isJoined() {
 			left = append(left, s)
 		}
@@ -219,14 +219,11 @@ func (n *Node) heardLocked(q *question, now time.Time) {
 // call waits for them or for ctx: lists lag behind in a burst of joins, and name
 // few members of other cells.
 func (n *Node) Allowed(ctx context.Context, group blockdev.Digest, id peer.ID) error {
-	if n.super[id] != nil {
-		return nil
-	}
 	since := time.Now()
 	for {
 		n.mu.Lock()
 		now := time.Now()
-		known := n.knowsLocked(group, id, now)
+		known := n.super[id] != nil || n.knowsLocked(group, id, now)
 		var wait time.Duration
 		asking := known
 		if !known {
@@ -249,7 +246,7 @@ func (n *Node) Allowed(ctx context.Context, group blockdev.Digest, id peer.ID) e
 		case <-ctx.Done():
 			return fmt.Errorf("peer %s: %w, as far as can be known now: %w", id, errStranger, ctx.Err())
 		case <-n.ctx.Done():
-			return fmt.Errorf("this node is stopping: %w", blockdev.ErrUnavailable)
+			return errStopping
 		}
 	}
 }
@@ -257,13 +254,10 @@ func (n *Node) Allowed(ctx context.Context, group blockdev.Digest, id peer.ID) e
 // Connect implements host.Guard. Strangers may connect, some at a time: they may
 // have joined a moment ago.
 func (n *Node) Connect(id peer.ID, dir network.Direction) bool {
-	if n.super[id] != nil {
-		return true
-	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	now := time.Now()
-	if n.knowsLocked(blockdev.Digest{}, id, now) {
+	if n.super[id] != nil || n.knowsLocked(blockdev.Digest{}, id, now) {
 		return true
 	}
 	if dir == network.DirOutbound {
@@ -343,12 +337,9 @@ func (n *Node) expire(now time.Time) {
 
 // overdue says whether a connected peer is to be disconnected.
 func (n *Node) overdue(id peer.ID, now time.Time) bool {
-	if n.super[id] != nil {
-		return false
-	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.knowsLocked(blockdev.Digest{}, id, now) {
+	if n.super[id] != nil || n.knowsLocked(blockdev.Digest{}, id, now) {
 		delete(n.strangers, id)
 		return false
 	}

@@ -38,12 +38,14 @@ func newAsker(t *testing.T, supernodes int, groups ...blockdev.Digest) *asker {
 		t.Fatal(err)
 	}
 	t.Cleanup(n.cancel)
-	a := &asker{Node: n, homes: n.sessions}
-	for _, s := range n.sessions {
+	a := &asker{Node: n}
+	for _, info := range c.Supernodes {
+		s := n.super[info.ID]
 		s.joined = openConn{}
+		a.homes = append(a.homes, s)
 	}
 	for i, g := range groups {
-		n.groups[g] = &group{id: g, home: n.sessions[i%supernodes]}
+		n.groups[g] = &group{id: g, home: a.homes[i%supernodes]}
 	}
 	return a
 }

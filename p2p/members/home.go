@@ -17,10 +17,10 @@ func tcpAddr(ap netip.AddrPort) net.Addr { return net.TCPAddrFromAddrPort(ap) }
 // rehomeLocked gives a group the first supernode, in its order, that has let this
 // node in.
 func (n *Node) rehomeLocked(g *group) {
-	ids := make([]peer.ID, 0, len(n.sessions))
-	for _, s := range n.sessions {
+	ids := make([]peer.ID, 0, len(n.super))
+	for id, s := range n.super {
 		if s.isJoined() {
-			ids = append(ids, s.info.ID)
+			ids = append(ids, id)
 		}
 	}
 	if len(ids) == 0 {
@@ -66,12 +66,7 @@ func (n *Node) arrived(s *session) {
 func (n *Node) lost(s *session) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	now := time.Now()
-	for _, q := range n.asked {
-		if q.waits(s) {
-			n.heardLocked(q, now)
-		}
-	}
+	n.unansweredLocked(s)
 	if n.alone.IsZero() && !n.anyJoined() {
 		n.alone = time.Now()
 	}
@@ -89,8 +84,18 @@ func (n *Node) lost(s *session) {
 	})
 }
 
+// unansweredLocked ends the wait for answers of s.
+func (n *Node) unansweredLocked(s *session) {
+	now := time.Now()
+	for _, q := range n.asked {
+		if q.waits(s) {
+			n.heardLocked(q, now)
+		}
+	}
+}
+
 func (n *Node) anyJoined() bool {
-	for _, s := range n.sessions {
+	for _, s := range n.super {
 		if s.isJoined() {
 			return true
 		}

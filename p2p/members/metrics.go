@@ -32,7 +32,9 @@ func newMetrics(n *Node, reg prometheus.Registerer) (*metrics, error) {
 	}
 	m.all = []prometheus.Collector{
 		gauge("shoal_node_supernodes", "Supernodes that this node is a member of now.", func() (joined int) {
-			for _, s := range n.sessions {
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			for _, s := range n.super {
 				if s.isJoined() {
 					joined++
 				}

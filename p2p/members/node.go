@@ -25,7 +25,8 @@ const Protocol = "/shoal/member/1"
 
 // Config says who a node is and whom it joins.
 type Config struct {
-	// Supernodes are joined, each of them. Their order does not matter.
+	// Supernodes are joined, each of them. Their order does not matter. SetSupernodes
+	// changes them.
 	Supernodes []peer.AddrInfo
 	// Token returns the token to join with. It is called for each attempt, so
 	// that a file that has changed counts at once.
@@ -65,8 +66,6 @@ type Node struct {
 	log      *slog.Logger
 	instance [wire.InstanceLen]byte
 	metrics  *metrics
-	sessions []*session
-	super    map[peer.ID]*session
 	ctx      context.Context // ends with Close
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
@@ -76,6 +75,7 @@ type Node struct {
 	answered atomic.Bool // a supernode has let this node in
 
 	mu        sync.Mutex
+	super     map[peer.ID]*session
 	groups    map[blockdev.Digest]*group
 	byDiff    map[blockdev.Digest][]*group // those that have a diff
 	changed   chan struct{}                // closed, and made anew, when views or answers change
@@ -87,8 +87,8 @@ type Node struct {
 // New checks c and makes a Node that does nothing yet but guard: Start it with
 // the host that it guards.
 func New(c Config) (*Node, error) {
-	if len(c.Supernodes) == 0 || c.Token == nil {
-		return nil, errors.New("members: no supernode, or no token")
+	if c.Token == nil {
+		return nil, errors.New("members: no token")
 	}
 	for name, label := range map[string]string{"zone": c.Zone, "rack": c.Rack} {
 		if err := wire.CheckLabel(name, label); err != nil {
@@ -109,7 +109,6 @@ func New(c Config) (*Node, error) {
 	}
 	n := &Node{
 		cfg: c, log: c.Log,
-		super:     map[peer.ID]*session{},
 		groups:    map[blockdev.Digest]*group{},
 		byDiff:    map[blockdev.Digest][]*group{},
 		changed:   make(chan struct{}),
@@ -121,15 +120,10 @@ func New(c Config) (*Node, error) {
 		return nil, fmt.Errorf("members: %w", err)
 	}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
-	for _, info := range c.Supernodes {
-		if n.super[info.ID] != nil {
-			return nil, fmt.Errorf("members: supernode %s is named twice", info.ID)
-		}
-		s := newSession(n, info)
-		n.sessions = append(n.sessions, s)
-		n.super[info.ID] = s
-	}
 	var err error
+	if n.super, err = n.sessionsWith(c.Supernodes); err != nil {
+		return nil, fmt.Errorf("members: %w", err)
+	}
 	if n.metrics, err = newMetrics(n, c.Registerer); err != nil {
 		return nil, err
 	}
@@ -138,20 +132,28 @@ func New(c Config) (*Node, error) {
 
 // Start joins the supernodes on h, which n guards. Call it once.
 func (n *Node) Start(h host.Host) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	if n.super[h.ID()] != nil {
-		return fmt.Errorf("supernode %s: that is this machine's own identity", h.ID())
+		return ownIdentity(h)
 	}
 	n.host = h
-	for _, s := range n.sessions {
+	for _, s := range n.super {
 		n.wg.Go(s.run)
 	}
 	n.wg.Go(n.sweep)
 	return nil
 }
 
+func ownIdentity(h host.Host) error {
+	return fmt.Errorf("supernode %s: that is this machine's own identity", h.ID())
+}
+
 // Close says goodbye to the supernodes. Close it before the host.
 func (n *Node) Close() error {
+	n.mu.Lock()
 	n.cancel()
+	n.mu.Unlock()
 	n.wg.Wait()
 	n.metrics.unregister()
 	return nil
@@ -161,7 +163,7 @@ func (n *Node) Close() error {
 // that there is now. It waits for an attempt that is under way. Its error wraps
 // blockdev.ErrUnavailable, or is the context's, and says why not.
 func (n *Node) Ready(ctx context.Context, supernode peer.ID) error {
-	s := n.super[supernode]
+	s := n.session(supernode)
 	if s == nil {
 		return fmt.Errorf("%s is none of this node's supernodes: %w", supernode, blockdev.ErrUnavailable)
 	}
@@ -175,7 +177,9 @@ func (n *Node) Answered() error {
 		return nil
 	}
 	errs := []error{fmt.Errorf("no supernode has let this node in since it started: %w", blockdev.ErrUnavailable)}
-	for _, s := range n.sessions {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, s := range n.super {
 		s.mu.Lock()
 		if s.err != nil {
 			errs = append(errs, fmt.Errorf("supernode %s: %w", s.info.ID, s.err))

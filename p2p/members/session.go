@@ -57,6 +57,8 @@ func toldNo(err error) error {
 type session struct {
 	n    *Node
 	info peer.AddrInfo
+	ctx  context.Context // ends with end, or with the node
+	end  context.CancelCauseFunc
 	poke chan struct{} // capacity 1: try now
 	wake chan struct{} // capacity 1: there is something to send
 
@@ -73,8 +75,20 @@ type session struct {
 }
 
 func newSession(n *Node, info peer.AddrInfo) *session {
-	return &session{n: n, info: info, poke: make(chan struct{}, 1), wake: make(chan struct{}, 1), trying: make(chan struct{}),
+	s := &session{n: n, info: info, poke: make(chan struct{}, 1), wake: make(chan struct{}, 1), trying: make(chan struct{}),
 		groups: map[blockdev.Digest]bool{}}
+	s.ctx, s.end = context.WithCancelCause(n.ctx)
+	return s
+}
+
+var errStopping = fmt.Errorf("this node is stopping: %w", blockdev.ErrUnavailable)
+
+// ended says why the session's context has ended.
+func (s *session) ended() error {
+	if s.n.ctx.Err() != nil {
+		return errStopping
+	}
+	return context.Cause(s.ctx)
 }
 
 // run joins, stays joined for as long as that goes, and joins again.
@@ -87,8 +101,9 @@ func (s *session) run() {
 	}}
 	n.host.Network().Notify(watch)
 	defer n.host.Network().StopNotify(watch)
-	n.host.ConnManager().Protect(s.info.ID, "supernode")
-	defer n.host.ConnManager().Unprotect(s.info.ID, "supernode")
+	tag := fmt.Sprintf("supernode %p", s) // its own: another session with it may have begun
+	n.host.ConnManager().Protect(s.info.ID, tag)
+	defer n.host.ConnManager().Unprotect(s.info.ID, tag)
 	backoff := minBackoff
 	for {
 		st, r, lease, err := s.join()
@@ -98,8 +113,9 @@ func (s *session) run() {
 			s.settle(nil, err)
 			n.lost(s)
 		}
-		if n.ctx.Err() != nil {
-			s.settle(nil, fmt.Errorf("this node is stopping: %w", blockdev.ErrUnavailable))
+		if s.ctx.Err() != nil {
+			s.settle(nil, s.ended())
+			n.left(s)
 			return
 		}
 		s.settle(nil, err)
@@ -113,7 +129,7 @@ func (s *session) run() {
 		select {
 		case <-t.C:
 		case <-poke:
-		case <-n.ctx.Done():
+		case <-s.ctx.Done():
 		}
 		t.Stop()
 		s.mu.Lock()
@@ -134,7 +150,7 @@ func signal(ch chan struct{}) {
 func (s *session) settle(conn network.Conn, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err != nil && s.n.ctx.Err() == nil && (s.err == nil || s.err.Error() != err.Error()) {
+	if err != nil && s.ctx.Err() == nil && (s.err == nil || s.err.Error() != err.Error()) {
 		s.n.log.Warn("not a member of the supernode, trying again", "peer", s.info.ID, "err", err)
 	}
 	s.joined, s.err = conn, err
@@ -170,8 +186,8 @@ func (s *session) ready(ctx context.Context) error {
 		case <-trying:
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-s.n.ctx.Done():
-			return fmt.Errorf("this node is stopping: %w", blockdev.ErrUnavailable)
+		case <-s.ctx.Done():
+			return s.ended()
 		}
 	}
 }
@@ -191,7 +207,7 @@ func (s *session) next() chan struct{} {
 
 // join makes an attempt.
 func (s *session) join() (_ network.Stream, _ *bufio.Reader, lease time.Duration, err error) {
-	ctx, cancel := context.WithTimeout(s.n.ctx, joinTimeout)
+	ctx, cancel := context.WithTimeout(s.ctx, joinTimeout)
 	defer cancel()
 	h := s.n.host
 	// libp2p keeps off a peer for 5 s and more after a failed dial; there is a
@@ -258,7 +274,7 @@ func (s *session) stay(st network.Stream, r *bufio.Reader, lease time.Duration) 
 	}()
 	err := s.read(st, r, lease)
 	close(done)
-	if s.n.ctx.Err() == nil {
+	if s.ctx.Err() == nil {
 		_ = st.Reset()
 	}
 	<-written
@@ -268,13 +284,13 @@ func (s *session) stay(st network.Stream, r *bufio.Reader, lease time.Duration) 
 
 // read takes what the supernode sends.
 func (s *session) read(st network.Stream, r *bufio.Reader, lease time.Duration) error {
-	stop := context.AfterFunc(s.n.ctx, func() { _ = st.SetReadDeadline(time.Now()) })
+	stop := context.AfterFunc(s.ctx, func() { _ = st.SetReadDeadline(time.Now()) })
 	defer stop()
 	for {
 		if err := st.SetReadDeadline(time.Now().Add(lease)); err != nil {
 			return err
 		}
-		if err := s.n.ctx.Err(); err != nil {
+		if err := s.ctx.Err(); err != nil {
 			return err
 		}
 		ev, err := read(r)
@@ -314,7 +330,7 @@ func (s *session) write(st network.Stream, lease time.Duration, done <-chan stru
 	for {
 		select {
 		case <-done:
-			if s.n.ctx.Err() != nil {
+			if s.ctx.Err() != nil {
 				_ = st.SetWriteDeadline(time.Now().Add(goodbyeTimeout))
 				_ = write(st, &wire.MemberRequest{Part: &wire.MemberRequest_Goodbye{Goodbye: &wire.Goodbye{}}})
 				_ = st.CloseWrite()

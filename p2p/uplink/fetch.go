@@ -12,9 +12,6 @@ import (
 
 // Fetch implements blockdev.Source.
 func (u *Uplink) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
-	if len(u.ids) == 1 {
-		return u.nodes[u.ids[0]].Fetch(ctx, req, deliver)
-	}
 	w := way{after: u.hedge()}
 	switch req.Priority {
 	case blockdev.Demand:
@@ -23,8 +20,12 @@ func (u *Uplink) Fetch(ctx context.Context, req blockdev.Request, deliver blockd
 	default:
 		w = way{after: prefetchGiveUp, instead: true}
 	}
+	order := u.order(req.Diff, w.after)
+	if len(order) == 1 {
+		return order[0].Fetch(ctx, req, deliver)
+	}
 	f := &fetch{u: u, req: req, got: make([]bool, len(req.Chunks)), left: len(req.Chunks), deliver: deliver}
-	err := u.race(ctx, u.order(req.Diff, w.after), w, f.from)
+	err := u.race(ctx, order, w, f.from)
 	if f.failed != nil {
 		return f.failed
 	}

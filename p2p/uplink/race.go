@@ -271,6 +271,14 @@ func (p *pace) heard(s Supernode) {
 	delete(p.slow, s)
 }
 
+// forget is for one that is closed.
+func (p *pace) forget(s Supernode) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.slow, s)
+	delete(p.trials, s)
+}
+
 // try says whether a request to e may be hedged, and counts it.
 func (p *pace) try(e *runner) bool {
 	p.mu.Lock()
@@ -286,5 +294,7 @@ func (p *pace) try(e *runner) bool {
 func (p *pace) tried(e *runner) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.trials[e.s]--
+	if p.trials[e.s]--; p.trials[e.s] <= 0 {
+		delete(p.trials, e.s)
+	}
 }

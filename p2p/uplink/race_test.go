@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -146,7 +147,7 @@ func TestHangsInTheMiddle(t *testing.T) {
 		list := chunks(8)
 		haveAll(s, list)
 		half := &partly{fake: s[0], first: 4, late: leastHedge + time.Second}
-		u.replace(s[0], half)
+		u.replace(t, s[0], half)
 		s[1].hangs = after(2 * time.Second)
 		read(t, u, blockdev.Demand, list)
 		if n := s[1].wanted.Load(); n != 4 {
@@ -179,11 +180,16 @@ func (p *partly) Fetch(ctx context.Context, req blockdev.Request, deliver blockd
 }
 
 // replace has another supernode in the place of one.
-func (u *Uplink) replace(old, s Supernode) {
-	for id, have := range u.nodes {
+func (u *Uplink) replace(t *testing.T, old, s Supernode) {
+	t.Helper()
+	nodes := maps.Clone(u.set.Load().nodes)
+	for id, have := range nodes {
 		if have == old {
-			u.nodes[id] = s
+			nodes[id] = s
 		}
+	}
+	if err := u.Set(nodes); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -30,14 +33,19 @@ type Supernode interface {
 
 // Uplink asks supernodes, one after the other.
 type Uplink struct {
-	ids   []peer.ID
-	nodes map[peer.ID]Supernode
+	set atomic.Pointer[set]
 	pace
 
 	mu sync.Mutex
 	// from says who gave out a diff's index: who is told what containers read of
 	// it, and hands that out with the image again.
 	from map[blockdev.Digest]Supernode
+}
+
+// set is the supernodes that there are. It is replaced, and never changed.
+type set struct {
+	ids   []peer.ID
+	nodes map[peer.ID]Supernode
 }
 
 // maxFrom bounds Uplink.from.
@@ -52,21 +60,38 @@ var (
 
 // New returns an Uplink to these supernodes, at least one.
 func New(nodes map[peer.ID]Supernode) (*Uplink, error) {
-	if len(nodes) == 0 {
-		return nil, errors.New("uplink: no supernode")
-	}
-	u := &Uplink{nodes: nodes, from: map[blockdev.Digest]Supernode{},
+	u := &Uplink{from: map[blockdev.Digest]Supernode{},
 		pace: pace{slow: map[Supernode]time.Time{}, trials: map[Supernode]int{}}}
-	for id := range nodes {
-		u.ids = append(u.ids, id)
+	u.set.Store(&set{})
+	if err := u.Set(nodes); err != nil {
+		return nil, err
 	}
 	return u, nil
+}
+
+// Set changes which supernodes there are, at least one, for requests that begin from now
+// on. Those that are not among them any more are closed: what they are being asked goes on
+// as when they go away. Without a supernode nothing changes; other errors are those of
+// closing.
+func (u *Uplink) Set(nodes map[peer.ID]Supernode) error {
+	if len(nodes) == 0 {
+		return errors.New("uplink: no supernode")
+	}
+	before := u.set.Swap(&set{ids: slices.Collect(maps.Keys(nodes)), nodes: nodes})
+	var errs []error
+	for id, s := range before.nodes {
+		if nodes[id] != s {
+			errs = append(errs, s.Close())
+			u.forget(s)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // Close closes all of them.
 func (u *Uplink) Close() error {
 	var errs []error
-	for _, s := range u.nodes {
+	for _, s := range u.set.Load().nodes {
 		errs = append(errs, s.Close())
 	}
 	return errors.Join(errs...)
@@ -76,12 +101,13 @@ func (u *Uplink) Close() error {
 // those last that are slow. probe is how long a request takes to find out whether one
 // still is; 0: this one does not.
 func (u *Uplink) order(key blockdev.Digest, probe time.Duration) []Supernode {
-	if len(u.ids) == 1 {
-		return []Supernode{u.nodes[u.ids[0]]}
+	set := u.set.Load()
+	if len(set.ids) == 1 {
+		return []Supernode{set.nodes[set.ids[0]]}
 	}
 	var there, slow, away []Supernode
-	for _, id := range route.Order(key, u.ids) {
-		switch s := u.nodes[id]; {
+	for _, id := range route.Order(key, set.ids) {
+		switch s := set.nodes[id]; {
 		case s.Status() != nil:
 			away = append(away, s)
 		case len(there) == 0 && u.last(s, probe):
@@ -96,8 +122,8 @@ func (u *Uplink) order(key blockdev.Digest, probe time.Duration) []Supernode {
 // Status returns nil if a supernode can be reached now, or why one of them cannot.
 func (u *Uplink) Status() error {
 	var err error
-	for _, id := range u.ids {
-		if err = u.nodes[id].Status(); err == nil {
+	for _, s := range u.set.Load().nodes {
+		if err = s.Status(); err == nil {
 			return nil
 		}
 	}
@@ -107,7 +133,7 @@ func (u *Uplink) Status() error {
 // Away says whether no supernode could be reached for longer than d, or since the
 // Uplink was made.
 func (u *Uplink) Away(d time.Duration) bool {
-	for _, s := range u.nodes {
+	for _, s := range u.set.Load().nodes {
 		if s.Gone() <= d {
 			return false
 		}
@@ -130,11 +156,12 @@ const (
 // converse asks supernodes for an image or a document until one answers, and again
 // while all have too much to do. Where there is one, its client does that.
 func (u *Uplink) converse(ctx context.Context, key blockdev.Digest, after time.Duration, do ask) error {
-	if len(u.ids) == 1 {
-		return do(ctx, u.nodes[u.ids[0]], nil)
-	}
 	for pause := minBusy; ; pause = min(2*pause, maxBusy) {
-		err := u.race(ctx, u.order(key, after), way{after: after}, do)
+		order := u.order(key, after)
+		if len(order) == 1 {
+			return do(ctx, order[0], nil)
+		}
+		err := u.race(ctx, order, way{after: after}, do)
 		if !errors.Is(err, wire.ErrBusy) || ctx.Err() != nil {
 			return err
 		}
@@ -220,9 +247,6 @@ func both(a, b func()) func() {
 }
 
 func (u *Uplink) note(img *blockdev.Image, s Supernode) {
-	if len(u.ids) == 1 {
-		return
-	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if len(u.from) > maxFrom {
@@ -242,8 +266,8 @@ func (u *Uplink) ReportProfiles(ctx context.Context, profiles []blockdev.DiffPro
 		u.mu.Lock()
 		s := u.from[p.Diff]
 		u.mu.Unlock()
-		if s == nil {
-			s = u.order(p.Diff, 0)[0]
+		if order := u.order(p.Diff, 0); !slices.Contains(order, s) {
+			s = order[0]
 		}
 		to[s] = append(to[s], p)
 	}

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"slices"
+	"sync/atomic"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -34,24 +35,34 @@ const (
 type granter struct {
 	key     crypto.PrivKey
 	self    wire.Key
-	trusted map[wire.Key]bool // whose grants count
+	trusted atomic.Pointer[map[wire.Key]bool] // whose grants count; replaced, and never changed
 }
 
-func newGranter(key crypto.PrivKey, siblings []peer.ID) (*granter, error) {
+func newGranter(key crypto.PrivKey) (*granter, error) {
 	id, err := host.ID(key)
 	if err != nil {
 		return nil, err
 	}
-	g := &granter{key: key, trusted: map[wire.Key]bool{}}
-	for _, id := range append([]peer.ID{id}, siblings...) {
+	self, ok := host.Key(id)
+	if !ok {
+		return nil, fmt.Errorf("%s is not the ID of an Ed25519 key", id)
+	}
+	g := &granter{key: key, self: self}
+	return g, g.trust(nil)
+}
+
+// trust sets whose grants count beside its own.
+func (g *granter) trust(siblings []peer.ID) error {
+	trusted := map[wire.Key]bool{g.self: true}
+	for _, id := range siblings {
 		k, ok := host.Key(id)
 		if !ok {
-			return nil, fmt.Errorf("%s is not the ID of an Ed25519 key", id)
+			return fmt.Errorf("%s is not the ID of an Ed25519 key", id)
 		}
-		g.trusted[k] = true
+		trusted[k] = true
 	}
-	g.self, _ = host.Key(id)
-	return g, nil
+	g.trusted.Store(&trusted)
+	return nil
 }
 
 func grantMessage(holder wire.Key, manifest, origin blockdev.Digest) []byte {
@@ -75,7 +86,7 @@ func (g *granter) check(grant []byte, holder wire.Key, manifest blockdev.Digest)
 		return origin, fmt.Errorf("grant of %d bytes, not %d, or of another version: %w", len(grant), grantLen, blockdev.ErrUnauthorized)
 	}
 	signer := wire.Key(grant[1:])
-	if !g.trusted[signer] {
+	if !(*g.trusted.Load())[signer] {
 		return origin, fmt.Errorf("grant of %s, which is neither this supernode nor named in its siblings: %w", host.FromKey(signer), blockdev.ErrUnauthorized)
 	}
 	origin = blockdev.Digest(grant[grantOrigin:])

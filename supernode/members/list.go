@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
@@ -35,7 +36,7 @@ type Config struct {
 	// Key is the supernode's identity.
 	Key crypto.PrivKey
 	// Siblings are the other supernodes. They may connect without joining, and
-	// their grants count.
+	// their grants count. SetSiblings changes them.
 	Siblings []peer.ID
 	// Lease is after how much silence a node is no member any more; 15 s.
 	Lease time.Duration
@@ -52,7 +53,7 @@ type List struct {
 	tokens   *tokens
 	revoked  *revoked
 	granter  *granter
-	siblings map[peer.ID]bool
+	siblings atomic.Pointer[map[peer.ID]bool] // replaced, and never changed
 	metrics  *metrics
 	quiet    quiet.Quiet
 	host     host.Host
@@ -102,7 +103,6 @@ func New(c Config) (*List, error) {
 	}
 	l := &List{
 		cfg: c, log: c.Log,
-		siblings:  map[peer.ID]bool{},
 		work:      make(chan struct{}, 1),
 		tell:      make(chan struct{}, 1),
 		members:   map[peer.ID]*member{},
@@ -110,9 +110,6 @@ func New(c Config) (*List, error) {
 		dirty:     map[*group]struct{}{},
 		strangers: map[peer.ID]time.Time{},
 		relays:    map[relayKey]*relays{},
-	}
-	for _, id := range c.Siblings {
-		l.siblings[id] = true
 	}
 	path := c.TokenFile
 	if path == "" {
@@ -128,7 +125,10 @@ func New(c Config) (*List, error) {
 	if l.revoked, err = openRevoked(filepath.Join(c.Dir, "revoked")); err != nil {
 		return nil, fmt.Errorf("supernode: %w", err)
 	}
-	if l.granter, err = newGranter(c.Key, c.Siblings); err != nil {
+	if l.granter, err = newGranter(c.Key); err != nil {
+		return nil, fmt.Errorf("supernode: %w", err)
+	}
+	if err := l.SetSiblings(c.Siblings); err != nil {
 		return nil, fmt.Errorf("supernode: %w", err)
 	}
 	if l.metrics, err = newMetrics(l, c.Registerer); err != nil {
@@ -147,10 +147,8 @@ func (l *List) Start(h host.Host) {
 	h.SetStreamHandler(members.Protocol, l.serve)
 	l.wg.Go(l.push)
 	l.wg.Go(l.sweep)
-	if len(l.siblings) > 0 {
-		h.SetStreamHandler(revokedProtocol, l.serveRevoked)
-		l.wg.Go(l.tellSiblings)
-	}
+	h.SetStreamHandler(revokedProtocol, l.serveRevoked)
+	l.wg.Go(l.tellSiblings)
 }
 
 // Close ends all memberships. Close it before the host.
@@ -306,7 +304,7 @@ func (l *List) Revoke(id string) error {
 	if err != nil {
 		return fmt.Errorf("%q is no peer ID: `shoal members` lists them", id)
 	}
-	if l.siblings[p] || p == l.hostID() {
+	if l.isSibling(p) || p == l.hostID() {
 		return fmt.Errorf("%s is a supernode, no node: take it out of the configs", p)
 	}
 	if err := l.revoked.set(p, true); err != nil {

@@ -27,6 +27,22 @@ const (
 	maxRevoked  = 16 << 20
 )
 
+// SetSiblings changes who the other supernodes are. Those that are left out may not
+// connect any more without joining, and grants that they give do not count.
+func (l *List) SetSiblings(ids []peer.ID) error {
+	if err := l.granter.trust(ids); err != nil {
+		return err
+	}
+	all := map[peer.ID]bool{}
+	for _, id := range ids {
+		all[id] = true
+	}
+	l.siblings.Store(&all)
+	return nil
+}
+
+func (l *List) isSibling(id peer.ID) bool { return (*l.siblings.Load())[id] }
+
 // told is what a sibling has been told: on which connection, so that one that was
 // away is told again, and what.
 type told struct {
@@ -41,7 +57,7 @@ func (l *List) tellSiblings() {
 	defer t.Stop()
 	last := map[peer.ID]told{}
 	for {
-		for id := range l.siblings {
+		for id := range *l.siblings.Load() {
 			conns := l.host.Network().ConnsToPeer(id)
 			if len(conns) == 0 {
 				continue
@@ -89,7 +105,7 @@ func (l *List) tellSibling(id peer.ID) error {
 func (l *List) serveRevoked(st network.Stream) {
 	id := st.Conn().RemotePeer()
 	l.mu.Lock()
-	ok := l.siblings[id] && !l.closed
+	ok := l.isSibling(id) && !l.closed
 	if ok {
 		l.wg.Add(1)
 	}
@@ -137,7 +153,7 @@ func (l *List) takeRevoked(st network.Stream, from peer.ID) error {
 		return fmt.Errorf("revocations: %w: %w", blockdev.ErrCorrupt, err)
 	}
 	for id := range theirs {
-		if l.siblings[id] || id == l.hostID() {
+		if l.isSibling(id) || id == l.hostID() {
 			delete(theirs, id) // as Revoke refuses it
 		}
 	}
