@@ -21,11 +21,16 @@ type Registry struct {
 // StartRegistry serves the images in storage, a directory that outlives the
 // lab. With htpasswd, a file of that format, it asks for a password.
 func (l *Lab) StartRegistry(ctx context.Context, name, storage, htpasswd string) (*Registry, error) {
-	if err := os.MkdirAll(storage, 0o755); err != nil {
-		return nil, err
-	}
 	addr, err := l.freeAddr()
 	if err != nil {
+		return nil, err
+	}
+	return l.StartRegistryAt(ctx, name, addr, storage, htpasswd)
+}
+
+// StartRegistryAt is StartRegistry at this host:port.
+func (l *Lab) StartRegistryAt(ctx context.Context, name, addr, storage, htpasswd string) (*Registry, error) {
+	if err := os.MkdirAll(storage, 0o755); err != nil {
 		return nil, err
 	}
 	debug, err := l.freeAddr()
