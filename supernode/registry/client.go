@@ -166,6 +166,7 @@ func (c *Client) wrap(hc *http.Client, set *hostSet) {
 		tr.MaxIdleConnsPerHost = 8
 		tr.DisableCompression = true
 		tr.MaxResponseHeaderBytes = 256 << 10
+		tr.OnProxyConnectResponse = tunnel
 	}
 	hc.Transport = &transport{base: hc.Transport, stall: c.cfg.Stall, count: c.cfg.Received, loop: set.loop, plain: set.setPlain}
 }

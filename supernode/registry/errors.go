@@ -100,6 +100,16 @@ func (e *Error) Error() string {
 	return b.String()
 }
 
+// tunnel is http.Transport.OnProxyConnectResponse: net/http's own error is the status' text,
+// which reads as if it were the registry's.
+func tunnel(_ context.Context, proxy *url.URL, req *http.Request, resp *http.Response) error {
+	if resp.StatusCode == http.StatusOK {
+		return nil
+	}
+	return &Error{kind: blockdev.ErrUnavailable,
+		text: fmt.Sprintf("the proxy %s makes no tunnel to %s: HTTP %d %s", proxy.Host, req.Host, resp.StatusCode, http.StatusText(resp.StatusCode))}
+}
+
 // kindOf says what a status means to shoal.
 func kindOf(status int) error {
 	switch status {

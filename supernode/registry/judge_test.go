@@ -28,6 +28,7 @@ import (
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	ctrlog "github.com/containerd/log"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/supernode/registry"
@@ -73,7 +74,8 @@ func containerdPulls(t *testing.T, ref string, dirs []string, cred blockdev.Cred
 	if err != nil {
 		return err
 	}
-	return images.Dispatch(ctx, images.Handlers(remotes.FetchHandler(store, fetcher), images.ChildrenHandler(content.Provider(store))), nil, desc)
+	one := semaphore.NewWeighted(1) // its authorizer has a data race where several requests want a token
+	return images.Dispatch(ctx, images.Handlers(remotes.FetchHandler(store, fetcher), images.ChildrenHandler(content.Provider(store))), one, desc)
 }
 
 // shoalPulls is what a supernode does with it.
@@ -121,10 +123,44 @@ func (o *odd) hosts(host, format string, args ...any) {
 	o.dirs = []string{hostsToml(o.T, host, fmt.Sprintf(format, args...))}
 }
 
+// image is what names the layer.
+func (o *odd) image() (cfg, manifest []byte) {
+	cfg = rt.Config(o.T, rt.Platform{OS: "linux", Architecture: "amd64"}, o.layer)
+	return cfg, rt.Manifest(o.T, rt.TypeManifest, cfg, o.layer)
+}
+
+// manifest has it sent with this length (rt.Blob.Length), and with its digest or without.
+func (o *odd) manifest(method string, digest bool, length int) rt.Odd {
+	_, m := o.image()
+	return rt.On(method, "/manifests/", func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("Content-Type", rt.TypeManifest)
+		if digest {
+			w.Header().Set("Docker-Content-Digest", blockdev.Sum(m).String())
+		}
+		return rt.Blob{Data: m, Length: length}.Serve(w, r)
+	})
+}
+
+// expires ends what a request for the layer is let in by, and then its connection, once.
+func (o *odd) expires() rt.Odd {
+	cut := rt.Times(1, func(w http.ResponseWriter, r *http.Request) bool {
+		o.reg.Expire()
+		return rt.Blob{Data: o.layer.Blob, Cut: 100_000}.Serve(w, r)
+	})
+	return rt.On("GET", o.blob(), func(w http.ResponseWriter, r *http.Request) bool {
+		return r.Header.Get("Authorization") != "" && cut(w, r)
+	})
+}
+
+// onIPv6 makes reg one that is reached over IPv6.
+func (o *odd) onIPv6() {
+	o.reg = rt.NewFakeAt(o.T, "[::1]:0")
+	o.reg.Push(o.T, "app", "v1", o.layer)
+}
+
 // over makes reg one that speaks TLS.
 func (o *odd) over(f *rt.Fake) {
-	cfg := rt.Config(o.T, rt.Platform{OS: "linux", Architecture: "amd64"}, o.layer)
-	m := rt.Manifest(o.T, rt.TypeManifest, cfg, o.layer)
+	cfg, m := o.image()
 	f.SetManifest("app", "v1", rt.TypeManifest, blockdev.Sum(m), m)
 	f.SetBlob("app", blockdev.Sum(cfg), cfg)
 	f.SetBlob("app", blockdev.Sum(o.layer.Blob), o.layer.Blob)
@@ -147,7 +183,9 @@ func TestContainerdIsJudge(t *testing.T) {
 		refused []string
 		// stricter: containerd pulls, shoal refuses knowingly, with these words.
 		stricter []string
-		not      string // a word that would send the operator the wrong way
+		// looser: containerd refuses, shoal pulls: what comes is what the digest says.
+		looser bool
+		not    string // a word that would send the operator the wrong way
 	}{
 		{name: "plain", set: func(*odd) {}},
 		{name: "by digest", set: func(o *odd) { o.ref = o.reg.Host + "/app@" + o.reg.Push(o.T, "app", "v1", o.layer).String() }},
@@ -158,6 +196,18 @@ func TestContainerdIsJudge(t *testing.T) {
 		}},
 		{name: "basic", set: func(o *odd) { o.reg.SetAuth(rt.Basic, users, onlyAlice); o.cred = alice }},
 		{name: "bearer", set: func(o *odd) { o.reg.SetAuth(rt.Bearer, users, onlyAlice); o.cred = alice }},
+		{name: "a token that expires in the middle of a layer", set: func(o *odd) {
+			o.reg.SetAuth(rt.Bearer, users, onlyAlice)
+			o.cred = alice
+			o.reg.Script(o.expires())
+		}},
+		{name: "a token that expires in the middle of a layer, and no other", set: func(o *odd) {
+			o.reg.SetAuth(rt.Bearer, users, onlyAlice)
+			o.cred = alice
+			o.reg.Script(o.expires(), rt.On("", "/token", func(w http.ResponseWriter, r *http.Request) bool {
+				return o.reg.Expired() && rt.Status(401)(w, r)
+			}))
+		}, refused: []string{"401", "denied"}},
 		{name: "no credential", set: func(o *odd) { o.reg.SetAuth(rt.Basic, users, onlyAlice) }, refused: []string{"credential"}},
 		{name: "bearer, no credential", set: func(o *odd) { o.reg.SetAuth(rt.Bearer, users, onlyAlice) }, refused: []string{"denied"}},
 		{name: "404", set: func(o *odd) { o.ref = o.reg.Host + "/app:none" }, refused: []string{"not found"}},
@@ -191,13 +241,18 @@ func TestContainerdIsJudge(t *testing.T) {
 			o.reg.Script(rt.On("", o.blob(), rt.RedirectTo("http://"+o.other.Host)))
 			o.other.Script(rt.On("HEAD", "", rt.Status(403)))
 		}},
-		{name: "no digest and no length of a manifest", set: func(o *odd) {
-			m := rt.Manifest(o.T, rt.TypeManifest, rt.Config(o.T, rt.Platform{OS: "linux", Architecture: "amd64"}, o.layer), o.layer)
-			o.reg.Script(rt.On("", "/manifests/", func(w http.ResponseWriter, r *http.Request) bool {
-				w.Header().Set("Content-Type", rt.TypeManifest)
-				return rt.Blob{Data: m, Length: -1}.Serve(w, r)
-			}))
-		}},
+		{name: "no digest and no length of a manifest", set: func(o *odd) { o.reg.Script(o.manifest("", false, -1)) }},
+		{name: "a manifest of no digest that is too short", set: func(o *odd) { o.reg.Script(o.manifest("", false, 100)) }, refused: []string{"not readable JSON"}},
+		{name: "a manifest of no digest that is said to be too long", set: func(o *odd) { o.reg.Script(o.manifest("", false, 100_000)) }, refused: []string{"unexpected EOF"}},
+		{name: "a manifest of no digest of which HEAD says a wrong length", set: func(o *odd) { o.reg.Script(o.manifest("HEAD", false, 100)) }},
+		{name: "no length of a manifest", set: func(o *odd) { o.reg.Script(o.manifest("", true, -1)) }},
+		{name: "no length of a manifest at GET", set: func(o *odd) { o.reg.Script(o.manifest("GET", true, -1)) }},
+		{name: "a manifest that is too short", set: func(o *odd) { o.reg.Script(o.manifest("", true, 100)) }, refused: []string{"another digest"}},
+		{name: "a manifest that is said to be too long", set: func(o *odd) { o.reg.Script(o.manifest("", true, 100_000)) }, looser: true},
+		{name: "a manifest that is too short at GET", set: func(o *odd) { o.reg.Script(o.manifest("GET", true, 100)) }, refused: []string{"another digest"}},
+		{name: "a manifest that is said to be too long at GET", set: func(o *odd) { o.reg.Script(o.manifest("GET", true, 100_000)) }},
+		{name: "a manifest that is said to be too long at HEAD", set: func(o *odd) { o.reg.Script(o.manifest("HEAD", true, 100_000)) }, looser: true},
+		{name: "a manifest that is said to be too short at HEAD", set: func(o *odd) { o.reg.Script(o.manifest("HEAD", true, 100)) }, looser: true},
 
 		{name: "storage behind a redirect", set: func(o *odd) { o.reg.Script(rt.On("GET", o.blob(), rt.RedirectTo("http://"+o.other.Host))) }},
 		{name: "storage that wants a Referer", set: func(o *odd) {
@@ -308,6 +363,30 @@ func TestContainerdIsJudge(t *testing.T) {
 			o.hosts("Registry.Example_5000_", "server = \"http://%s\"\n", o.reg.Host)
 			o.ref = "Registry.Example:5000/app:v1"
 		}},
+		{name: "a registry at an IPv6 literal", set: func(o *odd) {
+			o.onIPv6()
+			o.ref = o.reg.Host + "/app:v1"
+		}},
+		{name: "a registry at an IPv6 literal, by hosts.toml", set: func(o *odd) {
+			o.onIPv6()
+			o.hosts("registry.example", "server = \"http://127.0.0.1:1\"\n[host.\"http://%s\"]\ncapabilities = [\"pull\", \"resolve\"]\n", o.reg.Host)
+			o.ref = "registry.example/app:v1"
+		}},
+		{name: "a registry at an IPv6 literal, with a token server there", set: func(o *odd) {
+			o.onIPv6()
+			o.reg.SetAuth(rt.Bearer, users, onlyAlice)
+			o.cred = alice
+			o.ref = o.reg.Host + "/app:v1"
+		}},
+		{name: "a registry at an IPv6 literal, and storage at another", set: func(o *odd) {
+			o.onIPv6()
+			o.reg.SetAuth(rt.Basic, users, onlyAlice)
+			o.cred = alice
+			o.other = rt.NewFakeAt(o.T, "[::1]:0")
+			o.other.SetBlob("app", blockdev.Sum(o.layer.Blob), o.layer.Blob)
+			o.reg.Script(rt.On("GET", o.blob(), rt.RedirectTo("http://"+o.other.Host)))
+			o.ref = o.reg.Host + "/app:v1"
+		}},
 		{name: "an IPv6 literal", set: func(o *odd) {
 			o.hosts("[2001:db8::1]_5000_", "server = \"http://%s\"\n", o.reg.Host)
 			o.ref = "[2001:db8::1]:5000/app:v1"
@@ -344,7 +423,7 @@ func TestContainerdIsJudge(t *testing.T) {
 			}
 			o := newOdd()
 			judge := containerdPulls(t, o.ref, o.dirs, o.cred)
-			if (judge == nil) != (tc.refused == nil) {
+			if (judge == nil) != (tc.refused == nil && !tc.looser) {
 				t.Fatalf("containerd: %v", judge)
 			}
 			o = newOdd()
@@ -374,38 +453,58 @@ func TestContainerdIsJudge(t *testing.T) {
 	}
 }
 
-// TestProxy: HTTP_PROXY and NO_PROXY count as they do for containerd. net/http reads
+// TestProxy: HTTP_PROXY, HTTPS_PROXY and NO_PROXY count as they do for containerd. net/http reads
 // them once for a process, so it is one of its own.
 func TestProxy(t *testing.T) {
 	const proxied = "SHOAL_TEST_PROXIED"
 	if dirs := os.Getenv(proxied); dirs != "" {
-		for ref, want := range map[string]bool{"registry.example/app:v1": true, "direct.example/app:v1": false} {
+		// By reference: what the cause says; empty: it is pulled.
+		for ref, says := range map[string]string{
+			"registry.example/app:v1": "", "direct.example/app:v1": "address",
+			"tls.example/app:v1": "", "direct-tls.example/app:v1": "address",
+			"refused.example/app:v1": "makes no tunnel to refused.invalid:443: HTTP 407",
+		} {
 			judge, err := containerdPulls(t, ref, []string{dirs}, nobody), shoalPulls(t, ref, []string{dirs}, nobody)
-			if (judge == nil) != want || (err == nil) != want {
+			if (judge == nil) != (says == "") || (err == nil) != (says == "") {
 				t.Errorf("%s: containerd: %v; shoal: %v", ref, judge, err)
+				continue
 			}
-			if !want && !strings.Contains(err.Error(), "address") {
-				t.Errorf("the cause %q does not say that the name is unknown", err)
+			if err != nil && (!strings.Contains(err.Error(), says) || strings.Contains(err.Error(), "word")) {
+				t.Errorf("the cause is %q, want %q in it and no password", err, says)
 			}
 		}
 		return
 	}
 	proxy := rt.NewFake(t) // gets requests for registry.example
-	proxy.Push(t, "app", "v1", rt.GzipLayer(t, "file", 1000, 1))
-	dirs := hostsToml(t, "registry.example", "server = \"http://registry.invalid:5000\"\n")
-	if err := os.MkdirAll(filepath.Join(dirs, "direct.example"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dirs, "direct.example", "hosts.toml"), []byte("server = \"http://direct.invalid:5000\"\n"), 0o644); err != nil {
-		t.Fatal(err)
+	o := &odd{T: t, layer: rt.GzipLayer(t, "file", 1000, 1)}
+	proxy.Push(t, "app", "v1", o.layer)
+	o.over(rt.NewFakeTLS(t))
+	tunnels := rt.NewFake(t)
+	tunnels.Script(func(w http.ResponseWriter, r *http.Request) bool {
+		return r.Host == "refused.invalid:443" && rt.Status(http.StatusProxyAuthRequired)(w, r)
+	}, rt.Connect(o.reg.Host))
+	dirs := t.TempDir()
+	for host, content := range map[string]string{
+		"registry.example":   "server = \"http://registry.invalid:5000\"\n",
+		"direct.example":     "server = \"http://direct.invalid:5000\"\n",
+		"tls.example":        "server = \"https://tls.invalid\"\nskip_verify = true\n",
+		"refused.example":    "server = \"https://refused.invalid\"\nskip_verify = true\n",
+		"direct-tls.example": "server = \"https://direct.invalid\"\nskip_verify = true\n",
+	} {
+		if err := os.MkdirAll(filepath.Join(dirs, host), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dirs, host, "hosts.toml"), []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
 	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestProxy$", "-test.count=1")
-	cmd.Env = append(os.Environ(), proxied+"="+dirs, "HTTP_PROXY=http://"+proxy.Host, "NO_PROXY=direct.invalid")
+	cmd.Env = append(os.Environ(), proxied+"="+dirs, "HTTP_PROXY=http://"+proxy.Host, "HTTPS_PROXY=http://user:word@"+tunnels.Host, "NO_PROXY=direct.invalid")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	if len(proxy.Requests("GET", "/blobs/")) == 0 {
-		t.Error("the proxy was not asked")
+	if len(proxy.Requests("GET", "/blobs/")) == 0 || len(tunnels.Requests("CONNECT")) == 0 || len(o.reg.Requests("GET", "/blobs/")) == 0 {
+		t.Error("a proxy was not asked")
 	}
 }
 

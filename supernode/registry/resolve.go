@@ -289,12 +289,13 @@ func readDocument(ctx context.Context, s *session, ref Reference, mediaType stri
 	if cerr := rc.Close(); err == nil {
 		err = cerr
 	}
+	right := blockdev.Sum(b) == d.digest
 	switch {
-	case err != nil:
-		return nil, err
+	case err != nil && !right: // else all has come, and the Content-Length is wrong
+		return nil, fmt.Errorf("registry %s: %s %s: %w", ref.Host, what, d.digest, err)
 	case int64(len(b)) > limit:
 		return nil, &Error{Host: ref.Host, kind: blockdev.ErrUnsupported, text: fmt.Sprintf("%s %s is larger than %d bytes", what, d.digest, limit)}
-	case blockdev.Sum(b) != d.digest:
+	case !right:
 		return nil, &Error{Host: ref.Host, kind: blockdev.ErrCorrupt, text: fmt.Sprintf("%s %s: the %d bytes sent have another digest", what, d.digest, len(b))}
 	case d.size >= 0 && int64(len(b)) != d.size:
 		return nil, &Error{Host: ref.Host, kind: blockdev.ErrCorrupt, text: fmt.Sprintf("%s %s has %d bytes, its descriptor says %d", what, d.digest, len(b), d.size)}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -42,6 +43,8 @@ type Fake struct {
 	hook      func(w http.ResponseWriter, r *http.Request) bool
 	log       []string
 	headers   []http.Header
+	tokens    int // given out
+	expired   int // of these, the first so many are good no more
 }
 
 type doc struct {
@@ -54,6 +57,21 @@ func NewFake(t testing.TB) *Fake {
 	f := newFake()
 	f.srv = httptest.NewServer(f)
 	f.Host = f.srv.Listener.Addr().String()
+	t.Cleanup(f.srv.Close)
+	return f
+}
+
+// NewFakeAt is NewFake at this host:port; the port may be 0.
+func NewFakeAt(t testing.TB, addr string) *Fake {
+	t.Helper()
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := newFake()
+	f.srv = &httptest.Server{Listener: ln, Config: &http.Server{Handler: f}}
+	f.srv.Start()
+	f.Host = ln.Addr().String()
 	t.Cleanup(f.srv.Close)
 	return f
 }
@@ -87,6 +105,20 @@ func (f *Fake) SetAuth(a Auth, users map[string]string, readable func(user, repo
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.auth, f.users, f.readable = a, users, readable
+}
+
+// Expire ends all tokens that were given out.
+func (f *Fake) Expire() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.expired = f.tokens
+}
+
+// Expired says whether that has been.
+func (f *Fake) Expired() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.expired > 0
 }
 
 // SetHook installs what sees each request first; it returns true if it answered.
@@ -215,12 +247,18 @@ func (f *Fake) allowed(w http.ResponseWriter, r *http.Request, repo string) bool
 	case Bearer:
 		tok, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 		scope := "repository:" + repo + ":pull"
+		challenge := fmt.Sprintf(`Bearer realm="http://%s/token",service="fake",scope=%q`, f.Host, scope)
 		if b, err := base64.RawURLEncoding.DecodeString(tok); err == nil && tok != "" {
-			if strings.HasSuffix(string(b), " "+scope) {
+			n := 0
+			_, err := fmt.Sscanf(string(b), "%d ", &n)
+			switch {
+			case err != nil || n <= f.expired:
+				challenge += `,error="invalid_token"`
+			case strings.HasSuffix(string(b), " "+scope):
 				return true
 			}
 		}
-		w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="http://%s/token",service="fake",scope=%q`, f.Host, scope))
+		w.Header().Set("WWW-Authenticate", challenge)
 		Fail(w, http.StatusUnauthorized, "UNAUTHORIZED")
 		return false
 	}
@@ -250,7 +288,8 @@ func (f *Fake) token(w http.ResponseWriter, r *http.Request) {
 	if f.readable(user, repo) {
 		granted = scope
 	}
-	tok := base64.RawURLEncoding.EncodeToString([]byte("user=" + user + " " + granted))
+	f.tokens++
+	tok := base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "%d user=%s %s", f.tokens, user, granted))
 	_, _ = fmt.Fprintf(w, `{"token":%q,"access_token":%q,"expires_in":300}`, tok, tok) // the client may be gone
 }
 

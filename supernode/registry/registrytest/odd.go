@@ -2,6 +2,8 @@ package registrytest
 
 import (
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -58,6 +60,34 @@ func RedirectTo(base string) Odd {
 	var n atomic.Int64
 	return func(w http.ResponseWriter, r *http.Request) bool {
 		http.Redirect(w, r, fmt.Sprintf("%s%s?X-Amz-Signature=%d", base, r.URL.Path, n.Add(1)), http.StatusTemporaryRedirect)
+		return true
+	}
+}
+
+// Connect makes tunnels to this address, whatever is asked for, as a proxy does that knows
+// all names.
+func Connect(to string) Odd {
+	return func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method != http.MethodConnect {
+			return false
+		}
+		out, err := net.Dial("tcp", to)
+		if err != nil {
+			Fail(w, http.StatusBadGateway, "")
+			return true
+		}
+		defer out.Close()
+		w.WriteHeader(http.StatusOK)
+		in, buffered, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			return true // the client is gone
+		}
+		defer in.Close()
+		go func() {
+			_, _ = io.Copy(out, buffered) // until one of the two goes
+			_ = out.Close()
+		}()
+		_, _ = io.Copy(in, out)
 		return true
 	}
 }
