@@ -18,6 +18,7 @@ import (
 // of it over TCP.
 type uploadRig struct {
 	*testing.T
+	store  *store
 	chunks []blockdev.Chunk
 	ctx    context.Context
 	stop   context.CancelFunc
@@ -36,7 +37,7 @@ func newUploadRig(t *testing.T, l Limits) *uploadRig {
 	st, chunks := newStore(t, false, data...)
 	h := newHost(t, nil, loopback)
 	newServer(t, h, ServerConfig{Chunks: st, Upload: pace.New(uploadRate), Limits: l})
-	r := &uploadRig{T: t, chunks: chunks, open: func() *Client { return newClient(t, h, Options{}) }}
+	r := &uploadRig{T: t, store: st, chunks: chunks, open: func() *Client { return newClient(t, h, Options{}) }}
 	r.ctx, r.stop = context.WithCancel(t.Context())
 	t.Cleanup(func() { r.stop(); r.wg.Wait() })
 	return r
@@ -99,15 +100,35 @@ func TestUploadDemandFirst(t *testing.T) {
 // has nothing in line is not refused for what somebody else has.
 func TestUploadBacklog(t *testing.T) {
 	r := newUploadRig(t, Limits{DemandBacklog: 200 * time.Millisecond})
+	// All of these are let in while nothing is in line. Each has a chunk in line from then on,
+	// but for the moment in which it is sent: ten times what may be in line, however slow the
+	// machine is. Requests that are let in one after the other make a line that is just as
+	// long as it may be, and shorter where it takes a while to send a chunk.
+	const streams = 32
+	begun, all := make(chan struct{}, streams), make(chan struct{})
+	r.store.hook = func(ctx context.Context, d blockdev.Digest) error {
+		if d == r.chunks[0].Digest {
+			select {
+			case begun <- struct{}{}:
+			default: // another one's, later
+			}
+		}
+		select {
+		case <-all:
+		case <-ctx.Done():
+		}
+		return nil
+	}
 	c := r.open()
-	for range 8 { // each has a chunk in line until the test ends, unless it is refused
+	for range streams {
 		r.wg.Go(func() {
-			err := c.Fetch(r.ctx, request(blockdev.Demand, r.chunks), discard)
-			if err != nil && r.ctx.Err() == nil && !errors.Is(err, wire.ErrBusy) {
+			if err := c.Fetch(r.ctx, request(blockdev.Demand, r.chunks), discard); err != nil && r.ctx.Err() == nil {
 				t.Error(err)
 			}
 		})
 	}
+	waitFor(t, "all requests to be let in", func() bool { return len(begun) == streams })
+	close(all)
 	waitFor(t, "a node with a long line to be refused", func() bool {
 		return errors.Is(c.Fetch(t.Context(), request(blockdev.Demand, r.chunks[:1]), discard), wire.ErrBusy)
 	})
