@@ -70,6 +70,9 @@ bench-ingest: setup build ## ingest and memory of the biggest image -> bench/out
 	cd bench && $(GO) run ./cmd/bench ingest --bin $(BIN)
 bench-sizing: setup build ## memory and disk of a supernode for each 1,000 nodes, TB of store, GB of images -> bench/out/sizing.json
 	cd bench && $(GO) run ./cmd/bench sizing --bin $(BIN)
+.PHONY: benchmarks
+benchmarks: ## docs/benchmarks.md and the README's table, from what the targets have left in bench/out
+	cd bench && $(GO) run ./cmd/bench docs
 
 .PHONY: sim
 sim: ## 1,000 and 10,000 simulated nodes, and other designs in the same network -> bench/out/sim.json, plots

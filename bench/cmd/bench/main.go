@@ -28,7 +28,7 @@ func main() {
 	f.StringVar(&o.out, "out", "out", "directory for the JSON files")
 	f.IntVar(&o.runs, "runs", 3, "how often each thing is measured")
 	f.StringSliceVar(&o.images, "images", nil, "measure only these images")
-	cmd.AddCommand(demoCommand(&o), startCommand(&o), readCommand(&o), upgradeCommand(&o), swarmCommand(&o), ingestCommand(&o), sizingCommand(&o), treesCommand(&o))
+	cmd.AddCommand(demoCommand(&o), startCommand(&o), readCommand(&o), upgradeCommand(&o), swarmCommand(&o), ingestCommand(&o), sizingCommand(&o), treesCommand(&o), docsCommand(&o))
 	err := cmd.ExecuteContext(ctx)
 	stop()
 	if err != nil {
