@@ -72,7 +72,7 @@ func writeDocs(out, top string) error {
 		if t.name == "start" {
 			table = startTable(rows)
 		}
-		fmt.Fprintf(&page, "\n## %s\n\n%s `%s`, %s.\n\n", t.name, t.what, t.command, st.ModTime().UTC().Format(time.DateOnly))
+		fmt.Fprintf(&page, "\n## %s\n\n%s\n`%s`, %s.\n\n", t.name, t.what, t.command, st.ModTime().UTC().Format(time.DateOnly))
 		page.WriteString("| what | value | bar | min | max | runs |\n|---|---|---|---|---|---|\n")
 		for _, r := range rows {
 			bar := ""
