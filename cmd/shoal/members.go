@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"strings"
@@ -27,19 +26,14 @@ func newMembersCommand() *cobra.Command {
 		Short: "On a supernode: list its nodes, keep one out, or let it in again",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "table" && output != "json" {
-				return fmt.Errorf("--output is %q: it is table or json", output)
+			if err := checkOutput(output); err != nil {
+				return err
 			}
 			list, err := client().Members(cmd.Context())
 			if err != nil {
 				return err
 			}
-			if output == "json" {
-				enc := json.NewEncoder(cmd.OutOrStdout())
-				enc.SetIndent("", "  ")
-				return enc.Encode(list)
-			}
-			return writeMembers(cmd.OutOrStdout(), list)
+			return show(cmd.OutOrStdout(), output, list, writeMembers)
 		},
 	}
 	cmd.PersistentFlags().StringVar(&socket, "control", "", "control socket of the supernode (default "+config.DefaultSupernode().ControlAddress+")")

@@ -24,24 +24,37 @@ func newStatusCommand() *cobra.Command {
 		Short: "Show images, their layers, and how much of them is here",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "table" && output != "json" {
-				return fmt.Errorf("--output is %q: it is table or json", output)
+			if err := checkOutput(output); err != nil {
+				return err
 			}
 			st, err := controlClient(socket).Status(cmd.Context())
 			if err != nil {
 				return err
 			}
-			if output == "json" {
-				enc := json.NewEncoder(cmd.OutOrStdout())
-				enc.SetIndent("", "  ")
-				return enc.Encode(st)
-			}
-			return writeStatus(cmd.OutOrStdout(), st)
+			return show(cmd.OutOrStdout(), output, st, writeStatus)
 		},
 	}
 	addControlFlag(cmd, &socket)
 	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
 	return cmd
+}
+
+// checkOutput refuses a value of --output that show does not know.
+func checkOutput(output string) error {
+	if output != "table" && output != "json" {
+		return fmt.Errorf("--output is %q: it is table or json", output)
+	}
+	return nil
+}
+
+// show writes v as --output says: as JSON, or as table writes it.
+func show[T any](w io.Writer, output string, v T, table func(io.Writer, T) error) error {
+	if output == "json" {
+		enc := json.NewEncoder(w)
+		enc.SetIndent("", "  ")
+		return enc.Encode(v)
+	}
+	return table(w, v)
 }
 
 func addControlFlag(cmd *cobra.Command, socket *string) {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"strings"
@@ -35,19 +34,14 @@ func newStoreCommand() *cobra.Command {
 		Short: "List the stored layers, the largest first",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "table" && output != "json" {
-				return fmt.Errorf("--output is %q: it is table or json", output)
+			if err := checkOutput(output); err != nil {
+				return err
 			}
 			layers, err := client().Stored(cmd.Context())
 			if err != nil {
 				return err
 			}
-			if output == "json" {
-				enc := json.NewEncoder(cmd.OutOrStdout())
-				enc.SetIndent("", "  ")
-				return enc.Encode(layers)
-			}
-			return writeStored(cmd.OutOrStdout(), layers)
+			return show(cmd.OutOrStdout(), output, layers, writeStored)
 		},
 	}
 	list.Flags().StringVarP(&output, "output", "o", "table", "table or json")

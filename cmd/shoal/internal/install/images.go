@@ -28,7 +28,7 @@ func MoveImages(ctx context.Context, address, from, to string, resolver Resolver
 	defer func() { _ = c.Close() }() // nothing is lost by it
 	spaces, err := c.NamespaceService().List(ctx)
 	if err != nil {
-		return fmt.Errorf("containerd at %s cannot say which images it has: %w", address, err)
+		return fmt.Errorf("containerd at %s cannot say which images it has: %w. Start containerd, or name its socket with --address", address, err)
 	}
 	var errs []error
 	for _, space := range spaces {
