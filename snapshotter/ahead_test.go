@@ -22,11 +22,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/snapshotter/mirror"
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
-
-var _ mirror.Opener = (*Snapshotter)(nil)
 
 // private makes a fake supernode's images ones that only cred opens.
 func (f *fakeImages) private(cred blockdev.Credential) { f.set(func() { f.want = &cred }) }

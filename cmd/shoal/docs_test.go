@@ -16,11 +16,11 @@ import (
 
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/node/mirror"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
 	node "github.com/shoalfs/shoal/p2p/members"
 	"github.com/shoalfs/shoal/p2p/swarm"
-	"github.com/shoalfs/shoal/snapshotter/mirror"
 	"github.com/shoalfs/shoal/supernode"
 	"github.com/shoalfs/shoal/supernode/members"
 )

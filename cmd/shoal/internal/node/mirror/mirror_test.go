@@ -19,7 +19,10 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/snapshotter"
 )
+
+var _ Opener = (*snapshotter.Snapshotter)(nil)
 
 // source is a blockdev.DocumentSource made of a function.
 type source func(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error)
