@@ -15,10 +15,10 @@ import (
 	"github.com/shoalfs/shoal/blockdev/chain"
 	"github.com/shoalfs/shoal/blockdev/volume"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/node/direct"
 	"github.com/shoalfs/shoal/p2p/swarm"
 	"github.com/shoalfs/shoal/snapshotter"
 	"github.com/shoalfs/shoal/snapshotter/credentials"
-	"github.com/shoalfs/shoal/supernode/direct"
 	"github.com/shoalfs/shoal/supernode/registry"
 )
 
