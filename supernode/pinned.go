@@ -12,6 +12,7 @@ import (
 	"sync"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/durable"
 )
 
 const (
@@ -168,26 +169,7 @@ func (p *pinned) saveLocked() (err error) {
 	if err != nil {
 		return err
 	}
-	dir := filepath.Dir(p.path)
-	f, err := os.CreateTemp(dir, ".pinned-*")
-	if err != nil {
-		return fmt.Errorf("list of pinned images: %w", err)
-	}
-	defer func() { _ = os.Remove(f.Name()) }() // fails once it has its name
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), p.path)
-	}
-	if err == nil {
-		var d *os.File
-		if d, err = os.Open(dir); err == nil {
-			err = errors.Join(d.Sync(), d.Close())
-		}
-	}
-	if err != nil {
+	if err := durable.Replace(p.path, b, 0o600); err != nil {
 		return fmt.Errorf("list of pinned images: %w", err)
 	}
 	return nil

@@ -10,10 +10,11 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/shoalfs/shoal/internal/durable"
 )
 
 // pemType is the PEM block of a PKCS #8 key, as openssl reads and writes it.
@@ -77,9 +78,8 @@ func readIdentity(path string) (crypto.PrivKey, error) {
 	return crypto.UnmarshalEd25519PrivateKey(key)
 }
 
-// createIdentity writes a new key beside path and links it to path, so that path
-// is there with all its bytes or not at all. A file that somebody else has made
-// meanwhile stays, and is no error.
+// createIdentity writes a new key to path. A file that another process has made since
+// stays, and is no error.
 func createIdentity(path string) error {
 	_, key, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
@@ -89,28 +89,11 @@ func createIdentity(path string) error {
 	if err != nil {
 		return err
 	}
-	dir := filepath.Dir(path)
-	f, err := os.CreateTemp(dir, ".identity-*") // mode 0600
-	if err != nil {
-		return err
+	err = durable.Create(path, pem.EncodeToMemory(&pem.Block{Type: pemType, Bytes: der}), 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return nil
 	}
-	defer func() { _ = os.Remove(f.Name()) }()
-	defer f.Close()
-	if err := pem.Encode(f, &pem.Block{Type: pemType, Bytes: der}); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	if err := os.Link(f.Name(), path); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return err
 }
 
 // Key returns the Ed25519 public key that a peer ID stands for; false: it stands

@@ -9,13 +9,14 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/shoalfs/shoal/internal/durable"
 )
 
 // revoked are the identities that are never let in, in a file: one peer ID a line. A
@@ -204,10 +205,10 @@ func (r *revoked) change(changes revocations) error {
 	}
 	b, err := json.Marshal(all)
 	if err == nil {
-		err = replaceFile(r.path, []byte(list.String()))
+		err = durable.Replace(r.path, []byte(list.String()), 0o600)
 	}
 	if err == nil {
-		err = replaceFile(r.changesPath(), b)
+		err = durable.Replace(r.changesPath(), b, 0o600)
 	}
 	if err != nil {
 		return fmt.Errorf("list of revoked nodes: %w", err)
@@ -221,33 +222,4 @@ func (r *revoked) change(changes revocations) error {
 		r.ids[id] = struct{}{}
 	}
 	return nil
-}
-
-// replaceFile replaces a file, or leaves it as it was.
-func replaceFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".revoked-*")
-	if err != nil {
-		return err
-	}
-	defer func() { _ = os.Remove(f.Name()) }() // fails once it has its name
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-// syncDir makes the names in a directory durable.
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

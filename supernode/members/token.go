@@ -9,10 +9,10 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
+	"github.com/shoalfs/shoal/internal/durable"
 	"github.com/shoalfs/shoal/p2p/members"
 )
 
@@ -26,24 +26,10 @@ func MakeToken(path string) error {
 	if _, err := rand.Read(secret[:]); err != nil {
 		return fmt.Errorf("make token: %w", err)
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".token-*") // mode 0600
-	if err != nil {
-		return fmt.Errorf("make token: %w", err)
-	}
-	defer func() { _ = os.Remove(f.Name()) }()
-	defer f.Close()
-	_, err = f.WriteString(hex.EncodeToString(secret[:]) + "\n")
-	if err == nil {
-		err = f.Sync()
-	}
-	if err == nil {
-		if err = os.Link(f.Name(), path); errors.Is(err, fs.ErrExist) {
-			err = nil // somebody else was quicker
-		}
-	}
-	if err == nil {
-		// Else a power cut may take the token away that the operator has copied to the nodes.
-		err = syncDir(filepath.Dir(path))
+	// Durable: else a power cut may take the token away that the operator has copied to the nodes.
+	err := durable.Create(path, []byte(hex.EncodeToString(secret[:])+"\n"), 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return nil // somebody else was quicker
 	}
 	if err != nil {
 		return fmt.Errorf("make token %s: %w", path, err)

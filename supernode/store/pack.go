@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/durable"
 )
 
 // maxOpenPacks bounds the file descriptors that idle packs keep.
@@ -241,15 +242,10 @@ func canPunch(dir string) error {
 	return nil
 }
 
-// syncDir makes the names in dir durable.
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("store: %w", err)
-	}
-	err = d.Sync()
-	if err := errors.Join(err, d.Close()); err != nil {
-		return diskError("sync "+dir, err)
+// sync makes the names of packs durable.
+func (p *packs) sync() error {
+	if err := durable.SyncDir(p.dir); err != nil {
+		return diskError("sync "+p.dir, err)
 	}
 	return nil
 }

@@ -234,7 +234,7 @@ func (in *Ingest) sync() error {
 	if err := in.pack.f.Sync(); err != nil {
 		return diskError("sync chunks", err)
 	}
-	return syncDir(in.s.packs.dir)
+	return in.s.packs.sync()
 }
 
 // record gives every chunk of refs one more reference. What the session has

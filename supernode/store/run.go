@@ -203,7 +203,7 @@ func (r *run) commit() error {
 		if err := r.pack.f.Sync(); err != nil {
 			return diskError("sync chunks", err)
 		}
-		if err := syncDir(r.s.packs.dir); err != nil {
+		if err := r.s.packs.sync(); err != nil {
 			return err
 		}
 	}
