@@ -4,7 +4,6 @@
 //
 //   - registry: what an image reference means, and the bytes of its layers
 //   - ingest: a layer's stream -> checked, unpacked, chunked, stored
-//   - gunzip: the unpacking of gzip, which an ingest spends most of its time on
 //   - store: chunks and indexes on disk, below a quota
 //   - members: who may talk to a supernode, and who has which image; cells: the lists of that
 //

@@ -11,7 +11,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/gunzip"
+	"github.com/shoalfs/shoal/internal/blob/gunzip"
 )
 
 // layerTypes are the media types of layers that are tar streams. Their
