@@ -14,6 +14,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/layer"
+	"github.com/shoalfs/shoal/internal/blob"
 	"github.com/shoalfs/shoal/supernode/flight"
 	"github.com/shoalfs/shoal/supernode/store"
 )
@@ -192,14 +193,14 @@ func (f *arrival) reason(ctx context.Context, first, fetchErr error) error {
 
 // build unpacks what r brings.
 func (f *arrival) build(ctx context.Context, r io.Reader, session *store.Ingest) (*blockdev.Index, error) {
-	tar, err := Decompress(r)
+	tar, err := blob.Decompress(r)
 	if err != nil {
 		return nil, err
 	}
 	defer tar.Close()
 	c := &counting{r: tar, f: f}
 	ix, err := layer.Build(ctx, c, session.Put, f.in.cfg.Build)
-	if t, ok := tar.(*tarStream); ok && err == nil && t.trailing() {
+	if err == nil && tar.Trailing() {
 		f.in.cfg.Log.Warn("something follows the layer's gzip stream that is none; it is passed over, as gzip does. "+
 			"containerd unpacks this image only where it finds unpigz", "image", f.l.Ref, "layer", f.l.Digest)
 	}

@@ -1,7 +1,6 @@
 package direct
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -9,7 +8,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/layer"
-	"github.com/shoalfs/shoal/supernode/ingest"
+	"github.com/shoalfs/shoal/internal/blob"
 )
 
 var (
@@ -124,11 +123,11 @@ func (p *pass) through() error {
 }
 
 func (p *pass) read(l Layer) error {
-	r := &blob{p: p, l: l}
+	r := &stream{p: p, l: l}
 	defer r.close()
 	// Close also ends a Read that does not look at the context.
 	defer context.AfterFunc(p.ctx, r.close)()
-	tar, err := ingest.Decompress(bufio.NewReaderSize(r, 256<<10))
+	tar, err := blob.Decompress(r)
 	if err != nil {
 		return err
 	}
