@@ -19,7 +19,7 @@ import (
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
-	groups "github.com/shoalfs/shoal/supernode/members"
+	"github.com/shoalfs/shoal/p2p/roster"
 )
 
 // liar is a member that has all of an image, says so, and answers requests for its
@@ -135,7 +135,7 @@ func startLiar(t *testing.T, s *site, ref, lie string) *liar {
 type lyingSupernode struct {
 	*liar
 	client *exchange.Client
-	list   *groups.List
+	list   *roster.List
 	origin string
 }
 
@@ -157,7 +157,7 @@ func startLyingSupernode(t *testing.T, s *site, lie string) (*liar, string) {
 	l := &liar{lie: lie, lengths: map[blockdev.Digest]uint32{}}
 	dir := t.TempDir()
 	key := must(host.LoadIdentity(filepath.Join(dir, "identity")))(t)
-	list := must(groups.New(groups.Config{Dir: dir, TokenFile: s.TokenFile(), Key: key}))(t)
+	list := must(roster.New(roster.Config{Dir: dir, TokenFile: s.TokenFile(), Key: key}))(t)
 	addr := must(lab.FreeAddr())(t)
 	h := must(host.New(host.Config{Key: key, Listen: []string{addr}, Guard: list}))(t)
 	list.Start(h)

@@ -7,6 +7,7 @@
 //   - host: the libp2p host: TCP, TLS 1.3 and yamux, an Ed25519 identity, limits
 //   - route: whom to ask for a chunk (pure: no I/O, no clock)
 //   - members: a node's membership: joining supernodes, groups, who may connect
+//   - roster: a supernode's side of it: who may join, and who is told of whom
 //   - swarm: a node among others: whom route names is asked, and answered
 //   - exchange: the chunk and the index protocol, server and client
 //   - uplink: several supernodes as one source

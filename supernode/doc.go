@@ -5,7 +5,6 @@
 //   - registry: what an image reference means, and the bytes of its layers
 //   - ingest: a layer's stream -> checked, unpacked, chunked, stored
 //   - store: chunks and indexes on disk, below a quota
-//   - members: who may talk to a supernode, and who has which image; cells: the lists of that
 //
 // Indexes that were asked for last stay in memory, once for all who ask, and may be
 // given by nodes that have had them (relays) in place of this supernode.

@@ -19,10 +19,10 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/node/mirror"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
-	node "github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/p2p/roster"
 	"github.com/shoalfs/shoal/p2p/swarm"
 	"github.com/shoalfs/shoal/supernode"
-	"github.com/shoalfs/shoal/supernode/members"
 )
 
 const docs = "../../docs/"
@@ -163,7 +163,7 @@ func nodeMetrics(t *testing.T, r prometheus.Registerer) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n, err := node.New(node.Config{
+	n, err := members.New(members.Config{
 		Supernodes: []peer.AddrInfo{info}, Token: func() (string, error) { return "", nil }, Registerer: r,
 	})
 	if err != nil {
@@ -219,7 +219,7 @@ func supernodeMetrics(t *testing.T, r prometheus.Registerer) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	list, err := members.New(members.Config{Dir: t.TempDir(), Key: key, Registerer: r})
+	list, err := roster.New(roster.Config{Dir: t.TempDir(), Key: key, Registerer: r})
 	if err != nil {
 		t.Fatal(err)
 	}

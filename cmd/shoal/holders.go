@@ -10,15 +10,15 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/p2p/exchange"
+	"github.com/shoalfs/shoal/p2p/roster"
 	"github.com/shoalfs/shoal/p2p/route"
 	"github.com/shoalfs/shoal/supernode"
-	"github.com/shoalfs/shoal/supernode/members"
 )
 
 // holders finds nodes that have an image, for a supernode that has lost it.
 type holders struct {
 	host libp2p.Host
-	list *members.List
+	list *roster.List
 	log  *slog.Logger
 }
 

@@ -10,8 +10,8 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/roster"
 	"github.com/shoalfs/shoal/supernode"
-	"github.com/shoalfs/shoal/supernode/members"
 )
 
 // parseSiblings reads the addresses of the other supernodes. This one's own is
@@ -74,7 +74,7 @@ func (s *siblings) change(infos []peer.AddrInfo, use func(map[peer.ID]supernode.
 func (s *siblings) close() error { return s.all.closeBut(nil) }
 
 // reloadSiblings adds what a supernode does when its config names other siblings.
-func reloadSiblings(reload *reloader[*config.Supernode], self peer.ID, sibs *siblings, list *members.List, s *supernode.Supernode) {
+func reloadSiblings(reload *reloader[*config.Supernode], self peer.ID, sibs *siblings, list *roster.List, s *supernode.Supernode) {
 	reload.on(func(c *config.Supernode) error {
 		infos, err := parseSiblings(c.Siblings, self)
 		if err != nil {

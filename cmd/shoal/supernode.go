@@ -21,9 +21,9 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/roster"
 	"github.com/shoalfs/shoal/snapshotter/credentials"
 	"github.com/shoalfs/shoal/supernode"
-	"github.com/shoalfs/shoal/supernode/members"
 	"github.com/shoalfs/shoal/supernode/registry"
 )
 
@@ -129,7 +129,7 @@ func runSupernode(ctx context.Context, c *config.Supernode, load func() (*config
 	if err != nil {
 		return err
 	}
-	list, err := members.New(members.Config{
+	list, err := roster.New(roster.Config{
 		Dir: c.Root, TokenFile: c.TokenFile, Key: key, Siblings: peerIDs(others), Log: log, Registerer: metrics,
 	})
 	if err != nil {
@@ -193,7 +193,7 @@ func runSupernode(ctx context.Context, c *config.Supernode, load func() (*config
 type supernodeDaemon struct {
 	*reloader[*config.Supernode]
 	s           *supernode.Supernode
-	list        *members.List
+	list        *roster.List
 	credentials *credentials.DockerConfig
 }
 

@@ -1,6 +1,6 @@
 // Package members is a node's side of membership: it joins each supernode with a
 // token, keeps the leases alive, and knows the members of the groups that this
-// node is in. The supernode's side is supernode/members; docs/formats.md,
+// node is in. The supernode's side is p2p/roster; docs/formats.md,
 // "/shoal/member/1", describes what is said.
 //
 // # Terms

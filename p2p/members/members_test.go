@@ -16,7 +16,7 @@ import (
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
-// The tests of a node together with a supernode are in supernode/members.
+// The tests of a node together with a supernode are in p2p/roster.
 
 func TestReadTokens(t *testing.T) {
 	good, other := "a token of some length", "another token of some length"

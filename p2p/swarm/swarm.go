@@ -188,7 +188,7 @@ func (s *Swarm) group(diff blockdev.Digest) *group {
 // in it. Who is the first one hears that at once; when many nodes begin
 // together, what each gets until it knows of the others comes from the supernode
 // and through the zones' uplinks once for each. They hear of each other after
-// 100 ms, of many hundreds after 500 (supernode/members).
+// 100 ms, of many hundreds after 500 (p2p/roster).
 const firstView = 500 * time.Millisecond
 
 // awaitGroup is group for prefetch: it waits, if this node has joined a group

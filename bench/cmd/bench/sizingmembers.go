@@ -22,8 +22,8 @@ import (
 	"github.com/shoalfs/shoal/integration/lab"
 	phost "github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/p2p/roster"
 	"github.com/shoalfs/shoal/p2p/wire"
-	super "github.com/shoalfs/shoal/supernode/members"
 )
 
 // manyImages is how many images a node of a busy cluster has.
@@ -90,7 +90,7 @@ func (z *sizing) addNodes(ctx context.Context, row string, s *lab.Supernode) (by
 
 // granter returns what makes grants as the supernode in a directory makes them, with its
 // identity: so nodes join groups of images that need not exist.
-func (z *sizing) granter(supernode string) (*super.List, error) {
+func (z *sizing) granter(supernode string) (*roster.List, error) {
 	key, err := phost.LoadIdentity(z.Path(supernode, "identity"))
 	if err != nil {
 		return nil, err
@@ -99,7 +99,7 @@ func (z *sizing) granter(supernode string) (*super.List, error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, err
 	}
-	return super.New(super.Config{Dir: dir, Key: key})
+	return roster.New(roster.Config{Dir: dir, Key: key})
 }
 
 // crowd are the nodes.
@@ -130,7 +130,7 @@ func (z *sizing) connect(ctx context.Context, s *lab.Supernode) (crowd, error) {
 
 // join has all nodes join the groups of images from to to, one image after the other, and
 // waits until all have been let in and told.
-func (c crowd) join(ctx context.Context, grants *super.List, from, to int) error {
+func (c crowd) join(ctx context.Context, grants *roster.List, from, to int) error {
 	say("%d nodes have images %d to %d", len(c), from+1, to)
 	for i := from; i < to; i++ {
 		image := blockdev.Sum(fmt.Append(nil, "image ", i))

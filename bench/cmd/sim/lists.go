@@ -9,11 +9,11 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/integration/report"
+	"github.com/shoalfs/shoal/p2p/roster/cells"
 	"github.com/shoalfs/shoal/p2p/wire"
-	"github.com/shoalfs/shoal/supernode/cells"
 )
 
-// The lists of who is in a group are the supernode's own (supernode/cells), so here its
+// The lists of who is in a group are the supernode's own (p2p/roster/cells), so here its
 // processor's time is measured, on the machine that this runs on.
 
 // sink takes what a member is sent.

@@ -1,4 +1,4 @@
-package members
+package roster
 
 import (
 	"crypto/sha256"
@@ -7,8 +7,8 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	phost "github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/roster/cells"
 	"github.com/shoalfs/shoal/p2p/wire"
-	"github.com/shoalfs/shoal/supernode/cells"
 )
 
 // restoreQuiet is for how long nobody must have come back to a new group before those

@@ -1,4 +1,4 @@
-// Package members is a supernode's side of membership: who may talk to it, and
+// Package roster is a supernode's side of membership: who may talk to it, and
 // which nodes hold which image's indexes now. The node's side is p2p/members;
 // docs/formats.md, "/shoal/member/1", describes what is said.
 //
@@ -32,4 +32,4 @@
 //   - What is kept for a node that does not read is bounded; it gets the whole
 //     list again when it does.
 //   - No lock is held across I/O, nor while messages are encoded.
-package members
+package roster

@@ -1,4 +1,4 @@
-package members
+package roster
 
 import (
 	"context"
@@ -15,7 +15,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	phost "github.com/shoalfs/shoal/p2p/host"
-	node "github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/p2p/members"
 	"github.com/shoalfs/shoal/p2p/route"
 )
 
@@ -32,8 +32,8 @@ func ready(t *testing.T, n *aNode, s *super) {
 
 func TestGroup(t *testing.T) {
 	s := newSuper(t, nil)
-	a := newNode(t, func(c *node.Config) { c.Zone, c.Rack = "east", "r1" }, s)
-	b := newNode(t, func(c *node.Config) { c.Zone = "east" }, s)
+	a := newNode(t, func(c *members.Config) { c.Zone, c.Rack = "east", "r1" }, s)
+	b := newNode(t, func(c *members.Config) { c.Zone = "east" }, s)
 	ready(t, a, s)
 	ready(t, b, s)
 	a.has(t, s, image)
@@ -78,7 +78,7 @@ func TestGroup(t *testing.T) {
 		t.Error("b, which has left, is allowed")
 	}
 	// Another zone is another cell, known by its gateways.
-	c := newNode(t, func(c *node.Config) { c.Zone = "west" }, s)
+	c := newNode(t, func(c *members.Config) { c.Zone = "west" }, s)
 	c.has(t, s, image)
 	eventually(t, "a knows of the other zone", func() bool {
 		v := a.View(image)
@@ -162,7 +162,7 @@ func TestWrongToken(t *testing.T) {
 	var token atomic.Pointer[string]
 	set := func(v string) { token.Store(&v) }
 	set(otherToken)
-	n := newNode(t, func(c *node.Config) { c.Token = func() (string, error) { return *token.Load(), nil } }, s)
+	n := newNode(t, func(c *members.Config) { c.Token = func() (string, error) { return *token.Load(), nil } }, s)
 	err := n.Ready(t.Context(), s.host.ID())
 	if !errors.Is(err, blockdev.ErrUnavailable) || !strings.Contains(err.Error(), "wrong token") {
 		t.Fatalf("with another token: %v", err)
@@ -181,7 +181,7 @@ func TestWrongToken(t *testing.T) {
 func TestTokenFileAway(t *testing.T) {
 	s := newSuper(t, nil)
 	var away atomic.Bool
-	n := newNode(t, func(c *node.Config) {
+	n := newNode(t, func(c *members.Config) {
 		c.Token = func() (string, error) {
 			if away.Load() {
 				return "", os.ErrNotExist
@@ -218,7 +218,7 @@ func TestRotation(t *testing.T) {
 	var token atomic.Pointer[string]
 	old, next := goodToken, otherToken
 	token.Store(&old)
-	a := newNode(t, func(c *node.Config) { c.Token = func() (string, error) { return *token.Load(), nil } }, s)
+	a := newNode(t, func(c *members.Config) { c.Token = func() (string, error) { return *token.Load(), nil } }, s)
 	b := newNode(t, nil, s)
 	for _, n := range []*aNode{a, b} {
 		ready(t, n, s)
@@ -354,7 +354,7 @@ func TestGrants(t *testing.T) {
 	}
 	for name, grant := range map[string][]byte{"none": nil, "another node's": stolen, "another supernode's": elsewhere} {
 		refused := s.metric(t, "shoal_supernode_groups_refused_total")
-		b.Join(node.Image{Manifest: image, Grant: grant})
+		b.Join(members.Image{Manifest: image, Grant: grant})
 		eventually(t, name+" is refused", func() bool { return s.metric(t, "shoal_supernode_groups_refused_total") > refused })
 		if b.View(image) != nil {
 			t.Errorf("with the grant %s b sees the group", name)
@@ -449,7 +449,7 @@ func TestFailover(t *testing.T) {
 // Without any supernode a list counts for a while, and then not.
 func TestOutage(t *testing.T) {
 	s := newSuper(t, nil)
-	a := newNode(t, func(c *node.Config) { c.Outage = 2 * time.Second }, s)
+	a := newNode(t, func(c *members.Config) { c.Outage = 2 * time.Second }, s)
 	a.has(t, s, image)
 	a.knows(t, image, a)
 	if err := s.host.Network().Close(); err != nil {

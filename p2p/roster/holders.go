@@ -1,4 +1,4 @@
-package members
+package roster
 
 import (
 	"github.com/libp2p/go-libp2p/core/peer"

@@ -1,4 +1,4 @@
-package members
+package roster
 
 import (
 	"context"
@@ -18,7 +18,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	phost "github.com/shoalfs/shoal/p2p/host"
-	node "github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/p2p/members"
 )
 
 const (
@@ -108,19 +108,19 @@ func testLog(t testing.TB, name string) *slog.Logger {
 
 // aNode is a node as far as membership goes.
 type aNode struct {
-	*node.Node
+	*members.Node
 	host host.Host
 	key  crypto.PrivKey
 }
 
-func newNode(t testing.TB, change func(*node.Config), supers ...*super) *aNode {
+func newNode(t testing.TB, change func(*members.Config), supers ...*super) *aNode {
 	t.Helper()
 	return nodeWith(t, newKey(t), change, supers...)
 }
 
-func nodeWith(t testing.TB, key crypto.PrivKey, change func(*node.Config), supers ...*super) *aNode {
+func nodeWith(t testing.TB, key crypto.PrivKey, change func(*members.Config), supers ...*super) *aNode {
 	t.Helper()
-	c := node.Config{Token: func() (string, error) { return goodToken, nil }, Log: testLog(t, "node"), Failover: 100 * time.Millisecond}
+	c := members.Config{Token: func() (string, error) { return goodToken, nil }, Log: testLog(t, "node"), Failover: 100 * time.Millisecond}
 	for _, s := range supers {
 		c.Supernodes = append(c.Supernodes, s.info())
 	}
@@ -129,7 +129,7 @@ func nodeWith(t testing.TB, key crypto.PrivKey, change func(*node.Config), super
 	}
 	n := &aNode{key: key}
 	var err error
-	if n.Node, err = node.New(c); err != nil {
+	if n.Node, err = members.New(c); err != nil {
 		t.Fatal(err)
 	}
 	if n.host, err = phost.New(phost.Config{Key: key, Listen: []string{"127.0.0.1:0"}, Guard: n.Node}); err != nil {
@@ -157,7 +157,7 @@ func (n *aNode) has(t testing.TB, s *super, manifest blockdev.Digest) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.Join(node.Image{Manifest: manifest, Diffs: []blockdev.Digest{manifest}, Grant: grant})
+	n.Join(members.Image{Manifest: manifest, Diffs: []blockdev.Digest{manifest}, Grant: grant})
 }
 
 // knows waits until n's view of the group has these members and no others.

@@ -1,4 +1,4 @@
-package members
+package roster
 
 import (
 	"context"
@@ -8,7 +8,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	phost "github.com/shoalfs/shoal/p2p/host"
-	node "github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/p2p/members"
 )
 
 // named is whom the supernode names to n.
@@ -22,7 +22,7 @@ func (s *super) named(ctx context.Context, n *aNode) []peer.ID {
 
 func nodesIn(t *testing.T, s *super, zone string, count int) (nodes []*aNode) {
 	for range count {
-		n := newNode(t, func(c *node.Config) { c.Zone = zone }, s)
+		n := newNode(t, func(c *members.Config) { c.Zone = zone }, s)
 		ready(t, n, s)
 		nodes = append(nodes, n)
 	}
@@ -122,7 +122,7 @@ func TestEnter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	leave := b.Enter(node.Image{Manifest: image, Grant: grant}, []peer.AddrInfo{{ID: a.id()}})
+	leave := b.Enter(members.Image{Manifest: image, Grant: grant}, []peer.AddrInfo{{ID: a.id()}})
 	if !canSpeak(b.host, a.host) {
 		t.Error("the named node does not answer")
 	}
@@ -130,7 +130,7 @@ func TestEnter(t *testing.T) {
 	leave()
 	a.knows(t, image, a)
 	// Who was in the group before stays in it.
-	a.Enter(node.Image{Manifest: image, Grant: grant}, nil)()
+	a.Enter(members.Image{Manifest: image, Grant: grant}, nil)()
 	if a.View(image) == nil {
 		t.Error("a has left the group")
 	}

@@ -1,4 +1,4 @@
-package members
+package roster
 
 import (
 	"bufio"
@@ -11,7 +11,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	phost "github.com/shoalfs/shoal/p2p/host"
-	node "github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/p2p/members"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -56,7 +56,7 @@ func TestRestartIsNoHerd(t *testing.T) {
 	s := newSuper(t, func(c *Config) { c.Key, c.Lease = key, 30*time.Second })
 	var nodes []*aNode
 	for range 6 {
-		n := newNode(t, func(c *node.Config) { c.Outage = time.Hour }, s)
+		n := newNode(t, func(c *members.Config) { c.Outage = time.Hour }, s)
 		ready(t, n, s)
 		n.has(t, s, image)
 		nodes = append(nodes, n)
@@ -144,7 +144,7 @@ func TestReturnOfEarlierVersion(t *testing.T) {
 		if err := h.Connect(t.Context(), s.info()); err != nil {
 			t.Fatal(err)
 		}
-		st, err := h.NewStream(t.Context(), s.host.ID(), node.Protocol)
+		st, err := h.NewStream(t.Context(), s.host.ID(), members.Protocol)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,4 +1,4 @@
-package members
+package roster
 
 import (
 	"bufio"
@@ -16,8 +16,8 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	phost "github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/roster/cells"
 	"github.com/shoalfs/shoal/p2p/wire"
-	"github.com/shoalfs/shoal/supernode/cells"
 )
 
 // maxQueue bounds what waits to be sent to a member, in bytes.

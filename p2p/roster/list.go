@@ -1,4 +1,4 @@
-package members
+package roster
 
 import (
 	"context"
@@ -19,8 +19,8 @@ import (
 	"github.com/shoalfs/shoal/internal/quiet"
 	phost "github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
+	"github.com/shoalfs/shoal/p2p/roster/cells"
 	"github.com/shoalfs/shoal/p2p/wire"
-	"github.com/shoalfs/shoal/supernode/cells"
 )
 
 // maxMembers bounds the list.

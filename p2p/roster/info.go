@@ -1,4 +1,4 @@
-package members
+package roster
 
 import (
 	"slices"
@@ -7,8 +7,8 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/peer"
 
+	"github.com/shoalfs/shoal/p2p/roster/cells"
 	"github.com/shoalfs/shoal/p2p/wire"
-	"github.com/shoalfs/shoal/supernode/cells"
 )
 
 // Info describes a member to operators.
