@@ -10,7 +10,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/pace"
-	"github.com/shoalfs/shoal/internal/gauges"
+	"github.com/shoalfs/shoal/internal/metric"
 	"github.com/shoalfs/shoal/supernode/registry"
 	"github.com/shoalfs/shoal/supernode/store"
 )
@@ -18,8 +18,7 @@ import (
 // metrics are a supernode's. None is labelled with digests, images or peers:
 // that would be a series for each of them.
 type metrics struct {
-	reg        prometheus.Registerer
-	collectors []prometheus.Collector
+	metric.Set
 
 	registryBytes prometheus.Counter
 	images        *prometheus.CounterVec
@@ -49,7 +48,7 @@ const namespace = "shoal_supernode"
 
 func newMetrics(reg prometheus.Registerer, stats func() store.Stats) (*metrics, error) {
 	counter := func(name, help string) prometheus.Counter {
-		return prometheus.NewCounter(prometheus.CounterOpts{Namespace: namespace, Name: name, Help: help})
+		return metric.Counter(namespace+"_"+name, help)
 	}
 	byOutcome := func(name, help string) *prometheus.CounterVec {
 		return prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: namespace, Name: name, Help: help}, []string{"outcome"})
@@ -59,7 +58,7 @@ func newMetrics(reg prometheus.Registerer, stats func() store.Stats) (*metrics, 
 			Buckets: prometheus.ExponentialBuckets(0.005, 2.5, 12)})
 	}
 	m := &metrics{
-		reg:           reg,
+		Set:           metric.Set{Registerer: reg},
 		running:       map[string]*ingestRun{},
 		registryBytes: counter("registry_bytes_total", "Bytes of answers received from registries."),
 		images:        byOutcome("image_requests_total", "Requests for the indexes of an image, by outcome."),
@@ -74,20 +73,8 @@ func newMetrics(reg prometheus.Registerer, stats func() store.Stats) (*metrics, 
 		chunkBytes:    counter("chunk_bytes_total", "Bytes of chunks handed out, as stored."),
 		profiles:      counter("startup_profiles_total", "Reports of what a container has read at its start that were taken, one for each layer."),
 	}
-	m.collectors = []prometheus.Collector{m.registryBytes, m.images, m.imageSeconds, m.relayed, m.documents, m.ingests, m.ingestSeconds, m.copies, m.restores, m.chunks, m.chunkBytes, m.profiles,
-		newStoreCollector(stats)}
-	if reg == nil {
-		return m, nil
-	}
-	for i, c := range m.collectors {
-		if err := reg.Register(c); err != nil {
-			for _, done := range m.collectors[:i] {
-				reg.Unregister(done)
-			}
-			return nil, err
-		}
-	}
-	return m, nil
+	return m, m.Register(m.registryBytes, m.images, m.imageSeconds, m.relayed, m.documents, m.ingests, m.ingestSeconds, m.copies, m.restores, m.chunks, m.chunkBytes, m.profiles,
+		newStoreCollector(stats))
 }
 
 // watch adds the gauges of what is limited in s, whose parts are open.
@@ -98,12 +85,12 @@ func (m *metrics) watch(s *Supernode, download *pace.Pacer) error {
 			return [...]blockdev.Use{large, small, spool}[i]
 		}
 	}
-	for _, c := range []prometheus.Collector{
-		gauges.New(namespace+"_places", "Places for work: ingests of layers over 8 MiB and of small ones, layers that are verified (fetched once more) or restored from nodes. "+
+	return m.Register(
+		metric.Uses(namespace+"_places", "Places for work: ingests of layers over 8 MiB and of small ones, layers that are verified (fetched once more) or restored from nodes. "+
 			"used above capacity: a registry that has none got one beyond.", map[string]func() blockdev.Use{
 			"ingests": ingest(0), "small_ingests": ingest(1), "verifying": s.verifying.Use, "restoring": s.restoring.Use,
 		}),
-		gauges.New(namespace+"_bytes", "Bytes that layers under way may take of the spool, and bytes of layers that wait for registry.max_download (capacity: a second).",
+		metric.Uses(namespace+"_bytes", "Bytes that layers under way may take of the spool, and bytes of layers that wait for registry.max_download (capacity: a second).",
 			map[string]func() blockdev.Use{
 				"spool": ingest(2),
 				"download": func() blockdev.Use {
@@ -111,25 +98,7 @@ func (m *metrics) watch(s *Supernode, download *pace.Pacer) error {
 					return blockdev.Use{Waiting: w[0] + w[1] + w[2], Capacity: download.Rate()}
 				},
 			}),
-	} {
-		if m.reg == nil {
-			return nil
-		}
-		if err := m.reg.Register(c); err != nil {
-			return err
-		}
-		m.collectors = append(m.collectors, c)
-	}
-	return nil
-}
-
-func (m *metrics) unregister() {
-	if m.reg == nil {
-		return
-	}
-	for _, c := range m.collectors {
-		m.reg.Unregister(c)
-	}
+	)
 }
 
 func (m *metrics) received(n int64) { m.registryBytes.Add(float64(n)) }

@@ -216,7 +216,7 @@ func (s *Supernode) start(cfg Config) error {
 	if s.metrics, err = newMetrics(cfg.Registerer, s.store.Stats); err != nil {
 		return fmt.Errorf("supernode: metrics: %w", err)
 	}
-	s.onClose(func() error { s.metrics.unregister(); return nil })
+	s.onClose(func() error { s.metrics.Unregister(); return nil })
 	rc := cfg.Registry
 	rc.HostDirs, rc.CacheDir, rc.CacheBytes = cfg.HostDirs, filepath.Join(cfg.Dir, "manifests"), manifests
 	rc.Allowed = cfg.Allowed

@@ -12,7 +12,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/blockdev/volume"
-	"github.com/shoalfs/shoal/internal/gauges"
+	"github.com/shoalfs/shoal/internal/metric"
 	"github.com/shoalfs/shoal/snapshotter"
 )
 
@@ -88,7 +88,7 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 		return func() blockdev.Use { return of(d.vols.Uses()) }
 	}
 	all = append(all,
-		gauges.New("shoal_node_places", "What is limited: reads that wait for bytes and those of them that are worked on, layers that are prefetched, proven and scrubbed.",
+		metric.Uses("shoal_node_places", "What is limited: reads that wait for bytes and those of them that are worked on, layers that are prefetched, proven and scrubbed.",
 			map[string]func() blockdev.Use{
 				"reads":      use(func(u volume.Uses) blockdev.Use { return u.Reads }),
 				"readers":    use(func(u volume.Uses) blockdev.Use { return u.Readers }),
@@ -96,7 +96,7 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 				"proofs":     use(func(u volume.Uses) blockdev.Use { return u.Proofs }),
 				"scrubs":     use(func(u volume.Uses) blockdev.Use { return u.Scrubs }),
 			}),
-		gauges.New("shoal_node_bytes", "Bytes that are limited, and how many requests wait for some: in flight for reads (demand), held since the disk takes no writes (unwritten), indexes of pulls (indexes).",
+		metric.Uses("shoal_node_bytes", "Bytes that are limited, and how many requests wait for some: in flight for reads (demand), held since the disk takes no writes (unwritten), indexes of pulls (indexes).",
 			map[string]func() blockdev.Use{
 				"demand":    use(func(u volume.Uses) blockdev.Use { return u.DemandBytes }),
 				"unwritten": use(func(u volume.Uses) blockdev.Use { return u.HeldBytes }),

@@ -2,28 +2,26 @@ package exchange
 
 import (
 	"errors"
-	"fmt"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/pace"
-	"github.com/shoalfs/shoal/internal/gauges"
+	"github.com/shoalfs/shoal/internal/metric"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
 // serverMetrics count what a server did. Labels have a handful of values each:
 // no peers, no digests.
 type serverMetrics struct {
-	reg      prometheus.Registerer
+	metric.Set
 	requests *prometheus.CounterVec
 	chunks   [kinds]prometheus.Counter
 	bytes    [kinds]prometheus.Counter
-	all      []prometheus.Collector
 }
 
 func newServerMetrics(reg prometheus.Registerer, admit *admission, upload *pace.Pacer) (*serverMetrics, error) {
-	m := &serverMetrics{reg: reg}
+	m := &serverMetrics{Set: metric.Set{Registerer: reg}}
 	m.requests = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "shoal_p2p_requests_total",
 		Help: "Requests from peers, by kind and how they ended.",
@@ -49,29 +47,9 @@ func newServerMetrics(reg prometheus.Registerer, admit *admission, upload *pace.
 			return blockdev.Use{Waiting: upload.Waiting()[pr], Capacity: upload.Rate()}
 		}
 	}
-	m.all = []prometheus.Collector{m.requests, chunks, bytes,
-		gauges.New("shoal_p2p_places", "Requests from peers that are worked on, by kind. One beyond the capacity is answered busy, so none waits; an image counts while it is opened.", uses),
-		gauges.New("shoal_p2p_upload_bytes", "Bytes of chunks that wait for max_upload, by kind (capacity: a second; 0: no limit).", waits)}
-	if reg == nil {
-		return m, nil
-	}
-	for i, c := range m.all {
-		if err := reg.Register(c); err != nil {
-			for _, c := range m.all[:i] {
-				reg.Unregister(c)
-			}
-			return nil, fmt.Errorf("p2p metrics: %w", err)
-		}
-	}
-	return m, nil
-}
-
-func (m *serverMetrics) unregister() {
-	if m.reg != nil {
-		for _, c := range m.all {
-			m.reg.Unregister(c)
-		}
-	}
+	return m, m.Register(m.requests, chunks, bytes,
+		metric.Uses("shoal_p2p_places", "Requests from peers that are worked on, by kind. One beyond the capacity is answered busy, so none waits; an image counts while it is opened.", uses),
+		metric.Uses("shoal_p2p_upload_bytes", "Bytes of chunks that wait for max_upload, by kind (capacity: a second; 0: no limit).", waits))
 }
 
 // request counts one request by the error that it was answered with.

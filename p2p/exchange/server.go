@@ -211,7 +211,7 @@ func (s *Server) Close() error {
 		_ = st.Reset()
 	}
 	s.wg.Wait()
-	s.stats.unregister()
+	s.stats.Unregister()
 	return nil
 }
 

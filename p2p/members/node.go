@@ -155,7 +155,7 @@ func (n *Node) Close() error {
 	n.cancel()
 	n.mu.Unlock()
 	n.wg.Wait()
-	n.metrics.unregister()
+	n.metrics.Unregister()
 	return nil
 }
 

@@ -165,7 +165,7 @@ func (l *List) Close() error {
 	}
 	l.mu.Unlock()
 	l.wg.Wait()
-	l.metrics.unregister()
+	l.metrics.Unregister()
 	return nil
 }
 

@@ -1,14 +1,14 @@
 package roster
 
 import (
-	"fmt"
-
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/shoalfs/shoal/internal/metric"
 )
 
 // metrics of the member list.
 type metrics struct {
-	reg           prometheus.Registerer
+	metric.Set
 	joins         prometheus.Counter
 	refused       *prometheus.CounterVec
 	expired       prometheus.Counter
@@ -17,22 +17,21 @@ type metrics struct {
 	tokenErrors   prometheus.Counter
 	pushes        prometheus.Counter
 	pushBytes     prometheus.Counter
-	all           []prometheus.Collector
 }
 
 func newMetrics(l *List, reg prometheus.Registerer) (*metrics, error) {
 	counter := func(name, help string) prometheus.Counter {
-		return prometheus.NewCounter(prometheus.CounterOpts{Name: "shoal_supernode_" + name, Help: help})
+		return metric.Counter("shoal_supernode_"+name, help)
 	}
 	gauge := func(name, help string, value func() int) prometheus.Collector {
-		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "shoal_supernode_" + name, Help: help}, func() float64 {
+		return metric.Gauge("shoal_supernode_"+name, help, func() int {
 			l.mu.Lock()
 			defer l.mu.Unlock()
-			return float64(value())
+			return value()
 		})
 	}
 	m := &metrics{
-		reg:   reg,
+		Set:   metric.Set{Registerer: reg},
 		joins: counter("joins_total", "Times that a node was let in."),
 		refused: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "shoal_supernode_joins_refused_total",
 			Help: "Times that a node was not let in, by reason: token, revoked, identity (two nodes with the same one), limit, invalid."}, []string{"reason"}),
@@ -43,31 +42,10 @@ func newMetrics(l *List, reg prometheus.Registerer) (*metrics, error) {
 		pushes:        counter("group_updates_total", "Messages to nodes about the members of a group."),
 		pushBytes:     counter("group_update_bytes_total", "Bytes of those."),
 	}
-	m.all = []prometheus.Collector{
+	return m, m.Register(
 		gauge("members", "Nodes that are members.", func() int { return len(l.members) }),
 		gauge("groups", "Images that a member has.", func() int { return len(l.groups) }),
 		gauge("holders", "Members that have all of an image, counted for each of their images.", func() int { return l.holders }),
 		m.joins, m.refused, m.expired, m.groupsRefused, m.strangers, m.tokenErrors, m.pushes, m.pushBytes,
-	}
-	if reg == nil {
-		return m, nil
-	}
-	for i, c := range m.all {
-		if err := reg.Register(c); err != nil {
-			for _, done := range m.all[:i] {
-				reg.Unregister(done)
-			}
-			return nil, fmt.Errorf("members: metrics: %w", err)
-		}
-	}
-	return m, nil
-}
-
-func (m *metrics) unregister() {
-	if m.reg == nil {
-		return
-	}
-	for _, c := range m.all {
-		m.reg.Unregister(c)
-	}
+	)
 }

@@ -135,7 +135,7 @@ func New(c Config) (*Swarm, error) {
 // Close ends all requests to peers. It does not close what Config names.
 func (s *Swarm) Close() error {
 	s.pool.close()
-	s.metrics.unregister()
+	s.metrics.Unregister()
 	return nil
 }
 

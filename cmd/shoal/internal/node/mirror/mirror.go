@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/metric"
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
@@ -100,10 +101,9 @@ func New(cfg Config) (*Mirror, error) {
 		Name: "shoal_node_mirror_requests_total",
 		Help: "Requests of containerd to the registry mirror, by what was asked for and the HTTP status of the answer. 401 is the first answer to every pull.",
 	}, []string{"kind", "status"})
-	if cfg.Registerer != nil {
-		if err := cfg.Registerer.Register(m.requests); err != nil {
-			return nil, fmt.Errorf("mirror: metrics: %w", err)
-		}
+	set := metric.Set{Registerer: cfg.Registerer}
+	if err := set.Register(m.requests); err != nil {
+		return nil, fmt.Errorf("mirror: %w", err)
 	}
 	return m, nil
 }

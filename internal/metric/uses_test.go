@@ -1,4 +1,4 @@
-package gauges
+package metric
 
 import (
 	"testing"
@@ -8,9 +8,9 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 )
 
-func TestCollector(t *testing.T) {
+func TestUses(t *testing.T) {
 	reg := prometheus.NewPedanticRegistry()
-	reg.MustRegister(New("places", "Places.", map[string]func() blockdev.Use{
+	reg.MustRegister(Uses("places", "Places.", map[string]func() blockdev.Use{
 		"ingests": func() blockdev.Use { return blockdev.Use{Used: 3, Waiting: 2, Capacity: 4} },
 		"scrubs":  func() blockdev.Use { return blockdev.Use{Capacity: 1} },
 	}))
