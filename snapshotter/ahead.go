@@ -241,15 +241,11 @@ func (s *Snapshotter) Await(ctx context.Context, name string, manifest blockdev.
 // waitBytes waits until every byte of an image is here and proven. A failure leaves
 // it lazy, with a line in the log.
 func (s *Snapshotter) waitBytes(ctx context.Context, o *openImage) {
-	data, ok := s.cfg.Data.(PrefetchWaiter)
-	if !ok {
-		return
-	}
 	for _, l := range o.Layers {
 		s.cfg.Data.Prefetch(l.DiffID)
 	}
 	for _, l := range o.Layers {
-		if err := data.PrefetchWait(ctx, l.DiffID); err != nil {
+		if err := s.cfg.Data.PrefetchWait(ctx, l.DiffID, nil); err != nil {
 			if ctx.Err() == nil {
 				s.log.Error("an eager image is not here as a whole; its pull ends all the same, and the rest is fetched as it can be",
 					"image", o.Ref, "layer", l.Digest, "error", err)
@@ -348,7 +344,6 @@ func (s *Snapshotter) dropKeys() error {
 	if err != nil {
 		return err
 	}
-	data, ok := s.cfg.Data.(Complete)
 	needed := make(map[string]struct{})
 	for _, img := range list {
 		spec, err := reference.Parse(img.Ref)
@@ -356,7 +351,7 @@ func (s *Snapshotter) dropKeys() error {
 			continue
 		}
 		for _, id := range img.diffs() {
-			if !ok || !data.Complete(id) {
+			if !s.cfg.Data.Has(id) || s.cfg.Data.Incomplete(id) {
 				needed[nameOf(spec)] = struct{}{}
 				break
 			}

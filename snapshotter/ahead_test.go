@@ -238,10 +238,8 @@ func TestNotClaimed(t *testing.T) {
 // A pull's credential is kept for as long as its image needs a source, and what this
 // machine alone calls by a name is not asked of another one.
 func TestSourceCredential(t *testing.T) {
-	data := &completeData{}
 	n := newNode(t, func(cfg *Config) {
-		data.fakeData = cfg.Data.(*fakeData)
-		cfg.Data, cfg.Remote, cfg.Credentials = data, true, always(blockdev.Credential{Username: "node", Secret: "n"})
+		cfg.Remote, cfg.Credentials = true, always(blockdev.Credential{Username: "node", Secret: "n"})
 	})
 	img := newImage("registry.test/x:1", newLayer(t, file("a")))
 	n.images.publish(img)
@@ -257,7 +255,7 @@ func TestSourceCredential(t *testing.T) {
 	if cred := must(n.SourceCredential(bg, img.ref))(t); cred != tenant {
 		t.Errorf("while bytes are missing: %+v", cred)
 	}
-	data.complete.Store(true)
+	n.data.set(func() { n.data.complete[img.layers[0].diffID] = true })
 	check(t, n.Cleanup(bg))
 	if cred := must(n.SourceCredential(bg, img.ref))(t); cred.Username != "node" {
 		t.Errorf("when all bytes are here: %+v", cred)

@@ -210,10 +210,7 @@ func (s *Snapshotter) start() error {
 	if err != nil {
 		return err
 	}
-	if data, ok := s.cfg.Data.(Lister); ok {
-		listed = append(listed, data.Diffs()...)
-	}
-	for _, id := range listed {
+	for _, id := range append(listed, s.cfg.Data.Diffs()...) {
 		s.refs.known(id)
 	}
 	_, chains, err := s.survey(ctx)

@@ -12,79 +12,54 @@ import (
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
-// Data is the data path: it keeps local diffs and mounts their block images.
-// Its methods may be called from several goroutines.
+// Data is the data path: it keeps local diffs, mounts their block images and fetches
+// what is missing of them. Its methods may be called from several goroutines. All but
+// AddChecked, Mount, Remove and PrefetchWait return at once.
 type Data interface {
-	// Add takes an encoded index and returns the DiffID in it. Adding a diff that
-	// is there already is no error. It does not keep the slice.
-	Add(ctx context.Context, encodedIndex []byte) (blockdev.Digest, error)
+	// AddChecked takes an encoded index, which it decodes and shows to check, and
+	// returns the DiffID in it. An error of check ends it. Adding a diff that is there
+	// already is no error. It does not keep the slice.
+	AddChecked(ctx context.Context, encodedIndex []byte, check func(*blockdev.Index) error) (blockdev.Digest, error)
 	// Mount mounts the diff's block image, unless it is mounted, and returns the
-	// absolute path of the mount. One that is known to be wrong is refused with
-	// blockdev.ErrQuarantined, mounted or not.
+	// absolute path of the mount. The error wraps blockdev.ErrNotFound if the diff is
+	// not there, and blockdev.ErrQuarantined if it is known to be wrong, mounted or not.
 	Mount(ctx context.Context, diffID blockdev.Digest) (dir string, err error)
 	// Remove unmounts the diff, stops its prefetch and frees its bytes. Removing a
 	// diff that is not there is no error.
 	Remove(ctx context.Context, diffID blockdev.Digest) error
+	// Has reports whether the diff has been added and is sound.
+	Has(diffID blockdev.Digest) bool
+	// Diffs returns all diffs that have been added, in no order.
+	Diffs() []blockdev.Digest
+	// Implied returns blockdev.Index.Implied of a diff. The error wraps
+	// blockdev.ErrNotFound if the diff is not there.
+	Implied(diffID blockdev.Digest) ([]string, error)
+	// FullUse returns what a diff takes of the disk once it is complete. The error wraps
+	// blockdev.ErrNotFound if the diff is not there.
+	FullUse(diffID blockdev.Digest) (bytes, inodes int64, err error)
+	// PrefetchWait fetches what is missing of the diff and returns nil when every byte
+	// is local and verified, and shown to be what the DiffID says. progress, if not nil,
+	// is called with the bytes that are local and all there are. The error wraps
+	// blockdev.ErrNotFound if the diff is not there.
+	PrefetchWait(ctx context.Context, diffID blockdev.Digest, progress func(local, total int64)) error
+	// FetchStartup begins to fetch what containers of an image are known to read at
+	// their start.
+	FetchStartup(profiles []blockdev.DiffProfile)
 	// ContainerStarts says that a container on these diffs is about to read.
 	ContainerStarts(ids ...blockdev.Digest)
-	// Prefetch queues the missing bytes of these diffs to be fetched in the
-	// background, in this order, and returns at once.
+	Prefetcher
+}
+
+// Prefetcher is the part of Data that fetches in the background. Diffs that are not
+// there are passed over.
+type Prefetcher interface {
+	// Prefetch queues the missing bytes of these diffs to be fetched, in this order.
 	Prefetch(ids ...blockdev.Digest)
-	// StopPrefetch ends that, but for diffs that PrefetchWait waits for, and returns
-	// at once. What has come stays.
+	// StopPrefetch ends that, but for diffs that PrefetchWait waits for. Bytes that
+	// have come stay.
 	StopPrefetch(ids ...blockdev.Digest)
 	// Incomplete reports whether the diff is there and bytes of it are missing.
 	Incomplete(id blockdev.Digest) bool
-}
-
-// Has is an optional part of Data: whether the diff has been added and is sound.
-// Without it, what was added is taken to be there until it is removed.
-type Has interface {
-	Has(diffID blockdev.Digest) bool
-}
-
-// Lister is an optional part of Data: all diffs that it has. With it, diffs are
-// found and removed at start that no record of the snapshotter names.
-type Lister interface {
-	Diffs() []blockdev.Digest
-}
-
-// FullUse is an optional part of Data: what a diff takes of the disk once it is
-// complete, in bytes and inodes. Without it, lazy snapshots report no usage.
-type FullUse interface {
-	FullUse(diffID blockdev.Digest) (bytes, inodes int64, err error)
-}
-
-// Implied is an optional part of Data: blockdev.Index.Implied of a diff. Without it,
-// diffs whose records were lost are not listed anew.
-type Implied interface {
-	Implied(diffID blockdev.Digest) ([]string, error)
-}
-
-// PrefetchWaiter is an optional part of Data, needed for LabelPrefetch:
-// PrefetchWait returns nil when every byte of the diff is local and verified, and
-// shown to be what the DiffID says.
-type PrefetchWaiter interface {
-	PrefetchWait(ctx context.Context, diffID blockdev.Digest) error
-}
-
-// Complete is an optional part of Data: whether every byte of a diff is local, so
-// that no source is needed for it.
-type Complete interface {
-	Complete(diffID blockdev.Digest) bool
-}
-
-// CheckedAdder is an optional part of Data: Add, which shows the decoded index to check
-// and ends with its error. So the index is decoded once while a pull waits, and within
-// the bounds that Data has for that.
-type CheckedAdder interface {
-	AddChecked(ctx context.Context, encodedIndex []byte, check func(*blockdev.Index) error) (blockdev.Digest, error)
-}
-
-// StartupFetcher is an optional part of Data: it begins to fetch what containers
-// of an image are known to read at their start, and returns at once.
-type StartupFetcher interface {
-	FetchStartup(profiles []blockdev.DiffProfile)
 }
 
 // Credentials gives the node's credential for the registry host of an image

@@ -162,14 +162,6 @@ func visitRecords(tx *bolt.Tx) error {
 // adoptDiffs lists diffs that the data path has and no record names, since the
 // records were lost.
 func (s *Snapshotter) adoptDiffs() error {
-	lister, ok := s.cfg.Data.(Lister)
-	if !ok {
-		return nil
-	}
-	data, ok := s.cfg.Data.(Implied)
-	if !ok {
-		return nil
-	}
 	listed, err := s.records.diffs()
 	if err != nil {
 		return err
@@ -178,11 +170,11 @@ func (s *Snapshotter) adoptDiffs() error {
 	for _, id := range listed {
 		known[id] = true
 	}
-	for _, id := range lister.Diffs() {
+	for _, id := range s.cfg.Data.Diffs() {
 		if known[id] {
 			continue
 		}
-		implied, err := data.Implied(id)
+		implied, err := s.cfg.Data.Implied(id)
 		if err != nil {
 			s.log.Warn("a layer on disk cannot be listed", "diff", id, "error", err)
 			continue

@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -173,7 +172,8 @@ func (n *node) pull(ctx context.Context, i image, extra ...string) (top string, 
 	return top, fetched, nil
 }
 
-// fakeData is a data path of directories.
+// fakeData is a data path of directories. Prefetch brings nothing, as if all sources
+// were away, unless fetches is set.
 type fakeData struct {
 	t    testing.TB
 	root string
@@ -181,6 +181,9 @@ type fakeData struct {
 	mu         sync.Mutex
 	added      map[blockdev.Digest]int // times
 	dirs       map[blockdev.Digest]string
+	implied    map[blockdev.Digest][]string
+	complete   map[blockdev.Digest]bool
+	fetches    bool
 	removed    []blockdev.Digest
 	prefetched []blockdev.Digest
 	stopped    []blockdev.Digest
@@ -198,12 +201,16 @@ func newFakeData(t testing.TB, root string) *fakeData {
 	return &fakeData{
 		t: t, root: root,
 		added: make(map[blockdev.Digest]int), dirs: make(map[blockdev.Digest]string), mountErr: make(map[blockdev.Digest]error),
+		implied: make(map[blockdev.Digest][]string), complete: make(map[blockdev.Digest]bool),
 	}
 }
 
-func (d *fakeData) Add(ctx context.Context, enc []byte) (blockdev.Digest, error) {
+func (d *fakeData) AddChecked(ctx context.Context, enc []byte, check func(*blockdev.Index) error) (blockdev.Digest, error) {
 	ix, err := index.Decode(enc)
 	if err != nil {
+		return blockdev.Digest{}, err
+	}
+	if err := check(ix); err != nil {
 		return blockdev.Digest{}, err
 	}
 	d.mu.Lock()
@@ -220,7 +227,7 @@ func (d *fakeData) Add(ctx context.Context, enc []byte) (blockdev.Digest, error)
 		return ix.DiffID, err
 	}
 	_, err = archive.Apply(ctx, dir, bytes.NewReader(ix.Meta), archive.WithConvertWhiteout(archive.OverlayConvertWhiteout))
-	d.dirs[ix.DiffID] = dir
+	d.dirs[ix.DiffID], d.implied[ix.DiffID] = dir, ix.Implied
 	return ix.DiffID, err
 }
 
@@ -249,6 +256,7 @@ func (d *fakeData) Remove(_ context.Context, id blockdev.Digest) error {
 	d.removed = append(d.removed, id)
 	dir := d.dirs[id]
 	delete(d.dirs, id)
+	delete(d.complete, id)
 	if dir == "" {
 		return nil
 	}
@@ -263,46 +271,35 @@ func (d *fakeData) StopPrefetch(ids ...blockdev.Digest) {
 	d.stopped = append(d.stopped, ids...)
 }
 
-// Incomplete: nothing ever comes.
-func (d *fakeData) Incomplete(id blockdev.Digest) bool {
+func (d *fakeData) Has(id blockdev.Digest) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.dirs[id] != ""
+}
+
+func (d *fakeData) Incomplete(id blockdev.Digest) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.dirs[id] != "" && !d.complete[id]
 }
 
 func (d *fakeData) Prefetch(ids ...blockdev.Digest) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.prefetched = append(d.prefetched, ids...)
-}
-
-// checkedData is a data path that shows the index that it has decoded.
-type checkedData struct {
-	*fakeData
-	shown int
-}
-
-func (d *checkedData) AddChecked(ctx context.Context, enc []byte, check func(*blockdev.Index) error) (blockdev.Digest, error) {
-	ix, err := index.Decode(enc)
-	if err != nil {
-		return blockdev.Digest{}, err
+	for _, id := range ids {
+		d.complete[id] = d.fetches && d.dirs[id] != ""
 	}
+}
+
+func (d *fakeData) Implied(id blockdev.Digest) ([]string, error) {
 	d.mu.Lock()
-	d.shown++
-	d.mu.Unlock()
-	if err := check(ix); err != nil {
-		return blockdev.Digest{}, err
+	defer d.mu.Unlock()
+	if d.dirs[id] == "" {
+		return nil, fmt.Errorf("diff %s: %w", id, blockdev.ErrNotFound)
 	}
-	return d.Add(ctx, enc)
+	return d.implied[id], nil
 }
-
-// completeData is a data path that has every byte, once it is told so.
-type completeData struct {
-	*fakeData
-	complete atomic.Bool
-}
-
-func (d *completeData) Complete(blockdev.Digest) bool { return d.complete.Load() }
 
 func (d *fakeData) FetchStartup(profiles []blockdev.DiffProfile) {
 	d.mu.Lock()
@@ -315,11 +312,21 @@ func (d *fakeData) FetchStartup(profiles []blockdev.DiffProfile) {
 	d.startup = append(d.startup, profiles...)
 }
 
-func (d *fakeData) PrefetchWait(_ context.Context, id blockdev.Digest) error {
+func (d *fakeData) PrefetchWait(_ context.Context, id blockdev.Digest, progress func(local, total int64)) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.waited = append(d.waited, id)
-	return d.waitErr
+	switch {
+	case d.dirs[id] == "":
+		return fmt.Errorf("diff %s: %w", id, blockdev.ErrNotFound)
+	case d.waitErr != nil:
+		return d.waitErr
+	}
+	d.complete[id] = true
+	if progress != nil {
+		progress(1, 1)
+	}
+	return nil
 }
 
 func (d *fakeData) FullUse(id blockdev.Digest) (bytes, inodes int64, err error) {

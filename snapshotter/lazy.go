@@ -222,8 +222,7 @@ func (s *Snapshotter) waitPrefetch(ctx context.Context, w want, o *openImage, la
 	if v == "" {
 		return
 	}
-	data, ok := s.cfg.Data.(PrefetchWaiter)
-	if v != PrefetchWait || !ok {
+	if v != PrefetchWait {
 		s.log.Warn("label is ignored: "+LabelPrefetch+" has one value, "+PrefetchWait, "value", v, "image", w.ref)
 		return
 	}
@@ -232,7 +231,7 @@ func (s *Snapshotter) waitPrefetch(ctx context.Context, w want, o *openImage, la
 		s.cfg.Data.Prefetch(l.DiffID)
 	}
 	for _, l := range o.Layers {
-		if err := data.PrefetchWait(ctx, l.DiffID); err != nil {
+		if err := s.cfg.Data.PrefetchWait(ctx, l.DiffID, nil); err != nil {
 			s.log.Info("the pull does not wait for all bytes of the image; they are still being fetched",
 				"image", w.ref, "layer", l.Digest, "cause", err)
 			return

@@ -443,25 +443,3 @@ func TestStartupProfiles(t *testing.T) {
 		}
 	})
 }
-
-// TestAddChecked: a data path that can decodes the index itself, and shows it.
-func TestAddChecked(t *testing.T) {
-	var data *checkedData
-	n := newNode(t, func(c *Config) {
-		fake, ok := c.Data.(*fakeData)
-		if !ok {
-			t.Fatalf("data path %T", c.Data)
-		}
-		data = &checkedData{fakeData: fake}
-		c.Data = data
-	})
-	layers := threeLayers(t)
-	img := newImage("docker.io/library/app:1", layers...)
-	n.images.publish(img)
-	if _, fetched, err := n.pull(t.Context(), img); err != nil || len(fetched) > 0 {
-		t.Fatalf("unpacked %v, %v", fetched, err)
-	}
-	if data.shown != len(layers) {
-		t.Errorf("%d of %d indexes were shown", data.shown, len(layers))
-	}
-}

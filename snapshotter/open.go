@@ -12,7 +12,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
@@ -124,11 +123,9 @@ func (s *Snapshotter) have(ctx context.Context, w want) (map[blockdev.Digest]blo
 		release()
 		return nil, nil, err
 	}
-	if data, ok := s.cfg.Data.(Has); ok {
-		for layer, id := range have {
-			if !data.Has(id) {
-				delete(have, layer)
-			}
+	for layer, id := range have {
+		if !s.cfg.Data.Has(id) {
+			delete(have, layer)
 		}
 	}
 	return have, release, nil
@@ -230,10 +227,6 @@ func (s *Snapshotter) add(ctx context.Context, o *openImage, img *blockdev.Image
 // fetchStartup has the data path fetch, from now on and not when the container
 // begins to wait for it, what earlier starts of the image have read.
 func (s *Snapshotter) fetchStartup(img *blockdev.Image) {
-	data, ok := s.cfg.Data.(StartupFetcher)
-	if !ok {
-		return
-	}
 	var profiles []blockdev.DiffProfile
 	for i, l := range img.Layers {
 		again := slices.ContainsFunc(img.Layers[:i], func(o blockdev.Layer) bool { return o.DiffID == l.DiffID })
@@ -242,32 +235,20 @@ func (s *Snapshotter) fetchStartup(img *blockdev.Image) {
 		}
 	}
 	if len(profiles) > 0 {
-		data.FetchStartup(profiles)
+		s.cfg.Data.FetchStartup(profiles)
 	}
 }
 
 // addIndex adds one index that must be that of diff id, and returns its implied
 // directories.
 func (s *Snapshotter) addIndex(ctx context.Context, id blockdev.Digest, enc []byte) (implied []string, err error) {
-	check := func(ix *blockdev.Index) error {
+	got, err := s.cfg.Data.AddChecked(ctx, enc, func(ix *blockdev.Index) error {
 		if ix.DiffID != id {
 			return fmt.Errorf("index of diff %s is that of %s: %w", id, ix.DiffID, blockdev.ErrCorrupt)
 		}
 		implied = ix.Implied
 		return nil
-	}
-	var got blockdev.Digest
-	if data, ok := s.cfg.Data.(CheckedAdder); ok {
-		got, err = data.AddChecked(ctx, enc, check)
-	} else {
-		var ix *blockdev.Index
-		if ix, err = index.Decode(enc); err == nil {
-			err = check(ix)
-		}
-		if err == nil {
-			got, err = s.cfg.Data.Add(ctx, enc)
-		}
-	}
+	})
 	if err != nil {
 		return nil, fmt.Errorf("add diff %s: %w", id, err)
 	}

@@ -81,7 +81,7 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 	s := &Snapshotter{cfg: cfg, log: cfg.Log, idmapping: make(map[string]struct{}), recovering: make(chan struct{}, 1), cleaning: make(chan struct{}, 1),
 		recoveries: make(map[blockdev.Digest]*recovery), rewarmings: make(map[string]*rewarming)}
 	s.policy.Store(cfg.Policy)
-	s.wishes = newWishes(&cfg)
+	s.wishes = newWishes(cfg.Data, cfg.Root, cfg.PrefetchAfterExit)
 	s.idmapDone = sync.NewCond(&s.mu)
 	s.room = newIndexRoom(smallIndexes, roomForSmall, roomForLarge)
 	for _, dir := range []string{"", "s", "scratch", "l"} {
@@ -222,11 +222,7 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 	if err != nil || !lazy {
 		return usage, err
 	}
-	data, ok := s.cfg.Data.(FullUse)
-	if !ok {
-		return usage, nil
-	}
-	bytes, inodes, err := data.FullUse(diff)
+	bytes, inodes, err := s.cfg.Data.FullUse(diff)
 	if err != nil && !errors.Is(err, blockdev.ErrNotFound) {
 		return usage, classify(err)
 	}

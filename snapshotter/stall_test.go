@@ -37,7 +37,9 @@ func (h *hangingData) hang(ctx context.Context) error {
 	}
 }
 
-func (h *hangingData) PrefetchWait(ctx context.Context, _ blockdev.Digest) error { return h.hang(ctx) }
+func (h *hangingData) PrefetchWait(ctx context.Context, _ blockdev.Digest, _ func(local, total int64)) error {
+	return h.hang(ctx)
+}
 
 func (h *hangingData) Remove(ctx context.Context, id blockdev.Digest) error {
 	if err := h.hang(ctx); err != nil {

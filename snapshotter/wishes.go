@@ -35,7 +35,7 @@ const (
 // container has ended, but its snapshot is not mounted any more then. Prefetch
 // that nobody wants ends.
 type wishes struct {
-	data      Data
+	data      Prefetcher
 	afterExit bool // what a container has wanted is fetched to its end
 	// running returns the ids of mounted snapshots; nil: that is not known.
 	running func() map[string]struct{}
@@ -66,10 +66,11 @@ type pulled struct {
 	due   time.Time
 }
 
-func newWishes(cfg *Config) *wishes {
-	prefix := escapeOption(filepath.Join(cfg.Root, "s") + string(filepath.Separator))
+// newWishes takes the snapshotter's root, to know its mounts.
+func newWishes(data Prefetcher, root string, afterExit bool) *wishes {
+	prefix := escapeOption(filepath.Join(root, "s") + string(filepath.Separator))
 	return &wishes{
-		data: cfg.Data, afterExit: cfg.PrefetchAfterExit,
+		data: data, afterExit: afterExit,
 		running:    func() map[string]struct{} { return mountedIDs(prefix) },
 		changed:    make(chan struct{}, 1),
 		containers: make(map[string]*container), pulls: make(map[string]*pulled), ended: make(map[string][]blockdev.Digest), asked: make(map[blockdev.Digest]struct{}),

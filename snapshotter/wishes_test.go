@@ -104,7 +104,7 @@ func TestWishes(t *testing.T) {
 			for _, id := range tt.here {
 				f.here[id] = true
 			}
-			w := newWishes(&Config{Root: "/x", Data: f, PrefetchAfterExit: tt.afterExit})
+			w := newWishes(f, "/x", tt.afterExit)
 			w.running = func() map[string]struct{} { return tt.running }
 			tt.do(w)
 			for range 2 { // the second look changes nothing

@@ -178,7 +178,7 @@ func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, err
 	defer func() { err = errors.Join(err, stopSharing()) }()
 
 	sn, err := snapshotter.New(snapshotter.Config{
-		Root: c.Root, Data: dataPath{vols}, Images: up,
+		Root: c.Root, Data: vols, Images: up,
 		Credentials: keychain, NodeCredentials: c.NodeCredentialsForPulls, Remote: remoteSupernode(c), Platform: platform(),
 		Policy:            images,
 		PrefetchAfterPull: c.PrefetchAfterPull, PrefetchAfterExit: c.PrefetchAfterExit,
@@ -311,18 +311,6 @@ func supernodeNames(up upstream) func() []string {
 		return func() []string { return []string{"embedded"} }
 	}
 	return func() []string { return *r.names.Load() }
-}
-
-// dataPath is the volumes as the snapshotter sees them.
-type dataPath struct{ *volume.Manager }
-
-func (d dataPath) PrefetchWait(ctx context.Context, id blockdev.Digest) error {
-	return d.Manager.PrefetchWait(ctx, id, nil)
-}
-
-func (d dataPath) Complete(id blockdev.Digest) bool {
-	s, ok := d.Manager.Stat(id)
-	return ok && s.Complete
 }
 
 // nodeDaemon answers the control socket.
