@@ -13,8 +13,8 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/boltcheck"
-	"github.com/shoalfs/shoal/supernode/flight"
-	"github.com/shoalfs/shoal/supernode/registry"
+	"github.com/shoalfs/shoal/internal/flight"
+	"github.com/shoalfs/shoal/internal/registry"
 )
 
 // checker asks a registry whether a credential may pull; nil means yes.

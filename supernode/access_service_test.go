@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/registry/registrytest"
+	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
 // TestPrivate: a private image is for those whom the registry lets in, stored or

@@ -2,7 +2,6 @@
 // talks to registries: it turns layers into indexes and chunks, each once, and
 // hands them to nodes that may have them.
 //
-//   - registry: what an image reference means, and the bytes of its layers
 //   - ingest: a layer's stream -> checked, unpacked, chunked, stored
 //   - store: chunks and indexes on disk, below a quota
 //

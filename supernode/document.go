@@ -6,7 +6,7 @@ import (
 	"fmt"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/registry"
+	"github.com/shoalfs/shoal/internal/registry"
 )
 
 // DocumentFor is blockdev.DocumentSource's Document on behalf of a peer. It asks

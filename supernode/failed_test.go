@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/registry/registrytest"
+	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
 // TestFailures: what fails again is left alone for longer each time, whoever and however

@@ -7,7 +7,7 @@ import (
 	"sync"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/flight"
+	"github.com/shoalfs/shoal/internal/flight"
 )
 
 // maxIndexes bounds the encoded indexes that are kept in memory, in bytes.

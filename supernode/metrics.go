@@ -11,7 +11,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/pace"
 	"github.com/shoalfs/shoal/internal/metric"
-	"github.com/shoalfs/shoal/supernode/registry"
+	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 

@@ -4,7 +4,7 @@ import (
 	"context"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/flight"
+	"github.com/shoalfs/shoal/internal/flight"
 )
 
 // progress is what those hear who watch a layer's verification.

@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/ingest"
-	"github.com/shoalfs/shoal/supernode/registry"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 

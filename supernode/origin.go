@@ -12,9 +12,9 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/flight"
+	"github.com/shoalfs/shoal/internal/flight"
+	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/ingest"
-	"github.com/shoalfs/shoal/supernode/registry"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 

@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/registry/registrytest"
+	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
 // TestPinned: what is pinned is bounded, is not evicted or removed, also after a restart, and

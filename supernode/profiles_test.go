@@ -12,7 +12,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
-	"github.com/shoalfs/shoal/supernode/registry/registrytest"
+	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
 // TestProfiles: a node that was handed the index reports; the next one is handed

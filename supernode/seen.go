@@ -6,7 +6,7 @@ import (
 	"sync"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/registry"
+	"github.com/shoalfs/shoal/internal/registry"
 )
 
 // StoredImage is an image that somebody has asked for and that is still stored.

@@ -20,8 +20,8 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
 	"github.com/shoalfs/shoal/blockdev/index"
-	"github.com/shoalfs/shoal/supernode/registry"
-	"github.com/shoalfs/shoal/supernode/registry/registrytest"
+	"github.com/shoalfs/shoal/internal/registry"
+	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
 var amd64 = blockdev.Platform{OS: "linux", Architecture: "amd64"}

@@ -12,9 +12,9 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/p2p/route"
 	"github.com/shoalfs/shoal/supernode/ingest"
-	"github.com/shoalfs/shoal/supernode/registry"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 

@@ -12,8 +12,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/registry/registrytest"
 	"github.com/shoalfs/shoal/p2p/host"
-	"github.com/shoalfs/shoal/supernode/registry/registrytest"
 )
 
 // link is a Sibling without a network: requests of one supernode to another.

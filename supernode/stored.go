@@ -11,7 +11,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
-	"github.com/shoalfs/shoal/supernode/registry"
+	"github.com/shoalfs/shoal/internal/registry"
 )
 
 // StoredLayer is a layer in the store, as an operator sees it.

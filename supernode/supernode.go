@@ -16,11 +16,11 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/flight"
 	"github.com/shoalfs/shoal/internal/pattern"
+	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/p2p/exchange"
-	"github.com/shoalfs/shoal/supernode/flight"
 	"github.com/shoalfs/shoal/supernode/ingest"
-	"github.com/shoalfs/shoal/supernode/registry"
 	"github.com/shoalfs/shoal/supernode/slots"
 	"github.com/shoalfs/shoal/supernode/store"
 )

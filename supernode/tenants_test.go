@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/registry/registrytest"
+	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
 // Two tenants of one registry: alice, whose repositories nobody else may read, and

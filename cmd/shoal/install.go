@@ -18,7 +18,7 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/install"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/node/mirror"
-	"github.com/shoalfs/shoal/snapshotter/credentials"
+	"github.com/shoalfs/shoal/internal/registry/credentials"
 )
 
 // installOptions are the flags of shoal install containerd.

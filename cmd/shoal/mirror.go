@@ -12,7 +12,7 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/node/mirror"
-	"github.com/shoalfs/shoal/snapshotter/credentials"
+	"github.com/shoalfs/shoal/internal/registry/credentials"
 )
 
 // newMirror makes the registry mirror that the config asks for, and what listens for

@@ -23,9 +23,9 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/program"
+	"github.com/shoalfs/shoal/internal/registry/credentials"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/snapshotter"
-	"github.com/shoalfs/shoal/snapshotter/credentials"
 	"github.com/shoalfs/shoal/supernode"
 )
 

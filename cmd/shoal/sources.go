@@ -16,10 +16,10 @@ import (
 	"github.com/shoalfs/shoal/blockdev/volume"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/node/direct"
+	"github.com/shoalfs/shoal/internal/registry"
+	"github.com/shoalfs/shoal/internal/registry/credentials"
 	"github.com/shoalfs/shoal/p2p/swarm"
 	"github.com/shoalfs/shoal/snapshotter"
-	"github.com/shoalfs/shoal/snapshotter/credentials"
-	"github.com/shoalfs/shoal/supernode/registry"
 )
 
 const (

@@ -19,12 +19,12 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
+	"github.com/shoalfs/shoal/internal/registry"
+	"github.com/shoalfs/shoal/internal/registry/credentials"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/roster"
-	"github.com/shoalfs/shoal/snapshotter/credentials"
 	"github.com/shoalfs/shoal/supernode"
-	"github.com/shoalfs/shoal/supernode/registry"
 )
 
 func newSupernodeCommand() *cobra.Command {

@@ -15,7 +15,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/layer"
 	"github.com/shoalfs/shoal/internal/blob"
-	"github.com/shoalfs/shoal/supernode/flight"
+	"github.com/shoalfs/shoal/internal/flight"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 

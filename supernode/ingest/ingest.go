@@ -12,7 +12,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/layer"
-	"github.com/shoalfs/shoal/supernode/flight"
+	"github.com/shoalfs/shoal/internal/flight"
 	"github.com/shoalfs/shoal/supernode/slots"
 	"github.com/shoalfs/shoal/supernode/store"
 )

@@ -19,8 +19,8 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/pace"
+	"github.com/shoalfs/shoal/internal/flight"
 	"github.com/shoalfs/shoal/internal/pattern"
-	"github.com/shoalfs/shoal/supernode/flight"
 )
 
 // Config configures a Client. The zero value works, without a cache.

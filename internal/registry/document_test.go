@@ -9,8 +9,8 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/registry"
-	"github.com/shoalfs/shoal/supernode/registry/registrytest"
+	"github.com/shoalfs/shoal/internal/registry"
+	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
 // TestDocument: manifests, indexes and configs come byte for byte with their media

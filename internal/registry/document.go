@@ -9,7 +9,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/flight"
+	"github.com/shoalfs/shoal/internal/flight"
 )
 
 // Document returns a manifest, an image index or a config as blockdev's

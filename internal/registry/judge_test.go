@@ -31,8 +31,8 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/registry"
-	rt "github.com/shoalfs/shoal/supernode/registry/registrytest"
+	"github.com/shoalfs/shoal/internal/registry"
+	rt "github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
 // containerdPulls is what containerd does with an image: it resolves the name,

@@ -1,6 +1,6 @@
-// Package registry is the supernode's client for OCI registries: it finds out
-// what an image reference means (manifest, config, layers) and streams layers,
-// from any offset.
+// Package registry is a client for OCI registries, for supernodes and for nodes that
+// must fetch a layer themselves: it finds out what an image reference means
+// (manifest, config, layers) and streams layers, from any offset.
 //
 // It stands on containerd's own resolver and its hosts.toml directories
 // (certs.d), so that mirrors, CAs, client certificates, headers and plain HTTP

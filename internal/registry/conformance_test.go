@@ -5,8 +5,8 @@ import (
 	"testing"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/registry"
-	"github.com/shoalfs/shoal/supernode/registry/registrytest"
+	"github.com/shoalfs/shoal/internal/registry"
+	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
 // TestBasics runs the same questions against the fake and against a real

@@ -10,8 +10,8 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/pace"
-	"github.com/shoalfs/shoal/supernode/registry"
-	rt "github.com/shoalfs/shoal/supernode/registry/registrytest"
+	"github.com/shoalfs/shoal/internal/registry"
+	rt "github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
 // TestDownloadIsShared: registries share the download limit in turns, so that one with

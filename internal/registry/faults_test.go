@@ -12,8 +12,8 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/supernode/registry"
-	"github.com/shoalfs/shoal/supernode/registry/registrytest"
+	"github.com/shoalfs/shoal/internal/registry"
+	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
 // image is a fake with one image in it.
