@@ -131,7 +131,7 @@ func BenchmarkLookup(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		list = append(list, &Diff{tab: tab, pres: newPresence(blockdev.Digest{byte(k)}, tab)})
+		list = append(list, &Diff{tab: tab, pres: newPresence(blockdev.Digest{byte(k)}, tab.len(), tab.length)})
 	}
 	c.list.Store(&list)
 	var digests []blockdev.Digest

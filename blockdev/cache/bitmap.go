@@ -109,8 +109,19 @@ func decodeHeader(b []byte) (h bitmapHeader, err error) {
 	return h, nil
 }
 
+// damagedRecords counts those of a file's records that do not match their checksums.
+func damagedRecords(id blockdev.Digest, records []byte) (damaged int) {
+	codec := newRecordCodec(id)
+	for g := range len(records) / recordSize {
+		if _, ok := codec.get(records[g*recordSize:], g); !ok {
+			damaged++
+		}
+	}
+	return damaged
+}
+
 // bitmapSize is the length in bytes of the file for n chunks.
-func bitmapSize(n int) int64 { return headerSize + int64(groups(n))*recordSize }
+func bitmapSize(n int) int64 { return headerSize + int64(records(n))*recordSize }
 
 type record struct{ present, synced, suspect uint32 }
 
@@ -125,22 +136,22 @@ func newRecordCodec(id blockdev.Digest) recordCodec {
 	return recordCodec{tab, crc32.Checksum(id[:], tab)}
 }
 
-func (c recordCodec) sum(group int, b []byte) uint32 {
-	var g [4]byte
-	binary.LittleEndian.PutUint32(g[:], uint32(group))
-	return crc32.Update(crc32.Update(c.seed, c.tab, g[:]), c.tab, b[:12])
+func (c recordCodec) sum(g int, b []byte) uint32 {
+	var num [4]byte
+	binary.LittleEndian.PutUint32(num[:], uint32(g))
+	return crc32.Update(crc32.Update(c.seed, c.tab, num[:]), c.tab, b[:12])
 }
 
-func (c recordCodec) put(b []byte, group int, r record) {
+func (c recordCodec) put(b []byte, g int, r record) {
 	binary.LittleEndian.PutUint32(b, r.present)
 	binary.LittleEndian.PutUint32(b[4:], r.synced)
 	binary.LittleEndian.PutUint32(b[8:], r.suspect)
-	binary.LittleEndian.PutUint32(b[12:], c.sum(group, b))
+	binary.LittleEndian.PutUint32(b[12:], c.sum(g, b))
 }
 
 // get reads a record; ok is false if it is damaged.
-func (c recordCodec) get(b []byte, group int) (r record, ok bool) {
-	if sum := binary.LittleEndian.Uint32(b[12:]); sum != c.sum(group, b) {
+func (c recordCodec) get(b []byte, g int) (r record, ok bool) {
+	if sum := binary.LittleEndian.Uint32(b[12:]); sum != c.sum(g, b) {
 		return record{}, sum == 0 && [12]byte(b) == [12]byte{}
 	}
 	return record{

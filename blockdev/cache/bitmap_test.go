@@ -95,7 +95,7 @@ func FuzzBitmap(f *testing.F) {
 	good := make([]byte, bitmapSize(tab.len()))
 	copy(good, h.encode())
 	codec := newRecordCodec(ix.DiffID)
-	for g := range groups(tab.len()) {
+	for g := range records(tab.len()) {
 		codec.put(good[headerSize+g*recordSize:], g, record{present: 0xffff, synced: 0xff, suspect: 0xf0000})
 	}
 	f.Add(good, true)
@@ -111,7 +111,7 @@ func FuzzBitmap(f *testing.F) {
 		if int64(len(b)) != bitmapSize(tab.len()) {
 			return
 		}
-		p := newPresence(ix.DiffID, tab)
+		p := newPresence(ix.DiffID, tab.len(), tab.length)
 		believed := believeSynced
 		if sameBoot {
 			believed = believePresent
@@ -121,11 +121,11 @@ func FuzzBitmap(f *testing.F) {
 		for i := range tab.len() {
 			if p.present.get(i) {
 				n++
-				r, ok := codec.get(b[headerSize+i/groupBits*recordSize:], i/groupBits)
-				if !ok || r.present&(1<<(i%groupBits)) == 0 {
+				r, ok := codec.get(b[headerSize+i/perRecord*recordSize:], i/perRecord)
+				if !ok || r.present&(1<<(i%perRecord)) == 0 {
 					t.Fatalf("chunk %d is believed without a good record", i)
 				}
-				if !sameBoot && r.synced&(1<<(i%groupBits)) == 0 {
+				if !sameBoot && r.synced&(1<<(i%perRecord)) == 0 {
 					t.Fatalf("chunk %d is believed after a boot, but was not synced", i)
 				}
 			}
@@ -136,7 +136,7 @@ func FuzzBitmap(f *testing.F) {
 		if got, _, _ := p.counts(); got != n {
 			t.Fatalf("counts %d, has %d", got, n)
 		}
-		none := newPresence(ix.DiffID, tab)
+		none := newPresence(ix.DiffID, tab.len(), tab.length)
 		none.load(b[headerSize:], believeNone)
 		if got, _, _ := none.counts(); got != 0 {
 			t.Fatalf("%d chunks are believed where nothing is to be", got)
@@ -152,7 +152,7 @@ func TestFailedSync(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := newPresence(ix.DiffID, tab)
+	p := newPresence(ix.DiffID, tab.len(), tab.length)
 	p.add(1)
 	p.beginSync()
 	p.endSync(true)

@@ -166,7 +166,7 @@ func TestPowerLoss(t *testing.T) {
 			}
 			defer f.Close()
 			for i := range r.d.tab.len() {
-				if r.d.pres.synced.get(i) || rng.IntN(4) == 0 {
+				if r.d.pres.syncedAll(i, i+1) || rng.IntN(4) == 0 {
 					continue
 				}
 				junk := make([]byte, r.d.tab.length(i))

@@ -262,7 +262,7 @@ func (c *Cache) openDecoded(dir string, id, sum blockdev.Digest, ix *blockdev.In
 func (c *Cache) newDiff(dir string, sum blockdev.Digest, ix *blockdev.Index, tab *table) (*Diff, error) {
 	d := &Diff{
 		c: c, id: ix.DiffID, sum: sum, dir: dir,
-		tab: tab, pres: newPresence(ix.DiffID, tab), size: roundUp(tab.size), heads: newHeaders(ix),
+		tab: tab, pres: newPresence(ix.DiffID, tab.len(), tab.length), size: roundUp(tab.size), heads: newHeaders(ix),
 		syncing: make(chan struct{}, 1), prefetching: make(chan struct{}, 1), proving: make(chan struct{}, 1),
 		flights: make(map[int]*flight),
 	}
@@ -357,7 +357,7 @@ func (d *Diff) loadBitmap(ix *blockdev.Index) error {
 		d.forgetScrub()
 	}
 	// What complete promises about an old process' chunks holds for all or none.
-	complete := h.complete && d.pres.synced.all(0, d.tab.len())
+	complete := h.complete && d.pres.syncedAll(0, d.tab.len())
 	d.completed.Store(h.complete)
 	if h.boot == d.c.boot && complete == h.complete {
 		if complete {

@@ -270,19 +270,19 @@ func (g *group) attempt() error {
 func (g *group) split() (local, remote []*flight) {
 next:
 	for _, f := range g.todo {
-		digest := &g.d.tab.digests[f.chunk]
+		digest := g.d.tab.digest(f.chunk)
 		if !f.remote {
 			if g.d.pres.isSuspect(f.chunk) {
 				local = append(local, f)
 				continue
 			}
-			if o, _ := g.d.c.lookup(digest); o != nil {
+			if o, _ := g.d.c.lookup(&digest); o != nil {
 				local = append(local, f)
 				continue
 			}
 		}
 		for _, r := range remote {
-			if g.d.tab.digests[r.chunk] == *digest {
+			if g.d.tab.digest(r.chunk) == digest {
 				continue next
 			}
 		}
@@ -322,10 +322,10 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 		if f.got {
 			return nil
 		}
-		if len(data) != d.tab.length(f.chunk) || blockdev.Sum(data) != d.tab.digests[f.chunk] {
+		if !d.tab.check(f.chunk, data) {
 			d.c.stats.corrupt.Add(1)
 			return fmt.Errorf("diff %v: chunk %d came with wrong bytes (%d bytes, want %d of %v): %w",
-				d.id, f.chunk, len(data), d.tab.length(f.chunk), d.tab.digests[f.chunk], blockdev.ErrCorrupt)
+				d.id, f.chunk, len(data), d.tab.length(f.chunk), d.tab.digest(f.chunk), blockdev.ErrCorrupt)
 		}
 		idle.Reset(timeout)
 		f.got, f.from = true, g.from

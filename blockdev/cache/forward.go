@@ -68,7 +68,7 @@ func (f *Forward) Has(i int) bool { return f.nums[i] >= 0 }
 // Absent says whether the i-th chunk is one of the diff's, but not on this node's
 // disk now.
 func (f *Forward) Absent(i int) bool {
-	return f.nums[i] >= 0 && !f.d.pres.present.get(f.nums[i])
+	return f.nums[i] >= 0 && !f.d.pres.has(f.nums[i])
 }
 
 // Start asks for what is missing and not in flight, in requests of the usual
@@ -83,7 +83,7 @@ func (f *Forward) Start() error {
 	var g *group
 	var size int64
 	for _, i := range f.nums {
-		if i < 0 || d.pres.present.get(i) || d.flights[i] != nil {
+		if i < 0 || d.pres.has(i) || d.flights[i] != nil {
 			continue
 		}
 		if g == nil || size >= d.c.cfg.RequestBytes {
@@ -123,7 +123,7 @@ func (f *Forward) Chunk(ctx context.Context, i int, alloc func(n int) []byte) ([
 	}
 	n := d.tab.length(k)
 	for try := 0; ; try++ {
-		if d.pres.present.get(k) {
+		if d.pres.has(k) {
 			buf := alloc(n)[:n]
 			if ok, err := d.readChunk(k, buf); ok || err != nil {
 				return buf, err
@@ -152,7 +152,7 @@ func (f *Forward) Chunk(ctx context.Context, i int, alloc func(n int) []byte) ([
 // Wait returns when Chunk need not wait for the i-th chunk any more.
 func (f *Forward) Wait(ctx context.Context, i int) {
 	k := f.nums[i]
-	if k < 0 || f.d.pres.present.get(k) {
+	if k < 0 || f.d.pres.has(k) {
 		return
 	}
 	if w, err := f.join(k); err == nil && w.flight != nil {
@@ -171,7 +171,7 @@ func (d *Diff) readChunk(k int, buf []byte) (bool, error) {
 	case err != nil:
 		d.damaged(k, err)
 		return false, nil
-	case blockdev.Sum(buf) != d.tab.digests[k]:
+	case !d.tab.check(k, buf):
 		d.damaged(k, blockdev.ErrCorrupt)
 		return false, nil
 	}
@@ -187,7 +187,7 @@ func (f *Forward) join(k int) (wait, error) {
 	if d.gone != nil {
 		return wait{}, d.gone
 	}
-	if d.pres.present.get(k) {
+	if d.pres.has(k) {
 		return wait{}, nil
 	}
 	fl := d.flights[k]

@@ -208,7 +208,7 @@ func (r *rig) present() (n int) {
 		r.t.Fatal(err)
 	}
 	for i := range r.d.tab.len() {
-		if !r.d.pres.present.get(i) {
+		if !r.d.pres.has(i) {
 			continue
 		}
 		n++

@@ -117,7 +117,7 @@ type inspector struct {
 	own  *blockdev.Index // whose tree is shown in place of that of ix; nil: none
 	tab  *table
 	data *os.File
-	bits bitset // what the bitmap says is present
+	pres *presence // what the bitmap says
 }
 
 func (i *inspector) where() string { return "layer " + i.id.String() }
@@ -189,21 +189,15 @@ func (i *inspector) bitmap(sum blockdev.Digest) (complete bool, err error) {
 	case h.chunks != uint32(n) || int64(len(b)) != bitmapSize(n):
 		err = errors.New("it is of another length")
 	}
-	p := newPresence(i.id, i.tab)
-	i.bits = p.present
+	p := newPresence(i.id, n, i.tab.length)
+	i.pres = p
 	if err != nil {
 		i.in.add(i.where(), repairBitmap, "bitmap: %v", err)
 		return false, nil
 	}
-	bad := 0
-	codec := newRecordCodec(i.id)
-	for g := range groups(n) {
-		if _, ok := codec.get(b[headerSize+g*recordSize:], g); !ok {
-			bad++
-		}
-	}
+	bad := damagedRecords(i.id, b[headerSize:])
 	if bad > 0 {
-		i.in.add(i.where(), repairBitmap, "bitmap: %d of %d records do not match their checksums", bad, groups(n))
+		i.in.add(i.where(), repairBitmap, "bitmap: %d records do not match their checksums", bad)
 	}
 	believed := believeSynced
 	if h.boot == i.boot {
@@ -218,7 +212,7 @@ func (i *inspector) chunks(ctx context.Context) (damaged int, err error) {
 	buf := make([]byte, blockdev.MaxChunk)
 	first, seen := -1, 0
 	for k := range i.tab.len() {
-		if !i.bits.get(k) {
+		if !i.pres.has(k) {
 			continue
 		}
 		if ctx.Err() != nil {
@@ -232,7 +226,7 @@ func (i *inspector) chunks(ctx context.Context) (damaged int, err error) {
 		seen++
 		i.in.Chunks++
 		i.in.Bytes += int64(n)
-		if err != nil || blockdev.Sum(b) != i.tab.digests[k] {
+		if err != nil || !i.tab.check(k, b) {
 			if damaged++; first < 0 {
 				first = k
 			}

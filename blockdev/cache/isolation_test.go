@@ -161,7 +161,7 @@ func TestAbandonedRequestIsNotSent(t *testing.T) {
 	close(open)
 	wg.Wait()
 	r.quiet()
-	if _, sent := asked.Load(r.d.tab.digests[r.d.tab.at(6<<20)]); sent {
+	if _, sent := asked.Load(r.d.tab.digest(r.d.tab.at(6 << 20))); sent {
 		t.Error("a request that nobody waits for was sent")
 	}
 	r.checkRead(6<<20, 1<<20)
@@ -204,7 +204,7 @@ func TestMemoryIsTakenLast(t *testing.T) {
 			var ready atomic.Bool
 			r.source(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
 				return r.mem.Fetch(ctx, req, func(i int, data []byte) error {
-					if req.Chunks[i].Digest == r.d.tab.digests[last-1] {
+					if req.Chunks[i].Digest == r.d.tab.digest(last-1) {
 						ready.Store(true)
 					}
 					return deliver(i, data)

@@ -26,7 +26,7 @@ func (g *group) copyLocal(ctx context.Context, flights []*flight) {
 
 func (g *group) copyOne(f *flight, buf []byte) bool {
 	d := g.d
-	digest := d.tab.digests[f.chunk]
+	digest := d.tab.digest(f.chunk)
 	if d.pres.isSuspect(f.chunk) {
 		_, err := d.data.ReadAt(buf, d.tab.start(f.chunk))
 		if err == nil && blockdev.Sum(buf) == digest {
@@ -65,7 +65,7 @@ func (g *group) copyOne(f *flight, buf []byte) bool {
 func (c *Cache) lookup(digest *blockdev.Digest) (*Diff, int) {
 	for _, o := range *c.list.Load() {
 		for _, k := range o.tab.find(digest) {
-			if o.pres.present.get(int(k)) {
+			if o.pres.has(int(k)) {
 				return o, int(k)
 			}
 		}

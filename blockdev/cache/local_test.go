@@ -45,7 +45,8 @@ func TestCopyFromAnotherDiff(t *testing.T) {
 	r.check(d, want, 0, len(want))
 	var fresh int64
 	for i := range d.tab.len() {
-		if len(r.d.tab.find(&d.tab.digests[i])) == 0 {
+		digest := d.tab.digest(i)
+		if len(r.d.tab.find(&digest)) == 0 {
 			fresh += int64(d.tab.length(i))
 		}
 	}
@@ -64,7 +65,7 @@ func TestCopyOfADamagedChunk(t *testing.T) {
 	r, d, want := upgrade(t)
 	flipFile(t, r.d.DataPath(), r.d.tab.start(3)+5)
 	r.check(d, want, 0, len(want))
-	if r.d.pres.present.get(3) {
+	if r.d.pres.has(3) {
 		t.Error("the damaged chunk is still called present")
 	}
 	if r.d.Complete() {
@@ -188,7 +189,7 @@ func TestMemoryOfATable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := newPresence(ix.DiffID, tab)
+	p := newPresence(ix.DiffID, tab.len(), tab.length)
 	sum := 4*cap(tab.low) + 8*cap(tab.base) + 32*cap(tab.digests) + 4*cap(tab.order) + 64*cap(tab.filter) +
 		4*(cap(p.present)+cap(p.synced)+cap(p.suspect)+cap(p.checked)+cap(p.syncing)+cap(p.dirty))
 	if per := float64(sum) / float64(tab.len()); per > 44 {

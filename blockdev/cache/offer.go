@@ -12,7 +12,7 @@ func (d *Diff) Offer(chunk blockdev.Digest, data []byte) {
 	checked := false
 	for _, k := range d.tab.find(&chunk) {
 		i := int(k)
-		if d.pres.present.get(i) || len(data) != d.tab.length(i) {
+		if d.pres.has(i) || len(data) != d.tab.length(i) {
 			continue
 		}
 		if !checked && blockdev.Sum(data) != chunk {

@@ -75,7 +75,7 @@ func (d *Diff) fetchMissing(ctx context.Context) error {
 			continue
 		}
 		// What is missing still is in flight for somebody else.
-		i := d.pres.present.nextClear(0, d.tab.len())
+		i := d.pres.nextMissing(0)
 		if i == d.tab.len() {
 			return nil
 		}
@@ -202,7 +202,7 @@ func (d *Diff) claim(ctx context.Context, i int, limit int64) (*group, int) {
 	var g *group
 	var size int64
 	n := d.tab.len()
-	for i = d.pres.present.nextClear(i, n); i < n && size < limit; i = d.pres.present.nextClear(i+1, n) {
+	for i = d.pres.nextMissing(i); i < n && size < limit; i = d.pres.nextMissing(i + 1) {
 		if f := d.flights[i]; f != nil && !f.over {
 			continue
 		}
@@ -238,7 +238,7 @@ func (d *Diff) checkOthers(ctx context.Context) error {
 		switch {
 		case err != nil:
 			d.damaged(i, err)
-		case blockdev.Sum(b) != d.tab.digests[i]:
+		case !d.tab.check(i, b):
 			d.damaged(i, blockdev.ErrCorrupt)
 		default:
 			d.pres.check(i)

@@ -37,22 +37,34 @@ type presence struct {
 	bytesUnsynced int64
 }
 
-func newPresence(id blockdev.Digest, tab *table) *presence {
-	n := tab.len()
+// newPresence is for a diff of n chunks, of which length says how many bytes each has.
+func newPresence(id blockdev.Digest, n int, length func(i int) int) *presence {
 	p := &presence{
 		n:       n,
 		codec:   newRecordCodec(id),
-		length:  tab.length,
+		length:  length,
 		present: newBitset(n),
 		synced:  newBitset(n),
 		suspect: newBitset(n),
 		checked: newBitset(n),
 		syncing: newBitset(n),
-		dirty:   newBitset(groups(n)),
+		dirty:   newBitset(records(n)),
 	}
 	p.written = sync.NewCond(&p.mu)
 	return p
 }
+
+// has reports whether chunk i is present.
+func (p *presence) has(i int) bool { return p.present.get(i) }
+
+// hasAll reports whether the chunks [lo, hi) are present.
+func (p *presence) hasAll(lo, hi int) bool { return p.present.all(lo, hi) }
+
+// syncedAll reports whether the chunks [lo, hi) are synced.
+func (p *presence) syncedAll(lo, hi int) bool { return p.synced.all(lo, hi) }
+
+// nextMissing is the first chunk from i on that is not present, or n.
+func (p *presence) nextMissing(i int) int { return p.present.nextClear(i, p.n) }
 
 // belief is what of a bitmap file is believed.
 type belief uint8
@@ -66,17 +78,17 @@ const (
 	believePresent
 )
 
-// load takes over what a bitmap file says. It returns how many present chunks were
+// load takes over what the records of a bitmap file say. It returns how many present chunks were
 // not believed.
-func (p *presence) load(records []byte, b belief) (doubted int) {
+func (p *presence) load(file []byte, b belief) (doubted int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for g := range groups(p.n) {
+	for g := range records(p.n) {
 		valid := ^uint32(0)
-		if rest := p.n - g*groupBits; rest < groupBits {
+		if rest := p.n - g*perRecord; rest < perRecord {
 			valid = 1<<rest - 1
 		}
-		r, ok := p.codec.get(records[g*recordSize:], g)
+		r, ok := p.codec.get(file[g*recordSize:], g)
 		if !ok {
 			r = record{suspect: valid}
 			doubted += bits.OnesCount32(valid)
@@ -103,7 +115,7 @@ func (p *presence) load(records []byte, b belief) (doubted int) {
 		p.synced[g].Store(r.synced)
 		p.suspect[g].Store(r.suspect)
 		for w := r.present; w != 0; w &= w - 1 {
-			i := g*groupBits + bits.TrailingZeros32(w)
+			i := g*perRecord + bits.TrailingZeros32(w)
 			p.nPresent++
 			p.bytesPresent += int64(p.length(i))
 			if !p.synced.get(i) {
@@ -120,7 +132,7 @@ func (p *presence) doubtAll() {
 	defer p.mu.Unlock()
 	for i := range p.n {
 		p.suspect.set(i)
-		p.dirty.set(i / groupBits)
+		p.dirty.set(i / perRecord)
 	}
 }
 
@@ -137,7 +149,7 @@ func (p *presence) add(i int) (unsynced int64) {
 		p.bytesUnsynced += int64(p.length(i))
 		p.present.set(i)
 	}
-	p.dirty.set(i / groupBits)
+	p.dirty.set(i / perRecord)
 	return p.bytesUnsynced
 }
 
@@ -179,7 +191,7 @@ func (p *presence) remove(i int) bool {
 	p.checked.unset(i)
 	p.syncing.unset(i)
 	p.suspect.unset(i)
-	p.dirty.set(i / groupBits)
+	p.dirty.set(i / perRecord)
 	return was
 }
 
@@ -214,7 +226,7 @@ func (p *presence) endSync(ok bool) (ranges [][2]int) {
 			}
 			p.bytesUnsynced -= int64(p.length(k))
 			p.synced.set(k)
-			p.dirty.set(k / groupBits)
+			p.dirty.set(k / perRecord)
 		}
 		ranges = append(ranges, [2]int{i, end})
 		i = p.syncing.nextSet(end, p.n)
@@ -241,8 +253,8 @@ func (p *presence) persist(w io.WriterAt, wait bool) error {
 		p.writing = false
 		p.written.Broadcast()
 	}()
-	for g := p.dirty.nextSet(0, groups(p.n)); g < groups(p.n); g = p.dirty.nextSet(0, groups(p.n)) {
-		end := min(p.dirty.nextClear(g, groups(p.n)), g+persistBatch)
+	for g := p.dirty.nextSet(0, records(p.n)); g < records(p.n); g = p.dirty.nextSet(0, records(p.n)) {
+		end := min(p.dirty.nextClear(g, records(p.n)), g+persistBatch)
 		for k := g; k < end; k++ {
 			p.codec.put(p.buf[(k-g)*recordSize:], k, record{p.present[k].Load(), p.synced[k].Load(), p.suspect[k].Load()})
 			p.dirty.unset(k)
@@ -264,7 +276,7 @@ func (p *presence) persist(w io.WriterAt, wait bool) error {
 func (p *presence) soil() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for g := range groups(p.n) {
+	for g := range records(p.n) {
 		p.dirty.set(g)
 	}
 }

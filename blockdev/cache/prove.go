@@ -214,18 +214,18 @@ func (v *verified) load(i int) error {
 // verify reads chunk i into buf, which has its length. The error is ErrIncomplete,
 // ErrDamaged (the chunk is missing from then on), or why the diff is no more.
 func (d *Diff) verify(i int, buf []byte) error {
-	if !d.pres.present.get(i) {
+	if !d.pres.has(i) {
 		return ErrIncomplete
 	}
 	_, err := d.data.ReadAt(buf, d.tab.start(i))
 	if errors.Is(err, os.ErrClosed) {
 		return d.goneErr()
 	}
-	if err == nil && blockdev.Sum(buf) != d.tab.digests[i] {
+	if err == nil && !d.tab.check(i, buf) {
 		err = blockdev.ErrCorrupt
 	}
 	if err != nil {
-		if !d.pres.present.get(i) {
+		if !d.pres.has(i) {
 			return ErrIncomplete // it was taken off the disk meanwhile
 		}
 		d.damaged(i, err)

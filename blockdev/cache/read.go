@@ -35,7 +35,7 @@ func (d *Diff) isLocal(off int64, n int) bool {
 	if tr != nil {
 		tr.touch(lo, hi)
 	}
-	return d.pres.present.all(lo, hi)
+	return d.pres.hasAll(lo, hi)
 }
 
 // ReadAt reads as io.ReaderAt does, out of Size bytes. It is a demand read: what
@@ -277,7 +277,7 @@ func (d *Diff) waitPart(ctx context.Context, lo, hi int, mem *unwritten) (bool, 
 // atHand reports whether chunks [lo, hi) are present or in mem.
 func (d *Diff) atHand(lo, hi int, mem *unwritten) bool {
 	for i := lo; i < hi; i++ {
-		if !d.pres.present.get(i) && mem.get(i) == nil {
+		if !d.pres.has(i) && mem.get(i) == nil {
 			return false
 		}
 	}
@@ -296,7 +296,7 @@ func (d *Diff) join(lo, hi int, mem *unwritten) ([]wait, error) {
 	var waits []wait
 	var own *group
 	for i := lo; i < hi; i++ {
-		if d.pres.present.get(i) || mem.get(i) != nil {
+		if d.pres.has(i) || mem.get(i) != nil {
 			continue
 		}
 		f := d.flights[i]
@@ -316,7 +316,7 @@ func (d *Diff) join(lo, hi int, mem *unwritten) ([]wait, error) {
 		ahead := d.seq.ahead(own.todo[0].chunk, d.c.cfg.ReadAhead, d.c.cfg.MaxReadAhead)
 		end, i := d.tab.start(hi)+ahead, hi
 		for ; i < d.tab.len() && d.tab.start(i+1) <= end; i++ {
-			if !d.pres.present.get(i) && d.flights[i] == nil {
+			if !d.pres.has(i) && d.flights[i] == nil {
 				d.depart(own, i)
 			}
 		}
@@ -409,7 +409,7 @@ func (d *Diff) lateErr(ctx context.Context, f *flight) error {
 func (d *Diff) assemble(p []byte, off int64, mem *unwritten) (bool, error) {
 	lo, hi := d.tab.span(off, off+int64(len(p)))
 	if mem == nil || mem.bytes == 0 {
-		if !d.pres.present.all(lo, hi) {
+		if !d.pres.hasAll(lo, hi) {
 			return false, nil
 		}
 		return d.assembled(d.pread(p, off))
@@ -421,7 +421,7 @@ func (d *Diff) assemble(p []byte, off int64, mem *unwritten) (bool, error) {
 			copy(dst, b[from-d.tab.start(i):])
 			continue
 		}
-		if !d.pres.present.get(i) {
+		if !d.pres.has(i) {
 			return false, nil
 		}
 		if ok, err := d.assembled(d.pread(dst, from)); !ok {

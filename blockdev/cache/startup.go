@@ -31,7 +31,7 @@ func (d *Diff) FetchStartup(ctx context.Context, chunks []uint32) error {
 	d.mu.Lock()
 	if d.gone == nil {
 		for _, c := range chunks {
-			if i := int(c); i < d.tab.len() && !d.pres.present.get(i) && d.flights[i] == nil {
+			if i := int(c); i < d.tab.len() && !d.pres.has(i) && d.flights[i] == nil {
 				d.depart(g, i)
 			}
 		}

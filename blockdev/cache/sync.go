@@ -73,7 +73,7 @@ func (d *Diff) Drop(off int64, n int) {
 		return
 	}
 	lo, hi := d.tab.span(off, off+int64(n))
-	if d.pres.synced.all(lo, hi) {
+	if d.pres.syncedAll(lo, hi) {
 		dropPages(d.data, off, int64(n))
 	}
 }

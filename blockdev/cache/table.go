@@ -99,6 +99,14 @@ func (t *table) chunk(i int) blockdev.Chunk {
 	return blockdev.Chunk{Offset: t.start(i), Length: uint32(t.length(i)), Digest: t.digests[i]}
 }
 
+// digest is that of chunk i.
+func (t *table) digest(i int) blockdev.Digest { return t.digests[i] }
+
+// check reports whether b is chunk i.
+func (t *table) check(i int, b []byte) bool {
+	return len(b) == t.length(i) && blockdev.Sum(b) == t.digests[i]
+}
+
 // at is the number of the chunk that holds the byte at off, which must lie
 // within the diff.
 func (t *table) at(off int64) int {
