@@ -36,20 +36,16 @@ type Cache struct {
 
 	quarantine *quarantine
 
-	gate       gate
+	pace       *pace
 	demand     *turns.Turns        // bytes of demand requests in flight, by diff
 	held       *turns.Turns        // bytes that reads hold, unwritten, by diff
 	decoding   *semaphore.Weighted // bytes of indexes
-	window     *window             // of prefetch
-	rate       rate                // of prefetch
 	kicked     chan struct{}       // the syncer has work
 	buffers    bufferPool
 	untilWorks atomic.Int64 // bytes to be written before the disk is well; 0: it is
 	stats      counters
 	space      *space
 	recent     recent
-	arrivals   arrivals
-	trickle    trickle
 	serial     atomic.Uint64 // makes names in tmp unique
 
 	started int64         // makes names in tmp unlike those of earlier processes
@@ -100,11 +96,11 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 		cfg: cfg, boot: hashBoot(cfg.bootID), lock: lock,
 		demand: turns.New(cfg.DemandBytes, 0), held: turns.New(heldBytes, 0),
 		decoding: semaphore.NewWeighted(cfg.IndexBytes),
-		window:   newWindow(cfg.Window), rate: rate{limit: cfg.PrefetchRate},
-		kicked: make(chan struct{}, 1),
-		diffs:  make(map[blockdev.Digest]*Diff),
-		found:  make(map[blockdev.Digest]*found),
-		opened: make(chan struct{}), started: time.Now().UnixNano(),
+		pace:     newPace(cfg.Quiet, cfg.GiveWay, cfg.Window, cfg.PrefetchRate),
+		kicked:   make(chan struct{}, 1),
+		diffs:    make(map[blockdev.Digest]*Diff),
+		found:    make(map[blockdev.Digest]*found),
+		opened:   make(chan struct{}), started: time.Now().UnixNano(),
 		busy: make(map[blockdev.Digest]chan struct{}),
 	}
 	c.publish()
@@ -201,7 +197,7 @@ func (c *Cache) publish() {
 
 // ExpectDemand says that demand reads are about to begin, since a program is
 // being started: prefetch waits as if one had ended just now.
-func (c *Cache) ExpectDemand() { c.gate.expect() }
+func (c *Cache) ExpectDemand() { c.pace.gate.expect() }
 
 // Get returns the diff, if the cache has it.
 func (c *Cache) Get(id blockdev.Digest) (*Diff, bool) {

@@ -332,22 +332,22 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 		left--
 		if g.owed > 0 {
 			g.owed -= int64(len(data))
-			d.c.window.free(int64(len(data)))
+			d.c.pace.inflight.free(int64(len(data)))
 		}
 		bytes += int64(len(data))
 		d.c.stats.fetched(prio, len(data))
-		d.c.gate.came(&d.reading)
+		d.c.pace.gate.came(&d.reading)
 		if prio == blockdev.Prefetch && g.hops == 0 {
-			d.c.rate.came(len(data))
+			d.c.pace.rate.came(len(data))
 		}
 		if prio == blockdev.Startup {
-			d.c.arrivals.note(time.Now())
+			d.c.pace.arrivals.note(time.Now())
 		}
 		return g.settle(prio, f, data)
 	})
 	returned.Store(true)
 	if prio == blockdev.Prefetch && g.hops == 0 {
-		d.c.trickle.note(bytes, time.Since(began))
+		d.c.pace.trickle.note(bytes, time.Since(began))
 	}
 	switch {
 	case ctx.Err() != nil:

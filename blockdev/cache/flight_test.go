@@ -164,12 +164,17 @@ func TestCancelEndsTheWaitOnly(t *testing.T) {
 // awaitWaiters returns when the flight of a chunk has n readers.
 func (r *rig) awaitWaiters(chunk, n int) {
 	r.t.Helper()
-	r.eventually(fmt.Sprintf("%d readers wait for chunk %d", n, chunk), func() bool {
-		r.d.mu.Lock()
-		defer r.d.mu.Unlock()
-		f := r.d.flights[chunk]
-		return f != nil && f.waiters == n
-	})
+	r.eventually(fmt.Sprintf("%d readers wait for chunk %d", n, chunk), func() bool { return r.waiters(chunk) == n })
+}
+
+// waiters is how many reads wait for a chunk; -1: it is not in flight.
+func (r *rig) waiters(chunk int) int {
+	r.d.mu.Lock()
+	defer r.d.mu.Unlock()
+	if f := r.d.flights[chunk]; f != nil {
+		return f.waiters
+	}
+	return -1
 }
 
 // TestPromote: a source that serves demand and starves prefetch does not hold up

@@ -12,6 +12,8 @@ import (
 // there has been no demand read for a while. It does not wait for the reads of a diff
 // for which nothing comes: what holds them up is not prefetch.
 type gate struct {
+	quiet, giveWay time.Duration // Config
+
 	mu     sync.Mutex
 	active map[*reading]struct{} // those with readers
 	idle   chan struct{}         // closed when there are none
@@ -99,9 +101,9 @@ func (g *gate) starting() {
 }
 
 // wait returns when there has been no demand read that counts for quiet and no program
-// is starting; and after most at the latest, with false.
-func (g *gate) wait(ctx context.Context, quiet, most time.Duration) (calm bool, err error) {
-	deadline := time.Now().Add(most)
+// is starting; and after giveWay at the latest, with false.
+func (g *gate) wait(ctx context.Context) (calm bool, err error) {
+	deadline := time.Now().Add(g.giveWay)
 	for ctx.Err() == nil {
 		g.mu.Lock()
 		busy, idle, last, starts := g.reads(), g.idle, g.last, g.busy
@@ -109,7 +111,7 @@ func (g *gate) wait(ctx context.Context, quiet, most time.Duration) (calm bool, 
 		until := deadline
 		if !busy {
 			idle = nil
-			q := last.Add(quiet)
+			q := last.Add(g.quiet)
 			if starts.After(q) {
 				q = starts
 			}

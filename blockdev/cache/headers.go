@@ -96,7 +96,7 @@ func (d *Diff) fetchHeaders(ctx context.Context, f *os.File) error {
 
 // fetchPieces asks the Source for some pieces, in one request.
 func (d *Diff) fetchPieces(ctx context.Context, f *os.File, want []int) error {
-	if _, err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay); err != nil {
+	if _, err := d.c.pace.gate.wait(ctx); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancelCause(ctx)

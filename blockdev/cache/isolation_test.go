@@ -7,7 +7,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
@@ -19,51 +18,6 @@ func (r *rig) other(seed uint64, size int) (*Diff, []byte) {
 	ix, data := blockdevtest.Diff(seed, size)
 	r.mem.PutDiff(ix, data)
 	return r.add(ix), padded(data)
-}
-
-// waiting is how many demand reads there are.
-func (g *gate) waiting() int {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	n := 0
-	for r := range g.active {
-		n += r.readers
-	}
-	return n
-}
-
-// TestPrefetchDoesNotWaitForHungReads: prefetch gives way to demand reads, but not to
-// those of a diff for which nothing has come for long.
-func TestPrefetchDoesNotWaitForHungReads(t *testing.T) {
-	var g gate
-	var hung, alive reading
-	g.enter(&hung)
-	g.enter(&hung)
-	if calm, err := g.wait(t.Context(), time.Nanosecond, time.Millisecond); calm || err != nil {
-		t.Errorf("prefetch does not give way to reads that have just begun (%v)", err)
-	}
-	hung.since = hung.since.Add(-hungAfter)
-	for range 2 { // also after one of them has given up
-		if calm, err := g.wait(t.Context(), time.Nanosecond, time.Hour); !calm || err != nil {
-			t.Errorf("prefetch gives way to reads that hang (%v)", err)
-		}
-		g.leave(&hung)
-	}
-	g.enter(&hung)
-	hung.since = hung.since.Add(-hungAfter)
-	g.enter(&alive)
-	if calm, err := g.wait(t.Context(), time.Nanosecond, time.Millisecond); calm || err != nil {
-		t.Errorf("prefetch does not give way to reads of another diff (%v)", err)
-	}
-	g.leave(&alive)
-	g.came(&hung)
-	if calm, err := g.wait(t.Context(), time.Nanosecond, time.Millisecond); calm || err != nil {
-		t.Errorf("prefetch does not give way to reads for which something has come again (%v)", err)
-	}
-	g.leave(&hung)
-	if calm, err := g.wait(t.Context(), time.Nanosecond, time.Hour); !calm || err != nil {
-		t.Errorf("prefetch does not go on when there are no reads (%v)", err)
-	}
 }
 
 // TestHungDiffLeavesRoom: a source that does not answer for one diff holds a part of
@@ -95,7 +49,14 @@ func TestHungDiffLeavesRoom(t *testing.T) {
 	for off := int64(0); off < r.d.Size(); off += step {
 		wg.Go(func() { r.checkRead(off, step) })
 	}
-	r.eventually("all reads of the hung diff wait", func() bool { return r.gate.waiting() == (12<<20+step-1)/step })
+	r.eventually("all reads of the hung diff wait", func() bool {
+		for off := int64(0); off < r.d.Size(); off += step {
+			if r.waiters(r.d.tab.at(min(off+step/2, r.d.DiffSize()-1))) < 1 {
+				return false
+			}
+		}
+		return true
+	})
 	for off := int64(0); off < good.Size(); off += step {
 		r.check(good, want, off, step)
 	}
@@ -155,13 +116,14 @@ func TestAbandonedRequestIsNotSent(t *testing.T) {
 			t.Errorf("a read whose caller has gone: %v", err)
 		}
 	})
-	r.eventually("the second read waits", func() bool { return r.gate.waiting() == 2 })
+	second := r.d.tab.at(6 << 20)
+	r.awaitWaiters(second, 1)
 	leave()
-	r.eventually("the second read has gone", func() bool { return r.gate.waiting() == 1 })
+	r.awaitWaiters(second, 0)
 	close(open)
 	wg.Wait()
 	r.quiet()
-	if _, sent := asked.Load(r.d.tab.digest(r.d.tab.at(6 << 20))); sent {
+	if _, sent := asked.Load(r.d.tab.digest(second)); sent {
 		t.Error("a request that nobody waits for was sent")
 	}
 	r.checkRead(6<<20, 1<<20)

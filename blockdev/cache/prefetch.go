@@ -4,10 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"sync"
-	"sync/atomic"
-	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -114,20 +111,8 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 		if err := d.prefetchRoom(ctx); err != nil {
 			return err
 		}
-		if d.hurries.Load() == 0 {
-			if err := d.c.rate.wait(ctx); err != nil {
-				return err
-			}
-		}
-		calm, err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay)
+		size, err := d.c.pace.next(ctx, d.hurries.Load() > 0)
 		if err != nil {
-			return err
-		}
-		size := int64(math.MaxInt64)
-		if !calm {
-			size = min(size, d.c.trickle.bytes(d.c.cfg.GiveWay))
-		}
-		if size, err = d.c.window.room(ctx, size); err != nil {
 			return err
 		}
 		g, end := d.claim(ctx, next, size)
@@ -137,7 +122,7 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 		next = end
 		wg.Add(1)
 		g.release = func(err error) {
-			d.c.window.free(g.owed)
+			d.c.pace.inflight.free(g.owed)
 			g.owed = 0
 			mu.Lock()
 			if first == nil && !errors.Is(err, errPromoted) {
@@ -152,27 +137,14 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 	return failed()
 }
 
-// trickle is how much prefetch asks for while demand reads go on: what takes a
-// small part of the time, by the rate of the prefetch requests before. On a slow
-// link a usual request would keep the readers waiting for as long as it takes.
-type trickle struct {
-	rate atomic.Int64 // bytes per second
-}
+// SetPrefetchRate changes Config.PrefetchRate; 0: no limit.
+func (c *Cache) SetPrefetchRate(bytes int64) { c.pace.rate.set(bytes) }
 
-// trickleShare is that part of the time, inverted.
-const trickleShare = 100
-
-// note takes what a request brought.
-func (t *trickle) note(bytes int64, took time.Duration) {
-	if bytes > 0 {
-		t.rate.Store(int64(float64(bytes) / max(took, time.Microsecond).Seconds()))
-	}
-}
-
-// bytes is for one request in every interval; 1, which is a chunk, before any rate
-// is known.
-func (t *trickle) bytes(interval time.Duration) int64 {
-	return max(int64(float64(t.rate.Load())*interval.Seconds()/trickleShare), 1)
+// Hurry lifts Config.PrefetchRate for this diff until done is called: somebody
+// waits for all of it.
+func (d *Diff) Hurry() (done func()) {
+	d.hurries.Add(1)
+	return sync.OnceFunc(func() { d.hurries.Add(-1) })
 }
 
 // paceWrites waits for the disk when too much is written and not synced, so that
@@ -187,7 +159,7 @@ func (d *Diff) paceWrites(ctx context.Context) error {
 // prefetchRoom returns nil if there is room for what prefetch may have under way.
 func (d *Diff) prefetchRoom(ctx context.Context) error {
 	return d.c.waitRoom(ctx, func() error {
-		return d.c.space.has(d.c.window.size(), forPrefetch)
+		return d.c.space.has(d.c.pace.inflight.size(), forPrefetch)
 	})
 }
 
@@ -214,7 +186,7 @@ func (d *Diff) claim(ctx context.Context, i int, limit int64) (*group, int) {
 	}
 	if g != nil {
 		g.owed = size
-		d.c.window.take(size)
+		d.c.pace.inflight.take(size)
 		d.wg.Add(1)
 	}
 	return g, i
@@ -230,7 +202,7 @@ func (d *Diff) checkOthers(ctx context.Context) error {
 	buf := d.c.buffer()
 	defer d.c.buffers.Put(buf)
 	for ; i < d.tab.len(); i = d.pres.nextUnchecked(i + 1) {
-		if _, err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay); err != nil {
+		if _, err := d.c.pace.gate.wait(ctx); err != nil {
 			return err
 		}
 		b, off := buf[:d.tab.length(i)], d.tab.start(i)

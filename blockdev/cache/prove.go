@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/proof"
@@ -167,13 +166,13 @@ func (d *Diff) prove(ctx context.Context, hurry bool) (*blockdev.Index, error) {
 type verified struct {
 	d     *Diff
 	ctx   context.Context // of one pass over the diff
-	pace  pace
+	rest  *rest
 	buf   chunkBuffer
 	chunk int // in buf; -1: none
 }
 
 func (d *Diff) newVerified(ctx context.Context, hurry bool) *verified {
-	return &verified{d: d, ctx: ctx, pace: pace{hurry: hurry, began: time.Now()}, buf: d.c.buffer(), chunk: -1}
+	return &verified{d: d, ctx: ctx, rest: newRest(&d.c.pace.gate, hurry, 0), buf: d.c.buffer(), chunk: -1}
 }
 
 func (v *verified) close() { v.d.c.buffers.Put(v.buf) }
@@ -201,7 +200,7 @@ func (v *verified) ReadAt(p []byte, off int64) (n int, err error) {
 
 func (v *verified) load(i int) error {
 	v.chunk = -1
-	if err := v.pace.wait(v.ctx, v.d, v.d.tab.length(i)); err != nil {
+	if err := v.rest.wait(v.ctx, v.d.tab.length(i)); err != nil {
 		return err
 	}
 	if err := v.d.verify(i, v.buf[:v.d.tab.length(i)]); err != nil {
@@ -234,41 +233,4 @@ func (d *Diff) verify(i int, buf []byte) error {
 	d.pres.check(i)
 	d.Drop(d.tab.start(i), len(buf))
 	return nil
-}
-
-// paceBytes is after how many bytes work in the background looks whether it is in
-// anybody's way.
-const paceBytes = 1 << 20
-
-// pace keeps work on local data in the background: it gives way to demand reads,
-// and rests for as long as it has worked.
-type pace struct {
-	hurry bool
-	rate  int64     // bytes per second at most; 0: any
-	began time.Time // of the portion
-	bytes int
-}
-
-func (p *pace) wait(ctx context.Context, d *Diff, n int) error {
-	if p.bytes += n; p.bytes < paceBytes {
-		return nil
-	}
-	worked := time.Since(p.began)
-	rest := min(worked, d.c.cfg.GiveWay)
-	if p.rate > 0 {
-		rest = max(rest, time.Duration(int64(p.bytes)*int64(time.Second)/p.rate)-worked)
-	}
-	p.bytes = 0
-	if !p.hurry {
-		t := time.NewTimer(rest)
-		defer t.Stop()
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
-	_, err := d.c.gate.wait(ctx, d.c.cfg.Quiet, d.c.cfg.GiveWay)
-	p.began = time.Now()
-	return err
 }

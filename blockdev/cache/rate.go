@@ -22,9 +22,6 @@ func (r *rate) set(limit int64) {
 	r.limit, r.next = limit, time.Time{}
 }
 
-// SetPrefetchRate changes Config.PrefetchRate; 0: no limit.
-func (c *Cache) SetPrefetchRate(bytes int64) { c.rate.set(bytes) }
-
 // rateBurst is for how long a link that was idle may be used in full.
 const rateBurst = 50 * time.Millisecond
 
@@ -57,11 +54,4 @@ func (r *rate) wait(ctx context.Context) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-}
-
-// Hurry lifts Config.PrefetchRate for this diff until done is called: somebody
-// waits for all of it.
-func (d *Diff) Hurry() (done func()) {
-	d.hurries.Add(1)
-	return sync.OnceFunc(func() { d.hurries.Add(-1) })
 }

@@ -117,8 +117,8 @@ var errTimeout = errors.New("demand read timed out")
 
 // readMissing waits for what is missing and then reads all.
 func (d *Diff) readMissing(parent context.Context, off int64, n int, m blockdev.Memory) (err error) {
-	d.c.gate.enter(&d.reading)
-	defer d.c.gate.leave(&d.reading)
+	d.c.pace.gate.enter(&d.reading)
+	defer d.c.pace.gate.leave(&d.reading)
 	d.c.stats.missed.Add(1)
 	began := time.Now()
 	defer func() { d.c.stats.waited.Add(int64(time.Since(began))) }()
@@ -353,7 +353,7 @@ func (d *Diff) await(ctx context.Context, waits []wait) (err error) {
 			case <-w.done:
 				done = true
 			case now := <-hurry:
-				left := d.c.arrivals.patience(now, began, d.c.cfg.Promote)
+				left := d.c.pace.arrivals.patience(now, began, d.c.cfg.Promote)
 				for _, w := range waits {
 					if w.hurry && (left == 0 || !w.startup) {
 						w.group.hurry()

@@ -47,14 +47,15 @@ func (d *Diff) Check(ctx context.Context, hurry bool) (res Checked, err error) {
 
 	buf := d.c.buffer()
 	defer d.c.buffers.Put(buf)
-	p := pace{hurry: hurry, began: time.Now()}
-	if !hurry {
-		p.rate = scrubRate
+	rate := int64(scrubRate)
+	if hurry {
+		rate = 0
 	}
+	r := newRest(&d.c.pace.gate, hurry, rate)
 	first := -1
 	for i := range d.tab.len() {
 		n := d.tab.length(i)
-		if err := p.wait(ctx, d, n); err != nil {
+		if err := r.wait(ctx, n); err != nil {
 			return res, fmt.Errorf("check of diff %v: %w", d.id, err)
 		}
 		switch err := d.verify(i, buf[:n]); {

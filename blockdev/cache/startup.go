@@ -42,8 +42,8 @@ func (d *Diff) FetchStartup(ctx context.Context, chunks []uint32) error {
 	}
 	d.wg.Add(1)
 	d.mu.Unlock()
-	d.c.gate.enter(&d.reading)
-	defer d.c.gate.leave(&d.reading)
+	d.c.pace.gate.enter(&d.reading)
+	defer d.c.pace.gate.leave(&d.reading)
 	d.keep.Store(time.Now().Add(keepStartup).UnixNano())
 	g.run()
 	if err != nil {
@@ -56,31 +56,6 @@ func (d *Diff) FetchStartup(ctx context.Context, chunks []uint32) error {
 // they were synced, so that the container that is about to read them does not
 // wait for the disk.
 const keepStartup = 30 * time.Second
-
-// arrivals knows when startup chunks came, of any diff. They come in the order in
-// which they are about to be read, so a demand read that waits for one of them
-// gains nothing by asking again as long as the link is busy with them: it would
-// end their request, and lose what is on its way.
-type arrivals struct {
-	last atomic.Int64 // Unix nanoseconds
-}
-
-func (a *arrivals) note(now time.Time) { a.last.Store(now.UnixNano()) }
-
-// startupPatience is how many times Config.Promote a read waits for a startup
-// chunk at most: others may come while the one who owes this one is dead.
-const startupPatience = 10
-
-// patience returns how long a read that has waited since began goes on waiting
-// before it looks again; 0: no longer. Startup chunks must have come within the
-// last promote.
-func (a *arrivals) patience(now, began time.Time, promote time.Duration) time.Duration {
-	end := began.Add(startupPatience * promote)
-	if due := time.Unix(0, a.last.Load()).Add(promote); due.Before(end) {
-		end = due
-	}
-	return max(end.Sub(now), 0)
-}
 
 // Recording notes which chunks of some diffs are read, whether they are there
 // already or not, in the order of their first touch among all these diffs. It is
@@ -132,7 +107,7 @@ func (t *track) touch(lo, hi int) {
 		}
 	}
 	t.r.last.Store(time.Now().UnixNano())
-	t.d.c.gate.starting()
+	t.d.c.pace.gate.starting()
 }
 
 // Last returns when a chunk was touched for the first time last; the zero time if

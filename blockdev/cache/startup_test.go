@@ -204,25 +204,6 @@ func TestStartupIsAwaited(t *testing.T) {
 	})
 }
 
-// TestArrivals: a read waits while startup chunks keep coming, but not for ever.
-func TestArrivals(t *testing.T) {
-	var a arrivals
-	began := time.Now()
-	const ms = time.Millisecond
-	for _, x := range []struct{ last, now, want time.Duration }{
-		{-60 * ms, 50 * ms, 0},
-		{0, 50 * ms, 0},
-		{30 * ms, 50 * ms, 30 * ms},
-		{480 * ms, 490 * ms, 10 * ms},
-		{500 * ms, 500 * ms, 0},
-	} {
-		a.note(began.Add(x.last))
-		if got := a.patience(began.Add(x.now), began, 50*ms); got != x.want {
-			t.Errorf("chunks came %v after the read began, it is %v: it waits for %v more, not %v", x.last, x.now, got, x.want)
-		}
-	}
-}
-
 // TestStartupPagesStay: what a container is about to read is not dropped from the
 // page cache by a sync.
 func TestStartupPagesStay(t *testing.T) {
@@ -246,55 +227,5 @@ func TestStartupPagesStay(t *testing.T) {
 	}
 	if n := cachedBytes(t, r.d.data); n > 64<<10 {
 		t.Errorf("%d bytes stay in the page cache", n)
-	}
-}
-
-// TestPrefetchWaitsForAStart: as long as a program that starts reads new chunks,
-// though they are there, prefetch gives way.
-func TestPrefetchWaitsForAStart(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var g gate
-		began := time.Now()
-		waited := func() time.Duration {
-			from := time.Now()
-			if calm, err := g.wait(t.Context(), 500*time.Millisecond, 10*time.Second); err != nil || !calm {
-				t.Fatal(calm, err)
-			}
-			return time.Since(from)
-		}
-		if d := waited(); d != 0 {
-			t.Errorf("nobody starts, and it waited %v", d)
-		}
-		g.starting()
-		time.AfterFunc(time.Second, g.starting)
-		waited()
-		if d := time.Since(began); d != time.Second+startBusy {
-			t.Errorf("prefetch goes on %v after the start's first read, want %v", d, time.Second+startBusy)
-		}
-		g.starting()
-		if calm, err := g.wait(t.Context(), time.Millisecond, time.Second); calm || err != nil || time.Since(began) != 2*time.Second+startBusy {
-			t.Errorf("it waits longer than it may: %v, %v, %v", time.Since(began), calm, err)
-		}
-	})
-}
-
-// TestTrickle: while demand reads go on, prefetch asks for what a slow link carries
-// in a small part of the time, a chunk at least.
-func TestTrickle(t *testing.T) {
-	var tr trickle
-	if n := tr.bytes(time.Second); n != 1 {
-		t.Errorf("%d bytes before anything is known", n)
-	}
-	tr.note(1<<20, time.Second)
-	if n := tr.bytes(time.Second); n != 1<<20/trickleShare {
-		t.Errorf("%d bytes at 1 MiB/s", n)
-	}
-	tr.note(0, time.Second) // a request that failed says nothing
-	if n := tr.bytes(time.Second); n != 1<<20/trickleShare {
-		t.Errorf("%d bytes after a failure", n)
-	}
-	tr.note(1<<20, 0)
-	if n := tr.bytes(time.Second); n < 1<<30 {
-		t.Errorf("%d bytes where a request takes no time", n)
 	}
 }

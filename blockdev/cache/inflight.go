@@ -9,11 +9,11 @@ import (
 // while the answers to the others come.
 const windowShare = 4
 
-// window bounds what prefetch has under way in the whole Cache: bytes that were asked
+// inflight bounds what prefetch has under way in the whole Cache: bytes that were asked
 // for and have not come, chunk by chunk. The chunks of a request come from many
 // nodes, some of them late; whoever waited for the last one before it asked for more
 // would have his link idle meanwhile.
-type window struct {
+type inflight struct {
 	size func() int64 // bytes
 
 	mu    sync.Mutex
@@ -21,12 +21,12 @@ type window struct {
 	freed chan struct{} // closed, and made anew, when used falls
 }
 
-func newWindow(size func() int64) *window {
-	return &window{size: size, freed: make(chan struct{})}
+func newInflight(size func() int64) *inflight {
+	return &inflight{size: size, freed: make(chan struct{})}
 }
 
 // room waits until a request may be sent, and says for how many bytes: limit at most.
-func (w *window) room(ctx context.Context, limit int64) (int64, error) {
+func (w *inflight) room(ctx context.Context, limit int64) (int64, error) {
 	for {
 		size := w.size()
 		n := min(limit, size/windowShare)
@@ -45,14 +45,14 @@ func (w *window) room(ctx context.Context, limit int64) (int64, error) {
 }
 
 // take counts n bytes that are asked for.
-func (w *window) take(n int64) {
+func (w *inflight) take(n int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.used += n
 }
 
 // free takes n bytes out that have come, or will not.
-func (w *window) free(n int64) {
+func (w *inflight) free(n int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.used -= n

@@ -1,0 +1,51 @@
+package cache
+
+import (
+	"context"
+	"time"
+)
+
+// restBytes is after how many bytes work in the background looks whether it is in
+// anybody's way.
+const restBytes = 1 << 20
+
+// rest keeps work on local data in the background: it gives way to demand reads,
+// and rests for as long as it has worked.
+type rest struct {
+	gate  *gate
+	hurry bool
+	rate  int64     // bytes per second at most; 0: any
+	began time.Time // of the portion
+	bytes int
+}
+
+// newRest is for one pass over the data. rate bounds it, in bytes per second; 0: it does
+// not. hurry: it does not rest.
+func newRest(g *gate, hurry bool, rate int64) *rest {
+	return &rest{gate: g, hurry: hurry, rate: rate, began: time.Now()}
+}
+
+// wait is called before the next n bytes are worked on.
+func (p *rest) wait(ctx context.Context, n int) error {
+	if p.bytes += n; p.bytes < restBytes {
+		return nil
+	}
+	worked := time.Since(p.began)
+	pause := min(worked, p.gate.giveWay)
+	if p.rate > 0 {
+		pause = max(pause, time.Duration(int64(p.bytes)*int64(time.Second)/p.rate)-worked)
+	}
+	p.bytes = 0
+	if !p.hurry {
+		t := time.NewTimer(pause)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	_, err := p.gate.wait(ctx)
+	p.began = time.Now()
+	return err
+}
