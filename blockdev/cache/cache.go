@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"golang.org/x/sync/semaphore"
-	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/turns"
@@ -128,15 +127,6 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	return c, nil
 }
 
-// bootID names this boot of the kernel.
-func bootID() (string, error) {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return "", fmt.Errorf("which boot this is: %w", err)
-	}
-	return string(b), nil
-}
-
 func (c *Cache) openPath() string { return filepath.Join(c.cfg.Root, openFile) }
 
 // wasUnclean reports whether a cache was open here during another boot, which then
@@ -167,24 +157,9 @@ func markOpen(path string, boot [16]byte) error {
 	return syncDir(filepath.Dir(path))
 }
 
-// ErrInUse: another process has the cache open.
-var ErrInUse = errors.New("another process has this cache open")
-
-// takeLock keeps a second process out, which would not know of this one's
-// flights and bits. The kernel lets go of the lock when the process ends.
-func takeLock(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := control(f, func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) }); err != nil {
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = ErrInUse
-		}
-		return nil, errors.Join(err, f.Close())
-	}
-	return f, nil
-}
+// ErrInUse: another process has the cache open. It would not know of this one's flights
+// and bits.
+var ErrInUse = errInUse
 
 // publish makes list anew; mu is held, or nobody else knows of c.
 func (c *Cache) publish() {

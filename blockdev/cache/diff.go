@@ -205,26 +205,6 @@ func headerOf(ix *blockdev.Index, sum blockdev.Digest, boot [16]byte) bitmapHead
 
 func roundUp(n int64) int64 { return (n + dataAlign - 1) &^ (dataAlign - 1) }
 
-func writeFile(path string, b []byte, durable bool) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err == nil && durable {
-		err = f.Sync()
-	}
-	return errors.Join(err, f.Close())
-}
-
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
-}
-
 // openDiff opens the diff in dir. An error that wraps ErrCorrupt means that it
 // cannot be used and should be dropped.
 func (c *Cache) openDiff(dir string, id blockdev.Digest) (*Diff, error) {

@@ -1,11 +1,9 @@
 package cache
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 
@@ -106,45 +104,4 @@ func (d *Diff) fixMeta(path string, meta []byte) error {
 	}
 	d.c.cfg.Log.Warn("the metadata image of a diff is damaged; it is written again from the index", "diff", d.id, "file", path)
 	return replaceFile(path, meta)
-}
-
-// fileIs compares a file with what it should hold, a little at a time. One that is
-// missing holds something else.
-func fileIs(path string, want []byte) (bool, error) {
-	f, err := os.Open(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	if err != nil || st.Size() != int64(len(want)) {
-		return false, err
-	}
-	buf := make([]byte, 64<<10)
-	for len(want) > 0 {
-		n, err := io.ReadFull(f, buf[:min(len(buf), len(want))])
-		if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
-			return false, err
-		}
-		if err != nil || !bytes.Equal(buf[:n], want[:n]) {
-			return false, nil
-		}
-		want = want[n:]
-	}
-	return true, nil
-}
-
-// replaceFile makes a new file, durably: a mount may hold the old one.
-func replaceFile(path string, b []byte) error {
-	tmp := path + ".new"
-	if err := os.RemoveAll(tmp); err != nil { // a crash may have left it
-		return err
-	}
-	if err := writeFile(tmp, b, true); err != nil {
-		return errors.Join(err, os.RemoveAll(tmp))
-	}
-	return os.Rename(tmp, path)
 }

@@ -4,10 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -78,46 +75,6 @@ func (d *Diff) Drop(off int64, n int) {
 	}
 }
 
-// dropBack is how far before a range pages are dropped with it. The page cache
-// keeps what a range covers in part, and its units are up to a megabyte and more
-// on file systems with large folios; so one that the last range left over goes
-// with the next.
-const dropBack = 2 << 20
-
-// dropPages drops clean pages of a file from the page cache. It is a hint, so an
-// error means nothing.
-func dropPages(f *os.File, off, n int64) {
-	back := min(off, dropBack)
-	off, n = off-back, n+back
-	_ = control(f, func(fd int) error { return unix.Fadvise(fd, off, n, unix.FADV_DONTNEED) })
-}
-
-func fdatasync(f *os.File) error {
-	if err := control(f, unix.Fdatasync); err != nil {
-		return &os.PathError{Op: "fdatasync", Path: f.Name(), Err: err}
-	}
-	return nil
-}
-
-// control calls fn with the descriptor of f, which stays open meanwhile.
-func control(f *os.File, fn func(fd int) error) error {
-	rc, err := f.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var res error
-	if err := rc.Control(func(fd uintptr) {
-		for {
-			if res = fn(int(fd)); !errors.Is(res, unix.EINTR) {
-				return
-			}
-		}
-	}); err != nil {
-		return err
-	}
-	return res
-}
-
 // syncer syncs diffs in the background, one at a time: those with much unsynced
 // when kicked, all of them at every interval.
 func (c *Cache) syncer() {
@@ -174,8 +131,4 @@ func (c *Cache) writeWorked(n int) {
 		c.untilWorks.Store(0)
 		c.cfg.Log.Info("the cache can be written to again", "root", c.cfg.Root)
 	}
-}
-
-func isNoSpace(err error) bool {
-	return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)
 }
