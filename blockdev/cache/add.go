@@ -9,6 +9,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/internal/durable"
 )
 
 // reserve waits until nobody adds or removes id, and keeps others from it until
@@ -156,7 +157,7 @@ func (c *Cache) create(ctx context.Context, enc []byte, ix *blockdev.Index, tab 
 	if err := os.Rename(tmp, dir); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(tmp))
 	}
-	if err := syncDir(diffs); err != nil {
+	if err := durable.SyncDir(diffs); err != nil {
 		return nil, err
 	}
 	d, err := c.newDiff(dir, blockdev.Sum(enc), ix, tab)

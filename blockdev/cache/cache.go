@@ -15,6 +15,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/turns"
+	"github.com/shoalfs/shoal/internal/durable"
 )
 
 const (
@@ -109,7 +110,10 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("cache %s: %w", cfg.Root, err), lock.Close())
 	}
-	c.quarantine, err = openQuarantine(filepath.Join(cfg.Root, quarantineDir), c.tmpName, cfg.Log)
+	if err := durable.Sweep(filepath.Join(cfg.Root, quarantineDir)); err != nil {
+		return nil, errors.Join(fmt.Errorf("cache %s: %w", cfg.Root, err), lock.Close())
+	}
+	c.quarantine, err = openQuarantine(filepath.Join(cfg.Root, quarantineDir), cfg.Log)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("cache %s: %w", cfg.Root, err), lock.Close())
 	}
@@ -154,7 +158,7 @@ func markOpen(path string, boot [16]byte) error {
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(path))
+	return durable.SyncDir(filepath.Dir(path))
 }
 
 // ErrInUse: another process has the cache open. It would not know of this one's flights

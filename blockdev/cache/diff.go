@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/durable"
 )
 
 // Errors of a Diff that is no more.
@@ -196,7 +197,7 @@ func writeDiff(dir string, enc []byte, ix *blockdev.Index, boot [16]byte) error 
 	if err := writeFile(filepath.Join(dir, indexFile), enc, true); err != nil {
 		return err
 	}
-	return syncDir(dir)
+	return durable.SyncDir(dir)
 }
 
 func headerOf(ix *blockdev.Index, sum blockdev.Digest, boot [16]byte) bitmapHeader {

@@ -38,40 +38,18 @@ func takeLock(path string) (*os.File, error) {
 	return f, nil
 }
 
-// writeFile makes a file that is not there yet; durable: its bytes are on stable storage
+// writeFile makes a file that is not there yet; sync: its bytes are on stable storage
 // when it returns.
-func writeFile(path string, b []byte, durable bool) error {
+func writeFile(path string, b []byte, sync bool) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
 	_, err = f.Write(b)
-	if err == nil && durable {
+	if err == nil && sync {
 		err = f.Sync()
 	}
 	return errors.Join(err, f.Close())
-}
-
-// syncDir makes the names in a directory durable.
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
-}
-
-// replaceFile makes a new file, durably, in place of the one at path, which a mount may
-// hold.
-func replaceFile(path string, b []byte) error {
-	tmp := path + ".new"
-	if err := os.RemoveAll(tmp); err != nil { // a crash may have left it
-		return err
-	}
-	if err := writeFile(tmp, b, true); err != nil {
-		return errors.Join(err, os.RemoveAll(tmp))
-	}
-	return os.Rename(tmp, path)
 }
 
 // isNoSpace: err is that of a full disk, or of a full quota of its file system.

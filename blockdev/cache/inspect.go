@@ -65,7 +65,7 @@ func Inspect(ctx context.Context, root string) (*Inspection, error) {
 	if err != nil {
 		return nil, fmt.Errorf("check %s: %w", root, err)
 	}
-	q, err := openQuarantine(filepath.Join(root, quarantineDir), nil, slog.New(slog.DiscardHandler))
+	q, err := openQuarantine(filepath.Join(root, quarantineDir), slog.New(slog.DiscardHandler))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("check %s: %w", root, err)
 	}

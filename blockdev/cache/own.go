@@ -9,6 +9,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/internal/durable"
 )
 
 // A diff whose index another version of the builder has made may get a tree of its
@@ -42,7 +43,7 @@ func (d *Diff) takeOver(ctx context.Context, own *blockdev.Index) (blockdev.Dige
 		d.c.space.wrote(&d.taken, room)
 		d.c.space.measure(d)
 	}()
-	if err := errors.Join(replaceFile(d.path(ownMetaFile), own.Meta), replaceFile(d.path(ownIndexFile), enc)); err != nil {
+	if err := errors.Join(durable.Sweep(d.dir), durable.Replace(d.path(ownMetaFile), own.Meta, 0o600), durable.Replace(d.path(ownIndexFile), enc, 0o600)); err != nil {
 		return blockdev.Digest{}, d.c.writeFailed(d, err)
 	}
 	return blockdev.Sum(enc), nil
@@ -103,5 +104,5 @@ func (d *Diff) fixMeta(path string, meta []byte) error {
 		return err
 	}
 	d.c.cfg.Log.Warn("the metadata image of a diff is damaged; it is written again from the index", "diff", d.id, "file", path)
-	return replaceFile(path, meta)
+	return durable.Replace(path, meta, 0o600)
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/durable"
 )
 
 const (
@@ -65,30 +66,20 @@ func readProof(path string, id blockdev.Digest) (proofRecord, error) {
 	return decodeProof(b, id)
 }
 
-// writeProof replaces path durably; tmp is on the same file system.
-func writeProof(path, tmp string, rec proofRecord) error {
+// writeProof replaces path durably.
+func writeProof(path string, rec proofRecord) error {
 	rec.Version, rec.Time = proofVersion, time.Now().UTC().Truncate(time.Second)
 	b, err := json.Marshal(rec)
 	if err != nil {
 		return err
 	}
-	if err := os.RemoveAll(tmp); err != nil { // a crash may have left it
-		return err
-	}
-	if err := writeFile(tmp, b, true); err != nil {
-		return errors.Join(err, os.RemoveAll(tmp))
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return errors.Join(err, os.RemoveAll(tmp))
-	}
-	return syncDir(filepath.Dir(path))
+	return durable.Replace(path, b, 0o600)
 }
 
 // quarantine knows the indexes that failed their proof, also those whose diffs
 // have been removed since, so that they are not taken in again.
 type quarantine struct {
 	dir string
-	tmp func() string // makes names of files that are made
 
 	mu sync.Mutex
 	m  map[blockdev.Digest]proofRecord
@@ -96,8 +87,8 @@ type quarantine struct {
 
 // openQuarantine reads the records in dir. One that does not parse counts for
 // every index of its diff.
-func openQuarantine(dir string, tmp func() string, log *slog.Logger) (*quarantine, error) {
-	q := &quarantine{dir: dir, tmp: tmp, m: make(map[blockdev.Digest]proofRecord)}
+func openQuarantine(dir string, log *slog.Logger) (*quarantine, error) {
+	q := &quarantine{dir: dir, m: make(map[blockdev.Digest]proofRecord)}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, err
@@ -134,7 +125,7 @@ func (q *quarantine) add(id, index blockdev.Digest, cause error) error {
 	q.mu.Lock()
 	q.m[id] = rec
 	q.mu.Unlock()
-	return writeProof(q.path(id), q.tmp(), rec)
+	return writeProof(q.path(id), rec)
 }
 
 // shorten bounds a text that another machine's bytes have a part in.
@@ -149,7 +140,7 @@ func shorten(s string) string {
 // putProven writes down that a diff's index is proven, or, if own is set, that the tree
 // of another one is. Another index of the same diff that failed is history then.
 func (q *quarantine) putProven(d *Diff, own blockdev.Digest) error {
-	if err := writeProof(filepath.Join(d.dir, proofFile), filepath.Join(d.dir, proofFile+".new"), proofRecord{DiffID: d.id, Index: d.sum, Own: own}); err != nil {
+	if err := writeProof(filepath.Join(d.dir, proofFile), proofRecord{DiffID: d.id, Index: d.sum, Own: own}); err != nil {
 		return err
 	}
 	q.mu.Lock()
@@ -162,7 +153,7 @@ func (q *quarantine) putProven(d *Diff, own blockdev.Digest) error {
 	if err := os.Remove(q.path(d.id)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	return syncDir(q.dir)
+	return durable.SyncDir(q.dir)
 }
 
 // why is the error for who wants to use a quarantined diff.

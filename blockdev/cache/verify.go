@@ -7,6 +7,7 @@ import (
 	"io"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/durable"
 )
 
 // Verify checks the files of a diff that is in use: index, metadata image and
@@ -48,7 +49,7 @@ func (d *Diff) Verify(ctx context.Context, repair bool) (*Inspection, error) {
 	} else if !same {
 		done := ""
 		if repair {
-			if err := replaceFile(path, ix.Meta); err != nil {
+			if err := durable.Replace(path, ix.Meta, 0o600); err != nil {
 				return nil, err
 			}
 			done = repairMeta

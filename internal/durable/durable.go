@@ -3,7 +3,8 @@
 // A file that Replace or Create writes is there with all its bytes, or the path is as it
 // was before: the bytes go to another file in the same directory, are synced, and get
 // their name then. When a function returns nil, the name is on disk as well. A crash in
-// between may leave the other file behind, which is named ".NAME-" and a number.
+// between may leave the other file behind, which is named ".NAME-" and a number; Sweep
+// removes such files.
 package durable
 
 import (
@@ -11,6 +12,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 // Replace writes b to a file of this mode at path, in place of what is there.
@@ -42,6 +44,18 @@ func write(path string, b []byte, mode fs.FileMode, name func(from, to string) e
 		return err
 	}
 	return SyncDir(dir)
+}
+
+// Sweep removes what a crash has left behind in a directory, while nothing else writes
+// there. No other file in the directory may have a name that begins with a dot.
+func Sweep(dir string) error {
+	entries, err := os.ReadDir(dir)
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), ".") {
+			err = errors.Join(err, os.Remove(filepath.Join(dir, e.Name())))
+		}
+	}
+	return err
 }
 
 // SyncDir makes the names in a directory durable: of files that were made, renamed or

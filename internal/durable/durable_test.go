@@ -80,3 +80,19 @@ func TestFails(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestSweep(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "f")
+	if err := Replace(path, []byte("kept"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	left, err := os.CreateTemp(dir, ".f-*") // as in write
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(left.Close(), Sweep(dir)); err != nil {
+		t.Fatal(err)
+	}
+	check(t, path, "kept", 0o600)
+}
