@@ -63,6 +63,12 @@ type bitmapHeader struct {
 	chunks   uint32
 }
 
+// headerOf is for a diff whose encoded index has the SHA-256 sum, written during boot.
+func headerOf(ix *blockdev.Index, sum blockdev.Digest, boot [16]byte) bitmapHeader {
+	return bitmapHeader{diffID: ix.DiffID, index: sum, boot: boot, diffSize: ix.DiffSize, chunks: uint32(len(ix.Chunks))}
+}
+
+// hashBoot is what a header says of the kernel's boot id.
 func hashBoot(id string) (b [16]byte) {
 	s := sha256.Sum256([]byte(id))
 	copy(b[:], s[:])

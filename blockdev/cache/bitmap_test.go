@@ -89,19 +89,20 @@ func TestBitset(t *testing.T) {
 	}
 }
 
+func presenceOf(ix *blockdev.Index) *presence {
+	return newPresence(ix.DiffID, len(ix.Chunks), func(i int) int { return int(ix.Chunks[i].Length) })
+}
+
 // FuzzBitmap: no bitmap file crashes the reader, and none makes it believe a
 // record whose checksum does not hold.
 func FuzzBitmap(f *testing.F) {
 	ix, _ := blockdevtest.Diff(1, 5<<20)
-	tab, err := newTable(ix)
-	if err != nil {
-		f.Fatal(err)
-	}
+	n := len(ix.Chunks)
 	h := headerOf(ix, blockdev.Sum([]byte("index")), hashBoot("b"))
-	good := make([]byte, bitmapSize(tab.len()))
+	good := make([]byte, bitmapSize(n))
 	copy(good, h.encode())
 	codec := newRecordCodec(ix.DiffID)
-	for g := range records(tab.len()) {
+	for g := range records(n) {
 		codec.put(good[headerSize+g*recordSize:], g, record{present: 0xffff, synced: 0xff, suspect: 0xf0000})
 	}
 	f.Add(good, true)
@@ -114,19 +115,19 @@ func FuzzBitmap(f *testing.F) {
 				t.Fatalf("%+v, written and read again: %+v, %v", got, again, err)
 			}
 		}
-		if int64(len(b)) != bitmapSize(tab.len()) {
+		if int64(len(b)) != bitmapSize(n) {
 			return
 		}
-		p := newPresence(ix.DiffID, tab.len(), tab.length)
+		p := presenceOf(ix)
 		believed := believeSynced
 		if sameBoot {
 			believed = believePresent
 		}
 		p.load(b[headerSize:], believed)
-		var n int
-		for i := range tab.len() {
+		var has int
+		for i := range n {
 			if p.present.get(i) {
-				n++
+				has++
 				r, ok := codec.get(b[headerSize+i/perRecord*recordSize:], i/perRecord)
 				if !ok || r.present&(1<<(i%perRecord)) == 0 {
 					t.Fatalf("chunk %d is believed without a good record", i)
@@ -139,10 +140,10 @@ func FuzzBitmap(f *testing.F) {
 				t.Fatalf("chunk %d is synced and not present", i)
 			}
 		}
-		if got, _, _ := p.counts(); got != n {
-			t.Fatalf("counts %d, has %d", got, n)
+		if got, _, _ := p.counts(); got != has {
+			t.Fatalf("counts %d, has %d", got, has)
 		}
-		none := newPresence(ix.DiffID, tab.len(), tab.length)
+		none := presenceOf(ix)
 		none.load(b[headerSize:], believeNone)
 		if got, _, _ := none.counts(); got != 0 {
 			t.Fatalf("%d chunks are believed where nothing is to be", got)
@@ -154,11 +155,7 @@ func FuzzBitmap(f *testing.F) {
 // before, and what came and went meanwhile, is not touched.
 func TestFailedSync(t *testing.T) {
 	ix, _ := blockdevtest.Diff(1, 5<<20)
-	tab, err := newTable(ix)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := newPresence(ix.DiffID, tab.len(), tab.length)
+	p := presenceOf(ix)
 	p.add(1)
 	p.beginSync()
 	p.endSync(true)
@@ -185,7 +182,7 @@ func TestFailedSync(t *testing.T) {
 		t.Error("wrong chunks are called synced")
 	}
 	_, _, unsynced := p.counts()
-	if want := int64(tab.length(3)); unsynced != want {
+	if want := int64(ix.Chunks[3].Length); unsynced != want {
 		t.Errorf("%d bytes unsynced, want %d", unsynced, want)
 	}
 }
@@ -233,5 +230,15 @@ func TestFormatsPage(t *testing.T) {
 	newRecordCodec(want.diffID).put(again[headerSize:], 0, rec)
 	if !bytes.Equal(again, file) {
 		t.Errorf("written anew the example is\n%s", hex.Dump(again))
+	}
+}
+
+// TestMemory: a node has millions of chunks.
+func TestMemory(t *testing.T) {
+	ix, _ := blockdevtest.Diff(3, 32<<20)
+	p := presenceOf(ix)
+	sum := 4 * (cap(p.present) + cap(p.synced) + cap(p.suspect) + cap(p.checked) + cap(p.syncing) + cap(p.dirty))
+	if per := float64(sum) / float64(len(ix.Chunks)); per > 1 {
+		t.Errorf("%.1f bytes a chunk", per)
 	}
 }

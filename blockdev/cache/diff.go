@@ -200,10 +200,6 @@ func writeDiff(dir string, enc []byte, ix *blockdev.Index, boot [16]byte) error 
 	return durable.SyncDir(dir)
 }
 
-func headerOf(ix *blockdev.Index, sum blockdev.Digest, boot [16]byte) bitmapHeader {
-	return bitmapHeader{diffID: ix.DiffID, index: sum, boot: boot, diffSize: ix.DiffSize, chunks: uint32(len(ix.Chunks))}
-}
-
 func roundUp(n int64) int64 { return (n + dataAlign - 1) &^ (dataAlign - 1) }
 
 // openDiff opens the diff in dir. An error that wraps ErrCorrupt means that it
