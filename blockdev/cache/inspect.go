@@ -204,7 +204,7 @@ func (i *inspector) bitmap(sum blockdev.Digest) (complete bool, err error) {
 		believed = believePresent
 	}
 	p.load(b[headerSize:], believed)
-	return h.complete && bad == 0 && p.synced.all(0, n), nil
+	return h.complete && bad == 0 && p.syncedAll(0, n), nil
 }
 
 // chunks reads what is present.

@@ -26,17 +26,17 @@ func newRest(g *gate, hurry bool, rate int64) *rest {
 }
 
 // wait is called before the next n bytes are worked on.
-func (p *rest) wait(ctx context.Context, n int) error {
-	if p.bytes += n; p.bytes < restBytes {
+func (r *rest) wait(ctx context.Context, n int) error {
+	if r.bytes += n; r.bytes < restBytes {
 		return nil
 	}
-	worked := time.Since(p.began)
-	pause := min(worked, p.gate.giveWay)
-	if p.rate > 0 {
-		pause = max(pause, time.Duration(int64(p.bytes)*int64(time.Second)/p.rate)-worked)
+	worked := time.Since(r.began)
+	pause := min(worked, r.gate.giveWay)
+	if r.rate > 0 {
+		pause = max(pause, time.Duration(int64(r.bytes)*int64(time.Second)/r.rate)-worked)
 	}
-	p.bytes = 0
-	if !p.hurry {
+	r.bytes = 0
+	if !r.hurry {
 		t := time.NewTimer(pause)
 		defer t.Stop()
 		select {
@@ -45,7 +45,7 @@ func (p *rest) wait(ctx context.Context, n int) error {
 			return context.Cause(ctx)
 		}
 	}
-	_, err := p.gate.wait(ctx)
-	p.began = time.Now()
+	_, err := r.gate.wait(ctx)
+	r.began = time.Now()
 	return err
 }
