@@ -8,6 +8,9 @@ import (
 	"path/filepath"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/presence"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/table"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/internal/durable"
 )
@@ -77,7 +80,7 @@ func (c *Cache) AddChecked(ctx context.Context, encodedIndex []byte, check func(
 		return nil, fmt.Errorf("add diff %v: index: %w", info.DiffID, err)
 	}
 	defer done()
-	tab, err := newTable(ix)
+	tab, err := table.New(ix)
 	if err != nil {
 		return nil, fmt.Errorf("add diff %v: index: %w", ix.DiffID, err)
 	}
@@ -96,7 +99,7 @@ func (c *Cache) AddChecked(ctx context.Context, encodedIndex []byte, check func(
 		return d, nil
 	}
 	if d, err = c.create(ctx, encodedIndex, ix, tab); err != nil {
-		if isNoSpace(err) {
+		if disk.Full(err) {
 			err = fmt.Errorf("%w: %w", blockdev.ErrNoSpace, err)
 		}
 		return nil, fmt.Errorf("add diff %v: %w", ix.DiffID, err)
@@ -114,7 +117,7 @@ func (c *Cache) decode(ctx context.Context, enc []byte) (_ *blockdev.Index, done
 	if err != nil {
 		return nil, nil, err
 	}
-	n := min(info.Memory+int64(info.Chunks)*tableMemory, c.cfg.IndexBytes)
+	n := min(info.Memory+int64(info.Chunks)*table.Memory, c.cfg.IndexBytes)
 	if err := c.decoding.Acquire(ctx, n); err != nil {
 		return nil, nil, context.Cause(ctx)
 	}
@@ -126,7 +129,7 @@ func (c *Cache) decode(ctx context.Context, enc []byte) (_ *blockdev.Index, done
 	return ix, func() { c.decoding.Release(n) }, nil
 }
 
-func (c *Cache) create(ctx context.Context, enc []byte, ix *blockdev.Index, tab *table) (*Diff, error) {
+func (c *Cache) create(ctx context.Context, enc []byte, ix *blockdev.Index, tab *table.Table) (*Diff, error) {
 	diffs := filepath.Join(c.cfg.Root, diffsDir)
 	dir := filepath.Join(diffs, ix.DiffID.Hex())
 	if _, err := os.Lstat(dir); err == nil {
@@ -142,8 +145,8 @@ func (c *Cache) create(ctx context.Context, enc []byte, ix *blockdev.Index, tab 
 	}
 	// Until the diff is counted by itself: two directories, the record of a proof to
 	// come, the data file's extents, and three files.
-	need := int64(4+tab.len()/extentsPerBlock) * c.space.block
-	for _, n := range []int64{int64(len(enc)), int64(len(ix.Meta)), bitmapSize(len(ix.Chunks))} {
+	need := int64(4+tab.Len()/extentsPerBlock) * c.space.block
+	for _, n := range []int64{int64(len(enc)), int64(len(ix.Meta)), presence.FileSize(len(ix.Chunks))} {
 		need += c.space.blocks(0, n)
 	}
 	if err := c.waitRoom(ctx, func() error { return c.space.add(need) }); err != nil {

@@ -9,6 +9,8 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/presence"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/table"
 )
 
 func BenchmarkReadPresent(b *testing.B) {
@@ -55,8 +57,8 @@ func BenchmarkDrop(b *testing.B) {
 
 // forget makes every chunk missing again.
 func (r *rig) forget() {
-	for i := range r.d.tab.len() {
-		r.d.pres.drop(i)
+	for i := range r.d.tab.Len() {
+		r.d.pres.Drop(i)
 	}
 	r.d.complete.Store(false)
 }
@@ -127,11 +129,11 @@ func BenchmarkLookup(b *testing.B) {
 			ix.Chunks = append(ix.Chunks, blockdev.Chunk{Offset: ix.DiffSize, Length: n, Digest: blockdev.Sum([]byte(fmt.Sprint(k, i)))})
 			ix.DiffSize += int64(n)
 		}
-		tab, err := newTable(ix)
+		tab, err := table.New(ix)
 		if err != nil {
 			b.Fatal(err)
 		}
-		list = append(list, &Diff{tab: tab, pres: newPresence(blockdev.Digest{byte(k)}, tab.len(), tab.length)})
+		list = append(list, &Diff{tab: tab, pres: presence.New(blockdev.Digest{byte(k)}, tab.Len(), tab.Length)})
 	}
 	c.list.Store(&list)
 	var digests []blockdev.Digest

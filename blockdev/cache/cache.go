@@ -14,6 +14,9 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/prefetch"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/presence"
 	"github.com/shoalfs/shoal/blockdev/turns"
 	"github.com/shoalfs/shoal/internal/durable"
 )
@@ -36,7 +39,7 @@ type Cache struct {
 
 	quarantine *quarantine
 
-	pace       *pace
+	pace       *prefetch.Pace
 	demand     *turns.Turns        // bytes of demand requests in flight, by diff
 	held       *turns.Turns        // bytes that reads hold, unwritten, by diff
 	decoding   *semaphore.Weighted // bytes of indexes
@@ -79,7 +82,7 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	}
 	if cfg.bootID == "" {
 		var err error
-		if cfg.bootID, err = bootID(); err != nil {
+		if cfg.bootID, err = disk.BootID(); err != nil {
 			return nil, fmt.Errorf("cache %s: %w", cfg.Root, err)
 		}
 	}
@@ -88,15 +91,15 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 			return nil, fmt.Errorf("cache: %w", err)
 		}
 	}
-	lock, err := takeLock(filepath.Join(cfg.Root, lockFile))
+	lock, err := disk.Lock(filepath.Join(cfg.Root, lockFile))
 	if err != nil {
 		return nil, fmt.Errorf("cache %s: %w", cfg.Root, err)
 	}
 	c := &Cache{
-		cfg: cfg, boot: hashBoot(cfg.bootID), lock: lock,
+		cfg: cfg, boot: presence.HashBoot(cfg.bootID), lock: lock,
 		demand: turns.New(cfg.DemandBytes, 0), held: turns.New(heldBytes, 0),
 		decoding: semaphore.NewWeighted(cfg.IndexBytes),
-		pace:     newPace(cfg.Quiet, cfg.GiveWay, cfg.Window, cfg.PrefetchRate),
+		pace:     prefetch.New(cfg.Quiet, cfg.GiveWay, cfg.Window, cfg.PrefetchRate),
 		kicked:   make(chan struct{}, 1),
 		diffs:    make(map[blockdev.Digest]*Diff),
 		found:    make(map[blockdev.Digest]*found),
@@ -163,7 +166,7 @@ func markOpen(path string, boot [16]byte) error {
 
 // ErrInUse: another process has the cache open. It would not know of this one's flights
 // and bits.
-var ErrInUse = errInUse
+var ErrInUse = disk.ErrLocked
 
 // publish makes list anew; mu is held, or nobody else knows of c.
 func (c *Cache) publish() {
@@ -176,7 +179,7 @@ func (c *Cache) publish() {
 
 // ExpectDemand says that demand reads are about to begin, since a program is
 // being started: prefetch waits as if one had ended just now.
-func (c *Cache) ExpectDemand() { c.pace.gate.expect() }
+func (c *Cache) ExpectDemand() { c.pace.Gate.Expect() }
 
 // Get returns the diff, if the cache has it.
 func (c *Cache) Get(id blockdev.Digest) (*Diff, bool) {

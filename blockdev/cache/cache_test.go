@@ -25,8 +25,8 @@ func TestReadsAreRight(t *testing.T) {
 		}
 		r.checkRead(0, int(r.d.Size()))
 		r.checkRead(0, int(r.d.Size())+1)
-		if n := r.present(); n != r.d.tab.len() {
-			t.Errorf("%d of %d chunks present after everything was read", n, r.d.tab.len())
+		if n := r.present(); n != r.d.tab.Len() {
+			t.Errorf("%d of %d chunks present after everything was read", n, r.d.tab.Len())
 		}
 		p := make([]byte, 10)
 		if n, err := r.d.ReadAt(t.Context(), p, r.d.Size()); n != 0 || !errors.Is(err, io.EOF) {
@@ -293,8 +293,8 @@ func TestPrefetchChecksWhatItDidNotWrite(t *testing.T) {
 	if r.Stats().DamagedChunks != 1 || r.log.count("damaged") != 1 {
 		t.Errorf("damaged chunks: %d in the counters, %d in the log", r.Stats().DamagedChunks, r.log.count("damaged"))
 	}
-	if n := r.present(); n != r.d.tab.len() {
-		t.Errorf("%d of %d chunks", n, r.d.tab.len())
+	if n := r.present(); n != r.d.tab.Len() {
+		t.Errorf("%d of %d chunks", n, r.d.tab.Len())
 	}
 }
 

@@ -116,8 +116,8 @@ func TestKill(t *testing.T) {
 			seen += n
 			if d.Complete() {
 				complete++
-				if n != d.tab.len() {
-					t.Fatalf("complete with %d of %d chunks", n, d.tab.len())
+				if n != d.tab.Len() {
+					t.Fatalf("complete with %d of %d chunks", n, d.tab.Len())
 				}
 			}
 		}
@@ -152,7 +152,7 @@ func TestPowerLoss(t *testing.T) {
 		if err := r.d.sync(context.Background()); err != nil {
 			t.Fatal(err)
 		}
-		synced, syncedBytes, unsynced := r.d.pres.counts()
+		synced, syncedBytes, unsynced := r.d.pres.Counts()
 		if unsynced != 0 {
 			t.Fatalf("%d bytes unsynced after a sync", unsynced)
 		}
@@ -165,15 +165,15 @@ func TestPowerLoss(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer f.Close()
-			for i := range r.d.tab.len() {
-				if r.d.pres.syncedAll(i, i+1) || rng.IntN(4) == 0 {
+			for i := range r.d.tab.Len() {
+				if r.d.pres.SyncedAll(i, i+1) || rng.IntN(4) == 0 {
 					continue
 				}
-				junk := make([]byte, r.d.tab.length(i))
+				junk := make([]byte, r.d.tab.Length(i))
 				if rng.IntN(2) == 0 {
 					junk = blockdevtest.Bytes(uint64(i), len(junk))
 				}
-				if _, err := f.WriteAt(junk[rng.IntN(len(junk)/2):], r.d.tab.start(i)); err != nil {
+				if _, err := f.WriteAt(junk[rng.IntN(len(junk)/2):], r.d.tab.Start(i)); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -29,7 +29,7 @@ func TestUncleanEndIsRemembered(t *testing.T) {
 			if err := r.d.sync(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			off := r.d.tab.start(0)
+			off := r.d.tab.Start(0)
 			decode := r.cfg.decode
 			r.crash(func() {
 				flipFile(t, r.d.DataPath(), off+10)

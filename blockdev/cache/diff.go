@@ -14,6 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/prefetch"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/presence"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/table"
 	"github.com/shoalfs/shoal/internal/durable"
 )
 
@@ -42,8 +46,8 @@ type Diff struct {
 	id   blockdev.Digest
 	sum  blockdev.Digest // of the encoded index
 	dir  string
-	tab  *table
-	pres *presence
+	tab  *table.Table
+	pres *presence.Chunks
 	size int64 // of the data file
 
 	heads headers
@@ -74,10 +78,10 @@ type Diff struct {
 	mu      sync.Mutex
 	gone    error // why there will be no more flights
 	flights map[int]*flight
-	seq     sequences
+	seq     prefetch.Sequences
 
-	taken   taken   // of the disk; guarded by Cache.space
-	reading reading // guarded by Cache.gate
+	taken   taken          // of the disk; guarded by Cache.space
+	reading prefetch.Reads // guarded by Cache.gate
 }
 
 // ID returns the DiffID.
@@ -88,7 +92,7 @@ func (d *Diff) ID() blockdev.Digest { return d.id }
 func (d *Diff) Size() int64 { return d.size }
 
 // DiffSize returns the length of the diff in bytes.
-func (d *Diff) DiffSize() int64 { return d.tab.size }
+func (d *Diff) DiffSize() int64 { return d.tab.Size }
 
 // MetaPath returns the path of the EROFS metadata image that is to be mounted. A proof
 // may change it, to another file of the same directory.
@@ -167,8 +171,8 @@ type Stat struct {
 
 // Stat returns the state of the diff.
 func (d *Diff) Stat() Stat {
-	s := Stat{ID: d.id, Complete: d.Complete(), Chunks: d.tab.len(), Bytes: d.tab.size, Proof: d.Proof()}
-	s.ChunksPresent, s.BytesPresent, _ = d.pres.counts()
+	s := Stat{ID: d.id, Complete: d.Complete(), Chunks: d.tab.Len(), Bytes: d.tab.Size, Proof: d.Proof()}
+	s.ChunksPresent, s.BytesPresent, _ = d.pres.Counts()
 	return s
 }
 
@@ -178,13 +182,13 @@ func writeDiff(dir string, enc []byte, ix *blockdev.Index, boot [16]byte) error 
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
-	h := headerOf(ix, blockdev.Sum(enc), boot)
-	bitmap := make([]byte, bitmapSize(len(ix.Chunks)))
-	copy(bitmap, h.encode())
-	if err := writeFile(filepath.Join(dir, bitmapFile), bitmap, false); err != nil {
+	h := presence.HeaderOf(ix, blockdev.Sum(enc), boot)
+	bitmap := make([]byte, presence.FileSize(len(ix.Chunks)))
+	copy(bitmap, h.Encode())
+	if err := disk.Write(filepath.Join(dir, bitmapFile), bitmap, false); err != nil {
 		return err
 	}
-	if err := writeFile(filepath.Join(dir, metaFile), ix.Meta, false); err != nil {
+	if err := disk.Write(filepath.Join(dir, metaFile), ix.Meta, false); err != nil {
 		return err
 	}
 	f, err := os.OpenFile(filepath.Join(dir, dataFile), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
@@ -194,7 +198,7 @@ func writeDiff(dir string, enc []byte, ix *blockdev.Index, boot [16]byte) error 
 	if err := errors.Join(f.Truncate(roundUp(ix.DiffSize)), f.Close()); err != nil {
 		return err
 	}
-	if err := writeFile(filepath.Join(dir, indexFile), enc, true); err != nil {
+	if err := disk.Write(filepath.Join(dir, indexFile), enc, true); err != nil {
 		return err
 	}
 	return durable.SyncDir(dir)
@@ -228,7 +232,7 @@ func (c *Cache) openDecoded(dir string, id, sum blockdev.Digest, ix *blockdev.In
 	if ix.DiffID != id {
 		return nil, fmt.Errorf("index is that of diff %v: %w", ix.DiffID, blockdev.ErrCorrupt)
 	}
-	tab, err := newTable(ix)
+	tab, err := table.New(ix)
 	if err != nil {
 		return nil, fmt.Errorf("index: %w", err)
 	}
@@ -236,10 +240,10 @@ func (c *Cache) openDecoded(dir string, id, sum blockdev.Digest, ix *blockdev.In
 }
 
 // newDiff opens the files of a diff whose index has been read.
-func (c *Cache) newDiff(dir string, sum blockdev.Digest, ix *blockdev.Index, tab *table) (*Diff, error) {
+func (c *Cache) newDiff(dir string, sum blockdev.Digest, ix *blockdev.Index, tab *table.Table) (*Diff, error) {
 	d := &Diff{
 		c: c, id: ix.DiffID, sum: sum, dir: dir,
-		tab: tab, pres: newPresence(ix.DiffID, tab.len(), tab.length), size: roundUp(tab.size), heads: newHeaders(ix),
+		tab: tab, pres: presence.New(ix.DiffID, tab.Len(), tab.Length), size: roundUp(tab.Size), heads: newHeaders(ix),
 		syncing: make(chan struct{}, 1), prefetching: make(chan struct{}, 1), proving: make(chan struct{}, 1),
 		flights: make(map[int]*flight),
 	}
@@ -288,19 +292,19 @@ func (d *Diff) openFiles(ix *blockdev.Index) error {
 // believed is suspect, and the file says so before it says that it belongs to
 // this boot.
 func (d *Diff) loadBitmap(ix *blockdev.Index) error {
-	b := make([]byte, bitmapSize(d.tab.len())+1)
+	b := make([]byte, presence.FileSize(d.tab.Len())+1)
 	n, err := io.ReadFull(d.bitmap, b)
 	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 		return err
 	}
-	want := headerOf(ix, d.sum, d.c.boot)
-	h, err := decodeHeader(b[:n])
+	want := presence.HeaderOf(ix, d.sum, d.c.boot)
+	h, err := presence.DecodeHeader(b[:n])
 	switch {
-	case err == nil && h.diffID == want.diffID && h.index != want.index:
+	case err == nil && h.DiffID == want.DiffID && h.Index != want.Index:
 		return fmt.Errorf("index is not the one that the bitmap was made for: %w", blockdev.ErrCorrupt)
-	case err == nil && h.diffID != want.diffID:
-		err = fmt.Errorf("bitmap is that of diff %v: %w", h.diffID, blockdev.ErrCorrupt)
-	case err == nil && (h.chunks != want.chunks || h.diffSize != want.diffSize || int64(n) != bitmapSize(d.tab.len())):
+	case err == nil && h.DiffID != want.DiffID:
+		err = fmt.Errorf("bitmap is that of diff %v: %w", h.DiffID, blockdev.ErrCorrupt)
+	case err == nil && (h.Chunks != want.Chunks || h.DiffSize != want.DiffSize || int64(n) != presence.FileSize(d.tab.Len())):
 		err = fmt.Errorf("bitmap is of another size: %w", blockdev.ErrCorrupt)
 	}
 	size, serr := d.fixSize()
@@ -312,40 +316,40 @@ func (d *Diff) loadBitmap(ix *blockdev.Index) error {
 	}
 	if err != nil {
 		d.c.cfg.Log.Warn("what a diff has on disk is not known; every chunk will be checked before it is used", "diff", d.id, "dir", d.dir, "cause", err)
-		d.pres.doubtAll()
-		h = bitmapHeader{}
+		d.pres.DoubtAll()
+		h = presence.Header{}
 		// What is checked must be what the disk has, so that the next sync means
 		// something.
-		if err := fdatasync(d.data); err != nil {
+		if err := disk.Sync(d.data); err != nil {
 			return err
 		}
-		dropPages(d.data, 0, 0)
+		disk.Drop(d.data, 0, 0)
 		// No good record may survive under the new header.
 		if err := d.bitmap.Truncate(0); err != nil {
 			return err
 		}
-		if _, err := d.bitmap.WriteAt(make([]byte, bitmapSize(d.tab.len())), 0); err != nil {
+		if _, err := d.bitmap.WriteAt(make([]byte, presence.FileSize(d.tab.Len())), 0); err != nil {
 			return err
 		}
-	} else if doubted := d.pres.load(b[headerSize:], d.believe(&h)); doubted > 0 {
+	} else if doubted := d.pres.Load(b[presence.HeaderSize:], d.believe(&h)); doubted > 0 {
 		d.c.cfg.Log.Info("chunks that the last boot may have left wrong, or that have damaged records, will be checked before they are used", "diff", d.id, "chunks", doubted)
 	}
-	if h.boot != d.c.boot && d.c.unclean {
+	if h.Boot != d.c.boot && d.c.unclean {
 		d.forgetScrub()
 	}
 	// What complete promises about an old process' chunks holds for all or none.
-	complete := h.complete && d.pres.syncedAll(0, d.tab.len())
-	d.completed.Store(h.complete)
-	if h.boot == d.c.boot && complete == h.complete {
+	complete := h.Complete && d.pres.SyncedAll(0, d.tab.Len())
+	d.completed.Store(h.Complete)
+	if h.Boot == d.c.boot && complete == h.Complete {
 		if complete {
 			d.setComplete()
 		}
-		return d.pres.persist(d.bitmap, true)
+		return d.pres.Persist(d.bitmap, true)
 	}
-	if err := d.pres.persist(d.bitmap, true); err != nil {
+	if err := d.pres.Persist(d.bitmap, true); err != nil {
 		return err
 	}
-	if err := fdatasync(d.bitmap); err != nil {
+	if err := disk.Sync(d.bitmap); err != nil {
 		return err
 	}
 	if err := d.writeHeader(complete); err != nil {
@@ -361,29 +365,29 @@ func (d *Diff) loadBitmap(ix *blockdev.Index) error {
 // machine that went down while the cache was open, nothing is that costs little to
 // check on its first use. A complete diff is mounted natively, and read by nobody
 // but the kernel: what was synced is believed there, and scrubbed soon.
-func (d *Diff) believe(h *bitmapHeader) belief {
+func (d *Diff) believe(h *presence.Header) presence.Belief {
 	switch {
-	case h.boot == d.c.boot:
-		return believePresent
-	case d.c.unclean && !h.complete:
-		return believeNone
+	case h.Boot == d.c.boot:
+		return presence.BelievePresent
+	case d.c.unclean && !h.Complete:
+		return presence.BelieveNone
 	default:
-		return believeSynced
+		return presence.BelieveSynced
 	}
 }
 
 // fixSize gives the data file its length, and returns the one it had.
 func (d *Diff) fixSize() (int64, error) {
 	var st unix.Stat_t
-	if err := control(d.data, func(fd int) error { return unix.Fstat(fd, &st) }); err != nil {
+	if err := disk.Control(d.data, func(fd int) error { return unix.Fstat(fd, &st) }); err != nil {
 		return 0, &os.PathError{Op: "stat", Path: d.DataPath(), Err: err}
 	}
 	if st.Size == d.size {
 		return st.Size, nil
 	}
 	// What lies behind the diff must be zero, so it is cut off there first.
-	if st.Size > d.tab.size {
-		if err := d.data.Truncate(d.tab.size); err != nil {
+	if st.Size > d.tab.Size {
+		if err := d.data.Truncate(d.tab.Size); err != nil {
 			return 0, err
 		}
 	}
@@ -391,11 +395,11 @@ func (d *Diff) fixSize() (int64, error) {
 }
 
 func (d *Diff) writeHeader(complete bool) error {
-	h := bitmapHeader{
-		complete: complete, diffID: d.id, index: d.sum, boot: d.c.boot,
-		diffSize: d.tab.size, chunks: uint32(d.tab.len()),
+	h := presence.Header{
+		Complete: complete, DiffID: d.id, Index: d.sum, Boot: d.c.boot,
+		DiffSize: d.tab.Size, Chunks: uint32(d.tab.Len()),
 	}
-	_, err := d.bitmap.WriteAt(h.encode(), 0)
+	_, err := d.bitmap.WriteAt(h.Encode(), 0)
 	return err
 }
 

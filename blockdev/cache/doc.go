@@ -11,7 +11,7 @@
 //	    index                  the encoded index, as it came
 //	    meta                   EROFS image (Index.Meta): device 0 of the block image
 //	    data                   the masked diff, sparse, with zeros up to a multiple of 4096 bytes
-//	    bitmap                 which chunks are present (format: bitmap.go)
+//	    bitmap                 which chunks are present (format: internal/presence)
 //	    headers                pieces of the header stream, as far as fetched (headers.go)
 //	    proof                  that the index is proven (quarantine.go)
 //	    index.own, meta.own    the tree of this node's builder, where another one has made the

@@ -16,6 +16,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/presence"
 )
 
 // TestSourceFaults: whatever the source does, a read gives right bytes or an
@@ -197,9 +198,9 @@ func TestDamagedFiles(t *testing.T) {
 		{metaFile, "gone", remove, false, "metadata image of a diff is damaged"},
 		{bitmapFile, "magic", flip(0), false, "what a diff has on disk is not known"},
 		{bitmapFile, "DiffID", flip(20), false, "what a diff has on disk is not known"},
-		{bitmapFile, "record", flip(headerSize), false, "have damaged records"},
-		{bitmapFile, "record sum", flip(headerSize + 13), false, "have damaged records"},
-		{bitmapFile, "cut", cut(headerSize + 3), false, "what a diff has on disk is not known"},
+		{bitmapFile, "record", flip(presence.HeaderSize), false, "have damaged records"},
+		{bitmapFile, "record sum", flip(presence.HeaderSize + 13), false, "have damaged records"},
+		{bitmapFile, "cut", cut(presence.HeaderSize + 3), false, "what a diff has on disk is not known"},
 		{bitmapFile, "long", cut(9000), false, "what a diff has on disk is not known"},
 		{bitmapFile, "empty", cut(0), false, "what a diff has on disk is not known"},
 		{bitmapFile, "gone", remove, false, "what a diff has on disk is not known"},
@@ -234,7 +235,7 @@ func TestDamagedFiles(t *testing.T) {
 			r.checkRead(0, int(r.d.Size()))
 			r.prefetch()
 			r.reopen()
-			if !r.d.Complete() || r.present() != r.d.tab.len() {
+			if !r.d.Complete() || r.present() != r.d.tab.Len() {
 				t.Error("not complete in the end")
 			}
 		})
@@ -333,8 +334,8 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("a full disk was logged %d times", n)
 	}
 	n := r.present()
-	if n == 0 || n == r.d.tab.len() {
-		t.Errorf("%d of %d chunks present", n, r.d.tab.len())
+	if n == 0 || n == r.d.tab.Len() {
+		t.Errorf("%d of %d chunks present", n, r.d.tab.Len())
 	}
 	other := *r.ix
 	other.DiffID = blockdev.Sum([]byte("other"))
@@ -355,8 +356,8 @@ func TestFullDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.prefetch()
-	if n := r.present(); n != r.d.tab.len() {
-		t.Errorf("%d of %d chunks", n, r.d.tab.len())
+	if n := r.present(); n != r.d.tab.Len() {
+		t.Errorf("%d of %d chunks", n, r.d.tab.Len())
 	}
 	if n := r.log.count("can be written to again"); n != 1 {
 		t.Errorf("the end of it was logged %d times", n)

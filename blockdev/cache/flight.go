@@ -151,7 +151,7 @@ func (g *group) bounded() error {
 	// within RequestBytes and MaxReadAhead.
 	var size int64
 	for _, f := range g.todo {
-		size += int64(g.d.tab.length(f.chunk))
+		size += int64(g.d.tab.Length(f.chunk))
 	}
 	waited := g.d.c.demand.Take(g.d.id, size)
 	defer g.d.c.demand.Give(g.d.id, size)
@@ -270,9 +270,9 @@ func (g *group) attempt() error {
 func (g *group) split() (local, remote []*flight) {
 next:
 	for _, f := range g.todo {
-		digest := g.d.tab.digest(f.chunk)
+		digest := g.d.tab.Digest(f.chunk)
 		if !f.remote {
-			if g.d.pres.isSuspect(f.chunk) {
+			if g.d.pres.IsSuspect(f.chunk) {
 				local = append(local, f)
 				continue
 			}
@@ -282,7 +282,7 @@ next:
 			}
 		}
 		for _, r := range remote {
-			if g.d.tab.digest(r.chunk) == digest {
+			if g.d.tab.Digest(r.chunk) == digest {
 				continue next
 			}
 		}
@@ -296,7 +296,7 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 	d := g.d
 	chunks := make([]blockdev.Chunk, len(flights))
 	for i, f := range flights {
-		chunks[i] = d.tab.chunk(f.chunk)
+		chunks[i] = d.tab.Chunk(f.chunk)
 	}
 	timeout := d.c.cfg.Timeout * 3 / 4
 	if prio == blockdev.Prefetch {
@@ -322,32 +322,32 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 		if f.got {
 			return nil
 		}
-		if !d.tab.check(f.chunk, data) {
+		if !d.tab.Check(f.chunk, data) {
 			d.c.stats.corrupt.Add(1)
 			return fmt.Errorf("diff %v: chunk %d came with wrong bytes (%d bytes, want %d of %v): %w",
-				d.id, f.chunk, len(data), d.tab.length(f.chunk), d.tab.digest(f.chunk), blockdev.ErrCorrupt)
+				d.id, f.chunk, len(data), d.tab.Length(f.chunk), d.tab.Digest(f.chunk), blockdev.ErrCorrupt)
 		}
 		idle.Reset(timeout)
 		f.got, f.from = true, g.from
 		left--
 		if g.owed > 0 {
 			g.owed -= int64(len(data))
-			d.c.pace.inflight.free(int64(len(data)))
+			d.c.pace.Inflight.Free(int64(len(data)))
 		}
 		bytes += int64(len(data))
 		d.c.stats.fetched(prio, len(data))
-		d.c.pace.gate.came(&d.reading)
+		d.c.pace.Gate.Came(&d.reading)
 		if prio == blockdev.Prefetch && g.hops == 0 {
-			d.c.pace.rate.came(len(data))
+			d.c.pace.Rate.Came(len(data))
 		}
 		if prio == blockdev.Startup {
-			d.c.pace.arrivals.note(time.Now())
+			d.c.pace.Arrivals.Note(time.Now())
 		}
 		return g.settle(prio, f, data)
 	})
 	returned.Store(true)
 	if prio == blockdev.Prefetch && g.hops == 0 {
-		d.c.pace.trickle.note(bytes, time.Since(began))
+		d.c.pace.Trickle.Note(bytes, time.Since(began))
 	}
 	switch {
 	case ctx.Err() != nil:

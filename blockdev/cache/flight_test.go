@@ -51,8 +51,8 @@ func TestOneFlightPerChunk(t *testing.T) {
 			t.Errorf("the chunk at %d was asked for %d times", off, n)
 		}
 	}
-	if len(asked) != r.d.tab.len() || r.present() != r.d.tab.len() {
-		t.Errorf("%d chunks asked for, %d present, of %d", len(asked), r.present(), r.d.tab.len())
+	if len(asked) != r.d.tab.Len() || r.present() != r.d.tab.Len() {
+		t.Errorf("%d chunks asked for, %d present, of %d", len(asked), r.present(), r.d.tab.Len())
 	}
 }
 
@@ -71,13 +71,13 @@ func TestNeighboursAndReadAhead(t *testing.T) {
 		if reqs[0].Priority != blockdev.Demand || reqs[0].Diff != r.ix.DiffID {
 			t.Errorf("%+v", reqs[0])
 		}
-		lo, hi := r.d.tab.span(off, off+n)
+		lo, hi := r.d.tab.Span(off, off+n)
 		first, last := reqs[0].Chunks[0], reqs[0].Chunks[len(reqs[0].Chunks)-1]
-		if first.Offset != r.d.tab.start(lo) {
-			t.Errorf("first chunk at %d, want %d", first.Offset, r.d.tab.start(lo))
+		if first.Offset != r.d.tab.Start(lo) {
+			t.Errorf("first chunk at %d, want %d", first.Offset, r.d.tab.Start(lo))
 		}
 		end := last.Offset + int64(last.Length)
-		least := r.d.tab.start(hi)
+		least := r.d.tab.Start(hi)
 		if end < least || end > least+max(ahead, 0) {
 			t.Errorf("read-ahead %d: the request ends %d bytes behind the read's chunks", ahead, end-least)
 		}
@@ -112,7 +112,7 @@ func TestReaderDoesNotWaitForReadAhead(t *testing.T) {
 		t.Fatal("nothing is read ahead")
 	}
 	close(release)
-	r.checkRead(d.tab.start(1), 10)
+	r.checkRead(d.tab.Start(1), 10)
 }
 
 // TestCancelEndsTheWaitOnly: the reader that started the flight leaves; the one
@@ -229,8 +229,8 @@ func TestPrefetchSurvivesPromotion(t *testing.T) {
 		}
 	})
 	wg.Wait()
-	if n := r.present(); n != r.d.tab.len() {
-		t.Errorf("%d of %d chunks", n, r.d.tab.len())
+	if n := r.present(); n != r.d.tab.Len() {
+		t.Errorf("%d of %d chunks", n, r.d.tab.Len())
 	}
 }
 

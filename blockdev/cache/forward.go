@@ -33,7 +33,7 @@ func (c *Cache) Forward(diff blockdev.Digest, prio blockdev.Priority, hops int, 
 	f := &Forward{d: d, prio: prio, hops: hops, nums: make([]int, len(digests)), digests: digests}
 	for i := range digests {
 		f.nums[i] = -1
-		if nums := d.tab.find(&digests[i]); len(nums) > 0 {
+		if nums := d.tab.Find(&digests[i]); len(nums) > 0 {
 			f.nums[i] = int(nums[0])
 		}
 	}
@@ -68,7 +68,7 @@ func (f *Forward) Has(i int) bool { return f.nums[i] >= 0 }
 // Absent says whether the i-th chunk is one of the diff's, but not on this node's
 // disk now.
 func (f *Forward) Absent(i int) bool {
-	return f.nums[i] >= 0 && !f.d.pres.has(f.nums[i])
+	return f.nums[i] >= 0 && !f.d.pres.Has(f.nums[i])
 }
 
 // Start asks for what is missing and not in flight, in requests of the usual
@@ -83,7 +83,7 @@ func (f *Forward) Start() error {
 	var g *group
 	var size int64
 	for _, i := range f.nums {
-		if i < 0 || d.pres.has(i) || d.flights[i] != nil {
+		if i < 0 || d.pres.Has(i) || d.flights[i] != nil {
 			continue
 		}
 		if g == nil || size >= d.c.cfg.RequestBytes {
@@ -91,7 +91,7 @@ func (f *Forward) Start() error {
 			g, size = f.group(), 0
 		}
 		d.depart(g, i)
-		size += int64(d.tab.length(i))
+		size += int64(d.tab.Length(i))
 	}
 	f.launch(g)
 	return nil
@@ -121,9 +121,9 @@ func (f *Forward) Chunk(ctx context.Context, i int, alloc func(n int) []byte) ([
 		}
 		return nil, fmt.Errorf("diff %v has no such chunk: %w", d.id, blockdev.ErrNotFound)
 	}
-	n := d.tab.length(k)
+	n := d.tab.Length(k)
 	for try := 0; ; try++ {
-		if d.pres.has(k) {
+		if d.pres.Has(k) {
 			buf := alloc(n)[:n]
 			if ok, err := d.readChunk(k, buf); ok || err != nil {
 				return buf, err
@@ -152,7 +152,7 @@ func (f *Forward) Chunk(ctx context.Context, i int, alloc func(n int) []byte) ([
 // Wait returns when Chunk need not wait for the i-th chunk any more.
 func (f *Forward) Wait(ctx context.Context, i int) {
 	k := f.nums[i]
-	if k < 0 || f.d.pres.has(k) {
+	if k < 0 || f.d.pres.Has(k) {
 		return
 	}
 	if w, err := f.join(k); err == nil && w.flight != nil {
@@ -164,14 +164,14 @@ func (f *Forward) Wait(ctx context.Context, i int) {
 // on what its disk has spoiled. Then it is not present any more, and false is
 // returned.
 func (d *Diff) readChunk(k int, buf []byte) (bool, error) {
-	_, err := d.data.ReadAt(buf, d.tab.start(k))
+	_, err := d.data.ReadAt(buf, d.tab.Start(k))
 	switch {
 	case errors.Is(err, os.ErrClosed):
 		return false, d.goneErr()
 	case err != nil:
 		d.damaged(k, err)
 		return false, nil
-	case !d.tab.check(k, buf):
+	case !d.tab.Check(k, buf):
 		d.damaged(k, blockdev.ErrCorrupt)
 		return false, nil
 	}
@@ -187,7 +187,7 @@ func (f *Forward) join(k int) (wait, error) {
 	if d.gone != nil {
 		return wait{}, d.gone
 	}
-	if d.pres.has(k) {
+	if d.pres.Has(k) {
 		return wait{}, nil
 	}
 	fl := d.flights[k]

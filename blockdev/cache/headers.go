@@ -96,7 +96,7 @@ func (d *Diff) fetchHeaders(ctx context.Context, f *os.File) error {
 
 // fetchPieces asks the Source for some pieces, in one request.
 func (d *Diff) fetchPieces(ctx context.Context, f *os.File, want []int) error {
-	if _, err := d.c.pace.gate.wait(ctx); err != nil {
+	if _, err := d.c.pace.Gate.Wait(ctx); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -117,7 +117,7 @@ func (d *Diff) fetchPieces(ctx context.Context, f *os.File, want []int) error {
 	defer idle.Stop()
 	chunks := make([]blockdev.Chunk, len(want))
 	for k, i := range want {
-		chunks[k] = d.heads.chunk(i, d.tab.size)
+		chunks[k] = d.heads.chunk(i, d.tab.Size)
 	}
 	var returned atomic.Bool
 	got := make([]bool, len(want))

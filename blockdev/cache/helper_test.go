@@ -207,12 +207,12 @@ func (r *rig) present() (n int) {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	for i := range r.d.tab.len() {
-		if !r.d.pres.has(i) {
+	for i := range r.d.tab.Len() {
+		if !r.d.pres.Has(i) {
 			continue
 		}
 		n++
-		c := r.d.tab.chunk(i)
+		c := r.d.tab.Chunk(i)
 		if blockdev.Sum(file[c.Offset:][:c.Length]) != c.Digest {
 			r.t.Fatalf("chunk %d is called present, but is not right on disk", i)
 		}

@@ -15,6 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/presence"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/table"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/proof"
 )
@@ -51,12 +54,12 @@ func (in *Inspection) add(where, repaired, format string, args ...any) {
 // if one has, the error wraps ErrInUse. Nothing is changed, and every Finding
 // says in Repaired what Repair would do.
 func Inspect(ctx context.Context, root string) (*Inspection, error) {
-	lock, err := takeLock(filepath.Join(root, lockFile))
+	lock, err := disk.Lock(filepath.Join(root, lockFile))
 	if err != nil {
 		return nil, fmt.Errorf("check %s: %w", root, err)
 	}
 	defer lock.Close()
-	boot, err := bootID()
+	boot, err := disk.BootID()
 	if err != nil {
 		return nil, fmt.Errorf("check %s: %w", root, err)
 	}
@@ -79,7 +82,7 @@ func Inspect(ctx context.Context, root string) (*Inspection, error) {
 			in.add(dir, "", "this is no diff: look what it is, and move it away")
 			continue
 		}
-		i := &inspector{in: in, dir: dir, id: id, q: q, boot: hashBoot(boot)}
+		i := &inspector{in: in, dir: dir, id: id, q: q, boot: presence.HashBoot(boot)}
 		before := len(in.Findings)
 		if err := i.run(ctx); err != nil {
 			return nil, fmt.Errorf("check diff %v: %w", id, err)
@@ -115,9 +118,9 @@ type inspector struct {
 
 	ix   *blockdev.Index
 	own  *blockdev.Index // whose tree is shown in place of that of ix; nil: none
-	tab  *table
+	tab  *table.Table
 	data *os.File
-	pres *presence // what the bitmap says
+	pres *presence.Chunks // what the bitmap says
 }
 
 func (i *inspector) where() string { return "layer " + i.id.String() }
@@ -131,13 +134,13 @@ func (i *inspector) run(ctx context.Context) error {
 		err = fmt.Errorf("it is that of %v", i.ix.DiffID)
 	}
 	if err == nil {
-		i.tab, err = newTable(i.ix)
+		i.tab, err = table.New(i.ix)
 	}
 	if err != nil {
 		i.in.add(i.where(), repairDiff, "index: %v", err)
 		return nil
 	}
-	if same, err := fileIs(filepath.Join(i.dir, metaFile), i.ix.Meta); err != nil {
+	if same, err := disk.Is(filepath.Join(i.dir, metaFile), i.ix.Meta); err != nil {
 		return err
 	} else if !same {
 		i.in.add(i.where(), repairMeta, "metadata image is not that of its index")
@@ -180,65 +183,65 @@ func (i *inspector) bitmap(sum blockdev.Digest) (complete bool, err error) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return false, err
 	}
-	h, err := decodeHeader(b)
-	n := i.tab.len()
+	h, err := presence.DecodeHeader(b)
+	n := i.tab.Len()
 	switch {
 	case err != nil:
-	case h.diffID != i.id || h.index != sum:
+	case h.DiffID != i.id || h.Index != sum:
 		err = errors.New("it is that of another index")
-	case h.chunks != uint32(n) || int64(len(b)) != bitmapSize(n):
+	case h.Chunks != uint32(n) || int64(len(b)) != presence.FileSize(n):
 		err = errors.New("it is of another length")
 	}
-	p := newPresence(i.id, n, i.tab.length)
+	p := presence.New(i.id, n, i.tab.Length)
 	i.pres = p
 	if err != nil {
 		i.in.add(i.where(), repairBitmap, "bitmap: %v", err)
 		return false, nil
 	}
-	bad := damagedRecords(i.id, b[headerSize:])
+	bad := presence.Damaged(i.id, b[presence.HeaderSize:])
 	if bad > 0 {
 		i.in.add(i.where(), repairBitmap, "bitmap: %d records do not match their checksums", bad)
 	}
-	believed := believeSynced
-	if h.boot == i.boot {
-		believed = believePresent
+	believed := presence.BelieveSynced
+	if h.Boot == i.boot {
+		believed = presence.BelievePresent
 	}
-	p.load(b[headerSize:], believed)
-	return h.complete && bad == 0 && p.syncedAll(0, n), nil
+	p.Load(b[presence.HeaderSize:], believed)
+	return h.Complete && bad == 0 && p.SyncedAll(0, n), nil
 }
 
 // chunks reads what is present.
 func (i *inspector) chunks(ctx context.Context) (damaged int, err error) {
 	buf := make([]byte, blockdev.MaxChunk)
 	first, seen := -1, 0
-	for k := range i.tab.len() {
-		if !i.pres.has(k) {
+	for k := range i.tab.Len() {
+		if !i.pres.Has(k) {
 			continue
 		}
 		if ctx.Err() != nil {
 			return 0, context.Cause(ctx)
 		}
-		b := buf[:i.tab.length(k)]
-		n, err := i.data.ReadAt(b, i.tab.start(k))
+		b := buf[:i.tab.Length(k)]
+		n, err := i.data.ReadAt(b, i.tab.Start(k))
 		if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, unix.EIO) {
 			return 0, err
 		}
 		seen++
 		i.in.Chunks++
 		i.in.Bytes += int64(n)
-		if err != nil || !i.tab.check(k, b) {
+		if err != nil || !i.tab.Check(k, b) {
 			if damaged++; first < 0 {
 				first = k
 			}
 		}
 		if seen%64 == 0 {
-			dropPages(i.data, 0, i.tab.start(k))
+			disk.Drop(i.data, 0, i.tab.Start(k))
 		}
 	}
-	dropPages(i.data, 0, 0)
+	disk.Drop(i.data, 0, 0)
 	i.in.DamagedChunks += damaged
 	if damaged > 0 {
-		i.in.add(i.where(), repairChunks, "%d of %d chunks have other bytes than their digests say, the first at offset %d", damaged, seen, i.tab.start(first))
+		i.in.add(i.where(), repairChunks, "%d of %d chunks have other bytes than their digests say, the first at offset %d", damaged, seen, i.tab.Start(first))
 	}
 	return damaged, nil
 }
@@ -267,7 +270,7 @@ func (i *inspector) prove(ctx context.Context) error {
 		}
 		return b, nil
 	})
-	dropPages(i.data, 0, 0)
+	disk.Drop(i.data, 0, 0)
 	switch {
 	case err == nil && (own == nil || i.shows(own)):
 		i.in.Proven++
@@ -293,7 +296,7 @@ func (i *inspector) ownTree() error {
 		i.in.add(i.where(), repairOwn, "the index that this node has made of it: %v", err)
 		return nil
 	}
-	if same, err := fileIs(d.path(ownMetaFile), i.own.Meta); err != nil {
+	if same, err := disk.Is(d.path(ownMetaFile), i.own.Meta); err != nil {
 		return err
 	} else if !same {
 		i.in.add(i.where(), repairMeta, "metadata image is not that of the index that this node has made")

@@ -51,7 +51,7 @@ func TestHungDiffLeavesRoom(t *testing.T) {
 	}
 	r.eventually("all reads of the hung diff wait", func() bool {
 		for off := int64(0); off < r.d.Size(); off += step {
-			if r.waiters(r.d.tab.at(min(off+step/2, r.d.DiffSize()-1))) < 1 {
+			if r.waiters(r.d.tab.At(min(off+step/2, r.d.DiffSize()-1))) < 1 {
 				return false
 			}
 		}
@@ -116,14 +116,14 @@ func TestAbandonedRequestIsNotSent(t *testing.T) {
 			t.Errorf("a read whose caller has gone: %v", err)
 		}
 	})
-	second := r.d.tab.at(6 << 20)
+	second := r.d.tab.At(6 << 20)
 	r.awaitWaiters(second, 1)
 	leave()
 	r.awaitWaiters(second, 0)
 	close(open)
 	wg.Wait()
 	r.quiet()
-	if _, sent := asked.Load(r.d.tab.digest(second)); sent {
+	if _, sent := asked.Load(r.d.tab.Digest(second)); sent {
 		t.Error("a request that nobody waits for was sent")
 	}
 	r.checkRead(6<<20, 1<<20)
@@ -162,11 +162,11 @@ func TestMemoryIsTakenLast(t *testing.T) {
 				r.expect()
 			}
 			const off, n = 100_000, 1 << 20
-			_, last := r.d.tab.span(off, off+n)
+			_, last := r.d.tab.Span(off, off+n)
 			var ready atomic.Bool
 			r.source(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
 				return r.mem.Fetch(ctx, req, func(i int, data []byte) error {
-					if req.Chunks[i].Digest == r.d.tab.digest(last-1) {
+					if req.Chunks[i].Digest == r.d.tab.Digest(last-1) {
 						ready.Store(true)
 					}
 					return deliver(i, data)

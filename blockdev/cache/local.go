@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
 )
 
 // copyLocal gets what it can of flights from this disk. What it cannot get is
@@ -18,7 +19,7 @@ func (g *group) copyLocal(ctx context.Context, flights []*flight) {
 		if ctx.Err() != nil {
 			return
 		}
-		if !g.copyOne(f, buf[:g.d.tab.length(f.chunk)]) {
+		if !g.copyOne(f, buf[:g.d.tab.Length(f.chunk)]) {
 			f.remote = true
 		}
 	}
@@ -26,16 +27,16 @@ func (g *group) copyLocal(ctx context.Context, flights []*flight) {
 
 func (g *group) copyOne(f *flight, buf []byte) bool {
 	d := g.d
-	digest := d.tab.digest(f.chunk)
-	if d.pres.isSuspect(f.chunk) {
-		_, err := d.data.ReadAt(buf, d.tab.start(f.chunk))
+	digest := d.tab.Digest(f.chunk)
+	if d.pres.IsSuspect(f.chunk) {
+		_, err := d.data.ReadAt(buf, d.tab.Start(f.chunk))
 		if err == nil && blockdev.Sum(buf) == digest {
 			d.added(f.chunk)
 			d.c.stats.copied.Add(int64(len(buf)))
 			d.finish(f, nil, nil)
 			return true
 		}
-		d.pres.drop(f.chunk)
+		d.pres.Drop(f.chunk)
 		d.persist()
 	}
 	for {
@@ -43,7 +44,7 @@ func (g *group) copyOne(f *flight, buf []byte) bool {
 		if o == nil {
 			return false
 		}
-		_, err := o.data.ReadAt(buf, o.tab.start(k))
+		_, err := o.data.ReadAt(buf, o.tab.Start(k))
 		switch {
 		case errors.Is(err, os.ErrClosed):
 			return false // o is being removed
@@ -53,7 +54,7 @@ func (g *group) copyOne(f *flight, buf []byte) bool {
 			o.damaged(k, blockdev.ErrCorrupt)
 		default:
 			d.c.stats.copied.Add(int64(len(buf)))
-			o.Drop(o.tab.start(k), len(buf))
+			o.Drop(o.tab.Start(k), len(buf))
 			// The error of a full disk reaches who waits by the flight.
 			_ = g.settle(blockdev.Demand, f, buf)
 			return true
@@ -64,8 +65,8 @@ func (g *group) copyOne(f *flight, buf []byte) bool {
 // lookup finds a diff that has a chunk with this digest, and its number there.
 func (c *Cache) lookup(digest *blockdev.Digest) (*Diff, int) {
 	for _, o := range *c.list.Load() {
-		for _, k := range o.tab.find(digest) {
-			if o.pres.has(int(k)) {
+		for _, k := range o.tab.Find(digest) {
+			if o.pres.Has(int(k)) {
 				return o, int(k)
 			}
 		}
@@ -78,20 +79,20 @@ func (c *Cache) lookup(digest *blockdev.Digest) (*Diff, int) {
 // sees to the rest.
 func (d *Diff) damaged(k int, why error) {
 	wasComplete := d.complete.Swap(false)
-	if !d.pres.drop(k) {
+	if !d.pres.Drop(k) {
 		return
 	}
 	d.c.stats.damaged.Add(1)
 	d.c.cfg.Log.Error("a chunk on this disk is damaged; it will be fetched again",
-		"diff", d.id, "chunk", k, "offset", d.tab.start(k), "bytes", d.tab.length(k), "file", d.DataPath(), "cause", why)
+		"diff", d.id, "chunk", k, "offset", d.tab.Start(k), "bytes", d.tab.Length(k), "file", d.DataPath(), "cause", why)
 	// Durable at once: a power loss between the new bytes and the next sync
 	// would else bring back the old bytes together with their bit.
-	err := d.pres.persist(d.bitmap, true)
+	err := d.pres.Persist(d.bitmap, true)
 	if err == nil && wasComplete {
 		err = d.writeHeader(false)
 	}
 	if err == nil {
-		err = fdatasync(d.bitmap)
+		err = disk.Sync(d.bitmap)
 	}
 	if err != nil {
 		d.bitmapFailed(err)
@@ -104,19 +105,19 @@ func (d *Diff) damaged(k int, why error) {
 // store writes a chunk that has been checked, if there is room for it, and says
 // that it is present.
 func (d *Diff) store(i int, data []byte, u use) error {
-	n := d.c.space.blocks(d.tab.start(i), int64(len(data)))
+	n := d.c.space.blocks(d.tab.Start(i), int64(len(data)))
 	if err := d.c.roomFor(d, n, u); err != nil {
 		if u == forDemand && !errors.Is(err, errCounting) { // what stops prefetch, Prefetch says itself
 			err = d.c.writeFailed(d, err)
 		}
 		return err
 	}
-	_, err := d.data.WriteAt(data, d.tab.start(i))
+	_, err := d.data.WriteAt(data, d.tab.Start(i))
 	if d.c.space.wrote(&d.taken, n) {
 		d.c.space.measure(d)
 	}
 	if err != nil {
-		return d.c.writeFailed(d, fmt.Errorf("write %d bytes at %d to %s: %w", len(data), d.tab.start(i), d.DataPath(), err))
+		return d.c.writeFailed(d, fmt.Errorf("write %d bytes at %d to %s: %w", len(data), d.tab.Start(i), d.DataPath(), err))
 	}
 	d.c.writeWorked(len(data))
 	d.added(i)
@@ -125,7 +126,7 @@ func (d *Diff) store(i int, data []byte, u use) error {
 
 // added says that chunk i is in the data file.
 func (d *Diff) added(i int) {
-	unsynced := d.pres.add(i)
+	unsynced := d.pres.Add(i)
 	d.persist()
 	if unsynced >= d.c.cfg.SyncBytes {
 		d.c.kick()
@@ -135,7 +136,7 @@ func (d *Diff) added(i int) {
 // persist takes changed bits to the bitmap file. A failure costs at worst
 // fetching chunks again; the next sync tries once more.
 func (d *Diff) persist() {
-	if err := d.pres.persist(d.bitmap, false); err != nil {
+	if err := d.pres.Persist(d.bitmap, false); err != nil {
 		d.bitmapFailed(err)
 	}
 }

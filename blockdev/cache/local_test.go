@@ -44,10 +44,10 @@ func TestCopyFromAnotherDiff(t *testing.T) {
 	}
 	r.check(d, want, 0, len(want))
 	var fresh int64
-	for i := range d.tab.len() {
-		digest := d.tab.digest(i)
-		if len(r.d.tab.find(&digest)) == 0 {
-			fresh += int64(d.tab.length(i))
+	for i := range d.tab.Len() {
+		digest := d.tab.Digest(i)
+		if len(r.d.tab.Find(&digest)) == 0 {
+			fresh += int64(d.tab.Length(i))
 		}
 	}
 	s := r.Stats()
@@ -63,9 +63,9 @@ func TestCopyFromAnotherDiff(t *testing.T) {
 // used, and that diff fetches them again too.
 func TestCopyOfADamagedChunk(t *testing.T) {
 	r, d, want := upgrade(t)
-	flipFile(t, r.d.DataPath(), r.d.tab.start(3)+5)
+	flipFile(t, r.d.DataPath(), r.d.tab.Start(3)+5)
 	r.check(d, want, 0, len(want))
-	if r.d.pres.has(3) {
+	if r.d.pres.Has(3) {
 		t.Error("the damaged chunk is still called present")
 	}
 	if r.d.Complete() {
@@ -77,7 +77,7 @@ func TestCopyOfADamagedChunk(t *testing.T) {
 	r.checkRead(0, int(r.d.Size()))
 	r.prefetch()
 	r.reopen()
-	if !r.d.Complete() || r.present() != r.d.tab.len() {
+	if !r.d.Complete() || r.present() != r.d.tab.Len() {
 		t.Error("not complete after the damaged chunk came again")
 	}
 }

@@ -10,9 +10,9 @@ func (d *Diff) Offer(chunk blockdev.Digest, data []byte) {
 	}
 	defer d.wg.Done()
 	checked := false
-	for _, k := range d.tab.find(&chunk) {
+	for _, k := range d.tab.Find(&chunk) {
 		i := int(k)
-		if d.pres.has(i) || len(data) != d.tab.length(i) {
+		if d.pres.Has(i) || len(data) != d.tab.Length(i) {
 			continue
 		}
 		if !checked && blockdev.Sum(data) != chunk {

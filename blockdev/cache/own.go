@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/internal/durable"
 )
@@ -99,7 +100,7 @@ func (d *Diff) readOwn(sum blockdev.Digest) (*blockdev.Index, error) {
 
 // fixMeta sees to it that a metadata image is the one that its index has.
 func (d *Diff) fixMeta(path string, meta []byte) error {
-	same, err := fileIs(path, meta)
+	same, err := disk.Is(path, meta)
 	if err != nil || same {
 		return err
 	}

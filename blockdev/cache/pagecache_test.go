@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
 )
 
 // cachedBytes is what the page cache holds of a file.
@@ -19,7 +20,7 @@ func cachedBytes(t testing.TB, f *os.File) int64 {
 	var span struct{ off, len uint64 }
 	var stat struct{ cached, dirty, writeback, evicted, recently uint64 }
 	var errno unix.Errno
-	err := control(f, func(fd int) error {
+	err := disk.Control(f, func(fd int) error {
 		_, _, errno = unix.Syscall6(unix.SYS_CACHESTAT, uintptr(fd), uintptr(unsafe.Pointer(&span)), uintptr(unsafe.Pointer(&stat)), 0, 0, 0)
 		return nil
 	})
@@ -101,7 +102,7 @@ func TestSyncInBackground(t *testing.T) {
 	r.checkRead(0, 1<<20)
 	r.quiet()
 	r.eventually("everything is synced", func() bool {
-		_, _, unsynced := r.d.pres.counts()
+		_, _, unsynced := r.d.pres.Counts()
 		return unsynced == 0
 	})
 }

@@ -7,6 +7,7 @@ import (
 	"sync"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
 )
 
 // Prefetch fetches every chunk that is missing, in order, and gives way to
@@ -48,7 +49,7 @@ func (d *Diff) fill(ctx context.Context) error {
 			return err
 		}
 		// Not full if a chunk turned out to be damaged meanwhile: once more.
-		if d.pres.full() {
+		if d.pres.Full() {
 			return d.markComplete()
 		}
 		if ctx.Err() != nil {
@@ -61,19 +62,19 @@ func (d *Diff) fill(ctx context.Context) error {
 // fetchMissing passes over the missing chunks until there are none.
 func (d *Diff) fetchMissing(ctx context.Context) error {
 	for {
-		_, before, _ := d.pres.counts()
+		_, before, _ := d.pres.Counts()
 		if err := d.fetchPass(ctx); err != nil {
 			// Others may have taken the room that there was when the pass began. It
 			// goes on if there is more, or more can be made.
-			_, now, _ := d.pres.counts()
+			_, now, _ := d.pres.Counts()
 			if !errors.Is(err, blockdev.ErrNoSpace) || now == before || d.prefetchRoom(ctx) != nil {
 				return err
 			}
 			continue
 		}
 		// What is missing still is in flight for somebody else.
-		i := d.pres.nextMissing(0)
-		if i == d.tab.len() {
+		i := d.pres.NextMissing(0)
+		if i == d.tab.Len() {
 			return nil
 		}
 		d.mu.Lock()
@@ -111,7 +112,7 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 		if err := d.prefetchRoom(ctx); err != nil {
 			return err
 		}
-		size, err := d.c.pace.next(ctx, d.hurries.Load() > 0)
+		size, err := d.c.pace.Next(ctx, d.hurries.Load() > 0)
 		if err != nil {
 			return err
 		}
@@ -122,7 +123,7 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 		next = end
 		wg.Add(1)
 		g.release = func(err error) {
-			d.c.pace.inflight.free(g.owed)
+			d.c.pace.Inflight.Free(g.owed)
 			g.owed = 0
 			mu.Lock()
 			if first == nil && !errors.Is(err, errPromoted) {
@@ -138,7 +139,7 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 }
 
 // SetPrefetchRate changes Config.PrefetchRate; 0: no limit.
-func (c *Cache) SetPrefetchRate(bytes int64) { c.pace.rate.set(bytes) }
+func (c *Cache) SetPrefetchRate(bytes int64) { c.pace.Rate.Set(bytes) }
 
 // Hurry lifts Config.PrefetchRate for this diff until done is called: somebody
 // waits for all of it.
@@ -150,7 +151,7 @@ func (d *Diff) Hurry() (done func()) {
 // paceWrites waits for the disk when too much is written and not synced, so that
 // prefetch does not fill memory with dirty pages.
 func (d *Diff) paceWrites(ctx context.Context) error {
-	if _, _, unsynced := d.pres.counts(); unsynced < 4*d.c.cfg.SyncBytes {
+	if _, _, unsynced := d.pres.Counts(); unsynced < 4*d.c.cfg.SyncBytes {
 		return nil
 	}
 	return d.sync(ctx)
@@ -159,7 +160,7 @@ func (d *Diff) paceWrites(ctx context.Context) error {
 // prefetchRoom returns nil if there is room for what prefetch may have under way.
 func (d *Diff) prefetchRoom(ctx context.Context) error {
 	return d.c.waitRoom(ctx, func() error {
-		return d.c.space.has(d.c.pace.inflight.size(), forPrefetch)
+		return d.c.space.has(d.c.pace.Inflight.Size(), forPrefetch)
 	})
 }
 
@@ -173,8 +174,8 @@ func (d *Diff) claim(ctx context.Context, i int, limit int64) (*group, int) {
 	}
 	var g *group
 	var size int64
-	n := d.tab.len()
-	for i = d.pres.nextMissing(i); i < n && size < limit; i = d.pres.nextMissing(i + 1) {
+	n := d.tab.Len()
+	for i = d.pres.NextMissing(i); i < n && size < limit; i = d.pres.NextMissing(i + 1) {
 		if f := d.flights[i]; f != nil && !f.over {
 			continue
 		}
@@ -182,11 +183,11 @@ func (d *Diff) claim(ctx context.Context, i int, limit int64) (*group, int) {
 			g = &group{d: d, prio: blockdev.Prefetch, parent: ctx}
 		}
 		d.depart(g, i)
-		size += int64(d.tab.length(i))
+		size += int64(d.tab.Length(i))
 	}
 	if g != nil {
 		g.owed = size
-		d.c.pace.inflight.take(size)
+		d.c.pace.Inflight.Take(size)
 		d.wg.Add(1)
 	}
 	return g, i
@@ -195,25 +196,25 @@ func (d *Diff) claim(ctx context.Context, i int, limit int64) (*group, int) {
 // checkOthers reads what another process wrote and checks it, so that complete
 // means more than what an old bitmap says.
 func (d *Diff) checkOthers(ctx context.Context) error {
-	i := d.pres.nextUnchecked(0)
-	if i == d.tab.len() {
+	i := d.pres.NextUnchecked(0)
+	if i == d.tab.Len() {
 		return nil
 	}
 	buf := d.c.buffer()
 	defer d.c.buffers.Put(buf)
-	for ; i < d.tab.len(); i = d.pres.nextUnchecked(i + 1) {
-		if _, err := d.c.pace.gate.wait(ctx); err != nil {
+	for ; i < d.tab.Len(); i = d.pres.NextUnchecked(i + 1) {
+		if _, err := d.c.pace.Gate.Wait(ctx); err != nil {
 			return err
 		}
-		b, off := buf[:d.tab.length(i)], d.tab.start(i)
+		b, off := buf[:d.tab.Length(i)], d.tab.Start(i)
 		_, err := d.data.ReadAt(b, off)
 		switch {
 		case err != nil:
 			d.damaged(i, err)
-		case !d.tab.check(i, b):
+		case !d.tab.Check(i, b):
 			d.damaged(i, blockdev.ErrCorrupt)
 		default:
-			d.pres.check(i)
+			d.pres.Check(i)
 			d.Drop(off, len(b))
 		}
 	}
@@ -223,12 +224,12 @@ func (d *Diff) checkOthers(ctx context.Context) error {
 // markComplete makes it durable that every chunk is there. The records go first:
 // a header that says complete over records that do not is not believed.
 func (d *Diff) markComplete() error {
-	err := fdatasync(d.bitmap)
+	err := disk.Sync(d.bitmap)
 	if err == nil {
 		err = d.writeHeader(true)
 	}
 	if err == nil {
-		err = fdatasync(d.bitmap)
+		err = disk.Sync(d.bitmap)
 	}
 	if err != nil {
 		d.bitmapFailed(err)
@@ -236,7 +237,7 @@ func (d *Diff) markComplete() error {
 	}
 	d.setComplete()
 	// A chunk may have turned out to be damaged since fill looked.
-	if !d.pres.full() {
+	if !d.pres.Full() {
 		d.complete.Store(false)
 		return d.writeHeader(false)
 	}

@@ -8,6 +8,8 @@ import (
 	"os"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/prefetch"
 	"github.com/shoalfs/shoal/blockdev/proof"
 )
 
@@ -157,7 +159,7 @@ func (d *Diff) prove(ctx context.Context, hurry bool) (*blockdev.Index, error) {
 		}
 		return b, nil
 	})
-	dropPages(f, 0, 0)
+	disk.Drop(f, 0, 0)
 	return own, err
 }
 
@@ -166,13 +168,13 @@ func (d *Diff) prove(ctx context.Context, hurry bool) (*blockdev.Index, error) {
 type verified struct {
 	d     *Diff
 	ctx   context.Context // of one pass over the diff
-	rest  *rest
+	rest  *prefetch.Rest
 	buf   chunkBuffer
 	chunk int // in buf; -1: none
 }
 
 func (d *Diff) newVerified(ctx context.Context, hurry bool) *verified {
-	return &verified{d: d, ctx: ctx, rest: newRest(&d.c.pace.gate, hurry, 0), buf: d.c.buffer(), chunk: -1}
+	return &verified{d: d, ctx: ctx, rest: prefetch.NewRest(&d.c.pace.Gate, hurry, 0), buf: d.c.buffer(), chunk: -1}
 }
 
 func (v *verified) close() { v.d.c.buffers.Put(v.buf) }
@@ -181,17 +183,17 @@ func (v *verified) close() { v.d.c.buffers.Put(v.buf) }
 func (v *verified) ReadAt(p []byte, off int64) (n int, err error) {
 	d := v.d
 	for n < len(p) {
-		if off >= d.tab.size {
+		if off >= d.tab.Size {
 			return n, io.EOF
 		}
 		i := v.chunk
-		if i < 0 || off < d.tab.start(i) || off >= d.tab.start(i+1) {
-			i = d.tab.at(off)
+		if i < 0 || off < d.tab.Start(i) || off >= d.tab.Start(i+1) {
+			i = d.tab.At(off)
 			if err := v.load(i); err != nil {
 				return n, err
 			}
 		}
-		m := copy(p[n:], v.buf[off-d.tab.start(i):d.tab.length(i)])
+		m := copy(p[n:], v.buf[off-d.tab.Start(i):d.tab.Length(i)])
 		n += m
 		off += int64(m)
 	}
@@ -200,10 +202,10 @@ func (v *verified) ReadAt(p []byte, off int64) (n int, err error) {
 
 func (v *verified) load(i int) error {
 	v.chunk = -1
-	if err := v.rest.wait(v.ctx, v.d.tab.length(i)); err != nil {
+	if err := v.rest.Wait(v.ctx, v.d.tab.Length(i)); err != nil {
 		return err
 	}
-	if err := v.d.verify(i, v.buf[:v.d.tab.length(i)]); err != nil {
+	if err := v.d.verify(i, v.buf[:v.d.tab.Length(i)]); err != nil {
 		return fmt.Errorf("chunk %d: %w", i, err)
 	}
 	v.chunk = i
@@ -213,24 +215,24 @@ func (v *verified) load(i int) error {
 // verify reads chunk i into buf, which has its length. The error is ErrIncomplete,
 // ErrDamaged (the chunk is missing from then on), or why the diff is no more.
 func (d *Diff) verify(i int, buf []byte) error {
-	if !d.pres.has(i) {
+	if !d.pres.Has(i) {
 		return ErrIncomplete
 	}
-	_, err := d.data.ReadAt(buf, d.tab.start(i))
+	_, err := d.data.ReadAt(buf, d.tab.Start(i))
 	if errors.Is(err, os.ErrClosed) {
 		return d.goneErr()
 	}
-	if err == nil && !d.tab.check(i, buf) {
+	if err == nil && !d.tab.Check(i, buf) {
 		err = blockdev.ErrCorrupt
 	}
 	if err != nil {
-		if !d.pres.has(i) {
+		if !d.pres.Has(i) {
 			return ErrIncomplete // it was taken off the disk meanwhile
 		}
 		d.damaged(i, err)
 		return ErrDamaged
 	}
-	d.pres.check(i)
-	d.Drop(d.tab.start(i), len(buf))
+	d.pres.Check(i)
+	d.Drop(d.tab.Start(i), len(buf))
 	return nil
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
 )
 
 // newProofRig is a rig whose diff is a real layer, all of which is local.
@@ -124,8 +125,8 @@ func TestProveDamagedRecord(t *testing.T) {
 // TestProveNeedsAllBytes: what is missing or damaged on this disk is nobody's lie.
 func TestProveNeedsAllBytes(t *testing.T) {
 	r, _ := newProofRig(t, nil)
-	flipFile(t, r.d.DataPath(), r.d.tab.start(3)+5)
-	dropPages(r.d.data, 0, 0)
+	flipFile(t, r.d.DataPath(), r.d.tab.Start(3)+5)
+	disk.Drop(r.d.data, 0, 0)
 	if err := r.d.Prove(t.Context(), true); !errors.Is(err, ErrDamaged) {
 		t.Fatalf("a bit was flipped: %v", err)
 	}

@@ -31,11 +31,11 @@ func (d *Diff) isLocal(off int64, n int) bool {
 	if tr == nil && d.complete.Load() {
 		return true
 	}
-	lo, hi := d.tab.span(off, off+int64(n))
+	lo, hi := d.tab.Span(off, off+int64(n))
 	if tr != nil {
 		tr.touch(lo, hi)
 	}
-	return d.pres.hasAll(lo, hi)
+	return d.pres.HasAll(lo, hi)
 }
 
 // ReadAt reads as io.ReaderAt does, out of Size bytes. It is a demand read: what
@@ -97,7 +97,7 @@ func (d *Diff) pread(p []byte, off int64) error {
 	if err == nil || errors.Is(err, os.ErrClosed) {
 		return err
 	}
-	lo, hi := d.tab.span(off, off+int64(len(p)))
+	lo, hi := d.tab.Span(off, off+int64(len(p)))
 	for i := lo; i < hi; i++ {
 		from, to := d.overlap(i, off, len(p))
 		if _, err := d.data.ReadAt(p[from-off:to-off], from); err != nil {
@@ -109,7 +109,7 @@ func (d *Diff) pread(p []byte, off int64) error {
 
 // overlap is the part of chunk i within [off, off+n).
 func (d *Diff) overlap(i int, off int64, n int) (from, to int64) {
-	return max(off, d.tab.start(i)), min(off+int64(n), d.tab.start(i+1))
+	return max(off, d.tab.Start(i)), min(off+int64(n), d.tab.Start(i+1))
 }
 
 // errTimeout is the cause of the context that bounds a demand read.
@@ -117,8 +117,8 @@ var errTimeout = errors.New("demand read timed out")
 
 // readMissing waits for what is missing and then reads all.
 func (d *Diff) readMissing(parent context.Context, off int64, n int, m blockdev.Memory) (err error) {
-	d.c.pace.gate.enter(&d.reading)
-	defer d.c.pace.gate.leave(&d.reading)
+	d.c.pace.Gate.Enter(&d.reading)
+	defer d.c.pace.Gate.Leave(&d.reading)
 	d.c.stats.missed.Add(1)
 	began := time.Now()
 	defer func() { d.c.stats.waited.Add(int64(time.Since(began))) }()
@@ -153,7 +153,7 @@ func (d *Diff) readMissing(parent context.Context, off int64, n int, m blockdev.
 func (d *Diff) gather(ctx context.Context, off int64, n int, mem *unwritten) (bool, error) {
 	for done := 0; done < n; {
 		part := min(n-done, int(min(d.c.cfg.RequestBytes, math.MaxInt32)))
-		lo, hi := d.tab.span(off+int64(done), off+int64(done+part))
+		lo, hi := d.tab.Span(off+int64(done), off+int64(done+part))
 		if ok, err := d.waitPart(ctx, lo, hi, mem); !ok || err != nil {
 			return false, err
 		}
@@ -277,7 +277,7 @@ func (d *Diff) waitPart(ctx context.Context, lo, hi int, mem *unwritten) (bool, 
 // atHand reports whether chunks [lo, hi) are present or in mem.
 func (d *Diff) atHand(lo, hi int, mem *unwritten) bool {
 	for i := lo; i < hi; i++ {
-		if !d.pres.has(i) && mem.get(i) == nil {
+		if !d.pres.Has(i) && mem.get(i) == nil {
 			return false
 		}
 	}
@@ -296,7 +296,7 @@ func (d *Diff) join(lo, hi int, mem *unwritten) ([]wait, error) {
 	var waits []wait
 	var own *group
 	for i := lo; i < hi; i++ {
-		if d.pres.has(i) || mem.get(i) != nil {
+		if d.pres.Has(i) || mem.get(i) != nil {
 			continue
 		}
 		f := d.flights[i]
@@ -313,14 +313,14 @@ func (d *Diff) join(lo, hi int, mem *unwritten) ([]wait, error) {
 		})
 	}
 	if own != nil {
-		ahead := d.seq.ahead(own.todo[0].chunk, d.c.cfg.ReadAhead, d.c.cfg.MaxReadAhead)
-		end, i := d.tab.start(hi)+ahead, hi
-		for ; i < d.tab.len() && d.tab.start(i+1) <= end; i++ {
-			if !d.pres.has(i) && d.flights[i] == nil {
+		ahead := d.seq.Ahead(own.todo[0].chunk, d.c.cfg.ReadAhead, d.c.cfg.MaxReadAhead)
+		end, i := d.tab.Start(hi)+ahead, hi
+		for ; i < d.tab.Len() && d.tab.Start(i+1) <= end; i++ {
+			if !d.pres.Has(i) && d.flights[i] == nil {
 				d.depart(own, i)
 			}
 		}
-		d.seq.note(i, ahead)
+		d.seq.Note(i, ahead)
 		d.wg.Add(1)
 		go own.run()
 	}
@@ -353,7 +353,7 @@ func (d *Diff) await(ctx context.Context, waits []wait) (err error) {
 			case <-w.done:
 				done = true
 			case now := <-hurry:
-				left := d.c.pace.arrivals.patience(now, began, d.c.cfg.Promote)
+				left := d.c.pace.Arrivals.Patience(now, began, d.c.cfg.Promote)
 				for _, w := range waits {
 					if w.hurry && (left == 0 || !w.startup) {
 						w.group.hurry()
@@ -407,9 +407,9 @@ func (d *Diff) lateErr(ctx context.Context, f *flight) error {
 // assemble fills p from the data file and mem. It returns false if a chunk is in
 // neither.
 func (d *Diff) assemble(p []byte, off int64, mem *unwritten) (bool, error) {
-	lo, hi := d.tab.span(off, off+int64(len(p)))
+	lo, hi := d.tab.Span(off, off+int64(len(p)))
 	if mem == nil || mem.bytes == 0 {
-		if !d.pres.hasAll(lo, hi) {
+		if !d.pres.HasAll(lo, hi) {
 			return false, nil
 		}
 		return d.assembled(d.pread(p, off))
@@ -418,17 +418,17 @@ func (d *Diff) assemble(p []byte, off int64, mem *unwritten) (bool, error) {
 		from, to := d.overlap(i, off, len(p))
 		dst := p[from-off : to-off]
 		if b := mem.get(i); b != nil {
-			copy(dst, b[from-d.tab.start(i):])
+			copy(dst, b[from-d.tab.Start(i):])
 			continue
 		}
-		if !d.pres.has(i) {
+		if !d.pres.Has(i) {
 			return false, nil
 		}
 		if ok, err := d.assembled(d.pread(dst, from)); !ok {
 			return false, err
 		}
 	}
-	if tail := d.tab.size - off; tail < int64(len(p)) {
+	if tail := d.tab.Size - off; tail < int64(len(p)) {
 		clear(p[max(tail, 0):])
 	}
 	return true, nil

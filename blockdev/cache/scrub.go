@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/prefetch"
 )
 
 // scrubFile says by its modification time when everything was last checked.
@@ -51,11 +52,11 @@ func (d *Diff) Check(ctx context.Context, hurry bool) (res Checked, err error) {
 	if hurry {
 		rate = 0
 	}
-	r := newRest(&d.c.pace.gate, hurry, rate)
+	r := prefetch.NewRest(&d.c.pace.Gate, hurry, rate)
 	first := -1
-	for i := range d.tab.len() {
-		n := d.tab.length(i)
-		if err := r.wait(ctx, n); err != nil {
+	for i := range d.tab.Len() {
+		n := d.tab.Length(i)
+		if err := r.Wait(ctx, n); err != nil {
 			return res, fmt.Errorf("check of diff %v: %w", d.id, err)
 		}
 		switch err := d.verify(i, buf[:n]); {
@@ -74,10 +75,10 @@ func (d *Diff) Check(ctx context.Context, hurry bool) (res Checked, err error) {
 		}
 	}
 	if res.Damaged > 0 {
-		return res, fmt.Errorf("diff %v: %w: %d of %d chunks, the first at offset %d", d.id, ErrDamaged, res.Damaged, res.Chunks, d.tab.start(first))
+		return res, fmt.Errorf("diff %v: %w: %d of %d chunks, the first at offset %d", d.id, ErrDamaged, res.Damaged, res.Chunks, d.tab.Start(first))
 	}
 	if res.Missing > 0 && d.Completed() {
-		return res, fmt.Errorf("diff %v: %w: it was before, and %d of %d chunks are missing", d.id, ErrIncomplete, res.Missing, d.tab.len())
+		return res, fmt.Errorf("diff %v: %w: it was before, and %d of %d chunks are missing", d.id, ErrIncomplete, res.Missing, d.tab.Len())
 	}
 	d.noteScrub()
 	return res, nil
@@ -129,7 +130,7 @@ func (c *Cache) Chunk(digest blockdev.Digest, buf []byte) ([]byte, error) {
 		if d == nil {
 			break
 		}
-		b := buf[:d.tab.length(i)]
+		b := buf[:d.tab.Length(i)]
 		if err := d.verify(i, b); err == nil {
 			return b, nil
 		} else if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrIncomplete) {

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
 )
 
 // use says what room is for. Each kind leaves some to those before it, so that
@@ -239,7 +240,7 @@ const extentsPerBlock = 250
 // data file's extents lie, which some file systems write down, and count, only
 // with the data.
 func (d *Diff) fixedUse() (n int64, err error) {
-	n = int64(1+d.tab.len()/extentsPerBlock) * d.c.space.block
+	n = int64(1+d.tab.Len()/extentsPerBlock) * d.c.space.block
 	for _, name := range []string{"", indexFile, metaFile, bitmapFile, headersFile, ownIndexFile, ownMetaFile, proofFile} {
 		var st unix.Stat_t
 		path := filepath.Join(d.dir, name)
@@ -278,7 +279,7 @@ func (d *Diff) FullUse() (bytes, inodes int64, err error) {
 // diskUse is what a file takes of the disk, in bytes.
 func diskUse(f *os.File) (int64, error) {
 	var st unix.Stat_t
-	if err := control(f, func(fd int) error { return unix.Fstat(fd, &st) }); err != nil {
+	if err := disk.Control(f, func(fd int) error { return unix.Fstat(fd, &st) }); err != nil {
 		return 0, &os.PathError{Op: "stat", Path: f.Name(), Err: err}
 	}
 	return st.Blocks * 512, nil

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/presence"
 )
 
 // FetchStartup fetches those of the chunks (numbers in the chunk table) that are
@@ -31,7 +32,7 @@ func (d *Diff) FetchStartup(ctx context.Context, chunks []uint32) error {
 	d.mu.Lock()
 	if d.gone == nil {
 		for _, c := range chunks {
-			if i := int(c); i < d.tab.len() && !d.pres.has(i) && d.flights[i] == nil {
+			if i := int(c); i < d.tab.Len() && !d.pres.Has(i) && d.flights[i] == nil {
 				d.depart(g, i)
 			}
 		}
@@ -42,8 +43,8 @@ func (d *Diff) FetchStartup(ctx context.Context, chunks []uint32) error {
 	}
 	d.wg.Add(1)
 	d.mu.Unlock()
-	d.c.pace.gate.enter(&d.reading)
-	defer d.c.pace.gate.leave(&d.reading)
+	d.c.pace.Gate.Enter(&d.reading)
+	defer d.c.pace.Gate.Leave(&d.reading)
 	d.keep.Store(time.Now().Add(keepStartup).UnixNano())
 	g.run()
 	if err != nil {
@@ -71,7 +72,7 @@ type Recording struct {
 type track struct {
 	r    *Recording
 	d    *Diff
-	seen bitset
+	seen presence.Bitset
 
 	mu      sync.Mutex
 	touches blockdev.Profile
@@ -82,7 +83,7 @@ type track struct {
 func Record(diffs ...*Diff) *Recording {
 	r := &Recording{}
 	for _, d := range diffs {
-		t := &track{r: r, d: d, seen: newBitset(d.tab.len())}
+		t := &track{r: r, d: d, seen: presence.NewBitset(d.tab.Len())}
 		if d.track.CompareAndSwap(nil, t) {
 			r.tracks = append(r.tracks, t)
 		}
@@ -92,22 +93,22 @@ func Record(diffs ...*Diff) *Recording {
 
 // touch notes a read of the chunks [lo, hi).
 func (t *track) touch(lo, hi int) {
-	if t.seen.all(lo, hi) {
+	if t.seen.All(lo, hi) {
 		return
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for i := lo; i < hi; i++ {
-		if t.seen.get(i) {
+		if t.seen.Get(i) {
 			continue
 		}
-		t.seen.set(i)
+		t.seen.Set(i)
 		if len(t.touches) < blockdev.MaxProfile {
 			t.touches = append(t.touches, blockdev.Touch{Chunk: uint32(i), Rank: t.r.ranks.Add(1) - 1})
 		}
 	}
 	t.r.last.Store(time.Now().UnixNano())
-	t.d.c.pace.gate.starting()
+	t.d.c.pace.Gate.Starting()
 }
 
 // Last returns when a chunk was touched for the first time last; the zero time if

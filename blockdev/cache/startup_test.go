@@ -12,6 +12,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/presence"
 )
 
 // TestRecording: reads are noted in their order, whether by Local or ReadAt,
@@ -21,20 +22,20 @@ func TestRecording(t *testing.T) {
 	ix, data := blockdevtest.Diff(77, 1<<20)
 	r.mem.PutDiff(ix, data)
 	other := r.add(ix)
-	last := r.d.tab.len() - 1
-	r.checkRead(r.d.tab.start(3), 1) // before the recording: there already
+	last := r.d.tab.Len() - 1
+	r.checkRead(r.d.tab.Start(3), 1) // before the recording: there already
 
 	rec := Record(r.d, other)
 	if !rec.Last().IsZero() {
 		t.Error("something was touched before anything was read")
 	}
-	r.checkRead(r.d.tab.start(last), 1)
-	if _, ok := r.d.Local(r.d.tab.start(3), 1); !ok {
+	r.checkRead(r.d.tab.Start(last), 1)
+	if _, ok := r.d.Local(r.d.tab.Start(3), 1); !ok {
 		t.Fatal("chunk 3 is not there")
 	}
 	r.check(other, padded(data), 0, 1)
-	r.checkRead(r.d.tab.start(last), 1)
-	r.checkRead(r.d.tab.start(1), r.d.tab.length(1)+1)
+	r.checkRead(r.d.tab.Start(last), 1)
+	r.checkRead(r.d.tab.Start(1), r.d.tab.Length(1)+1)
 	if d := time.Since(rec.Last()); d < 0 || d > time.Minute {
 		t.Errorf("touched %v ago", d)
 	}
@@ -48,7 +49,7 @@ func TestRecording(t *testing.T) {
 	if got := rec.Stop(); !reflect.DeepEqual(got, want) {
 		t.Errorf("recorded %v, want %v", got, want)
 	}
-	r.checkRead(r.d.tab.start(5), 1)
+	r.checkRead(r.d.tab.Start(5), 1)
 	if got := rec.Stop(); len(got) != 0 {
 		t.Errorf("recorded after Stop: %v", got)
 	}
@@ -57,7 +58,7 @@ func TestRecording(t *testing.T) {
 	// A complete diff that FUSE still serves is recorded, too.
 	r.prefetch()
 	rec = Record(r.d)
-	r.checkRead(r.d.tab.start(4), 1)
+	r.checkRead(r.d.tab.Start(4), 1)
 	if got := rec.Stop(); len(got) != 1 || got[0].Profile[0].Chunk != 4 {
 		t.Errorf("of a complete diff: %v", got)
 	}
@@ -65,7 +66,7 @@ func TestRecording(t *testing.T) {
 
 func TestRecordingIsBounded(t *testing.T) {
 	r := newRig(t, 1<<20, nil)
-	tr := &track{r: &Recording{}, d: r.d, seen: newBitset(4 * blockdev.MaxProfile)}
+	tr := &track{r: &Recording{}, d: r.d, seen: presence.NewBitset(4 * blockdev.MaxProfile)}
 	var readers sync.WaitGroup
 	for range 4 {
 		readers.Go(func() {
@@ -89,7 +90,7 @@ func TestRecordingIsBounded(t *testing.T) {
 // without what is there, what is in flight, and what the diff does not have.
 func TestFetchStartup(t *testing.T) {
 	r := newRig(t, 2<<20, func(c *Config) { c.ReadAhead = -1 })
-	r.checkRead(r.d.tab.start(2), 1)
+	r.checkRead(r.d.tab.Start(2), 1)
 	r.quiet()
 	var asked []blockdev.Request
 	r.source(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
@@ -97,15 +98,15 @@ func TestFetchStartup(t *testing.T) {
 		asked = append(asked, req)
 		return r.mem.Fetch(ctx, req, deliver)
 	})
-	n := uint32(r.d.tab.len())
+	n := uint32(r.d.tab.Len())
 	if err := r.d.FetchStartup(t.Context(), []uint32{7, 2, 5, n, 1<<32 - 1, 7}); err != nil {
 		t.Fatal(err)
 	}
 	if len(asked) != 1 || asked[0].Priority != blockdev.Startup || len(asked[0].Chunks) != 2 ||
-		asked[0].Chunks[0] != r.d.tab.chunk(7) || asked[0].Chunks[1] != r.d.tab.chunk(5) {
+		asked[0].Chunks[0] != r.d.tab.Chunk(7) || asked[0].Chunks[1] != r.d.tab.Chunk(5) {
 		t.Errorf("asked for %+v", asked)
 	}
-	if r.present() != 3 || r.Stats().StartupBytes != int64(r.d.tab.length(7)+r.d.tab.length(5)) {
+	if r.present() != 3 || r.Stats().StartupBytes != int64(r.d.tab.Length(7)+r.d.tab.Length(5)) {
 		t.Errorf("%d chunks are there, %+v", r.present(), r.Stats())
 	}
 	if err := r.d.FetchStartup(t.Context(), []uint32{7, 5}); err != nil || len(asked) != 1 {
@@ -165,7 +166,7 @@ func TestStartupIsOvertaken(t *testing.T) {
 	if err := <-fetched; !errors.Is(err, context.Canceled) {
 		t.Errorf("prefetch: %v", err)
 	}
-	r.checkRead(r.d.tab.start(5), 1)
+	r.checkRead(r.d.tab.Start(5), 1)
 	if err := <-done; err != nil {
 		t.Errorf("taken over: %v", err)
 	}
@@ -197,7 +198,7 @@ func TestStartupIsAwaited(t *testing.T) {
 		done := make(chan error)
 		go func() { done <- r.d.FetchStartup(t.Context(), line) }()
 		synctest.Wait()
-		r.checkRead(r.d.tab.start(7), 1)
+		r.checkRead(r.d.tab.Start(7), 1)
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
@@ -220,7 +221,7 @@ func TestStartupPagesStay(t *testing.T) {
 	}
 	// Later, the next sync drops all that is left.
 	r.d.keep.Store(1)
-	r.checkRead(r.d.tab.start(6), 1)
+	r.checkRead(r.d.tab.Start(6), 1)
 	r.quiet()
 	if err := r.d.sync(t.Context()); err != nil {
 		t.Fatal(err)

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
 )
 
 // sync takes what is present to stable storage, tells the bitmap so, and drops
@@ -28,13 +29,13 @@ func (d *Diff) sync(ctx context.Context) error {
 
 // syncNow is sync for who has the token.
 func (d *Diff) syncNow() error {
-	if d.pres.beginSync() {
-		err := fdatasync(d.data)
-		ranges := d.pres.endSync(err == nil)
+	if d.pres.BeginSync() {
+		err := disk.Sync(d.data)
+		ranges := d.pres.EndSync(err == nil)
 		if err != nil {
 			d.c.cfg.Log.Error("cannot sync a diff; what was not synced will be fetched again", "diff", d.id, "file", d.DataPath(), "cause", err)
 		}
-		if perr := d.pres.persist(d.bitmap, true); perr != nil {
+		if perr := d.pres.Persist(d.bitmap, true); perr != nil {
 			d.bitmapFailed(perr)
 			err = errors.Join(err, perr)
 		}
@@ -46,15 +47,15 @@ func (d *Diff) syncNow() error {
 				return nil
 			}
 			d.keep.Store(0)
-			dropPages(d.data, 0, 0) // all that was left there
+			disk.Drop(d.data, 0, 0) // all that was left there
 		}
 		for _, r := range ranges {
-			from := d.tab.start(r[0])
-			dropPages(d.data, from, d.tab.start(r[1])-from)
+			from := d.tab.Start(r[0])
+			disk.Drop(d.data, from, d.tab.Start(r[1])-from)
 		}
 		return nil
 	}
-	if err := d.pres.persist(d.bitmap, true); err != nil {
+	if err := d.pres.Persist(d.bitmap, true); err != nil {
 		d.bitmapFailed(err)
 		return d.c.writeFailed(d, fmt.Errorf("write bitmap of diff %v: %w", d.id, err))
 	}
@@ -69,9 +70,9 @@ func (d *Diff) Drop(off int64, n int) {
 	if off < 0 || n <= 0 || off >= d.size {
 		return
 	}
-	lo, hi := d.tab.span(off, off+int64(n))
-	if d.pres.syncedAll(lo, hi) {
-		dropPages(d.data, off, int64(n))
+	lo, hi := d.tab.Span(off, off+int64(n))
+	if d.pres.SyncedAll(lo, hi) {
+		disk.Drop(d.data, off, int64(n))
 	}
 }
 
@@ -90,7 +91,7 @@ func (c *Cache) syncer() {
 		case <-c.kicked:
 		}
 		for _, d := range *c.list.Load() {
-			if _, _, unsynced := d.pres.counts(); unsynced >= least && c.life.Err() == nil {
+			if _, _, unsynced := d.pres.Counts(); unsynced >= least && c.life.Err() == nil {
 				// sync has logged its error, and the next interval tries again.
 				_ = d.sync(c.life)
 			}
@@ -108,7 +109,7 @@ func (c *Cache) kick() {
 // writeFailed makes ErrNoSpace of a full disk's error, and logs the first of a
 // series.
 func (c *Cache) writeFailed(d *Diff, err error) error {
-	if isNoSpace(err) {
+	if disk.Full(err) {
 		c.space.disk.Store(0) // somebody else has filled the disk
 		err = fmt.Errorf("%w: %w", blockdev.ErrNoSpace, err)
 	}

@@ -7,6 +7,8 @@ import (
 	"io"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/presence"
 	"github.com/shoalfs/shoal/internal/durable"
 )
 
@@ -44,7 +46,7 @@ func (d *Diff) Verify(ctx context.Context, repair bool) (*Inspection, error) {
 		return in, nil
 	}
 	path := d.MetaPath()
-	if same, err := fileIs(path, ix.Meta); err != nil {
+	if same, err := disk.Is(path, ix.Meta); err != nil {
 		return nil, err
 	} else if !same {
 		done := ""
@@ -63,15 +65,15 @@ func (d *Diff) Verify(ctx context.Context, repair bool) (*Inspection, error) {
 func (d *Diff) verifyBitmap(in *Inspection, where string, repair bool) error {
 	var bad error
 	for range 3 { // a record that is just being written may be seen half
-		if err := d.pres.persist(d.bitmap, true); err != nil {
+		if err := d.pres.Persist(d.bitmap, true); err != nil {
 			return err
 		}
-		b := make([]byte, bitmapSize(d.tab.len()))
+		b := make([]byte, presence.FileSize(d.tab.Len()))
 		if _, err := d.bitmap.ReadAt(b, 0); err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
-		if _, bad = decodeHeader(b); bad == nil {
-			if n := damagedRecords(d.id, b[headerSize:]); n > 0 {
+		if _, bad = presence.DecodeHeader(b); bad == nil {
+			if n := presence.Damaged(d.id, b[presence.HeaderSize:]); n > 0 {
 				bad = fmt.Errorf("%d records do not match their checksums: %w", n, blockdev.ErrCorrupt)
 			}
 		}
@@ -81,8 +83,8 @@ func (d *Diff) verifyBitmap(in *Inspection, where string, repair bool) error {
 	}
 	done := ""
 	if repair {
-		d.pres.soil()
-		if err := errors.Join(d.pres.persist(d.bitmap, true), fdatasync(d.bitmap), d.writeHeader(d.complete.Load())); err != nil {
+		d.pres.Soil()
+		if err := errors.Join(d.pres.Persist(d.bitmap, true), disk.Sync(d.bitmap), d.writeHeader(d.complete.Load())); err != nil {
 			return err
 		}
 		done = "written again from memory"

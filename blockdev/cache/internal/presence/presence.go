@@ -1,4 +1,4 @@
-package cache
+package presence
 
 import (
 	"io"
@@ -11,23 +11,23 @@ import (
 // persistBatch is how many neighbouring records one write takes at most.
 const persistBatch = 64
 
-// presence is what is known of a diff's chunks, in memory, and its copy in the
+// Chunks is what is known of a diff's chunks, in memory, and its copy in the
 // bitmap file. present is read without the lock. Everything is changed under mu,
 // so that a record, which is put together under mu, never mixes two states. mu
 // is never held across I/O.
-type presence struct {
+type Chunks struct {
 	n       int
 	codec   recordCodec
 	length  func(i int) int // bytes of chunk i
-	present bitset
-	synced  bitset
+	present Bitset
+	synced  Bitset
 
 	mu      sync.Mutex
-	suspect bitset
-	checked bitset // present, and written or checked by this process
-	syncing bitset // was present when the sync under way began
+	suspect Bitset
+	checked Bitset // present, and written or checked by this process
+	syncing Bitset // was present when the sync under way began
 
-	dirty   bitset // by record number: memory and file differ
+	dirty   Bitset // by record number: memory and file differ
 	writing bool   // somebody writes records; it takes what turns dirty along
 	written *sync.Cond
 	buf     [persistBatch * recordSize]byte // of the one that writes
@@ -37,50 +37,50 @@ type presence struct {
 	bytesUnsynced int64
 }
 
-// newPresence is for a diff of n chunks, of which length says how many bytes each has.
-func newPresence(id blockdev.Digest, n int, length func(i int) int) *presence {
-	p := &presence{
+// New is for a diff of n chunks, of which length says how many bytes each has.
+func New(id blockdev.Digest, n int, length func(i int) int) *Chunks {
+	p := &Chunks{
 		n:       n,
 		codec:   newRecordCodec(id),
 		length:  length,
-		present: newBitset(n),
-		synced:  newBitset(n),
-		suspect: newBitset(n),
-		checked: newBitset(n),
-		syncing: newBitset(n),
-		dirty:   newBitset(records(n)),
+		present: NewBitset(n),
+		synced:  NewBitset(n),
+		suspect: NewBitset(n),
+		checked: NewBitset(n),
+		syncing: NewBitset(n),
+		dirty:   NewBitset(records(n)),
 	}
 	p.written = sync.NewCond(&p.mu)
 	return p
 }
 
-// has reports whether chunk i is present.
-func (p *presence) has(i int) bool { return p.present.get(i) }
+// Has reports whether chunk i is present.
+func (p *Chunks) Has(i int) bool { return p.present.Get(i) }
 
-// hasAll reports whether the chunks [lo, hi) are present.
-func (p *presence) hasAll(lo, hi int) bool { return p.present.all(lo, hi) }
+// HasAll reports whether the chunks [lo, hi) are present.
+func (p *Chunks) HasAll(lo, hi int) bool { return p.present.All(lo, hi) }
 
-// syncedAll reports whether the chunks [lo, hi) are synced.
-func (p *presence) syncedAll(lo, hi int) bool { return p.synced.all(lo, hi) }
+// SyncedAll reports whether the chunks [lo, hi) are synced.
+func (p *Chunks) SyncedAll(lo, hi int) bool { return p.synced.All(lo, hi) }
 
-// nextMissing is the first chunk from i on that is not present, or n.
-func (p *presence) nextMissing(i int) int { return p.present.nextClear(i, p.n) }
+// NextMissing is the first chunk from i on that is not present, or n.
+func (p *Chunks) NextMissing(i int) int { return p.present.nextClear(i, p.n) }
 
-// belief is what of a bitmap file is believed.
-type belief uint8
+// Belief is what of a bitmap file is believed.
+type Belief uint8
 
 const (
-	// believeNone: what is present is looked at again before it is used.
-	believeNone belief = iota
-	// believeSynced: so is what is present and not synced.
-	believeSynced
-	// believePresent: the page cache has all that was written since.
-	believePresent
+	// BelieveNone: what is present is looked at again before it is used.
+	BelieveNone Belief = iota
+	// BelieveSynced: so is what is present and not synced.
+	BelieveSynced
+	// BelievePresent: the page cache has all that was written since.
+	BelievePresent
 )
 
-// load takes over what the records of a bitmap file say. It returns how many present chunks were
+// Load takes over what the records of a bitmap file say. It returns how many present chunks were
 // not believed.
-func (p *presence) load(file []byte, b belief) (doubted int) {
+func (p *Chunks) Load(file []byte, b Belief) (doubted int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for g := range records(p.n) {
@@ -92,21 +92,21 @@ func (p *presence) load(file []byte, b belief) (doubted int) {
 		if !ok {
 			r = record{suspect: valid}
 			doubted += bits.OnesCount32(valid)
-			p.dirty.set(g)
+			p.dirty.Set(g)
 		}
 		var drop uint32
 		switch b {
-		case believeNone:
+		case BelieveNone:
 			drop = r.present
-		case believeSynced:
+		case BelieveSynced:
 			drop = r.present &^ r.synced
-		case believePresent:
+		case BelievePresent:
 		}
 		if drop != 0 {
 			r.present &^= drop
 			r.suspect |= drop
 			doubted += bits.OnesCount32(drop)
-			p.dirty.set(g)
+			p.dirty.Set(g)
 		}
 		r.present &= valid
 		r.synced &= r.present
@@ -118,7 +118,7 @@ func (p *presence) load(file []byte, b belief) (doubted int) {
 			i := g*perRecord + bits.TrailingZeros32(w)
 			p.nPresent++
 			p.bytesPresent += int64(p.length(i))
-			if !p.synced.get(i) {
+			if !p.synced.Get(i) {
 				p.bytesUnsynced += int64(p.length(i))
 			}
 		}
@@ -126,63 +126,63 @@ func (p *presence) load(file []byte, b belief) (doubted int) {
 	return doubted
 }
 
-// doubtAll makes every chunk suspect: nothing that is on disk is believed.
-func (p *presence) doubtAll() {
+// DoubtAll makes every chunk suspect: nothing that is on disk is believed.
+func (p *Chunks) DoubtAll() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for i := range p.n {
-		p.suspect.set(i)
-		p.dirty.set(i / perRecord)
+		p.suspect.Set(i)
+		p.dirty.Set(i / perRecord)
 	}
 }
 
-// add says that chunk i is in the data file and was checked. It returns the
+// Add says that chunk i is in the data file and was checked. It returns the
 // bytes that are present and not synced.
-func (p *presence) add(i int) (unsynced int64) {
+func (p *Chunks) Add(i int) (unsynced int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.suspect.unset(i)
-	p.checked.set(i)
-	if !p.present.get(i) {
+	p.checked.Set(i)
+	if !p.present.Get(i) {
 		p.nPresent++
 		p.bytesPresent += int64(p.length(i))
 		p.bytesUnsynced += int64(p.length(i))
-		p.present.set(i)
+		p.present.Set(i)
 	}
-	p.dirty.set(i / perRecord)
+	p.dirty.Set(i / perRecord)
 	return p.bytesUnsynced
 }
 
-// check says that chunk i, which is present, has been read back and was right.
-func (p *presence) check(i int) {
+// Check says that chunk i, which is present, has been read back and was right.
+func (p *Chunks) Check(i int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.present.get(i) {
-		p.checked.set(i)
+	if p.present.Get(i) {
+		p.checked.Set(i)
 	}
 }
 
-// drop says that chunk i is not in the data file, or not right. It reports
+// Drop says that chunk i is not in the data file, or not right. It reports
 // whether it was thought present.
-func (p *presence) drop(i int) bool {
+func (p *Chunks) Drop(i int) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.remove(i)
 }
 
-func (p *presence) isSuspect(i int) bool {
+func (p *Chunks) IsSuspect(i int) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.suspect.get(i)
+	return p.suspect.Get(i)
 }
 
 // remove takes chunk i out of all sets; mu is held.
-func (p *presence) remove(i int) bool {
-	was := p.present.get(i)
+func (p *Chunks) remove(i int) bool {
+	was := p.present.Get(i)
 	if was {
 		p.nPresent--
 		p.bytesPresent -= int64(p.length(i))
-		if !p.synced.get(i) {
+		if !p.synced.Get(i) {
 			p.bytesUnsynced -= int64(p.length(i))
 		}
 	}
@@ -191,13 +191,13 @@ func (p *presence) remove(i int) bool {
 	p.checked.unset(i)
 	p.syncing.unset(i)
 	p.suspect.unset(i)
-	p.dirty.set(i / perRecord)
+	p.dirty.Set(i / perRecord)
 	return was
 }
 
-// beginSync notes what is present and not synced; after an fdatasync, endSync
+// BeginSync notes what is present and not synced; after an fdatasync, endSync
 // declares that synced. One sync at a time. It reports whether there is any.
-func (p *presence) beginSync() bool {
+func (p *Chunks) BeginSync() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var anything bool
@@ -209,12 +209,12 @@ func (p *presence) beginSync() bool {
 	return anything
 }
 
-// endSync ends what beginSync began. ok: the data is on stable storage.
+// EndSync ends what beginSync began. ok: the data is on stable storage.
 // Otherwise what was to be synced is missing, and not suspect: after a failed
 // write-back the kernel may keep pages that look right, call them clean, and
 // never write them. A chunk that was dropped in between is in neither set. It
 // returns the ranges of chunks that are synced now and were not before.
-func (p *presence) endSync(ok bool) (ranges [][2]int) {
+func (p *Chunks) EndSync(ok bool) (ranges [][2]int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for i := p.syncing.nextSet(0, p.n); i < p.n; {
@@ -225,8 +225,8 @@ func (p *presence) endSync(ok bool) (ranges [][2]int) {
 				continue
 			}
 			p.bytesUnsynced -= int64(p.length(k))
-			p.synced.set(k)
-			p.dirty.set(k / perRecord)
+			p.synced.Set(k)
+			p.dirty.Set(k / perRecord)
 		}
 		ranges = append(ranges, [2]int{i, end})
 		i = p.syncing.nextSet(end, p.n)
@@ -237,9 +237,9 @@ func (p *presence) endSync(ok bool) (ranges [][2]int) {
 	return ranges
 }
 
-// persist writes what differs to the bitmap file. If somebody else is writing,
+// Persist writes what differs to the bitmap file. If somebody else is writing,
 // that one takes our changes along; with wait, persist returns after it has.
-func (p *presence) persist(w io.WriterAt, wait bool) error {
+func (p *Chunks) Persist(w io.WriterAt, wait bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for p.writing {
@@ -260,11 +260,11 @@ func (p *presence) persist(w io.WriterAt, wait bool) error {
 			p.dirty.unset(k)
 		}
 		p.mu.Unlock()
-		_, err := w.WriteAt(p.buf[:(end-g)*recordSize], headerSize+int64(g)*recordSize)
+		_, err := w.WriteAt(p.buf[:(end-g)*recordSize], HeaderSize+int64(g)*recordSize)
 		p.mu.Lock()
 		if err != nil {
 			for k := g; k < end; k++ {
-				p.dirty.set(k)
+				p.dirty.Set(k)
 			}
 			return err
 		}
@@ -272,35 +272,35 @@ func (p *presence) persist(w io.WriterAt, wait bool) error {
 	return nil
 }
 
-// soil has every record written again.
-func (p *presence) soil() {
+// Soil has every record written again.
+func (p *Chunks) Soil() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for g := range records(p.n) {
-		p.dirty.set(g)
+		p.dirty.Set(g)
 	}
 }
 
-// counts returns the chunks and bytes that are present, and the bytes of these
+// Counts returns the chunks and bytes that are present, and the bytes of these
 // that are not synced.
-func (p *presence) counts() (chunks int, bytes, unsynced int64) {
+func (p *Chunks) Counts() (chunks int, bytes, unsynced int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.nPresent, p.bytesPresent, p.bytesUnsynced
 }
 
-// full reports whether every chunk is present, synced and checked.
-func (p *presence) full() bool {
+// Full reports whether every chunk is present, synced and checked.
+func (p *Chunks) Full() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.synced.all(0, p.n) && p.checked.all(0, p.n)
+	return p.synced.All(0, p.n) && p.checked.All(0, p.n)
 }
 
-// nextUnchecked is the first chunk from i on that is present but has not been
+// NextUnchecked is the first chunk from i on that is present but has not been
 // checked by this process; n if there is none.
-func (p *presence) nextUnchecked(i int) int {
+func (p *Chunks) NextUnchecked(i int) int {
 	for i = p.checked.nextClear(i, p.n); i < p.n; i = p.checked.nextClear(i+1, p.n) {
-		if p.present.get(i) {
+		if p.present.Get(i) {
 			return i
 		}
 	}

@@ -1,4 +1,4 @@
-package cache
+package prefetch
 
 import (
 	"context"
@@ -6,17 +6,17 @@ import (
 	"time"
 )
 
-// rate keeps what prefetch gets from the Source to Config.PrefetchRate, in the whole
+// Rate keeps what prefetch gets from the Source to Config.PrefetchRate, in the whole
 // Cache: the next request waits for as long as what has come should have taken.
 // What is under way then is bounded by the window.
-type rate struct {
+type Rate struct {
 	mu    sync.Mutex
 	limit int64     // bytes a second; 0: none
 	next  time.Time // when what has come is paid for
 }
 
-// set changes the limit. What has come under the one before is paid for.
-func (r *rate) set(limit int64) {
+// Set changes the limit. What has come under the one before is paid for.
+func (r *Rate) Set(limit int64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.limit, r.next = limit, time.Time{}
@@ -25,8 +25,8 @@ func (r *rate) set(limit int64) {
 // rateBurst is for how long a link that was idle may be used in full.
 const rateBurst = 50 * time.Millisecond
 
-// came counts n bytes.
-func (r *rate) came(n int) {
+// Came counts n bytes.
+func (r *Rate) Came(n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.limit <= 0 {
@@ -39,7 +39,7 @@ func (r *rate) came(n int) {
 }
 
 // wait returns when another request may be sent.
-func (r *rate) wait(ctx context.Context) error {
+func (r *Rate) wait(ctx context.Context) error {
 	r.mu.Lock()
 	left := time.Until(r.next)
 	r.mu.Unlock()

@@ -1,4 +1,4 @@
-package cache
+package prefetch
 
 import (
 	"testing"
@@ -7,7 +7,7 @@ import (
 
 // TestArrivals: a read waits while startup chunks keep coming, but not for ever.
 func TestArrivals(t *testing.T) {
-	var a arrivals
+	var a Arrivals
 	began := time.Now()
 	const ms = time.Millisecond
 	for _, x := range []struct{ last, now, want time.Duration }{
@@ -17,8 +17,8 @@ func TestArrivals(t *testing.T) {
 		{480 * ms, 490 * ms, 10 * ms},
 		{500 * ms, 500 * ms, 0},
 	} {
-		a.note(began.Add(x.last))
-		if got := a.patience(began.Add(x.now), began, 50*ms); got != x.want {
+		a.Note(began.Add(x.last))
+		if got := a.Patience(began.Add(x.now), began, 50*ms); got != x.want {
 			t.Errorf("chunks came %v after the read began, it is %v: it waits for %v more, not %v", x.last, x.now, got, x.want)
 		}
 	}

@@ -1,4 +1,4 @@
-package cache
+package prefetch
 
 import (
 	"context"
@@ -6,23 +6,23 @@ import (
 	"time"
 )
 
-// gate lets prefetch give way to demand reads, wherever in the Cache they are. A
+// Gate lets prefetch give way to demand reads, wherever in the Cache they are. A
 // program that starts reads, computes and reads again: prefetch that fills the
 // gaps has the next read wait behind it for processor and link, so it waits until
 // there has been no demand read for a while. It does not wait for the reads of a diff
 // for which nothing comes: what holds them up is not prefetch.
-type gate struct {
+type Gate struct {
 	quiet, giveWay time.Duration // Config
 
 	mu     sync.Mutex
-	active map[*reading]struct{} // those with readers
-	idle   chan struct{}         // closed when there are none
-	last   time.Time             // when a demand read ended, or was announced
-	busy   time.Time             // a program that starts is busy until then
+	active map[*Reads]struct{} // those with readers
+	idle   chan struct{}       // closed when there are none
+	last   time.Time           // when a demand read ended, or was announced
+	busy   time.Time           // a program that starts is busy until then
 }
 
-// reading is the demand reads of one diff; guarded by gate.mu.
-type reading struct {
+// Reads is the demand reads of one diff; guarded by gate.mu.
+type Reads struct {
 	readers int
 	since   time.Time // when the first of them began, or the last chunk came
 }
@@ -31,16 +31,16 @@ type reading struct {
 // more.
 const hungAfter = 10 * time.Second
 
-func (r *reading) hung(now time.Time) bool { return now.Sub(r.since) >= hungAfter }
+func (r *Reads) hung(now time.Time) bool { return now.Sub(r.since) >= hungAfter }
 
-func (g *gate) enter(r *reading) {
+func (g *Gate) Enter(r *Reads) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if r.readers++; r.readers > 1 {
 		return
 	}
 	if g.active == nil {
-		g.active = make(map[*reading]struct{})
+		g.active = make(map[*Reads]struct{})
 	}
 	if len(g.active) == 0 {
 		g.idle = make(chan struct{})
@@ -49,7 +49,7 @@ func (g *gate) enter(r *reading) {
 	r.since = time.Now()
 }
 
-func (g *gate) leave(r *reading) {
+func (g *Gate) Leave(r *Reads) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if now := time.Now(); !r.hung(now) {
@@ -63,15 +63,15 @@ func (g *gate) leave(r *reading) {
 	}
 }
 
-// came says that a chunk has come for a diff.
-func (g *gate) came(r *reading) {
+// Came says that a chunk has come for a diff.
+func (g *Gate) Came(r *Reads) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	r.since = time.Now()
 }
 
 // reads says whether there are demand reads that count; mu is held.
-func (g *gate) reads() bool {
+func (g *Gate) reads() bool {
 	now := time.Now()
 	for r := range g.active {
 		if !r.hung(now) {
@@ -81,8 +81,8 @@ func (g *gate) reads() bool {
 	return false
 }
 
-// expect has prefetch wait as if a demand read had ended just now.
-func (g *gate) expect() {
+// Expect has prefetch wait as if a demand read had ended just now.
+func (g *Gate) Expect() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.last = time.Now()
@@ -93,16 +93,16 @@ func (g *gate) expect() {
 // computes, and prefetch would take the processor from it.
 const startBusy = 2 * time.Second
 
-// starting is called when a program that starts has read something new.
-func (g *gate) starting() {
+// Starting is called when a program that starts has read something new.
+func (g *Gate) Starting() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.busy = time.Now().Add(startBusy)
 }
 
-// wait returns when there has been no demand read that counts for quiet and no program
+// Wait returns when there has been no demand read that counts for quiet and no program
 // is starting; and after giveWay at the latest, with false.
-func (g *gate) wait(ctx context.Context) (calm bool, err error) {
+func (g *Gate) Wait(ctx context.Context) (calm bool, err error) {
 	deadline := time.Now().Add(g.giveWay)
 	for ctx.Err() == nil {
 		g.mu.Lock()

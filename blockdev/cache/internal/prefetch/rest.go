@@ -1,4 +1,4 @@
-package cache
+package prefetch
 
 import (
 	"context"
@@ -9,24 +9,24 @@ import (
 // anybody's way.
 const restBytes = 1 << 20
 
-// rest keeps work on local data in the background: it gives way to demand reads,
+// Rest keeps work on local data in the background: it gives way to demand reads,
 // and rests for as long as it has worked.
-type rest struct {
-	gate  *gate
+type Rest struct {
+	gate  *Gate
 	hurry bool
 	rate  int64     // bytes per second at most; 0: any
 	began time.Time // of the portion
 	bytes int
 }
 
-// newRest is for one pass over the data. rate bounds it, in bytes per second; 0: it does
+// NewRest is for one pass over the data. rate bounds it, in bytes per second; 0: it does
 // not. hurry: it does not rest.
-func newRest(g *gate, hurry bool, rate int64) *rest {
-	return &rest{gate: g, hurry: hurry, rate: rate, began: time.Now()}
+func NewRest(g *Gate, hurry bool, rate int64) *Rest {
+	return &Rest{gate: g, hurry: hurry, rate: rate, began: time.Now()}
 }
 
-// wait is called before the next n bytes are worked on.
-func (r *rest) wait(ctx context.Context, n int) error {
+// Wait is called before the next n bytes are worked on.
+func (r *Rest) Wait(ctx context.Context, n int) error {
 	if r.bytes += n; r.bytes < restBytes {
 		return nil
 	}
@@ -45,7 +45,7 @@ func (r *rest) wait(ctx context.Context, n int) error {
 			return context.Cause(ctx)
 		}
 	}
-	_, err := r.gate.wait(ctx)
+	_, err := r.gate.Wait(ctx)
 	r.began = time.Now()
 	return err
 }

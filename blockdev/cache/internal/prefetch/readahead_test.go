@@ -1,10 +1,10 @@
-package cache
+package prefetch
 
 import "testing"
 
 func TestReadAheadGrowsWithSequentialReadsOnly(t *testing.T) {
 	const least, most = 512, 2048
-	var s sequences
+	var s Sequences
 	steps := []struct {
 		lo, end int
 		want    int64
@@ -18,31 +18,31 @@ func TestReadAheadGrowsWithSequentialReadsOnly(t *testing.T) {
 		{50, 55, 512}, // within what was fetched: a jump
 	}
 	for i, st := range steps {
-		got := s.ahead(st.lo, least, most)
+		got := s.Ahead(st.lo, least, most)
 		if got != st.want {
 			t.Errorf("step %d: read-ahead at chunk %d is %d, want %d", i, st.lo, got, st.want)
 		}
-		s.note(st.end, got)
+		s.Note(st.end, got)
 	}
 }
 
 func TestReadAheadForgetsOldSequences(t *testing.T) {
-	var s sequences
+	var s Sequences
 	for i := range 9 {
-		s.note(1000*i+1, 512)
+		s.Note(1000*i+1, 512)
 	}
-	if got := s.ahead(1, 512, 2048); got != 512 {
+	if got := s.Ahead(1, 512, 2048); got != 512 {
 		t.Errorf("the oldest of nine sequences is still known: %d", got)
 	}
-	if got := s.ahead(1001, 512, 2048); got != 1024 {
+	if got := s.Ahead(1001, 512, 2048); got != 1024 {
 		t.Errorf("the second oldest is forgotten: %d", got)
 	}
 }
 
 func TestNoReadAheadStaysNone(t *testing.T) {
-	var s sequences
-	s.note(10, 0)
-	if got := s.ahead(10, 0, 2048); got != 0 {
+	var s Sequences
+	s.Note(10, 0)
+	if got := s.Ahead(10, 0, 2048); got != 0 {
 		t.Errorf("got %d bytes of read-ahead though there is to be none", got)
 	}
 }

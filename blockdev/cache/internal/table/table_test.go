@@ -1,4 +1,4 @@
-package cache
+package table
 
 import (
 	"testing"
@@ -11,16 +11,16 @@ import (
 func TestTableFind(t *testing.T) {
 	ix, _ := blockdevtest.Diff(3, 12<<20)
 	ix.Chunks[7].Digest = ix.Chunks[20].Digest
-	tab, err := newTable(ix)
+	tab, err := New(ix)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for i, c := range ix.Chunks {
-		if tab.chunk(i) != c {
-			t.Fatalf("chunk %d: %+v, want %+v", i, tab.chunk(i), c)
+		if tab.Chunk(i) != c {
+			t.Fatalf("chunk %d: %+v, want %+v", i, tab.Chunk(i), c)
 		}
 		for _, off := range []int64{c.Offset, c.Offset + int64(c.Length) - 1} {
-			if got := tab.at(off); got != i {
+			if got := tab.At(off); got != i {
 				t.Fatalf("offset %d is in chunk %d, want %d", off, got, i)
 			}
 		}
@@ -28,7 +28,7 @@ func TestTableFind(t *testing.T) {
 		if i == 7 || i == 20 {
 			want = 2
 		}
-		found := tab.find(&c.Digest)
+		found := tab.Find(&c.Digest)
 		if len(found) != want {
 			t.Fatalf("chunk %d: found %v", i, found)
 		}
@@ -39,10 +39,10 @@ func TestTableFind(t *testing.T) {
 		}
 	}
 	unknown := blockdev.Sum([]byte("unknown"))
-	if found := tab.find(&unknown); len(found) != 0 {
+	if found := tab.Find(&unknown); len(found) != 0 {
 		t.Errorf("found %v", found)
 	}
-	if lo, hi := tab.span(tab.size-1, tab.size+100); lo != tab.len()-1 || hi != tab.len() {
+	if lo, hi := tab.Span(tab.Size-1, tab.Size+100); lo != tab.Len()-1 || hi != tab.Len() {
 		t.Errorf("span at the end: %d, %d", lo, hi)
 	}
 }
@@ -55,16 +55,16 @@ func TestTableBeyond4GiB(t *testing.T) {
 		ix.Chunks = append(ix.Chunks, blockdev.Chunk{Offset: ix.DiffSize, Length: n, Digest: blockdev.Digest{byte(i), byte(i >> 8)}})
 		ix.DiffSize += int64(n)
 	}
-	tab, err := newTable(ix)
+	tab, err := New(ix)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for i, c := range ix.Chunks {
-		if tab.chunk(i) != c || tab.at(c.Offset) != i {
-			t.Fatalf("chunk %d: %+v, want %+v", i, tab.chunk(i), c)
+		if tab.Chunk(i) != c || tab.At(c.Offset) != i {
+			t.Fatalf("chunk %d: %+v, want %+v", i, tab.Chunk(i), c)
 		}
 	}
-	if tab.start(tab.len()) != ix.DiffSize {
+	if tab.Start(tab.Len()) != ix.DiffSize {
 		t.Error("wrong end")
 	}
 }
@@ -79,7 +79,7 @@ func TestTableRefuses(t *testing.T) {
 	} {
 		ix, _ := blockdevtest.Diff(3, 1<<20)
 		change(ix)
-		if _, err := newTable(ix); err == nil {
+		if _, err := New(ix); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}
@@ -88,12 +88,12 @@ func TestTableRefuses(t *testing.T) {
 // TestMemoryOfATable: a node has millions of chunks.
 func TestMemoryOfATable(t *testing.T) {
 	ix, _ := blockdevtest.Diff(3, 32<<20)
-	tab, err := newTable(ix)
+	tab, err := New(ix)
 	if err != nil {
 		t.Fatal(err)
 	}
 	sum := 4*cap(tab.low) + 8*cap(tab.base) + 32*cap(tab.digests) + 4*cap(tab.order) + 64*cap(tab.filter)
-	if per := float64(sum) / float64(tab.len()); per > 43 {
+	if per := float64(sum) / float64(tab.Len()); per > 43 {
 		t.Errorf("%.1f bytes a chunk", per)
 	}
 }

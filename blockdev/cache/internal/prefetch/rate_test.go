@@ -1,4 +1,4 @@
-package cache
+package prefetch
 
 import (
 	"context"
@@ -12,7 +12,7 @@ import (
 // requests and however long nothing came before.
 func TestRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := &rate{limit: 1 << 20}
+		r := &Rate{limit: 1 << 20}
 		time.Sleep(time.Hour)
 		began, bytes := time.Now(), 0
 		for i := range 100 {
@@ -20,7 +20,7 @@ func TestRate(t *testing.T) {
 				t.Fatal(err)
 			}
 			n := 10_000 * (1 + i%7)
-			r.came(n)
+			r.Came(n)
 			bytes += n
 		}
 		if err := r.wait(t.Context()); err != nil {
@@ -30,14 +30,14 @@ func TestRate(t *testing.T) {
 		if took := time.Since(began); took < want-time.Millisecond || took > want+time.Millisecond {
 			t.Errorf("%d bytes took %v, want %v", bytes, took, want)
 		}
-		r.came(1 << 30)
+		r.Came(1 << 30)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		if err := r.wait(ctx); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("a wait goes on when its context has ended: %v", err)
 		}
-		free := &rate{}
-		free.came(1 << 30)
+		free := &Rate{}
+		free.Came(1 << 30)
 		began = time.Now()
 		if err := free.wait(t.Context()); err != nil || time.Since(began) != 0 {
 			t.Errorf("without a limit: waited %v, %v", time.Since(began), err)

@@ -1,4 +1,4 @@
-package cache
+package presence
 
 import (
 	"bytes"
@@ -15,24 +15,24 @@ import (
 )
 
 func TestBitmapHeader(t *testing.T) {
-	h := bitmapHeader{
-		complete: true, diffID: blockdev.Sum([]byte("d")), index: blockdev.Sum([]byte("i")),
-		boot: hashBoot("b"), diffSize: 12345, chunks: 7,
+	h := Header{
+		Complete: true, DiffID: blockdev.Sum([]byte("d")), Index: blockdev.Sum([]byte("i")),
+		Boot: HashBoot("b"), DiffSize: 12345, Chunks: 7,
 	}
-	b := h.encode()
-	got, err := decodeHeader(b)
+	b := h.Encode()
+	got, err := DecodeHeader(b)
 	if err != nil || got != h {
 		t.Fatalf("%+v, %v", got, err)
 	}
 	// Every bit of what is summed counts.
 	for i := range headerSum + 32 {
 		b[i] ^= 1 << (i % 8)
-		if _, err := decodeHeader(b); !errors.Is(err, blockdev.ErrCorrupt) {
+		if _, err := DecodeHeader(b); !errors.Is(err, blockdev.ErrCorrupt) {
 			t.Errorf("byte %d flipped: %v", i, err)
 		}
 		b[i] ^= 1 << (i % 8)
 	}
-	if _, err := decodeHeader(b[:headerSize-1]); !errors.Is(err, blockdev.ErrCorrupt) {
+	if _, err := DecodeHeader(b[:HeaderSize-1]); !errors.Is(err, blockdev.ErrCorrupt) {
 		t.Errorf("short header: %v", err)
 	}
 }
@@ -67,11 +67,11 @@ func TestBitset(t *testing.T) {
 	const n = 100
 	for lo := range n {
 		for hi := lo; hi <= n; hi++ {
-			b := newBitset(n)
+			b := NewBitset(n)
 			for i := lo; i < hi; i++ {
-				b.set(i)
+				b.Set(i)
 			}
-			if !b.all(lo, hi) || (lo > 0 && b.all(lo-1, hi)) || (hi < n && b.all(lo, hi+1)) {
+			if !b.All(lo, hi) || (lo > 0 && b.All(lo-1, hi)) || (hi < n && b.All(lo, hi+1)) {
 				t.Fatalf("all(%d, %d) is wrong", lo, hi)
 			}
 			if hi > lo {
@@ -79,7 +79,7 @@ func TestBitset(t *testing.T) {
 					t.Fatalf("[%d, %d): next set %d, next clear %d", lo, hi, b.nextSet(0, n), b.nextClear(lo, n))
 				}
 				b.unset(lo)
-				if b.get(lo) || b.all(lo, hi) {
+				if b.Get(lo) || b.All(lo, hi) {
 					t.Fatalf("[%d, %d): unset", lo, hi)
 				}
 			} else if b.nextSet(0, n) != n {
@@ -89,8 +89,8 @@ func TestBitset(t *testing.T) {
 	}
 }
 
-func presenceOf(ix *blockdev.Index) *presence {
-	return newPresence(ix.DiffID, len(ix.Chunks), func(i int) int { return int(ix.Chunks[i].Length) })
+func presenceOf(ix *blockdev.Index) *Chunks {
+	return New(ix.DiffID, len(ix.Chunks), func(i int) int { return int(ix.Chunks[i].Length) })
 }
 
 // FuzzBitmap: no bitmap file crashes the reader, and none makes it believe a
@@ -98,37 +98,37 @@ func presenceOf(ix *blockdev.Index) *presence {
 func FuzzBitmap(f *testing.F) {
 	ix, _ := blockdevtest.Diff(1, 5<<20)
 	n := len(ix.Chunks)
-	h := headerOf(ix, blockdev.Sum([]byte("index")), hashBoot("b"))
-	good := make([]byte, bitmapSize(n))
-	copy(good, h.encode())
+	h := HeaderOf(ix, blockdev.Sum([]byte("index")), HashBoot("b"))
+	good := make([]byte, FileSize(n))
+	copy(good, h.Encode())
 	codec := newRecordCodec(ix.DiffID)
 	for g := range records(n) {
-		codec.put(good[headerSize+g*recordSize:], g, record{present: 0xffff, synced: 0xff, suspect: 0xf0000})
+		codec.put(good[HeaderSize+g*recordSize:], g, record{present: 0xffff, synced: 0xff, suspect: 0xf0000})
 	}
 	f.Add(good, true)
 	f.Add(good, false)
-	f.Add(good[:headerSize], true)
+	f.Add(good[:HeaderSize], true)
 	f.Add([]byte{}, true)
 	f.Fuzz(func(t *testing.T, b []byte, sameBoot bool) {
-		if got, err := decodeHeader(b); err == nil {
-			if again, err := decodeHeader(got.encode()); err != nil || again != got {
+		if got, err := DecodeHeader(b); err == nil {
+			if again, err := DecodeHeader(got.Encode()); err != nil || again != got {
 				t.Fatalf("%+v, written and read again: %+v, %v", got, again, err)
 			}
 		}
-		if int64(len(b)) != bitmapSize(n) {
+		if int64(len(b)) != FileSize(n) {
 			return
 		}
 		p := presenceOf(ix)
-		believed := believeSynced
+		believed := BelieveSynced
 		if sameBoot {
-			believed = believePresent
+			believed = BelievePresent
 		}
-		p.load(b[headerSize:], believed)
+		p.Load(b[HeaderSize:], believed)
 		var has int
 		for i := range n {
-			if p.present.get(i) {
+			if p.present.Get(i) {
 				has++
-				r, ok := codec.get(b[headerSize+i/perRecord*recordSize:], i/perRecord)
+				r, ok := codec.get(b[HeaderSize+i/perRecord*recordSize:], i/perRecord)
 				if !ok || r.present&(1<<(i%perRecord)) == 0 {
 					t.Fatalf("chunk %d is believed without a good record", i)
 				}
@@ -136,16 +136,16 @@ func FuzzBitmap(f *testing.F) {
 					t.Fatalf("chunk %d is believed after a boot, but was not synced", i)
 				}
 			}
-			if p.synced.get(i) && !p.present.get(i) {
+			if p.synced.Get(i) && !p.present.Get(i) {
 				t.Fatalf("chunk %d is synced and not present", i)
 			}
 		}
-		if got, _, _ := p.counts(); got != has {
+		if got, _, _ := p.Counts(); got != has {
 			t.Fatalf("counts %d, has %d", got, has)
 		}
 		none := presenceOf(ix)
-		none.load(b[headerSize:], believeNone)
-		if got, _, _ := none.counts(); got != 0 {
+		none.Load(b[HeaderSize:], BelieveNone)
+		if got, _, _ := none.Counts(); got != 0 {
 			t.Fatalf("%d chunks are believed where nothing is to be", got)
 		}
 	})
@@ -156,32 +156,32 @@ func FuzzBitmap(f *testing.F) {
 func TestFailedSync(t *testing.T) {
 	ix, _ := blockdevtest.Diff(1, 5<<20)
 	p := presenceOf(ix)
-	p.add(1)
-	p.beginSync()
-	p.endSync(true)
-	p.add(2)
-	p.add(3)
-	if !p.beginSync() {
+	p.Add(1)
+	p.BeginSync()
+	p.EndSync(true)
+	p.Add(2)
+	p.Add(3)
+	if !p.BeginSync() {
 		t.Fatal("nothing to sync")
 	}
-	p.add(4)  // came meanwhile
-	p.drop(3) // was found damaged meanwhile
-	p.add(3)  // and came again
-	p.endSync(false)
+	p.Add(4)  // came meanwhile
+	p.Drop(3) // was found damaged meanwhile
+	p.Add(3)  // and came again
+	p.EndSync(false)
 	for i, want := range []bool{false, true, false, true, true} {
-		if p.present.get(i) != want {
+		if p.present.Get(i) != want {
 			t.Errorf("chunk %d present: %v, want %v", i, !want, want)
 		}
 	}
-	if p.beginSync() {
-		p.drop(3)
-		p.add(3)
-		p.endSync(true)
+	if p.BeginSync() {
+		p.Drop(3)
+		p.Add(3)
+		p.EndSync(true)
 	}
-	if !p.synced.get(1) || !p.synced.get(4) || p.synced.get(3) || p.isSuspect(2) {
+	if !p.synced.Get(1) || !p.synced.Get(4) || p.synced.Get(3) || p.IsSuspect(2) {
 		t.Error("wrong chunks are called synced")
 	}
-	_, _, unsynced := p.counts()
+	_, _, unsynced := p.Counts()
 	if want := int64(ix.Chunks[3].Length); unsynced != want {
 		t.Errorf("%d bytes unsynced, want %d", unsynced, want)
 	}
@@ -190,7 +190,7 @@ func TestFailedSync(t *testing.T) {
 // TestFormatsPage decodes the example of docs/formats.md, so that the page stays
 // true.
 func TestFormatsPage(t *testing.T) {
-	page, err := os.ReadFile("../../docs/formats.md")
+	page, err := os.ReadFile("../../../../docs/formats.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -198,7 +198,7 @@ func TestFormatsPage(t *testing.T) {
 	if m == nil {
 		t.Fatal("docs/formats.md has no example of a bitmap")
 	}
-	file := make([]byte, bitmapSize(1))
+	file := make([]byte, FileSize(1))
 	for line := range strings.Lines(string(m[1])) {
 		at, dump, _ := strings.Cut(line, "  ")
 		off, err := strconv.ParseInt(at, 16, 32)
@@ -215,19 +215,19 @@ func TestFormatsPage(t *testing.T) {
 		copy(d[:], bytes.Repeat([]byte{c}, len(d)))
 		return d
 	}
-	want := bitmapHeader{complete: true, diffID: fill(0xee), index: fill(0xcc), diffSize: 5, chunks: 1}
-	copy(want.boot[:], bytes.Repeat([]byte{0xbb}, 16))
-	got, err := decodeHeader(file[:headerSize])
+	want := Header{Complete: true, DiffID: fill(0xee), Index: fill(0xcc), DiffSize: 5, Chunks: 1}
+	copy(want.Boot[:], bytes.Repeat([]byte{0xbb}, 16))
+	got, err := DecodeHeader(file[:HeaderSize])
 	if err != nil || got != want {
 		t.Errorf("the page's header decodes to %+v, %v", got, err)
 	}
-	rec, ok := newRecordCodec(want.diffID).get(file[headerSize:], 0)
+	rec, ok := newRecordCodec(want.DiffID).get(file[HeaderSize:], 0)
 	if !ok || rec != (record{present: 1, synced: 1}) {
 		t.Errorf("the page's record decodes to %+v, %v", rec, ok)
 	}
-	again := want.encode()
+	again := want.Encode()
 	again = append(again, make([]byte, recordSize)...)
-	newRecordCodec(want.diffID).put(again[headerSize:], 0, rec)
+	newRecordCodec(want.DiffID).put(again[HeaderSize:], 0, rec)
 	if !bytes.Equal(again, file) {
 		t.Errorf("written anew the example is\n%s", hex.Dump(again))
 	}

@@ -1,4 +1,4 @@
-package cache
+package disk
 
 import (
 	"os"
@@ -25,11 +25,11 @@ func TestFileIs(t *testing.T) {
 		if err := os.WriteFile(path, c.is(), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if same, err := fileIs(path, want); err != nil || same != c.same {
+		if same, err := Is(path, want); err != nil || same != c.same {
 			t.Errorf("%s: %v, %v", name, same, err)
 		}
 	}
-	if same, err := fileIs(path+".missing", nil); err != nil || same {
+	if same, err := Is(path+".missing", nil); err != nil || same {
 		t.Errorf("missing: %v, %v", same, err)
 	}
 }

@@ -1,4 +1,4 @@
-package cache
+package presence
 
 import (
 	"bytes"
@@ -45,7 +45,7 @@ import (
 const (
 	bitmapMagic   = "SHOALBM\x00"
 	bitmapVersion = 1
-	headerSize    = 4096
+	HeaderSize    = 4096
 	headerSum     = 480
 	recordSize    = 16
 
@@ -54,47 +54,47 @@ const (
 
 func castagnoli() *crc32.Table { return crc32.MakeTable(crc32.Castagnoli) }
 
-type bitmapHeader struct {
-	complete bool
-	diffID   blockdev.Digest
-	index    blockdev.Digest // SHA-256 of the encoded index
-	boot     [16]byte
-	diffSize int64
-	chunks   uint32
+type Header struct {
+	Complete bool
+	DiffID   blockdev.Digest
+	Index    blockdev.Digest // SHA-256 of the encoded index
+	Boot     [16]byte
+	DiffSize int64
+	Chunks   uint32
 }
 
-// headerOf is for a diff whose encoded index has the SHA-256 sum, written during boot.
-func headerOf(ix *blockdev.Index, sum blockdev.Digest, boot [16]byte) bitmapHeader {
-	return bitmapHeader{diffID: ix.DiffID, index: sum, boot: boot, diffSize: ix.DiffSize, chunks: uint32(len(ix.Chunks))}
+// HeaderOf is for a diff whose encoded index has the SHA-256 sum, written during boot.
+func HeaderOf(ix *blockdev.Index, sum blockdev.Digest, boot [16]byte) Header {
+	return Header{DiffID: ix.DiffID, Index: sum, Boot: boot, DiffSize: ix.DiffSize, Chunks: uint32(len(ix.Chunks))}
 }
 
-// hashBoot is what a header says of the kernel's boot id.
-func hashBoot(id string) (b [16]byte) {
+// HashBoot is what a header says of the kernel's boot id.
+func HashBoot(id string) (b [16]byte) {
 	s := sha256.Sum256([]byte(id))
 	copy(b[:], s[:])
 	return b
 }
 
-func (h *bitmapHeader) encode() []byte {
-	b := make([]byte, headerSize)
+func (h *Header) Encode() []byte {
+	b := make([]byte, HeaderSize)
 	copy(b, bitmapMagic)
 	binary.LittleEndian.PutUint32(b[8:], bitmapVersion)
-	if h.complete {
+	if h.Complete {
 		binary.LittleEndian.PutUint32(b[12:], flagComplete)
 	}
-	copy(b[16:], h.diffID[:])
-	copy(b[48:], h.index[:])
-	copy(b[80:], h.boot[:])
-	binary.LittleEndian.PutUint64(b[96:], uint64(h.diffSize))
-	binary.LittleEndian.PutUint32(b[104:], h.chunks)
+	copy(b[16:], h.DiffID[:])
+	copy(b[48:], h.Index[:])
+	copy(b[80:], h.Boot[:])
+	binary.LittleEndian.PutUint64(b[96:], uint64(h.DiffSize))
+	binary.LittleEndian.PutUint32(b[104:], h.Chunks)
 	sum := sha256.Sum256(b[:headerSum])
 	copy(b[headerSum:], sum[:])
 	return b
 }
 
-// decodeHeader reads a header; any damage is an error that wraps ErrCorrupt.
-func decodeHeader(b []byte) (h bitmapHeader, err error) {
-	if len(b) < headerSize {
+// DecodeHeader reads a header; any damage is an error that wraps ErrCorrupt.
+func DecodeHeader(b []byte) (h Header, err error) {
+	if len(b) < HeaderSize {
 		return h, fmt.Errorf("bitmap of %d bytes has no whole header: %w", len(b), blockdev.ErrCorrupt)
 	}
 	if string(b[:8]) != bitmapMagic {
@@ -106,17 +106,17 @@ func decodeHeader(b []byte) (h bitmapHeader, err error) {
 	if v := binary.LittleEndian.Uint32(b[8:]); v != bitmapVersion {
 		return h, fmt.Errorf("bitmap version %d, this program reads %d: %w", v, bitmapVersion, blockdev.ErrCorrupt)
 	}
-	h.complete = binary.LittleEndian.Uint32(b[12:])&flagComplete != 0
-	copy(h.diffID[:], b[16:])
-	copy(h.index[:], b[48:])
-	copy(h.boot[:], b[80:])
-	h.diffSize = int64(binary.LittleEndian.Uint64(b[96:]))
-	h.chunks = binary.LittleEndian.Uint32(b[104:])
+	h.Complete = binary.LittleEndian.Uint32(b[12:])&flagComplete != 0
+	copy(h.DiffID[:], b[16:])
+	copy(h.Index[:], b[48:])
+	copy(h.Boot[:], b[80:])
+	h.DiffSize = int64(binary.LittleEndian.Uint64(b[96:]))
+	h.Chunks = binary.LittleEndian.Uint32(b[104:])
 	return h, nil
 }
 
-// damagedRecords counts those of a file's records that do not match their checksums.
-func damagedRecords(id blockdev.Digest, records []byte) (damaged int) {
+// Damaged counts those of a file's records that do not match their checksums.
+func Damaged(id blockdev.Digest, records []byte) (damaged int) {
 	codec := newRecordCodec(id)
 	for g := range len(records) / recordSize {
 		if _, ok := codec.get(records[g*recordSize:], g); !ok {
@@ -126,8 +126,8 @@ func damagedRecords(id blockdev.Digest, records []byte) (damaged int) {
 	return damaged
 }
 
-// bitmapSize is the length in bytes of the file for n chunks.
-func bitmapSize(n int) int64 { return headerSize + int64(records(n))*recordSize }
+// FileSize is the length in bytes of the file for n chunks.
+func FileSize(n int) int64 { return HeaderSize + int64(records(n))*recordSize }
 
 type record struct{ present, synced, suspect uint32 }
 

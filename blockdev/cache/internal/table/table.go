@@ -1,4 +1,4 @@
-package cache
+package table
 
 import (
 	"bytes"
@@ -15,14 +15,14 @@ import (
 // MaxChunk are 16 MiB, so the low 32 bits say where the others start.
 const baseShift = 6
 
-// tableMemory is what newTable needs for a chunk, in bytes: the table and, while it is
+// Memory is what newTable needs for a chunk, in bytes: the table and, while it is
 // made, what is sorted.
-const tableMemory = 42 + 16
+const Memory = 42 + 16
 
-// table is a chunk table in about 42 bytes a chunk: 32 for the digest, 4 for
+// Table is a chunk table in about 42 bytes a chunk: 32 for the digest, 4 for
 // the start, 4 for the order by digest, 1.5 for the filter.
-type table struct {
-	size    int64    // bytes in the masked diff
+type Table struct {
+	Size    int64    // bytes in the masked diff
 	low     []uint32 // low 32 bits of the start of each chunk, and of size
 	base    []int64
 	digests []blockdev.Digest
@@ -30,11 +30,11 @@ type table struct {
 	filter  filter
 }
 
-// newTable copies what it needs of an index, which it does not trust.
-func newTable(ix *blockdev.Index) (*table, error) {
+// New copies what it needs of an index, which it does not trust.
+func New(ix *blockdev.Index) (*Table, error) {
 	n := len(ix.Chunks)
-	t := &table{
-		size:    ix.DiffSize,
+	t := &Table{
+		Size:    ix.DiffSize,
 		low:     make([]uint32, n+1),
 		base:    make([]int64, n>>baseShift+1),
 		digests: make([]blockdev.Digest, n),
@@ -77,43 +77,43 @@ func newTable(ix *blockdev.Index) (*table, error) {
 	return t, nil
 }
 
-func (t *table) setStart(i int, off int64) {
+func (t *Table) setStart(i int, off int64) {
 	t.low[i] = uint32(off)
 	if i&(1<<baseShift-1) == 0 {
 		t.base[i>>baseShift] = off
 	}
 }
 
-func (t *table) len() int { return len(t.digests) }
+func (t *Table) Len() int { return len(t.digests) }
 
-// start is the offset of chunk i; start(len()) is the end of the diff.
-func (t *table) start(i int) int64 {
+// Start is the offset of chunk i; start(len()) is the end of the diff.
+func (t *Table) Start(i int) int64 {
 	b := t.base[i>>baseShift]
 	return b + int64(t.low[i]-uint32(b))
 }
 
-// length is that of chunk i in bytes.
-func (t *table) length(i int) int { return int(t.low[i+1] - t.low[i]) }
+// Length is that of chunk i in bytes.
+func (t *Table) Length(i int) int { return int(t.low[i+1] - t.low[i]) }
 
-func (t *table) chunk(i int) blockdev.Chunk {
-	return blockdev.Chunk{Offset: t.start(i), Length: uint32(t.length(i)), Digest: t.digests[i]}
+func (t *Table) Chunk(i int) blockdev.Chunk {
+	return blockdev.Chunk{Offset: t.Start(i), Length: uint32(t.Length(i)), Digest: t.digests[i]}
 }
 
-// digest is that of chunk i.
-func (t *table) digest(i int) blockdev.Digest { return t.digests[i] }
+// Digest is that of chunk i.
+func (t *Table) Digest(i int) blockdev.Digest { return t.digests[i] }
 
-// check reports whether b is chunk i.
-func (t *table) check(i int, b []byte) bool {
-	return len(b) == t.length(i) && blockdev.Sum(b) == t.digests[i]
+// Check reports whether b is chunk i.
+func (t *Table) Check(i int, b []byte) bool {
+	return len(b) == t.Length(i) && blockdev.Sum(b) == t.digests[i]
 }
 
-// at is the number of the chunk that holds the byte at off, which must lie
+// At is the number of the chunk that holds the byte at off, which must lie
 // within the diff.
-func (t *table) at(off int64) int {
+func (t *Table) At(off int64) int {
 	lo, hi := 0, len(t.digests)-1
 	for lo < hi {
 		mid := int(uint(lo+hi+1) >> 1)
-		if t.start(mid) <= off {
+		if t.Start(mid) <= off {
 			lo = mid
 		} else {
 			hi = mid - 1
@@ -122,22 +122,22 @@ func (t *table) at(off int64) int {
 	return lo
 }
 
-// span is the range of chunks [lo, hi) that hold the bytes [off, end); end is
+// Span is the range of chunks [lo, hi) that hold the bytes [off, end); end is
 // cut off at the end of the diff, behind which there are no chunks.
-func (t *table) span(off, end int64) (lo, hi int) {
-	end = min(end, t.size)
+func (t *Table) Span(off, end int64) (lo, hi int) {
+	end = min(end, t.Size)
 	if off >= end {
 		return 0, 0
 	}
-	lo = t.at(off)
-	for hi = lo + 1; hi < len(t.digests) && t.start(hi) < end; {
+	lo = t.At(off)
+	for hi = lo + 1; hi < len(t.digests) && t.Start(hi) < end; {
 		hi++
 	}
 	return lo, hi
 }
 
-// find returns the part of order whose chunks have digest d.
-func (t *table) find(d *blockdev.Digest) []uint32 {
+// Find returns the part of order whose chunks have digest d.
+func (t *Table) Find(d *blockdev.Digest) []uint32 {
 	if !t.filter.has(d) {
 		return nil
 	}

@@ -1,4 +1,4 @@
-package cache
+package presence
 
 import (
 	"math/bits"
@@ -9,24 +9,24 @@ import (
 // bitmap file, speaks for.
 const perRecord = 32
 
-// bitset has a bit per chunk. Single bits may be read while others change them.
-type bitset []atomic.Uint32
+// Bitset has a bit per chunk. Single bits may be read while others change them.
+type Bitset []atomic.Uint32
 
 // records is how many words a bitset of n chunks has, and records a bitmap file.
 func records(n int) int { return (n + perRecord - 1) / perRecord }
 
-func newBitset(n int) bitset { return make(bitset, records(n)) }
+func NewBitset(n int) Bitset { return make(Bitset, records(n)) }
 
-func (b bitset) get(i int) bool {
+func (b Bitset) Get(i int) bool {
 	return b[i/perRecord].Load()&(1<<(i%perRecord)) != 0
 }
 
-func (b bitset) set(i int) { b[i/perRecord].Or(1 << (i % perRecord)) }
+func (b Bitset) Set(i int) { b[i/perRecord].Or(1 << (i % perRecord)) }
 
-func (b bitset) unset(i int) { b[i/perRecord].And(^uint32(1 << (i % perRecord))) }
+func (b Bitset) unset(i int) { b[i/perRecord].And(^uint32(1 << (i % perRecord))) }
 
-// all reports whether the bits [lo, hi) are set.
-func (b bitset) all(lo, hi int) bool {
+// All reports whether the bits [lo, hi) are set.
+func (b Bitset) All(lo, hi int) bool {
 	for lo < hi {
 		g, from := lo/perRecord, lo%perRecord
 		n := min(perRecord-from, hi-lo)
@@ -40,7 +40,7 @@ func (b bitset) all(lo, hi int) bool {
 }
 
 // next is the first clear bit in [i, n), or n.
-func (b bitset) nextClear(i, n int) int {
+func (b Bitset) nextClear(i, n int) int {
 	for i < n {
 		w := ^b[i/perRecord].Load() >> (i % perRecord)
 		if w != 0 {
@@ -52,7 +52,7 @@ func (b bitset) nextClear(i, n int) int {
 }
 
 // nextSet is the first set bit in [i, n), or n.
-func (b bitset) nextSet(i, n int) int {
+func (b Bitset) nextSet(i, n int) int {
 	for i < n {
 		w := b[i/perRecord].Load() >> (i % perRecord)
 		if w != 0 {

@@ -1,22 +1,22 @@
-package cache
+package prefetch
 
 import (
 	"sync/atomic"
 	"time"
 )
 
-// trickle is how much prefetch asks for while demand reads go on: what takes a
+// Trickle is how much prefetch asks for while demand reads go on: what takes a
 // small part of the time, by the rate of the prefetch requests before. On a slow
 // link a usual request would keep the readers waiting for as long as it takes.
-type trickle struct {
+type Trickle struct {
 	rate atomic.Int64 // bytes per second
 }
 
 // trickleShare is that part of the time, inverted.
 const trickleShare = 100
 
-// note takes what a request brought.
-func (t *trickle) note(bytes int64, took time.Duration) {
+// Note takes what a request brought.
+func (t *Trickle) Note(bytes int64, took time.Duration) {
 	if bytes > 0 {
 		t.rate.Store(int64(float64(bytes) / max(took, time.Microsecond).Seconds()))
 	}
@@ -24,6 +24,6 @@ func (t *trickle) note(bytes int64, took time.Duration) {
 
 // bytes is for one request in every interval; 1, which is a chunk, before any rate
 // is known.
-func (t *trickle) bytes(interval time.Duration) int64 {
+func (t *Trickle) bytes(interval time.Duration) int64 {
 	return max(int64(float64(t.rate.Load())*interval.Seconds()/trickleShare), 1)
 }

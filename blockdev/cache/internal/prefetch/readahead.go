@@ -1,10 +1,10 @@
-package cache
+package prefetch
 
-// sequences tells programs that read on from those that jump, in one diff: a
+// Sequences tells programs that read on from those that jump, in one diff: a
 // read that misses where the last request ended gets twice that request's
 // read-ahead, any other the least. It is small, so that what it forgets is cheap
 // too, and has no lock of its own.
-type sequences struct {
+type Sequences struct {
 	recent [8]sequence
 	next   int // the one to forget
 }
@@ -16,9 +16,9 @@ type sequence struct {
 	ahead int64
 }
 
-// ahead returns the read-ahead, in bytes, of a request for chunks that begin at
+// Ahead returns the read-ahead, in bytes, of a request for chunks that begin at
 // number lo.
-func (s *sequences) ahead(lo int, least, most int64) int64 {
+func (s *Sequences) Ahead(lo int, least, most int64) int64 {
 	for i, q := range s.recent {
 		if q.ahead > 0 && q.end == lo {
 			s.recent[i] = sequence{}
@@ -29,8 +29,8 @@ func (s *sequences) ahead(lo int, least, most int64) int64 {
 	return least
 }
 
-// note remembers the request that ahead was asked for.
-func (s *sequences) note(end int, ahead int64) {
+// Note remembers the request that ahead was asked for.
+func (s *Sequences) Note(end int, ahead int64) {
 	s.recent[s.next] = sequence{end, ahead}
 	s.next = (s.next + 1) % len(s.recent)
 }

@@ -1,4 +1,4 @@
-package cache
+package prefetch
 
 import (
 	"context"
@@ -9,26 +9,26 @@ import (
 // while the answers to the others come.
 const windowShare = 4
 
-// inflight bounds what prefetch has under way in the whole Cache: bytes that were asked
+// Inflight bounds what prefetch has under way in the whole Cache: bytes that were asked
 // for and have not come, chunk by chunk. The chunks of a request come from many
 // nodes, some of them late; whoever waited for the last one before it asked for more
 // would have his link idle meanwhile.
-type inflight struct {
-	size func() int64 // bytes
+type Inflight struct {
+	Size func() int64 // bytes
 
 	mu    sync.Mutex
 	used  int64
 	freed chan struct{} // closed, and made anew, when used falls
 }
 
-func newInflight(size func() int64) *inflight {
-	return &inflight{size: size, freed: make(chan struct{})}
+func newInflight(size func() int64) *Inflight {
+	return &Inflight{Size: size, freed: make(chan struct{})}
 }
 
 // room waits until a request may be sent, and says for how many bytes: limit at most.
-func (w *inflight) room(ctx context.Context, limit int64) (int64, error) {
+func (w *Inflight) room(ctx context.Context, limit int64) (int64, error) {
 	for {
-		size := w.size()
+		size := w.Size()
 		n := min(limit, size/windowShare)
 		w.mu.Lock()
 		ok, freed := w.used == 0 || w.used+n <= size, w.freed
@@ -44,15 +44,15 @@ func (w *inflight) room(ctx context.Context, limit int64) (int64, error) {
 	}
 }
 
-// take counts n bytes that are asked for.
-func (w *inflight) take(n int64) {
+// Take counts n bytes that are asked for.
+func (w *Inflight) Take(n int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.used += n
 }
 
-// free takes n bytes out that have come, or will not.
-func (w *inflight) free(n int64) {
+// Free takes n bytes out that have come, or will not.
+func (w *Inflight) Free(n int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.used -= n

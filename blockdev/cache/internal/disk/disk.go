@@ -1,4 +1,4 @@
-package cache
+package disk
 
 import (
 	"bytes"
@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bootID names this boot of the kernel.
-func bootID() (string, error) {
+// BootID names this boot of the kernel.
+func BootID() (string, error) {
 	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return "", fmt.Errorf("which boot this is: %w", err)
@@ -19,28 +19,28 @@ func bootID() (string, error) {
 	return string(b), nil
 }
 
-// errInUse: another process has the lock.
-var errInUse = errors.New("another process has this cache open")
+// ErrLocked: another process has the lock.
+var ErrLocked = errors.New("another process has this cache open")
 
-// takeLock locks a file, which it makes if it is not there. It fails with errInUse if
+// Lock locks a file, which it makes if it is not there. It fails with errInUse if
 // another process has it. The kernel lets go of the lock when the process ends.
-func takeLock(path string) (*os.File, error) {
+func Lock(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := control(f, func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) }); err != nil {
+	if err := Control(f, func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) }); err != nil {
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = errInUse
+			err = ErrLocked
 		}
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
 }
 
-// writeFile makes a file that is not there yet; sync: its bytes are on stable storage
+// Write makes a file that is not there yet; sync: its bytes are on stable storage
 // when it returns.
-func writeFile(path string, b []byte, sync bool) error {
+func Write(path string, b []byte, sync bool) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
@@ -52,14 +52,14 @@ func writeFile(path string, b []byte, sync bool) error {
 	return errors.Join(err, f.Close())
 }
 
-// isNoSpace: err is that of a full disk, or of a full quota of its file system.
-func isNoSpace(err error) bool {
+// Full: err is that of a full disk, or of a full quota of its file system.
+func Full(err error) bool {
 	return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)
 }
 
-// fileIs compares a file with what it should hold, a little at a time. One that is
+// Is compares a file with what it should hold, a little at a time. One that is
 // missing holds something else.
-func fileIs(path string, want []byte) (bool, error) {
+func Is(path string, want []byte) (bool, error) {
 	f, err := os.Open(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return false, nil
@@ -92,24 +92,24 @@ func fileIs(path string, want []byte) (bool, error) {
 // with the next.
 const dropBack = 2 << 20
 
-// dropPages drops clean pages of a file from the page cache. It is a hint, so an
+// Drop drops clean pages of a file from the page cache. It is a hint, so an
 // error means nothing.
-func dropPages(f *os.File, off, n int64) {
+func Drop(f *os.File, off, n int64) {
 	back := min(off, dropBack)
 	off, n = off-back, n+back
-	_ = control(f, func(fd int) error { return unix.Fadvise(fd, off, n, unix.FADV_DONTNEED) })
+	_ = Control(f, func(fd int) error { return unix.Fadvise(fd, off, n, unix.FADV_DONTNEED) })
 }
 
-// fdatasync takes a file's bytes to stable storage.
-func fdatasync(f *os.File) error {
-	if err := control(f, unix.Fdatasync); err != nil {
+// Sync takes a file's bytes to stable storage.
+func Sync(f *os.File) error {
+	if err := Control(f, unix.Fdatasync); err != nil {
 		return &os.PathError{Op: "fdatasync", Path: f.Name(), Err: err}
 	}
 	return nil
 }
 
-// control calls fn with the descriptor of f, which stays open meanwhile.
-func control(f *os.File, fn func(fd int) error) error {
+// Control calls fn with the descriptor of f, which stays open meanwhile.
+func Control(f *os.File, fn func(fd int) error) error {
 	rc, err := f.SyscallConn()
 	if err != nil {
 		return err

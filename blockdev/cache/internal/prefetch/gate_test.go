@@ -1,4 +1,4 @@
-package cache
+package prefetch
 
 import (
 	"testing"
@@ -7,18 +7,18 @@ import (
 )
 
 // waitAt waits at a gate of other times.
-func waitAt(t *testing.T, g *gate, quiet, giveWay time.Duration) (bool, error) {
+func waitAt(t *testing.T, g *Gate, quiet, giveWay time.Duration) (bool, error) {
 	g.quiet, g.giveWay = quiet, giveWay
-	return g.wait(t.Context())
+	return g.Wait(t.Context())
 }
 
 // TestPrefetchDoesNotWaitForHungReads: prefetch gives way to demand reads, but not to
 // those of a diff for which nothing has come for long.
 func TestPrefetchDoesNotWaitForHungReads(t *testing.T) {
-	var g gate
-	var hung, alive reading
-	g.enter(&hung)
-	g.enter(&hung)
+	var g Gate
+	var hung, alive Reads
+	g.Enter(&hung)
+	g.Enter(&hung)
 	if calm, err := waitAt(t, &g, time.Nanosecond, time.Millisecond); calm || err != nil {
 		t.Errorf("prefetch does not give way to reads that have just begun (%v)", err)
 	}
@@ -27,20 +27,20 @@ func TestPrefetchDoesNotWaitForHungReads(t *testing.T) {
 		if calm, err := waitAt(t, &g, time.Nanosecond, time.Hour); !calm || err != nil {
 			t.Errorf("prefetch gives way to reads that hang (%v)", err)
 		}
-		g.leave(&hung)
+		g.Leave(&hung)
 	}
-	g.enter(&hung)
+	g.Enter(&hung)
 	hung.since = hung.since.Add(-hungAfter)
-	g.enter(&alive)
+	g.Enter(&alive)
 	if calm, err := waitAt(t, &g, time.Nanosecond, time.Millisecond); calm || err != nil {
 		t.Errorf("prefetch does not give way to reads of another diff (%v)", err)
 	}
-	g.leave(&alive)
-	g.came(&hung)
+	g.Leave(&alive)
+	g.Came(&hung)
 	if calm, err := waitAt(t, &g, time.Nanosecond, time.Millisecond); calm || err != nil {
 		t.Errorf("prefetch does not give way to reads for which something has come again (%v)", err)
 	}
-	g.leave(&hung)
+	g.Leave(&hung)
 	if calm, err := waitAt(t, &g, time.Nanosecond, time.Hour); !calm || err != nil {
 		t.Errorf("prefetch does not go on when there are no reads (%v)", err)
 	}
@@ -50,7 +50,7 @@ func TestPrefetchDoesNotWaitForHungReads(t *testing.T) {
 // though they are there, prefetch gives way.
 func TestPrefetchWaitsForAStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var g gate
+		var g Gate
 		began := time.Now()
 		waited := func() time.Duration {
 			from := time.Now()
@@ -62,13 +62,13 @@ func TestPrefetchWaitsForAStart(t *testing.T) {
 		if d := waited(); d != 0 {
 			t.Errorf("nobody starts, and it waited %v", d)
 		}
-		g.starting()
-		time.AfterFunc(time.Second, g.starting)
+		g.Starting()
+		time.AfterFunc(time.Second, g.Starting)
 		waited()
 		if d := time.Since(began); d != time.Second+startBusy {
 			t.Errorf("prefetch goes on %v after the start's first read, want %v", d, time.Second+startBusy)
 		}
-		g.starting()
+		g.Starting()
 		if calm, err := waitAt(t, &g, time.Millisecond, time.Second); calm || err != nil || time.Since(began) != 2*time.Second+startBusy {
 			t.Errorf("it waits longer than it may: %v, %v, %v", time.Since(began), calm, err)
 		}
