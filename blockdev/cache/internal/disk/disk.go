@@ -22,7 +22,7 @@ func BootID() (string, error) {
 // ErrLocked: another process has the lock.
 var ErrLocked = errors.New("another process has this cache open")
 
-// Lock locks a file, which it makes if it is not there. It fails with errInUse if
+// Lock locks a file, which it makes if it is not there. It fails with ErrLocked if
 // another process has it. The kernel lets go of the lock when the process ends.
 func Lock(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)

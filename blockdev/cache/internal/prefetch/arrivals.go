@@ -13,6 +13,7 @@ type Arrivals struct {
 	last atomic.Int64 // Unix nanoseconds
 }
 
+// Note says that a startup chunk has come.
 func (a *Arrivals) Note(now time.Time) { a.last.Store(now.UnixNano()) }
 
 // startupPatience is how many times Config.Promote a read waits for a startup

@@ -21,7 +21,7 @@ type Gate struct {
 	busy   time.Time           // a program that starts is busy until then
 }
 
-// Reads is the demand reads of one diff; guarded by gate.mu.
+// Reads is the demand reads of one diff; guarded by the Gate.
 type Reads struct {
 	readers int
 	since   time.Time // when the first of them began, or the last chunk came
@@ -33,6 +33,7 @@ const hungAfter = 10 * time.Second
 
 func (r *Reads) hung(now time.Time) bool { return now.Sub(r.since) >= hungAfter }
 
+// Enter says that a demand read of a diff begins to wait, Leave that it has ended.
 func (g *Gate) Enter(r *Reads) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -49,6 +50,7 @@ func (g *Gate) Enter(r *Reads) {
 	r.since = time.Now()
 }
 
+// Leave ends what Enter began.
 func (g *Gate) Leave(r *Reads) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

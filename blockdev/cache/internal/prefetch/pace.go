@@ -15,13 +15,13 @@ type Pace struct {
 	Arrivals Arrivals
 }
 
-// New makes a pace of Config's Quiet, GiveWay, Window and PrefetchRate.
+// New makes a Pace of cache.Config's Quiet, GiveWay, Window and PrefetchRate.
 func New(quiet, giveWay time.Duration, window func() int64, rateLimit int64) *Pace {
 	return &Pace{Gate: Gate{quiet: quiet, giveWay: giveWay}, Inflight: newInflight(window), Rate: Rate{limit: rateLimit}}
 }
 
 // Next waits until a request may be sent and returns for how many bytes. hurry: the
-// rate does not count. The caller counts what it asks for by inflight.take.
+// rate does not count. The caller counts what it asks for by Inflight.Take.
 func (p *Pace) Next(ctx context.Context, hurry bool) (int64, error) {
 	if !hurry {
 		if err := p.Rate.wait(ctx); err != nil {

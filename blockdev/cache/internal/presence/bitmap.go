@@ -54,6 +54,7 @@ const (
 
 func castagnoli() *crc32.Table { return crc32.MakeTable(crc32.Castagnoli) }
 
+// Header is the first 4096 bytes of a bitmap file.
 type Header struct {
 	Complete bool
 	DiffID   blockdev.Digest
@@ -75,6 +76,7 @@ func HashBoot(id string) (b [16]byte) {
 	return b
 }
 
+// Encode returns the header's HeaderSize bytes.
 func (h *Header) Encode() []byte {
 	b := make([]byte, HeaderSize)
 	copy(b, bitmapMagic)

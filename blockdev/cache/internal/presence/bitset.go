@@ -15,12 +15,15 @@ type Bitset []atomic.Uint32
 // records is how many words a bitset of n chunks has, and records a bitmap file.
 func records(n int) int { return (n + perRecord - 1) / perRecord }
 
+// NewBitset is for n chunks.
 func NewBitset(n int) Bitset { return make(Bitset, records(n)) }
 
+// Get reports whether bit i is set.
 func (b Bitset) Get(i int) bool {
 	return b[i/perRecord].Load()&(1<<(i%perRecord)) != 0
 }
 
+// Set sets bit i.
 func (b Bitset) Set(i int) { b[i/perRecord].Or(1 << (i % perRecord)) }
 
 func (b Bitset) unset(i int) { b[i/perRecord].And(^uint32(1 << (i % perRecord))) }

@@ -195,7 +195,7 @@ func (p *Chunks) remove(i int) bool {
 	return was
 }
 
-// BeginSync notes what is present and not synced; after an fdatasync, endSync
+// BeginSync notes what is present and not synced; after an fdatasync, EndSync
 // declares that synced. One sync at a time. It reports whether there is any.
 func (p *Chunks) BeginSync() bool {
 	p.mu.Lock()
@@ -209,7 +209,7 @@ func (p *Chunks) BeginSync() bool {
 	return anything
 }
 
-// EndSync ends what beginSync began. ok: the data is on stable storage.
+// EndSync ends what BeginSync began. ok: the data is on stable storage.
 // Otherwise what was to be synced is missing, and not suspect: after a failed
 // write-back the kernel may keep pages that look right, call them clean, and
 // never write them. A chunk that was dropped in between is in neither set. It

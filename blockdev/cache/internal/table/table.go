@@ -84,6 +84,7 @@ func (t *Table) setStart(i int, off int64) {
 	}
 }
 
+// Len is how many chunks there are.
 func (t *Table) Len() int { return len(t.digests) }
 
 // Start is the offset of chunk i; start(len()) is the end of the diff.
@@ -95,6 +96,7 @@ func (t *Table) Start(i int) int64 {
 // Length is that of chunk i in bytes.
 func (t *Table) Length(i int) int { return int(t.low[i+1] - t.low[i]) }
 
+// Chunk is chunk i as the index has it.
 func (t *Table) Chunk(i int) blockdev.Chunk {
 	return blockdev.Chunk{Offset: t.Start(i), Length: uint32(t.Length(i)), Digest: t.digests[i]}
 }
