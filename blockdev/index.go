@@ -1,6 +1,9 @@
 package blockdev
 
-import "iter"
+import (
+	"fmt"
+	"iter"
+)
 
 // Limits of the chunker, in bytes. A chunk that is longer than MaxChunk is
 // refused wherever it turns up; only the last chunk of a diff, and pieces, may
@@ -18,11 +21,26 @@ type Chunk struct {
 	Digest Digest // SHA-256 of the masked bytes
 }
 
+// Check returns nil if data has the chunk's length and digest, or an error that wraps
+// ErrCorrupt.
+func (c Chunk) Check(data []byte) error {
+	if len(data) != int(c.Length) {
+		return fmt.Errorf("chunk %s has %d bytes, want %d: %w", c.Digest, len(data), c.Length, ErrCorrupt)
+	}
+	if Sum(data) != c.Digest {
+		return fmt.Errorf("chunk %s has other bytes: %w", c.Digest, ErrCorrupt)
+	}
+	return nil
+}
+
 // Piece is a part of the header stream. It is stored and fetched as a chunk is.
 type Piece struct {
 	Length uint32 // bytes, 1..MaxChunk
 	Digest Digest
 }
+
+// Check is Chunk.Check for a piece.
+func (p Piece) Check(data []byte) error { return Chunk{Length: p.Length, Digest: p.Digest}.Check(data) }
 
 // Index is all that a node needs to mount a layer before it has any of the
 // layer's data. It is a function of the diff and the builder alone.

@@ -204,8 +204,8 @@ func fetchBatch(ctx context.Context, from blockdev.Source, diff blockdev.Digest,
 		}
 	}
 	err := from.Fetch(ctx, blockdev.Request{Diff: diff, Chunks: ask}, func(i int, data []byte) error {
-		if d := ask[i].Digest; len(data) != int(ask[i].Length) || blockdev.Sum(data) != d {
-			return fmt.Errorf("chunk %s has other bytes: %w", d, blockdev.ErrCorrupt)
+		if err := ask[i].Check(data); err != nil {
+			return err
 		}
 		if err := session.Put(ctx, ask[i].Digest, data); err != nil {
 			return err

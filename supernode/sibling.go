@@ -277,8 +277,8 @@ func fetchAll(ctx context.Context, sib Sibling, diff blockdev.Digest, chunks []b
 	for batch := range slices.Chunk(chunks, copyRequest) {
 		g.Go(func() error {
 			return sib.Fetch(ctx, blockdev.Request{Diff: diff, Chunks: batch}, func(i int, data []byte) error {
-				if blockdev.Sum(data) != batch[i].Digest {
-					return fmt.Errorf("chunk %s has other bytes: %w", batch[i].Digest, blockdev.ErrCorrupt)
+				if err := batch[i].Check(data); err != nil {
+					return err
 				}
 				return session.Put(ctx, batch[i].Digest, data)
 			})

@@ -57,10 +57,8 @@ func (c *collector) deliver(i int, data []byte) error {
 		c.t.Errorf("delivered chunk number %d of %d", i, len(c.chunks))
 		return errors.New("no such chunk in the request")
 	}
-	if len(data) != int(c.chunks[i].Length) {
-		c.t.Errorf("chunk %d has %d bytes, want %d", i, len(data), c.chunks[i].Length)
-	} else if blockdev.Sum(data) != c.chunks[i].Digest {
-		c.t.Errorf("chunk %d has wrong bytes", i)
+	if err := c.chunks[i].Check(data); err != nil {
+		c.t.Errorf("chunk %d: %v", i, err)
 	}
 	if c.got[i]++; c.got[i] > 1 {
 		c.t.Errorf("chunk %d was delivered %d times", i, c.got[i])
@@ -211,8 +209,8 @@ func testDeliverFindsCorrupt(t *testing.T, open NewSource) {
 				refused = true
 				return fmt.Errorf("the suite pretends that chunk %d is wrong: %w", i, blockdev.ErrCorrupt)
 			}
-			if blockdev.Sum(data) != chunks[i].Digest {
-				t.Errorf("chunk %d has wrong bytes", i)
+			if err := chunks[i].Check(data); err != nil {
+				t.Errorf("chunk %d: %v", i, err)
 			}
 			got[i] = true
 			return nil

@@ -136,8 +136,8 @@ func (p *pieceReader) fetch(h blockdev.Piece) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("piece %v of the header stream: %w", h.Digest, err)
 	}
-	if len(data) != int(h.Length) || blockdev.Sum(data) != h.Digest {
-		return nil, corrupt("piece %v of the header stream has other bytes (%d of them)", h.Digest, len(data))
+	if err := h.Check(data); err != nil {
+		return nil, fmt.Errorf("header stream: %w", err)
 	}
 	return data, nil
 }

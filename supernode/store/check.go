@@ -268,8 +268,10 @@ func (s *Store) checkChunk(d blockdev.Digest, dec *zstd.Decoder, raw []byte, h *
 				bad = fmt.Errorf("%w: %w", blockdev.ErrCorrupt, bad)
 			}
 		}
-		if bad == nil && (len(data) != int(r.raw) || blockdev.Sum(data) != d) {
-			bad = fmt.Errorf("pack %016x offset %d has other bytes than the digest says: %w", r.Pack, r.Offset, blockdev.ErrCorrupt)
+		if bad == nil {
+			if bad = (blockdev.Chunk{Length: r.raw, Digest: d}).Check(data); bad != nil {
+				bad = fmt.Errorf("pack %016x offset %d: %w", r.Pack, r.Offset, bad)
+			}
 		}
 		if bad == nil {
 			h.Chunks++
