@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -117,10 +116,7 @@ func New(steps ...Step) *Chain {
 // Fetch implements blockdev.Source. Its error is an *Error, unless deliver or the
 // context has ended the request before a source was asked.
 func (c *Chain) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
-	r := &request{Request: req, ctx: ctx, deliver: deliver, open: make([]int, len(req.Chunks))}
-	for i := range r.open {
-		r.open[i] = i
-	}
+	r := &request{Request: req, ctx: ctx, Rest: blockdev.NewRest(req, deliver)}
 	steps := c.order(req.Priority, req.Diff)
 	if len(req.Chunks) == 0 {
 		return nil
@@ -130,15 +126,15 @@ func (c *Chain) Fetch(ctx context.Context, req blockdev.Request, deliver blockde
 	}
 	var tried Error
 	for k, s := range steps {
-		err := r.ask(s, k == len(steps)-1)
-		if r.refused != nil {
-			return r.refused
+		err := r.try(s, k == len(steps)-1)
+		if refused := r.Refused(); refused != nil {
+			return refused
 		}
-		if len(r.open) == 0 {
+		if r.Left() == 0 {
 			return nil
 		}
 		if err == nil {
-			err = fmt.Errorf("it says that it is done, but %d of %d chunks did not come: %w", len(r.open), len(req.Chunks), blockdev.ErrUnavailable)
+			err = fmt.Errorf("it says that it is done, but %d of %d chunks did not come: %w", r.Left(), len(req.Chunks), blockdev.ErrUnavailable)
 		}
 		tried.tries = append(tried.tries, try{s.Name, err})
 		if ctx.Err() != nil {
@@ -179,17 +175,15 @@ func (c *Chain) order(prio blockdev.Priority, diff blockdev.Digest) []*step {
 // request is one call of Fetch.
 type request struct {
 	blockdev.Request
-	ctx     context.Context // of the call
-	deliver blockdev.Deliver
-	open    []int     // chunks that nobody has delivered yet
-	refused error     // deliver's, that ends the request
-	until   time.Time // a source that is unavailable is asked again
+	*blockdev.Rest
+	ctx   context.Context // of the call
+	until time.Time       // a source that is unavailable is asked again
 }
 
 var errSilent = errors.New("the source is silent")
 
-// ask asks one source for what is open, and once more when it could be healed.
-func (r *request) ask(s *step, last bool) error {
+// try asks one source for what is open, and once more when it could be healed.
+func (r *request) try(s *step, last bool) error {
 	ctx, cancel := context.WithCancelCause(r.ctx)
 	defer cancel(nil)
 	var silent *time.Timer
@@ -211,7 +205,7 @@ func (r *request) ask(s *step, last bool) error {
 	if ctx.Err() == nil && errors.Is(err, blockdev.ErrNotFound) {
 		s.answered()
 	}
-	if s.Heal != nil && r.refused == nil && len(r.open) > 0 && ctx.Err() == nil && errors.Is(err, blockdev.ErrNotFound) {
+	if s.Heal != nil && r.Refused() == nil && r.Left() > 0 && ctx.Err() == nil && errors.Is(err, blockdev.ErrNotFound) {
 		healing = true
 		if herr := s.Heal(ctx, r.Diff); herr == nil {
 			err = r.once(ctx, s, silent)
@@ -243,7 +237,7 @@ const (
 // again says whether to ask the source once more that has given this error.
 func (r *request) again(ctx context.Context, s *step, err error) bool {
 	return errors.Is(err, blockdev.ErrUnavailable) && !errors.Is(err, blockdev.ErrNotFound) &&
-		r.Priority != blockdev.Prefetch && s.Away != nil && len(r.open) > 0 && r.refused == nil && ctx.Err() == nil &&
+		r.Priority != blockdev.Prefetch && s.Away != nil && r.Left() > 0 && r.Refused() == nil && ctx.Err() == nil &&
 		time.Now().Before(r.until) && !s.Away()
 }
 
@@ -260,42 +254,21 @@ func wait(ctx context.Context, d time.Duration) bool {
 }
 
 func (r *request) once(ctx context.Context, s *step, silent *time.Timer) error {
-	asked := r.open
-	req := r.Request // with its hops: what is forwarded must not wait for what is this node's own
-	req.Chunks = make([]blockdev.Chunk, len(asked))
-	for k, i := range asked {
-		req.Chunks[k] = r.Chunks[i]
-	}
-	got := make([]bool, len(asked))
-	err := s.Source.Fetch(ctx, req, func(k int, data []byte) error {
-		if k < 0 || k >= len(asked) {
-			return fmt.Errorf("delivered chunk number %d of a request for %d", k, len(asked))
-		}
-		if r.refused != nil {
-			return r.refused
-		}
-		if got[k] {
-			return nil
-		}
+	req, take := r.Ask() // with its hops: what is forwarded must not wait for what is this node's own
+	return s.Source.Fetch(ctx, req, func(k int, data []byte) error {
 		if s.From != blockdev.FromLocal {
 			req.Comes(s.From)
 		}
-		err := r.deliver(asked[k], data)
-		switch {
-		case err == nil:
-			got[k] = true
+		err := take(k, data)
+		if err == nil {
 			s.served(r.Diff)
 			r.until = time.Now().Add(s.Patience)
 			if silent != nil {
 				silent.Reset(s.Patience)
 			}
-		case !errors.Is(err, blockdev.ErrCorrupt):
-			r.refused = err
 		}
 		return err
 	})
-	r.open = slices.DeleteFunc(slices.Clone(asked), func(i int) bool { return got[slices.Index(asked, i)] })
-	return err
 }
 
 // served notes that a chunk of a diff has come.
