@@ -112,7 +112,7 @@ func (in *Ingest) releaseHeld() {
 	in.held = make(map[blockdev.Digest]struct{})
 	in.mu.Unlock()
 	for d := range held {
-		in.s.unhold(d)
+		in.s.holds.release(d)
 	}
 }
 
@@ -128,23 +128,11 @@ func (c *change) newFormat() error {
 	return c.tx.Bucket(bucketMeta).Put(keyFormat, binary.LittleEndian.AppendUint32(nil, formatVersion))
 }
 
-// unpublished returns the record of a pack's session, or of a diff that was removed.
-func (s *Store) unpublished(id uint64) (r unpublishedRecord, ok bool, err error) {
-	err = s.view(func(tx *bolt.Tx) error {
-		v := tx.Bucket(bucketUnpublished).Get(packKey(id))
-		if ok = v != nil; !ok {
-			return nil
-		}
-		return decodeJSON(v, &r)
-	})
-	return r, ok, err
-}
-
 // drop takes back the references of an unpublished record, a list at a time, and
 // frees what it has.
 func (s *Store) drop(id uint64) error {
 	for {
-		r, ok, err := s.unpublished(id)
+		r, ok, err := s.db.unpublished(id)
 		if errors.Is(err, blockdev.ErrCorrupt) {
 			return s.update(func(c *change) error {
 				if err := c.tx.Bucket(bucketUnpublished).Delete(packKey(id)); err != nil {
@@ -171,7 +159,7 @@ func (s *Store) dropList(id uint64, r unpublishedRecord) error {
 	if n > 0 {
 		list = r.Lists[n-1]
 		var err error
-		if refs, err = s.readList(list); errors.Is(err, blockdev.ErrCorrupt) {
+		if refs, err = s.packs.readList(list); errors.Is(err, blockdev.ErrCorrupt) {
 			lost = true
 		} else if err != nil {
 			return err
@@ -213,12 +201,12 @@ func (s *Store) dropList(id uint64, r unpublishedRecord) error {
 // session that publishes it again. They have not where a bit of a record's key has
 // flipped: the session has put that chunk as a new one.
 func (in *Ingest) countedTwice(id blockdev.Digest) (bool, error) {
-	r, ok, err := in.s.diffRecord(id)
+	r, ok, err := in.s.db.diff(id)
 	if err != nil || !ok {
 		return false, err
 	}
 	for _, e := range r.lists() {
-		refs, err := in.s.readList(e)
+		refs, err := in.s.packs.readList(e)
 		if errors.Is(err, blockdev.ErrCorrupt) {
 			return false, nil
 		}
@@ -226,7 +214,7 @@ func (in *Ingest) countedTwice(id blockdev.Digest) (bool, error) {
 			return false, err
 		}
 		all := true
-		err = in.s.view(func(tx *bolt.Tx) error {
+		err = in.s.db.view(func(tx *bolt.Tx) error {
 			for _, d := range refs {
 				want := uint32(2)
 				_, put := in.chunks[d]
@@ -254,32 +242,11 @@ func (in *Ingest) countedTwice(id blockdev.Digest) (bool, error) {
 
 // dropAll drops what a crash has left.
 func (s *Store) dropAll() error {
-	var ids []uint64
-	err := s.view(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucketUnpublished).ForEach(func(k, _ []byte) error {
-			if len(k) == 8 {
-				ids = append(ids, binary.BigEndian.Uint64(k))
-			}
-			return nil
-		})
-	})
+	ids, err := s.db.allUnpublished()
 	for _, id := range ids {
 		if err == nil {
 			err = s.drop(id)
 		}
 	}
 	return err
-}
-
-// readList reads a reference list.
-func (s *Store) readList(e extent) ([]blockdev.Digest, error) {
-	b, err := s.packs.read(e, nil)
-	if err != nil {
-		return nil, err
-	}
-	refs := make([]blockdev.Digest, len(b)/len(blockdev.Digest{}))
-	for i := range refs {
-		copy(refs[i][:], b[i*len(refs[i]):])
-	}
-	return refs, nil
 }

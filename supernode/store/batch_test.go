@@ -25,7 +25,7 @@ func overlapping() (a, b fakeLayer) {
 
 func format(t *testing.T, s *Store) (v uint32) {
 	t.Helper()
-	if err := s.view(func(tx *bolt.Tx) error {
+	if err := s.db.view(func(tx *bolt.Tx) error {
 		v = binary.LittleEndian.Uint32(tx.Bucket(bucketMeta).Get(keyFormat))
 		return nil
 	}); err != nil {
@@ -181,7 +181,7 @@ func TestDamagedBatch(t *testing.T) {
 	l := newLayer(1, 35)
 	in := put(t, s, l)
 	d := blockdev.Sum(l.chunks[0])
-	r, ok, err := s.lookup(d)
+	r, ok, err := s.db.chunk(d)
 	if err != nil || !ok {
 		t.Fatal(ok, err)
 	}

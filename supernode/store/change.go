@@ -3,7 +3,6 @@ package store
 import (
 	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"slices"
 
@@ -39,11 +38,8 @@ type extent64 struct {
 // update runs f in a write transaction and frees what it has freed.
 func (s *Store) update(f func(c *change) error) error {
 	c := &change{s: s, live: make(map[uint64]int64)}
-	s.mu.Lock()
-	punched := s.punched
-	s.punched = nil
-	s.mu.Unlock()
-	err := s.guard(func() error {
+	punched := s.packs.noted()
+	err := s.db.guard(func() error {
 		return s.db.Update(func(tx *bolt.Tx) error {
 			c.tx = tx
 			for _, e := range punched {
@@ -57,17 +53,9 @@ func (s *Store) update(f func(c *change) error) error {
 			return c.finish()
 		})
 	})
-	s.mu.Lock()
-	for _, d := range c.doomed {
-		if s.doomed[d]--; s.doomed[d] == 0 {
-			delete(s.doomed, d)
-		}
-	}
+	s.holds.spare(c.doomed)
 	if err != nil {
-		s.punched = append(s.punched, punched...)
-	}
-	s.mu.Unlock()
-	if err != nil {
+		s.packs.note(punched)
 		return mapClosed(diskErrorOnly(err))
 	}
 	if c.committed != nil {
@@ -118,9 +106,7 @@ func (c *change) unref(d blockdev.Digest) error {
 		if err := c.tx.Bucket(bucketOrphans).Put(d[:], nil); err != nil {
 			return err
 		}
-		c.s.mu.Lock()
-		c.s.orphans[d] = struct{}{}
-		c.s.mu.Unlock()
+		c.s.holds.orphan(d)
 		return c.putChunk(d, r)
 	}
 	return c.deleteChunk(d, r)
@@ -148,12 +134,9 @@ func (c *change) freeChunk(r chunkRecord) error {
 // doom announces that d is about to be deleted, so that no ingest counts on it
 // from now on. False: one does already.
 func (c *change) doom(d blockdev.Digest) bool {
-	c.s.mu.Lock()
-	defer c.s.mu.Unlock()
-	if c.s.holds[d] > 0 {
+	if !c.s.holds.doom(d) {
 		return false
 	}
-	c.s.doomed[d]++
 	c.doomed = append(c.doomed, d)
 	return true
 }
@@ -262,7 +245,7 @@ func (s *Store) reclaim(c *change) {
 			s.cfg.Log.Error("store: a pack without content could not be deleted", "pack", fmt.Sprintf("%016x", id), "error", err)
 		}
 	}
-	s.punchAll(c.dead)
+	s.packs.punchAll(c.dead)
 	touched := make(map[uint64]int64)
 	for _, id := range c.gone {
 		touched[id] = 0
@@ -273,40 +256,9 @@ func (s *Store) reclaim(c *change) {
 	for id := range c.live {
 		touched[id] = 0
 	}
-	for id := range touched {
-		touched[id] = s.packs.diskUse(id)
-	}
-	dbUse := fileUse(s.dbPath())
+	s.space.recount(touched, c.reserved)
+	s.smaller.due.Add(c.due)
 	if c.due > 0 {
-		defer s.wakeUp()
+		s.smaller.wakeUp()
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.due += c.due
-	s.used += dbUse - s.dbUse - c.reserved
-	s.dbUse = dbUse
-	for id, n := range touched {
-		s.used += n - s.packUse[id]
-		s.packUse[id] = n
-		if n == 0 {
-			delete(s.packUse, id)
-		}
-	}
-}
-
-// punchAll frees ranges and notes them as freed. What fails is tried again at
-// the next Open.
-func (s *Store) punchAll(dead []extent64) {
-	var done []extent
-	for _, e := range dead {
-		// A pack that is gone has nothing to free.
-		if err := s.packs.punch(e.pack, e.offset, e.length); err != nil && !errors.Is(err, blockdev.ErrCorrupt) {
-			s.cfg.Log.Warn("store: space not freed; will try again at the next start", "error", err)
-			continue
-		}
-		done = append(done, extent{Pack: e.pack, Offset: e.offset})
-	}
-	s.mu.Lock()
-	s.punched = append(s.punched, done...)
-	s.mu.Unlock()
 }

@@ -36,92 +36,91 @@ const forgotten = "its layers are fetched again when they are asked for"
 // CheckIndex checks the index.db of a store that nobody has open. Errors wrap
 // blockdev.ErrCorrupt for damage (a thorough Open starts with an empty store then) and
 // boltcheck.ErrInUse.
-func CheckIndex(dir string) error {
-	s := &Store{cfg: Config{Dir: dir}}
-	return boltcheck.File(s.dbPath(), nil)
-}
+func CheckIndex(dir string) error { return boltcheck.File(dbPath(dir), nil) }
 
 // Check reads every chunk and compares it with its digest, and every index with its
 // diff, while the store is in use. With mark, layers that have damage are forgotten,
 // to be fetched again, as is done when a read finds it. What is forgotten already is
 // passed over.
 func (s *Store) Check(ctx context.Context, mark bool) (*Health, error) {
-	h := &Health{}
-	if err := mapClosed(boltcheck.Live(s.db, nil)); errors.Is(err, blockdev.ErrCorrupt) {
-		s.doubtful.Store(true)
-		h.add("index.db", "", "%v: restart the supernode, which begins with an empty store: layers are fetched again when they are asked for", err)
-		return h, nil
+	c := &checker{s: s, mark: mark}
+	if err := mapClosed(boltcheck.Live(s.db.DB, nil)); errors.Is(err, blockdev.ErrCorrupt) {
+		s.db.doubtful.Store(true)
+		c.found.add("index.db", "", "%v: restart the supernode, which begins with an empty store: layers are fetched again when they are asked for", err)
+		return &c.found, nil
 	} else if err != nil {
 		return nil, err
 	}
-	if err := s.checkDiffs(ctx, h, mark); err != nil {
+	if err := c.diffs(ctx); err != nil {
 		return nil, err
 	}
-	if err := s.checkChunks(ctx, h, mark); err != nil {
+	if err := c.chunks(ctx); err != nil {
 		return nil, err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	h.Layers = len(s.layers)
-	for l, r := range s.layers {
-		if s.diffs[r.DiffID] == nil {
-			h.add("layer "+l.String(), "", "its diff %v is not here", r.DiffID)
+	for _, l := range s.List() {
+		c.found.Layers++
+		if l.Used.IsZero() {
+			c.found.add("layer "+l.Layer.String(), "", "its diff %v is not here", l.DiffID)
 		}
 	}
-	return h, nil
+	return &c.found, nil
 }
 
-func (s *Store) checkDiffs(ctx context.Context, h *Health, mark bool) error {
-	for _, id := range s.diffIDs() {
+// checker is one Check.
+type checker struct {
+	s     *Store
+	mark  bool // layers that have damage are forgotten
+	found Health
+}
+
+// forgets is what is done where damage is marked, for a finding.
+func (c *checker) forgets() string {
+	if c.mark {
+		return forgotten
+	}
+	return ""
+}
+
+func (c *checker) diffs(ctx context.Context) error {
+	for _, id := range c.s.catalogue.ids() {
 		if ctx.Err() != nil {
 			return fmt.Errorf("check store: %w", ctx.Err())
 		}
-		h.Diffs++
-		missing, bad, err := s.checkDiff(id)
+		c.found.Diffs++
+		missing, bad, err := c.diff(id)
 		if err != nil {
 			return err
 		}
-		if bad == nil || !errors.Is(bad, errOtherDiff) && s.isForgotten(id) {
+		if bad == nil || !errors.Is(bad, errOtherDiff) && c.s.catalogue.isForgotten(id) {
 			continue
 		}
-		done := ""
+		done := c.forgets()
 		switch {
-		case !mark:
+		case !c.mark:
 		case errors.Is(bad, errOtherDiff):
 			// A bit of the record's key has flipped. Nobody ever asks for this diff, so
 			// nothing else would replace it.
-			if err := s.remove(id, false); err != nil {
+			if err := c.s.remove(id, false); err != nil {
 				return err
 			}
 			done = "removed; " + forgotten
 		case missing != nil:
-			s.damaged(missing)
-			done = forgotten
+			c.s.damaged(missing)
 		default:
-			s.forgetLayers(id)
-			done = forgotten
+			c.s.forgetLayers(id)
 		}
-		h.add("diff "+id.String(), done, "%v", bad)
+		c.found.add("diff "+id.String(), done, "%v", bad)
 	}
 	return nil
 }
 
-// isForgotten says that a diff has no layer: it is given to nobody any more, and is
-// replaced as soon as its layer is fetched again.
-func (s *Store) isForgotten(id blockdev.Digest) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	d := s.diffs[id]
-	return d != nil && len(d.layers) == 0
-}
-
 var errOtherDiff = errors.New("index is that of diff")
 
-// checkDiff returns in bad what is wrong with a diff's index or reference list, and
+// diff returns in bad what is wrong with a diff's index or reference list, and
 // which chunks of that list have no record.
-func (s *Store) checkDiff(id blockdev.Digest) (missing map[blockdev.Digest]extent, bad, err error) {
+func (c *checker) diff(id blockdev.Digest) (missing map[blockdev.Digest]extent, bad, err error) {
 	for range lookups {
-		r, ok, err := s.diffRecord(id)
+		r, ok, err := c.s.db.diff(id)
 		if errors.Is(err, blockdev.ErrCorrupt) {
 			return nil, err, nil
 		}
@@ -130,14 +129,14 @@ func (s *Store) checkDiff(id blockdev.Digest) (missing map[blockdev.Digest]exten
 		}
 		var b []byte
 		missing = nil
-		b, bad = s.packs.read(r.Index, nil)
+		b, bad = c.s.packs.read(r.Index, nil)
 		for _, e := range r.lists() {
 			var refs []byte
 			if bad == nil {
-				refs, bad = s.packs.read(e, nil)
+				refs, bad = c.s.packs.read(e, nil)
 			}
 			if bad == nil {
-				missing, bad = s.checkRefs(refs)
+				missing, bad = c.refs(refs)
 			}
 		}
 		if bad == nil {
@@ -152,21 +151,21 @@ func (s *Store) checkDiff(id blockdev.Digest) (missing map[blockdev.Digest]exten
 		if !errors.Is(bad, blockdev.ErrCorrupt) {
 			return nil, nil, bad
 		}
-		if again, ok, err := s.diffRecord(id); err == nil && ok && again.Index == r.Index {
+		if again, ok, err := c.s.db.diff(id); err == nil && ok && again.Index == r.Index {
 			return missing, bad, nil // else it was moved, or evicted
 		}
 	}
 	return nil, nil, nil
 }
 
-// checkRefs looks whether every chunk of a reference list has a record.
-func (s *Store) checkRefs(list []byte) (missing map[blockdev.Digest]extent, err error) {
+// refs looks whether every chunk of a reference list has a record.
+func (c *checker) refs(list []byte) (missing map[blockdev.Digest]extent, err error) {
 	const size = len(blockdev.Digest{})
 	n := len(list) / size
 	for len(list) >= size {
 		batch := list[:min(len(list)/size, checkBatch)*size]
 		list = list[len(batch):]
-		err := s.view(func(tx *bolt.Tx) error {
+		err := c.s.db.view(func(tx *bolt.Tx) error {
 			b := tx.Bucket(bucketChunks)
 			for ; len(batch) > 0; batch = batch[size:] {
 				if b.Get(batch[:size]) != nil {
@@ -189,8 +188,8 @@ func (s *Store) checkRefs(list []byte) (missing map[blockdev.Digest]extent, err 
 	return nil, nil
 }
 
-// checkChunks goes through all records in portions.
-func (s *Store) checkChunks(ctx context.Context, h *Health, mark bool) error {
+// chunks goes through all records in portions.
+func (c *checker) chunks(ctx context.Context) error {
 	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecodeAllCapLimit(true))
 	if err != nil {
 		return fmt.Errorf("check store: %w", err)
@@ -201,10 +200,10 @@ func (s *Store) checkChunks(ctx context.Context, h *Health, mark bool) error {
 	var next []byte
 	for {
 		keys := make([]blockdev.Digest, 0, checkBatch)
-		err := s.view(func(tx *bolt.Tx) error {
-			c := tx.Bucket(bucketChunks).Cursor()
-			k, _ := c.Seek(next)
-			for ; k != nil && len(keys) < checkBatch; k, _ = c.Next() {
+		err := c.s.db.view(func(tx *bolt.Tx) error {
+			all := tx.Bucket(bucketChunks).Cursor()
+			k, _ := all.Seek(next)
+			for ; k != nil && len(keys) < checkBatch; k, _ = all.Next() {
 				if len(k) == len(blockdev.Digest{}) {
 					keys = append(keys, blockdev.Digest(k))
 				}
@@ -218,20 +217,18 @@ func (s *Store) checkChunks(ctx context.Context, h *Health, mark bool) error {
 			if ctx.Err() != nil {
 				return fmt.Errorf("check store: %w", ctx.Err())
 			}
-			at, bad, err := s.checkChunk(d, dec, raw, h)
+			at, bad, err := c.chunk(d, dec, raw)
 			if err != nil {
 				return err
 			}
 			if bad == nil {
 				continue
 			}
-			done := ""
-			if mark {
-				s.damaged(map[blockdev.Digest]extent{d: at})
-				done = forgotten
+			if c.mark {
+				c.s.damaged(map[blockdev.Digest]extent{d: at})
 			}
-			if len(h.Findings) < maxFindings {
-				h.add("chunk "+d.String(), done, "%v", bad)
+			if len(c.found.Findings) < maxFindings {
+				c.found.add("chunk "+d.String(), c.forgets(), "%v", bad)
 			} else {
 				more++
 			}
@@ -242,27 +239,23 @@ func (s *Store) checkChunks(ctx context.Context, h *Health, mark bool) error {
 		next = append(keys[len(keys)-1][:], 0)
 	}
 	if more > 0 {
-		done := ""
-		if mark {
-			done = forgotten
-		}
-		h.add("chunks", done, "%d more are damaged", more)
+		c.found.add("chunks", c.forgets(), "%d more are damaged", more)
 	}
 	return nil
 }
 
-// checkChunk returns in bad what is wrong with a chunk, and where it lies. One that
+// chunk returns in bad what is wrong with a chunk, and where it lies. One that
 // is known to be damaged, and so not used, is passed over.
-func (s *Store) checkChunk(d blockdev.Digest, dec *zstd.Decoder, raw []byte, h *Health) (at extent, bad, err error) {
+func (c *checker) chunk(d blockdev.Digest, dec *zstd.Decoder, raw []byte) (at extent, bad, err error) {
 	for range lookups {
-		r, ok, err := s.lookup(d)
+		r, ok, err := c.s.db.chunk(d)
 		if errors.Is(err, blockdev.ErrCorrupt) {
 			return extent{}, err, nil
 		}
 		if err != nil || !ok || r.damaged() {
 			return extent{}, nil, err
 		}
-		data, bad := s.packs.read(r.extent, nil)
+		data, bad := c.s.packs.read(r.extent, nil)
 		if bad == nil && r.flags&flagZstd != 0 {
 			if data, bad = dec.DecodeAll(data, raw[:0]); bad != nil {
 				bad = fmt.Errorf("%w: %w", blockdev.ErrCorrupt, bad)
@@ -274,14 +267,14 @@ func (s *Store) checkChunk(d blockdev.Digest, dec *zstd.Decoder, raw []byte, h *
 			}
 		}
 		if bad == nil {
-			h.Chunks++
-			h.Bytes += int64(len(data))
+			c.found.Chunks++
+			c.found.Bytes += int64(len(data))
 			return extent{}, nil, nil
 		}
 		if !errors.Is(bad, blockdev.ErrCorrupt) {
 			return extent{}, nil, bad
 		}
-		if again, ok, err := s.lookup(d); err == nil && ok && again.extent == r.extent {
+		if again, ok, err := c.s.db.chunk(d); err == nil && ok && again.extent == r.extent {
 			return r.extent, bad, nil // else it was moved, or evicted
 		}
 	}

@@ -55,12 +55,12 @@ func TestCheck(t *testing.T) {
 		t.Fatalf("a sound store: %+v", h)
 	}
 	bad := blockdev.Sum(a.chunks[250])
-	r, _, err := s.lookup(bad)
+	r, _, err := s.db.chunk(bad)
 	if err != nil {
 		t.Fatal(err)
 	}
 	flip(t, s.packs.path(r.Pack), r.Offset+100)
-	d, _, err := s.diffRecord(b.rec.DiffID)
+	d, _, err := s.db.diff(b.rec.DiffID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -199,7 +199,7 @@ func FuzzFlip(f *testing.F) {
 		publish(t, s, a)
 		publish(t, s, b)
 		shut(t, s)
-		path := s.dbPath()
+		path := dbPath(s.cfg.Dir)
 		if pack {
 			path = s.packs.path(1)
 		}

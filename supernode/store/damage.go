@@ -46,7 +46,7 @@ func (s *Store) damaged(chunks map[blockdev.Digest]extent) {
 	if len(todo) == 0 {
 		return // another scan has done it
 	}
-	s.count(func(c *counters) { c.damaged += int64(len(todo)) })
+	s.stats.damaged.Add(int64(len(todo)))
 	q.marks.Add(1)
 	err := s.update(func(c *change) error {
 		for d, at := range todo {
@@ -59,7 +59,7 @@ func (s *Store) damaged(chunks map[blockdev.Digest]extent) {
 	if err != nil {
 		s.cfg.Log.Error("store: damaged chunks could not be marked", "chunks", len(todo), "error", err)
 	}
-	for _, id := range s.diffIDs() {
+	for _, id := range s.catalogue.ids() {
 		lists, err := s.refsOf(id)
 		if err != nil {
 			continue
@@ -98,28 +98,10 @@ func (c *change) markDamaged(d blockdev.Digest, at extent) error {
 	return c.putChunk(d, r)
 }
 
-func (s *Store) diffIDs() []blockdev.Digest {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	ids := make([]blockdev.Digest, 0, len(s.diffs))
-	for id := range s.diffs {
-		ids = append(ids, id)
-	}
-	return ids
-}
-
 // forgetLayers makes the layers of a diff unknown, so that they are ingested
 // again. The good chunks stay, for those who read them and for that ingest.
 func (s *Store) forgetLayers(id blockdev.Digest) {
-	s.mu.Lock()
-	var layers []blockdev.Digest
-	if st := s.diffs[id]; st != nil {
-		layers, st.layers = st.layers, nil
-	}
-	for _, l := range layers {
-		delete(s.layers, l)
-	}
-	s.mu.Unlock()
+	layers := s.catalogue.forget(id)
 	if len(layers) == 0 {
 		return
 	}
@@ -141,7 +123,7 @@ func (s *Store) forgetLayers(id blockdev.Digest) {
 func (s *Store) recount() error {
 	s.cfg.Log.Warn("store: counting references again after damage", "dir", s.cfg.Dir)
 	refs := make(map[blockdev.Digest]uint32)
-	for _, id := range s.diffIDs() {
+	for _, id := range s.catalogue.ids() {
 		lists, err := s.refsOf(id)
 		if err != nil {
 			return err
@@ -164,7 +146,7 @@ func (s *Store) recount() error {
 		if err := c.recountChunks(refs, add); err != nil {
 			return err
 		}
-		for _, id := range s.diffIDs() {
+		for _, id := range s.catalogue.ids() {
 			r, ok, err := getDiff(c.tx, id)
 			if err != nil || !ok {
 				return err
@@ -188,9 +170,7 @@ func (s *Store) recount() error {
 // dropDiff removes a diff's records; the recount frees what it had.
 func (s *Store) dropDiff(id blockdev.Digest) error {
 	s.forgetLayers(id)
-	s.mu.Lock()
-	delete(s.diffs, id)
-	s.mu.Unlock()
+	s.catalogue.hide(id, false)
 	return s.update(func(c *change) error { return c.tx.Bucket(bucketDiffs).Delete(id[:]) })
 }
 
@@ -246,9 +226,7 @@ func (c *change) recountChunks(refs map[blockdev.Digest]uint32, live func(extent
 	if err := c.emptyBucket(bucketDue); err != nil {
 		return err
 	}
-	c.s.mu.Lock()
-	c.due -= c.s.due
-	c.s.mu.Unlock()
+	c.due -= c.s.smaller.due.Load()
 	for d, r := range raw {
 		if err := c.addDue(d, r); err != nil {
 			return err

@@ -21,7 +21,7 @@ func TestDamageOnDisk(t *testing.T) {
 	publish(t, s, b)
 	publish(t, s, c)
 	bad := blockdev.Sum(a.chunks[7])
-	r, _, err := s.lookup(bad)
+	r, _, err := s.db.chunk(bad)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -35,8 +35,8 @@ func TestDamageOnDisk(t *testing.T) {
 		}
 	}
 	check(t, s, c)
-	if s.Has(bad) {
-		t.Error("Has says yes to a damaged chunk")
+	if _, err := s.Chunk(t.Context(), bad); !errors.Is(err, blockdev.ErrCorrupt) {
+		t.Errorf("a chunk that is known to be damaged: %v", err)
 	}
 	// Fetched again, it heals for both.
 	publish(t, s, a)
@@ -44,7 +44,7 @@ func TestDamageOnDisk(t *testing.T) {
 	checkChunks(t, s, b)
 
 	// An index.
-	d, _, _ := s.diffRecord(c.rec.DiffID)
+	d, _, _ := s.db.diff(c.rec.DiffID)
 	flip(t, s.packs.path(d.Index.Pack), d.Index.Offset+5)
 	if _, err := s.Index(t.Context(), c.rec.DiffID); !errors.Is(err, blockdev.ErrCorrupt) {
 		t.Fatalf("damaged index: %v", err)
@@ -69,7 +69,7 @@ func TestRecount(t *testing.T) {
 	b.chunks = append(b.chunks, a.chunks[:5]...)
 	publish(t, s, a)
 	publish(t, s, b)
-	d, _, _ := s.diffRecord(a.rec.DiffID)
+	d, _, _ := s.db.diff(a.rec.DiffID)
 	flip(t, s.packs.path(d.Refs.Pack), d.Refs.Offset)
 	if err := s.Remove(a.rec.DiffID); err != nil {
 		t.Fatal(err)
@@ -111,7 +111,7 @@ func TestLostTwice(t *testing.T) {
 	}
 	for range 2 {
 		s.damaged(map[blockdev.Digest]extent{bad: {}})
-		err := s.view(func(tx *bolt.Tx) error {
+		err := s.db.view(func(tx *bolt.Tx) error {
 			for i, b := range l.chunks {
 				d := blockdev.Sum(b)
 				r, err := decodeChunk(tx.Bucket(bucketChunks).Get(d[:]))

@@ -20,6 +20,14 @@
 // On btrfs a hole gives space back only when the whole extent (up to 128 MiB)
 // is dead; ext4, xfs, zfs and tmpfs free every 4 KiB block.
 //
+// # Parts
+//
+// A Store has its parts, each with a lock of its own that is never held across I/O:
+// packs (the files), database (index.db; a change is one write transaction), catalogue
+// (what is published, in memory), holds (chunks that ingests count on), sessions (the
+// ingests), space (the quota), recompressor, and for the time of a Check a checker. What
+// concerns several of them (publish, remove, evict, damage) is the Store's.
+//
 // # Compression
 //
 // An ingest stores chunks raw: compressing them takes more of a processor than

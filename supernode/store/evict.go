@@ -10,10 +10,10 @@ import (
 
 // reserve takes n bytes of the quota, and evicts to get them.
 func (s *Store) reserve(ctx context.Context, n int64) error {
-	if err := s.fitQuota(); err != nil {
+	if err := s.space.fit(); err != nil {
 		return err
 	}
-	if s.tryReserve(n) {
+	if s.space.reserve(n) {
 		return nil
 	}
 	select {
@@ -23,10 +23,10 @@ func (s *Store) reserve(ctx context.Context, n int64) error {
 		return ctx.Err()
 	}
 	for {
-		if err := s.fitQuota(); err != nil {
+		if err := s.space.fit(); err != nil {
 			return err
 		}
-		if s.tryReserve(n) {
+		if s.space.reserve(n) {
 			return nil
 		}
 		if err := ctx.Err(); err != nil {
@@ -37,87 +37,32 @@ func (s *Store) reserve(ctx context.Context, n int64) error {
 			return err
 		}
 		if !ok {
-			return s.errQuota()
+			_, _, pinned := s.catalogue.sizes()
+			ingests, _ := s.sessions.count()
+			return s.space.exhausted(pinned, ingests)
 		}
 	}
-}
-
-// fitQuota makes the quota what the user allows, or what the disk has if that is
-// less now: others fill it, and free it again.
-func (s *Store) fitQuota() error {
-	free, err := s.freeSpace()
-	if err != nil {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.quota = max(0, s.used+free)
-	if s.cfg.Quota > 0 {
-		s.quota = min(s.quota, s.cfg.Quota)
-	}
-	return nil
-}
-
-func (s *Store) errQuota() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.cfg.Quota <= 0 || s.quota < s.cfg.Quota {
-		return fmt.Errorf("store: %w: the disk of %s has %d MiB left for it, and what the store has is in use (%d diffs pinned, %d ingests running); make room on it",
-			blockdev.ErrNoSpace, s.cfg.Dir, max(0, s.quota-s.used)>>20, len(s.pins), len(s.sessions))
-	}
-	return fmt.Errorf("store: %w: the quota of %d MiB is taken by images in use (%d diffs pinned, %d ingests running); raise %s",
-		blockdev.ErrNoSpace, s.quota>>20, len(s.pins), len(s.sessions), s.cfg.QuotaKey)
-}
-
-func (s *Store) tryReserve(n int64) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.used+n > s.quota {
-		return false
-	}
-	s.used += n
-	return true
-}
-
-func (s *Store) unreserve(n int64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.used -= n
 }
 
 // evictOne removes the least recently used diff that is not pinned, or, if all are,
 // one whose pin Config.Yield gives back. False: there is none.
 func (s *Store) evictOne() (bool, error) {
-	victim, oldest, before := s.victim()
+	victim, oldest := s.catalogue.victim()
 	for oldest < 0 {
 		if s.cfg.Yield == nil || !s.cfg.Yield() {
 			return false, nil
 		}
-		victim, oldest, before = s.victim()
+		victim, oldest = s.catalogue.victim()
 	}
+	before, _ := s.space.numbers()
 	if err := s.remove(victim, true); err != nil {
 		return false, fmt.Errorf("evict diff %s: %w", victim, err)
 	}
-	s.mu.Lock()
-	s.stats.evicted++
-	s.stats.evictedBytes += max(0, before-s.used)
-	s.mu.Unlock()
+	now, _ := s.space.numbers()
+	s.stats.evicted.Add(1)
+	s.stats.evictedBytes.Add(max(0, before-now))
 	s.cfg.Log.Info("evicted a diff to hold the quota", "diff", victim, "lastUsed", time.Unix(0, oldest))
 	return true, nil
-}
-
-// victim is the diff to evict next, when it was used last, and how much the store
-// takes; oldest is negative if all diffs are pinned.
-func (s *Store) victim() (id blockdev.Digest, oldest, before int64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	oldest = -1
-	for d, st := range s.diffs {
-		if s.pins[d] == 0 && (oldest < 0 || st.used < oldest) {
-			id, oldest = d, st.used
-		}
-	}
-	return id, oldest, s.used
 }
 
 // Remove drops a diff and every layer that holds it, and frees the chunks that
@@ -138,22 +83,13 @@ func (s *Store) removeDiff(id blockdev.Digest, unlessPinned bool) (drops []uint6
 	if err != nil {
 		return nil, err
 	}
-	s.mu.Lock()
-	st := s.diffs[id]
-	if st == nil || (unlessPinned && s.pins[id] > 0) {
-		s.mu.Unlock()
+	// Out of sight first: nobody is given what is about to go.
+	gone, ok := s.catalogue.hide(id, unlessPinned)
+	if !ok {
 		return nil, nil
 	}
-	// Out of sight first: nobody is given what is about to go.
-	delete(s.diffs, id)
-	gone := make(map[blockdev.Digest]layerRecord)
-	for _, l := range st.layers {
-		gone[l] = s.layers[l]
-		delete(s.layers, l)
-	}
-	s.mu.Unlock()
 	err = s.update(func(c *change) error {
-		for l := range gone {
+		for l := range gone.layers {
 			if err := c.tx.Bucket(bucketLayers).Delete(l[:]); err != nil {
 				return err
 			}
@@ -165,14 +101,7 @@ func (s *Store) removeDiff(id blockdev.Digest, unlessPinned bool) (drops []uint6
 		return c.tx.Bucket(bucketDiffs).Delete(id[:])
 	})
 	if err != nil {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.diffs[id] == nil {
-			s.diffs[id] = st
-			for l, r := range gone {
-				s.layers[l] = r
-			}
-		}
+		s.catalogue.restore(id, gone)
 		return nil, err
 	}
 	return drops, nil
@@ -180,14 +109,7 @@ func (s *Store) removeDiff(id blockdev.Digest, unlessPinned bool) (drops []uint6
 
 // collectOrphans frees records without reference that no ingest holds any more.
 func (s *Store) collectOrphans() error {
-	s.mu.Lock()
-	var todo []blockdev.Digest
-	for d := range s.orphans {
-		if s.holds[d] == 0 {
-			todo = append(todo, d)
-		}
-	}
-	s.mu.Unlock()
+	todo := s.holds.loose()
 	if len(todo) == 0 {
 		return nil
 	}
@@ -219,10 +141,6 @@ func (s *Store) collectOrphans() error {
 	if err != nil {
 		return err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, d := range done {
-		delete(s.orphans, d)
-	}
+	s.holds.settled(done)
 	return nil
 }

@@ -78,13 +78,13 @@ func TestClockJumps(t *testing.T) {
 				ls = append(ls, newLayer(i, 10))
 				publish(t, s, ls[i])
 			}
-			s.mu.Lock()
-			s.now = func() time.Time { return time.Now().AddDate(1, 0, 0) }
-			s.mu.Unlock()
+			s.catalogue.mu.Lock()
+			s.catalogue.now = func() time.Time { return time.Now().AddDate(1, 0, 0) }
+			s.catalogue.mu.Unlock()
 			s.Touch(ls[0].rec.DiffID)
-			s.mu.Lock()
-			s.now = time.Now
-			s.mu.Unlock()
+			s.catalogue.mu.Lock()
+			s.catalogue.now = time.Now
+			s.catalogue.mu.Unlock()
 			if restart {
 				shut(t, s)
 				s = open(t, Config{Dir: dir})

@@ -50,11 +50,11 @@ func (s *Store) load() error {
 	if err := s.collectOrphans(); err != nil {
 		return err
 	}
-	if err := s.fitQuota(); err != nil {
+	if err := s.space.fit(); err != nil {
 		return err
 	}
-	if s.quota < s.cfg.Quota {
-		s.cfg.Log.Warn("the quota is larger than the disk; using what the disk has", "key", s.cfg.QuotaKey, "quota", s.cfg.Quota, "disk", s.quota)
+	if _, quota := s.space.numbers(); quota < s.cfg.Quota {
+		s.cfg.Log.Warn("the quota is larger than the disk; using what the disk has", "key", s.cfg.QuotaKey, "quota", s.cfg.Quota, "disk", quota)
 	}
 	return s.shrink()
 }
@@ -66,7 +66,8 @@ func (s *Store) loadRecords(c *change) error {
 		s.cfg.Log.Error("store: dropping a damaged record", "bucket", string(bucket), "key", fmt.Sprintf("%x", key), "error", err)
 		bad = append(bad, [2][]byte{bucket, append([]byte(nil), key...)})
 	}
-	now := s.now().Unix()
+	cat := s.catalogue
+	now := cat.now().Unix()
 	err := c.tx.Bucket(bucketDiffs).ForEach(func(k, v []byte) error {
 		var r diffRecord
 		id, err := toDigest(k)
@@ -79,7 +80,7 @@ func (s *Store) loadRecords(c *change) error {
 			return c.wantRecount()
 		}
 		// Of what a clock that was ahead has left, all is used now.
-		s.diffs[id] = &diffState{used: max(0, min(r.Used, now)) * int64(time.Second)}
+		cat.diffs[id] = &diffState{used: max(0, min(r.Used, now)) * int64(time.Second)}
 		return nil
 	})
 	if err != nil {
@@ -91,15 +92,15 @@ func (s *Store) loadRecords(c *change) error {
 		if err == nil {
 			err = decodeJSON(v, &r)
 		}
-		if err == nil && s.diffs[r.DiffID] == nil {
+		if err == nil && cat.diffs[r.DiffID] == nil {
 			err = fmt.Errorf("diff %s: %w", r.DiffID, blockdev.ErrNotFound)
 		}
 		if err != nil {
 			drop(bucketLayers, k, err)
 			return nil
 		}
-		s.layers[d] = r
-		s.diffs[r.DiffID].layers = append(s.diffs[r.DiffID].layers, d)
+		cat.layers[d] = r
+		cat.diffs[r.DiffID].layers = append(cat.diffs[r.DiffID].layers, d)
 		return nil
 	})
 	if err != nil {
@@ -111,14 +112,14 @@ func (s *Store) loadRecords(c *change) error {
 			drop(bucketOrphans, k, err)
 			return nil
 		}
-		s.orphans[d] = struct{}{}
+		s.holds.orphan(d)
 		return nil
 	})
 	if err != nil {
 		return err
 	}
 	err = c.tx.Bucket(bucketDue).ForEach(func(_, v []byte) error {
-		s.due += dueLength(v)
+		s.smaller.due.Add(dueLength(v))
 		return nil
 	})
 	if err != nil {
@@ -135,12 +136,12 @@ func (s *Store) loadRecords(c *change) error {
 // loadPacks deletes packs that no transaction has named, frees what was to be
 // freed, and adds up the disk use.
 func (s *Store) loadPacks() error {
-	known := make(map[uint64]bool)
+	known := make(map[uint64]int64)
 	var dead []extent64
-	err := s.view(func(tx *bolt.Tx) error {
+	err := s.db.view(func(tx *bolt.Tx) error {
 		if err := tx.Bucket(bucketPacks).ForEach(func(k, _ []byte) error {
 			if len(k) == 8 {
-				known[binary.BigEndian.Uint64(k)] = true
+				known[binary.BigEndian.Uint64(k)] = 0
 			}
 			return nil
 		}); err != nil {
@@ -165,32 +166,26 @@ func (s *Store) loadPacks() error {
 		return err
 	}
 	for _, id := range ids {
-		s.nextPack = max(s.nextPack, id+1)
-		if !known[id] {
+		s.sessions.nextPack = max(s.sessions.nextPack, id+1)
+		if _, ok := known[id]; !ok {
 			if err := s.packs.remove(id); err != nil {
 				return err
 			}
 		}
 	}
 	for id := range known {
-		s.nextPack = max(s.nextPack, id+1)
+		s.sessions.nextPack = max(s.sessions.nextPack, id+1)
 	}
-	s.punchAll(dead)
-	for id := range known {
-		use := s.packs.diskUse(id)
-		s.used += use - s.packUse[id] // which a recount has counted
-		s.packUse[id] = use
-	}
+	s.packs.punchAll(dead)
+	s.space.recount(known, 0)
 	return nil
 }
 
 // shrink evicts until the quota holds, as after the user has lowered it.
 func (s *Store) shrink() error {
 	for {
-		s.mu.Lock()
-		over := s.used > s.quota
-		s.mu.Unlock()
-		if !over {
+		used, quota := s.space.numbers()
+		if used <= quota {
 			return nil
 		}
 		ok, err := s.evictOne()
@@ -198,7 +193,7 @@ func (s *Store) shrink() error {
 			return err
 		}
 		if !ok {
-			s.cfg.Log.Warn("the store is above its quota and nothing can be evicted", "key", s.cfg.QuotaKey, "quota", s.quota, "used", s.used)
+			s.cfg.Log.Warn("the store is above its quota and nothing can be evicted", "key", s.cfg.QuotaKey, "quota", quota, "used", used)
 			return nil
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -22,9 +23,11 @@ const maxOpenPacks = 256
 // packs opens, reads, punches and deletes pack files.
 type packs struct {
 	dir string
+	log *slog.Logger
 
-	mu   sync.Mutex
-	open map[uint64]*packFile
+	mu      sync.Mutex
+	open    map[uint64]*packFile
+	punched []extent // since the last change, which takes them out of bucket dead
 }
 
 // packFile is an open pack; users counts those who read from or write to it.
@@ -34,11 +37,11 @@ type packFile struct {
 	gone  bool // no longer in packs.open: the last user closes it
 }
 
-func newPacks(dir string) (*packs, error) {
+func newPacks(dir string, log *slog.Logger) (*packs, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
-	return &packs{dir: dir, open: make(map[uint64]*packFile)}, nil
+	return &packs{dir: dir, log: log, open: make(map[uint64]*packFile)}, nil
 }
 
 func (p *packs) path(id uint64) string {
@@ -159,6 +162,19 @@ func (p *packs) read(e extent, buf []byte) ([]byte, error) {
 	return buf, nil
 }
 
+// readList reads a reference list.
+func (p *packs) readList(e extent) ([]blockdev.Digest, error) {
+	b, err := p.read(e, nil)
+	if err != nil {
+		return nil, err
+	}
+	refs := make([]blockdev.Digest, len(b)/len(blockdev.Digest{}))
+	for i := range refs {
+		copy(refs[i][:], b[i*len(refs[i]):])
+	}
+	return refs, nil
+}
+
 // punch gives the blocks of a range back to the file system.
 func (p *packs) punch(id uint64, off, n int64) error {
 	pf, err := p.acquire(id)
@@ -167,6 +183,38 @@ func (p *packs) punch(id uint64, off, n int64) error {
 	}
 	defer p.release(pf)
 	return punchHole(pf.f, off, n)
+}
+
+// punchAll frees ranges and notes them as freed. What fails is tried again at
+// the next Open.
+func (p *packs) punchAll(dead []extent64) {
+	var done []extent
+	for _, e := range dead {
+		// A pack that is gone has nothing to free.
+		if err := p.punch(e.pack, e.offset, e.length); err != nil && !errors.Is(err, blockdev.ErrCorrupt) {
+			p.log.Warn("store: space not freed; will try again at the next start", "error", err)
+			continue
+		}
+		done = append(done, extent{Pack: e.pack, Offset: e.offset})
+	}
+	p.note(done)
+}
+
+// note has the next change take ranges that were freed out of bucket dead.
+func (p *packs) note(punched []extent) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.punched = append(p.punched, punched...)
+}
+
+// noted are the ranges to be taken out of bucket dead; if that fails, they are to be noted
+// again.
+func (p *packs) noted() []extent {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	punched := p.punched
+	p.punched = nil
+	return punched
 }
 
 func punchHole(f *os.File, off, n int64) error {

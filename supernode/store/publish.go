@@ -142,14 +142,15 @@ func (in *Ingest) publishIn(ctx context.Context, rec LayerRecord, diff diffRecor
 		if err := c.putJSON(bucketDiffs, rec.DiffID, diff); err != nil {
 			return err
 		}
-		layer.Origins = mergeOrigins(rec.Origins, in.s.originsOf(rec.Layer))
+		known, _ := in.s.catalogue.record(rec.Layer)
+		layer.Origins = mergeOrigins(rec.Origins, known.Origins)
 		if err := c.putJSON(bucketLayers, rec.Layer, layer); err != nil {
 			return err
 		}
 		c.reserved = in.takeReserved()
 		drops = c.drops
 		c.committed = func() {
-			in.s.published(rec.Layer, layer)
+			in.s.catalogue.publish(rec.Layer, layer)
 			in.end()
 			in.leave()
 		}
@@ -173,7 +174,7 @@ func distinct(chunks iter.Seq[blockdev.Digest]) []blockdev.Digest {
 func (in *Ingest) verify(ctx context.Context, chunks iter.Seq[blockdev.Digest]) error {
 	batch := make([]blockdev.Digest, 0, checkBatch)
 	look := func() error {
-		err := in.s.view(func(tx *bolt.Tx) error {
+		err := in.s.db.view(func(tx *bolt.Tx) error {
 			for _, d := range batch {
 				v := tx.Bucket(bucketChunks).Get(d[:])
 				if v == nil {
@@ -299,33 +300,6 @@ func (in *Ingest) record(c *change, refs []blockdev.Digest, old *freeing) error 
 		}
 	}
 	return nil
-}
-
-// published brings the memory up to date with what was committed.
-func (s *Store) published(layer blockdev.Digest, r layerRecord) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if prev, ok := s.layers[layer]; ok && prev.DiffID != r.DiffID {
-		if st := s.diffs[prev.DiffID]; st != nil {
-			st.layers = slices.DeleteFunc(st.layers, func(d blockdev.Digest) bool { return d == layer })
-		}
-	}
-	s.layers[layer] = r
-	st := s.diffs[r.DiffID]
-	if st == nil {
-		st = &diffState{}
-		s.diffs[r.DiffID] = st
-	}
-	st.used = s.useLocked()
-	if !slices.Contains(st.layers, layer) {
-		st.layers = append(st.layers, layer)
-	}
-}
-
-func (s *Store) originsOf(layer blockdev.Digest) []string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.layers[layer].Origins
 }
 
 // mergeOrigins returns both lists as one, bounded; what is in the first list stays.

@@ -4,10 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
-
-	bolt "go.etcd.io/bbolt"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -29,7 +26,7 @@ const lookups = 4
 // blockdev.ErrNotFound, or blockdev.ErrCorrupt: the chunk was damaged on disk,
 // and the layers that have it are forgotten, to be ingested again.
 func (s *Store) Chunk(ctx context.Context, d blockdev.Digest) (Chunk, error) {
-	s.served.Store(time.Now().UnixNano())
+	s.smaller.served.Store(time.Now().UnixNano())
 	var failed extent
 	var cause error
 	for range lookups {
@@ -38,10 +35,10 @@ func (s *Store) Chunk(ctx context.Context, d blockdev.Digest) (Chunk, error) {
 		}
 		// Sessions first: a session leaves the list only after its chunks
 		// are in the database.
-		r, data, ok := s.findInSessions(d)
+		r, data, ok := s.sessions.find(d)
 		if !ok {
 			var err error
-			r, ok, err = s.lookup(d)
+			r, ok, err = s.db.chunk(d)
 			if errors.Is(err, blockdev.ErrCorrupt) {
 				s.damaged(map[blockdev.Digest]extent{d: {}})
 			}
@@ -75,54 +72,6 @@ func (s *Store) Chunk(ctx context.Context, d blockdev.Digest) (Chunk, error) {
 	return Chunk{}, fmt.Errorf("store: chunk %s: %w", d, blockdev.ErrNotFound)
 }
 
-// Has tells whether Chunk would find d.
-func (s *Store) Has(d blockdev.Digest) bool {
-	if _, _, ok := s.findInSessions(d); ok {
-		return true
-	}
-	r, ok, err := s.lookup(d)
-	return ok && err == nil && !r.damaged()
-}
-
-func (s *Store) findInSessions(d blockdev.Digest) (chunkRecord, []byte, bool) {
-	s.mu.Lock()
-	var open [8]*Ingest // no allocation for the usual few
-	list := open[:0]
-	for in := range s.sessions {
-		list = append(list, in)
-	}
-	s.mu.Unlock()
-	for _, in := range list {
-		if r, data, ok := in.find(d); ok {
-			return r, data, true
-		}
-	}
-	return chunkRecord{}, nil, false
-}
-
-// lookup reads a chunk's record.
-func (s *Store) lookup(d blockdev.Digest) (r chunkRecord, ok bool, err error) {
-	err = s.view(func(tx *bolt.Tx) error {
-		v := tx.Bucket(bucketChunks).Get(d[:])
-		if v == nil {
-			return nil
-		}
-		ok = true
-		var err error
-		r, err = decodeChunk(v)
-		return err
-	})
-	return r, ok, err
-}
-
-func (s *Store) diffRecord(id blockdev.Digest) (r diffRecord, ok bool, err error) {
-	err = s.view(func(tx *bolt.Tx) error {
-		r, ok, err = getDiff(tx, id)
-		return err
-	})
-	return r, ok, err
-}
-
 // Index returns the encoded index of a diff and counts as a use of it. Errors
 // wrap blockdev.ErrNotFound, or blockdev.ErrCorrupt: it was damaged on disk, and
 // its layers are forgotten, to be ingested again.
@@ -136,7 +85,7 @@ func (s *Store) Index(ctx context.Context, diffID blockdev.Digest) ([]byte, erro
 		if !s.Touch(diffID) {
 			break
 		}
-		r, ok, err := s.diffRecord(diffID)
+		r, ok, err := s.db.diff(diffID)
 		if err == nil && !ok {
 			break
 		}
@@ -162,23 +111,21 @@ func (s *Store) Index(ctx context.Context, diffID blockdev.Digest) ([]byte, erro
 // Layer returns what is known about a published layer and counts as a use of
 // its diff. The error wraps blockdev.ErrNotFound.
 func (s *Store) Layer(layer blockdev.Digest) (LayerRecord, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	r, ok := s.layers[layer]
+	r, ok := s.catalogue.use(layer)
 	if !ok {
 		return LayerRecord{}, fmt.Errorf("store: layer %s: %w", layer, blockdev.ErrNotFound)
 	}
-	s.touchLocked(r.DiffID)
-	return LayerRecord{Layer: layer, Size: r.Size, DiffID: r.DiffID, Origins: slices.Clone(r.Origins)}, nil
+	return r.public(layer), nil
 }
+
+// List returns all layers, in no order. It counts as no use of them.
+func (s *Store) List() []Entry { return s.catalogue.list() }
 
 // AddOrigin notes one more origin that has shown that it has the layer. The error wraps blockdev.ErrNotFound if the
 // store does not have the layer.
 func (s *Store) AddOrigin(layer blockdev.Digest, origin string) error {
 	return s.update(func(c *change) error {
-		s.mu.Lock()
-		r, ok := s.layers[layer]
-		s.mu.Unlock()
+		r, ok := s.catalogue.record(layer)
 		if !ok {
 			return fmt.Errorf("store: layer %s: %w", layer, blockdev.ErrNotFound)
 		}
@@ -186,75 +133,27 @@ func (s *Store) AddOrigin(layer blockdev.Digest, origin string) error {
 		if err := c.putJSON(bucketLayers, layer, r); err != nil {
 			return err
 		}
-		s.mu.Lock()
-		defer s.mu.Unlock()
 		// In memory before the commit: if that fails, a restart asks again.
-		if cur, ok := s.layers[layer]; ok && cur.DiffID == r.DiffID {
-			s.layers[layer] = r
-		}
+		s.catalogue.replace(layer, r)
 		return nil
 	})
 }
 
 // Pin keeps a diff from being evicted until release is called, once or more
 // often. A diff that is not there may be pinned as well.
-func (s *Store) Pin(diffID blockdev.Digest) (release func()) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.pins[diffID]++
-	done := false
-	return func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if done {
-			return
-		}
-		done = true
-		if s.pins[diffID]--; s.pins[diffID] == 0 {
-			delete(s.pins, diffID)
-		}
-	}
-}
+func (s *Store) Pin(diffID blockdev.Digest) (release func()) { return s.catalogue.pin(diffID) }
 
 // Touch counts as a use of a diff. False: there is no such diff.
-func (s *Store) Touch(diffID blockdev.Digest) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.touchLocked(diffID)
-}
-
-func (s *Store) touchLocked(diffID blockdev.Digest) bool {
-	st, ok := s.diffs[diffID]
-	if ok {
-		st.used, st.dirty = s.useLocked(), true
-	}
-	return ok
-}
-
-// useLocked is when something is used: the time, but behind every use before. So a clock
-// that was ahead for a while, and is put right, does not make what was used meanwhile
-// the last to be evicted for as long.
-func (s *Store) useLocked() int64 {
-	s.lastUse = max(s.lastUse+1, s.now().UnixNano())
-	return s.lastUse
-}
+func (s *Store) Touch(diffID blockdev.Digest) bool { return s.catalogue.touch(diffID) }
 
 // flushUses writes down the last uses that have changed.
 func (s *Store) flushUses() error {
-	s.mu.Lock()
-	dirty := make(map[blockdev.Digest]int64)
-	for id, st := range s.diffs {
-		if st.dirty {
-			dirty[id] = st.used / int64(time.Second)
-			st.dirty = false
-		}
-	}
-	s.mu.Unlock()
-	if len(dirty) == 0 {
+	uses := s.catalogue.unwritten()
+	if len(uses) == 0 {
 		return nil
 	}
 	return s.update(func(c *change) error {
-		for id, used := range dirty {
+		for id, used := range uses {
 			r, ok, err := getDiff(c.tx, id)
 			if err != nil || !ok {
 				continue

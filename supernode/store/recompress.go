@@ -2,6 +2,7 @@ package store
 
 import (
 	"errors"
+	"sync/atomic"
 	"time"
 )
 
@@ -22,17 +23,34 @@ const (
 	retryAfter = time.Minute
 )
 
-// recompress compresses in the background what ingests have stored raw. It is
-// the only goroutine that does.
-func (s *Store) recompress() {
-	r := newRun(s)
+// recompressor makes the store smaller: it compresses in the background what ingests have
+// stored raw.
+type recompressor struct {
+	s    *Store
+	comp *compressor
+	due  atomic.Int64  // raw bytes of chunks that are still to be compressed
+	wake chan struct{} // to look again
+
+	served atomic.Int64 // when the last call of Store.Chunk was, in Unix nanoseconds
+}
+
+func newRecompressor(s *Store) (*recompressor, error) {
+	comp, err := newCompressor()
+	return &recompressor{s: s, comp: comp, wake: make(chan struct{}, 1)}, err
+}
+
+func (c *recompressor) close() error { return c.comp.close() }
+
+// run compresses until the store is closed. It is the only goroutine that does.
+func (c *recompressor) run() {
+	r := newRun(c.s)
 	defer r.drop()
 	var last, retry time.Time // when the last step ended; not before
 	t := time.NewTimer(0)
 	defer t.Stop()
 	for {
 		var timer <-chan time.Time
-		at, ok := s.compressAt(last, retry)
+		at, ok := c.next(last, retry)
 		if ok {
 			if d := time.Until(at); d > 0 {
 				t.Reset(d)
@@ -41,48 +59,46 @@ func (s *Store) recompress() {
 		}
 		if !ok {
 			select {
-			case <-s.stop:
+			case <-c.s.stop:
 				return
-			case <-s.wake:
+			case <-c.wake:
 			case <-timer:
 			}
-			if s.ingesting() && !r.empty() {
+			if c.s.sessions.any() && !r.empty() {
 				// The ingest may need the room that this gives back.
 				if err := r.commit(); err != nil {
-					retry = s.recompressFailed(r, err)
+					retry = c.failed(r, err)
 				}
 			}
 			continue
 		}
 		more, err := r.step()
-		if s.stopping() {
+		if c.s.stopping() {
 			return
 		}
-		if err == nil && (!more || r.raw >= s.cfg.runBytes || s.ingesting()) {
+		if err == nil && (!more || r.raw >= c.s.cfg.runBytes || c.s.sessions.any()) {
 			err = r.commit()
 		}
 		if err != nil {
-			retry = s.recompressFailed(r, err)
+			retry = c.failed(r, err)
 		}
 		last = time.Now()
 	}
 }
 
-// compressAt returns when the next step may begin. False: not before an ingest
-// ends.
-func (s *Store) compressAt(last, retry time.Time) (time.Time, bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.sessions) > 0 || s.due == 0 {
+// next returns when the next step may begin. False: not before an ingest ends.
+func (c *recompressor) next(last, retry time.Time) (time.Time, bool) {
+	ingests, ended := c.s.sessions.count()
+	if ingests > 0 || c.due.Load() == 0 {
 		return time.Time{}, false
 	}
 	// While chunks are served all the time, one step in a while.
-	at := time.Unix(0, s.served.Load())
+	at := time.Unix(0, c.served.Load())
 	if last.Before(at) {
 		at = last
 	}
-	at = at.Add(s.cfg.Idle / servedPart)
-	if t := s.ingested.Add(s.cfg.Idle); t.After(at) {
+	at = at.Add(c.s.cfg.Idle / servedPart)
+	if t := ended.Add(c.s.cfg.Idle); t.After(at) {
 		at = t
 	}
 	if retry.After(at) {
@@ -91,37 +107,22 @@ func (s *Store) compressAt(last, retry time.Time) (time.Time, bool) {
 	return at, true
 }
 
-// recompressFailed gives a run up and returns when to try again.
-func (s *Store) recompressFailed(r *run, err error) time.Time {
+// failed gives a run up and returns when to try again.
+func (c *recompressor) failed(r *run, err error) time.Time {
 	r.drop()
 	switch {
 	case errors.Is(err, errNoRoom):
-		s.cfg.Log.Info("store: no room to compress chunks in; will try again", "key", s.cfg.QuotaKey)
+		c.s.cfg.Log.Info("store: no room to compress chunks in; will try again", "key", c.s.cfg.QuotaKey)
 	case !errors.Is(err, ErrClosed) && !errors.Is(err, errNothing):
-		s.cfg.Log.Warn("store: chunks not compressed; will try again", "error", err)
+		c.s.cfg.Log.Warn("store: chunks not compressed; will try again", "error", err)
 	}
 	return time.Now().Add(retryAfter)
 }
 
-func (s *Store) ingesting() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.sessions) > 0
-}
-
-func (s *Store) stopping() bool {
+// wakeUp makes run look again.
+func (c *recompressor) wakeUp() {
 	select {
-	case <-s.stop:
-		return true
-	default:
-		return false
-	}
-}
-
-// wakeUp makes recompress look again.
-func (s *Store) wakeUp() {
-	select {
-	case s.wake <- struct{}{}:
+	case c.wake <- struct{}{}:
 	default:
 	}
 }

@@ -252,7 +252,7 @@ func TestChangesDuringRun(t *testing.T) {
 			t.Error(err)
 		}
 		bad := blockdev.Sum(damaged.chunks[3])
-		r, _, err := s.lookup(bad)
+		r, _, err := s.db.chunk(bad)
 		if err != nil {
 			t.Error(err)
 		}
@@ -302,7 +302,7 @@ func TestRunFindsDamage(t *testing.T) {
 	publish(t, s, a)
 	publish(t, s, b)
 	bad := blockdev.Sum(a.chunks[3])
-	rec, _, _ := s.lookup(bad)
+	rec, _, _ := s.db.chunk(bad)
 	flip(t, s.packs.path(rec.Pack), rec.Offset+3)
 	if err := compressAll(s); err != nil {
 		t.Fatal(err)
@@ -344,18 +344,18 @@ func TestLittleRoom(t *testing.T) {
 	publish(t, s, l)
 	defer s.Pin(l.rec.DiffID)()
 	used := s.Stats().Used
-	s.quota = used + 1000
+	s.space.quota = used + 1000
 	if err := compressAll(s); !errors.Is(err, errNoRoom) {
 		t.Fatalf("no room: %v", err)
 	}
 	check(t, s, l)
-	s.quota = used + runSlack + 50<<10
+	s.space.quota = used + runSlack + 50<<10
 	runs := 0
 	s.cfg.hook = func(point string) {
 		if point == "committed" {
 			runs++
-			if n := du(t, dir); n > s.quota {
-				t.Errorf("%d bytes on disk, quota %d", n, s.quota)
+			if n := du(t, dir); n > s.space.quota {
+				t.Errorf("%d bytes on disk, quota %d", n, s.space.quota)
 			}
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"hash/crc32"
+	"slices"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -139,6 +140,10 @@ type layerRecord struct {
 	DiffID  blockdev.Digest `json:"diffID"`
 	Size    int64           `json:"size"`
 	Origins []string        `json:"origins"`
+}
+
+func (r layerRecord) public(layer blockdev.Digest) LayerRecord {
+	return LayerRecord{Layer: layer, Size: r.Size, DiffID: r.DiffID, Origins: slices.Clone(r.Origins)}
 }
 
 func decodeJSON(b []byte, v any) error {

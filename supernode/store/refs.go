@@ -51,12 +51,12 @@ func (c *change) replaceDiff(id blockdev.Digest, old *freeing) error {
 // refsOf returns the reference lists of a diff: nil if there is no such diff or
 // one of them is damaged.
 func (s *Store) refsOf(id blockdev.Digest) (lists [][]blockdev.Digest, err error) {
-	r, ok, err := s.diffRecord(id)
+	r, ok, err := s.db.diff(id)
 	if err != nil || !ok {
 		return nil, err
 	}
 	for _, e := range r.lists() {
-		refs, err := s.readList(e)
+		refs, err := s.packs.readList(e)
 		if err != nil {
 			s.cfg.Log.Error("store: the reference list of a diff is damaged", "diff", id, "error", err)
 			return nil, nil
@@ -70,7 +70,7 @@ func (s *Store) refsOf(id blockdev.Digest) (lists [][]blockdev.Digest, err error
 // not, either, if its index is not where its record says: what lies there then may be
 // somebody else's.
 func (s *Store) freeable(id blockdev.Digest) (*freeing, error) {
-	r, ok, err := s.diffRecord(id)
+	r, ok, err := s.db.diff(id)
 	if errors.Is(err, blockdev.ErrCorrupt) || err == nil && !ok {
 		return nil, nil
 	}
@@ -84,7 +84,7 @@ func (s *Store) freeable(id blockdev.Digest) (*freeing, error) {
 	if len(r.More) > 0 {
 		return &freeing{}, nil // drop looks at the lists, one at a time
 	}
-	refs, err := s.readList(r.Refs)
+	refs, err := s.packs.readList(r.Refs)
 	if err != nil {
 		s.cfg.Log.Error("store: the reference list of a diff is damaged", "diff", id, "error", err)
 		return nil, nil

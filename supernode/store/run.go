@@ -1,11 +1,8 @@
 package store
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
-
-	bolt "go.etcd.io/bbolt"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -45,15 +42,6 @@ type move struct {
 	zstd bool // else it stays where it is
 }
 
-// due is an entry of the bucket due.
-type due struct {
-	key []byte
-	d   blockdev.Digest
-	rec chunkRecord
-	// stale: the chunk is not there any more. Left by damage to index.db only.
-	stale bool
-}
-
 func newRun(s *Store) *run { return &run{s: s} }
 
 func (r *run) empty() bool { return len(r.moves) == 0 }
@@ -71,7 +59,7 @@ func (r *run) drop() {
 			r.s.cfg.Log.Warn("store: a pack was not deleted; the next start does it", "error", err)
 		}
 	}
-	r.s.unreserve(r.reserved)
+	r.s.space.unreserve(r.reserved)
 	r.reset()
 }
 
@@ -79,20 +67,20 @@ func (r *run) drop() {
 // store is closed. more is false if no more are due, or there is no room for
 // them before commit.
 func (r *run) step() (more bool, err error) {
-	todo, err := r.s.dueAfter(r.after, r.s.cfg.stepBytes)
+	todo, err := r.s.db.dueAfter(r.after, r.s.cfg.stepBytes)
 	if err == nil && len(todo) == 0 && r.empty() {
 		err = errNothing
 	}
 	if err != nil || len(todo) == 0 {
 		return false, err
 	}
-	free, err := r.s.freeSpace()
+	free, err := r.s.space.free()
 	if err != nil {
 		return false, err
 	}
 	free -= runSlack
 	for _, t := range todo {
-		if r.s.stopping() || r.s.ingesting() {
+		if r.s.stopping() || r.s.sessions.any() {
 			return true, nil
 		}
 		before := r.size
@@ -119,7 +107,7 @@ func (r *run) do(t due, free int64) error {
 	var err error
 	r.in, err = r.s.packs.read(t.rec.extent, r.in[:0])
 	if errors.Is(err, blockdev.ErrCorrupt) {
-		now, ok, lerr := r.s.lookup(t.d)
+		now, ok, lerr := r.s.db.chunk(t.d)
 		if lerr == nil && ok && now.extent == t.rec.extent {
 			r.s.damaged(map[blockdev.Digest]extent{t.d: t.rec.extent})
 		}
@@ -128,7 +116,7 @@ func (r *run) do(t due, free int64) error {
 	if err != nil {
 		return err
 	}
-	return r.s.comp.compress(r.in, func(stored []byte, isZstd bool) error {
+	return r.s.smaller.comp.compress(r.in, func(stored []byte, isZstd bool) error {
 		m := move{due: t, zstd: isZstd}
 		if isZstd {
 			if int64(len(stored)) > free {
@@ -151,12 +139,12 @@ func (r *run) append(b []byte) (extent, error) {
 	if r.reserved == 0 {
 		need += runSlack
 	}
-	if !r.s.tryReserve(need) {
+	if !r.s.space.reserve(need) {
 		return extent{}, errNoRoom
 	}
 	r.reserved += need
 	if r.pack == nil {
-		id, err := r.s.newPackID()
+		id, err := r.s.sessions.newPack()
 		if err != nil {
 			return extent{}, err
 		}
@@ -228,7 +216,7 @@ func (r *run) commit() error {
 	if err != nil {
 		return err
 	}
-	r.s.count(func(c *counters) { c.storedBytes -= saved })
+	r.s.stats.storedBytes.Add(-saved)
 	if r.pack != nil {
 		r.s.packs.release(r.pack)
 	}
@@ -293,30 +281,4 @@ func dueLength(v []byte) int64 {
 		return 0
 	}
 	return int64(binary.LittleEndian.Uint32(v[len(v)-4:]))
-}
-
-// dueAfter returns the next entries, at least one and up to n raw bytes of them.
-func (s *Store) dueAfter(after []byte, n int64) ([]due, error) {
-	var todo []due
-	err := s.view(func(tx *bolt.Tx) error {
-		chunks, c := tx.Bucket(bucketChunks), tx.Bucket(bucketDue).Cursor()
-		k, v := c.Seek(after)
-		if len(after) > 0 && bytes.Equal(k, after) {
-			k, v = c.Next()
-		}
-		for ; k != nil && n > 0; k, v = c.Next() {
-			t := due{key: bytes.Clone(k), stale: true}
-			if len(v) == dueValueLen {
-				copy(t.d[:], v)
-				rec, err := decodeChunk(chunks.Get(t.d[:]))
-				if err == nil && rec.flags&flagDue != 0 && bytes.Equal(dueKey(rec.extent), k) {
-					t.rec, t.stale = rec, false
-				}
-			}
-			todo = append(todo, t)
-			n -= max(1, int64(t.rec.raw))
-		}
-		return nil
-	})
-	return todo, err
 }

@@ -47,8 +47,8 @@ func TestCheckedAfterUncleanEnd(t *testing.T) {
 	}
 	s = open(t, Config{Dir: dir})
 	check(t, s, l)
-	err = s.guard(func() error { panic("a page is not what it should be") })
-	if err == nil || !s.doubtful.Load() {
+	err = s.db.guard(func() error { panic("a page is not what it should be") })
+	if err == nil || !s.db.doubtful.Load() {
 		t.Fatalf("damage is not noticed: %v", err)
 	}
 	shut(t, s)
@@ -64,7 +64,7 @@ func TestDamagedAtRest(t *testing.T) {
 	s := open(t, Config{Dir: dir, Idle: -1})
 	l := indexed(t, newLayer(1, 300)) // more than a page of records
 	publish(t, s, l)
-	path := s.dbPath()
+	path := dbPath(s.cfg.Dir)
 	shut(t, s)
 	data, err := os.ReadFile(path)
 	if err != nil {

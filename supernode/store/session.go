@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"sync"
-	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -58,7 +57,7 @@ type buffer struct {
 
 // Begin starts the ingest of a layer. The caller ends it with Publish or Abort.
 func (s *Store) Begin(layer blockdev.Digest) (*Ingest, error) {
-	id, err := s.newPackID()
+	id, err := s.sessions.newPack()
 	if err != nil {
 		return nil, err
 	}
@@ -71,21 +70,9 @@ func (s *Store) Begin(layer blockdev.Digest) (*Ingest, error) {
 		chunks: make(map[blockdev.Digest]chunkRecord),
 		held:   make(map[blockdev.Digest]struct{}),
 	}
-	s.mu.Lock()
-	s.sessions[in] = struct{}{}
-	s.mu.Unlock()
-	s.wakeUp() // to pause
+	s.sessions.enter(in)
+	s.smaller.wakeUp() // to pause
 	return in, nil
-}
-
-func (s *Store) newPackID() (uint64, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return 0, ErrClosed
-	}
-	s.nextPack++
-	return s.nextPack - 1, nil
 }
 
 // Put stores one chunk or header piece, of at most blockdev.MaxChunk bytes,
@@ -128,7 +115,7 @@ func (in *Ingest) putOne(ctx context.Context, d blockdev.Digest, data []byte) er
 	_, put := in.chunks[d]
 	if _, held := in.held[d]; put || held {
 		in.mu.Unlock()
-		in.s.count(func(c *counters) { c.dedup += int64(len(data)) })
+		in.s.stats.dedup.Add(int64(len(data)))
 		return nil
 	}
 	// From here on others that put the same chunk leave it to this call; if it
@@ -147,12 +134,13 @@ func (in *Ingest) putOne(ctx context.Context, d blockdev.Digest, data []byte) er
 		in.held[d] = struct{}{}
 		in.mu.Unlock()
 		if twice {
-			in.s.unhold(d)
+			in.s.holds.release(d)
 		}
-		in.s.count(func(c *counters) { c.dedup += int64(len(data)) })
+		in.s.stats.dedup.Add(int64(len(data)))
 		return nil
 	}
-	in.s.count(func(c *counters) { c.putBytes += int64(len(data)); c.storedBytes += int64(len(data)) })
+	in.s.stats.putBytes.Add(int64(len(data)))
+	in.s.stats.storedBytes.Add(int64(len(data)))
 	_, err = in.append(ctx, data, func(e extent) {
 		in.chunks[d] = chunkRecord{extent: e, raw: uint32(len(data)), flags: flagDue}
 	})
@@ -188,36 +176,18 @@ func (in *Ingest) fail(err error) error {
 // hold makes sure that d stays until the session ends, if the store has it.
 // The hold is taken before the look, so that an eviction sees it in time.
 func (s *Store) hold(d blockdev.Digest) (bool, error) {
-	s.mu.Lock()
-	if s.doomed[d] > 0 {
-		s.mu.Unlock()
+	if !s.holds.hold(d) {
 		return false, nil
 	}
-	s.holds[d]++
-	s.mu.Unlock()
-	r, ok, err := s.lookup(d)
+	r, ok, err := s.db.chunk(d)
 	if ok && err == nil && !r.damaged() {
 		return true, nil
 	}
-	s.unhold(d)
+	s.holds.release(d)
 	if errors.Is(err, blockdev.ErrCorrupt) {
 		err = nil // the new copy replaces the damaged record
 	}
 	return false, err
-}
-
-func (s *Store) unhold(d blockdev.Digest) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.holds[d]--; s.holds[d] <= 0 {
-		delete(s.holds, d)
-	}
-}
-
-func (s *Store) count(f func(*counters)) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	f(&s.stats)
 }
 
 // append adds b to the pack. placed is called with its place, under in.mu.
@@ -307,17 +277,15 @@ func (in *Ingest) reserve(ctx context.Context, n int64) error {
 	}
 	// Several Puts may get here at once and take a step each; Publish gives
 	// back what is too much.
-	in.s.mu.Lock()
-	step := min(reserveStep, in.s.quota/64)
-	in.s.mu.Unlock()
-	take := max(need, step)
+	_, quota := in.s.space.numbers()
+	take := max(need, min(reserveStep, quota/64))
 	if err := in.s.reserve(ctx, take); err != nil {
 		return err
 	}
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if in.ended {
-		in.s.unreserve(take)
+		in.s.space.unreserve(take)
 		return errEnded
 	}
 	in.reserved += take
@@ -362,7 +330,7 @@ func (in *Ingest) Abort() {
 	} else if err := in.s.packs.remove(in.id); err != nil {
 		in.s.cfg.Log.Warn("store: the pack of an aborted ingest was not deleted; the next start does it", "layer", in.layer, "error", err)
 	}
-	in.s.unreserve(in.reserved)
+	in.s.space.unreserve(in.reserved)
 	in.unhold()
 }
 
@@ -377,11 +345,8 @@ func (in *Ingest) end() bool {
 
 // leave takes the session out of the store's sight.
 func (in *Ingest) leave() {
-	in.s.mu.Lock()
-	delete(in.s.sessions, in)
-	in.s.ingested = time.Now()
-	in.s.mu.Unlock()
-	in.s.wakeUp()
+	in.s.sessions.leave(in)
+	in.s.smaller.wakeUp()
 }
 
 // unhold lets go of the chunks that the session counted on, and collects those
@@ -389,7 +354,7 @@ func (in *Ingest) leave() {
 func (in *Ingest) unhold() {
 	s := in.s
 	for d := range in.held {
-		s.unhold(d)
+		s.holds.release(d)
 	}
 	if err := s.collectOrphans(); err != nil && !errors.Is(err, ErrClosed) {
 		s.cfg.Log.Warn("store: chunks without reference not freed; the next start does it", "error", err)

@@ -3,21 +3,12 @@ package store
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
-
-	bolt "go.etcd.io/bbolt"
-	bolterrors "go.etcd.io/bbolt/errors"
-	"golang.org/x/sys/unix"
-
-	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/internal/boltcheck"
 )
 
 // ErrClosed is returned by every call after Close.
@@ -55,59 +46,26 @@ type Config struct {
 	hook                func(point string)
 }
 
-// diskMargin is left free on the file system, so that there is always room for
-// the transaction that frees some.
-const diskMargin = 32 << 20
-
 // Store is an open store. All methods may be called from any goroutine.
 type Store struct {
-	cfg   Config
-	quota int64
-	db    *bolt.DB
-	packs *packs
-	comp  *compressor
+	cfg       Config
+	db        *database
+	packs     *packs
+	space     *space
+	catalogue *catalogue
+	holds     *holds
+	sessions  *sessions
+	smaller   *recompressor
+	damage    damageQueue
+	stats     counters
 	// evicting is held (by sending) by the one who looks for room.
 	evicting chan struct{}
-	damage   damageQueue
 	// commit serialises publishing and removing, which change index.db and the
-	// maps below together. Those who read, or put chunks, never take it.
+	// catalogue together. Those who read, or put chunks, never take it.
 	commit sync.Mutex
-
-	// mu guards what follows. It is never held across I/O.
-	mu       sync.Mutex
-	now      func() time.Time // of uses; tests give their own
-	lastUse  int64            // Unix nanoseconds; see useLocked
-	diffs    map[blockdev.Digest]*diffState
-	layers   map[blockdev.Digest]layerRecord
-	pins     map[blockdev.Digest]int // diffs in use
-	holds    map[blockdev.Digest]int // chunks that running ingests count on
-	doomed   map[blockdev.Digest]int // chunks that a running transaction deletes
-	orphans  map[blockdev.Digest]struct{}
-	sessions map[*Ingest]struct{}
-	packUse  map[uint64]int64 // bytes on disk
-	nextPack uint64
-	used     int64 // bytes: packs, index.db, reservations of ingests
-	dbUse    int64 // bytes: the part of used that is index.db
-	punched  []extent
-	closed   bool
-	stats    counters
-	due      int64     // raw bytes of chunks that are still to be compressed
-	ingested time.Time // when the last ingest ended, or Open
-
-	doubtful atomic.Bool // index.db has shown damage
-
-	served atomic.Int64  // when the last call of Chunk was, in Unix nanoseconds
-	wake   chan struct{} // recompress is to look again
 
 	stop chan struct{}
 	wg   sync.WaitGroup
-}
-
-// diffState is what is known in memory about a published diff.
-type diffState struct {
-	used   int64 // Unix nanoseconds of the last use
-	dirty  bool  // used is newer than on disk
-	layers []blockdev.Digest
 }
 
 // Open opens the store in cfg.Dir, makes one if there is none, and removes what
@@ -136,156 +94,52 @@ func Open(cfg Config) (*Store, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
-	p, err := newPacks(filepath.Join(cfg.Dir, "packs"))
+	p, err := newPacks(filepath.Join(cfg.Dir, "packs"), cfg.Log)
 	if err != nil {
 		return nil, err
 	}
 	if err := canPunch(p.dir); err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
-	comp, err := newCompressor()
-	if err != nil {
+	s := &Store{
+		cfg:       cfg,
+		packs:     p,
+		space:     &space{dir: cfg.Dir, limit: cfg.Quota, key: cfg.QuotaKey, packs: p, dbPath: dbPath(cfg.Dir), packUse: map[uint64]int64{}},
+		catalogue: newCatalogue(),
+		holds:     newHolds(),
+		sessions:  newSessions(),
+		evicting:  make(chan struct{}, 1),
+		stop:      make(chan struct{}),
+	}
+	if s.smaller, err = newRecompressor(s); err != nil {
 		return nil, err
 	}
-	s := &Store{
-		cfg:      cfg,
-		packs:    p,
-		comp:     comp,
-		evicting: make(chan struct{}, 1),
-		diffs:    make(map[blockdev.Digest]*diffState),
-		layers:   make(map[blockdev.Digest]layerRecord),
-		pins:     make(map[blockdev.Digest]int),
-		holds:    make(map[blockdev.Digest]int),
-		doomed:   make(map[blockdev.Digest]int),
-		orphans:  make(map[blockdev.Digest]struct{}),
-		sessions: make(map[*Ingest]struct{}),
-		packUse:  make(map[uint64]int64),
-		stop:     make(chan struct{}),
-		wake:     make(chan struct{}, 1),
-		ingested: time.Now(),
-		now:      time.Now,
-	}
-	if err := s.openDB(); err != nil {
-		return nil, errors.Join(err, comp.close())
+	if s.db, err = openDatabase(cfg.Dir, cfg.Thorough, cfg.Log); err != nil {
+		return nil, errors.Join(err, s.smaller.close())
 	}
 	if err := s.load(); err != nil {
-		return nil, errors.Join(err, s.db.Close(), p.close(), comp.close())
+		return nil, errors.Join(err, s.db.Close(), p.close(), s.smaller.close())
 	}
 	s.wg.Go(s.writeUses)
 	if cfg.Idle > 0 {
-		s.wg.Go(s.recompress)
+		s.wg.Go(s.smaller.run)
 	}
 	return s, nil
-}
-
-func (s *Store) dbPath() string { return filepath.Join(s.cfg.Dir, "index.db") }
-
-// openDB opens index.db; one that is no database any more is replaced.
-func (s *Store) openDB() error {
-	open := func() error {
-		// All of it is read only if it has not been closed in good order: that takes as
-		// long as the store is large.
-		sealed, err := boltcheck.Sealed(s.dbPath())
-		if err == nil && (!sealed || s.cfg.Thorough) {
-			err = boltcheck.Pages(s.dbPath())
-		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		db, err := bolt.Open(s.dbPath(), 0o600, &bolt.Options{
-			Timeout:      time.Second, // for the lock
-			FreelistType: bolt.FreelistMapType,
-			// The free list is written by Close, and else rebuilt at open: writing it
-			// at every commit costs more.
-			NoFreelistSync: true,
-			// Address space, not memory: growing a smaller map waits for readers, and
-			// a check reads for as long as it takes.
-			InitialMmapSize: 16 << 30,
-		})
-		s.db = db
-		return err
-	}
-	err := guard(open)
-	if errors.Is(err, bolterrors.ErrTimeout) || errors.Is(err, boltcheck.ErrInUse) {
-		return fmt.Errorf("store: %s is in use by another process", s.cfg.Dir)
-	}
-	if errors.Is(err, bolterrors.ErrInvalid) || errors.Is(err, bolterrors.ErrChecksum) || errors.Is(err, bolterrors.ErrVersionMismatch) ||
-		errors.Is(err, blockdev.ErrCorrupt) {
-		s.cfg.Log.Error("the store's index is damaged; starting with an empty store", "dir", s.cfg.Dir, "error", err)
-		if err := os.Remove(s.dbPath()); err != nil {
-			return fmt.Errorf("store: %w", err)
-		}
-		err = guard(open)
-	}
-	if err != nil {
-		return diskError("open index.db", err)
-	}
-	return nil
-}
-
-// guard turns a panic of bbolt, which is how it reports a damaged page, into an
-// error, so that one bad page does not take the process down.
-func guard(f func() error) (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // a page number far off
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("store: %w: %v", errDamaged, r)
-		}
-	}()
-	return f()
-}
-
-// view runs a read transaction.
-func (s *Store) view(f func(tx *bolt.Tx) error) error {
-	return mapClosed(s.guard(func() error { return s.db.View(f) }))
-}
-
-// guard is guard for what is done with an open index.db: after damage the next Open is to
-// check it in full.
-func (s *Store) guard(f func() error) error {
-	err := guard(f)
-	if errors.Is(err, errDamaged) && !s.doubtful.Swap(true) {
-		s.cfg.Log.Error("the store's index is damaged; the next start checks it, and begins with an empty store; restart the supernode", "dir", s.cfg.Dir, "error", err)
-	}
-	return err
-}
-
-// errDamaged: index.db cannot be read.
-var errDamaged = fmt.Errorf("index.db: %w", blockdev.ErrCorrupt)
-
-func mapClosed(err error) error {
-	if errors.Is(err, bolterrors.ErrDatabaseNotOpen) {
-		return ErrClosed
-	}
-	return err
 }
 
 // Close waits for running transactions, writes the last uses down and closes
 // the store. Ingest sessions that are still open are aborted.
 func (s *Store) Close() error {
-	s.mu.Lock()
-	if s.closed {
-		s.mu.Unlock()
+	open, first := s.sessions.close()
+	if !first {
 		return nil
 	}
-	s.closed = true
-	var open []*Ingest
-	for in := range s.sessions {
-		open = append(open, in)
-	}
-	s.mu.Unlock()
 	close(s.stop)
 	s.wg.Wait()
 	for _, in := range open {
 		in.Abort()
 	}
-	err := s.flushUses()
-	if !s.doubtful.Load() {
-		if serr := boltcheck.Seal(s.db); !errors.Is(serr, bolterrors.ErrDatabaseNotOpen) {
-			err = errors.Join(err, serr)
-		}
-	}
-	return errors.Join(err, s.db.Close(), s.packs.close(), s.comp.close())
+	return errors.Join(s.flushUses(), s.db.seal(), s.packs.close(), s.smaller.close())
 }
 
 // Stats is a snapshot of a store's state and of its counters since Open.
@@ -302,18 +156,28 @@ type Stats struct {
 }
 
 type counters struct {
-	evicted, evictedBytes, putBytes, storedBytes, dedup, damaged int64
+	evicted, evictedBytes, putBytes, storedBytes, dedup, damaged atomic.Int64
 }
 
 // Stats returns a snapshot.
 func (s *Store) Stats() Stats {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	diffs, layers, _ := s.catalogue.sizes()
+	used, quota := s.space.numbers()
+	c := &s.stats
 	return Stats{
-		Diffs: len(s.diffs), Layers: len(s.layers), Used: s.used, Quota: s.quota,
-		Evicted: s.stats.evicted, EvictedBytes: s.stats.evictedBytes,
-		PutBytes: s.stats.putBytes, StoredBytes: s.stats.storedBytes,
-		Deduplicated: s.stats.dedup, Damaged: s.stats.damaged, DueBytes: s.due,
+		Diffs: diffs, Layers: layers, Used: used, Quota: quota,
+		Evicted: c.evicted.Load(), EvictedBytes: c.evictedBytes.Load(),
+		PutBytes: c.putBytes.Load(), StoredBytes: c.storedBytes.Load(),
+		Deduplicated: c.dedup.Load(), Damaged: c.damaged.Load(), DueBytes: s.smaller.due.Load(),
+	}
+}
+
+func (s *Store) stopping() bool {
+	select {
+	case <-s.stop:
+		return true
+	default:
+		return false
 	}
 }
 
@@ -322,16 +186,6 @@ func (s *Store) at(point string) {
 	if s.cfg.hook != nil {
 		s.cfg.hook(point)
 	}
-}
-
-// freeSpace returns the bytes that the store's file system has left for it.
-func (s *Store) freeSpace() (int64, error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(s.cfg.Dir, &st); err != nil {
-		return 0, fmt.Errorf("store: statfs %s: %w", s.cfg.Dir, err)
-	}
-	total := int64(st.Blocks) * st.Bsize
-	return int64(st.Bavail)*st.Bsize - min(diskMargin, total/16), nil
 }
 
 // writeUses writes last uses down now and then.

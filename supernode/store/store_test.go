@@ -189,7 +189,7 @@ func checkAccounts(t testing.TB, dir string) {
 	want := make(map[blockdev.Digest]uint32)
 	live := make(map[uint64]int64)
 	var due int64
-	for _, id := range s.diffIDs() {
+	for _, id := range s.catalogue.ids() {
 		lists, err := s.refsOf(id)
 		if err != nil || lists == nil {
 			t.Fatalf("references of %s: %v", id, err)
@@ -197,13 +197,13 @@ func checkAccounts(t testing.TB, dir string) {
 		for _, d := range slices.Concat(lists...) {
 			want[d]++
 		}
-		r, _, _ := s.diffRecord(id)
+		r, _, _ := s.db.diff(id)
 		live[r.Index.Pack]++
 		for _, e := range r.lists() {
 			live[e.Pack]++
 		}
 	}
-	err := s.view(func(tx *bolt.Tx) error {
+	err := s.db.view(func(tx *bolt.Tx) error {
 		if err := tx.Bucket(bucketChunks).ForEach(func(k, v []byte) error {
 			d, _ := toDigest(k)
 			r, err := decodeChunk(v)
@@ -258,9 +258,7 @@ func checkAccounts(t testing.TB, dir string) {
 	if n := s.Stats().DueBytes; n != due {
 		t.Errorf("store says %d bytes are to be compressed, its records %d", n, due)
 	}
-	s.mu.Lock()
-	used := s.used
-	s.mu.Unlock()
+	used, _ := s.space.numbers()
 	if n := du(t, dir); used != n {
 		t.Errorf("store says %d bytes used, disk says %d", used, n)
 	}
@@ -345,7 +343,7 @@ func TestEachChunkOnce(t *testing.T) {
 	for _, l := range []fakeLayer{a, b, c} {
 		checkGone(t, s, l)
 	}
-	if use := s.Stats().Used - fileUse(s.dbPath()); use != 0 {
+	if use := s.Stats().Used - fileUse(dbPath(s.cfg.Dir)); use != 0 {
 		t.Errorf("%d bytes left in an empty store", use)
 	}
 	shut(t, s)
