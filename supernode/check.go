@@ -10,6 +10,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/boltcheck"
+	"github.com/shoalfs/shoal/supernode/access"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
@@ -64,7 +65,7 @@ func Inspect(ctx context.Context, dir string, repair bool, log *slog.Logger) (_ 
 // those that are damaged.
 func inspectSmall(dir string, repair bool) (found []blockdev.Finding, err error) {
 	for name, lost := range map[string]string{
-		accessFile:   "until nodes have asked again, none has access while its registry is down",
+		access.File:  access.Lost,
 		profilesFile: "startup profiles are learned anew",
 	} {
 		path := filepath.Join(dir, name)

@@ -2,6 +2,7 @@
 // talks to registries: it turns layers into indexes and chunks, each once, and
 // hands them to nodes that may have them.
 //
+//   - access: who may read what
 //   - ingest: a layer's stream -> checked, unpacked, chunked, stored
 //   - store: chunks and indexes on disk, below a quota
 //

@@ -56,12 +56,12 @@ func (s *Supernode) document(ctx context.Context, peer string, req blockdev.Docu
 			return nil, err
 		}
 	}
-	v, err := s.access.allow(ctx, peer, ref, blockdev.ImageRequest{Ref: req.Ref, Credential: req.Credential})
+	v, err := s.access.Allow(ctx, peer, ref, blockdev.ImageRequest{Ref: req.Ref, Credential: req.Credential})
 	if err != nil {
 		return nil, err
 	}
 	doc, err := s.reg.Document(ctx, req)
-	if v.public && req.Credential != (blockdev.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
+	if v.Public && req.Credential != (blockdev.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
 		// As for images: an expired credential does not keep anybody from what is
 		// public.
 		req.Credential = blockdev.Credential{}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/registry"
+	"github.com/shoalfs/shoal/supernode/access"
 	"github.com/shoalfs/shoal/supernode/ingest"
 	"github.com/shoalfs/shoal/supernode/store"
 )
@@ -80,7 +81,7 @@ func (s *Supernode) image(ctx context.Context, peer string, req blockdev.ImageRe
 		return nil, err
 	}
 	m, err := s.reg.Resolve(ctx, req)
-	if v.public && req.Credential != (blockdev.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
+	if v.Public && req.Credential != (blockdev.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
 		// A credential that has expired does not keep anybody from what is public.
 		req.Credential = blockdev.Credential{}
 		m, err = s.reg.Resolve(ctx, req)
@@ -120,7 +121,7 @@ var errGone = errors.New("removed from the store meanwhile")
 
 // collect makes sure that all layers are stored and may be handed out, and then
 // reads their indexes.
-func (s *Supernode) collect(ctx context.Context, from string, m *registry.Manifest, req blockdev.ImageRequest, v verdict) (*blockdev.Image, error) {
+func (s *Supernode) collect(ctx context.Context, from string, m *registry.Manifest, req blockdev.ImageRequest, v access.Verdict) (*blockdev.Image, error) {
 	watch := serial(req.Progress)
 	var uses uses
 	defer uses.end()
@@ -132,7 +133,7 @@ func (s *Supernode) collect(ctx context.Context, from string, m *registry.Manife
 		}
 		begun[l.Digest] = true
 		g.Go(func() error {
-			return s.ensure(gctx, wanted{from: from, m: m, l: l, cred: req.Credential, public: v.public, stored: req.Stored, watch: watch,
+			return s.ensure(gctx, wanted{from: from, m: m, l: l, cred: req.Credential, public: v.Public, stored: req.Stored, watch: watch,
 				ready: func() { uses.add(s.leases.take(l.DiffID)) }})
 		})
 	}

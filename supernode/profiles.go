@@ -19,6 +19,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/profile"
 	"github.com/shoalfs/shoal/internal/boltcheck"
+	"github.com/shoalfs/shoal/supernode/internal/bounded"
 )
 
 const (
@@ -30,6 +31,8 @@ const (
 	// maxProfiles bounds the diffs that there are profiles of; with three bytes a
 	// chunk and a few thousand chunks each, tens of megabytes.
 	maxProfiles = 4096
+	// maxHandings bounds what is kept of who was handed what.
+	maxHandings = 1 << 16
 	// handedOutFor is for how long after a peer was handed an index it may report
 	// what was read of the diff.
 	handedOutFor = 24 * time.Hour
@@ -132,7 +135,7 @@ func (p *profiles) handOut(peer string, img *blockdev.Image) {
 	now := p.now()
 	p.mu.Lock()
 	for i := range img.Layers {
-		bound(p.handed)
+		bounded.MakeRoom(p.handed, maxHandings)
 		p.handed[handing{peer, img.Layers[i].DiffID}] = now
 	}
 	p.mu.Unlock()
@@ -231,20 +234,10 @@ func (r *profileRecord) add(n report) bool {
 func (p *profiles) surplus(diff blockdev.Digest) (old []blockdev.Digest) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if _, ok := p.last[diff]; ok || len(p.last) < maxProfiles {
+	if _, ok := p.last[diff]; ok {
 		return nil
 	}
-	before := make(map[blockdev.Digest]time.Time, len(p.last))
-	for d, at := range p.last {
-		before[d] = at
-	}
-	dropOldest(p.last)
-	for d := range before {
-		if _, kept := p.last[d]; !kept {
-			old = append(old, d)
-		}
-	}
-	return old
+	return bounded.MakeRoom(p.last, maxProfiles)
 }
 
 // ReportProfileFrom implements exchange.Profiles. Errors wrap

@@ -26,6 +26,8 @@ import (
 
 var amd64 = blockdev.Platform{OS: "linux", Architecture: "amd64"}
 
+var alice = blockdev.Credential{Username: "alice", Secret: "secret-of-alice"}
+
 func onlyAliceReads(user, _ string) bool { return user == alice.Username }
 
 var users = map[string]string{alice.Username: alice.Secret}

@@ -14,6 +14,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/p2p/route"
+	"github.com/shoalfs/shoal/supernode/access"
 	"github.com/shoalfs/shoal/supernode/ingest"
 	"github.com/shoalfs/shoal/supernode/store"
 )
@@ -53,14 +54,14 @@ type wanted struct {
 
 // mayOpen says whether a peer may have an image's indexes. A sibling has asked the
 // registry itself.
-func (s *Supernode) mayOpen(ctx context.Context, from string, ref registry.Reference, req blockdev.ImageRequest) (verdict, error) {
+func (s *Supernode) mayOpen(ctx context.Context, from string, ref registry.Reference, req blockdev.ImageRequest) (access.Verdict, error) {
 	if s.sibling(from) != "" {
-		return verdict{public: true}, nil
+		return access.Verdict{Public: true}, nil
 	}
 	if len(req.Only) > 0 || req.Stored {
-		return verdict{}, fmt.Errorf("%s: only supernodes ask for single layers: %w", req.Ref, blockdev.ErrUnauthorized)
+		return access.Verdict{}, fmt.Errorf("%s: only supernodes ask for single layers: %w", req.Ref, blockdev.ErrUnauthorized)
 	}
-	return s.access.allow(ctx, from, ref, req)
+	return s.access.Allow(ctx, from, ref, req)
 }
 
 // siblings are the other supernodes. They are replaced, and never changed.

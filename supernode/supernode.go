@@ -20,6 +20,7 @@ import (
 	"github.com/shoalfs/shoal/internal/pattern"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/p2p/exchange"
+	"github.com/shoalfs/shoal/supernode/access"
 	"github.com/shoalfs/shoal/supernode/ingest"
 	"github.com/shoalfs/shoal/supernode/slots"
 	"github.com/shoalfs/shoal/supernode/store"
@@ -127,7 +128,7 @@ type Supernode struct {
 	log       *slog.Logger
 	reg       *registry.Client
 	store     *store.Store
-	access    *access
+	access    *access.Access
 	profiles  *profiles
 	ingest    *ingest.Ingester
 	leases    *leases
@@ -225,7 +226,7 @@ func (s *Supernode) start(cfg Config) error {
 		return err
 	}
 	s.onClose(s.reg.Close)
-	if s.access, err = openAccess(cfg.Dir, s.reg, cfg.AccessTTL, cfg.AccessGrace, cfg.Log, time.Now); err != nil {
+	if s.access, err = access.Open(access.Config{Dir: cfg.Dir, Registry: s.reg, TTL: cfg.AccessTTL, Grace: cfg.AccessGrace, Log: cfg.Log}); err != nil {
 		return fmt.Errorf("supernode: %w", err)
 	}
 	s.onClose(s.access.Close)
@@ -303,4 +304,4 @@ func (s *Supernode) LimitDownload(rate int64) { s.reg.Limit(rate) }
 
 // Healthy returns nil if the supernode can work: its disk takes writes and holds
 // what it says.
-func (s *Supernode) Healthy() error { return s.access.healthy() }
+func (s *Supernode) Healthy() error { return s.access.Healthy() }

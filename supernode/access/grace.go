@@ -1,4 +1,4 @@
-package supernode
+package access
 
 import (
 	"crypto/pbkdf2"
@@ -13,6 +13,7 @@ import (
 	bberrors "go.etcd.io/bbolt/errors"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/supernode/internal/bounded"
 )
 
 const (
@@ -46,7 +47,7 @@ var (
 )
 
 // load reads who had access, and drops what is too old to count.
-func (a *access) load() error {
+func (a *Access) load() error {
 	return a.db.Update(func(tx *bbolt.Tx) error {
 		if err := tx.DeleteBucket(oldBucket); err != nil && !errors.Is(err, bberrors.ErrBucketNotFound) {
 			return err
@@ -70,7 +71,7 @@ func (a *access) load() error {
 		err = b.ForEach(func(k, v []byte) error {
 			if len(k) == len(graceKey{}) && len(v) == 8 && len(a.seen) < maxAnswers {
 				at := time.Unix(int64(binary.BigEndian.Uint64(v)), 0)
-				if a.counts(at, a.now()) {
+				if a.counts(at, a.cfg.Now()) {
 					a.seen[graceKey(k)] = at
 					return nil
 				}
@@ -85,17 +86,17 @@ func (a *access) load() error {
 	})
 }
 
-func (a *access) flush() {
+func (a *Access) flush() {
 	defer close(a.done)
 	t := time.NewTicker(flushEvery)
 	defer t.Stop()
-	swept := a.now()
+	swept := a.cfg.Now()
 	for {
 		select {
 		case <-a.stop:
 			return
 		case <-t.C:
-			if now := a.now(); now.Sub(swept) >= sweepEvery {
+			if now := a.cfg.Now(); now.Sub(swept) >= sweepEvery {
 				swept = now
 				a.sweep(now)
 			}
@@ -104,13 +105,13 @@ func (a *access) flush() {
 			a.failed = err
 			a.mu.Unlock()
 			if err != nil {
-				a.log.Error("cannot write down who had access; it will not count after a restart", "error", err)
+				a.cfg.Log.Error("cannot write down who had access; it will not count after a restart", "error", err)
 			}
 		}
 	}
 }
 
-func (a *access) write() error {
+func (a *Access) write() error {
 	a.mu.Lock()
 	pending := a.pending
 	a.pending = map[graceKey]int64{}
@@ -147,14 +148,14 @@ func (a *access) write() error {
 
 // lasting is what stays the same of a credential, hashed slowly: all of it, or the
 // user name if the rest is a token that is soon another one. "" for none.
-func (a *access) lasting(hash string, c blockdev.Credential) string {
+func (a *Access) lasting(hash string, c blockdev.Credential) string {
 	if hash == "" {
 		return ""
 	}
 	if renewed[c.Username] {
 		return "user " + c.Username
 	}
-	now := a.now()
+	now := a.cfg.Now()
 	a.mu.Lock()
 	st, ok := a.stretched[hash]
 	a.mu.Unlock()
@@ -162,7 +163,7 @@ func (a *access) lasting(hash string, c blockdev.Credential) string {
 		b, err := pbkdf2.Key(sha256.New, hash, a.salt, stretchRounds, sha256.Size)
 		if err != nil {
 			// Only where FIPS 140 mode refuses the parameters. It counts for nobody then.
-			a.log.Error("cannot hash a credential; it will not count while its registry is down", "error", err)
+			a.cfg.Log.Error("cannot hash a credential; it will not count while its registry is down", "error", err)
 			b = []byte(rand.Text())
 		}
 		st.id = string(b)
@@ -172,7 +173,7 @@ func (a *access) lasting(hash string, c blockdev.Credential) string {
 	defer a.mu.Unlock()
 	if len(a.stretched) >= maxStretched {
 		for k, old := range a.stretched { // any of them; it is made again
-			if now.Sub(old.use) > a.ttl || len(a.stretched) >= maxStretched {
+			if now.Sub(old.use) > a.cfg.TTL || len(a.stretched) >= maxStretched {
 				delete(a.stretched, k)
 			}
 		}
@@ -181,7 +182,7 @@ func (a *access) lasting(hash string, c blockdev.Credential) string {
 	return st.id
 }
 
-func (a *access) key(peer, repo, credential string) graceKey {
+func (a *Access) key(peer, repo, credential string) graceKey {
 	h := sha256.New()
 	fmt.Fprintf(h, "%s%d:%s%d:%s%s", a.salt, len(peer), peer, len(repo), repo, credential)
 	return graceKey(h.Sum(nil))
@@ -191,32 +192,30 @@ func (a *access) key(peer, repo, credential string) graceKey {
 func publicKey(repo string) graceKey { return sha256.Sum256([]byte("public " + repo)) }
 
 // counts says whether an earlier access still counts while the registry is down.
-func (a *access) counts(at, now time.Time) bool {
+func (a *Access) counts(at, now time.Time) bool {
 	age := now.Sub(at)
-	return age >= -time.Minute && age < a.grace
+	return age >= -time.Minute && age < a.cfg.Grace
 }
 
-func (a *access) note(k graceKey, now time.Time) {
+func (a *Access) note(k graceKey, now time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.noteLocked(k, now)
 }
 
-func (a *access) noteLocked(k graceKey, now time.Time) {
-	if old, ok := a.seen[k]; ok && now.Sub(old) < a.ttl && now.After(old) {
+func (a *Access) noteLocked(k graceKey, now time.Time) {
+	if old, ok := a.seen[k]; ok && now.Sub(old) < a.cfg.TTL && now.After(old) {
 		return // fresh enough; spares the disk
 	}
-	if len(a.seen) >= maxAnswers {
-		for _, gone := range dropOldest(a.seen) {
-			a.pending[gone] = 0
-		}
+	for _, gone := range bounded.MakeRoom(a.seen, maxAnswers) {
+		a.pending[gone] = 0
 	}
 	a.seen[k] = now
 	a.pending[k] = now.Unix()
 }
 
 // sweep forgets what does not count any more.
-func (a *access) sweep(now time.Time) {
+func (a *Access) sweep(now time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for k, at := range a.seen {
@@ -227,13 +226,13 @@ func (a *access) sweep(now time.Time) {
 }
 
 // revoke takes back what a peer would have kept: the registry has said no.
-func (a *access) revoke(k graceKey) {
+func (a *Access) revoke(k graceKey) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.forgetLocked(k)
 }
 
-func (a *access) forgetLocked(k graceKey) {
+func (a *Access) forgetLocked(k graceKey) {
 	if _, ok := a.seen[k]; ok {
 		delete(a.seen, k)
 		a.pending[k] = 0

@@ -1,4 +1,4 @@
-package supernode
+package access
 
 import (
 	"context"
@@ -15,15 +15,20 @@ import (
 	"github.com/shoalfs/shoal/internal/boltcheck"
 	"github.com/shoalfs/shoal/internal/flight"
 	"github.com/shoalfs/shoal/internal/registry"
+	"github.com/shoalfs/shoal/supernode/internal/bounded"
 )
 
-// checker asks a registry whether a credential may pull; nil means yes.
-type checker interface {
+// Checker asks a registry whether a credential may pull; nil means yes.
+type Checker interface {
 	Check(ctx context.Context, ref string, manifest blockdev.Digest, cred blockdev.Credential) error
 }
 
-// accessFile is where it is kept who had access.
-const accessFile = "access.db"
+const (
+	// File is where in Config.Dir it is kept who had access, and Lost is what a damaged one
+	// costs.
+	File = "access.db"
+	Lost = "until nodes have asked again, none has access while its registry is down"
+)
 
 const (
 	// negativeTTL is how long a registry's "no" to anonymous access is believed.
@@ -37,23 +42,9 @@ const (
 	maxAnswers = 1 << 16
 )
 
-// access decides who may read a repository: whoever the registry lets in.
-//
-// A yes counts for ttl. It is kept by credential and repository: whoever shows
-// the same credential would get the same answer, so a thousand nodes with one
-// pull secret cost the registry one request. A repository that anybody may pull
-// needs one anonymous request for everybody.
-//
-// Only while the registry is down (no answer, or a server error; a rate limit is
-// an answer) an older yes counts, for grace: for a repository that anybody might
-// pull, for everybody; else for the peer that had access, if it shows the
-// credential that the registry let in then. For that it is kept on disk which
-// peer had access to which repository with which credential, hashed and salted.
-type access struct {
-	reg        checker
-	ttl, grace time.Duration
-	now        func() time.Time
-	log        *slog.Logger
+// Access is the record of answers. All methods may be called from any goroutine.
+type Access struct {
+	cfg        Config
 	db         *bbolt.DB
 	asking     *flight.Group[string, *question] // checks, which outlive the request that began them
 	stop, done chan struct{}                    // of flush
@@ -71,6 +62,9 @@ type access struct {
 	stretched map[string]stretched // by the hash of a credential
 }
 
+// errClosed is the end of questions that run when Close is called.
+var errClosed = fmt.Errorf("no registry is asked any more: %w", blockdev.ErrUnavailable)
+
 // question is one that a registry is being asked; access.mu guards it.
 type question struct {
 	err  error      // what the registry said, unless that is yes
@@ -81,22 +75,39 @@ type question struct {
 // everybody.
 type grant struct{ repo, cred string }
 
-func openAccess(dir string, reg checker, ttl, grace time.Duration, log *slog.Logger, now func() time.Time) (*access, error) {
-	file := filepath.Join(dir, accessFile)
+// Config says how long a registry's word counts. All of it is required but Now.
+type Config struct {
+	// Dir is where it is kept who had access.
+	Dir string
+	// Registry is asked.
+	Registry Checker
+	// TTL is how long its yes is believed, and Grace how long an older one counts while the
+	// registry is down.
+	TTL, Grace time.Duration
+	Log        *slog.Logger
+	// Now is the time; tests give their own.
+	Now func() time.Time
+}
+
+// Open opens the record of who had access, or begins it anew if it is damaged.
+func Open(cfg Config) (*Access, error) {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	file := filepath.Join(cfg.Dir, File)
 	if err := boltcheck.File(file, nil); errors.Is(err, blockdev.ErrCorrupt) {
 		aside, aerr := boltcheck.SetAside(file)
 		if aerr != nil {
 			return nil, aerr
 		}
-		log.Error("the record of who had access is damaged and was set aside; until nodes have asked again, none has access while its registry is down",
-			"aside", aside, "error", err)
+		cfg.Log.Error("the record of who had access is damaged and was set aside; "+Lost, "aside", aside, "error", err)
 	}
 	db, err := bbolt.Open(file, 0o600, &bbolt.Options{Timeout: time.Second})
 	if err != nil {
 		return nil, fmt.Errorf("%s (is another supernode using the directory?): %w", file, err)
 	}
-	a := &access{reg: reg, ttl: ttl, grace: grace, now: now, log: log, db: db, stop: make(chan struct{}), done: make(chan struct{}),
-		asking: flight.New[string, *question](outlives, errStopping),
+	a := &Access{cfg: cfg, db: db, stop: make(chan struct{}), done: make(chan struct{}),
+		asking: flight.New[string, *question](flight.Policy{Outlives: true}, errClosed),
 		yes:    map[grant]time.Time{}, no: map[string]time.Time{}, down: map[string]time.Time{}, limited: map[string]time.Time{},
 		seen: map[graceKey]time.Time{}, pending: map[graceKey]int64{}, stretched: map[string]stretched{}}
 	if err := a.load(); err != nil {
@@ -107,36 +118,36 @@ func openAccess(dir string, reg checker, ttl, grace time.Duration, log *slog.Log
 }
 
 // Close ends running checks and writes what is pending.
-func (a *access) Close() error {
+func (a *Access) Close() error {
 	close(a.stop)
 	<-a.done
 	a.asking.Close()
 	return errors.Join(a.write(), a.db.Close())
 }
 
-// healthy says whether who had access can be written down: whether the disk
+// Healthy says whether who had access can be written down: whether the disk
 // takes writes.
-func (a *access) healthy() error {
+func (a *Access) Healthy() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.failed
 }
 
-// verdict is a yes.
-type verdict struct {
-	// public: no credential is needed.
-	public bool
-	// stale: the registry could not be asked; an earlier yes counts.
-	stale bool
+// Verdict is a yes.
+type Verdict struct {
+	// Public: no credential is needed.
+	Public bool
+	// Stale: the registry could not be asked; an earlier yes counts.
+	Stale bool
 }
 
-// allow says whether a peer may read the repository of req.Ref. No is an error:
+// Allow says whether a peer may read the repository of req.Ref. No is an error:
 // the registry's, or ErrUnavailable if it cannot be asked.
-func (a *access) allow(ctx context.Context, peer string, ref registry.Reference, req blockdev.ImageRequest) (verdict, error) {
+func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference, req blockdev.ImageRequest) (Verdict, error) {
 	repo := ref.Name()
 	g := grant{repo, registry.CredentialHash(req.Credential)}
 	withCred := g.cred != ""
-	now := a.now()
+	now := a.cfg.Now()
 	a.mu.Lock()
 	public := now.Before(a.yes[grant{repo, ""}])
 	everybody := a.counts(a.seen[publicKey(repo)], now)
@@ -144,9 +155,9 @@ func (a *access) allow(ctx context.Context, peer string, ref registry.Reference,
 	a.mu.Unlock()
 	switch {
 	case public:
-		return verdict{public: true}, nil
+		return Verdict{Public: true}, nil
 	case everybody && limitedStill:
-		return verdict{public: true, stale: true}, nil
+		return Verdict{Public: true, Stale: true}, nil
 	}
 	mine := a.key(peer, repo, a.lasting(g.cred, req.Credential))
 	a.mu.Lock()
@@ -158,15 +169,15 @@ func (a *access) allow(ctx context.Context, peer string, ref registry.Reference,
 	switch {
 	case own:
 		a.note(mine, now)
-		return verdict{}, nil
+		return Verdict{}, nil
 	case isDown && (before || everybody):
-		return verdict{public: everybody, stale: true}, nil
+		return Verdict{Public: everybody, Stale: true}, nil
 	}
 
 	err := fmt.Errorf("%s: the registry wants a credential and none was given: %w", req.Ref, blockdev.ErrUnauthorized)
 	if !notPublic {
 		if err = a.ask(ctx, grant{repo, ""}, ref, req, before || everybody, nil); err == nil {
-			return verdict{public: true}, nil
+			return Verdict{Public: true}, nil
 		}
 	}
 	// A rate limit for those without a credential takes nothing from anybody, but
@@ -175,8 +186,8 @@ func (a *access) allow(ctx context.Context, peer string, ref registry.Reference,
 	everybody = everybody && (limited || registry.Outage(err))
 	if withCred && (errors.Is(err, blockdev.ErrUnauthorized) || errors.Is(err, blockdev.ErrNotFound) || limited) {
 		if err = a.ask(ctx, g, ref, req, before || everybody, &mine); err == nil {
-			a.note(mine, a.now())
-			return verdict{}, nil
+			a.note(mine, a.cfg.Now())
+			return Verdict{}, nil
 		}
 		if errors.Is(err, blockdev.ErrUnauthorized) || errors.Is(err, blockdev.ErrNotFound) {
 			a.revoke(mine)
@@ -185,32 +196,32 @@ func (a *access) allow(ctx context.Context, peer string, ref registry.Reference,
 	}
 	switch out := registry.Outage(err); {
 	case out && (before || everybody):
-		a.log.Warn("the registry cannot be asked; access that was there before counts", "image", req.Ref, "peer", peer, "error", err)
+		a.cfg.Log.Warn("the registry cannot be asked; access that was there before counts", "image", req.Ref, "peer", peer, "error", err)
 		a.setDown(ref, err)
-		return verdict{public: everybody, stale: true}, nil
+		return Verdict{Public: everybody, Stale: true}, nil
 	case limited && everybody:
 		a.leaveAlone(repo, err)
-		return verdict{public: true, stale: true}, nil
+		return Verdict{Public: true, Stale: true}, nil
 	}
-	return verdict{}, err
+	return Verdict{}, err
 }
 
 // leaveAlone has a public repository not asked about again while its registry limits
 // requests.
-func (a *access) leaveAlone(repo string, err error) {
+func (a *Access) leaveAlone(repo string, err error) {
 	wait := downTTL
 	if e := (*registry.Error)(nil); errors.As(err, &e) {
 		wait = max(wait, e.RetryAfter())
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	bound(a.limited)
-	a.limited[repo] = a.now().Add(min(wait, a.ttl))
+	bounded.MakeRoom(a.limited, maxAnswers)
+	a.limited[repo] = a.cfg.Now().Add(min(wait, a.cfg.TTL))
 }
 
 // setDown keeps others from waiting for a registry that does not answer, or for a
 // repository of it for which it has no good answer.
-func (a *access) setDown(ref registry.Reference, err error) {
+func (a *Access) setDown(ref registry.Reference, err error) {
 	what := ref.Host
 	var e *registry.Error
 	if errors.As(err, &e) && e.Status != 0 {
@@ -218,14 +229,14 @@ func (a *access) setDown(ref registry.Reference, err error) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	bound(a.down)
-	a.down[what] = a.now().Add(downTTL)
+	bounded.MakeRoom(a.down, maxAnswers)
+	a.down[what] = a.cfg.Now().Add(downTTL)
 }
 
 // ask asks the registry, once for all who want to know the same at the same time.
 // With hurry nobody waits longer than graceWait; if the answer is no, mine is
 // forgotten then.
-func (a *access) ask(ctx context.Context, g grant, ref registry.Reference, req blockdev.ImageRequest, hurry bool, mine *graceKey) error {
+func (a *Access) ask(ctx context.Context, g grant, ref registry.Reference, req blockdev.ImageRequest, hurry bool, mine *graceKey) error {
 	cred := req.Credential
 	if g.cred == "" {
 		cred = blockdev.Credential{}
@@ -239,7 +250,7 @@ func (a *access) ask(ctx context.Context, g grant, ref registry.Reference, req b
 			if a.answered(g) { // since the caller looked
 				return nil
 			}
-			err := a.reg.Check(ctx, req.Ref, req.Manifest, cred)
+			err := a.cfg.Registry.Check(ctx, req.Ref, req.Manifest, cred)
 			a.answer(q, g, ref.Host, err)
 			return err
 		}
@@ -256,8 +267,8 @@ func (a *access) ask(ctx context.Context, g grant, ref registry.Reference, req b
 	}
 	select {
 	case <-f.Done():
-		if errors.Is(f.Err(), errStopping) {
-			return fmt.Errorf("%s: %w", req.Ref, errStopping)
+		if errors.Is(f.Err(), errClosed) {
+			return fmt.Errorf("%s: %w", req.Ref, errClosed)
 		}
 		return f.Err()
 	case <-late:
@@ -268,14 +279,14 @@ func (a *access) ask(ctx context.Context, g grant, ref registry.Reference, req b
 	}
 }
 
-func (a *access) answered(g grant) bool {
+func (a *Access) answered(g grant) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.now().Before(a.yes[g])
+	return a.cfg.Now().Before(a.yes[g])
 }
 
 // tooLate has a "no" that is still to come count for a peer that does not wait for it.
-func (a *access) tooLate(f *question, mine *graceKey) {
+func (a *Access) tooLate(f *question, mine *graceKey) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if mine != nil {
@@ -285,7 +296,7 @@ func (a *access) tooLate(f *question, mine *graceKey) {
 }
 
 // forgetRefusedLocked does nothing before there is an answer.
-func (a *access) forgetRefusedLocked(f *question) {
+func (a *Access) forgetRefusedLocked(f *question) {
 	if errors.Is(f.err, blockdev.ErrUnauthorized) || errors.Is(f.err, blockdev.ErrNotFound) {
 		for _, k := range f.late {
 			a.forgetLocked(k)
@@ -294,16 +305,16 @@ func (a *access) forgetRefusedLocked(f *question) {
 }
 
 // answer keeps what a registry said.
-func (a *access) answer(f *question, g grant, host string, err error) {
-	now := a.now()
+func (a *Access) answer(f *question, g grant, host string, err error) {
+	now := a.cfg.Now()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	f.err = err
 	a.forgetRefusedLocked(f)
 	switch {
 	case err == nil:
-		bound(a.yes)
-		a.yes[g] = now.Add(a.ttl)
+		bounded.MakeRoom(a.yes, maxAnswers)
+		a.yes[g] = now.Add(a.cfg.TTL)
 		if g.cred == "" {
 			a.noteLocked(publicKey(g.repo), now)
 		}
@@ -312,38 +323,9 @@ func (a *access) answer(f *question, g grant, host string, err error) {
 	case errors.Is(err, blockdev.ErrUnauthorized):
 		delete(a.yes, g)
 		if g.cred == "" {
-			bound(a.no)
-			a.no[g.repo] = now.Add(min(negativeTTL, a.ttl))
+			bounded.MakeRoom(a.no, maxAnswers)
+			a.no[g.repo] = now.Add(min(negativeTTL, a.cfg.TTL))
 			a.forgetLocked(publicKey(g.repo))
 		}
 	}
-}
-
-// bound makes room in a map of maxAnswers times.
-func bound[K comparable](m map[K]time.Time) {
-	if len(m) >= maxAnswers {
-		dropOldest(m)
-	}
-}
-
-// dropOldest drops the oldest eighth of the time that a map spans, and returns
-// the keys.
-func dropOldest[K comparable](m map[K]time.Time) (dropped []K) {
-	var lo, hi time.Time
-	for _, t := range m {
-		if lo.IsZero() || t.Before(lo) {
-			lo = t
-		}
-		if t.After(hi) {
-			hi = t
-		}
-	}
-	cut := lo.Add(hi.Sub(lo) / 8)
-	for k, t := range m {
-		if !t.After(cut) {
-			delete(m, k)
-			dropped = append(dropped, k)
-		}
-	}
-	return dropped
 }
