@@ -11,6 +11,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/boltcheck"
 	"github.com/shoalfs/shoal/supernode/access"
+	"github.com/shoalfs/shoal/supernode/profiles"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
@@ -65,8 +66,8 @@ func Inspect(ctx context.Context, dir string, repair bool, log *slog.Logger) (_ 
 // those that are damaged.
 func inspectSmall(dir string, repair bool) (found []blockdev.Finding, err error) {
 	for name, lost := range map[string]string{
-		access.File:  access.Lost,
-		profilesFile: "startup profiles are learned anew",
+		access.File:   access.Lost,
+		profiles.File: profiles.Lost,
 	} {
 		path := filepath.Join(dir, name)
 		err := boltcheck.File(path, nil)

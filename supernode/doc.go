@@ -3,6 +3,7 @@
 // hands them to nodes that may have them.
 //
 //   - access: who may read what
+//   - profiles: what containers read at their start
 //   - ingest: a layer's stream -> checked, unpacked, chunked, stored
 //   - store: chunks and indexes on disk, below a quota
 //

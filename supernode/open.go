@@ -101,7 +101,7 @@ func (s *Supernode) image(ctx context.Context, peer string, req blockdev.ImageRe
 			}
 			if len(req.Only) == 0 {
 				s.seen.add(m)
-				s.profiles.handOut(peer, img)
+				s.profiles.HandOut(peer, img)
 			}
 			return img, nil
 		}

@@ -22,6 +22,7 @@ import (
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/supernode/access"
 	"github.com/shoalfs/shoal/supernode/ingest"
+	"github.com/shoalfs/shoal/supernode/profiles"
 	"github.com/shoalfs/shoal/supernode/slots"
 	"github.com/shoalfs/shoal/supernode/store"
 )
@@ -129,7 +130,7 @@ type Supernode struct {
 	reg       *registry.Client
 	store     *store.Store
 	access    *access.Access
-	profiles  *profiles
+	profiles  *profiles.Profiles
 	ingest    *ingest.Ingester
 	leases    *leases
 	flights   *flight.Group[string, *progress]
@@ -230,7 +231,7 @@ func (s *Supernode) start(cfg Config) error {
 		return fmt.Errorf("supernode: %w", err)
 	}
 	s.onClose(s.access.Close)
-	if s.profiles, err = openProfiles(cfg.Dir, cfg.Log, time.Now); err != nil {
+	if s.profiles, err = profiles.Open(cfg.Dir, cfg.Log, nil); err != nil {
 		return fmt.Errorf("supernode: %w", err)
 	}
 	s.onClose(s.profiles.Close)

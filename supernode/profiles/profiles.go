@@ -1,7 +1,6 @@
-package supernode
+package profiles
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,7 +15,6 @@ import (
 	"go.etcd.io/bbolt"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/profile"
 	"github.com/shoalfs/shoal/internal/boltcheck"
 	"github.com/shoalfs/shoal/supernode/internal/bounded"
@@ -38,13 +36,8 @@ const (
 	handedOutFor = 24 * time.Hour
 )
 
-// profiles keeps what nodes have learned of starts, by diff. It outlives the
-// diff's chunks: when they come back, they have the same numbers.
-//
-// A report is worth as much as the node that sends it. It is kept only if it
-// speaks of a diff whose index that node was handed, and names chunks that the
-// diff has; what it says beyond that only orders what nodes fetch.
-type profiles struct {
+// Profiles is what is kept. All methods may be called from any goroutine.
+type Profiles struct {
 	db  *bbolt.DB
 	log *slog.Logger
 	now func() time.Time
@@ -72,19 +65,28 @@ type profileRecord struct {
 	Reports []report `json:"reports"` // newest first, one of a peer
 }
 
-// profilesFile is where startup profiles are kept.
-const profilesFile = "profiles.db"
+const (
+	// File is where in the supernode's directory profiles are kept, and Lost is what a
+	// damaged one costs.
+	File = "profiles.db"
+	Lost = "startup profiles are learned anew"
+)
 
 var profileBucket = []byte("profiles-1")
 
-func openProfiles(dir string, log *slog.Logger, now func() time.Time) (*profiles, error) {
-	file := filepath.Join(dir, profilesFile)
-	p := &profiles{log: log, now: now, handed: map[handing]time.Time{}, last: map[blockdev.Digest]time.Time{}}
+// Open opens the file in dir, or begins it anew if it is damaged. now is the time; nil:
+// time.Now.
+func Open(dir string, log *slog.Logger, now func() time.Time) (*Profiles, error) {
+	if now == nil {
+		now = time.Now
+	}
+	file := filepath.Join(dir, File)
+	p := &Profiles{log: log, now: now, handed: map[handing]time.Time{}, last: map[blockdev.Digest]time.Time{}}
 	err := p.open(file)
 	if !errors.Is(err, blockdev.ErrCorrupt) {
 		return p, err
 	}
-	log.Warn("startup profiles are damaged and are learned anew", "file", file, "error", err)
+	log.Warn("the file of startup profiles is damaged; "+Lost, "file", file, "error", err)
 	if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
@@ -92,7 +94,7 @@ func openProfiles(dir string, log *slog.Logger, now func() time.Time) (*profiles
 }
 
 // open checks the file, opens it and reads which diffs it has.
-func (p *profiles) open(file string) (err error) {
+func (p *Profiles) open(file string) (err error) {
 	if err := boltcheck.File(file, nil); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -105,7 +107,7 @@ func (p *profiles) open(file string) (err error) {
 	return nil
 }
 
-func (p *profiles) load() error {
+func (p *Profiles) load() error {
 	return p.db.Update(func(tx *bbolt.Tx) error {
 		b, err := tx.CreateBucketIfNotExists(profileBucket)
 		if err != nil {
@@ -120,7 +122,8 @@ func (p *profiles) load() error {
 	})
 }
 
-func (p *profiles) Close() error { return p.db.Close() }
+// Close closes the file.
+func (p *Profiles) Close() error { return p.db.Close() }
 
 // readProfile reads a record; one that is damaged is none.
 func readProfile(v []byte) (profileRecord, bool) {
@@ -129,9 +132,9 @@ func readProfile(v []byte) (profileRecord, bool) {
 	return rec, err == nil && len(rec.Reports) > 0
 }
 
-// handOut notes that a peer is handed the indexes of an image, and puts in what
+// HandOut notes that a peer is handed the indexes of an image, and puts in what
 // is known of its start.
-func (p *profiles) handOut(peer string, img *blockdev.Image) {
+func (p *Profiles) HandOut(peer string, img *blockdev.Image) {
 	now := p.now()
 	p.mu.Lock()
 	for i := range img.Layers {
@@ -165,16 +168,45 @@ func (r *profileRecord) merged() blockdev.Profile {
 }
 
 // mayReport says whether a peer was handed the index of a diff.
-func (p *profiles) mayReport(peer string, diff blockdev.Digest) bool {
+func (p *Profiles) mayReport(peer string, diff blockdev.Digest) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	at, ok := p.handed[handing{peer, diff}]
 	return ok && p.now().Sub(at) < handedOutFor
 }
 
+// Report takes what a peer has learned of a start, if it tells something new. chunks says how
+// many chunks the diff has, and is called only then. Errors are those of chunks, or wrap
+// blockdev.ErrUnauthorized for a diff that the peer was not handed, or blockdev.ErrCorrupt
+// for chunks that the diff does not have.
+func (p *Profiles) Report(peer string, d blockdev.DiffProfile, chunks func() (int, error)) (kept bool, err error) {
+	if !p.mayReport(peer, d.Diff) {
+		return false, fmt.Errorf("this peer was not handed its index: %w", blockdev.ErrUnauthorized)
+	}
+	if room, err := p.room(peer, d.Diff); err != nil || !room {
+		return false, err
+	}
+	n, err := chunks()
+	if err != nil {
+		return false, err
+	}
+	if len(d.Profile) == 0 || len(d.Profile) > blockdev.MaxProfile {
+		return false, fmt.Errorf("it has %d entries: %w", len(d.Profile), blockdev.ErrCorrupt)
+	}
+	for _, t := range d.Profile {
+		if int64(t.Chunk) >= int64(n) {
+			return false, fmt.Errorf("it names chunk %d, the diff has %d: %w", t.Chunk, n, blockdev.ErrCorrupt)
+		}
+	}
+	if err := p.add(peer, d); err != nil {
+		return false, fmt.Errorf("not kept: %w", err)
+	}
+	return true, nil
+}
+
 // room says whether a report of a peer's would be kept: whoever has nothing new to
 // say costs one look.
-func (p *profiles) room(peer string, diff blockdev.Digest) (room bool, err error) {
+func (p *Profiles) room(peer string, diff blockdev.Digest) (room bool, err error) {
 	n := report{Peer: peer, At: p.now()}
 	err = p.db.View(func(tx *bbolt.Tx) error {
 		rec, _ := readProfile(tx.Bucket(profileBucket).Get(diff[:]))
@@ -185,7 +217,7 @@ func (p *profiles) room(peer string, diff blockdev.Digest) (room bool, err error
 }
 
 // add takes a report whose chunks are ones of the diff.
-func (p *profiles) add(peer string, d blockdev.DiffProfile) error {
+func (p *Profiles) add(peer string, d blockdev.DiffProfile) error {
 	now := p.now()
 	n := report{Peer: peer, At: now, Profile: profile.Append(nil, d.Profile)}
 	err := p.db.Update(func(tx *bbolt.Tx) error {
@@ -231,57 +263,11 @@ func (r *profileRecord) add(n report) bool {
 
 // surplus forgets the diffs that were reported on longest ago, where another one
 // needs the room, and returns them.
-func (p *profiles) surplus(diff blockdev.Digest) (old []blockdev.Digest) {
+func (p *Profiles) surplus(diff blockdev.Digest) (old []blockdev.Digest) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if _, ok := p.last[diff]; ok {
 		return nil
 	}
 	return bounded.MakeRoom(p.last, maxProfiles)
-}
-
-// ReportProfileFrom implements exchange.Profiles. Errors wrap
-// blockdev.ErrUnauthorized for a diff that the peer was not handed,
-// blockdev.ErrNotFound for one that is not stored any more, blockdev.ErrCorrupt
-// for chunks that it does not have. A report that tells nothing new is not looked at.
-func (s *Supernode) ReportProfileFrom(ctx context.Context, peer string, p blockdev.DiffProfile) error {
-	if !s.profiles.mayReport(peer, p.Diff) {
-		return fmt.Errorf("startup profile of diff %s: this peer was not handed its index: %w", p.Diff, blockdev.ErrUnauthorized)
-	}
-	if room, err := s.profiles.room(peer, p.Diff); err != nil || !room {
-		return err
-	}
-	// Whoever has just started the image has asked for its index, so that is here as a
-	// rule.
-	e, err := s.indexes.get(ctx, p.Diff)
-	if err != nil {
-		return fmt.Errorf("startup profile of diff %s: %w", p.Diff, err)
-	}
-	info, err := index.Peek(e.data)
-	if err != nil {
-		return fmt.Errorf("startup profile of diff %s: %w", p.Diff, err)
-	}
-	if len(p.Profile) == 0 || len(p.Profile) > blockdev.MaxProfile {
-		return fmt.Errorf("startup profile of diff %s with %d chunks: %w", p.Diff, len(p.Profile), blockdev.ErrCorrupt)
-	}
-	for _, t := range p.Profile {
-		if int64(t.Chunk) >= int64(info.Chunks) {
-			return fmt.Errorf("startup profile of diff %s names chunk %d, the diff has %d: %w", p.Diff, t.Chunk, info.Chunks, blockdev.ErrCorrupt)
-		}
-	}
-	if err := s.profiles.add(peer, p); err != nil {
-		return fmt.Errorf("startup profile of diff %s not kept: %w", p.Diff, err)
-	}
-	s.metrics.profiles.Inc()
-	return nil
-}
-
-// ReportProfiles implements blockdev.ProfileSink for the process that the
-// supernode lives in.
-func (s *Supernode) ReportProfiles(ctx context.Context, list []blockdev.DiffProfile) error {
-	var errs []error
-	for _, p := range list {
-		errs = append(errs, s.ReportProfileFrom(ctx, "", p))
-	}
-	return errors.Join(errs...)
 }
