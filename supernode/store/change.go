@@ -242,7 +242,7 @@ func merge(in []extent64, gone map[uint64]bool) []extent64 {
 func (s *Store) reclaim(c *change) {
 	for _, id := range c.gone {
 		if err := s.packs.remove(id); err != nil {
-			s.cfg.Log.Error("store: a pack without content could not be deleted", "pack", fmt.Sprintf("%016x", id), "error", err)
+			s.cfg.Log.Error("store: cannot delete an empty pack", "pack", fmt.Sprintf("%016x", id), "error", err)
 		}
 	}
 	s.packs.punchAll(c.dead)

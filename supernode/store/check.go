@@ -46,7 +46,7 @@ func (s *Store) Check(ctx context.Context, mark bool) (*Health, error) {
 	c := &checker{s: s, mark: mark}
 	if err := mapClosed(boltcheck.Live(s.db.DB, nil)); errors.Is(err, blockdev.ErrCorrupt) {
 		s.db.doubtful.Store(true)
-		c.found.add("index.db", "", "%v: restart the supernode, which begins with an empty store: layers are fetched again when they are asked for", err)
+		c.found.add("index.db", "", "%v: restart the supernode, which begins with an empty store: layers are fetched again on request", err)
 		return &c.found, nil
 	} else if err != nil {
 		return nil, err
@@ -114,7 +114,7 @@ func (c *checker) diffs(ctx context.Context) error {
 	return nil
 }
 
-var errOtherDiff = errors.New("index is that of diff")
+var errOtherDiff = errors.New("the index belongs to diff")
 
 // diff returns in bad what is wrong with a diff's index or reference list, and
 // which chunks of that list have no record.

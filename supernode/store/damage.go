@@ -57,7 +57,7 @@ func (s *Store) damaged(chunks map[blockdev.Digest]extent) {
 		return nil
 	})
 	if err != nil {
-		s.cfg.Log.Error("store: damaged chunks could not be marked", "chunks", len(todo), "error", err)
+		s.cfg.Log.Error("store: cannot mark damaged chunks", "chunks", len(todo), "error", err)
 	}
 	for _, id := range s.catalogue.ids() {
 		lists, err := s.refsOf(id)
@@ -70,7 +70,7 @@ func (s *Store) damaged(chunks map[blockdev.Digest]extent) {
 				return has
 			})
 			if has {
-				s.cfg.Log.Error("store: a chunk is damaged on disk; its layer will be fetched again", "chunk", d, "diff", id)
+				s.cfg.Log.Error("store: a chunk is damaged on disk; its layer is fetched again on request", "chunk", d, "diff", id)
 				s.forgetLayers(id)
 				break
 			}
@@ -114,7 +114,7 @@ func (s *Store) forgetLayers(id blockdev.Digest) {
 		return nil
 	})
 	if err != nil {
-		s.cfg.Log.Error("store: layers of a damaged diff not forgotten on disk", "diff", id, "error", err)
+		s.cfg.Log.Error("store: cannot remove the layer records of a damaged diff", "diff", id, "error", err)
 	}
 }
 

@@ -95,7 +95,7 @@ func guard(f func() error) (err error) {
 func (d *database) guard(f func() error) error {
 	err := guard(f)
 	if errors.Is(err, errDamaged) && !d.doubtful.Swap(true) {
-		d.log.Error("the store's index is damaged; the next start checks it, and begins with an empty store; restart the supernode", "dir", d.dir, "error", err)
+		d.log.Error("the store's index is damaged; restart the supernode: it checks the index and begins with an empty store", "dir", d.dir, "error", err)
 	}
 	return err
 }

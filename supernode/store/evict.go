@@ -61,7 +61,7 @@ func (s *Store) evictOne() (bool, error) {
 	now, _ := s.space.numbers()
 	s.stats.evicted.Add(1)
 	s.stats.evictedBytes.Add(max(0, before-now))
-	s.cfg.Log.Info("evicted a diff to hold the quota", "diff", victim, "lastUsed", time.Unix(0, oldest))
+	s.cfg.Log.Info("evicted a diff to stay within the quota", "diff", victim, "lastUsed", time.Unix(0, oldest))
 	return true, nil
 }
 

@@ -54,7 +54,7 @@ func (s *Store) load() error {
 		return err
 	}
 	if _, quota := s.space.numbers(); quota < s.cfg.Quota {
-		s.cfg.Log.Warn("the quota is larger than the disk; using what the disk has", "key", s.cfg.QuotaKey, "quota", s.cfg.Quota, "disk", quota)
+		s.cfg.Log.Warn("the quota is larger than the disk; using the size of the disk", "key", s.cfg.QuotaKey, "quota", s.cfg.Quota, "disk", quota)
 	}
 	return s.shrink()
 }
@@ -193,7 +193,7 @@ func (s *Store) shrink() error {
 			return err
 		}
 		if !ok {
-			s.cfg.Log.Warn("the store is above its quota and nothing can be evicted", "key", s.cfg.QuotaKey, "quota", quota, "used", used)
+			s.cfg.Log.Warn("the store is above its quota, and all of its diffs are pinned", "key", s.cfg.QuotaKey, "quota", quota, "used", used)
 			return nil
 		}
 	}

@@ -192,7 +192,7 @@ func (p *packs) punchAll(dead []extent64) {
 	for _, e := range dead {
 		// A pack that is gone has nothing to free.
 		if err := p.punch(e.pack, e.offset, e.length); err != nil && !errors.Is(err, blockdev.ErrCorrupt) {
-			p.log.Warn("store: space not freed; will try again at the next start", "error", err)
+			p.log.Warn("store: cannot free disk space; the next start tries again", "error", err)
 			continue
 		}
 		done = append(done, extent{Pack: e.pack, Offset: e.offset})

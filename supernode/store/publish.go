@@ -63,13 +63,13 @@ func (in *Ingest) Publish(ctx context.Context, rec LayerRecord, encodedIndex []b
 func (s *Store) dropped(drops []uint64) {
 	for _, id := range drops {
 		if err := s.drop(id); err != nil && !errors.Is(err, ErrClosed) {
-			s.cfg.Log.Error("store: a removed diff's chunks not freed; the next start does it", "error", err)
+			s.cfg.Log.Error("store: cannot free the chunks of a removed diff; the next start tries again", "error", err)
 		}
 	}
 }
 
 // errMarked: chunks were found damaged since it was looked whether any is.
-var errMarked = errors.New("store: chunks were found damaged meanwhile")
+var errMarked = errors.New("store: chunks were found damaged during the ingest")
 
 func (in *Ingest) publish(ctx context.Context, rec LayerRecord, encodedIndex []byte, chunks iter.Seq[blockdev.Digest]) (drops []uint64, err error) {
 	in.gate.Lock()
@@ -181,7 +181,7 @@ func (in *Ingest) verify(ctx context.Context, chunks iter.Seq[blockdev.Digest]) 
 					return fmt.Errorf("store: chunk %s of the index was not put", d)
 				}
 				if r, err := decodeChunk(v); err != nil || r.damaged() {
-					return errors.Join(fmt.Errorf("store: chunk %s was found damaged meanwhile: %w", d, blockdev.ErrCorrupt), err)
+					return errors.Join(fmt.Errorf("store: chunk %s was found damaged during the ingest: %w", d, blockdev.ErrCorrupt), err)
 				}
 			}
 			return ctx.Err()
@@ -270,7 +270,7 @@ func (in *Ingest) record(c *change, refs []blockdev.Digest, old *freeing) error 
 		case ok && !r.damaged():
 			r.refs++
 		case !mine && ok:
-			return fmt.Errorf("store: chunk %s was found damaged meanwhile: %w", d, blockdev.ErrCorrupt)
+			return fmt.Errorf("store: chunk %s was found damaged during the ingest: %w", d, blockdev.ErrCorrupt)
 		case !mine:
 			return fmt.Errorf("store: chunk %s of the index was not put", d)
 		default:

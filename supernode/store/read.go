@@ -50,7 +50,7 @@ func (s *Store) Chunk(ctx context.Context, d blockdev.Digest) (Chunk, error) {
 			}
 		}
 		if r.damaged() {
-			return Chunk{}, fmt.Errorf("store: chunk %s: damaged on disk, until its layer is fetched again: %w", d, blockdev.ErrCorrupt)
+			return Chunk{}, fmt.Errorf("store: chunk %s: damaged on disk; a request for its layer fetches it again: %w", d, blockdev.ErrCorrupt)
 		}
 		if cause != nil && r.extent == failed {
 			// Still where it was, so it was not moved or evicted: damage.

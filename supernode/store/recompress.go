@@ -112,9 +112,9 @@ func (c *recompressor) failed(r *run, err error) time.Time {
 	r.drop()
 	switch {
 	case errors.Is(err, errNoRoom):
-		c.s.cfg.Log.Info("store: no room to compress chunks in; will try again", "key", c.s.cfg.QuotaKey)
+		c.s.cfg.Log.Info("store: not enough room to compress chunks; trying again later", "key", c.s.cfg.QuotaKey)
 	case !errors.Is(err, ErrClosed) && !errors.Is(err, errNothing):
-		c.s.cfg.Log.Warn("store: chunks not compressed; will try again", "error", err)
+		c.s.cfg.Log.Warn("store: cannot compress chunks; trying again later", "error", err)
 	}
 	return time.Now().Add(retryAfter)
 }

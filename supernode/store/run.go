@@ -56,7 +56,7 @@ func (r *run) drop() {
 	if r.pack != nil {
 		r.s.packs.release(r.pack)
 		if err := r.s.packs.remove(r.id); err != nil {
-			r.s.cfg.Log.Warn("store: a pack was not deleted; the next start does it", "error", err)
+			r.s.cfg.Log.Warn("store: cannot delete a pack; the next start tries again", "error", err)
 		}
 	}
 	r.s.space.unreserve(r.reserved)

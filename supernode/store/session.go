@@ -325,10 +325,10 @@ func (in *Ingest) Abort() {
 	if len(in.lists) > 0 {
 		// Others may count on chunks of these batches.
 		if err := in.s.drop(in.id); err != nil && !errors.Is(err, ErrClosed) {
-			in.s.cfg.Log.Warn("store: what an aborted ingest has put is not freed; the next start does it", "layer", in.layer, "error", err)
+			in.s.cfg.Log.Warn("store: cannot free the chunks of an aborted ingest; the next start tries again", "layer", in.layer, "error", err)
 		}
 	} else if err := in.s.packs.remove(in.id); err != nil {
-		in.s.cfg.Log.Warn("store: the pack of an aborted ingest was not deleted; the next start does it", "layer", in.layer, "error", err)
+		in.s.cfg.Log.Warn("store: cannot delete the pack of an aborted ingest; the next start tries again", "layer", in.layer, "error", err)
 	}
 	in.s.space.unreserve(in.reserved)
 	in.unhold()
@@ -357,6 +357,6 @@ func (in *Ingest) unhold() {
 		s.holds.release(d)
 	}
 	if err := s.collectOrphans(); err != nil && !errors.Is(err, ErrClosed) {
-		s.cfg.Log.Warn("store: chunks without reference not freed; the next start does it", "error", err)
+		s.cfg.Log.Warn("store: cannot free chunks without references; the next start tries again", "error", err)
 	}
 }

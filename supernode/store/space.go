@@ -101,7 +101,7 @@ func (s *space) numbers() (used, quota int64) {
 func (s *space) exhausted(pinned, ingests int) error {
 	used, quota := s.numbers()
 	if s.limit <= 0 || quota < s.limit {
-		return fmt.Errorf("store: %w: the disk of %s has %d MiB left for it, and what the store has is in use (%d diffs pinned, %d ingests running); make room on it",
+		return fmt.Errorf("store: %w: the disk of %s has %d MiB left for it, and all content of the store is in use (%d diffs pinned, %d ingests running); make room on it",
 			blockdev.ErrNoSpace, s.dir, max(0, quota-used)>>20, pinned, ingests)
 	}
 	return fmt.Errorf("store: %w: the quota of %d MiB is taken by images in use (%d diffs pinned, %d ingests running); raise %s",

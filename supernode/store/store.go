@@ -198,7 +198,7 @@ func (s *Store) writeUses() {
 			return
 		case <-t.C:
 			if err := s.flushUses(); err != nil {
-				s.cfg.Log.Warn("store: last uses of diffs not written", "error", err)
+				s.cfg.Log.Warn("store: cannot write when diffs were used last", "error", err)
 			}
 		}
 	}
