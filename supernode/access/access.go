@@ -104,7 +104,7 @@ func Open(cfg Config) (*Access, error) {
 	}
 	db, err := bbolt.Open(file, 0o600, &bbolt.Options{Timeout: time.Second})
 	if err != nil {
-		return nil, fmt.Errorf("%s (is another supernode using the directory?): %w", file, err)
+		return nil, fmt.Errorf("%s (does another supernode use the directory?): %w", file, err)
 	}
 	a := &Access{cfg: cfg, db: db, stop: make(chan struct{}), done: make(chan struct{}),
 		asking: flight.New[string, *question](flight.Policy{Outlives: true}, errClosed),

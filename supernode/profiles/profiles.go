@@ -69,7 +69,7 @@ const (
 	// File is where in the supernode's directory profiles are kept, and Lost is what a
 	// damaged one costs.
 	File = "profiles.db"
-	Lost = "startup profiles are learned anew"
+	Lost = "startup profiles are learned again"
 )
 
 var profileBucket = []byte("profiles-1")
@@ -99,7 +99,7 @@ func (p *Profiles) open(file string) (err error) {
 		return err
 	}
 	if p.db, err = bbolt.Open(file, 0o600, &bbolt.Options{Timeout: time.Second}); err != nil {
-		return fmt.Errorf("%s (is another supernode using the directory?): %w", file, err)
+		return fmt.Errorf("%s (does another supernode use the directory?): %w", file, err)
 	}
 	if err := p.load(); err != nil {
 		return errors.Join(fmt.Errorf("%s: %w", file, err), p.db.Close())
@@ -152,7 +152,7 @@ func (p *Profiles) HandOut(peer string, img *blockdev.Image) {
 		return nil
 	})
 	if err != nil {
-		p.log.Warn("startup profiles not read", "error", err)
+		p.log.Warn("cannot read startup profiles; nodes get this image without them", "error", err)
 	}
 }
 
@@ -181,7 +181,7 @@ func (p *Profiles) mayReport(peer string, diff blockdev.Digest) bool {
 // for chunks that the diff does not have.
 func (p *Profiles) Report(peer string, d blockdev.DiffProfile, chunks func() (int, error)) (kept bool, err error) {
 	if !p.mayReport(peer, d.Diff) {
-		return false, fmt.Errorf("this peer was not handed its index: %w", blockdev.ErrUnauthorized)
+		return false, fmt.Errorf("this peer did not get its index: %w", blockdev.ErrUnauthorized)
 	}
 	if room, err := p.room(peer, d.Diff); err != nil || !room {
 		return false, err
