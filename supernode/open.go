@@ -209,7 +209,7 @@ func (s *Supernode) ensure(ctx context.Context, r wanted) error {
 		}
 		if rec.DiffID != l.DiffID {
 			s.log.Warn("an image config is wrong about a layer's DiffID", "image", r.m.Ref, "layer", l.Digest, "says", l.DiffID, "is", rec.DiffID)
-			return fmt.Errorf("layer %s: the image config says that its DiffID is %s, and it has another: %w", l.Digest, l.DiffID, blockdev.ErrCorrupt)
+			return fmt.Errorf("layer %s: the image config says that its DiffID is %s, and the layer has another: %w", l.Digest, l.DiffID, blockdev.ErrCorrupt)
 		}
 		r.ready()
 		if watch != nil {

@@ -44,7 +44,7 @@ func (f *fetcher) run(ctx context.Context) error {
 	err := f.all(ctx)
 	if err == nil {
 		if got := blockdev.Digest(f.sum.Sum(nil)); got != f.l.Digest {
-			err = fmt.Errorf("the registry sends a blob with digest %s in its place: %w", got, blockdev.ErrCorrupt)
+			err = fmt.Errorf("the registry sends a blob with digest %s instead: %w", got, blockdev.ErrCorrupt)
 		}
 	}
 	if err != nil {
@@ -86,9 +86,9 @@ func (f *fetcher) all(ctx context.Context) error {
 		f.broke = true
 		pause, ok := f.pause(err, vain)
 		if !ok {
-			return fmt.Errorf("after %d of %d bytes: the registry asks to come back in %s: %w", f.at, f.l.Size, pause, err)
+			return fmt.Errorf("after %d of %d bytes: the registry says to try again in %s: %w", f.at, f.l.Size, pause, err)
 		}
-		f.in.cfg.Log.Warn("layer download interrupted; going on from there", "image", f.l.Ref, "layer", f.l.Digest,
+		f.in.cfg.Log.Warn("layer download interrupted; it goes on from the same byte", "image", f.l.Ref, "layer", f.l.Digest,
 			"at", f.at, "size", f.l.Size, "attempt", attempt, "pause", pause, "error", err)
 		timer := time.NewTimer(pause)
 		select {

@@ -201,8 +201,8 @@ func (f *arrival) build(ctx context.Context, r io.Reader, session *store.Ingest)
 	c := &counting{r: tar, f: f}
 	ix, err := layer.Build(ctx, c, session.Put, f.in.cfg.Build)
 	if err == nil && tar.Trailing() {
-		f.in.cfg.Log.Warn("something follows the layer's gzip stream that is none; it is passed over, as gzip does. "+
-			"containerd unpacks this image only where it finds unpigz", "image", f.l.Ref, "layer", f.l.Digest)
+		f.in.cfg.Log.Warn("a layer has other bytes after its gzip stream; they are ignored, as gzip ignores them. "+
+			"containerd can unpack this image only if unpigz is installed", "image", f.l.Ref, "layer", f.l.Digest)
 	}
 	return ix, err
 }

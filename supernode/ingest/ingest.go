@@ -191,7 +191,7 @@ func (in *Ingester) expireSpool() {
 		select {
 		case <-t.C:
 			if err := in.spool.expire(); err != nil {
-				in.cfg.Log.Warn("expired spool files not deleted", "error", err)
+				in.cfg.Log.Warn("cannot delete expired spool files", "error", err)
 			}
 		case <-in.ctx.Done():
 			return
@@ -294,7 +294,7 @@ func (in *Ingester) wait(ctx context.Context, a *flight.Asker[*arrival], l Layer
 func claim(l Layer, diffID blockdev.Digest) error {
 	if l.DiffID != diffID {
 		// What it is, is for those to know who may have the layer.
-		return fmt.Errorf("the image config says that its DiffID is %s, and it has another: %w", l.DiffID, blockdev.ErrCorrupt)
+		return fmt.Errorf("the image config says that its DiffID is %s, and the layer has another: %w", l.DiffID, blockdev.ErrCorrupt)
 	}
 	return nil
 }

@@ -69,7 +69,7 @@ func TestTrailing(t *testing.T) {
 			continue
 		}
 		checkStored(t, f.st, l, diff)
-		if n := strings.Count(log.String(), "gzip stream that is none"); (n != 1) != (tail == nil) {
+		if n := strings.Count(log.String(), "other bytes after its gzip stream"); (n != 1) != (tail == nil) {
 			t.Errorf("%s: the log has %d lines about it", name, n)
 		}
 		// It is hashed.

@@ -11,7 +11,7 @@ import (
 
 // errYielded ends a turn of a layer whose registry sends less than Config.LeastRate,
 // while another one waits. No asker sees it.
-var errYielded = errors.New("its registry sends next to nothing, and others wait")
+var errYielded = errors.New("its registry sends too slowly, and other layers wait")
 
 // fly takes the layer through, in as many turns as that takes.
 func (f *arrival) fly(ctx context.Context) error {
@@ -22,7 +22,7 @@ func (f *arrival) fly(ctx context.Context) error {
 		}
 		f.to(StageWaiting)
 		f.in.stats.yields.Add(1)
-		f.in.cfg.Log.Warn("a registry sends a layer too slowly to keep others waiting; it goes on after them", "image", f.l.Ref,
+		f.in.cfg.Log.Warn("a registry sends a layer slowly while other layers wait; the download goes on after them", "image", f.l.Ref,
 			"layer", f.l.Digest, "at", f.fetched.Load(), "size", f.l.Size)
 	}
 }
@@ -44,7 +44,7 @@ func (f *arrival) turn(ctx context.Context, n int) error {
 		// The seam may be the cause: a power failure can leave garbage at the end of
 		// the spool file, and a registry may answer a range request with something
 		// else. Once more, all of it from the registry.
-		f.in.cfg.Log.Warn("layer wrong after resuming its download; fetching all of it again", "image", f.l.Ref, "layer", f.l.Digest, "error", err)
+		f.in.cfg.Log.Warn("a layer is wrong after its download was resumed; fetching all of it again", "image", f.l.Ref, "layer", f.l.Digest, "error", err)
 		if err = sf.restart(); err == nil {
 			err = f.through(tctx, sf, &pieced)
 		}
@@ -52,7 +52,7 @@ func (f *arrival) turn(ctx context.Context, n int) error {
 	// What is wrong in itself is not kept; what a later attempt can go on with is.
 	keep := err != nil && !errors.Is(err, blockdev.ErrCorrupt) && !errors.Is(err, blockdev.ErrUnsupported)
 	if cerr := sf.giveUp(keep); cerr != nil {
-		f.in.cfg.Log.Warn("spool file not given up", "layer", f.l.Digest, "error", cerr)
+		f.in.cfg.Log.Warn("cannot release a spool file", "layer", f.l.Digest, "error", cerr)
 	}
 	return err
 }
