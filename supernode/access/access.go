@@ -27,7 +27,7 @@ const (
 	// File is where in Config.Dir it is kept who had access, and Lost is what a damaged one
 	// costs.
 	File = "access.db"
-	Lost = "until nodes have asked again, none has access while its registry is down"
+	Lost = "while a registry is down, only nodes that got access after this repair have it"
 )
 
 const (
@@ -174,7 +174,7 @@ func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference,
 		return Verdict{Public: everybody, Stale: true}, nil
 	}
 
-	err := fmt.Errorf("%s: the registry wants a credential and none was given: %w", req.Ref, blockdev.ErrUnauthorized)
+	err := fmt.Errorf("%s: the registry wants a credential, and the request has none: %w", req.Ref, blockdev.ErrUnauthorized)
 	if !notPublic {
 		if err = a.ask(ctx, grant{repo, ""}, ref, req, before || everybody, nil); err == nil {
 			return Verdict{Public: true}, nil
@@ -196,7 +196,7 @@ func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference,
 	}
 	switch out := registry.Outage(err); {
 	case out && (before || everybody):
-		a.cfg.Log.Warn("the registry cannot be asked; access that was there before counts", "image", req.Ref, "peer", peer, "error", err)
+		a.cfg.Log.Warn("the registry does not answer; access that it granted before counts", "image", req.Ref, "peer", peer, "error", err)
 		a.setDown(ref, err)
 		return Verdict{Public: everybody, Stale: true}, nil
 	case limited && everybody:

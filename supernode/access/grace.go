@@ -105,7 +105,7 @@ func (a *Access) flush() {
 			a.failed = err
 			a.mu.Unlock()
 			if err != nil {
-				a.cfg.Log.Error("cannot write down who had access; it will not count after a restart", "error", err)
+				a.cfg.Log.Error("cannot write the access records; new access does not count after a restart", "error", err)
 			}
 		}
 	}
@@ -163,7 +163,7 @@ func (a *Access) lasting(hash string, c blockdev.Credential) string {
 		b, err := pbkdf2.Key(sha256.New, hash, a.salt, stretchRounds, sha256.Size)
 		if err != nil {
 			// Only where FIPS 140 mode refuses the parameters. It counts for nobody then.
-			a.cfg.Log.Error("cannot hash a credential; it will not count while its registry is down", "error", err)
+			a.cfg.Log.Error("cannot hash a credential; it does not count while its registry is down", "error", err)
 			b = []byte(rand.Text())
 		}
 		st.id = string(b)
