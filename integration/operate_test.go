@@ -206,7 +206,7 @@ func TestStore(t *testing.T) {
 	if out := must(run("list"))(t); !strings.Contains(out, "LAYER") || !strings.Contains(out, all[0].Layer) || !strings.Contains(out, a) {
 		t.Errorf("the table:\n%s", out)
 	}
-	refused("is no layer or diff that is stored", "remove", "sha256:"+strings.Repeat("0", 64))
+	refused("is not a stored layer or diff", "remove", "sha256:"+strings.Repeat("0", 64))
 	refused("is not pinned", "unpin", b)
 
 	// Pinned: neither by name nor by digest, and not after a restart.
@@ -216,7 +216,7 @@ func TestStore(t *testing.T) {
 		t.Errorf("after a restart: %+v", all)
 	}
 	refused("unpin it first", "remove", b)
-	refused("unpin that first", "remove", all[1].Layer)
+	refused("unpin the image first", "remove", all[1].Layer)
 	// The image's own layer goes, the pinned one stays.
 	if out := must(run("remove", a))(t); out != "removed: "+all[0].Layer+"\n" {
 		t.Errorf("remove says %q", out)

@@ -40,7 +40,7 @@ func Inspect(ctx context.Context, dir string, repair bool, log *slog.Logger) (_ 
 	case errors.Is(err, blockdev.ErrCorrupt) && !repair:
 		h.Findings = append(h.Findings, blockdev.Finding{Where: filepath.Join(root, "index.db"), Problem: fmt.Sprintf("%v: the next start begins with an empty store", err)})
 	case errors.Is(err, blockdev.ErrCorrupt):
-		h.Findings = append(h.Findings, blockdev.Finding{Where: filepath.Join(root, "index.db"), Problem: err.Error(), Repaired: "begun anew, with an empty store: layers are fetched again when they are asked for"})
+		h.Findings = append(h.Findings, blockdev.Finding{Where: filepath.Join(root, "index.db"), Problem: err.Error(), Repaired: "an empty store is begun: layers are fetched again on request"})
 		fallthrough
 	case err == nil:
 		// Without a quota, and without compressing anything: only what a crash has
@@ -77,7 +77,7 @@ func inspectSmall(dir string, repair bool) (found []blockdev.Finding, err error)
 		if !errors.Is(err, blockdev.ErrCorrupt) {
 			return nil, err
 		}
-		f := blockdev.Finding{Where: path, Problem: fmt.Sprintf("%v: the next start begins it anew", err)}
+		f := blockdev.Finding{Where: path, Problem: fmt.Sprintf("%v: the next start begins with an empty file", err)}
 		if repair {
 			aside, err := boltcheck.SetAside(path)
 			if err != nil {

@@ -65,7 +65,7 @@ func (s *Supernode) fromHolders(ctx context.Context, r wanted) (store.LayerRecor
 		defer cancel()
 		release, err := s.restoring.Take(wait, r.m.Host)
 		if err != nil {
-			return fmt.Errorf("layer %s: nodes are giving back others: %w: %w", r.l.Digest, blockdev.ErrUnavailable, err)
+			return fmt.Errorf("layer %s: nodes give back other layers now: %w: %w", r.l.Digest, blockdev.ErrUnavailable, err)
 		}
 		defer release()
 		return s.restore(ctx, r, holders)
@@ -88,7 +88,7 @@ func (s *Supernode) restore(ctx context.Context, r wanted, holders []Holder) (er
 		if ctx.Err() != nil {
 			return err
 		}
-		s.log.Info("a node that has the image does not give the layer", "image", r.m.Ref, "layer", r.l.Digest, "error", err)
+		s.log.Info("cannot get a layer from a node that has the image", "image", r.m.Ref, "layer", r.l.Digest, "error", err)
 	}
 	return err
 }
@@ -105,7 +105,7 @@ func (s *Supernode) restoreFrom(ctx context.Context, r wanted, h Holder) error {
 		return err
 	}
 	if len(img.Layers) != 1 {
-		return fmt.Errorf("%d layers where one was asked for: %w", len(img.Layers), blockdev.ErrCorrupt)
+		return fmt.Errorf("%d layers, and one was requested: %w", len(img.Layers), blockdev.ErrCorrupt)
 	}
 	enc := img.Layers[0].Index
 	ix, err := index.Decode(enc)
@@ -113,7 +113,7 @@ func (s *Supernode) restoreFrom(ctx context.Context, r wanted, h Holder) error {
 		return err
 	}
 	if ix.DiffID != r.l.DiffID {
-		return fmt.Errorf("the index is that of %s: %w", ix.DiffID, blockdev.ErrCorrupt)
+		return fmt.Errorf("the index belongs to %s: %w", ix.DiffID, blockdev.ErrCorrupt)
 	}
 	session, err := s.store.Begin(r.l.Digest)
 	if err != nil {
@@ -219,7 +219,7 @@ func fetchBatch(ctx context.Context, from blockdev.Source, diff blockdev.Digest,
 	data := make([][]byte, len(want))
 	for i, c := range want {
 		if data[i] = byDigest[c.Digest]; len(data[i]) != int(c.Length) {
-			return nil, fmt.Errorf("chunk %s has %d bytes and, in another place, %d: %w", c.Digest, len(data[i]), c.Length, blockdev.ErrCorrupt)
+			return nil, fmt.Errorf("chunk %s has %d bytes, and in another place %d bytes: %w", c.Digest, len(data[i]), c.Length, blockdev.ErrCorrupt)
 		}
 	}
 	return data, nil
@@ -236,7 +236,7 @@ type inOrder struct {
 // ReadAt implements io.ReaderAt.
 func (r *inOrder) ReadAt(p []byte, off int64) (n int, err error) {
 	if off < r.start {
-		return 0, errors.New("read in front of what has been read")
+		return 0, errors.New("read before the bytes that were read last")
 	}
 	for n < len(p) {
 		at := off + int64(n) - r.start

@@ -62,16 +62,16 @@ func newMetrics(reg prometheus.Registerer, stats func() store.Stats) (*metrics, 
 		running:       map[string]*ingestRun{},
 		registryBytes: counter("registry_bytes_total", "Bytes of answers received from registries."),
 		images:        byOutcome("image_requests_total", "Requests for the indexes of an image, by outcome."),
-		imageSeconds:  seconds("image_request_seconds", "Time until the indexes of an image were handed out."),
-		relayed:       counter("relayed_images_total", "Answers that named other nodes in place of the indexes."),
+		imageSeconds:  seconds("image_request_seconds", "Time until the indexes of an image were sent."),
+		relayed:       counter("relayed_images_total", "Answers that named other nodes instead of the indexes."),
 		documents:     byOutcome("document_requests_total", "Requests for manifests and configs, by outcome."),
 		ingests:       byOutcome("layer_ingests_total", "Layers fetched from registries and stored, by outcome."),
 		ingestSeconds: seconds("layer_ingest_seconds", "Time to fetch, check and store a layer."),
 		copies:        counter("layer_copies_total", "Layers copied from another supernode."),
-		restores:      counter("layer_restores_total", "Layers that no supernode had any more, and a node gave back."),
-		chunks:        byOutcome("chunk_requests_total", "Chunks asked for, by outcome."),
-		chunkBytes:    counter("chunk_bytes_total", "Bytes of chunks handed out, as stored."),
-		profiles:      counter("startup_profiles_total", "Reports of what a container has read at its start that were taken, one for each layer."),
+		restores:      counter("layer_restores_total", "Layers that no supernode had any more and that a node gave back."),
+		chunks:        byOutcome("chunk_requests_total", "Requested chunks, by outcome."),
+		chunkBytes:    counter("chunk_bytes_total", "Bytes of chunks that were sent, as stored."),
+		profiles:      counter("startup_profiles_total", "Accepted reports of the chunks that a container read at its start, one for each layer."),
 	}
 	return m, m.Register(m.registryBytes, m.images, m.imageSeconds, m.relayed, m.documents, m.ingests, m.ingestSeconds, m.copies, m.restores, m.chunks, m.chunkBytes, m.profiles,
 		newStoreCollector(stats))
@@ -86,11 +86,11 @@ func (m *metrics) watch(s *Supernode, download *pace.Pacer) error {
 		}
 	}
 	return m.Register(
-		metric.Uses(namespace+"_places", "Places for work: ingests of layers over 8 MiB and of small ones, layers that are verified (fetched once more) or restored from nodes. "+
-			"used above capacity: a registry that has none got one beyond.", map[string]func() blockdev.Use{
+		metric.Uses(namespace+"_places", "Places for work: ingests of layers over 8 MiB and of small ones, layers that are verified (fetched again) or restored from nodes. "+
+			"If used is above capacity, then registries without a layer under way got one more.", map[string]func() blockdev.Use{
 			"ingests": ingest(0), "small_ingests": ingest(1), "verifying": s.verifying.Use, "restoring": s.restoring.Use,
 		}),
-		metric.Uses(namespace+"_bytes", "Bytes that layers under way may take of the spool, and bytes of layers that wait for registry.max_download (capacity: a second).",
+		metric.Uses(namespace+"_bytes", "Bytes that layers under way may take of the spool, and bytes of layers that wait for registry.max_download (capacity: bytes a second).",
 			map[string]func() blockdev.Use{
 				"spool": ingest(2),
 				"download": func() blockdev.Use {

@@ -117,7 +117,7 @@ func named(ref string, err error) error {
 }
 
 // errGone: an index is not there any more that was there a moment ago.
-var errGone = errors.New("removed from the store meanwhile")
+var errGone = errors.New("the store removed it before the answer")
 
 // collect makes sure that all layers are stored and may be handed out, and then
 // reads their indexes.
@@ -217,7 +217,7 @@ func (s *Supernode) ensure(ctx context.Context, r wanted) error {
 		}
 		return nil
 	}
-	return fmt.Errorf("layer %s: not stored for long enough to be used: %w", l.Digest, blockdev.ErrUnavailable)
+	return fmt.Errorf("layer %s: the store removes it before nodes can use it: %w", l.Digest, blockdev.ErrUnavailable)
 }
 
 // ingestLayer fetches and stores a layer, or joins those who do.

@@ -57,7 +57,7 @@ func (s *Supernode) prove(ctx context.Context, r wanted, open ingest.Open) error
 	return s.once(ctx, key+" "+registry.CredentialHash(r.cred), atLeast(r.l.Size), r.watch, func(ctx context.Context, p *progress) error {
 		err := s.show(ctx, r, open, p)
 		if err != nil && ctx.Err() == nil && !errors.Is(err, errGone) {
-			s.log.Warn("a layer is stored, and the image's registry does not show that this repository has it",
+			s.log.Warn("a layer is stored, but the image's registry does not show that this repository has it; nodes do not get the layer for this image",
 				"image", r.m.Ref, "layer", r.l.Digest, "error", err)
 			s.failed.note(key, err)
 		}
@@ -126,7 +126,7 @@ func (s *Supernode) verify(ctx context.Context, r wanted, open ingest.Open, p *p
 		return err
 	}
 	if d := blockdev.Digest(h.Sum(nil)); d != r.l.Digest {
-		return fmt.Errorf("registry %s sends %s in its place: %w", r.m.Host, d, blockdev.ErrCorrupt)
+		return fmt.Errorf("registry %s sends %s instead: %w", r.m.Host, d, blockdev.ErrCorrupt)
 	}
 	return nil
 }

@@ -59,7 +59,7 @@ func openPinned(dir string, pin func(blockdev.Digest) func()) (*pinned, error) {
 	}
 	if err != nil {
 		// Never passed over: what was pinned would be evicted.
-		return nil, fmt.Errorf("list of pinned images %s: %w: put it right, or delete it and pin the images again", p.path, err)
+		return nil, fmt.Errorf("list of pinned images %s: %w: correct the file, or delete it and pin the images again", p.path, err)
 	}
 	for _, im := range list {
 		p.images[im.Ref] = im
@@ -112,7 +112,7 @@ func (p *pinned) set(im pinnedImage, limit int64) error {
 	p.images[im.Ref] = im
 	err := error(nil)
 	if n := p.sizeLocked(); n > limit {
-		err = fmt.Errorf("%s: pinned images would take %d MiB, and a %d%% share of the store is %d MiB: unpin others, or raise store.quota: %w",
+		err = fmt.Errorf("%s: pinned images would take %d MiB, and at most %d%% of the store, %d MiB, can be pinned: unpin others, or raise store.quota: %w",
 			im.Ref, n>>20, 100/pinnedShare, limit>>20, blockdev.ErrNoSpace)
 	} else {
 		err = p.saveLocked()

@@ -97,7 +97,7 @@ func only(m *registry.Manifest, layers []blockdev.Digest) (*registry.Manifest, e
 		}
 	}
 	if len(part.Layers) == 0 {
-		return nil, fmt.Errorf("%s has none of the layers asked for: %w", m.Ref, blockdev.ErrNotFound)
+		return nil, fmt.Errorf("%s has none of the requested layers: %w", m.Ref, blockdev.ErrNotFound)
 	}
 	return &part, nil
 }
@@ -142,7 +142,7 @@ func (s *Supernode) obtain(ctx context.Context, r wanted, open ingest.Open) (sto
 		if id == from {
 			return rec, err
 		}
-		s.log.Info("the supernode that a layer belongs to does not answer; going on without it", "layer", r.l.Digest, "supernode", id, "err", err)
+		s.log.Info("the supernode that a layer belongs to does not answer; going on without this supernode", "layer", r.l.Digest, "supernode", id, "err", err)
 	}
 	for _, id := range order {
 		// Also the one that asks: it may have fetched the layer when this
@@ -201,7 +201,7 @@ func (s *Supernode) replicate(r wanted, sibs siblings, order []peer.ID) {
 		defer cancel()
 		_, err := sibs[next].OpenImage(ctx, s.layerRequest(r, false))
 		if err != nil && s.ctx.Err() == nil {
-			s.log.Warn("a layer is on this supernode alone", "layer", r.l.Digest, "err", err)
+			s.log.Warn("another supernode could not copy a layer; only this supernode has it", "layer", r.l.Digest, "err", err)
 		}
 	}()
 }
@@ -240,7 +240,7 @@ func (s *Supernode) copyFrom(ctx context.Context, r wanted, id peer.ID, sib Sibl
 		return err
 	}
 	if len(img.Layers) == 0 || img.Layers[0].Digest != r.l.Digest || img.Layers[0].DiffID != r.l.DiffID {
-		return fmt.Errorf("another layer than was asked for: %w", blockdev.ErrCorrupt)
+		return fmt.Errorf("not the requested layer: %w", blockdev.ErrCorrupt)
 	}
 	enc := img.Layers[0].Index
 	ix, err := index.Decode(enc)
@@ -248,7 +248,7 @@ func (s *Supernode) copyFrom(ctx context.Context, r wanted, id peer.ID, sib Sibl
 		return err
 	}
 	if ix.DiffID != r.l.DiffID {
-		return fmt.Errorf("the index is that of %s: %w", ix.DiffID, blockdev.ErrCorrupt)
+		return fmt.Errorf("the index belongs to %s: %w", ix.DiffID, blockdev.ErrCorrupt)
 	}
 	chunks := slices.Clone(ix.Chunks)
 	for _, p := range ix.Headers {

@@ -54,7 +54,7 @@ func (s *Supernode) raw(ctx context.Context, want blockdev.Chunk, buf []byte) ([
 		}
 	}
 	if len(data) != int(want.Length) {
-		return nil, fmt.Errorf("chunk %s has %d bytes, %d were asked for: %w", want.Digest, len(data), want.Length, blockdev.ErrCorrupt)
+		return nil, fmt.Errorf("chunk %s has %d bytes, and %d were requested: %w", want.Digest, len(data), want.Length, blockdev.ErrCorrupt)
 	}
 	return data, nil
 }

@@ -64,14 +64,14 @@ func (s *Supernode) RemoveDigest(d blockdev.Digest) ([]blockdev.Digest, error) {
 		}
 	}
 	if len(layers) == 0 {
-		return nil, fmt.Errorf("%s is no layer or diff that is stored: %w", d, blockdev.ErrNotFound)
+		return nil, fmt.Errorf("%s is not a stored layer or diff: %w", d, blockdev.ErrNotFound)
 	}
 	return layers, s.removeDiff(diff)
 }
 
 func (s *Supernode) removeDiff(diff blockdev.Digest) error {
 	if pins := s.pinned.of(diff); len(pins) > 0 {
-		return fmt.Errorf("diff %s: %w as part of %s: unpin that first", diff, ErrPinned, pins[0])
+		return fmt.Errorf("diff %s: %w as part of %s: unpin the image first", diff, ErrPinned, pins[0])
 	}
 	return s.store.Remove(diff)
 }

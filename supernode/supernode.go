@@ -46,7 +46,7 @@ type Config struct {
 	// Allowed are the repositories that registries and mirrors may be asked for, and
 	// that anybody is given; nil: all. Allow changes it.
 	Allowed *pattern.Repositories
-	// AccessTTL is how long a registry's permission to pull is believed; 5 min.
+	// AccessTTL is how long a registry's permission to pull is cached; 5 min.
 	AccessTTL time.Duration
 	// AccessGrace is how long a peer that had access keeps it, with the same
 	// credential, while the registry is down, and how long what was public stays so;
@@ -103,7 +103,7 @@ func (c *Config) setDefaults() error {
 	case c.AccessTTL < 0 || c.Lease < 0 || c.Ingests < 0 || c.Quota < 0:
 		return errors.New("supernode: a duration, the quota or the number of ingests is negative")
 	case c.AccessGrace < c.AccessTTL:
-		return fmt.Errorf("supernode: AccessGrace (%s) is shorter than AccessTTL (%s): while a registry is down its word would count for less time than while it is up", c.AccessGrace, c.AccessTTL)
+		return fmt.Errorf("supernode: AccessGrace (%s) is shorter than AccessTTL (%s): a registry's permission would count for less time while the registry is down than while it is up", c.AccessGrace, c.AccessTTL)
 	}
 	return nil
 }

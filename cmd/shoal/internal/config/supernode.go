@@ -52,7 +52,7 @@ type Registry struct {
 	Allowed     []string `toml:"allowed" comment:"repositories that registries, and mirrors in hosts.toml, may be asked for, as patterns: \"registry.example.com/team/*\", \"docker.io/library/*\"; an asterisk stands for any characters. Nodes get no others, not even stored ones. A host that a registry redirects to needs no entry, a mirror does"`
 	Trusted     []string `toml:"trusted" comment:"registry hosts that need only say that they have a layer (HEAD) which came from another registry, and not send it once more"`
 	TagTTL      Duration `toml:"tag_ttl" comment:"how long what a tag names is believed before the registry is asked again"`
-	AccessTTL   Duration `toml:"access_ttl" comment:"how long a registry's permission to pull is believed"`
+	AccessTTL   Duration `toml:"access_ttl" comment:"how long a registry's permission to pull is cached"`
 	MaxDownload Size     `toml:"max_download" comment:"bytes a second of layers that are taken from registries, which share it; 0: no limit"`
 	Ingests     int      `toml:"ingests" comment:"how many layers of more than 8 MiB are fetched at the same time; a registry that has none under way gets one beyond them"`
 	AccessGrace Duration `toml:"access_grace" comment:"and how long while the registry is down (no answer or 5xx; not 429), for the same node with the same credential"`
@@ -82,7 +82,7 @@ func (r Registry) check(prefix string) error {
 		return err
 	}
 	if r.AccessGrace < r.AccessTTL {
-		return fmt.Errorf("%sregistry.access_grace (%v) is shorter than %sregistry.access_ttl (%v): while a registry is down its word would count for less time than while it is up",
+		return fmt.Errorf("%sregistry.access_grace (%v) is shorter than %sregistry.access_ttl (%v): a registry's permission would count for less time while the registry is down than while it is up",
 			prefix, time.Duration(r.AccessGrace), prefix, time.Duration(r.AccessTTL))
 	}
 	return errors.Join(

@@ -164,7 +164,7 @@ func (s *Source) collect(ctx context.Context, p *pass, c *call, req blockdev.Req
 		}
 		// The pass has hashed it; its length is the digest's, and not the request's.
 		if len(it.data) != int(req.Chunks[it.i].Length) {
-			return fmt.Errorf("registry: chunk %s has %d bytes, %d were asked for: %w",
+			return fmt.Errorf("registry: chunk %s has %d bytes, and %d were requested: %w",
 				req.Chunks[it.i].Digest, len(it.data), req.Chunks[it.i].Length, blockdev.ErrCorrupt)
 		}
 		if err := deliver(it.i, it.data); err != nil {
