@@ -247,7 +247,7 @@ func (s *Snapshotter) waitBytes(ctx context.Context, o *openImage) {
 	for _, l := range o.Layers {
 		if err := s.cfg.Data.PrefetchWait(ctx, l.DiffID, nil); err != nil {
 			if ctx.Err() == nil {
-				s.log.Error("an eager image is not here as a whole; its pull ends all the same, and the rest is fetched as it can be",
+				s.log.Error("an eager image is not complete; its pull ends now, and the missing chunks are prefetched",
 					"image", o.Ref, "layer", l.Digest, "error", err)
 			}
 			return
@@ -334,7 +334,7 @@ func (s *Snapshotter) forgetKeys(ctx context.Context) {
 		case <-tick.C:
 		}
 		if err := s.dropKeys(); err != nil {
-			s.log.Error("cannot tell which credentials are still needed", "error", err)
+			s.log.Error("cannot find out which credentials are still needed; all are kept", "error", err)
 		}
 	}
 }
@@ -364,7 +364,7 @@ func (s *Snapshotter) dropKeys() error {
 // local says why an image cannot be asked of a supernode on another machine.
 func (s *Snapshotter) local(w want) string {
 	if s.cfg.Remote && policy.LocalHost(w.host) {
-		return fmt.Sprintf("%s is a name that only this machine knows, and the supernode is another machine", w.host)
+		return fmt.Sprintf("%s is a name that only this machine knows, and the supernode runs on another machine", w.host)
 	}
 	return ""
 }

@@ -32,7 +32,7 @@ func (h *Health) add(where, repaired, format string, args ...any) {
 func (s *Snapshotter) Check(ctx context.Context, repair bool) (*Health, error) {
 	h := &Health{Databases: 2}
 	if err := boltcheck.Live(s.records.db, visitRecords); err != nil {
-		h.add(recordsFile, "", "%v: it is set aside at the next start of the node", err)
+		h.add(recordsFile, "", "%v: the next start of the node sets the file aside", err)
 	}
 	before := &Health{}
 	// In the transaction that makes snapshots, so that none is seen half made.
@@ -45,7 +45,7 @@ func (s *Snapshotter) Check(ctx context.Context, repair bool) (*Health, error) {
 		return before.orphans(s.cfg.Root, ids)
 	})
 	if err != nil {
-		h.add(metadataFile, "", "%v: it is set aside at the next start of the node", err)
+		h.add(metadataFile, "", "%v: the next start of the node sets the file aside", err)
 		return h, nil
 	}
 	h.aside(s.cfg.Root)
@@ -94,7 +94,7 @@ func Inspect(ctx context.Context, root string, repair bool) (*Health, error) {
 			continue
 		case errors.Is(err, blockdev.ErrCorrupt):
 			sound = false
-			h.add(db.name, "", "%v: it is set aside at the next start of the node", err)
+			h.add(db.name, "", "%v: the next start of the node sets the file aside", err)
 		case err != nil:
 			return nil, err
 		}
@@ -163,6 +163,6 @@ func (h *Health) aside(root string) {
 		return
 	}
 	for _, path := range left {
-		h.add(path, "", "was set aside because it was damaged: delete it once no container needs what is in it")
+		h.add(path, "", "was set aside because it was damaged: delete it when no container needs its content")
 	}
 }

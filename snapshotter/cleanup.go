@@ -38,7 +38,7 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 		if err := context.Cause(ctx); !errors.Is(err, errSlow) {
 			return err
 		}
-		s.log.Info("cleaning up after removed snapshots goes on in the background")
+		s.log.Info("the cleanup of removed snapshots goes on in the background")
 		return nil
 	}
 }
@@ -114,7 +114,7 @@ func (s *Snapshotter) removeDir(dir string) {
 		err = os.RemoveAll(dir)
 	}
 	if err != nil {
-		s.log.Warn("directory of a removed snapshot is still there", "path", dir, "error", err)
+		s.log.Warn("cannot remove the directory of a removed snapshot", "path", dir, "error", err)
 	}
 }
 
@@ -133,7 +133,7 @@ func (s *Snapshotter) sweep(ctx context.Context) (removed int) {
 		err := s.removeDiff(ctx, id)
 		s.refs.finishRemove(id, err == nil)
 		if err != nil {
-			s.log.Warn("diff that nobody uses is still there", "diff", id, "error", err)
+			s.log.Warn("cannot remove an unused diff", "diff", id, "error", err)
 		} else {
 			removed++
 		}
@@ -193,7 +193,7 @@ func (s *Snapshotter) start() error {
 			// A label that does not parse makes that chain fail, and no other.
 			diff, lazy, err := diffOf(info)
 			if err != nil {
-				s.log.Error("lazy snapshot is damaged", "snapshot", info.Name, "error", err)
+				s.log.Error("a label of a lazy snapshot is damaged; containers on this snapshot do not start", "snapshot", info.Name, "error", err)
 			} else if lazy {
 				s.refs.addSnapshot(diff)
 			}
@@ -283,7 +283,7 @@ func (s *Snapshotter) mountActive(ctx context.Context, active map[string]snapsho
 			_, err = s.lowers(ctx, links)
 		}
 		if err != nil && ctx.Err() == nil {
-			s.log.Error("snapshot cannot be mounted; it will be tried again when its container is started",
+			s.log.Error("cannot mount the layers of a snapshot; the start of its container tries again",
 				"snapshot", name, "error", err)
 		}
 		s.wish(ctx, name, info, links)

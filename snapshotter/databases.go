@@ -33,8 +33,8 @@ func (s *Snapshotter) openDatabases() error {
 		if aerr != nil {
 			return aerr
 		}
-		s.log.Error("the records of images are damaged and were set aside; layers are found again on disk, "+
-			"but images are not listed, and lost layers not fetched again, before they are pulled again", "aside", aside, "error", err)
+		s.log.Error("the records of images are damaged and were set aside; layers on disk are found again, "+
+			"but images are not listed, and lost layers are not fetched again, until you pull the images again", "aside", aside, "error", err)
 	}
 	// The records go first: their lock keeps a second process off both files.
 	if s.records, err = openRecords(records); err != nil {
@@ -73,7 +73,7 @@ func metadataLost(root string) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) || len(dirs) == 0 {
 		return err
 	}
-	return fmt.Errorf("%s is missing or empty, though there are directories of %d snapshots: %w", metadataFile, len(dirs), blockdev.ErrCorrupt)
+	return fmt.Errorf("%s is missing or empty, but there are directories of %d snapshots: %w", metadataFile, len(dirs), blockdev.ErrCorrupt)
 }
 
 // setMetadataAside makes way for a new metadata.db. The directories of snapshots go
@@ -104,7 +104,7 @@ func (s *Snapshotter) setMetadataAside(metadata string, cause error) error {
 		return err
 	}
 	s.log.Error("the snapshots' metadata is damaged or lost; it was set aside, with the directories that containers write to; running containers go on. "+
-		"Remove all containers and images of this snapshotter and pull them again; until the files that were set aside are deleted, no layer is",
+		"Remove all containers and images of this snapshotter, and pull the images again; the node deletes no layer until you delete the files that were set aside",
 		"aside", []string{aside, dirsAside}, "error", cause)
 	return os.Mkdir(dirs, 0o700)
 }
@@ -176,7 +176,7 @@ func (s *Snapshotter) adoptDiffs() error {
 		}
 		implied, err := s.cfg.Data.Implied(id)
 		if err != nil {
-			s.log.Warn("a layer on disk cannot be listed", "diff", id, "error", err)
+			s.log.Warn("cannot list a layer on disk", "diff", id, "error", err)
 			continue
 		}
 		if err := s.records.adopt(id, implied); err != nil {

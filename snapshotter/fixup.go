@@ -112,7 +112,7 @@ func inside(own, dir string) (string, error) {
 	}
 	fi, err := os.Lstat(p)
 	if err != nil || !fi.IsDir() || p != filepath.Join(own, dir) {
-		return "", fmt.Errorf("index implies a directory in %q, which is none in the layer: %w", dir, blockdev.ErrCorrupt)
+		return "", fmt.Errorf("index implies a directory in %q, which is not a directory in the layer: %w", dir, blockdev.ErrCorrupt)
 	}
 	return p, nil
 }

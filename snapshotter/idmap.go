@@ -38,7 +38,7 @@ func mappedRoot(mapping string) (int, error) {
 			}
 		}
 		if n[1] == noID {
-			return 0, fmt.Errorf("%q: %d is no id", m, noID)
+			return 0, fmt.Errorf("%q: %d is not an ID", m, noID)
 		}
 		if n[0] == 0 && n[2] > 0 {
 			return int(n[1]), nil
@@ -75,7 +75,7 @@ func remapped(links []link, lowers []string, uidmap, gidmap string) (bool, error
 func (s *Snapshotter) explainRemapped(snapshot string) {
 	s.remapped.Do(func() {
 		s.log.Warn("containerd has copied a whole image to change its owners, for a container with a user namespace; "+
-			"set capabilities = [\"remap-ids\"] in the section proxy_plugins.shoal of its config, and it will not", "snapshot", snapshot)
+			"to avoid the copy, set capabilities = [\"remap-ids\"] in the section proxy_plugins.shoal of containerd's config", "snapshot", snapshot)
 	})
 }
 

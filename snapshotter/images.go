@@ -144,7 +144,7 @@ func (s *Snapshotter) Evict(ctx context.Context) bool {
 	}
 	list, err := s.records.images()
 	if err != nil {
-		s.log.Error("cannot look for images that could make room", "error", err)
+		s.log.Error("cannot find images to evict", "error", err)
 		return false
 	}
 	slices.SortFunc(list, func(a, b imageRecord) int { return a.Opened.Compare(b.Opened) })

@@ -20,7 +20,7 @@ import (
 var errClosing = fmt.Errorf("the snapshotter is being closed: %w", errdefs.ErrUnavailable)
 
 // errSlow is the cause of a context that ends since a call has taken its time.
-var errSlow = errors.New("the call has taken its time")
+var errSlow = errors.New("the time for the call is used up")
 
 // limit bounds a call: containerd holds a lock over most of them, and waits with
 // its garbage collection, and with all that waits for that.
@@ -73,13 +73,13 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 	case ctx.Err() != nil && !errors.Is(context.Cause(ctx), errSlow):
 		return false, fmt.Errorf("image %s: wait for its indexes: %w", w.ref, ctx.Err())
 	case errors.Is(err, errSlow):
-		return refuse(CauseSlow, fmt.Sprintf("its indexes did not come within %v (prepare_timeout); they are still being waited for, and the next pull finds them here",
+		return refuse(CauseSlow, fmt.Sprintf("its indexes did not come within %v (prepare_timeout); the node still waits for them, and the next pull finds them here",
 			s.cfg.PrepareTimeout*5/6))
 	case errors.As(err, new(refused)):
 		s.pulls.refuse(p, true)
 		p.explain.Do(func() {
 			s.refusals.add(w.ref, CauseConfig, err.Error())
-			s.log.Info("image is not lazy, as the config says: containerd unpacks it in the ordinary way", "image", w.ref, "cause", err)
+			s.log.Info("image is not lazy, because the config says so; containerd unpacks it", "image", w.ref, "cause", err)
 		})
 		return false, nil
 	case err != nil:
@@ -89,7 +89,7 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 	}
 	if ns := namespaceOf(key); o.private && s.rights.distrusted(ns, time.Now()) {
 		return refuse(CauseUnauthorized, fmt.Sprintf("containerd's namespace %q has asked for layers without the name of their image within the last %v, "+
-			"so the name could come from somebody's manifest, and a private image is opened for none: "+
+			"so the name could come from any manifest, and a private image is opened for none of them: "+
 			"set disable_snapshot_annotations = false in the CRI section of containerd's config", ns, distrustFor))
 	}
 	i := o.position(w.chain)
@@ -120,7 +120,7 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 	}
 	if last {
 		if err := s.release(o.Manifest); err != nil {
-			s.log.Error("image stays marked as kept, removing it will not free its diffs before the next start",
+			s.log.Error("cannot remove the keep mark of an image; if the image is removed, its diffs stay until the next start",
 				"image", w.ref, "error", err)
 		}
 		s.refusals.forget(w.ref)
@@ -160,7 +160,7 @@ func (s *Snapshotter) preparer(w want) opener {
 // notLazy writes the one line that says why.
 func (s *Snapshotter) notLazy(w want, c Cause, why string) {
 	s.refusals.add(w.ref, c, why)
-	s.log.Warn("image is not lazy, containerd unpacks it in the ordinary way", "image", w.ref, "manifest", w.manifest, "cause", why)
+	s.log.Warn("image is not lazy; containerd unpacks it", "image", w.ref, "manifest", w.manifest, "cause", why)
 }
 
 // explainUnlabelled writes that line for an image whose name is not known: once,
@@ -172,7 +172,7 @@ func (s *Snapshotter) explainUnlabelled(w want, parent string, why error) {
 	s.mu.Unlock()
 	if !above {
 		s.refusals.add(w.ref, CauseUnlabelled, why.Error())
-		s.log.Warn("image is not lazy, containerd unpacks it in the ordinary way", "image", w.ref, "chain", w.chain, "cause", why)
+		s.log.Warn("image is not lazy; containerd unpacks it", "image", w.ref, "chain", w.chain, "cause", why)
 	}
 }
 
@@ -180,13 +180,13 @@ func (s *Snapshotter) explainUnlabelled(w want, parent string, why error) {
 // chain below it.
 func (s *Snapshotter) misplaced(ctx context.Context, o *openImage, i int, parent string) (why string, err error) {
 	if i < 0 {
-		return "the DiffIDs that came do not give the ChainID that containerd has from the image config", nil
+		return "the DiffIDs that the supernode sent do not give the ChainID that containerd has from the image config", nil
 	}
 	if i == 0 && parent == "" {
 		return "", nil
 	}
 	if i == 0 || parent == "" {
-		return fmt.Sprintf("layer %d is asked for on parent %q: layers that are unpacked in parallel cannot be lazy "+
+		return fmt.Sprintf("layer %d is requested on parent %q: layers that are unpacked in parallel cannot be lazy "+
 			"(the proxy plugin must not have the capability \"rebase\")", i+1, parent), nil
 	}
 	below, err := s.chainOf(ctx, parent)
@@ -194,7 +194,7 @@ func (s *Snapshotter) misplaced(ctx context.Context, o *openImage, i int, parent
 		return "", err
 	}
 	if below != o.chains[i-1] {
-		return fmt.Sprintf("layer %d is asked for on %s, which is not the chain below it, %s", i+1, below, o.chains[i-1]), nil
+		return fmt.Sprintf("layer %d is requested on %s, which is not the chain below it, %s", i+1, below, o.chains[i-1]), nil
 	}
 	return "", nil
 }
@@ -223,7 +223,7 @@ func (s *Snapshotter) waitPrefetch(ctx context.Context, w want, o *openImage, la
 		return
 	}
 	if v != PrefetchWait {
-		s.log.Warn("label is ignored: "+LabelPrefetch+" has one value, "+PrefetchWait, "value", v, "image", w.ref)
+		s.log.Warn("label is ignored: "+LabelPrefetch+" can only be "+PrefetchWait, "value", v, "image", w.ref)
 		return
 	}
 	// All at once, so that the link is never idle at the end of a layer.
@@ -232,7 +232,7 @@ func (s *Snapshotter) waitPrefetch(ctx context.Context, w want, o *openImage, la
 	}
 	for _, l := range o.Layers {
 		if err := s.cfg.Data.PrefetchWait(ctx, l.DiffID, nil); err != nil {
-			s.log.Info("the pull does not wait for all bytes of the image; they are still being fetched",
+			s.log.Info("the pull does not wait for all bytes of the image; the missing bytes are still being fetched",
 				"image", w.ref, "layer", l.Digest, "cause", err)
 			return
 		}
@@ -241,7 +241,7 @@ func (s *Snapshotter) waitPrefetch(ctx context.Context, w want, o *openImage, la
 
 // errFixup is part of an error of commitLazy with which the layer can still be
 // unpacked in the ordinary way.
-var errFixup = errors.New("its directories cannot be put together with those of the layers below")
+var errFixup = errors.New("its directories cannot be combined with those of the layers below")
 
 // commitLazy commits a snapshot that stands for a diff, which the caller holds,
 // under the name of its ChainID. One that is there already is as good.

@@ -337,7 +337,7 @@ func TestRemoveFails(t *testing.T) {
 	check(t, n.Remove(bg, img.chain(0)))
 	n.data.removeErr = errors.New("busy")
 	check(t, n.Cleanup(bg))
-	if len(n.log.lines("nobody uses", "busy")) != 1 {
+	if len(n.log.lines("an unused diff", "busy")) != 1 {
 		t.Errorf("log:\n%s", n.log.b.String())
 	}
 	n.data.removeErr = nil

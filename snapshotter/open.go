@@ -271,7 +271,7 @@ func cause(err error, timeout time.Duration) string {
 	case errors.Is(err, context.DeadlineExceeded):
 		return fmt.Sprintf("its indexes did not come within %v: %v", timeout, err)
 	case errors.Is(err, blockdev.ErrUnavailable) && answered(err):
-		return fmt.Sprintf("it is not to be had now: %v", err)
+		return fmt.Sprintf("it is not available now: %v", err)
 	case errors.Is(err, blockdev.ErrUnavailable):
 		return fmt.Sprintf("no supernode answers: %v", err)
 	case errors.Is(err, blockdev.ErrUnauthorized):

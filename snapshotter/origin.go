@@ -106,7 +106,7 @@ func (s *Snapshotter) startRewarm(o Origin) *rewarming {
 	w := &rewarming{done: make(chan struct{})}
 	s.rewarmings[key] = w
 	s.bg.Go(func() {
-		s.log.Info("the supernode does not have a layer any more; it is asked to get it again", "image", o.Ref, "layer", o.Digest)
+		s.log.Info("the supernode does not have a layer any more; this node asks it to fetch the layer again", "image", o.Ref, "layer", o.Digest)
 		w.err = s.rewarm(o)
 		w.ended = time.Now()
 		close(w.done)

@@ -33,7 +33,7 @@ func (s *Snapshotter) mount(ctx context.Context, id blockdev.Digest) (string, er
 		return "", fmt.Errorf("%w; its index is being fetched again: %w: %w", errLost, context.Cause(ctx), blockdev.ErrUnavailable)
 	}
 	if r.err != nil {
-		return "", fmt.Errorf("%w; to get its index again failed, too: %w", err, r.err)
+		return "", fmt.Errorf("%w; its index could not be fetched again: %w", err, r.err)
 	}
 	return s.cfg.Data.Mount(ctx, id)
 }
@@ -80,13 +80,13 @@ func (s *Snapshotter) recover(ctx context.Context, id blockdev.Digest) error {
 	if err != nil {
 		return err
 	}
-	err = errors.New("no image on record has it")
+	err = errors.New("no recorded image has it")
 	for _, rec := range list {
 		if !slices.ContainsFunc(rec.Layers, func(l Layer) bool { return l.DiffID == id }) {
 			continue
 		}
 		if err = s.reopen(ctx, rec, id); err == nil {
-			s.log.Warn("diff was lost, its index has been fetched again", "diff", id, "image", rec.Ref)
+			s.log.Warn("a diff was lost; its index has been fetched again", "diff", id, "image", rec.Ref)
 			return nil
 		}
 		err = fmt.Errorf("image %s: %w", rec.Ref, err)

@@ -100,7 +100,7 @@ func TestMountFailsAtStart(t *testing.T) {
 	}
 	n.crash()
 	n.bg.Wait()
-	if len(n.log.lines("cannot be mounted", "snapshot=c1", "no loop device")) != 1 {
+	if len(n.log.lines("cannot mount the layers", "snapshot=c1", "no loop device")) != 1 {
 		t.Errorf("log:\n%s", n.log.b.String())
 	}
 	if _, err := n.Mounts(bg, "c1"); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "no loop device") {

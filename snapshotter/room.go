@@ -21,7 +21,7 @@ const (
 )
 
 // errNoRoom ends a request for indexes that there is no room for now.
-var errNoRoom = errors.New("the indexes of other images take all room")
+var errNoRoom = errors.New("the indexes of other images take all the memory for indexes")
 
 // indexRoom is the memory for encoded indexes, in bytes.
 type indexRoom struct {

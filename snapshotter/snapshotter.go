@@ -152,7 +152,7 @@ func (s *Snapshotter) stableInodes() bool {
 		return false
 	}
 	if err := mount.UnmountAll(at("m"), 0); err != nil {
-		s.log.Warn("a mount of an empty directory stays", "path", at("m"), "error", err)
+		s.log.Warn("cannot unmount a test mount", "path", at("m"), "error", err)
 	}
 	return true
 }
@@ -296,7 +296,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	defer cancel()
 	usage, err := fs.DiskUsage(limited, s.upper(id))
 	if err != nil && errors.Is(context.Cause(limited), errSlow) {
-		s.log.Warn("the size of a snapshot is not known: to count its files took too long, and containerd waits", "snapshot", name, "limit", s.cfg.PrepareTimeout)
+		s.log.Warn("the size of a snapshot is not known: counting its files took longer than containerd may wait", "snapshot", name, "limit", s.cfg.PrepareTimeout)
 		err, usage = nil, fs.Usage{}
 	}
 	if err != nil {

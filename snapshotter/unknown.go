@@ -23,7 +23,7 @@ func (s *Snapshotter) unknown(key string, err error) error {
 	if last != 0 && now-last < int64(unknownInterval) || !s.saidUnknown.CompareAndSwap(last, now) {
 		return err
 	}
-	s.log.Error("containerd asks for a snapshot that is not here: the node's directory and containerd's do not belong together, since one of them was emptied or restored. "+
-		"For each image of this snapshotter, the pause image too, once its containers are removed: crictl rmi IMAGE, then crictl pull IMAGE", "snapshot", key)
+	s.log.Error("containerd asks for a snapshot that is not here: the directory of the node and that of containerd do not match, because one of them was emptied or restored. "+
+		"Remove the containers of this snapshotter; then run crictl rmi IMAGE and crictl pull IMAGE for each of its images, the pause image too", "snapshot", key)
 	return err
 }

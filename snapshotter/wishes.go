@@ -278,7 +278,7 @@ func (s *Snapshotter) containerStarts(key, id string, info snapshots.Info, links
 			continue
 		}
 		if err := s.records.followed(&rec); err != nil {
-			s.log.Error("a pull is not marked as followed by a container; after a restart all of it is fetched", "image", rec.Ref, "error", err)
+			s.log.Error("cannot record that a container uses a pulled image; after a restart the whole image is prefetched", "image", rec.Ref, "error", err)
 		}
 	}
 	if mode == policy.All {
@@ -339,7 +339,7 @@ func (s *Snapshotter) imagesOf(links []link) (policy.Mode, []imageRecord) {
 func (s *Snapshotter) imagePulled(rec *imageRecord) {
 	unfollowed := s.cfg.PrefetchAfterPull && s.policy.Load().Prefetch(rec.Ref) == policy.All
 	if err := s.records.pulled(*rec, unfollowed); err != nil {
-		s.log.Error("a pull is not noted; if the node restarts, the rest of the image is not fetched before a container starts", "image", rec.Ref, "error", err)
+		s.log.Error("cannot record a pull; if the node restarts, the rest of the image is not prefetched before a container starts", "image", rec.Ref, "error", err)
 	}
 	if !unfollowed {
 		return

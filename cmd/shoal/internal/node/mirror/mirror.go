@@ -140,7 +140,7 @@ func (m *Mirror) serve(w http.ResponseWriter, r *http.Request, kind *string) err
 	*kind = string(t.what)
 	host, _, _ := strings.Cut(t.name, "/")
 	if m.cfg.Remote && policy.LocalHost(host) {
-		return &problem{http.StatusNotFound, codeManifestUnknown, host + " is a name that only this machine knows, and the supernode is another machine"}
+		return &problem{http.StatusNotFound, codeManifestUnknown, host + " is a name that only this machine knows, and the supernode runs on another machine"}
 	}
 	var manifest blockdev.Digest
 	if t.what == blob {
