@@ -103,7 +103,7 @@ func CheckLabel(name, s string) error {
 		return fmt.Errorf("%s of %d bytes, at most %d are allowed", name, len(s), MaxLabel)
 	}
 	if !utf8.ValidString(s) {
-		return fmt.Errorf("%s is no text", name)
+		return fmt.Errorf("%s is not text", name)
 	}
 	for _, r := range s {
 		if !unicode.IsPrint(r) {
@@ -150,7 +150,7 @@ func checkUpdate(u *GroupUpdate) error {
 		return fmt.Errorf("update from version %d to %d", u.GetFrom(), u.GetVersion())
 	}
 	if u.GetFrom() != 0 && (u.GetKeepMembers() || u.GetKeepCells()) {
-		return fmt.Errorf("update from version %d that begins with what the node had before", u.GetFrom())
+		return fmt.Errorf("update from version %d that keeps parts from before", u.GetFrom())
 	}
 	if err := checkJoined("keys", u.GetLeft(), 0, MaxMemberEvent/KeyLen); err != nil {
 		return err

@@ -166,7 +166,7 @@ func checkHeader(h *ImageHeader) error {
 		case n != 0 && n != digestLen:
 			return fmt.Errorf("layer %d: digest of the index with %d bytes, not %d", i, n, digestLen)
 		case n != 0 && (l.GetIndexLength() == 0 || len(h.GetRelays()) == 0):
-			return fmt.Errorf("layer %d: an index of %d bytes that %d nodes have", i, l.GetIndexLength(), len(h.GetRelays()))
+			return fmt.Errorf("layer %d: an index of %d bytes, and %d nodes instead of it", i, l.GetIndexLength(), len(h.GetRelays()))
 		case len(l.GetDigest()) != digestLen || len(l.GetDiffId()) != digestLen:
 			return fmt.Errorf("layer %d: digests of %d and %d bytes, not %d", i, len(l.GetDigest()), len(l.GetDiffId()), digestLen)
 		case l.GetSize() < 0 || l.GetIndexLength() < 0:
