@@ -83,25 +83,25 @@ func TestHostilePeers(t *testing.T) {
 				}
 			}
 			return send(st, end)
-		}), "corrupt", "a peer sends"},
+		}), "corrupt", "a peer sent"},
 		"wrong length": {answers(func(st io.Writer, _ *wire.ChunkRequest) error {
 			return send(st, &wire.ChunkFrame{Data: []byte("short"), Length: 5}, end)
-		}), "corrupt", "a peer sends"},
+		}), "corrupt", "a peer sent"},
 		"endless frames": {answers(func(st io.Writer, req *wire.ChunkRequest) error {
 			for {
 				if err := send(st, &wire.ChunkFrame{Index: 7, Error: &wire.Error{Code: wire.Code_CODE_NOT_FOUND}}); err != nil {
 					return err
 				}
 			}
-		}), "corrupt", "a peer sends"},
+		}), "corrupt", "a peer sent"},
 		"an old answer": {answers(func(st io.Writer, _ *wire.ChunkRequest) error {
 			b := w.data[:w.ix.Chunks[0].Length]
 			return send(st, &wire.ChunkFrame{Data: b, Length: uint32(len(b))}, end)
-		}), "corrupt", "a peer sends"},
+		}), "corrupt", "a peer sent"},
 		"garbage": {func(st network.Stream) {
 			_, _ = st.Write([]byte("HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"))
 			_, _ = io.Copy(io.Discard, st)
-		}, "corrupt", "a peer sends"},
+		}, "corrupt", "a peer sent"},
 		"stalls":          {func(st network.Stream) { _, _ = io.Copy(io.Discard, st) }, "slow", ""},
 		"hangs up":        {func(network.Stream) {}, "dead", "does not answer"},
 		"another version": {nil, "dead", "does not answer"},

@@ -35,11 +35,11 @@ func (im *images) OpenImageFor(ctx context.Context, from string, req blockdev.Im
 		return nil, fmt.Errorf("not here: %w", blockdev.ErrNotFound)
 	}
 	if len(req.Only) != 1 {
-		return nil, fmt.Errorf("%d layers are asked for, and a node gives one at a time: %w", len(req.Only), blockdev.ErrUnsupported)
+		return nil, fmt.Errorf("%d layers are requested, and a node sends one at a time: %w", len(req.Only), blockdev.ErrUnsupported)
 	}
 	diff := req.Only[0]
 	if !slices.Contains(im.s.cfg.Groups.Groups(diff), req.Manifest) {
-		return nil, fmt.Errorf("diff %s is not one of the image's here: %w", diff, blockdev.ErrNotFound)
+		return nil, fmt.Errorf("diff %s is not a layer of this image on this node: %w", diff, blockdev.ErrNotFound)
 	}
 	enc, err := im.s.opened.get(ctx, diff)
 	if err == nil && enc == nil {

@@ -56,7 +56,7 @@ func (s *Swarm) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*bloc
 			if !errors.Is(ctx.Err(), context.Canceled) { // else nobody waits any more
 				s.book.Judge(string(info.ID), relayOutcome(err), s.now())
 			}
-			s.log.Info("a node does not pass on an image's indexes", "image", req.Ref, "peer", info.ID, "cause", err)
+			s.log.Info("a node did not pass on an image's indexes", "image", req.Ref, "peer", info.ID, "cause", err)
 		}
 		return err
 	})
@@ -155,7 +155,7 @@ func (s *Swarm) fromRelay(ctx context.Context, img *blockdev.Image, from peer.Ad
 			return err
 		}
 		if len(got.Layers) != 1 || int64(len(got.Layers[0].Index)) != l.IndexSize || blockdev.Sum(got.Layers[0].Index) != l.IndexDigest {
-			return fmt.Errorf("what came is not the index of diff %s: %w", l.DiffID, blockdev.ErrCorrupt)
+			return fmt.Errorf("the answer is not the index of diff %s: %w", l.DiffID, blockdev.ErrCorrupt)
 		}
 		l.Index, l.IndexSize = got.Layers[0].Index, 0
 		s.metrics.indexes.Add(float64(len(l.Index)))

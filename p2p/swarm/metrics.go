@@ -28,11 +28,11 @@ type metrics struct {
 func newMetrics(reg prometheus.Registerer, s *Swarm) (*metrics, error) {
 	bytes := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "shoal_node_received_bytes_total",
-		Help: "Bytes of chunks, uncompressed, by who sent them and in which zone that is.",
+		Help: "Uncompressed bytes of received chunks, by source, and by the zone of the source.",
 	}, []string{"source", "zone"})
 	failures := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "shoal_node_peer_failures_total",
-		Help: "Chunks that a peer was asked for in vain, by reason. All of them came from elsewhere.",
+		Help: "Chunks that a peer did not deliver, by reason. Other sources were asked for all of them.",
 	}, []string{"reason"})
 	m := &metrics{
 		Set:       metric.Set{Registerer: reg},
@@ -40,10 +40,10 @@ func newMetrics(reg prometheus.Registerer, s *Swarm) (*metrics, error) {
 		supernode: bytes.WithLabelValues("supernode", ""),
 		failures:  map[route.Outcome]prometheus.Counter{},
 		indexes:   metric.Counter("shoal_node_relayed_index_bytes_total", "Bytes of indexes that came from other nodes."),
-		hedges:    metric.Counter("shoal_node_hedges_total", "Chunks of demand reads that were asked for a second time because the first peer was slow."),
+		hedges:    metric.Counter("shoal_node_hedges_total", "Chunks of demand reads that were requested a second time because the first peer was slow."),
 		twice:     metric.Counter("shoal_node_duplicate_bytes_total", "Bytes of chunks that came a second time and were thrown away."),
 		refused:   metric.Counter("shoal_node_refused_requests_total", "Requests from peers that are not in the group they named."),
-		forwarded: metric.Counter("shoal_node_forwarded_chunks_total", "Chunks that peers asked for and this node had to get first."),
+		forwarded: metric.Counter("shoal_node_forwarded_chunks_total", "Chunks that peers requested and that this node had to fetch first."),
 	}
 	for o, reason := range map[route.Outcome]string{
 		route.Busy: "busy", route.Missing: "missing", route.Slow: "slow", route.Dead: "dead", route.Corrupt: "corrupt",
@@ -52,7 +52,7 @@ func newMetrics(reg prometheus.Registerer, s *Swarm) (*metrics, error) {
 	}
 	return m, m.Register(
 		bytes, failures, m.indexes, m.hedges, m.twice, m.refused, m.forwarded,
-		metric.Gauge("shoal_node_peers", "Peers that this node keeps connections to for asking.", s.pool.len),
+		metric.Gauge("shoal_node_peers", "Peers that this node keeps connections to, for its requests.", s.pool.len),
 		metric.Gauge("shoal_node_peers_out", "Peers that are left out for a while because they failed.", func() int { return s.book.Outs(s.now()) }),
 	)
 }

@@ -60,7 +60,7 @@ func (p *pool) get(id string) (*pooled, error) {
 	}
 	info, ok := p.cfg.Groups.Addrs(peer.ID(id))
 	if !ok {
-		return nil, fmt.Errorf("it is not known where peer %s listens: %w", peer.ID(id), blockdev.ErrUnavailable)
+		return nil, fmt.Errorf("the addresses of peer %s are not known: %w", peer.ID(id), blockdev.ErrUnavailable)
 	}
 	return p.at(info)
 }

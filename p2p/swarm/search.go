@@ -135,7 +135,7 @@ func (f *search) failed() error {
 			if err == nil {
 				err = blockdev.ErrUnavailable
 			}
-			return fmt.Errorf("%d of %d chunks cannot be had, the first: %w", f.left, len(f.want), err)
+			return fmt.Errorf("%d of %d chunks did not come, the first: %w", f.left, len(f.want), err)
 		}
 	}
 	return nil
@@ -283,7 +283,7 @@ const connectDemand = 150 * time.Millisecond
 
 // Why a batch was given up.
 var (
-	errSlow       = errors.New("no answer for longer than is usual")
+	errSlow       = errors.New("no answer within the usual time")
 	errConnecting = errors.New("still connecting")
 )
 
