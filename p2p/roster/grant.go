@@ -87,7 +87,7 @@ func (g *granter) check(grant []byte, holder wire.Key, manifest blockdev.Digest)
 	}
 	signer := wire.Key(grant[1:])
 	if !(*g.trusted.Load())[signer] {
-		return origin, fmt.Errorf("grant of %s, which is neither this supernode nor named in its siblings: %w", host.FromKey(signer), blockdev.ErrUnauthorized)
+		return origin, fmt.Errorf("grant of %s, which is neither this supernode nor one of its siblings: %w", host.FromKey(signer), blockdev.ErrUnauthorized)
 	}
 	origin = blockdev.Digest(grant[grantOrigin:])
 	if !ed25519.Verify(signer[:], grantMessage(holder, manifest, origin), grant[grantSig:]) {

@@ -66,7 +66,7 @@ func (l *List) join(m *member, j *wire.GroupJoin) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.members[m.id] != m {
-		return fmt.Errorf("no member any more: %w", blockdev.ErrUnavailable)
+		return fmt.Errorf("not a member any more: %w", blockdev.ErrUnavailable)
 	}
 	now := time.Now()
 	g, p := l.groups[id], m.groups[id]

@@ -197,7 +197,7 @@ func (l *List) add(m *member, s *session) (*member, error) {
 		l.returnLocked(old, m, s)
 		return old, nil
 	case old != nil && old.instance != m.instance && old.session != nil && !old.session.conn.IsClosed():
-		return nil, fmt.Errorf("%w: one at %s, one at %s. If a machine was cloned, stop shoal on one and delete the file identity below its root",
+		return nil, fmt.Errorf("%w: one at %s, one at %s. If a machine was cloned, stop shoal on one of the two and delete the file identity in its root",
 			errTwice, old.remote, m.remote)
 	case old != nil:
 		m.joined = old.joined
@@ -302,10 +302,10 @@ func (l *List) detach(m *member, s *session, bye bool, lease time.Duration) {
 func (l *List) Revoke(id string) error {
 	p, err := peer.Decode(id)
 	if err != nil {
-		return fmt.Errorf("%q is no peer ID: `shoal members` lists them", id)
+		return fmt.Errorf("%q is not a peer ID: `shoal members` lists them", id)
 	}
 	if l.isSibling(p) || p == l.hostID() {
-		return fmt.Errorf("%s is a supernode, no node: take it out of the configs", p)
+		return fmt.Errorf("%s is a supernode, not a node: remove it from the configs", p)
 	}
 	if err := l.revoked.set(p, true); err != nil {
 		return err
@@ -334,7 +334,7 @@ func (l *List) cutOff(p peer.ID) {
 func (l *List) Allow(id string) error {
 	p, err := peer.Decode(id)
 	if err != nil {
-		return fmt.Errorf("%q is no peer ID: `shoal members` lists them", id)
+		return fmt.Errorf("%q is not a peer ID: `shoal members` lists them", id)
 	}
 	if err := l.revoked.set(p, false); err != nil {
 		return err

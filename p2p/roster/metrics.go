@@ -37,14 +37,14 @@ func newMetrics(l *List, reg prometheus.Registerer) (*metrics, error) {
 			Help: "Times that a node was not let in, by reason: token, revoked, identity (two nodes with the same one), limit, invalid."}, []string{"reason"}),
 		expired:       counter("leases_expired_total", "Memberships that ended because the node was silent."),
 		groupsRefused: counter("groups_refused_total", "Times that a node was not let into an image's group."),
-		strangers:     counter("strangers_total", "Connections and streams of peers that were refused or ended because they have not joined, or are revoked."),
+		strangers:     counter("strangers_total", "Connections and streams that were refused or ended because the peer has not joined, or is revoked."),
 		tokenErrors:   counter("token_file_errors_total", "Times that the token file had changed and could not be read."),
 		pushes:        counter("group_updates_total", "Messages to nodes about the members of a group."),
-		pushBytes:     counter("group_update_bytes_total", "Bytes of those."),
+		pushBytes:     counter("group_update_bytes_total", "Bytes of the messages to nodes about the members of a group."),
 	}
 	return m, m.Register(
 		gauge("members", "Nodes that are members.", func() int { return len(l.members) }),
-		gauge("groups", "Images that a member has.", func() int { return len(l.groups) }),
+		gauge("groups", "Images that at least one member has.", func() int { return len(l.groups) }),
 		gauge("holders", "Members that have all of an image, counted for each of their images.", func() int { return l.holders }),
 		m.joins, m.refused, m.expired, m.groupsRefused, m.strangers, m.tokenErrors, m.pushes, m.pushBytes,
 	)

@@ -64,7 +64,7 @@ func (r *revocations) UnmarshalJSON(b []byte) error {
 	for text, c := range in {
 		id, err := peer.Decode(text)
 		if err != nil {
-			return fmt.Errorf("%.100q is no peer ID", text)
+			return fmt.Errorf("%.100q is not a peer ID", text)
 		}
 		(*r)[id] = c
 	}
@@ -92,7 +92,7 @@ func openRevoked(path string) (*revoked, error) {
 		id, err := peer.Decode(line)
 		if err != nil {
 			// Never skipped: it may have been somebody's.
-			return nil, fmt.Errorf("list of revoked nodes %s: line %d is no peer ID: put it right, or delete the line", path, n)
+			return nil, fmt.Errorf("list of revoked nodes %s: line %d is not a peer ID: correct the line, or delete it", path, n)
 		}
 		r.ids[id] = struct{}{}
 	}
@@ -112,7 +112,7 @@ func (r *revoked) loadChanges() error {
 		err = json.Unmarshal(b, &r.changes)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("list of revoked nodes %s: %w: delete it, and look on each supernode that `shoal members` lists the same revoked nodes", r.changesPath(), err)
+		return fmt.Errorf("list of revoked nodes %s: %w: delete the file, and see that `shoal members` lists the same revoked nodes on each supernode", r.changesPath(), err)
 	}
 	at := r.now().UnixNano()
 	for id := range r.ids {

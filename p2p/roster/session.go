@@ -198,7 +198,7 @@ func (l *List) hello(st network.Stream, r *bufio.Reader) (*member, error) {
 	}
 	req, err := wire.ParseMemberRequest(b)
 	if err == nil && req.GetHello() == nil {
-		err = fmt.Errorf("the first request is no hello: %w", blockdev.ErrCorrupt)
+		err = fmt.Errorf("the first request is not a hello: %w", blockdev.ErrCorrupt)
 	}
 	if err == nil {
 		err = l.judge(m, req.GetHello())

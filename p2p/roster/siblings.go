@@ -72,10 +72,10 @@ func (l *List) tellSiblings() {
 			case err == nil:
 				last[id] = now
 			case errors.As(err, new(multistream.ErrNotSupported[string])):
-				l.log.Warn("a supernode of an older version is not told of revoked nodes: revoke them there, too", "supernode", id)
+				l.log.Warn("a supernode of an older version cannot learn of revoked nodes; revoke them there, too", "supernode", id)
 				last[id] = now
 			case l.ctx.Err() == nil:
-				l.log.Debug("revocations not exchanged, trying again", "supernode", id, "err", err)
+				l.log.Debug("cannot exchange revocations; trying again", "supernode", id, "err", err)
 			}
 		}
 		select {
@@ -125,7 +125,7 @@ func (l *List) serveRevoked(st network.Stream) {
 		err = l.sendRevoked(st)
 	}
 	if err != nil {
-		l.log.Warn("revocations not exchanged", "supernode", id, "err", err)
+		l.log.Warn("cannot exchange revocations", "supernode", id, "err", err)
 		_ = st.Reset()
 		return
 	}

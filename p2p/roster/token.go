@@ -91,7 +91,7 @@ func (t *tokens) reload() (changed bool, err error) {
 		if before != nil && before.Error() == err.Error() {
 			return false, nil // said already
 		}
-		return false, fmt.Errorf("what it had before counts: %w", err)
+		return false, fmt.Errorf("the tokens that were read before stay valid: %w", err)
 	}
 	t.stamp, t.hashes = at, hashes
 	return true, nil
