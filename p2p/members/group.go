@@ -87,7 +87,7 @@ func (g *group) apply(s *session, u *wire.GroupUpdate) error {
 			g.id, u.From, u.Cell, g.version, g.cell, blockdev.ErrCorrupt)
 	}
 	if (u.KeepMembers || u.KeepCells) && (g.offered == offeredNothing || g.members == nil || u.Cell != g.cell) {
-		return fmt.Errorf("update of group %s that keeps what this node has of cell %d, it has not said that it has it: %w", g.id, u.Cell, blockdev.ErrCorrupt)
+		return fmt.Errorf("update of group %s that keeps parts of cell %d, and this node has not said that it has them: %w", g.id, u.Cell, blockdev.ErrCorrupt)
 	}
 	joined, err := entries(u.Joined)
 	if err != nil {

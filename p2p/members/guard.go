@@ -40,7 +40,7 @@ const (
 )
 
 // errStranger is the cause of all refusals here.
-var errStranger = errors.New("no member of a group of this node")
+var errStranger = errors.New("not a member of a group of this node")
 
 // question is what supernodes are asked, or have said, about one peer.
 type question struct {
@@ -244,7 +244,7 @@ func (n *Node) Allowed(ctx context.Context, group blockdev.Digest, id peer.ID) e
 		case <-changed:
 		case <-time.After(wait):
 		case <-ctx.Done():
-			return fmt.Errorf("peer %s: %w, as far as can be known now: %w", id, errStranger, ctx.Err())
+			return fmt.Errorf("peer %s: %w, and the supernode cannot be asked now: %w", id, errStranger, ctx.Err())
 		case <-n.ctx.Done():
 			return errStopping
 		}
@@ -328,7 +328,7 @@ func (n *Node) expire(now time.Time) {
 	}
 	for _, g := range n.groups {
 		if g.view != nil {
-			n.log.Warn("no supernode has answered for too long: asking no peers until one does", "manifest", g.id, "outage", n.cfg.Outage)
+			n.log.Warn("no supernode has answered for too long; this node asks no peers until a supernode answers", "manifest", g.id, "outage", n.cfg.Outage)
 			g.drop()
 		}
 	}

@@ -32,7 +32,7 @@ func TestReadTokens(t *testing.T) {
 		"short":        {good + "\nsecret\n", 0o600, nil, "line 2"},
 		"long":         {strings.Repeat("x", wire.MaxToken+1), 0o600, nil, "at most"},
 		"for everyone": {good, 0o644, nil, "chmod"},
-		"huge":         {strings.Repeat("# comment\n", maxTokenFile/10+1), 0o600, nil, "no file of tokens"},
+		"huge":         {strings.Repeat("# comment\n", maxTokenFile/10+1), 0o600, nil, "not a file of tokens"},
 	} {
 		path := filepath.Join(t.TempDir(), "token")
 		if err := os.WriteFile(path, []byte(c.content), 0o600); err != nil {

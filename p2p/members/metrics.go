@@ -19,7 +19,7 @@ func newMetrics(n *Node, reg prometheus.Registerer) (*metrics, error) {
 		Set:           metric.Set{Registerer: reg},
 		refused:       metric.Counter("shoal_node_joins_refused_total", "Times that a supernode has refused this node, or ended its membership."),
 		groupsRefused: metric.Counter("shoal_node_groups_refused_total", "Times that a supernode has not let this node into an image's group."),
-		strangers:     metric.Counter("shoal_node_strangers_total", "Connections of peers that were refused or ended because they are in no group of this node."),
+		strangers:     metric.Counter("shoal_node_strangers_total", "Connections that were refused or ended because the peer is in no group of this node."),
 	}
 	return m, m.Register(
 		metric.Gauge("shoal_node_supernodes", "Supernodes that this node is a member of now.", func() (joined int) {
@@ -42,7 +42,7 @@ func newMetrics(n *Node, reg prometheus.Registerer) (*metrics, error) {
 			}
 			return views
 		}),
-		metric.Gauge("shoal_node_group_members", "Members on those lists, itself included; one that is in several groups counts several times.", func() (known int) {
+		metric.Gauge("shoal_node_group_members", "Members on the lists of groups, this node included; a member of several groups counts several times.", func() (known int) {
 			n.mu.Lock()
 			defer n.mu.Unlock()
 			for _, g := range n.groups {

@@ -165,7 +165,7 @@ func (n *Node) Close() error {
 func (n *Node) Ready(ctx context.Context, supernode peer.ID) error {
 	s := n.session(supernode)
 	if s == nil {
-		return fmt.Errorf("%s is none of this node's supernodes: %w", supernode, blockdev.ErrUnavailable)
+		return fmt.Errorf("%s is not one of this node's supernodes: %w", supernode, blockdev.ErrUnavailable)
 	}
 	return s.ready(ctx)
 }
@@ -220,7 +220,7 @@ func (n *Node) joinLocked(im Image) {
 	g := n.groups[im.Manifest]
 	if g == nil {
 		if len(n.groups) >= wire.MaxGroups {
-			n.log.Warn("too many images: this one's chunks come from the supernode alone", "manifest", im.Manifest, "groups", len(n.groups))
+			n.log.Warn("this node is in too many groups; the chunks of this image come from the supernode only", "manifest", im.Manifest, "groups", len(n.groups))
 			return
 		}
 		g = &group{id: im.Manifest}

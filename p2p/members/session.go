@@ -252,7 +252,7 @@ func (s *session) join() (_ network.Stream, _ *bufio.Reader, lease time.Duration
 	case *wire.MemberEvent_Error:
 		return nil, nil, 0, toldNo(p.Error.Err())
 	}
-	return nil, nil, 0, fmt.Errorf("join: the supernode answers with something else: %w", blockdev.ErrCorrupt)
+	return nil, nil, 0, fmt.Errorf("join: the supernode did not answer with a welcome: %w", blockdev.ErrCorrupt)
 }
 
 // stay is a member until the stream ends. Both ends say something within each
@@ -302,7 +302,7 @@ func (s *session) read(st network.Stream, r *bufio.Reader, lease time.Duration) 
 			return toldNo(p.Error.Err())
 		case *wire.MemberEvent_Update:
 			if err := s.n.update(s, p.Update); err != nil {
-				s.n.log.Warn("asking for a group anew", "peer", s.info.ID, "err", err)
+				s.n.log.Warn("cannot apply an update of a group; asking for the whole group", "peer", s.info.ID, "err", err)
 				s.want(blockdev.Digest(p.Update.Group), true)
 			}
 		case *wire.MemberEvent_Refusal:
@@ -342,7 +342,7 @@ func (s *session) write(st network.Stream, lease time.Duration, done <-chan stru
 			return
 		case <-tick.C:
 			if now := s.n.announced(st.Conn()); !slices.Equal(now, s.told) {
-				s.n.log.Info("this node has got other addresses: joining again, so that others hear of them", "peer", s.info.ID, "addrs", now, "before", s.told)
+				s.n.log.Info("this node's addresses have changed; joining again, so that other nodes learn them", "peer", s.info.ID, "addrs", now, "before", s.told)
 				_ = st.Reset()
 				return
 			}

@@ -34,14 +34,14 @@ func ReadTokens(path string) ([]string, error) {
 		return fail(err)
 	}
 	if perm := st.Mode().Perm(); perm&0o007 != 0 {
-		return fail(fmt.Errorf("mode %04o lets everybody on this machine use it: chmod 600 it", perm))
+		return fail(fmt.Errorf("mode %04o lets every user of this machine read the token: chmod 600 the file", perm))
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxTokenFile+1))
 	if err != nil {
 		return fail(err)
 	}
 	if len(b) > maxTokenFile {
-		return fail(fmt.Errorf("more than %d bytes: this is no file of tokens", maxTokenFile))
+		return fail(fmt.Errorf("more than %d bytes: this is not a file of tokens", maxTokenFile))
 	}
 	var tokens []string
 	lines := bufio.NewScanner(bytes.NewReader(b))
@@ -62,7 +62,7 @@ func ReadTokens(path string) ([]string, error) {
 		return fail(err)
 	}
 	if len(tokens) == 0 {
-		return fail(errors.New("there is no token in it"))
+		return fail(errors.New("the file has no token"))
 	}
 	return tokens, nil
 }
