@@ -29,7 +29,7 @@ func ParseAddr(s string) (peer.AddrInfo, error) {
 	}
 	id, err := peer.Decode(enc)
 	if err != nil {
-		return fail("the part before @ is no peer ID")
+		return fail("the part before @ is not a peer ID")
 	}
 	name, port, err := net.SplitHostPort(hostport)
 	if err != nil {
@@ -150,7 +150,7 @@ func listenAddrs(s string) (must, may []ma.Multiaddr, err error) {
 		return []ma.Multiaddr{v4}, []ma.Multiaddr{v6}, nil
 	}
 	if _, err := netip.ParseAddr(name); err != nil {
-		return nil, nil, fmt.Errorf("listen address %q: %q is no IP address of this machine (leave it out to listen on all)", s, name)
+		return nil, nil, fmt.Errorf("listen address %q: %q is not an IP address of this machine (leave the host out to listen on all addresses)", s, name)
 	}
 	a, err := multiaddr(name, port)
 	if err != nil {

@@ -55,7 +55,7 @@ func readIdentity(path string) (crypto.PrivKey, error) {
 		return nil, errors.New("not a regular file")
 	}
 	if perm := st.Mode().Perm(); perm&0o077 != 0 {
-		return nil, fmt.Errorf("mode %04o lets others read the private key; if nobody has, chmod 600 it", perm)
+		return nil, fmt.Errorf("mode %04o lets other users read the private key; if no other user has read it, chmod 600 the file", perm)
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxIdentity+1))
 	if err != nil {
