@@ -270,7 +270,7 @@ func (c *Client) cause(ctx context.Context, err error, waited time.Duration) err
 	case errors.As(err, &remote), errors.Is(err, blockdev.ErrCorrupt), errors.Is(err, blockdev.ErrUnavailable):
 		return err
 	case errors.Is(err, unknown):
-		return fmt.Errorf("%w: it does not speak this version's protocol (%w): another version of shoal, or no server of it", blockdev.ErrUnavailable, err)
+		return fmt.Errorf("%w: it does not speak this version's protocol (%w): the other side runs another version of shoal, or does not serve this", blockdev.ErrUnavailable, err)
 	case isTimeout(err):
 		return fmt.Errorf("%w: no progress for %s", blockdev.ErrUnavailable, waited)
 	case c.keeper.ctx.Err() != nil:

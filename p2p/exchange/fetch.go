@@ -319,7 +319,7 @@ func (f *fetch) frame(st *stream) (end *wire.Frame, err error) {
 		return &fr, nil
 	}
 	if fr.Index >= p.len() || f.have[fr.Index] {
-		return nil, fmt.Errorf("frame for chunk %d, which is not asked for or has come: %w", fr.Index, blockdev.ErrCorrupt)
+		return nil, fmt.Errorf("frame for chunk %d, which was not requested or has come already: %w", fr.Index, blockdev.ErrCorrupt)
 	}
 	f.have[fr.Index] = true
 	f.seen++
@@ -352,7 +352,7 @@ const (
 // take unpacks and delivers a chunk.
 func (f *fetch) take(i int, chunk *blockdev.Chunk, fr *wire.Frame) error {
 	if fr.Length != int(chunk.Length) {
-		return fmt.Errorf("chunk %s comes with %d bytes, the index says %d: %w", chunk.Digest.Hex(), fr.Length, chunk.Length, blockdev.ErrCorrupt)
+		return fmt.Errorf("chunk %s came with %d bytes, and its index says %d: %w", chunk.Digest.Hex(), fr.Length, chunk.Length, blockdev.ErrCorrupt)
 	}
 	data := fr.Data
 	var kept *frame

@@ -48,8 +48,8 @@ func newServerMetrics(reg prometheus.Registerer, admit *admission, upload *pace.
 		}
 	}
 	return m, m.Register(m.requests, chunks, bytes,
-		metric.Uses("shoal_p2p_places", "Requests from peers that are worked on, by kind. One beyond the capacity is answered busy, so none waits; an image counts while it is opened.", uses),
-		metric.Uses("shoal_p2p_upload_bytes", "Bytes of chunks that wait for max_upload, by kind (capacity: a second; 0: no limit).", waits))
+		metric.Uses("shoal_p2p_places", "Requests from peers that are under way, by kind. A request beyond the capacity is answered busy, so none waits; a request for an image counts until the indexes are ready.", uses),
+		metric.Uses("shoal_p2p_upload_bytes", "Bytes of chunks that wait for max_upload, by kind (capacity: bytes a second; 0: no limit).", waits))
 }
 
 // request counts one request by the error that it was answered with.

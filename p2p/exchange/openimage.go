@@ -236,7 +236,7 @@ func (a *imageAnswer) header(h *wire.ImageHeader) error {
 		total += n
 		if len(l.IndexDigest) > 0 {
 			if !a.req.Relay {
-				return fmt.Errorf("layer %d: other nodes are named in place of its index, which was not asked for: %w", i, blockdev.ErrCorrupt)
+				return fmt.Errorf("layer %d: other nodes are named instead of its index, and this was not requested: %w", i, blockdev.ErrCorrupt)
 			}
 			layer.IndexDigest, layer.IndexSize = blockdev.Digest(l.IndexDigest), n
 			n = 0

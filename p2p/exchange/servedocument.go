@@ -89,7 +89,7 @@ func checkDocument(req *blockdev.DocumentRequest, doc *blockdev.Document) error 
 		return fmt.Errorf("%s has %d bytes and a media type of %d, at most %d and %d can be sent: %w",
 			req.Ref, doc.Size, len(doc.MediaType), blockdev.MaxDocument, wire.MaxMediaType, blockdev.ErrUnsupported)
 	case req.Head && doc.Data != nil, !req.Head && doc.Size != int64(len(doc.Data)):
-		return fmt.Errorf("%s: %d bytes are there of %d: %w", req.Ref, len(doc.Data), doc.Size, blockdev.ErrCorrupt)
+		return fmt.Errorf("%s: only %d of %d bytes are stored: %w", req.Ref, len(doc.Data), doc.Size, blockdev.ErrCorrupt)
 	}
 	return nil
 }
