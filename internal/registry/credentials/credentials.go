@@ -74,7 +74,7 @@ func (d *DockerConfig) check() bool {
 	d.broken = err
 	d.mu.Unlock()
 	if news {
-		d.log.Error("docker's config.json is broken: every registry is asked without a credential until it is repaired", "error", err)
+		d.log.Error("docker's config.json is broken; every registry is asked without a credential until you repair the file", "error", err)
 	}
 	return err == nil
 }
@@ -100,7 +100,7 @@ func (d *DockerConfig) Credential(ctx context.Context, ref string) (blockdev.Cre
 	select {
 	case d.running <- struct{}{}:
 	case <-ctx.Done():
-		return blockdev.Credential{}, fmt.Errorf("docker credential helpers hang, %d of them: %w", maxRunning, ctx.Err())
+		return blockdev.Credential{}, fmt.Errorf("%d docker credential helpers hang: %w", maxRunning, ctx.Err())
 	}
 	done := make(chan result, 1)
 	go func() {
