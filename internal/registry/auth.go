@@ -40,7 +40,7 @@ func (a authorizer) AddResponses(ctx context.Context, responses []*http.Response
 		}
 		if a.scheme(last.Request.URL) == "https" && realm.Scheme != "https" && !loopback(realm.Hostname()) {
 			return &Error{Host: last.Request.URL.Host, Status: last.StatusCode, kind: blockdev.ErrUnauthorized,
-				text: "its token server is not on https, no credential is sent there"}
+				text: "its token server does not use https, so no credential is sent there"}
 		}
 	}
 	err := a.Authorizer.AddResponses(ctx, responses)

@@ -169,7 +169,7 @@ func (c *cache) tag(ref Reference) (blockdev.Digest, time.Time, bool) {
 
 func (c *cache) putTag(ref Reference, d blockdev.Digest) error {
 	if err := c.put(fileName("tag", ref.Name()+":"+ref.Tag), []byte(d.String())); err != nil {
-		return fmt.Errorf("keeping what tag %s names: %w", ref.Tag, err)
+		return fmt.Errorf("storing the manifest that tag %s names: %w", ref.Tag, err)
 	}
 	return nil
 }

@@ -68,7 +68,7 @@ func (q *query) keepConfig(ctx context.Context, doc *document) {
 		_, err = q.document(ctx, config.mediaType, config, maxConfig)
 	}
 	if err != nil && ctx.Err() == nil {
-		q.c.log.Warn("the manifest is there, the image's config is not", "image", q.name, "error", err)
+		q.c.log.Warn("cannot fetch an image's config; its manifest is used without it", "image", q.name, "error", err)
 	}
 }
 

@@ -95,7 +95,7 @@ func parseDocument(b []byte) (*document, error) {
 	var doc document
 	if err := json.Unmarshal(b, &doc); err != nil {
 		if bytes.HasPrefix(bytes.TrimSpace(b), []byte("<")) {
-			return nil, corrupt("the manifest is a web page: a mirror or a proxy answers in the registry's place")
+			return nil, corrupt("the manifest is a web page: a mirror or a proxy answers instead of the registry")
 		}
 		return nil, corrupt("the manifest is not readable JSON")
 	}
@@ -109,7 +109,7 @@ func parseDocument(b []byte) (*document, error) {
 	isImage := images.IsManifestType(doc.MediaType)
 	switch {
 	case doc.MediaType != "" && !isIndex && !isImage:
-		return nil, unsupported("media type %.100q is no image", doc.MediaType)
+		return nil, unsupported("media type %.100q is not an image", doc.MediaType)
 	case doc.Manifests != nil && (doc.Config != nil || doc.Layers != nil):
 		// Two readers could take it for different things.
 		return nil, corrupt("the manifest is both an image and an image index")
@@ -139,7 +139,7 @@ func checkDescriptor(what string, d ocispec.Descriptor, limit int64) (descriptor
 // imageParts checks an image manifest's descriptors.
 func imageParts(doc *document) (config descriptor, layers []descriptor, err error) {
 	if mt := doc.Config.MediaType; !images.IsConfigType(mt) {
-		return descriptor{}, nil, unsupported("config media type %.100q is no container image's", mt)
+		return descriptor{}, nil, unsupported("config media type %.100q does not belong to a container image", mt)
 	}
 	if config, err = checkDescriptor("config", *doc.Config, maxConfig); err != nil {
 		return descriptor{}, nil, err

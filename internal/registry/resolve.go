@@ -41,7 +41,7 @@ func (c *Client) Check(ctx context.Context, ref string, manifest blockdev.Digest
 // keepTag writes down what a tag names now.
 func (c *Client) keepTag(r Reference, name string, d blockdev.Digest) {
 	if err := c.cache.putTag(r, d); err != nil {
-		c.log.Warn("cannot cache", "image", name, "error", err)
+		c.log.Warn("cannot cache the manifest that a tag names", "image", name, "error", err)
 	}
 }
 
@@ -152,7 +152,7 @@ func (q *query) tag(ctx context.Context) (d blockdev.Digest, kept bool, _ error)
 	d, err := q.askTag(ctx)
 	if ok && errors.Is(err, blockdev.ErrUnavailable) {
 		q.c.setDown(q.ref.Host)
-		q.c.log.Warn("registry unavailable, using what the tag named last", "image", q.name, "manifest", old, "since", at, "error", err)
+		q.c.log.Warn("registry unavailable; using the manifest that the tag named last", "image", q.name, "manifest", old, "since", at, "error", err)
 		return old, true, nil
 	}
 	return d, false, err

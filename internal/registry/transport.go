@@ -104,7 +104,7 @@ func (t *transport) check(req *http.Request, resp *http.Response) error {
 	switch s := resp.StatusCode; {
 	case s == http.StatusLoopDetected:
 		t.loop(req.URL.Host)
-		return &Error{Host: req.URL.Host, Status: s, answered: true, kind: blockdev.ErrUnavailable, text: "this is a mirror that asks the supernode that asks it"}
+		return &Error{Host: req.URL.Host, Status: s, answered: true, kind: blockdev.ErrUnavailable, text: "this mirror asks the same supernode, so the request would go in a circle"}
 	case s == http.StatusForbidden, s == http.StatusRequestTimeout, s == http.StatusTooManyRequests, s >= 500,
 		s == http.StatusRequestedRangeNotSatisfiable:
 		e := &Error{Host: req.URL.Host, Status: s, kind: kindOf(s), after: retryAfter(resp.Header, time.Now())}
@@ -217,7 +217,7 @@ func storageRefuses(req *http.Request, status int) *Error {
 		first = first.Response.Request
 	}
 	return &Error{Host: req.URL.Host, Status: status, answered: true, kind: blockdev.ErrUnavailable,
-		text: fmt.Sprintf("registry %s redirects there, and it refuses what the registry lets us have", first.URL.Host)}
+		text: fmt.Sprintf("registry %s redirects there, and this server refuses a request that the registry allowed", first.URL.Host)}
 }
 
 const maxRedirects = 10
