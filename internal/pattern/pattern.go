@@ -81,7 +81,7 @@ func cutPattern(text string) (p parts, err error) {
 	}
 	host, _, hasPath := strings.Cut(name, "/")
 	if !hasPath && !hasTag && !strings.HasPrefix(name, "*") && (strings.ContainsRune(name, '.') || name == "localhost") {
-		return p, fmt.Errorf("it names a registry and no image; %q names all images of a registry", name+"/*")
+		return p, fmt.Errorf("it names a registry without an image; %q names all images of a registry", name+"/*")
 	}
 	switch {
 	case strings.HasPrefix(host, "*"): // of any registry
