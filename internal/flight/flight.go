@@ -29,7 +29,7 @@ import (
 
 // ErrAlone is the cause of the end of work that had no asker. It wraps
 // context.Canceled.
-var ErrAlone = fmt.Errorf("nobody waits any more: %w", context.Canceled)
+var ErrAlone = fmt.Errorf("no request waits any more: %w", context.Canceled)
 
 // Policy says what becomes of work that has no asker. The zero Policy ends it at
 // once.
