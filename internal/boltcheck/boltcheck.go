@@ -100,7 +100,7 @@ func Live(db *bolt.DB, visit func(tx *bolt.Tx) error) error {
 			return err
 		}
 	}
-	return fmt.Errorf("%s is written to without a pause: check it again", db.Path())
+	return fmt.Errorf("other programs write to %s all the time: check the file again later", db.Path())
 }
 
 func liveOnce(db *bolt.DB, f *os.File, visit func(tx *bolt.Tx) error) (found bool, err error) {

@@ -116,7 +116,7 @@ func TestUsedAndFree(t *testing.T) {
 	if _, err := f.WriteAt(root, list+pageHeader); err != nil {
 		t.Fatal(err)
 	}
-	if err := Pages(path); !errors.Is(err, blockdev.ErrCorrupt) || !strings.Contains(err.Error(), "in use and called free") {
+	if err := Pages(path); !errors.Is(err, blockdev.ErrCorrupt) || !strings.Contains(err.Error(), "in use, and the list of free pages has it") {
 		t.Errorf("at rest: %v", err)
 	}
 	db, err := bolt.Open(path, 0o600, nil)

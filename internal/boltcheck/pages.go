@@ -118,7 +118,7 @@ func checkMeta(f io.ReaderAt, size int64, meta []byte) error {
 	}
 	for ; len(free) > 0; free = free[8:] {
 		if id := order.Uint64(free); p.seen[id] {
-			return corrupt("page %d is in use and called free", id)
+			return corrupt("page %d is in use, and the list of free pages has it", id)
 		}
 	}
 	return nil
@@ -224,11 +224,11 @@ func (p *pages) freelist(id uint64) ([]byte, error) {
 		count, ids = order.Uint64(ids), ids[8:]
 	}
 	if order.Uint16(b[8:]) != freelistPage || count > uint64(len(ids)/8) {
-		return nil, corrupt("page %d is no list of free pages, or one of %d", id, count)
+		return nil, corrupt("page %d is not a list of free pages, or has %d entries", id, count)
 	}
 	for i := range count {
 		if free := order.Uint64(ids[8*i:]); free < 2 || free >= p.end {
-			return nil, corrupt("page %d of %d is called free", free, p.end)
+			return nil, corrupt("the list of free pages has page %d of %d", free, p.end)
 		}
 	}
 	return ids[:8*count], nil
