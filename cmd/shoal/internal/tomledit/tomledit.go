@@ -139,7 +139,7 @@ func Apply(text []byte, mark string, tables ...Table) ([]byte, error) {
 	}
 	var got map[string]any
 	if err := toml.Unmarshal(out, &got); err != nil {
-		return nil, fmt.Errorf("%w: with the new lines it would be no TOML: %w", ErrByHand, err)
+		return nil, fmt.Errorf("%w: with the new lines it would not be valid TOML: %w", ErrByHand, err)
 	}
 	if got == nil {
 		got = map[string]any{}
@@ -199,14 +199,14 @@ func put(root map[string]any, t Table, values map[string]any) error {
 		if t.Element && i == len(t.Path)-1 {
 			list, ok := m[n].([]any)
 			if m[n] != nil && !ok {
-				return fmt.Errorf("%w: %s is no array of tables", ErrByHand, path(t.Path))
+				return fmt.Errorf("%w: %s is not an array of tables", ErrByHand, path(t.Path))
 			}
 			m[n] = append(list, values)
 			return nil
 		}
 		next, ok := m[n].(map[string]any)
 		if m[n] != nil && !ok {
-			return fmt.Errorf("%w: %s is no table", ErrByHand, path(t.Path[:i+1]))
+			return fmt.Errorf("%w: %s is not a table", ErrByHand, path(t.Path[:i+1]))
 		}
 		if next == nil {
 			next = map[string]any{}

@@ -60,7 +60,7 @@ func TestByHand(t *testing.T) {
 		"an inline table":     "[plugins]\n'io.containerd.cri.v1.images' = { snapshotter = 'overlayfs' }\n",
 		"one without the key": "[plugins]\n'io.containerd.cri.v1.images' = { x = 1 }\n",
 		"several lines":       "[plugins.'io.containerd.cri.v1.images']\nsnapshotter = \"\"\"overlay\\\n  fs\"\"\"\n",
-		"no table":            "plugins = 1\n",
+		"not a table":         "plugins = 1\n",
 		"dotted keys beside":  "[plugins]\n'io.containerd.cri.v1.images'.x = 1\n",
 	} {
 		if got, err := Apply([]byte(text), mark, snapshotter(cri...)); !errors.Is(err, ErrByHand) {
