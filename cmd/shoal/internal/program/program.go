@@ -32,7 +32,7 @@ func Open(path string) (*os.File, error) {
 	var magic [4]byte
 	if _, err := f.ReadAt(magic[:], 0); err != nil && !errors.Is(err, io.EOF) || string(magic[:]) != "\x7fELF" {
 		f.Close()
-		return nil, fmt.Errorf("%s is no program that Linux runs by itself, such as a script would be: name the program", path)
+		return nil, fmt.Errorf("%s is not a program that Linux runs by itself (a script is not): name the program", path)
 	}
 	borrowed, err := dependent(f)
 	if err != nil || !borrowed {
