@@ -62,7 +62,7 @@ func openAuthority(dir, address string, log *slog.Logger, now func() time.Time) 
 		return a, nil
 	}
 	if !errors.Is(err, os.ErrNotExist) {
-		log.Warn("the mirror's certificate authority is made anew", "cause", err)
+		log.Warn("cannot use the mirror's certificate authority; a new one is made", "cause", err)
 	}
 	if err := a.make(dir); err != nil {
 		return nil, fmt.Errorf("the mirror's certificate authority: %w", err)
@@ -103,7 +103,7 @@ func (a *Authority) load(dir string) error {
 	case err != nil:
 		return fmt.Errorf("%s: %w", CAFile, err)
 	case !key.PublicKey.Equal(cert.PublicKey):
-		return fmt.Errorf("%s and %s do not belong together", CAFile, keyFile)
+		return fmt.Errorf("the key in %s does not match the certificate in %s", CAFile, keyFile)
 	case a.now().Add(2 * leafLife).After(cert.NotAfter):
 		return fmt.Errorf("%s ends at %s", CAFile, cert.NotAfter)
 	}

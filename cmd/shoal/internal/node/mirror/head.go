@@ -21,7 +21,7 @@ const maxListed = 32
 func (m *Mirror) showListed(ctx context.Context, host string, t target, cred blockdev.Credential) {
 	doc, cred, err := m.ask(ctx, host, t, false, cred)
 	if err != nil {
-		m.log.Debug("what an image index lists is not known", "image", t.ref(), "error", err)
+		m.log.Debug("cannot read an image index", "image", t.ref(), "error", err)
 		return
 	}
 	m.known.note(t, doc)

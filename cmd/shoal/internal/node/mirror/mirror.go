@@ -247,7 +247,7 @@ func (m *Mirror) ask(ctx context.Context, host string, t target, head bool, cred
 		return a.doc, a.cred, a.err
 	case <-timer.C:
 		if m.health.late(host, m.now()) {
-			m.log.Warn("the supernode is late with an answer, so containerd asks the registry itself; for a while it is hardly waited for", "registry", host)
+			m.log.Warn("the supernode did not answer in time, so containerd asks the registry itself; for a while, pulls wait less for the supernode", "registry", host)
 		}
 		return nil, cred, errLate
 	case <-ctx.Done():
@@ -286,7 +286,7 @@ func (m *Mirror) document(ctx context.Context, t target, head bool, cred blockde
 	}
 	switch {
 	case doc.Digest != want:
-		return nil, fmt.Errorf("%s came in its place: %w", doc.Digest, blockdev.ErrCorrupt)
+		return nil, fmt.Errorf("%s came instead: %w", doc.Digest, blockdev.ErrCorrupt)
 	case head:
 		return doc, nil
 	case doc.Size != int64(len(doc.Data)) || blockdev.Sum(doc.Data) != want:
@@ -347,7 +347,7 @@ func refusal(r *http.Request, err error) *challenge {
 	case errors.Is(err, blockdev.ErrUnauthorized):
 		why = "insufficient_scope" // as registries say it
 	case errors.Is(err, blockdev.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
-		why = "shoal's mirror leaves this to the registry, its supernode has no answer"
+		why = "shoal's mirror leaves this to the registry, because its supernode has no answer"
 	default:
 		return nil
 	}

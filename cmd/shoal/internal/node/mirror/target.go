@@ -75,9 +75,9 @@ func parse(r *http.Request) (target, error) {
 		return target{}, &problem{http.StatusBadRequest, codeNameInvalid, "no ns parameter says which registry is meant: " +
 			"this is a mirror, to be named in a [host] section of containerd's hosts.toml"}
 	case !hostRE.MatchString(host):
-		return target{}, &problem{http.StatusBadRequest, codeNameInvalid, fmt.Sprintf("ns %.80q is no registry host", host)}
+		return target{}, &problem{http.StatusBadRequest, codeNameInvalid, fmt.Sprintf("ns %.80q is not a registry host", host)}
 	case len(repo) > maxRepo || !repoRE.MatchString(repo):
-		return target{}, &problem{http.StatusBadRequest, codeNameInvalid, fmt.Sprintf("%.80q is no repository name", repo)}
+		return target{}, &problem{http.StatusBadRequest, codeNameInvalid, fmt.Sprintf("%.80q is not a repository name", repo)}
 	}
 	t.name = host + "/" + repo
 	if t.what == manifest && tagRE.MatchString(last) {

@@ -138,7 +138,7 @@ type challenge struct {
 
 func (c *challenge) Error() string {
 	if c.why == "" {
-		return "no token: one is got at /token, with the pull's credential or with none"
+		return "no token: /token gives one, with the pull's credential or without a credential"
 	}
 	return c.why
 }
