@@ -13,9 +13,9 @@ import (
 
 var (
 	// errIdle ends a pass that nobody waits for; no caller sees it.
-	errIdle = errors.New("nobody waits any more")
+	errIdle = errors.New("no read waits any more")
 	// errRestart ends a pass where all that is waited for has gone by.
-	errRestart = errors.New("what is asked for has gone by")
+	errRestart = errors.New("the requested bytes are behind the read position")
 )
 
 // want is a chunk that a call waits for.
