@@ -156,7 +156,7 @@ func (k *keeper) loop(signals <-chan os.Signal) error {
 			}
 			_ = k.child.Process.Signal(s) // it may just have ended
 		case <-deadline:
-			k.Log.Error("killed: it took too long", "program", k.path)
+			k.Log.Error("the program did not end in time and is killed", "program", k.path)
 			_ = k.child.Process.Kill()
 		case err := <-k.ended:
 			k.child, deadline = nil, nil
@@ -168,7 +168,7 @@ func (k *keeper) loop(signals <-chan os.Signal) error {
 		case <-pause:
 			pause = nil
 			if err := k.start(); err != nil {
-				k.Log.Error("cannot start", "program", k.path, "error", err)
+				k.Log.Error("cannot start the program; trying again", "program", k.path, "error", err)
 				pause = time.After(k.after(err))
 			} else if k.previous != nil {
 				deadline = time.After(k.StartTimeout)
@@ -181,12 +181,12 @@ func (k *keeper) loop(signals <-chan os.Signal) error {
 // for it.
 func (k *keeper) upgrade() bool {
 	if k.next != nil || k.previous != nil || k.stopping {
-		k.Log.Warn("upgrade or stop under way already")
+		k.Log.Warn("an upgrade or a stop is under way; this request to upgrade is ignored")
 		return false
 	}
 	next, err := program.Open(k.path)
 	if err != nil {
-		k.Log.Error("no upgrade: the new program cannot be opened; the old one goes on", "error", err)
+		k.Log.Error("no upgrade: cannot open the new program; the old one goes on", "error", err)
 		return false
 	}
 	// It is brought into memory while the old one still answers. If it cannot be read,
@@ -221,7 +221,7 @@ func (k *keeper) after(err error) time.Duration {
 		wait = min(firstPause<<min(k.failures-free, 10), maxPause)
 	}
 	k.failures++
-	k.Log.Warn("ended, starting it again", "program", k.path, "end", ending(err), "in", wait)
+	k.Log.Warn("the program ended; starting it again", "program", k.path, "end", ending(err), "in", wait)
 	return wait
 }
 
@@ -274,7 +274,7 @@ func (k *keeper) start() error {
 // It does not if ctx, which a signal to end cancels, has ended.
 func Launch(ctx context.Context, args []string) error {
 	if len(args) < 2 {
-		return errors.New("not to be called by hand")
+		return errors.New("do not call this command by hand")
 	}
 	// From here on such a signal ends the process.
 	signal.Reset(syscall.SIGTERM, syscall.SIGINT)
@@ -310,7 +310,7 @@ func (k *keeper) receive() {
 	for {
 		fds := []unix.PollFd{{Fd: int32(k.socket), Events: unix.POLLIN}}
 		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
-			k.Log.Error("notification socket", "error", err)
+			k.Log.Error("cannot wait for messages on the notification socket", "error", err)
 			return
 		}
 		k.drain()
@@ -333,7 +333,7 @@ func (k *keeper) drain() {
 		}
 		messages, err := unix.ParseSocketControlMessage(control[:nc])
 		if err != nil {
-			k.Log.Error("message from the daemon", "error", err)
+			k.Log.Error("cannot read a message from the daemon", "error", err)
 			continue
 		}
 		var files []*os.File
@@ -373,7 +373,7 @@ func (k *keeper) handle(lines []string, files []*os.File) []*os.File {
 			}
 		case "FDSTORE=1":
 			if len(k.stored)+len(files) > maxStored {
-				k.Log.Error("too many descriptors, not stored", "name", name)
+				k.Log.Error("too many descriptors; the new ones are not stored", "name", name)
 				continue
 			}
 			for _, f := range files {

@@ -428,7 +428,7 @@ func TestReadyDuringStop(t *testing.T) {
 	case <-time.After(30 * time.Second):
 		t.Fatal("a daemon that does not end is not killed")
 	}
-	if !strings.Contains(k.log.String(), "killed: it took too long") {
+	if !strings.Contains(k.log.String(), "the program did not end in time and is killed") {
 		t.Error("the log does not say that the daemon was killed")
 	}
 }
