@@ -111,7 +111,7 @@ func Containerd(path string, ifMissing int, n Node) (Plan, error) {
 		}
 	}
 	if n.Mirror == "" {
-		p.Notes = append(p.Notes, "The node's registry mirror is off (mirror_address): private images are not lazy, and pulls of new images wait for prepare_timeout only.")
+		p.Notes = append(p.Notes, "The node's registry mirror is off (mirror_address): private images are not lazy, and pulls of new images wait only for prepare_timeout.")
 		return p, nil
 	}
 	return p, p.hosts(certs, n)
@@ -308,7 +308,7 @@ func (p *Plan) hosts(certs string, n Node) error {
 	}
 	p.others(certs, n.Mirror, func(name string, has bool) {
 		if !has {
-			p.Notes = append(p.Notes, fmt.Sprintf("%s is for one registry, whose pulls will not ask the node's mirror. If they should, add before its other [host] sections:\n%s", name, table))
+			p.Notes = append(p.Notes, fmt.Sprintf("%s is for one registry, and pulls from this registry do not ask the node's mirror. If they should, add these lines before its other [host] sections:\n%s", name, table))
 		}
 	})
 	return nil
