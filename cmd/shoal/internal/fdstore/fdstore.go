@@ -26,7 +26,7 @@ import (
 const barrierTimeout = 5 * time.Second
 
 // ErrNoStore: whoever started this process keeps no descriptors.
-var ErrNoStore = errors.New("nobody keeps descriptors for this process")
+var ErrNoStore = errors.New("no descriptor store holds descriptors for this process")
 
 // Store is the descriptor store of this process.
 type Store struct {
