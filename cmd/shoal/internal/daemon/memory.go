@@ -20,7 +20,7 @@ func LimitMemory(log *slog.Logger) {
 	switch {
 	case errors.Is(err, memlimit.ErrNoLimit), errors.Is(err, memlimit.ErrNoCgroup), errors.Is(err, memlimit.ErrCgroupsNotSupported):
 	case err != nil:
-		log.Warn("cannot find out the memory limit of the cgroup; if there is one, set GOMEMLIMIT to less", "error", err)
+		log.Warn("cannot read the memory limit of the cgroup; if the cgroup has a limit, set GOMEMLIMIT below it", "error", err)
 	case limit > 0:
 		log.Info("memory is limited by the cgroup", "goBytes", limit)
 	}

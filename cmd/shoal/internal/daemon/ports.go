@@ -26,7 +26,7 @@ type Ports struct {
 // NewPorts registers the metric.
 func NewPorts(log *slog.Logger, reg prometheus.Registerer) (*Ports, error) {
 	p := &Ports{log: log, unbound: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-		Name: "shoal_ports_unbound", Help: "Addresses of a key of the config that cannot be listened on; this is tried again.",
+		Name: "shoal_ports_unbound", Help: "Addresses of a config key that the daemon cannot listen on; the daemon tries again.",
 	}, []string{"key"})}
 	return p, reg.Register(p.unbound)
 }
@@ -57,7 +57,7 @@ func (p *Port) try() {
 	case err == nil:
 		if p.failed != "" {
 			gauge.Dec()
-			p.ports.log.Info("listening at last", "key", p.key, "address", p.addr)
+			p.ports.log.Info("listening, after an attempt that failed", "key", p.key, "address", p.addr)
 		} else {
 			gauge.Add(0) // so that there is a value
 		}
@@ -67,7 +67,7 @@ func (p *Port) try() {
 			gauge.Inc()
 		}
 		p.failed = err.Error()
-		p.ports.log.Error("cannot listen; trying again, everything else goes on", "key", p.key, "address", p.addr, "error", err)
+		p.ports.log.Error("cannot listen on an address; trying again, and everything else goes on", "key", p.key, "address", p.addr, "error", err)
 	}
 }
 
@@ -106,7 +106,7 @@ func (p *Port) ServeHTTP(ctx context.Context, h http.Handler) {
 			return
 		}
 		if !errors.Is(err, http.ErrServerClosed) {
-			p.ports.log.Error("a port is lost; it is bound again", "key", p.key, "address", p.addr, "error", err)
+			p.ports.log.Error("a port was lost; it is bound again", "key", p.key, "address", p.addr, "error", err)
 		}
 	}
 }

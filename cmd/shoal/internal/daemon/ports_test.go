@@ -80,7 +80,7 @@ func TestPorts(t *testing.T) {
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
-	if body != "mine" || unbound() != 0 || log.count("at last") != 1 {
+	if body != "mine" || unbound() != 0 || log.count("after an attempt that failed") != 1 {
 		t.Errorf("%q is served, the metric says %v, the log:\n%s", body, unbound(), log.b.String())
 	}
 	http.DefaultClient.CloseIdleConnections()
