@@ -189,11 +189,11 @@ func Listen(path string) (net.Listener, error) {
 	}
 	if c, err := net.Dial("unix", path); err == nil {
 		c.Close()
-		return nil, fmt.Errorf("socket %s is served already: is another shoal running? Stop it, or give this one another address in its config", path)
+		return nil, fmt.Errorf("socket %s is served already: is another shoal running? Stop it, or set another address in the config of this one", path)
 	} else if errors.Is(err, syscall.ECONNREFUSED) {
 		// Connecting to what is no socket is refused as well.
 		if fi, err := os.Lstat(path); err != nil || fi.Mode().Type() != fs.ModeSocket {
-			return nil, fmt.Errorf("socket %s: something that is no socket is there: move it away, or choose another path in the config", path)
+			return nil, fmt.Errorf("socket %s: a file that is not a socket is there: move the file away, or choose another path in the config", path)
 		}
 		if err := os.Remove(path); err != nil {
 			return nil, fmt.Errorf("socket %s: %w", path, err)
@@ -225,7 +225,7 @@ const (
 
 // quickly makes a request that is answered at once, or never. read reads the answer.
 func (c Client) quickly(ctx context.Context, method, path string, body io.Reader, read func(io.Reader) error) error {
-	err := fmt.Errorf("%w within %v at %s: it hangs, or the machine is very busy; look at its log, and restart it if that lasts", ErrSilent, answerTimeout, c.Path)
+	err := fmt.Errorf("%w within %v at %s: the daemon hangs, or the machine is very busy; look at the daemon's log, and restart the daemon if this lasts", ErrSilent, answerTimeout, c.Path)
 	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, err)
 	defer cancel()
 	resp, rerr := c.do(ctx, method, path, body)
@@ -264,7 +264,7 @@ func (c Client) do(ctx context.Context, method, path string, body io.Reader) (*h
 			return nil, ctx.Err()
 		}
 		if ne := net.Error(nil); errors.As(err, &ne) && ne.Timeout() {
-			return nil, fmt.Errorf("%w: it has taken no connection within %v at %s; look at its log, and restart it if that lasts", ErrSilent, connectTimeout, c.Path)
+			return nil, fmt.Errorf("%w: it has accepted no connection within %v at %s; look at the daemon's log, and restart the daemon if this lasts", ErrSilent, connectTimeout, c.Path)
 		}
 		return nil, fmt.Errorf("%w at %s (%w): is `shoal node` or `shoal supernode` running, and are you root? --control names another socket", ErrNoDaemon, c.Path, err)
 	}
@@ -320,5 +320,5 @@ func (c Client) Prefetch(ctx context.Context, req PrefetchRequest, event func(Ev
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	return fmt.Errorf("the daemon ended before the image was there (%w): see its log", errors.Join(io.ErrUnexpectedEOF, lines.Err()))
+	return fmt.Errorf("the daemon ended before the image was complete (%w): see its log", errors.Join(io.ErrUnexpectedEOF, lines.Err()))
 }
