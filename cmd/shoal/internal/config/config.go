@@ -80,7 +80,7 @@ type Log struct {
 
 func (l Log) check() error {
 	if l.Format != "text" && l.Format != "json" {
-		return fmt.Errorf("log.format is %q: it is text or json", l.Format)
+		return fmt.Errorf("log.format is %q: it must be text or json", l.Format)
 	}
 	return nil
 }
@@ -112,7 +112,7 @@ func explain(err error) error {
 		var errs []error
 		for i := range strict.Errors {
 			line, _ := strict.Errors[i].Position()
-			errs = append(errs, fmt.Errorf("line %d: there is no key %q", line, strings.Join(strict.Errors[i].Key(), ".")))
+			errs = append(errs, fmt.Errorf("line %d: unknown key %q", line, strings.Join(strict.Errors[i].Key(), ".")))
 		}
 		return errors.Join(errs...)
 	}

@@ -20,43 +20,43 @@ type Embedded struct {
 // Images are rules for images, by patterns of their names.
 type Images struct {
 	Lazy     []string               `toml:"lazy" comment:"images that may be lazy"`
-	Never    []string               `toml:"never" comment:"images that containerd unpacks in the ordinary way, whatever lazy says"`
+	Never    []string               `toml:"never" comment:"images that containerd unpacks, also if lazy names them"`
 	Eager    []string               `toml:"eager" comment:"images whose pull ends only when every byte is here and proven"`
-	Prefetch map[string]policy.Mode `toml:"prefetch" comment:"pattern = \"all\", \"startup\" or \"none\", instead of the key prefetch; the pattern that says most of an image's name counts"`
+	Prefetch map[string]policy.Mode `toml:"prefetch" comment:"pattern = \"all\", \"startup\" or \"none\", instead of the key prefetch; if several patterns match, the one with the longest name counts"`
 }
 
 // Node is the file of `shoal node`.
 type Node struct {
 	Version                 int         `toml:"version"`
-	Root                    string      `toml:"root" comment:"indexes, local diffs and mounts are kept here; a short path leaves room for images of many layers"`
+	Root                    string      `toml:"root" comment:"directory of indexes, local diffs and mounts; a short path leaves room for images with many layers"`
 	Address                 string      `toml:"address" comment:"Unix socket for containerd: [proxy_plugins.shoal] address"`
 	ControlAddress          string      `toml:"control_address" comment:"Unix socket for shoal status, prefetch and check"`
 	MetricsAddress          string      `toml:"metrics_address" comment:"host:port for Prometheus (/metrics), /healthz and /readyz; empty: off"`
 	MirrorAddress           string      `toml:"mirror_address" comment:"host:port of the registry mirror that containerd's hosts.toml names; keep it on loopback; empty: off"`
-	MirrorPlainHTTP         bool        `toml:"mirror_plain_http" comment:"true: the mirror speaks HTTP and not TLS. containerd then tells whoever has its port, while shoal has not, the credentials of every pull"`
-	Supernodes              []string    `toml:"supernodes" comment:"each as shoal supernode prints it, ID@host:port; empty: this node embeds a supernode"`
-	TokenFile               string      `toml:"token_file" comment:"the token to join the supernodes with: a copy of the one that the supernode has, or made, at the start"`
-	Listen                  []string    `toml:"listen" comment:"host:port addresses for other nodes; without a host: all of this machine, IPv4 and IPv6; empty: this node shares nothing"`
-	Announce                []string    `toml:"announce" comment:"IP:port addresses where other nodes are told to dial this one, such as that of a NAT; empty: those of the network interface over which it reaches the supernode"`
-	Zone                    string      `toml:"zone" comment:"where this node is: traffic between zones is kept low; may be empty"`
-	Rack                    string      `toml:"rack" comment:"where in the zone; may be empty"`
+	MirrorPlainHTTP         bool        `toml:"mirror_plain_http" comment:"true: the mirror speaks HTTP, not TLS. If another process takes the mirror's port while shoal does not run, that process gets the credentials of every pull"`
+	Supernodes              []string    `toml:"supernodes" comment:"addresses of the supernodes, ID@host:port as shoal supernode prints them; empty: this node embeds a supernode"`
+	TokenFile               string      `toml:"token_file" comment:"file with the token that this node joins the supernodes with: a copy of a token in the supernode's token_file"`
+	Listen                  []string    `toml:"listen" comment:"host:port addresses for other nodes; without a host: all addresses of this machine, IPv4 and IPv6; empty: this node shares nothing"`
+	Announce                []string    `toml:"announce" comment:"IP:port addresses at which other nodes dial this node, such as that of a NAT; empty: the addresses of the network interface over which this node reaches the supernode"`
+	Zone                    string      `toml:"zone" comment:"the zone of this node; nodes keep traffic between zones low; may be empty"`
+	Rack                    string      `toml:"rack" comment:"the rack in the zone; may be empty"`
 	MaxUpload               Size        `toml:"max_upload" comment:"bytes a second that this node sends to other nodes; 0: no limit"`
 	MaxDownload             Size        `toml:"max_download" comment:"bytes a second of chunks that this node takes from other nodes and supernodes; 0: no limit"`
 	DockerConfig            string      `toml:"docker_config" comment:"directory of docker's config.json with registry credentials, for shoal prefetch; empty: $DOCKER_CONFIG or ~/.docker"`
-	NodeCredentialsForPulls bool        `toml:"node_credentials_for_pulls" comment:"true: EVERY container of this machine may run EVERY image that the credentials in docker_config open, with no pull secret of its own. false: a private image is lazy for pulls that show a credential of their own, through the mirror"`
-	IndexTimeout            Duration    `toml:"index_timeout" comment:"how long an image's indexes may take to come: they are waited for that long, and kept for the next pull"`
-	PrepareTimeout          Duration    `toml:"prepare_timeout" comment:"how long a call of containerd waits for an image's indexes before containerd unpacks it in the ordinary way. Its garbage collection, and with that all pods of the node, wait behind such a call: longer is more lazy pulls, and longer stalls"`
+	NodeCredentialsForPulls bool        `toml:"node_credentials_for_pulls" comment:"true: EVERY container of this machine may run EVERY image that the credentials in docker_config open, without a pull secret of its own. false: a private image is lazy for pulls that show their own credential, through the mirror"`
+	IndexTimeout            Duration    `toml:"index_timeout" comment:"how long the node waits for an image's indexes; if they come after prepare_timeout, then they are kept for the next pull"`
+	PrepareTimeout          Duration    `toml:"prepare_timeout" comment:"how long a call of containerd waits for an image's indexes; after that, containerd unpacks the image. containerd's garbage collection, and with it all pods of the node, wait for such a call: a longer time gives more lazy pulls, and longer stalls"`
 	ReadTimeout             Duration    `toml:"read_timeout" comment:"how long a container's read may wait for bytes before it fails"`
-	CacheQuota              Size        `toml:"cache_quota" comment:"bytes on disk for layers; 0: what the disk has. What no container or image uses makes room; what does not fit is read without being kept"`
-	Prefetch                policy.Mode `toml:"prefetch" comment:"what is fetched of a lazy image besides what containers read: all of it (all), what containers read at their start (startup), or nothing (none)"`
-	PrefetchAfterPull       bool        `toml:"prefetch_after_pull" comment:"an image that was pulled and that no container has followed yet is fetched, too, as prefetch says"`
-	PrefetchAfterExit       bool        `toml:"prefetch_after_exit" comment:"an image goes on being fetched when its last container has ended"`
-	PrefetchRate            Size        `toml:"prefetch_rate" comment:"bytes a second, uncompressed, that are fetched for nobody who waits; what containers read, now or at their start, and pulls that wait for all bytes are not held to it; 0: no limit"`
-	Mount                   string      `toml:"mount" comment:"how layers are mounted: file (from their files, Linux 6.12) or loop (through loop devices, which is slower: for programs that open files of images with O_DIRECT; docs/limits.md says what it costs)"`
+	CacheQuota              Size        `toml:"cache_quota" comment:"bytes on disk for layers; 0: the whole disk. Layers that no container and no image uses are evicted; bytes that do not fit are read and not stored"`
+	Prefetch                policy.Mode `toml:"prefetch" comment:"which chunks of a lazy image are prefetched: all of them (all), those that containers read at their start (startup), or none of them (none)"`
+	PrefetchAfterPull       bool        `toml:"prefetch_after_pull" comment:"true: if no container has started after the pull of an image, the image is prefetched, too, as prefetch says"`
+	PrefetchAfterExit       bool        `toml:"prefetch_after_exit" comment:"true: prefetch of an image goes on after its last container has ended"`
+	PrefetchRate            Size        `toml:"prefetch_rate" comment:"bytes a second, uncompressed, of prefetch; demand reads, startup chunks, and pulls that wait for all bytes are not limited; 0: no limit"`
+	Mount                   string      `toml:"mount" comment:"how layers are mounted: file (from their files, Linux 6.12) or loop (through loop devices, which is slower: for programs that open files of images with O_DIRECT; docs/limits.md has the figures)"`
 	ScrubInterval           Duration    `toml:"scrub_interval" comment:"how often everything on this disk is read and checked, at 32 MiB/s at most; 0s: never"`
 	RegistryConfigPath      string      `toml:"registry_config_path" comment:"containerd's directory of hosts.toml files, for layers that no supernode has and this node reads from the registry itself"`
 	Images                  Images      `toml:"images" comment:"rules for images by their names. An asterisk stands for any characters: \"registry.example.com/base/*\", \"docker.io/library/redis:7*\"; without a tag a pattern fits every tag"`
-	Embedded                Embedded    `toml:"embedded" comment:"the supernode of a node that names none"`
+	Embedded                Embedded    `toml:"embedded" comment:"the supernode inside a node whose supernodes is empty"`
 	Log                     Log         `toml:"log"`
 }
 
@@ -108,10 +108,10 @@ func (c *Node) Policy() (*policy.Policy, error) {
 // Announced reads announce.
 func (c *Node) Announced() ([]netip.AddrPort, error) {
 	if len(c.Announce) > 0 && len(c.Listen) == 0 {
-		return nil, errors.New("announce is set and listen is empty: others would be told of a node that shares nothing")
+		return nil, errors.New("announce is set and listen is empty: a node that shares nothing has no address to announce")
 	}
 	if len(c.Announce) > wire.MaxAddrs {
-		return nil, fmt.Errorf("announce has %d addresses: at most %d are told", len(c.Announce), wire.MaxAddrs)
+		return nil, fmt.Errorf("announce has %d addresses: at most %d are allowed", len(c.Announce), wire.MaxAddrs)
 	}
 	var out []netip.AddrPort
 	for _, a := range c.Announce {
@@ -140,7 +140,7 @@ func (c *Node) Check() error {
 	_, err := c.Policy()
 	errs = append(errs, err)
 	if q := int64(c.CacheQuota); q > 0 && q < minCacheQuota {
-		errs = append(errs, fmt.Errorf("cache_quota is %d bytes: it must be at least 64MiB, or 0 for what the disk has", q))
+		errs = append(errs, fmt.Errorf("cache_quota is %d bytes: it must be at least 64MiB, or 0 for the whole disk", q))
 	}
 	if c.Mount != MountFile && c.Mount != MountLoop {
 		errs = append(errs, fmt.Errorf("mount is %q: it must be \"file\" or \"loop\"", c.Mount))
@@ -167,7 +167,7 @@ func (c *Node) Check() error {
 		errs = append(errs, checkAbs("docker_config", c.DockerConfig))
 	}
 	if len(c.Supernodes) > 0 && !reflect.DeepEqual(c.Embedded, DefaultNode().Embedded) {
-		errs = append(errs, errors.New("supernodes and embedded are both set: a node that names supernodes embeds none, so say store and registry in the supernode's own file"))
+		errs = append(errs, errors.New("supernodes and embedded are both set: a node that names supernodes does not embed one, so set store and registry in the supernode's own file"))
 	}
 	for _, a := range c.Listen {
 		errs = append(errs, checkHostPort("listen", a))

@@ -16,7 +16,7 @@ import (
 
 // Store bounds what a supernode keeps.
 type Store struct {
-	Quota Size `toml:"quota" comment:"bytes on disk; the layers that were used longest ago make room"`
+	Quota Size `toml:"quota" comment:"bytes on disk; if they are used up, the layers that were used longest ago are evicted"`
 }
 
 func (s Store) check(prefix string) error {
@@ -49,13 +49,13 @@ func checkRate(key string, v Size) error {
 // Registry says how registries are reached and how long their word counts.
 type Registry struct {
 	ConfigPath  string   `toml:"config_path" comment:"containerd's directory of hosts.toml files: mirrors, CAs, plain HTTP"`
-	Allowed     []string `toml:"allowed" comment:"repositories that registries, and mirrors in hosts.toml, may be asked for, as patterns: \"registry.example.com/team/*\", \"docker.io/library/*\"; an asterisk stands for any characters. Nodes get no others, not even stored ones. A host that a registry redirects to needs no entry, a mirror does"`
-	Trusted     []string `toml:"trusted" comment:"registry hosts that need only say that they have a layer (HEAD) which came from another registry, and not send it once more"`
-	TagTTL      Duration `toml:"tag_ttl" comment:"how long what a tag names is believed before the registry is asked again"`
+	Allowed     []string `toml:"allowed" comment:"repositories that registries, and mirrors in hosts.toml, may be asked for, as patterns: \"registry.example.com/team/*\", \"docker.io/library/*\"; an asterisk stands for any characters. Nodes do not get images of other repositories, also if they are stored. A mirror needs an entry; a host that a registry redirects to does not"`
+	Trusted     []string `toml:"trusted" comment:"registry hosts that only have to say (HEAD) that they have a layer that came from another registry; other hosts have to send such a layer again"`
+	TagTTL      Duration `toml:"tag_ttl" comment:"how long the manifest that a tag names is cached before the registry is asked again"`
 	AccessTTL   Duration `toml:"access_ttl" comment:"how long a registry's permission to pull is cached"`
-	MaxDownload Size     `toml:"max_download" comment:"bytes a second of layers that are taken from registries, which share it; 0: no limit"`
-	Ingests     int      `toml:"ingests" comment:"how many layers of more than 8 MiB are fetched at the same time; a registry that has none under way gets one beyond them"`
-	AccessGrace Duration `toml:"access_grace" comment:"and how long while the registry is down (no answer or 5xx; not 429), for the same node with the same credential"`
+	MaxDownload Size     `toml:"max_download" comment:"bytes a second of layers that are fetched from all registries together; 0: no limit"`
+	Ingests     int      `toml:"ingests" comment:"how many layers of more than 8 MiB are fetched at the same time; a registry without a layer under way gets one more"`
+	AccessGrace Duration `toml:"access_grace" comment:"how long a registry's permission counts while the registry is down (no answer or 5xx; not 429), for the same node with the same credential"`
 }
 
 // Repositories are those that Allowed names.
@@ -69,7 +69,7 @@ func (r Registry) check(prefix string) error {
 	}
 	for _, h := range r.Trusted {
 		if h == "" || strings.ContainsAny(h, "/ ") {
-			return fmt.Errorf("%sregistry.trusted names %q: it is a host as in image references, such as \"registry.example.com:5000\"", prefix, h)
+			return fmt.Errorf("%sregistry.trusted names %q: it must be a host as in image references, such as \"registry.example.com:5000\"", prefix, h)
 		}
 	}
 	if _, err := r.Repositories(); err != nil {
@@ -93,11 +93,11 @@ func (r Registry) check(prefix string) error {
 // Supernode is the file of `shoal supernode`.
 type Supernode struct {
 	Version        int      `toml:"version"`
-	Root           string   `toml:"root" comment:"identity, chunks and indexes are kept here"`
-	Listen         []string `toml:"listen" comment:"host:port addresses for nodes; without a host: all of this machine, IPv4 and IPv6"`
-	TokenFile      string   `toml:"token_file" comment:"tokens that nodes join with, one a line; empty: the file token in root, which is made at the first start"`
-	Siblings       []string `toml:"siblings" comment:"the supernodes of this datacenter, ID@host:port, if there are several; the same list on each; its own address may be in it"`
-	MaxUpload      Size     `toml:"max_upload" comment:"bytes a second of chunks that this supernode sends; nodes share it, and what containers read comes before prefetch; 0: no limit"`
+	Root           string   `toml:"root" comment:"directory of identity, chunks and indexes"`
+	Listen         []string `toml:"listen" comment:"host:port addresses for nodes; without a host: all addresses of this machine, IPv4 and IPv6"`
+	TokenFile      string   `toml:"token_file" comment:"file of the tokens that nodes join with, one a line; empty: the file token in root, which is made at the first start"`
+	Siblings       []string `toml:"siblings" comment:"the supernodes of this datacenter, ID@host:port, if there are several; the same list on each; a supernode's own address may be in it"`
+	MaxUpload      Size     `toml:"max_upload" comment:"bytes a second of chunks that this supernode sends; all nodes share them, and demand reads come before prefetch; 0: no limit"`
 	MaxPeers       int      `toml:"max_peers" comment:"how many nodes and supernodes may be connected at a time"`
 	ControlAddress string   `toml:"control_address" comment:"Unix socket for shoal status, prefetch, members and check"`
 	MetricsAddress string   `toml:"metrics_address" comment:"host:port for Prometheus (/metrics), /healthz and /readyz; empty: off"`
@@ -174,7 +174,7 @@ func checkSupernodes(key string, list []string) error {
 			continue
 		}
 		if id := info.ID.String(); seen[id] {
-			errs = append(errs, fmt.Errorf("%s names %s twice: one address for each supernode; a host name may stand for several", key, id))
+			errs = append(errs, fmt.Errorf("%s names %s twice: give one address for each supernode; a host name may stand for several addresses", key, id))
 		} else {
 			seen[id] = true
 		}
