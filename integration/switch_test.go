@@ -29,7 +29,7 @@ func TestTwoContainerds(t *testing.T) {
 	if !s.isLazy(t, ctx, ref) {
 		t.Error("the first containerd's image is gone")
 	}
-	if log := string(must(os.ReadFile(s.node.Log))(t)); !strings.Contains(log, "a second program that collects garbage") {
+	if log := string(must(os.ReadFile(s.node.Log))(t)); !strings.Contains(log, "a second program uses this node's snapshotter") {
 		t.Error("the node's log does not name the second containerd")
 	}
 	noError(t, s.Containerd.Stop())

@@ -47,7 +47,7 @@ func timeCalls(reg prometheus.Registerer) (grpc.ServerOption, error) {
 		Buckets: []float64{.001, .003, .01, .03, .1, .3, 1, 2, 3, 4, 6, 10, 30, 60, 120, 300},
 	}, []string{"method"})
 	most := &longest{m: map[string]time.Duration{}, desc: prometheus.NewDesc("shoal_node_snapshots_longest_seconds",
-		"The longest of these calls since the node was started, by method.", []string{"method"}, nil)}
+		"The longest of containerd's calls to the snapshotter since the node was started, by method.", []string{"method"}, nil)}
 	for _, c := range []prometheus.Collector{seconds, most} {
 		if err := reg.Register(c); err != nil {
 			return nil, err

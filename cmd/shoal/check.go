@@ -33,7 +33,7 @@ func newCheckCommand() *cobra.Command {
 	var repair bool
 	cmd := &cobra.Command{
 		Use:   "check",
-		Short: "Check what is on this disk: layers, databases, mounts; repair it",
+		Short: "Check the layers, databases and mounts on this disk, and repair them",
 		Long: `Check reads all that a node or a supernode keeps on this machine's disk and compares
 it with its digests: layers with their indexes and DiffIDs, the store of a
 supernode with the digests of its chunks, and the databases and mounts.
@@ -50,10 +50,10 @@ repaired.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if output != "table" && output != "json" {
-				return fmt.Errorf("--output is %q: it is table or json", output)
+				return fmt.Errorf("--output is %q: it must be table or json", output)
 			}
 			if root != "" && socket != "" {
-				return errors.New("--root looks at a directory without a daemon, --control asks one: give one of them")
+				return errors.New("--root checks a directory without a daemon, --control asks a daemon: give one of the two")
 			}
 			report, err := check(cmd, socket, root, repair)
 			if err != nil {
@@ -158,7 +158,7 @@ func writeReport(w io.Writer, r *control.CheckReport, repair bool) error {
 	case r.Result == control.Damaged && !repair:
 		fmt.Fprintln(w, "damaged: shoal check --repair repairs what it can")
 	case r.Result == control.Damaged:
-		fmt.Fprintln(w, "damaged: what says \"no\" could not be repaired")
+		fmt.Fprintln(w, "damaged: the findings with \"no\" could not be repaired")
 	default:
 		fmt.Fprintln(w, r.Result)
 	}

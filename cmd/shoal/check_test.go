@@ -134,7 +134,7 @@ func TestCheckRefuses(t *testing.T) {
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := shoal(t, "check", "--root", t.TempDir()); exitStatus(err) != 1 || !strings.Contains(err.Error(), "neither diffs") {
+	if _, err := shoal(t, "check", "--root", t.TempDir()); exitStatus(err) != 1 || !strings.Contains(err.Error(), "neither the directory diffs") {
 		t.Errorf("another directory: %v", err)
 	}
 	if _, err := shoal(t, "check", "--root", root, "--control", "/x"); exitStatus(err) != 1 {

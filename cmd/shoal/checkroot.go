@@ -35,7 +35,7 @@ func checkRoot(ctx context.Context, root string, repair bool, progress func(stri
 		r.Role = "supernode"
 		err = checkSupernodeRoot(ctx, r, root, repair, progress, log)
 	default:
-		return nil, fmt.Errorf("%s has neither diffs, as a node, nor store, as a supernode: is it the right directory?", root)
+		return nil, fmt.Errorf("%s has neither the directory diffs of a node nor the directory store of a supernode: is it the right directory?", root)
 	}
 	if errors.Is(err, cache.ErrInUse) || errors.Is(err, boltcheck.ErrInUse) {
 		return nil, fmt.Errorf("%s: a daemon uses it: check it through the daemon, without --root (with --control if its socket is not the default one): %w", root, err)

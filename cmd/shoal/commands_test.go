@@ -163,7 +163,7 @@ REF sha256:b2b2b2b2b2b2 verified (1B)
 	if err == nil || err.Error() != "bad: the registry is down" {
 		t.Errorf("error %v", err)
 	}
-	if _, err := shoal(t, "prefetch"); err == nil || !strings.Contains(err.Error(), "which image") {
+	if _, err := shoal(t, "prefetch"); err == nil || !strings.Contains(err.Error(), "no image is given") {
 		t.Errorf("no image: %v", err)
 	}
 }

@@ -36,7 +36,7 @@ func newConfigCommand() *cobra.Command {
 		},
 	}, &cobra.Command{
 		Use:     "check {node|supernode} FILE",
-		Short:   "Say what is wrong with a config file, or that nothing is",
+		Short:   "Check a config file, and name what is wrong in it",
 		Example: "  shoal config check node " + nodeConfigPath,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 2 || (args[0] != "node" && args[0] != "supernode") {

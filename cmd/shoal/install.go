@@ -36,7 +36,7 @@ func newInstallCommand() *cobra.Command {
 	var o installOptions
 	containerd := &cobra.Command{
 		Use:   "containerd",
-		Short: "Edit containerd's config file and its hosts.toml, or take the changes back",
+		Short: "Edit containerd's config file and its hosts.toml, or undo the changes",
 		Long: `Install edits the config file of containerd, or adds a file to a directory that the
 config file imports, and adds the node's registry mirror to hosts.toml. Lines that
 install adds are marked, all others stay as they are, and a copy of each file that
@@ -58,13 +58,13 @@ What install cannot edit safely stays as it is, and the error names the lines to
 	f := containerd.Flags()
 	f.StringVar(&o.config, "config", "/etc/containerd/config.toml", "containerd's config file")
 	f.StringVar(&o.node, "node-config", nodeConfigPath, "the node's config file; if it does not exist, the defaults")
-	f.StringVar(&o.program, "containerd", "containerd", "the program of containerd: asked for its version, and to read the result")
+	f.StringVar(&o.program, "containerd", "containerd", "containerd's program, which shows its version and checks the new config")
 	f.StringVar(&o.address, "address", "/run/containerd/containerd.sock", "containerd's socket, for --uninstall")
 	f.StringVar(&o.service, "service", "containerd", "systemd's name of containerd, for --restart")
 	f.StringVar(&o.to, "snapshotter", "overlayfs", "the snapshotter that images are unpacked for with --uninstall")
-	f.BoolVar(&o.dryRun, "dry-run", false, "say what would change, and change nothing")
+	f.BoolVar(&o.dryRun, "dry-run", false, "show what would change, and change nothing")
 	f.BoolVar(&o.restart, "restart", false, "restart containerd at the end; containers go on running")
-	f.BoolVar(&o.uninstall, "uninstall", false, "take back what install has done")
+	f.BoolVar(&o.uninstall, "uninstall", false, "undo what install has done")
 	f.BoolVar(&o.force, "force", false, "with --uninstall: go on if images cannot be moved to the other snapshotter")
 	cmd.AddCommand(containerd)
 	return cmd
@@ -123,7 +123,7 @@ func runInstall(cmd *cobra.Command, o installOptions) error {
 			return fmt.Errorf("the files are written, but systemctl restart %s failed: %w: %s. Restart containerd by hand", o.service, err, bytes.TrimSpace(out))
 		}
 	case len(plan.Changes) > 0:
-		fmt.Fprintln(w, "Restart containerd for this to count; containers go on running.")
+		fmt.Fprintln(w, "Restart containerd to use the new config; containers go on running.")
 	}
 	return nil
 }
@@ -148,15 +148,15 @@ func takenIn(ctx context.Context, o installOptions, plan install.Plan) error {
 	var failed *exec.ExitError
 	switch {
 	case errors.As(err, &failed):
-		err = fmt.Errorf("%s cannot read its config any more: %w: %s", o.program, err, bytes.TrimSpace(failed.Stderr))
+		err = fmt.Errorf("%s cannot read its config after the change: %w: %s", o.program, err, bytes.TrimSpace(failed.Stderr))
 	case err != nil:
 		err = fmt.Errorf("%s config dump: %w", o.program, err)
 	case !bytes.Contains(out, []byte("proxy_plugins.shoal")) || !bytes.Contains(bytes.ReplaceAll(out, []byte("'"), []byte(`"`)), []byte(`snapshotter = "shoal"`)):
-		err = fmt.Errorf("%s reads its config, but does not see shoal in it: another file that it imports counts more", o.program)
+		err = fmt.Errorf("%s reads its config, but does not see shoal in it: another file that the config imports overrides it", o.program)
 	default:
 		return nil
 	}
-	return errors.Join(fmt.Errorf("%w. The changes are taken back", err), plan.Undo())
+	return errors.Join(fmt.Errorf("%w. The changes were undone", err), plan.Undo())
 }
 
 // moveImages is the first part of --uninstall.

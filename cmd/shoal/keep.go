@@ -19,7 +19,7 @@ func newKeepCommand() *cobra.Command {
 	var launch bool
 	cmd := &cobra.Command{
 		Use:   "keep [flags] -- COMMAND [ARG]...",
-		Short: "Run a node so that its restarts hurt nobody, where there is no systemd",
+		Short: "Run a node without systemd, so that containers survive its restarts",
 		Long: `Keep starts COMMAND, which is shoal node with its flags, and starts it again when
 it ends. It holds what a node must not lose meanwhile: reads in containers, and
 calls of containerd, wait until the node is back, and do not fail. systemd does
@@ -33,7 +33,7 @@ with SIGHUP the node reads its config again.`,
 		Example: "  shoal keep -- /usr/local/bin/shoal node --config /etc/shoal/node.toml",
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) == 0 {
-				return errors.New("what is to be started? As in shoal keep -- shoal node")
+				return errors.New("no command is given: name it, as in shoal keep -- shoal node")
 			}
 			return nil
 		},

@@ -40,19 +40,19 @@ func newMembersCommand() *cobra.Command {
 	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
 	oneID := func(cmd *cobra.Command, args []string) error {
 		if len(args) != 1 {
-			return fmt.Errorf("which node? Name one ID, as `shoal members` lists them")
+			return fmt.Errorf("no node is given: name one ID, as `shoal members` lists it")
 		}
 		return nil
 	}
 	cmd.AddCommand(&cobra.Command{
 		Use:   "revoke ID",
-		Short: "End a node's membership, and never let its identity in again",
+		Short: "End a node's membership, and refuse its identity from then on",
 		Args:  oneID,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := client().Revoke(cmd.Context(), args[0]); err != nil {
 				return err
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s is revoked. It still has the token: exchange that, or it comes back under another identity.\n", args[0])
+			fmt.Fprintf(cmd.OutOrStdout(), "%s is revoked. The node still has the token: replace the token, or the node can come back with another identity.\n", args[0])
 			return nil
 		},
 	}, &cobra.Command{

@@ -22,7 +22,7 @@ func newMirror(c *config.Node, up upstream, opener mirror.Opener, keychain *cred
 	cfg := mirror.Config{Source: up, Opener: opener, Remote: remoteSupernode(c), Address: c.MirrorAddress, Log: log, Registerer: metrics}
 	if c.NodeCredentialsForPulls {
 		cfg.NodeCredentials = keychain
-		log.Warn("node_credentials_for_pulls: every container on this machine may run whatever the credentials in docker_config open, with no pull secret of its own")
+		log.Warn("node_credentials_for_pulls is true: every container on this machine may run every image that the credentials in docker_config open, without a pull secret of its own")
 	}
 	h, err := mirror.New(cfg)
 	if err != nil || c.MirrorAddress == "" {
@@ -30,7 +30,7 @@ func newMirror(c *config.Node, up upstream, opener mirror.Opener, keychain *cred
 	}
 	listen := func() (net.Listener, error) { return listenKept(store, keptMirror, tcpSocket(c.MirrorAddress), log) }
 	if c.MirrorPlainHTTP {
-		log.Warn("mirror_plain_http: a process that has the mirror's port while this daemon has not is told the pull secrets of containerd")
+		log.Warn("mirror_plain_http is true: if another process takes the mirror's port while this daemon does not run, that process gets containerd's pull secrets")
 		return h, listen, nil
 	}
 	ca, err := mirror.OpenAuthority(c.Root, c.MirrorAddress, log)

@@ -107,7 +107,7 @@ func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, err
 	reload := newReloader(c, load, log)
 	daemon.LimitMemory(log)
 	if !store.Kept() {
-		log.Warn("nobody keeps this process' descriptors: when it ends, containers on lazily mounted images get I/O errors; start it as `shoal keep -- shoal node`, or by the systemd unit that comes with shoal")
+		log.Warn("no descriptor store holds this process's descriptors: if the process ends, containers on lazy mounts get I/O errors; start it with `shoal keep -- shoal node`, or with the systemd unit that comes with shoal")
 	}
 	if err := os.MkdirAll(c.Root, 0o700); err != nil {
 		return fmt.Errorf("root: %w", err)
@@ -227,7 +227,7 @@ func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, err
 		mirrorPort = ports.Open("mirror_address", c.MirrorAddress, listenMirror)
 	}
 	if err := store.DropRest(); err != nil {
-		log.Error("what another version has kept cannot be dropped", "error", err)
+		log.Error("cannot drop descriptors that another version stored", "error", err)
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return server.Serve(ln) })
@@ -245,7 +245,7 @@ func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, err
 	beside.Go(func() { mirrorPort.ServeHTTP(ctx, registryMirror) })
 	beside.Go(func() {
 		if err := store.Watch(ctx, vols.Check); err != nil {
-			log.Error("cannot say that the node is alive: whoever started it may end it", "error", err)
+			log.Error("cannot report that the node is alive; systemd or shoal keep may end it", "error", err)
 		}
 	})
 	state.Set(nil, func() error {
@@ -256,7 +256,7 @@ func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, err
 	})
 	log.Info("node is up", "version", version, "socket", c.Address, "supernodes", d.supernodes())
 	if err := store.Ready(); err != nil {
-		log.Error("cannot say that the node is ready", "error", err)
+		log.Error("cannot report that the node is ready", "error", err)
 	}
 	return g.Wait()
 }

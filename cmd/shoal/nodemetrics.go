@@ -42,7 +42,7 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 	}
 	lazy := func(users string, counts func(lazy bool, users int) bool) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "shoal_node_lazy_mounts", Help: "Layers that are read through FUSE by containers, or that none reads yet.",
+			Name: "shoal_node_lazy_mounts", Help: "Layers that are mounted through FUSE, by whether containers use them.",
 			ConstLabels: prometheus.Labels{"users": users},
 		}, func() float64 {
 			read, err := d.vols.LazyUsers()
@@ -56,31 +56,31 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 			return sum
 		})
 	}
-	const proofs, proofsHelp = "shoal_node_proofs_total", "Layers that were hashed and indexed anew once all their bytes were here, by outcome."
-	const fetched, fetchedHelp = "shoal_node_fetched_bytes_total", "Uncompressed bytes that were fetched, read-ahead with demand; proof: tar headers, which only the proof reads."
+	const proofs, proofsHelp = "shoal_node_proofs_total", "Complete layers that were hashed and indexed again, by outcome."
+	const fetched, fetchedHelp = "shoal_node_fetched_bytes_total", "Uncompressed bytes that were fetched, by priority. Read-ahead counts as demand; proof is the header stream, which only the proof reads."
 	all := []prometheus.Collector{
 		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "demand"}, func(s cache.Stats) float64 { return float64(s.DemandBytes) }),
 		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "startup"}, func(s cache.Stats) float64 { return float64(s.StartupBytes) }),
 		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "prefetch"}, func(s cache.Stats) float64 { return float64(s.PrefetchBytes) }),
 		counter(fetched, fetchedHelp, prometheus.Labels{"priority": "proof"}, func(s cache.Stats) float64 { return float64(s.HeaderBytes) }),
-		counter("shoal_node_copied_bytes_total", "Bytes of chunks that another layer on this disk had.", nil, func(s cache.Stats) float64 { return float64(s.CopiedBytes) }),
+		counter("shoal_node_copied_bytes_total", "Bytes of chunks that were copied from another layer on this disk.", nil, func(s cache.Stats) float64 { return float64(s.CopiedBytes) }),
 		counter("shoal_node_demand_waits_total", "Reads that had to wait for bytes.", nil, func(s cache.Stats) float64 { return float64(s.Missed) }),
-		counter("shoal_node_demand_wait_seconds_total", "Time that those reads took, all together.", nil, func(s cache.Stats) float64 { return s.Waited.Seconds() }),
-		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "shoal_node_demand_failures_total", Help: "Reads that failed for want of bytes."},
+		counter("shoal_node_demand_wait_seconds_total", "Total time of the reads that had to wait for bytes.", nil, func(s cache.Stats) float64 { return s.Waited.Seconds() }),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "shoal_node_demand_failures_total", Help: "Reads that failed because bytes did not come."},
 			func() float64 { return float64(d.vols.FailedReads()) }),
 		counter("shoal_node_corrupt_chunks_total", "Chunks that came with wrong bytes and were not used.", nil, func(s cache.Stats) float64 { return float64(s.CorruptChunks) }),
-		counter("shoal_node_damaged_chunks_total", "Chunks that turned out wrong or unreadable on this disk.", nil, func(s cache.Stats) float64 { return float64(s.DamagedChunks) }),
+		counter("shoal_node_damaged_chunks_total", "Chunks that were found wrong or unreadable on this disk.", nil, func(s cache.Stats) float64 { return float64(s.DamagedChunks) }),
 		counter(proofs, proofsHelp, prometheus.Labels{"outcome": "proven"}, func(s cache.Stats) float64 { return float64(s.Proven) }),
 		counter(proofs, proofsHelp, prometheus.Labels{"outcome": "quarantined"}, func(s cache.Stats) float64 { return float64(s.Quarantined) }),
 		waiting(0), waiting(time.Second), waiting(10 * time.Second), waiting(time.Minute),
-		counter("shoal_node_not_kept_bytes_total", "Bytes that came for reads and were not kept, for want of room.", nil, func(s cache.Stats) float64 { return float64(s.NotKept) }),
+		counter("shoal_node_not_kept_bytes_total", "Bytes that came for reads and were not stored, because there was not enough room.", nil, func(s cache.Stats) float64 { return float64(s.NotKept) }),
 		usage("shoal_node_cache_bytes", "Bytes on disk that layers take.", func(s cache.Stats) float64 { return float64(s.Used) }),
-		usage("shoal_node_cache_quota_bytes", "Bytes on disk that layers may take; 0: what the disk has.", func(s cache.Stats) float64 { return float64(s.Quota) }),
+		usage("shoal_node_cache_quota_bytes", "Bytes on disk that layers may take; 0: the whole disk.", func(s cache.Stats) float64 { return float64(s.Quota) }),
 		gauge("shoal_node_diffs", "Layers that this node has an index of.", func(volume.Stat) float64 { return 1 }),
-		gauge("shoal_node_diff_bytes", "Bytes of those layers.", func(s volume.Stat) float64 { return float64(s.Total) }),
-		gauge("shoal_node_local_bytes", "Bytes of those layers that are on this node.", func(s volume.Stat) float64 { return float64(s.Local) }),
-		gauge("shoal_node_proven_diffs", "Layers that were shown to be what the image config says.", func(s volume.Stat) float64 { return b2f(s.Proof == cache.Proven) }),
-		gauge("shoal_node_quarantined_diffs", "Layers that are not what their index said; images with them are refused.", func(s volume.Stat) float64 { return b2f(s.Proof == cache.Quarantined) }),
+		gauge("shoal_node_diff_bytes", "Bytes of the layers that this node has an index of.", func(s volume.Stat) float64 { return float64(s.Total) }),
+		gauge("shoal_node_local_bytes", "Bytes of layers that are on this node's disk.", func(s volume.Stat) float64 { return float64(s.Local) }),
+		gauge("shoal_node_proven_diffs", "Layers that are proven to be what the image config says.", func(s volume.Stat) float64 { return b2f(s.Proof == cache.Proven) }),
+		gauge("shoal_node_quarantined_diffs", "Layers that do not match their index; images with such a layer are refused.", func(s volume.Stat) float64 { return b2f(s.Proof == cache.Quarantined) }),
 		lazy("containers", func(_ bool, users int) bool { return users > 0 }),
 		lazy("none", func(lazy bool, users int) bool { return lazy && users == 0 }),
 	}
@@ -88,7 +88,7 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 		return func() blockdev.Use { return of(d.vols.Uses()) }
 	}
 	all = append(all,
-		metric.Uses("shoal_node_places", "What is limited: reads that wait for bytes and those of them that are worked on, layers that are prefetched, proven and scrubbed.",
+		metric.Uses("shoal_node_places", "Limited work: reads that wait for bytes, readers that fetch bytes for them, layers that are prefetched, proven and scrubbed.",
 			map[string]func() blockdev.Use{
 				"reads":      use(func(u volume.Uses) blockdev.Use { return u.Reads }),
 				"readers":    use(func(u volume.Uses) blockdev.Use { return u.Readers }),
@@ -96,7 +96,7 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 				"proofs":     use(func(u volume.Uses) blockdev.Use { return u.Proofs }),
 				"scrubs":     use(func(u volume.Uses) blockdev.Use { return u.Scrubs }),
 			}),
-		metric.Uses("shoal_node_bytes", "Bytes that are limited, and how many requests wait for some: in flight for reads (demand), held since the disk takes no writes (unwritten), indexes of pulls (indexes).",
+		metric.Uses("shoal_node_bytes", "Limited bytes, and how many requests wait for them: in flight for reads (demand), held because the disk takes no writes (unwritten), indexes of pulls (indexes).",
 			map[string]func() blockdev.Use{
 				"demand":    use(func(u volume.Uses) blockdev.Use { return u.DemandBytes }),
 				"unwritten": use(func(u volume.Uses) blockdev.Use { return u.HeldBytes }),
@@ -105,7 +105,7 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 	for _, complete := range []bool{true, false} {
 		state := map[bool]string{true: "complete", false: "incomplete"}[complete]
 		all = append(all, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "shoal_node_images", Help: "Lazy and kept images, by whether every byte of them is here.", ConstLabels: prometheus.Labels{"state": state},
+			Name: "shoal_node_images", Help: "Lazy and kept images, by whether all of their bytes are on this node.", ConstLabels: prometheus.Labels{"state": state},
 		}, func() float64 { return d.images(complete) }))
 	}
 	for _, c := range snapshotter.Causes {

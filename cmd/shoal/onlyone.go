@@ -95,7 +95,7 @@ func (o *onlyOne) admit(pid int32) error {
 		if now, err := o.look(o.pid); err == nil && now == o.owner {
 			if o.warned[pid] != caller {
 				o.warned[pid] = caller
-				o.log.Error("a second program that collects garbage uses this node's snapshotter and is refused: each would delete the other's snapshots; give it a node of its own, with another root and other sockets",
+				o.log.Error("a second program uses this node's snapshotter and is refused: both collect garbage, and each would delete the other's snapshots; give the second program a node of its own, with another root and other sockets",
 					"program", caller.program, "pid", pid, "first", o.owner.program, "first_pid", o.pid)
 			}
 			return status.Errorf(codes.FailedPrecondition, "shoal: %s (pid %d) uses this node already, and %s (pid %d) would delete its snapshots: give each a node of its own",

@@ -31,7 +31,7 @@ with --local, every layer has been proven to be what the image config says.`,
   shoal prefetch --local registry.example.com/app:v2`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) == 0 {
-				return errors.New("which image? Name one or more, as in shoal prefetch docker.io/library/redis:7")
+				return errors.New("no image is given: name one or more, as in shoal prefetch docker.io/library/redis:7")
 			}
 			return nil
 		},

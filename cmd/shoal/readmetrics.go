@@ -17,7 +17,7 @@ type readSeconds struct {
 func newReadSeconds() *readSeconds {
 	r := &readSeconds{HistogramVec: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Name:    "shoal_node_read_seconds",
-		Help:    "Time of reads of lazy images, from when the kernel hands a read out to its answer, by the farthest place of its bytes: local, peer, supernode, registry.",
+		Help:    "Time from when the kernel gives out a read of a lazy image until its answer, by the farthest source of its bytes: local, peer, supernode, registry.",
 		Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
 	}, []string{"source"})}
 	for o := range r.by {

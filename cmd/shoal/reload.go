@@ -71,8 +71,8 @@ func (r *reloader[C]) Reload() (*control.Reloaded, error) {
 	defer r.mu.Unlock()
 	c, err := r.load()
 	if err != nil {
-		r.log.Error("config not reloaded: what ran before goes on", "error", err)
-		return nil, fmt.Errorf("config not reloaded, what ran before goes on: %w", err)
+		r.log.Error("config not reloaded; the old values stay in use", "error", err)
+		return nil, fmt.Errorf("config not reloaded, the old values stay in use: %w", err)
 	}
 	r.log.Debug("config file read")
 	values := config.Values(c)
@@ -90,7 +90,7 @@ func (r *reloader[C]) Reload() (*control.Reloaded, error) {
 			continue
 		}
 		if err != nil {
-			r.log.Error("a change in the config cannot be applied; what was before counts", "keys", keys, "error", err)
+			r.log.Error("cannot apply a change in the config; the old value stays in use", "keys", keys, "error", err)
 			errs = append(errs, fmt.Errorf("%v: %w", keys, err))
 			continue
 		}
@@ -107,7 +107,7 @@ func (r *reloader[C]) Reload() (*control.Reloaded, error) {
 	slices.Sort(done.Changed)
 	slices.Sort(done.Restart)
 	if len(done.Restart) > 0 {
-		r.log.Warn("changes in the config need a restart: until then what was before counts", "keys", done.Restart)
+		r.log.Warn("changes in the config need a restart; until then the old values stay in use", "keys", done.Restart)
 	}
 	r.log.Info("config reloaded", "changed", done.Changed)
 	return done, errors.Join(errs...)
@@ -127,7 +127,7 @@ func newReloadCommand() *cobra.Command {
 	var socket string
 	cmd := &cobra.Command{
 		Use:   "reload",
-		Short: "Have the daemon read its config again, and say what that has changed",
+		Short: "Read the daemon's config file again, and show which keys have changed",
 		Long: `Reload has the running daemon read its config file again, as SIGHUP does, and
 prints which keys have changed and which of them count after a restart alone. A
 file with an error changes nothing.`,

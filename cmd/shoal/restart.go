@@ -36,7 +36,7 @@ func unixSocket(path string) socket {
 		listen: func() (net.Listener, error) { return control.Listen(path) },
 		is: func(ln net.Listener) error {
 			if at := ln.Addr().String(); ln.Addr().Network() != "unix" || at != path {
-				return fmt.Errorf("it is at %s, and the config says %s", at, path)
+				return fmt.Errorf("its address is %s, and the config says %s", at, path)
 			}
 			if fi, err := os.Lstat(path); err != nil || fi.Mode().Type() != fs.ModeSocket {
 				return fmt.Errorf("%s is not there any more", path)
@@ -58,7 +58,7 @@ func tcpSocket(addr string) socket {
 			}
 			all := want.IP == nil || want.IP.IsUnspecified()
 			if !ok || want.Port != 0 && at.Port != want.Port || all != at.IP.IsUnspecified() || !all && !at.IP.Equal(want.IP) {
-				return fmt.Errorf("it is at %v, and the config says %s", ln.Addr(), addr)
+				return fmt.Errorf("its address is %v, and the config says %s", ln.Addr(), addr)
 			}
 			return nil
 		},
@@ -73,7 +73,7 @@ func listenKept(store *fdstore.Store, name string, s socket, log *slog.Logger) (
 		if err == nil {
 			return ln, nil
 		}
-		log.Warn("a socket that was kept cannot be taken over; a new one is made", "socket", name, "cause", err)
+		log.Warn("cannot take over a stored socket; a new one is made", "socket", name, "cause", err)
 		// Whoever still connects to the old one must not wait for ever.
 		if err := store.Drop(name); err != nil {
 			return nil, err
@@ -93,7 +93,7 @@ func listenKept(store *fdstore.Store, name string, s socket, log *slog.Logger) (
 	}
 	defer f.Close()
 	if err := store.Keep(name, f); err != nil {
-		log.Error("a socket is not kept: if this process ends, calls fail until it is back", "socket", name, "error", err)
+		log.Error("cannot store a socket: if this process ends, calls fail until the next process runs", "socket", name, "error", err)
 		return ln, nil
 	}
 	stays(ln)

@@ -155,7 +155,7 @@ func newSources(c *config.Node, up chunksAndProfiles, reach reach, p *parts, key
 // registryBytes is the metric of what the last source has brought.
 func registryBytes(metrics prometheus.Registerer) (prometheus.Counter, error) {
 	c := prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "shoal_node_registry_bytes_total", Help: "Bytes of answers of registries that this node has read layers from itself.",
+		Name: "shoal_node_registry_bytes_total", Help: "Bytes that this node has received from registries when it read layers itself.",
 	})
 	return c, metrics.Register(c)
 }

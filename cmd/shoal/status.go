@@ -42,7 +42,7 @@ func newStatusCommand() *cobra.Command {
 // checkOutput refuses a value of --output that show does not know.
 func checkOutput(output string) error {
 	if output != "table" && output != "json" {
-		return fmt.Errorf("--output is %q: it is table or json", output)
+		return fmt.Errorf("--output is %q: it must be table or json", output)
 	}
 	return nil
 }

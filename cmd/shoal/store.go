@@ -48,7 +48,7 @@ func newStoreCommand() *cobra.Command {
 	one := func(what string) cobra.PositionalArgs {
 		return func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
-				return fmt.Errorf("which one? Name one %s", what)
+				return fmt.Errorf("no argument is given: name one %s", what)
 			}
 			return nil
 		}
@@ -66,13 +66,13 @@ func newStoreCommand() *cobra.Command {
 				fmt.Fprintf(cmd.OutOrStdout(), "removed: %s\n", l)
 			}
 			if len(layers) == 0 {
-				fmt.Fprintln(cmd.OutOrStdout(), "nothing is removed: other images have all its layers, or they are not stored")
+				fmt.Fprintln(cmd.OutOrStdout(), "nothing is removed: other images have all of its layers, or its layers are not stored")
 			}
 			return nil
 		},
 	}, &cobra.Command{
 		Use:   "pin IMAGE",
-		Short: "Keep a stored image, over restarts, whatever else needs room",
+		Short: "Exclude a stored image from eviction, also after restarts",
 		Args:  one("image"),
 		RunE:  func(cmd *cobra.Command, args []string) error { return client().Pin(cmd.Context(), args[0]) },
 	}, &cobra.Command{

@@ -182,9 +182,9 @@ func runSupernode(ctx context.Context, c *config.Supernode, load func() (*config
 		}
 		return nil
 	})
-	log.Info("nodes join with a token in this file: copy it to their token_file", "path", list.TokenFile())
+	log.Info("nodes join with a token in this file; copy the token to their token_file", "path", list.TokenFile())
 	for _, addr := range host.Addrs(h) {
-		log.Info("supernode is up: name this address in the nodes' config", "version", version, "supernodes", addr)
+		log.Info("supernode is up; name this address in the nodes' config", "version", version, "supernodes", addr)
 	}
 	return g.Wait()
 }
@@ -235,7 +235,7 @@ func (d *supernodeDaemon) Allow(id string) error { return d.list.Allow(id) }
 
 func (d *supernodeDaemon) Prefetch(ctx context.Context, req control.PrefetchRequest, event func(control.Event)) error {
 	if req.Local {
-		return errors.New("--local brings an image to a node, and this is a supernode: run it where a node runs, or leave --local out")
+		return errors.New("--local brings an image to a node, and this is a supernode: run the command where a node runs, or leave --local out")
 	}
 	ref, err := normalize(req.Ref)
 	if err != nil {

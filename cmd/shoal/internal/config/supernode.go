@@ -95,7 +95,7 @@ type Supernode struct {
 	Version        int      `toml:"version"`
 	Root           string   `toml:"root" comment:"directory of identity, chunks and indexes"`
 	Listen         []string `toml:"listen" comment:"host:port addresses for nodes; without a host: all addresses of this machine, IPv4 and IPv6"`
-	TokenFile      string   `toml:"token_file" comment:"file of the tokens that nodes join with, one a line; empty: the file token in root, which is made at the first start"`
+	TokenFile      string   `toml:"token_file" comment:"file of the file of the tokens that nodes join with, one a line; empty: the file token in root, which is made at the first start"`
 	Siblings       []string `toml:"siblings" comment:"the supernodes of this datacenter, ID@host:port, if there are several; the same list on each; a supernode's own address may be in it"`
 	MaxUpload      Size     `toml:"max_upload" comment:"bytes a second of chunks that this supernode sends; all nodes share them, and demand reads come before prefetch; 0: no limit"`
 	MaxPeers       int      `toml:"max_peers" comment:"how many nodes and supernodes may be connected at a time"`
