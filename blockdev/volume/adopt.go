@@ -89,7 +89,7 @@ func (m *Manager) adoptConnection(left []mount.Info) *connection {
 	}
 	init, err := m.checkConnection(fd, left)
 	if err != nil {
-		m.cfg.Log.Warn("the FUSE connection that was kept cannot be taken over; a new one is made", "cause", err)
+		m.cfg.Log.Warn("cannot take over the stored FUSE connection; a new one is made", "cause", err)
 		_ = fd.Close() // nothing was written
 		return nil
 	}
@@ -101,7 +101,7 @@ func (m *Manager) adoptConnection(left []mount.Info) *connection {
 func (m *Manager) widen(init []byte, left []mount.Info) {
 	top, _ := m.fuseMount(left)
 	if err := fusefs.Widen(init, uint32(top.Minor)); err != nil {
-		m.cfg.Log.Warn("the FUSE connection was opened by an earlier version and keeps its limits: many reads whose bytes do not come have all others wait, until this machine has been restarted",
+		m.cfg.Log.Warn("the FUSE connection was opened by an earlier version and keeps its limits: if many reads wait for bytes, then all other reads wait, too; a restart of this machine ends this",
 			"cause", err)
 	}
 }
@@ -115,12 +115,12 @@ func (m *Manager) adoptPending() *os.File {
 		if err == nil {
 			return f
 		}
-		m.cfg.Log.Warn("what the last process was working on is not known; a new record of it is begun", "cause", err)
+		m.cfg.Log.Warn("cannot read the record of pending requests that the last process left; a new record is begun", "cause", err)
 		_ = f.Close() // nothing was written
 	}
 	f, err := m.keepPending()
 	if err != nil {
-		m.cfg.Log.Error("requests that are being worked on are not noted: if this process ends, a kernel before Linux 6.9 forgets them", "error", err)
+		m.cfg.Log.Error("cannot record pending requests: if this process ends, a kernel before Linux 6.9 forgets them", "error", err)
 	}
 	return f
 }
@@ -140,7 +140,7 @@ func (m *Manager) keepPending() (*os.File, error) {
 func (m *Manager) checkConnection(fd *os.File, left []mount.Info) (init []byte, err error) {
 	record := m.cfg.Keep.Take(keptInit)
 	if record == nil {
-		return nil, errors.New("its record was not kept")
+		return nil, errors.New("its record was not stored")
 	}
 	defer record.Close()
 	b, err := io.ReadAll(io.NewSectionReader(record, 0, recordMost+1))
@@ -175,7 +175,7 @@ func (m *Manager) fuseMount(mounts []mount.Info) (top mount.Info, ok bool) {
 func (m *Manager) resume() error {
 	switch err := m.server.Resume(); {
 	case errors.Is(err, blockdev.ErrUnsupported):
-		m.cfg.Log.Warn("reads that were under way when the last process ended will not be answered", "cause", err)
+		m.cfg.Log.Warn("reads that were under way when the last process ended get no answer; restart the containers that hang", "cause", err)
 	case err != nil:
 		return err
 	}
@@ -194,7 +194,7 @@ func (m *Manager) keepConnection(ctx context.Context) {
 		return
 	}
 	if err := m.tryKeep(ctx); err != nil {
-		m.cfg.Log.Error("the FUSE descriptor is not kept: if this process ends, containers on lazy mounts get I/O errors", "error", err)
+		m.cfg.Log.Error("cannot store the FUSE descriptor: if this process ends, containers on lazy mounts get I/O errors", "error", err)
 	}
 }
 

@@ -54,7 +54,7 @@ func (m *Manager) refresh(v *volume) {
 	for _, d := range dirs {
 		errs = append(errs, forget(d))
 	}
-	m.cfg.Log.Warn("damaged bytes of a mounted layer are read anew; programs that have read them before may need a restart", "diff", v.id, "error", errors.Join(errs...))
+	m.cfg.Log.Warn("a mounted layer had damaged bytes, and the kernel reads them again; restart programs that may have read the damaged bytes", "diff", v.id, "error", errors.Join(errs...))
 }
 
 // forget drops the pages of all files below dir from the page cache. A container may

@@ -42,7 +42,7 @@ func inspectMounts(root string, repair bool, known func(mount.Info) bool) (found
 		if i.Kind == 0 || known(i) {
 			continue
 		}
-		f := blockdev.Finding{Where: "mount " + i.Dir, Problem: fmt.Sprintf("shows %s, which is no layer of this node", i.Source)}
+		f := blockdev.Finding{Where: "mount " + i.Dir, Problem: fmt.Sprintf("shows %s, which is not a layer of this node", i.Source)}
 		if repair {
 			if err := mount.Detach(i.Dir); err != nil {
 				return nil, 0, err
@@ -151,6 +151,6 @@ func (m *Manager) refetchAndWait(ctx context.Context, v *volume, in *cache.Inspe
 	}
 	if err := m.await(ctx, m.queue, v, func() {}); err != nil {
 		f := &in.Findings[0] // Verify looks at the chunks first
-		f.Problem += fmt.Sprintf("; they cannot be fetched now: %v", err)
+		f.Problem += fmt.Sprintf("; the chunks cannot be fetched now: %v", err)
 	}
 }

@@ -111,7 +111,7 @@ func (m *Manager) add(ctx context.Context, add func() (*cache.Diff, error)) (blo
 			return d.ID(), err
 		}
 		if _, _, gone := v.mounted(); !gone {
-			m.cfg.Log.Error("a diff was removed beneath its mount, which is taken away", "diff", v.id)
+			m.cfg.Log.Error("the files of a mounted diff were removed; the diff is unmounted", "diff", v.id)
 			err = m.unmount(v, true)
 			m.forget(v)
 		}
@@ -326,7 +326,7 @@ func (m *Manager) unmount(v *volume, detach bool) error {
 	}
 	err := mount.Unmount(dir)
 	if errors.Is(err, mount.ErrBusy) && detach {
-		m.cfg.Log.Warn("a removed diff is still in use: detached; its users may get I/O errors", "diff", v.id, "dir", dir)
+		m.cfg.Log.Warn("a removed diff is still in use; its mount is detached, and programs that use it may get I/O errors", "diff", v.id, "dir", dir)
 		err = mount.Detach(dir)
 	}
 	if err != nil {
@@ -334,7 +334,7 @@ func (m *Manager) unmount(v *volume, detach bool) error {
 	}
 	v.setMounted("", "", false)
 	if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
-		m.cfg.Log.Warn("mount point stays behind", "dir", dir, "error", err)
+		m.cfg.Log.Warn("cannot remove a mount point", "dir", dir, "error", err)
 	}
 	return m.unmark(v.id)
 }
@@ -355,7 +355,7 @@ func (m *Manager) name(id blockdev.Digest) (string, error) {
 			return name, nil
 		}
 	}
-	return "", fmt.Errorf("diff %s: each part of its name is taken as a mount point by another diff", id)
+	return "", fmt.Errorf("diff %s: other diffs use each name that its mount point could have", id)
 }
 
 // Implied returns the directories that a diff's index implies; see blockdev.Index.

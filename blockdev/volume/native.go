@@ -63,7 +63,7 @@ func (m *Manager) matchNow(v *volume) {
 		}
 	}
 	if err != nil {
-		m.cfg.Log.Warn("a layer stays mounted as it is; it is tried again", "diff", v.id, "lazy", wasLazy, "error", err)
+		m.cfg.Log.Warn("cannot change the mount of a layer; the layer stays mounted as it is, and the node tries again", "diff", v.id, "lazy", wasLazy, "error", err)
 		return
 	}
 	v.setMounted(dir, meta, lazy)

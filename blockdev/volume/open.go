@@ -101,7 +101,7 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 		// One that cannot be mounted now is reported, and tried again when it is
 		// asked for. The others are not to suffer.
 		if _, err := m.Mount(ctx, v.id); err != nil {
-			cfg.Log.Error("a diff that was mounted before cannot be mounted again", "diff", v.id, "error", err)
+			cfg.Log.Error("cannot mount a diff that the last process had mounted; the next request for the diff tries again", "diff", v.id, "error", err)
 		}
 	}
 	for _, v := range m.volumes() {
@@ -126,9 +126,9 @@ func (m *Manager) probe() {
 	err := mount.Probe(filepath.Join(m.root, probeDir), mount.Options{Loop: m.cfg.Loop})
 	if errors.Is(err, blockdev.ErrUnsupported) {
 		m.unsupported = err
-		m.cfg.Log.Error("this kernel cannot serve images lazily; containerd unpacks them in the ordinary way", "error", err)
+		m.cfg.Log.Error("this kernel cannot serve images lazily; containerd unpacks them", "error", err)
 	} else if err != nil {
-		m.cfg.Log.Warn("what the kernel can do has not been looked at", "error", err)
+		m.cfg.Log.Warn("cannot test whether this kernel can serve images lazily; shoal assumes that it can", "error", err)
 	}
 }
 
@@ -188,9 +188,9 @@ func (m *Manager) serve(ctx context.Context, conn *connection) (err error) {
 	go func() {
 		defer close(m.serveDone)
 		if err := m.server.Serve(life); err != nil {
-			m.cfg.Log.Error("FUSE server ended: lazily mounted images cannot be read until a restart", "error", err)
+			m.cfg.Log.Error("the FUSE server ended: lazy images cannot be read; restart the node", "error", err)
 		} else if life.Err() == nil {
-			m.cfg.Log.Error("FUSE mount is gone: lazily mounted images cannot be read until a restart")
+			m.cfg.Log.Error("the FUSE mount is gone: lazy images cannot be read; restart the node")
 		}
 	}()
 	if adopted {

@@ -298,7 +298,7 @@ func (q *queue) drop(ctx context.Context, v *volume) error {
 }
 
 // errPaused ends an attempt at a diff that nobody wants any more.
-var errPaused = errors.New("nobody wants the diff any more")
+var errPaused = errors.New("the diff is not needed any more")
 
 // pause takes a volume out until it is added again, and does not wait for the
 // attempt under way to end. What somebody waits for goes on.

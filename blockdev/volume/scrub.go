@@ -24,10 +24,10 @@ func (m *Manager) newScrubQueue() *queue {
 		ended: func(v *volume, err error) {
 			switch {
 			case errors.Is(err, cache.ErrDamaged):
-				m.cfg.Log.Error("a scrub has found damage; it is fetched again", "diff", v.id, "error", err)
+				m.cfg.Log.Error("a scrub found damaged chunks; they are fetched again", "diff", v.id, "error", err)
 			case errors.Is(err, cache.ErrIncomplete):
 				// Found before, and then lost sight of.
-				m.cfg.Log.Warn("a layer was complete and is not any more; what is missing is fetched again", "diff", v.id, "error", err)
+				m.cfg.Log.Warn("a layer is not complete any more; the missing chunks are fetched again", "diff", v.id, "error", err)
 				m.refetch(v)
 			}
 		},

@@ -88,7 +88,7 @@ func (m *Manager) FetchStartup(profiles []blockdev.DiffProfile) {
 				for r := range work {
 					err := r.v.diff.FetchStartup(m.startups.ctx, r.chunks)
 					if err != nil && m.startups.ctx.Err() == nil && !errors.Is(err, cache.ErrRemoved) {
-						m.cfg.Log.Info("startup chunks not fetched; they are when they are read", "error", err)
+						m.cfg.Log.Info("cannot fetch startup chunks; they are fetched when a container reads them", "error", err)
 					}
 				}
 			})
@@ -189,7 +189,7 @@ func (m *Manager) record(vols []*volume) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(m.startups.ctx), reportTimeout)
 		defer cancel()
 		if err := m.cfg.Profiles.ReportProfiles(ctx, profiles); err != nil {
-			m.cfg.Log.Info("what a container has read at its start was not reported; later starts do not profit from it", "error", err)
+			m.cfg.Log.Info("cannot report which chunks a container read at its start; the startup profile does not learn from this start", "error", err)
 		}
 	})
 }

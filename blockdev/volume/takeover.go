@@ -72,7 +72,7 @@ func (m *Manager) takeOver(found []mount.Info, adopted bool) (again []*volume, e
 		}
 	}
 	if lost > 0 {
-		m.cfg.Log.Error("lazy mounts of the last process could not be taken over and are made anew: containers that run on them get I/O errors until they are restarted",
+		m.cfg.Log.Error("cannot take over lazy mounts of the last process; they are made again, and containers that run on them get I/O errors until you restart the containers",
 			"mounts", lost)
 	}
 	return again, nil
