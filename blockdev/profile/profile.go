@@ -48,11 +48,11 @@ func decode(b []byte, chunks uint32) (blockdev.Profile, error) {
 	for len(b) > 0 {
 		step, n := binary.Varint(b)
 		if n <= 0 {
-			return p, errors.New("chunk number is no varint")
+			return p, errors.New("chunk number is not a varint")
 		}
 		rise, m := binary.Uvarint(b[n:])
 		if m <= 0 {
-			return p, errors.New("rank is no varint")
+			return p, errors.New("rank is not a varint")
 		}
 		b = b[n+m:]
 		// Bounded first, so that the sum cannot overflow.
