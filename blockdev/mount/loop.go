@@ -55,7 +55,7 @@ func attachLoop(path string) (*os.File, error) {
 			return nil, fmt.Errorf("loop device over %s: %w", path, err)
 		}
 	}
-	return nil, fmt.Errorf("loop device over %s: others took each of %d free ones: %w", path, loopTries, unix.EBUSY)
+	return nil, fmt.Errorf("loop device over %s: other programs took each of %d free ones: %w", path, loopTries, unix.EBUSY)
 }
 
 // openQuietly opens a file that this process may be serving itself. os.Open would
