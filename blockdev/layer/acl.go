@@ -52,11 +52,11 @@ func (t *tree) acl(in *erofs.Inode, name string, value []byte) error {
 	value = bytes.Clone(value)
 	extended, ok := checkACL(value)
 	if !ok {
-		return unsupported("%s is no valid ACL", name)
+		return unsupported("%s is not a valid ACL", name)
 	}
 	if name == xattrDefaultACL {
 		if !isDir(in) {
-			return unsupported("%s on something that is no directory", name)
+			return unsupported("%s on something that is not a directory", name)
 		}
 	} else if !extended {
 		// It says no more than the mode, which chmod sets next.

@@ -141,7 +141,7 @@ func (t *tree) link(d *erofs.Inode, base string, hdr *tar.Header) error {
 	case isDir(file):
 		file = t.lookup(file, last)
 	case file != nil:
-		return unsupported("hard link to %.200q, but %q is no directory", hdr.Linkname, join(steps))
+		return unsupported("hard link to %.200q, but %q is not a directory", hdr.Linkname, join(steps))
 	}
 	switch {
 	case file == nil:
@@ -162,7 +162,7 @@ func (t *tree) whiteout(d *erofs.Inode, base string, hdr *tar.Header) error {
 	}
 	gone := base[len(whiteoutPrefix):]
 	if gone == "" || gone == "." || gone == ".." {
-		return unsupported("whiteout of nothing that can be deleted")
+		return unsupported("whiteout without a name that can be deleted")
 	}
 	if t.lookup(d, gone) != nil {
 		return unsupported("whiteout of %q, which this layer has as well", gone)

@@ -58,9 +58,9 @@ func restore(ctx context.Context, ix *blockdev.Index, masked io.ReaderAt,
 		}
 		err = c.copy(io.NewSectionReader(masked, at, content), content, func(err error) error {
 			if ended(err) || errors.Is(err, io.ErrUnexpectedEOF) {
-				return corrupt("masked diff ends behind byte %d, not at %d", at, ix.DiffSize)
+				return corrupt("masked diff ends after byte %d, not at %d", at, ix.DiffSize)
 			}
-			return fmt.Errorf("reading content behind byte %d: %w", at, err)
+			return fmt.Errorf("reading content after byte %d: %w", at, err)
 		})
 		if err != nil {
 			return err

@@ -82,7 +82,7 @@ func (s *scanner) where(start int64, err error) error {
 	if s.last == "" {
 		return fmt.Errorf("tar header at byte %d: %w", start, err)
 	}
-	return fmt.Errorf("tar header at byte %d, behind entry %.200q: %w", start, s.last, err)
+	return fmt.Errorf("tar header at byte %d, after entry %.200q: %w", start, s.last, err)
 }
 
 // entry takes one entry with its content and padding.

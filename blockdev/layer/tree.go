@@ -203,13 +203,13 @@ func (t *tree) resolve(path string) ([]step, error) {
 		var in *erofs.Inode
 		if at != nil {
 			if !isDir(at) {
-				return nil, unsupported("%q is no directory", join(steps))
+				return nil, unsupported("%q is not a directory", join(steps))
 			}
 			in = t.lookup(at, name)
 		}
 		if isSymlink(in) {
 			if links++; links > maxLinks {
-				return nil, unsupported("more than %d symlinks on the way", maxLinks)
+				return nil, unsupported("more than %d symlinks on one path", maxLinks)
 			}
 			target := string(in.Inline)
 			if strings.HasPrefix(target, "/") {
@@ -225,7 +225,7 @@ func (t *tree) resolve(path string) ([]step, error) {
 	}
 	if links > 1 && dots {
 		// containerd goes up lexically, before it has followed all links.
-		return nil, unsupported("way over %d symlinks with %q in it", links, "..")
+		return nil, unsupported("path over %d symlinks, with %q in it", links, "..")
 	}
 	return steps, nil
 }
@@ -265,7 +265,7 @@ func (t *tree) parent(path string) (*erofs.Inode, error) {
 			changeMode(in, 0o755)
 		}
 		if !isDir(in) {
-			return nil, unsupported("%q is no directory", join(steps[:i+1]))
+			return nil, unsupported("%q is not a directory", join(steps[:i+1]))
 		}
 		d = in
 	}

@@ -64,14 +64,14 @@ func (t *tree) xattr(in *erofs.Inode, name string, value []byte) error {
 	case name == xattrCapability:
 		var ok bool
 		if value, ok = capability(value); !ok {
-			return unsupported("%s of %d bytes is in no form that Linux takes", name, len(value))
+			return unsupported("%s of %d bytes does not have a form that Linux accepts", name, len(value))
 		}
 	case strings.HasPrefix(name, xattrSecurity):
 	default:
 		return nil // EOPNOTSUPP, which containerd passes over
 	}
 	if name == xattrUser || name == xattrSecurity {
-		return unsupported("extended attribute %q has no name behind its prefix", name)
+		return unsupported("extended attribute %q has no name after its prefix", name)
 	}
 	setXattr(in, name, value)
 	return t.charge(0, len(name)+len(value))
