@@ -148,7 +148,7 @@ func TestAddRefusesWhatIsNoIndex(t *testing.T) {
 	r := newRig(t, 1<<20, nil)
 	enc := encode(t, r.ix)
 	enc[len(enc)/2] ^= 1
-	for _, b := range [][]byte{nil, []byte("no index"), enc} {
+	for _, b := range [][]byte{nil, []byte("not an index"), enc} {
 		if _, err := r.Add(t.Context(), b); !errors.Is(err, blockdev.ErrCorrupt) {
 			t.Errorf("Add: %v, want ErrCorrupt", err)
 		}

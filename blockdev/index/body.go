@@ -145,7 +145,7 @@ func checkFrame(frame []byte, size int) error {
 		return corrupt("compressed metadata: %w", err)
 	}
 	if h.Skippable || h.DictionaryID != 0 || h.HasCheckSum || !h.HasFCS || h.FrameContentSize != uint64(size) {
-		return corrupt("compressed metadata is no plain zstd frame of %d bytes", size)
+		return corrupt("compressed metadata is not a plain zstd frame of %d bytes", size)
 	}
 	room := 0
 	for last := false; !last; {

@@ -243,14 +243,14 @@ func decode(b []byte) (*blockdev.Index, error) {
 // decodeHeader reads the fixed part and compares it with the length of b.
 func decodeHeader(b []byte) (*header, error) {
 	if len(b) < offFlags || string(b[:len(magic)]) != magic {
-		return nil, corrupt("no index: it does not start with %q", magic)
+		return nil, corrupt("not an index: it does not start with %q", magic)
 	}
 	le := binary.LittleEndian
 	if v := le.Uint16(b[offVersion:]); v != version {
 		return nil, fmt.Errorf("%w: index of version %d, this build reads version %d", blockdev.ErrUnsupported, v, version)
 	}
 	if len(b) < headerSize {
-		return nil, corrupt("%d bytes are no whole header", len(b))
+		return nil, corrupt("%d bytes are less than a header", len(b))
 	}
 	if f := le.Uint16(b[offFlags:]); f != 0 {
 		return nil, fmt.Errorf("%w: index with unknown flags %#x", blockdev.ErrUnsupported, f)
@@ -318,7 +318,7 @@ func check(ix *blockdev.Index) error {
 			return err
 		}
 		if i > 0 && p <= ix.Implied[i-1] {
-			return fmt.Errorf("implied directory %.100q is not sorted or there twice", p)
+			return fmt.Errorf("implied directory %.100q is not in order, or occurs twice", p)
 		}
 	}
 	return nil

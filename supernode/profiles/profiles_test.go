@@ -181,10 +181,10 @@ func TestRefused(t *testing.T) {
 		"empty":         {"one", nil, blockdev.ErrCorrupt},
 		"too long":      {"one", make(blockdev.Profile, blockdev.MaxProfile+1), blockdev.ErrCorrupt},
 		"unknown chunk": {"one", blockdev.Profile{{Chunk: 7}}, blockdev.ErrCorrupt},
-		"no index":      {"one", blockdev.Profile{{Chunk: 0}}, blockdev.ErrNotFound},
+		"not an index":  {"one", blockdev.Profile{{Chunk: 0}}, blockdev.ErrNotFound},
 	} {
 		_, err := e.Report(c.peer, blockdev.DiffProfile{Diff: diff, Profile: c.profile}, func() (int, error) {
-			if what == "no index" {
+			if what == "not an index" {
 				return 0, blockdev.ErrNotFound
 			}
 			return 7, nil
