@@ -147,7 +147,7 @@ func (r *rawFS) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fu
 	_, f, ok := r.nodes.byID(id)
 	if !ok {
 		if _, exists := r.nodes.files.Open(id); exists {
-			r.log.Error("diff cannot be shown through FUSE: its node id (first 16 digits) is taken", "diff", id)
+			r.log.Error("cannot show a diff through FUSE: another diff has the same node ID (first 16 digits)", "diff", id)
 			return fuse.EIO
 		}
 		return fuse.ENOENT

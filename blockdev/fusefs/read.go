@@ -69,7 +69,7 @@ func (w *worker) handle(ctx context.Context, req []byte) {
 	s := w.s
 	h, ok := parseHeader(req)
 	if !ok {
-		s.opts.Log.Error("damaged request from the kernel", "bytes", len(req))
+		s.opts.Log.Error("the kernel sent a damaged request; it gets no answer", "bytes", len(req))
 		return
 	}
 	switch h.opcode {
@@ -278,7 +278,7 @@ func (s *Server) write(b []byte) {
 		case nil, unix.ENOENT, unix.ENODEV:
 			// Sent; or the request was withdrawn, or the mount is gone.
 		default:
-			s.opts.Log.Error("answer refused by the kernel", "error", err, "bytes", len(b))
+			s.opts.Log.Error("the kernel refused an answer", "error", err, "bytes", len(b))
 		}
 		return
 	}

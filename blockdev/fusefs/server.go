@@ -106,7 +106,7 @@ type Server struct {
 }
 
 // errStopped ends what Serve started.
-var errStopped = errors.New("the FUSE server has been told to stop")
+var errStopped = errors.New("the FUSE server is stopping")
 
 // New prepares to serve files on a descriptor that Mount returned, here or in
 // another process. The descriptor becomes non-blocking; it stays the caller's
@@ -153,7 +153,7 @@ func New(fd *os.File, files Files, o Options) (*Server, error) {
 		if !agreed.same(answer) {
 			// Flags beyond the old ones were refused above; what is left is said so
 			// that it can be found should the kernel behave in an unexpected way.
-			o.Log.Warn("this version of shoal would have agreed with the kernel on another FUSE protocol; the connection keeps the one it has",
+			o.Log.Warn("this version of shoal would negotiate another FUSE protocol; the connection keeps the protocol that it has",
 				"agreed", hex.EncodeToString(agreed.answer), "would", hex.EncodeToString(answer))
 		}
 		s.agree(o.Init)
