@@ -77,7 +77,7 @@ func newImage(root *Inode, diffSize int64, blkBits uint8) (*image, error) {
 		return nil, unsupported("diff of %d bytes, at most %d can be addressed", diffSize, int64(MaxDiffSize))
 	}
 	if root == nil || root.Mode&modeType != modeDir {
-		return nil, corrupt("the root is no directory")
+		return nil, corrupt("the root is not a directory")
 	}
 	seen := make(map[*Inode]int32)
 	times := make(map[mtime]int)
@@ -118,7 +118,7 @@ func newImage(root *Inode, diffSize int64, blkBits uint8) (*image, error) {
 				return nil, fail(err)
 			}
 			if c.Name == ents[len(ents)-1].name {
-				return nil, fail(corrupt("the name is there twice"))
+				return nil, fail(corrupt("the name occurs twice"))
 			}
 			if c.Inode == nil {
 				return nil, fail(corrupt("name without an inode"))

@@ -100,7 +100,7 @@ func unsupported(format string, args ...any) error {
 func checkName(name string) error {
 	switch {
 	case name == "" || name == "." || name == "..":
-		return corrupt("%q is no name of a directory entry", name)
+		return corrupt("%q cannot be the name of a directory entry", name)
 	case len(name) > maxName:
 		return unsupported("name of %d bytes (%.40q...), at most %d fit", len(name), name, maxName)
 	case strings.ContainsAny(name, "/\x00"):
@@ -140,11 +140,11 @@ func (in *Inode) check(diffSize, blk int64) error {
 	}
 	switch {
 	case typ != modeRegular && len(in.Extents) > 0:
-		return corrupt("extents on something that is no regular file (mode %#o)", in.Mode)
+		return corrupt("extents on something that is not a regular file (mode %#o)", in.Mode)
 	case typ != modeRegular && typ != modeSymlink && len(in.Inline) > 0:
-		return corrupt("inline content on something that has none (mode %#o)", in.Mode)
+		return corrupt("inline content on something that cannot have content (mode %#o)", in.Mode)
 	case typ != modeDir && len(in.Children) > 0:
-		return corrupt("children of something that is no directory (mode %#o)", in.Mode)
+		return corrupt("children of something that is not a directory (mode %#o)", in.Mode)
 	}
 	return nil
 }

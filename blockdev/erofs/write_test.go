@@ -36,12 +36,12 @@ func TestRefused(t *testing.T) {
 		want error
 		text string
 	}{
-		{"no root", nil, blockdev.ErrCorrupt, "no directory"},
-		{"root is a file", file(0), blockdev.ErrCorrupt, "no directory"},
+		{"no root", nil, blockdev.ErrCorrupt, "not a directory"},
+		{"root is a file", file(0), blockdev.ErrCorrupt, "not a directory"},
 		{"name too long", dirOf(Dirent{strings.Repeat("n", 256), file(0)}), blockdev.ErrUnsupported, "256 bytes"},
-		{"empty name", dirOf(Dirent{"", file(0)}), blockdev.ErrCorrupt, "no name"},
-		{"dot", dirOf(Dirent{".", file(0)}), blockdev.ErrCorrupt, "no name"},
-		{"dot dot", dirOf(Dirent{"..", file(0)}), blockdev.ErrCorrupt, "no name"},
+		{"empty name", dirOf(Dirent{"", file(0)}), blockdev.ErrCorrupt, "cannot be the name"},
+		{"dot", dirOf(Dirent{".", file(0)}), blockdev.ErrCorrupt, "cannot be the name"},
+		{"dot dot", dirOf(Dirent{"..", file(0)}), blockdev.ErrCorrupt, "cannot be the name"},
 		{"slash", dirOf(Dirent{"a/b", file(0)}), blockdev.ErrCorrupt, "slash"},
 		{"NUL", dirOf(Dirent{"a\x00b", file(0)}), blockdev.ErrCorrupt, "NUL"},
 		{"same name", dirOf(Dirent{"d", dirOf(Dirent{"a", file(0)}, Dirent{"b", file(0)}, Dirent{"a", file(0)})}), blockdev.ErrCorrupt, `/d/"a": `},
@@ -54,7 +54,7 @@ func TestRefused(t *testing.T) {
 		{"symlink to nothing", dirOf(Dirent{"a", &Inode{Mode: modeSymlink}}), blockdev.ErrCorrupt, "target"},
 		{"symlink too long", dirOf(Dirent{"a", &Inode{Mode: modeSymlink, Inline: make([]byte, 4096)}}), blockdev.ErrUnsupported, "4096 bytes"},
 		{"symlink with NUL", dirOf(Dirent{"a", &Inode{Mode: modeSymlink, Inline: []byte("a\x00b")}}), blockdev.ErrCorrupt, "NUL"},
-		{"fifo with extents", dirOf(Dirent{"a", &Inode{Mode: modeFIFO, Extents: []Extent{{0, 0, 1}}}}), blockdev.ErrCorrupt, "no regular file"},
+		{"fifo with extents", dirOf(Dirent{"a", &Inode{Mode: modeFIFO, Extents: []Extent{{0, 0, 1}}}}), blockdev.ErrCorrupt, "not a regular file"},
 		{"fifo with content", dirOf(Dirent{"a", &Inode{Mode: modeFIFO, Inline: []byte{1}}}), blockdev.ErrCorrupt, "content"},
 		{"file with children", dirOf(Dirent{"a", &Inode{Mode: modeRegular, Children: []Dirent{{"b", file(0)}}}}), blockdev.ErrCorrupt, "children"},
 		{"inline and extents", dirOf(Dirent{"a", &Inode{Mode: modeRegular, Size: 1, Inline: []byte{1}, Extents: []Extent{{0, 0, 1}}}}), blockdev.ErrCorrupt, "both"},

@@ -69,7 +69,7 @@ func checkXattrs(xs []Xattr) error {
 		slices.Sort(names)
 		for i := 1; i < len(names); i++ {
 			if names[i] == names[i-1] {
-				return corrupt("extended attribute %q is there twice", names[i])
+				return corrupt("extended attribute %q occurs twice", names[i])
 			}
 		}
 	}
