@@ -134,7 +134,7 @@ func (c *Chain) Fetch(ctx context.Context, req blockdev.Request, deliver blockde
 			return nil
 		}
 		if err == nil {
-			err = fmt.Errorf("it says that it is done, but %d of %d chunks did not come: %w", r.Left(), len(req.Chunks), blockdev.ErrUnavailable)
+			err = fmt.Errorf("the source says that it is done, but %d of %d chunks did not come: %w", r.Left(), len(req.Chunks), blockdev.ErrUnavailable)
 		}
 		tried.tries = append(tried.tries, try{s.Name, err})
 		if ctx.Err() != nil {
@@ -210,7 +210,7 @@ func (r *request) try(s *step, last bool) error {
 		if herr := s.Heal(ctx, r.Diff); herr == nil {
 			err = r.once(ctx, s, silent)
 		} else {
-			err = fmt.Errorf("%w; and it cannot get it again: %w", err, herr)
+			err = fmt.Errorf("%w; the source cannot get the layer again: %w", err, herr)
 		}
 	}
 	if r.ctx.Err() == nil && errors.Is(context.Cause(ctx), errSilent) {
@@ -219,7 +219,7 @@ func (r *request) try(s *step, last bool) error {
 			refused = s.Status()
 		}
 		if refused != nil {
-			return fmt.Errorf("no chunk for %v, at last: %w", s.Patience, refused)
+			return fmt.Errorf("no chunk for %v; the last error: %w", s.Patience, refused)
 		}
 		return fmt.Errorf("no chunk for %v: %w", s.Patience, blockdev.ErrUnavailable)
 	}
