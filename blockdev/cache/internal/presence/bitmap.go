@@ -97,7 +97,7 @@ func (h *Header) Encode() []byte {
 // DecodeHeader reads a header; any damage is an error that wraps ErrCorrupt.
 func DecodeHeader(b []byte) (h Header, err error) {
 	if len(b) < HeaderSize {
-		return h, fmt.Errorf("bitmap of %d bytes has no whole header: %w", len(b), blockdev.ErrCorrupt)
+		return h, fmt.Errorf("bitmap of %d bytes is shorter than its header: %w", len(b), blockdev.ErrCorrupt)
 	}
 	if string(b[:8]) != bitmapMagic {
 		return h, fmt.Errorf("bitmap begins with %q: %w", b[:8], blockdev.ErrCorrupt)
