@@ -14,7 +14,7 @@ import (
 func BootID() (string, error) {
 	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
-		return "", fmt.Errorf("which boot this is: %w", err)
+		return "", fmt.Errorf("read the boot ID: %w", err)
 	}
 	return string(b), nil
 }
