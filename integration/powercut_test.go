@@ -196,7 +196,7 @@ func TestQuarantine(t *testing.T) {
 	if _, err := s.MountImage(ctx, "shoal", ref, view); err == nil || !strings.Contains(err.Error(), "quarantined") || !strings.Contains(err.Error(), "To go on") {
 		t.Errorf("a new container: %v", err)
 	}
-	if n := bytes.Count(must(os.ReadFile(s.node.Log))(t), []byte("it is quarantined")); n != 1 {
+	if n := bytes.Count(must(os.ReadFile(s.node.Log))(t), []byte("the index is quarantined")); n != 1 {
 		t.Errorf("%d lines in the log, want 1", n)
 	}
 	if n := must(s.node.Metric(ctx, "shoal_node_quarantined_diffs"))(t); n != 1 {

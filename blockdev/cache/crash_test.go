@@ -125,7 +125,7 @@ func TestKill(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for _, bad := range []string{"damaged", "not known", "dropped", "damaged records"} {
+	for _, bad := range []string{"damaged", "cannot tell", "dropped", "damaged records"} {
 		if n := logs.count(bad); n != 0 {
 			t.Errorf("%d log lines with %q after kills; log:\n%s", n, bad, logs.b.String())
 		}

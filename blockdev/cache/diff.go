@@ -315,7 +315,7 @@ func (d *Diff) loadBitmap(ix *blockdev.Index) error {
 		err = fmt.Errorf("data file has %d bytes, want %d: %w", size, d.size, blockdev.ErrCorrupt)
 	}
 	if err != nil {
-		d.c.cfg.Log.Warn("what a diff has on disk is not known; every chunk will be checked before it is used", "diff", d.id, "dir", d.dir, "cause", err)
+		d.c.cfg.Log.Warn("cannot tell which chunks of a diff are on disk; each chunk is checked before it is used", "diff", d.id, "dir", d.dir, "cause", err)
 		d.pres.DoubtAll()
 		h = presence.Header{}
 		// What is checked must be what the disk has, so that the next sync means
@@ -332,7 +332,7 @@ func (d *Diff) loadBitmap(ix *blockdev.Index) error {
 			return err
 		}
 	} else if doubted := d.pres.Load(b[presence.HeaderSize:], d.believe(&h)); doubted > 0 {
-		d.c.cfg.Log.Info("chunks that the last boot may have left wrong, or that have damaged records, will be checked before they are used", "diff", d.id, "chunks", doubted)
+		d.c.cfg.Log.Info("some chunks of a diff may be wrong since the last boot, or have damaged records; they are checked before they are used", "diff", d.id, "chunks", doubted)
 	}
 	if h.Boot != d.c.boot && d.c.unclean {
 		d.forgetScrub()

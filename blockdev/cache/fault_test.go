@@ -190,23 +190,23 @@ func TestDamagedFiles(t *testing.T) {
 		dropped   bool
 		log       string
 	}{
-		{indexFile, "flip", flip(60), true, "is damaged and is dropped"},
-		{indexFile, "cut", cut(100), true, "is damaged and is dropped"},
-		{indexFile, "empty", cut(0), true, "is damaged and is dropped"},
-		{indexFile, "gone", remove, true, "is damaged and is dropped"},
+		{indexFile, "flip", flip(60), true, "is damaged and is removed"},
+		{indexFile, "cut", cut(100), true, "is damaged and is removed"},
+		{indexFile, "empty", cut(0), true, "is damaged and is removed"},
+		{indexFile, "gone", remove, true, "is damaged and is removed"},
 		{metaFile, "flip", flip(600), false, "metadata image of a diff is damaged"},
 		{metaFile, "gone", remove, false, "metadata image of a diff is damaged"},
-		{bitmapFile, "magic", flip(0), false, "what a diff has on disk is not known"},
-		{bitmapFile, "DiffID", flip(20), false, "what a diff has on disk is not known"},
+		{bitmapFile, "magic", flip(0), false, "cannot tell which chunks of a diff are on disk"},
+		{bitmapFile, "DiffID", flip(20), false, "cannot tell which chunks of a diff are on disk"},
 		{bitmapFile, "record", flip(presence.HeaderSize), false, "have damaged records"},
 		{bitmapFile, "record sum", flip(presence.HeaderSize + 13), false, "have damaged records"},
-		{bitmapFile, "cut", cut(presence.HeaderSize + 3), false, "what a diff has on disk is not known"},
-		{bitmapFile, "long", cut(9000), false, "what a diff has on disk is not known"},
-		{bitmapFile, "empty", cut(0), false, "what a diff has on disk is not known"},
-		{bitmapFile, "gone", remove, false, "what a diff has on disk is not known"},
-		{dataFile, "cut", cut(300_000), false, "what a diff has on disk is not known"},
-		{dataFile, "long", cut(30 << 20), false, "what a diff has on disk is not known"},
-		{dataFile, "gone", remove, false, "what a diff has on disk is not known"},
+		{bitmapFile, "cut", cut(presence.HeaderSize + 3), false, "cannot tell which chunks of a diff are on disk"},
+		{bitmapFile, "long", cut(9000), false, "cannot tell which chunks of a diff are on disk"},
+		{bitmapFile, "empty", cut(0), false, "cannot tell which chunks of a diff are on disk"},
+		{bitmapFile, "gone", remove, false, "cannot tell which chunks of a diff are on disk"},
+		{dataFile, "cut", cut(300_000), false, "cannot tell which chunks of a diff are on disk"},
+		{dataFile, "long", cut(30 << 20), false, "cannot tell which chunks of a diff are on disk"},
+		{dataFile, "gone", remove, false, "cannot tell which chunks of a diff are on disk"},
 	} {
 		t.Run(c.file+" "+c.how, func(t *testing.T) {
 			r := newRig(t, 3<<20+5, nil)

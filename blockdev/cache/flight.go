@@ -139,7 +139,7 @@ func (g *group) get() error {
 }
 
 // errNobody ends a demand group that nobody waits for by the time it has its turn.
-var errNobody = fmt.Errorf("nobody waits for it any more: %w", blockdev.ErrUnavailable)
+var errNobody = fmt.Errorf("no read waits for it any more: %w", blockdev.ErrUnavailable)
 
 // bounded is an attempt within what the diff may have in flight: what it may have is
 // taken for one attempt and not for the pauses in between.

@@ -79,7 +79,7 @@ func Inspect(ctx context.Context, root string) (*Inspection, error) {
 		dir := filepath.Join(root, diffsDir, e.Name())
 		id, ok := blockdev.ParseHex(e.Name())
 		if !ok {
-			in.add(dir, "", "this is no diff: look what it is, and move it away")
+			in.add(dir, "", "this is not a diff: find out what it is, and move it away")
 			continue
 		}
 		i := &inspector{in: in, dir: dir, id: id, q: q, boot: presence.HashBoot(boot)}
@@ -102,7 +102,7 @@ func (in *Inspection) tmp(root string) error {
 		return err
 	}
 	for _, e := range left {
-		in.add(filepath.Join(root, tmpDir, e.Name()), repairFile, "left behind when a layer was added or removed")
+		in.add(filepath.Join(root, tmpDir, e.Name()), repairFile, "left over from adding or removing a layer")
 	}
 	return nil
 }
@@ -131,7 +131,7 @@ func (i *inspector) run(ctx context.Context) error {
 		i.ix, err = index.Decode(enc)
 	}
 	if err == nil && i.ix.DiffID != i.id {
-		err = fmt.Errorf("it is that of %v", i.ix.DiffID)
+		err = fmt.Errorf("it is the index of %v", i.ix.DiffID)
 	}
 	if err == nil {
 		i.tab, err = table.New(i.ix)
@@ -143,7 +143,7 @@ func (i *inspector) run(ctx context.Context) error {
 	if same, err := disk.Is(filepath.Join(i.dir, metaFile), i.ix.Meta); err != nil {
 		return err
 	} else if !same {
-		i.in.add(i.where(), repairMeta, "metadata image is not that of its index")
+		i.in.add(i.where(), repairMeta, "metadata image does not match its index")
 	}
 	if err := i.ownTree(); err != nil {
 		return err
@@ -188,9 +188,9 @@ func (i *inspector) bitmap(sum blockdev.Digest) (complete bool, err error) {
 	switch {
 	case err != nil:
 	case h.DiffID != i.id || h.Index != sum:
-		err = errors.New("it is that of another index")
+		err = errors.New("it belongs to another index")
 	case h.Chunks != uint32(n) || int64(len(b)) != presence.FileSize(n):
-		err = errors.New("it is of another length")
+		err = errors.New("it has another length")
 	}
 	p := presence.New(i.id, n, i.tab.Length)
 	i.pres = p
@@ -241,7 +241,7 @@ func (i *inspector) chunks(ctx context.Context) (damaged int, err error) {
 	disk.Drop(i.data, 0, 0)
 	i.in.DamagedChunks += damaged
 	if damaged > 0 {
-		i.in.add(i.where(), repairChunks, "%d of %d chunks have other bytes than their digests say, the first at offset %d", damaged, seen, i.tab.Start(first))
+		i.in.add(i.where(), repairChunks, "%d of %d chunks do not match their digests, the first at offset %d", damaged, seen, i.tab.Start(first))
 	}
 	return damaged, nil
 }
@@ -276,7 +276,7 @@ func (i *inspector) prove(ctx context.Context) error {
 		i.in.Proven++
 	case err == nil: // the node takes this tree over when it proves the layer
 	case errors.Is(err, proof.ErrMismatch):
-		i.in.add(i.where(), repairProof, "all bytes are here, and they are not what the index says: %v", err)
+		i.in.add(i.where(), repairProof, "all bytes are here, and they do not match the index: %v", err)
 	case errors.Is(err, ErrIncomplete):
 		// Pieces are fetched again when they are needed.
 	default:
@@ -293,13 +293,13 @@ func (i *inspector) ownTree() error {
 	}
 	d := &Diff{id: i.id, dir: i.dir}
 	if i.own, err = d.readOwn(rec.Own); err != nil {
-		i.in.add(i.where(), repairOwn, "the index that this node has made of it: %v", err)
+		i.in.add(i.where(), repairOwn, "the index that this node made of the layer: %v", err)
 		return nil
 	}
 	if same, err := disk.Is(d.path(ownMetaFile), i.own.Meta); err != nil {
 		return err
 	} else if !same {
-		i.in.add(i.where(), repairMeta, "metadata image is not that of the index that this node has made")
+		i.in.add(i.where(), repairMeta, "metadata image does not match the index that this node made")
 	}
 	return nil
 }

@@ -49,7 +49,7 @@ func (c *Cache) find(ctx context.Context) (left []string, err error) {
 	for _, e := range dirs {
 		id, ok := blockdev.ParseHex(e.Name())
 		if !ok {
-			c.cfg.Log.Warn("not a diff, left alone", "path", filepath.Join(c.cfg.Root, diffsDir, e.Name()))
+			c.cfg.Log.Warn("not a diff; ignored", "path", filepath.Join(c.cfg.Root, diffsDir, e.Name()))
 			continue
 		}
 		c.found[id] = &found{}
@@ -68,7 +68,7 @@ func (c *Cache) openFound(left []string) {
 			return // the next Open goes on
 		}
 		if err := os.RemoveAll(path); err != nil {
-			c.cfg.Log.Warn("what a crash left cannot be removed; the next start tries again", "path", path, "error", err)
+			c.cfg.Log.Warn("cannot remove files that a crash left; the next start tries again", "path", path, "error", err)
 		}
 	}
 	t := time.NewTicker(firstReopen)
@@ -112,7 +112,7 @@ func (c *Cache) lookedAt() {
 		return
 	}
 	if err := markOpen(c.openPath(), c.boot); err != nil {
-		c.cfg.Log.Warn("it cannot be written down that what an unclean end made doubtful has been looked at; the next start does it again", "error", err)
+		c.cfg.Log.Warn("cannot record that the diffs were opened after an unclean end; the next start checks the same chunks again", "error", err)
 	}
 }
 
@@ -145,7 +145,7 @@ func (c *Cache) openNow(id blockdev.Digest) {
 		wait := min(firstReopen<<min(f.failed, 10), lastReopen)
 		f.failed++
 		f.next = time.Now().Add(wait)
-		c.cfg.Log.Error("a diff cannot be opened now: reads of it fail until it can", "diff", id, "next", wait, "cause", err)
+		c.cfg.Log.Error("cannot open a diff; reads of it fail until a later attempt succeeds", "diff", id, "next", wait, "cause", err)
 		return
 	}
 	f.over = true
@@ -182,13 +182,13 @@ func (c *Cache) openDir(id blockdev.Digest) (*Diff, error) {
 	if !errors.Is(err, blockdev.ErrCorrupt) {
 		return d, err
 	}
-	c.cfg.Log.Error("a diff is damaged and is dropped; it will be fetched again when it is added", "diff", id, "dir", dir, "cause", err)
+	c.cfg.Log.Error("a diff is damaged and is removed; it is fetched again when it is added again", "diff", id, "dir", dir, "cause", err)
 	trash, err := c.discard(dir)
 	if err == nil {
 		err = os.RemoveAll(trash)
 	}
 	if err != nil {
-		c.cfg.Log.Error("a damaged diff cannot be removed", "diff", id, "dir", dir, "cause", err)
+		c.cfg.Log.Error("cannot remove a damaged diff", "diff", id, "dir", dir, "cause", err)
 	}
 	return nil, nil
 }

@@ -83,7 +83,7 @@ func (d *Diff) damaged(k int, why error) {
 		return
 	}
 	d.c.stats.damaged.Add(1)
-	d.c.cfg.Log.Error("a chunk on this disk is damaged; it will be fetched again",
+	d.c.cfg.Log.Error("a chunk on this disk is damaged; it is fetched again",
 		"diff", d.id, "chunk", k, "offset", d.tab.Start(k), "bytes", d.tab.Length(k), "file", d.DataPath(), "cause", why)
 	// Durable at once: a power loss between the new bytes and the next sync
 	// would else bring back the old bytes together with their bit.
@@ -143,6 +143,6 @@ func (d *Diff) persist() {
 
 func (d *Diff) bitmapFailed(err error) {
 	if d.bitmapBad.CompareAndSwap(false, true) {
-		d.c.cfg.Log.Error("cannot write the bitmap of a diff; after a restart some of its chunks will be fetched again", "diff", d.id, "cause", err)
+		d.c.cfg.Log.Error("cannot write the bitmap of a diff; after a restart some of its chunks are fetched again", "diff", d.id, "cause", err)
 	}
 }

@@ -62,7 +62,7 @@ func (d *Diff) loadOwn(sum blockdev.Digest) error {
 	}
 	defer done()
 	if ix.DiffID != d.id {
-		return fmt.Errorf("%s is that of diff %v: %w", d.path(ownIndexFile), ix.DiffID, blockdev.ErrCorrupt)
+		return fmt.Errorf("%s is the index of diff %v: %w", d.path(ownIndexFile), ix.DiffID, blockdev.ErrCorrupt)
 	}
 	if err := d.fixMeta(d.path(ownMetaFile), ix.Meta); err != nil {
 		return err
@@ -90,7 +90,7 @@ func (d *Diff) readOwn(sum blockdev.Digest) (*blockdev.Index, error) {
 	}
 	ix, err := index.Decode(enc)
 	if err == nil && ix.DiffID != d.id {
-		err = fmt.Errorf("it is that of diff %v: %w", ix.DiffID, blockdev.ErrCorrupt)
+		err = fmt.Errorf("it is the index of diff %v: %w", ix.DiffID, blockdev.ErrCorrupt)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", d.path(ownIndexFile), err)

@@ -81,7 +81,7 @@ func TestProveAnotherBuilder(t *testing.T) {
 	}
 	damaged(r.d.MetaPath(), "metadata image")
 	shown("its image was damaged")
-	damaged(r.d.path(ownIndexFile), "this node has made")
+	damaged(r.d.path(ownIndexFile), "this node made")
 	if r.d.Proof() != Unproven || r.d.MetaPath() != before {
 		t.Errorf("its index was damaged: state %v, metadata image %s", r.d.Proof(), r.d.MetaPath())
 	}

@@ -90,16 +90,16 @@ func (d *Diff) Prove(ctx context.Context, hurry bool) error {
 		var sum blockdev.Digest
 		if own != nil {
 			if sum, err = d.takeOver(ctx, own); err != nil {
-				return fmt.Errorf("diff %v has another tree than its index says, which cannot be written down: %w", d.id, err)
+				return fmt.Errorf("diff %v has another tree than its index says, and the node cannot record that: %w", d.id, err)
 			}
 		}
 		if err := d.c.quarantine.putProven(d, sum); err != nil {
-			return fmt.Errorf("diff %v is proven, but that cannot be written down: %w", d.id, d.c.writeFailed(d, err))
+			return fmt.Errorf("diff %v is proven, but the node cannot record that: %w", d.id, d.c.writeFailed(d, err))
 		}
 		if own != nil {
 			d.own.Store(&ownTree{sum: sum})
-			d.c.cfg.Log.Warn("the index of a layer was made by another version of shoal than this node's, which makes another tree of it; "+
-				"containers that start from now on read that, and those that run go on with the one that came", "diff", d.id, "builder", own.Builder)
+			d.c.cfg.Log.Warn("the index of a layer was made by another version of shoal, and this node's version makes another tree of the layer;  "+
+				"containers that start from now on read this node's tree, and running containers keep the tree that they have", "diff", d.id, "builder", own.Builder)
 		}
 		d.proof.Store(int32(Proven))
 		d.c.stats.proven.Add(1)
@@ -118,9 +118,9 @@ func (d *Diff) distrust(cause error) error {
 	d.proof.Store(int32(Quarantined))
 	d.c.stats.quarantined.Add(1)
 	err := d.Distrust()
-	d.c.cfg.Log.Error("a layer is not what its index said; it is quarantined", "diff", d.id, "error", err)
+	d.c.cfg.Log.Error("the content of a layer does not match its index; the index is quarantined", "diff", d.id, "error", err)
 	if werr != nil {
-		d.c.cfg.Log.Error("cannot write down that a layer is quarantined; after a restart it must be found again", "diff", d.id, "error", werr)
+		d.c.cfg.Log.Error("cannot record that an index is quarantined; after a restart the node must find the fault again", "diff", d.id, "error", werr)
 	}
 	return err
 }

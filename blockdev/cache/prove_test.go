@@ -197,7 +197,7 @@ func TestQuarantine(t *testing.T) {
 		}
 	}
 	check("at once")
-	if n := r.log.count("it is quarantined"); n != 1 {
+	if n := r.log.count("the index is quarantined"); n != 1 {
 		t.Errorf("%d log lines about it, want 1", n)
 	}
 	if r.Stats().Quarantined != 1 {

@@ -96,12 +96,12 @@ func openQuarantine(dir string, log *slog.Logger) (*quarantine, error) {
 	for _, e := range entries {
 		id, ok := blockdev.ParseHex(e.Name())
 		if !ok {
-			log.Warn("not a record of quarantine, left alone", "path", filepath.Join(dir, e.Name()))
+			log.Warn("not a quarantine record; ignored", "path", filepath.Join(dir, e.Name()))
 			continue
 		}
 		rec, err := readProof(q.path(id), id)
 		if err != nil {
-			log.Error("a record of quarantine is damaged; every index of this layer is refused", "diff", id, "path", q.path(id), "error", err)
+			log.Error("a quarantine record is damaged; every index of this layer is refused", "diff", id, "path", q.path(id), "error", err)
 			rec = proofRecord{DiffID: id, Cause: "the record of the cause is damaged"}
 		}
 		q.m[id] = rec
@@ -161,10 +161,10 @@ func (q *quarantine) why(id blockdev.Digest) error {
 	q.mu.Lock()
 	rec := q.m[id]
 	q.mu.Unlock()
-	return fmt.Errorf("layer %v is %w since %s: all of its bytes are here, and they are not what its index said (%s). "+
-		"Either the supernode that made the index is wrong, or memory of that machine or this one is. Running containers go on, new ones are refused. "+
-		"To go on: stop the containers and remove the images that `shoal status` marks as quarantined, see to the supernode (`shoal check`), and pull again; "+
-		"while it hands out the same index, containerd unpacks them in the ordinary way. To try the same index once more, delete %s while the node is stopped",
+	return fmt.Errorf("layer %v is %w since %s: all of its bytes are here, and they do not match its index (%s). "+
+		"Either the supernode that made the index is wrong, or the memory of that machine or of this one. Running containers go on, new ones are refused. "+
+		"To go on: stop the containers and remove the images that `shoal status` marks as quarantined, check the supernode (`shoal check`), and pull again; "+
+		"while the supernode gives out the same index, containerd unpacks the images. To try the same index again, delete %s while the node is stopped",
 		id, blockdev.ErrQuarantined, rec.Time.Format(time.RFC3339), rec.Cause, q.path(id))
 }
 
@@ -182,13 +182,13 @@ func (d *Diff) loadProof() error {
 			if err := d.loadOwn(rec.Own); d.c.life.Err() != nil {
 				return ErrClosed
 			} else if err != nil {
-				d.c.cfg.Log.Warn("the tree that this node has made of a layer is damaged; the one that came is shown until the layer is proven again", "diff", d.id, "error", err)
+				d.c.cfg.Log.Warn("the tree that this node made of a layer is damaged; containers see the received tree until the layer is proven again", "diff", d.id, "error", err)
 				return nil
 			}
 		}
 		d.proof.Store(int32(Proven))
 	case err != nil && !errors.Is(err, os.ErrNotExist):
-		d.c.cfg.Log.Warn("the record of a layer's proof is damaged; it will be proven again", "diff", d.id, "error", err)
+		d.c.cfg.Log.Warn("the record of a layer's proof is damaged; the layer is proven again", "diff", d.id, "error", err)
 	}
 	return nil
 }

@@ -78,7 +78,7 @@ func (d *Diff) Check(ctx context.Context, hurry bool) (res Checked, err error) {
 		return res, fmt.Errorf("diff %v: %w: %d of %d chunks, the first at offset %d", d.id, ErrDamaged, res.Damaged, res.Chunks, d.tab.Start(first))
 	}
 	if res.Missing > 0 && d.Completed() {
-		return res, fmt.Errorf("diff %v: %w: it was before, and %d of %d chunks are missing", d.id, ErrIncomplete, res.Missing, d.tab.Len())
+		return res, fmt.Errorf("diff %v: %w: it was complete before, and %d of %d chunks are missing", d.id, ErrIncomplete, res.Missing, d.tab.Len())
 	}
 	d.noteScrub()
 	return res, nil
@@ -112,7 +112,7 @@ func (d *Diff) loadScrub() {
 // forgetScrub makes a scrub due.
 func (d *Diff) forgetScrub() {
 	if err := os.Remove(d.scrubPath()); err != nil && !errors.Is(err, os.ErrNotExist) {
-		d.c.cfg.Log.Warn("a diff will be scrubbed later than it should be", "diff", d.id, "error", err)
+		d.c.cfg.Log.Warn("cannot remove the record of a scrub; the diff is scrubbed later than it should be", "diff", d.id, "error", err)
 	}
 }
 

@@ -33,7 +33,7 @@ func (d *Diff) syncNow() error {
 		err := disk.Sync(d.data)
 		ranges := d.pres.EndSync(err == nil)
 		if err != nil {
-			d.c.cfg.Log.Error("cannot sync a diff; what was not synced will be fetched again", "diff", d.id, "file", d.DataPath(), "cause", err)
+			d.c.cfg.Log.Error("cannot sync a diff; the chunks that were not synced are fetched again", "diff", d.id, "file", d.DataPath(), "cause", err)
 		}
 		if perr := d.pres.Persist(d.bitmap, true); perr != nil {
 			d.bitmapFailed(perr)
@@ -116,9 +116,9 @@ func (c *Cache) writeFailed(d *Diff, err error) error {
 	switch first := c.untilWorks.Swap(worksAfter) == 0; {
 	case !first:
 	case errors.Is(err, blockdev.ErrNoSpace):
-		c.cfg.Log.Warn("the cache is full; reads go on without it, and are fetched again every time", "diff", d.id, "cause", err)
+		c.cfg.Log.Warn("the cache is full; reads go on without it, and fetch their missing bytes again each time", "diff", d.id, "cause", err)
 	default:
-		c.cfg.Log.Error("cannot write to the cache; reads go on without it, and are fetched again every time", "diff", d.id, "cause", err)
+		c.cfg.Log.Error("cannot write to the cache; reads go on without it, and fetch their missing bytes again each time", "diff", d.id, "cause", err)
 	}
 	return err
 }

@@ -56,7 +56,7 @@ func (d *Diff) Verify(ctx context.Context, repair bool) (*Inspection, error) {
 			}
 			done = repairMeta
 		}
-		in.add(where, done, "metadata image is not that of its index (containers that have it mounted may read wrong names and sizes: restart them)")
+		in.add(where, done, "metadata image does not match its index (containers that have it mounted may read wrong names and sizes: restart them)")
 	}
 	return in, d.verifyBitmap(in, where, repair)
 }

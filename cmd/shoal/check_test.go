@@ -92,7 +92,7 @@ func TestCheckRoot(t *testing.T) {
 		damage func(t *testing.T, diff string)
 		says   string
 	}{
-		"data":       {func(t *testing.T, d string) { flip(t, filepath.Join(d, "data"), 5000) }, "have other bytes than their digests say"},
+		"data":       {func(t *testing.T, d string) { flip(t, filepath.Join(d, "data"), 5000) }, "do not match their digests"},
 		"index":      {func(t *testing.T, d string) { flip(t, filepath.Join(d, "index"), 150) }, "index"},
 		"meta":       {func(t *testing.T, d string) { flip(t, filepath.Join(d, "meta"), 1100) }, "metadata image"},
 		"bitmap":     {func(t *testing.T, d string) { flip(t, filepath.Join(d, "bitmap"), 20) }, "bitmap"},
@@ -101,7 +101,7 @@ func TestCheckRoot(t *testing.T) {
 		"data gone":  {func(t *testing.T, d string) { _ = os.Remove(filepath.Join(d, "data")) }, "missing"},
 		"half made": {func(t *testing.T, d string) {
 			_ = os.MkdirAll(filepath.Join(d, "..", "..", "tmp", "7", "x"), 0o700)
-		}, "left behind"},
+		}, "left over"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			root, id := nodeRoot(t)
