@@ -157,7 +157,7 @@ func testSameChunkTwice(t *testing.T, open NewSource) {
 
 func testNotFound(t *testing.T, open NewSource) {
 	src, chunks := fixture(t, open, 4, 1<<20)
-	unknown := blockdev.Chunk{Length: 20000, Digest: blockdev.Sum([]byte("nobody has this"))}
+	unknown := blockdev.Chunk{Length: 20000, Digest: blockdev.Sum([]byte("no source has this"))}
 	for _, ask := range [][]blockdev.Chunk{{unknown}, {unknown, chunks[0]}, {chunks[0], unknown, chunks[1]}} {
 		c := newCollector(t, ask)
 		err := c.fetch(t.Context(), src, blockdev.Demand)
