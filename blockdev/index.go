@@ -28,7 +28,7 @@ func (c Chunk) Check(data []byte) error {
 		return fmt.Errorf("chunk %s has %d bytes, want %d: %w", c.Digest, len(data), c.Length, ErrCorrupt)
 	}
 	if Sum(data) != c.Digest {
-		return fmt.Errorf("chunk %s has other bytes: %w", c.Digest, ErrCorrupt)
+		return fmt.Errorf("the bytes of chunk %s do not match its digest: %w", c.Digest, ErrCorrupt)
 	}
 	return nil
 }
