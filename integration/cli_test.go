@@ -34,7 +34,7 @@ func TestCommands(t *testing.T) {
 	}{
 		"unknown flag":    {[]string{"node", "--confg", "x"}, "", "unknown flag: --confg"},
 		"unknown command": {[]string{"nod"}, "", "unknown command"},
-		"no image":        {[]string{"prefetch"}, "", "which image"},
+		"no image":        {[]string{"prefetch"}, "", "no image is given"},
 		"bad reference":   {[]string{"prefetch", "--control", s.node.Control, "UPPER CASE"}, "", "not an image reference"},
 		"no daemon":       {[]string{"status", "--control", "/nowhere/sock"}, "", "no shoal daemon answers"},
 		"bad output":      {[]string{"status", "--output", "xml"}, "", "table or json"},

@@ -128,7 +128,7 @@ func TestFallback(t *testing.T) {
 		{"unavailable", func(n *node, _ image) { n.images.err = blockdev.ErrUnavailable }, "no supernode answers", nil},
 		{"registry unavailable", func(n *node, _ image) {
 			n.images.err = fmt.Errorf("supernode: %w", supernodeSays("registry r.example: HTTP 503"))
-		}, "it is not to be had now: image registry.test/bad:1: supernode: registry r.example: HTTP 503", nil},
+		}, "it is not available now: image registry.test/bad:1: supernode: registry r.example: HTTP 503", nil},
 		{"unauthorized", func(n *node, _ image) { n.images.err = blockdev.ErrUnauthorized }, "credential", nil},
 		{"unsupported", func(n *node, _ image) { n.images.err = blockdev.ErrUnsupported }, "cannot be served lazily", nil},
 		{"add", func(n *node, _ image) { n.data.addErr = blockdev.ErrNoSpace }, "no space left", nil},

@@ -38,12 +38,13 @@ func newCheckCommand() *cobra.Command {
 it with its digests: layers with their indexes and DiffIDs, the store of a
 supernode with the digests of its chunks, and the databases and mounts.
 
-It asks the daemon that runs here, which waits for whatever containers read, or, if
-none runs (or --root is given), looks by itself. A running daemon drops chunks that
-are damaged, and fetches them again, in any case.
+If a daemon runs here, check asks the daemon, which lets reads of containers go first.
+If no daemon runs, or --root is given, check reads the files itself. A running daemon
+drops damaged chunks and fetches them again, also without --repair.
 
-With --repair damaged chunks are dropped (they are fetched again), damaged files and
-databases are made anew from what is there, and what belongs to nothing is removed.
+With --repair, damaged chunks are dropped (they are fetched again), damaged files and
+databases are made again from what is there, and files that belong to nothing are
+removed.
 
 Exit status: 0 clean, 1 could not be checked, 2 damaged, 3 damaged and all of it
 repaired.`,

@@ -21,9 +21,9 @@ func newKeepCommand() *cobra.Command {
 		Use:   "keep [flags] -- COMMAND [ARG]...",
 		Short: "Run a node without systemd, so that containers survive its restarts",
 		Long: `Keep starts COMMAND, which is shoal node with its flags, and starts it again when
-it ends. It holds what a node must not lose meanwhile: reads in containers, and
-calls of containerd, wait until the node is back, and do not fail. systemd does
-the same by itself, with the unit file that comes with shoal.
+it ends. While the node is away, keep holds its file descriptors: reads in
+containers, and calls of containerd, wait until the node is back, and do not fail.
+systemd does the same by itself, with the unit file that comes with shoal.
 
 To upgrade, replace the program's file and send SIGUSR2 to keep: the new program
 takes over. If it does not get ready, the old one is started again.

@@ -46,8 +46,8 @@ containerd's config:
       enable_remote_snapshot_annotations = "true"
 
 It is also a registry mirror on loopback: manifests come through the supernode as
-well, pulls wait there for images that nobody has had yet, and private images are
-lazy for pulls that have a credential. The file that ca names is made at the first
+well, pulls of images that are new in the datacenter wait there, and private images
+are lazy for pulls that have a credential. The file that ca names is made at the first
 start. In /etc/containerd/certs.d/_default/hosts.toml:
 
   [host."https://127.0.0.1:7704"]

@@ -23,10 +23,11 @@ func newPrefetchCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "prefetch IMAGE...",
 		Short: "Bring images to the supernode, or with --local to this node",
-		Long: `Prefetch has the daemon on this machine bring images nearby before anybody waits
-for them: to the supernode, so that any node starts them at once, and with
---local to this node's own disk. It ends when every byte has been verified and,
-with --local, every layer has been proven to be what the image config says.`,
+		Long: `Prefetch brings images nearby before a container needs them. The daemon on this
+machine fetches them to the supernode, so that any node starts them at once, and
+with --local to this node's own disk, too. It ends when every byte has been
+verified and, with --local, every layer has been proven to be what the image
+config says.`,
 		Example: `  shoal prefetch docker.io/library/redis:7
   shoal prefetch --local registry.example.com/app:v2`,
 		Args: func(_ *cobra.Command, args []string) error {

@@ -128,9 +128,9 @@ func newReloadCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "reload",
 		Short: "Read the daemon's config file again, and show which keys have changed",
-		Long: `Reload has the running daemon read its config file again, as SIGHUP does, and
-prints which keys have changed and which of them count after a restart alone. A
-file with an error changes nothing.`,
+		Long: `Reload tells the running daemon to read its config file again, as SIGHUP does, and
+prints which keys have changed and which of them need a restart. If the file has an
+error, then nothing changes.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			done, err := controlClient(socket).Reload(cmd.Context())
