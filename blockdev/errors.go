@@ -11,7 +11,7 @@ var (
 	// ErrUnauthorized: the registry refuses this credential (or wants one).
 	ErrUnauthorized = errors.New("access denied by the registry")
 	// ErrUnsupported: a media type, compression, encryption or tar feature that
-	// cannot be served lazily. The image is to be unpacked in the ordinary way.
+	// cannot be served lazily. containerd is to unpack the image.
 	ErrUnsupported = errors.New("cannot be served lazily")
 	// ErrUnavailable: the source cannot answer now (down, slow, overloaded).
 	// Trying again later, or elsewhere, may help.

@@ -16,7 +16,7 @@ type Touch struct {
 
 // Profile is the startup profile of one diff: the chunks that containers read in
 // their first seconds, each once, in the order in which they need them. It is a
-// hint and no part of the index: whoever uses it makes sure that the numbers are
+// hint and not a part of the index: each user makes sure that the numbers are
 // ones of the diff. Package profile encodes and merges it.
 type Profile []Touch
 

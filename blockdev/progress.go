@@ -15,7 +15,7 @@ const (
 	StageUnpacking Stage = "unpacking"
 	// StageStoring: its index is written.
 	StageStoring Stage = "storing"
-	// StageVerifying: it is fetched once more, only to see that this registry has
+	// StageVerifying: it is fetched again, only to see that this registry has
 	// it, too.
 	StageVerifying Stage = "verifying"
 	// StageStored: done.

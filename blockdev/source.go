@@ -42,9 +42,9 @@ func (r *Request) Comes(from Origin) {
 }
 
 // Deliver takes the bytes of Chunks[i] of a request. data is valid until it
-// returns. Nil means that they have the digest: whoever delivers may pass them on.
+// returns. Nil means that they have the digest: the source may pass them on.
 // An error that wraps ErrCorrupt means that data does not have the
-// digest, so whoever sent it is to be distrusted; the source may deliver the
+// digest, so the sender is to be distrusted; the source may deliver the
 // same i again from elsewhere. Any other error ends the request.
 type Deliver func(i int, data []byte) error
 

@@ -81,7 +81,7 @@ type Config struct {
 	// that are here already; nil: anonymous access only. Pulls show theirs (Begin).
 	Credentials Credentials
 	// NodeCredentials: pulls that show none are opened with Credentials, so that
-	// whoever can pull on this machine has what these open.
+	// each user that can pull on this machine has what these open.
 	NodeCredentials bool
 	// Remote: Images is on another machine, where names like localhost mean something
 	// else.
@@ -105,7 +105,7 @@ type Config struct {
 	IndexTimeout time.Duration
 	// PrepareTimeout bounds how long a call of containerd waits for anything that is
 	// not on this machine, and for long work on it; 0: 3 seconds. A Prepare that
-	// ends so has the layer unpacked in the ordinary way. What is under way goes on.
+	// ends so makes containerd unpack the layer. What is under way goes on.
 	//
 	// containerd holds a lock over these calls: its garbage collection waits for
 	// them, and all of its other calls to this snapshotter for that.

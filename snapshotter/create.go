@@ -199,7 +199,7 @@ func (s *Snapshotter) shorten(id string, options, lowers []string) ([]string, er
 	if compacted(options, lowers) <= maxOptions {
 		return lowers, nil
 	}
-	// Made anew each time: what is mounted may have moved.
+	// Made again each time: what is mounted may have moved.
 	dir := filepath.Join(s.cfg.Root, "l", id)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err

@@ -146,7 +146,7 @@ func (s *Snapshotter) idmap(id, uidmap, gidmap string, lowers []string) (_ []str
 }
 
 // cloned reports whether clone is a mount of the file system that lower is on now:
-// the data path may have mounted the diff anew since.
+// the data path may have mounted the diff again since.
 func cloned(lower, clone string) bool {
 	var a, b unix.Stat_t
 	if unix.Stat(lower, &a) != nil || unix.Stat(clone, &b) != nil || a.Dev != b.Dev || a.Ino != b.Ino {

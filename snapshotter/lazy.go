@@ -30,7 +30,7 @@ func (s *Snapshotter) limit(ctx context.Context) (context.Context, context.Cance
 
 // prepareLazy answers a Prepare that carries labelRef. It returns an error that
 // is AlreadyExists if the layer is now there as a lazy snapshot, nil if it has to
-// be unpacked in the ordinary way, and another error if neither will do.
+// be unpacked by containerd, and another error if neither will do.
 func (s *Snapshotter) prepareLazy(ctx context.Context, key, parent string, info snapshots.Info) error {
 	w, err := parseWant(info.Labels)
 	if err != nil {

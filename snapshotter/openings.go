@@ -63,7 +63,7 @@ type openings struct {
 }
 
 // join returns the opening for key, begun by open if there is none. ahead: for a
-// Prepare that is still to come, so one that has failed is begun anew. Every join
+// Prepare that is still to come, so one that has failed is begun again. Every join
 // needs a leave.
 func (os *openings) join(key openKey, ahead bool, open opener) *opening {
 	os.mu.Lock()

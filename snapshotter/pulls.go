@@ -46,7 +46,7 @@ type pulls struct {
 
 // join returns the pull for key, with what begin returns if there is none yet.
 // leave must be called when the layer has been answered, saying whether that was
-// the last one; abandon in its place if it has not been.
+// the last one; abandon instead if it has not been.
 func (ps *pulls) join(key pullKey, chain string, begin func() *opening) (p *pull, leave func(last bool), abandon func()) {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()

@@ -290,7 +290,7 @@ func (r *records) followed(img *imageRecord) error {
 }
 
 // pulled notes that all layers of an image are snapshots now, and sets Unfollowed. A
-// record that was dropped meanwhile is written again.
+// record that was dropped since is written again.
 func (r *records) pulled(img imageRecord, unfollowed bool) error {
 	return r.db.Update(func(tx *bolt.Tx) error {
 		b := tx.Bucket(bucketImages)
@@ -388,7 +388,7 @@ func imagesIn(tx *bolt.Tx) (list []imageRecord, err error) {
 }
 
 // prune drops the images that choose picks of all, with those on record then, and
-// returns them and those that are left. No record changes meanwhile.
+// returns them and those that are left. No record changes during the call.
 func (r *records) prune(choose func([]imageRecord) ([]imageRecord, error)) (gone, left []imageRecord, err error) {
 	list, err := r.images()
 	if err != nil {

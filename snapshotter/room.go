@@ -46,7 +46,7 @@ func (r *indexRoom) of(n int64) (*semaphore.Weighted, int64) {
 	return r.large, min(n, r.forLarge)
 }
 
-// place is what one opening holds of the room. Whoever has to wait for more gives back
+// place is what one opening holds of the room. An opening that has to wait for more gives back
 // what it has before: so each place is given back by somebody who waits for none.
 type place struct {
 	room *indexRoom

@@ -12,7 +12,7 @@ const unknownInterval = time.Minute
 
 // unknown returns err, and says what to do if it means that containerd has asked for a
 // snapshot that is not here. containerd asks only for those that its own metadata has,
-// and as long as that has them, it refuses to make them anew: no pull gets as far as
+// and as long as that has them, it refuses to make them again: no pull gets as far as
 // this snapshotter.
 func (s *Snapshotter) unknown(key string, err error) error {
 	if !errdefs.IsNotFound(err) {

@@ -102,7 +102,7 @@ func (w *wishes) found(key string, c container) {
 }
 
 // end forgets the container of a snapshot that is gone, but not what it has wanted if
-// that is to be fetched all the same.
+// that is still to be fetched.
 func (w *wishes) end(key string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -301,7 +301,7 @@ func (s *Snapshotter) wish(ctx context.Context, key string, info snapshots.Info,
 		return err
 	})
 	if err != nil {
-		return // removed meanwhile
+		return // removed since
 	}
 	s.wishes.found(key, container{id: id, view: info.Kind == snapshots.KindView, diffs: ids, since: time.Now()})
 }

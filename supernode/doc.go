@@ -31,7 +31,7 @@
 //     of which that registry is an origin, or is trusted in the configuration.
 //   - A manifest or config is handed out to whom its own repository would hand it
 //     out, by the same rule.
-//   - Whoever knows a chunk's SHA-256 may have the chunk: only indexes say them.
+//   - A peer that knows a chunk's SHA-256 may have the chunk: only indexes say them.
 //   - All indexes of an image are handed out, or none.
 //   - A layer is fetched once, however many ask at the same time, and what has
 //     been fetched when they stop asking is not lost.

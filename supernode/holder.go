@@ -94,7 +94,7 @@ func (s *Supernode) restore(ctx context.Context, r wanted, holders []Holder) (er
 }
 
 // restoreFrom stores what a holder has, and publishes it if it is the layer: while
-// it comes, the tar is put together again, hashed and indexed anew.
+// it comes, the tar is put together again, hashed and indexed again.
 func (s *Supernode) restoreFrom(ctx context.Context, r wanted, h Holder) error {
 	ctx, cancel := context.WithTimeout(ctx, timeFor(r.l.Size))
 	defer cancel()

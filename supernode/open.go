@@ -263,7 +263,7 @@ func (s *Supernode) openLayer(r wanted) ingest.Open {
 		}
 		var e *registry.Error
 		if errors.As(err, &e) {
-			short := *e // whoever asks names image and layer
+			short := *e // the caller names image and layer
 			short.Ref = ""
 			err = &short
 		}

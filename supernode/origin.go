@@ -87,7 +87,7 @@ func (s *Supernode) show(ctx context.Context, r wanted, open ingest.Open, p *pro
 			err = s.reg.HasBlob(ctx, r.m, r.l, blockdev.Credential{})
 		}
 		if registry.Downgraded(err) {
-			// Only the bytes themselves are proof, whoever has sent them.
+			// Only the bytes themselves are proof, from each sender.
 			err = s.verify(ctx, r, open, p)
 		}
 	}
@@ -111,7 +111,7 @@ func (s *Supernode) verify(ctx context.Context, r wanted, open ingest.Open, p *p
 	}
 	defer release()
 	if rec, err := s.store.Layer(r.l.Digest); err == nil && provenFor(rec, r.m) {
-		return nil // shown by others meanwhile
+		return nil // shown by others since
 	}
 	rc, err := open(ctx, 0)
 	if err != nil {

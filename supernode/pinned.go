@@ -19,7 +19,7 @@ const (
 	// pinnedFile is where it is kept which images the operator has pinned.
 	pinnedFile = "pinned.json"
 	// pinnedShare is the part of the store, one in so many, that pinned layers may
-	// take, uncompressed: what is asked for anew must find room.
+	// take, uncompressed: what is asked for again must find room.
 	pinnedShare = 2
 )
 

@@ -1,6 +1,6 @@
 // Package background lets work that nobody waits for have only the processor time
 // that nobody else wants. It is for pure computation: a thread of the lowest
-// priority may not be let run for a long time, and whoever waits for a lock that
+// priority may not be let run for a long time, and a thread that waits for a lock that
 // it holds waits as long.
 package background
 

@@ -168,7 +168,7 @@ func markOpen(path string, boot [16]byte) error {
 // and bits.
 var ErrInUse = disk.ErrLocked
 
-// publish makes list anew; mu is held, or nobody else knows of c.
+// publish makes list again; mu is held, or nobody else knows of c.
 func (c *Cache) publish() {
 	list := make([]*Diff, 0, len(c.diffs))
 	for _, d := range c.diffs {

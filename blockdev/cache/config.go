@@ -29,7 +29,7 @@ type Config struct {
 	// reports whether there were any. It must not wait for an Add or a Prefetch.
 	MakeRoom func(ctx context.Context) (freed bool)
 	// Damaged, if not nil, is told of a diff each time that a chunk of it turned out to
-	// be wrong or unreadable on disk, whoever found it. The chunk counts as missing by
+	// be wrong or unreadable on disk, by whichever reader. The chunk counts as missing by
 	// then. It must not wait for anything.
 	Damaged func(id blockdev.Digest)
 
@@ -64,14 +64,14 @@ type Config struct {
 	IndexBytes int64
 	// MaxTree is how many bytes the metadata and implied directories of an index that is
 	// added may have, and MaxIndex how much memory it may need to be decoded. Larger ones
-	// are blockdev.ErrUnsupported: the image is unpacked in the ordinary way. Default
+	// are blockdev.ErrUnsupported: containerd unpacks the image. Default
 	// 64 MiB (about a million files in a layer), and 256 MiB (a layer of some 200 GiB).
 	MaxTree, MaxIndex int64
 	// Quiet is how long there must have been no demand read before prefetch goes
 	// on. Default 500 ms.
 	Quiet time.Duration
 	// GiveWay is how long one prefetch request at most waits for that before it is
-	// sent all the same, so that prefetch always gets done. Default 1 s.
+	// sent, too, so that prefetch always gets done. Default 1 s.
 	GiveWay time.Duration
 	// PrefetchIdle is for how long Source may deliver nothing of a prefetch request:
 	// where many nodes share full links, a chunk may be on its way for long, and nobody

@@ -73,7 +73,7 @@
 //   - What all diffs take of the disk, as the file system counts it, stays at or
 //     below Config.Quota. Room for the most that a write may take is reserved
 //     before it; space.go.
-//   - Present chunks are never taken back to make room: whoever has been told
+//   - Present chunks are never taken back to make room: a peer that has been told
 //     that they are here (a reader between Local and its read, a native mount)
 //     may be reading them. Room is made by removing whole diffs, by the one who
 //     knows which nobody uses.

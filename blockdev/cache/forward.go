@@ -11,7 +11,7 @@ import (
 
 // Forward is chunks of one diff that another node has asked this one for. What
 // is missing here is fetched as this node's own chunks are: in the same flights,
-// checked and stored once, whoever wants it.
+// checked and stored once, for all callers.
 type Forward struct {
 	d    *Diff
 	prio blockdev.Priority
@@ -24,7 +24,7 @@ type Forward struct {
 // Forward finds chunks of a diff for another node. hops is how often the request
 // was forwarded before it came here. A diff that is not in the cache is
 // blockdev.ErrNotFound. Pieces of its header stream are given as far as they are
-// here. Nobody may change digests meanwhile.
+// here. Callers must not change digests during the call.
 func (c *Cache) Forward(diff blockdev.Digest, prio blockdev.Priority, hops int, digests []blockdev.Digest) (*Forward, error) {
 	d, ok := c.Get(diff)
 	if !ok {
@@ -134,7 +134,7 @@ func (f *Forward) Chunk(ctx context.Context, i int, alloc func(n int) []byte) ([
 			return nil, err
 		}
 		if w.flight == nil {
-			continue // it has come meanwhile
+			continue // it has come since
 		}
 		err = d.await(ctx, []wait{w})
 		if b, _ := w.outcome(); b != nil {

@@ -134,7 +134,7 @@ func (d *Diff) added(i int) {
 }
 
 // persist takes changed bits to the bitmap file. A failure costs at worst
-// fetching chunks again; the next sync tries once more.
+// fetching chunks again; the next sync tries again.
 func (d *Diff) persist() {
 	if err := d.pres.Persist(d.bitmap, false); err != nil {
 		d.bitmapFailed(err)

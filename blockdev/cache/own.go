@@ -98,7 +98,7 @@ func (d *Diff) readOwn(sum blockdev.Digest) (*blockdev.Index, error) {
 	return ix, nil
 }
 
-// fixMeta sees to it that a metadata image is the one that its index has.
+// fixMeta makes a metadata image the one that its index has.
 func (d *Diff) fixMeta(path string, meta []byte) error {
 	same, err := disk.Is(path, meta)
 	if err != nil || same {

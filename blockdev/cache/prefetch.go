@@ -10,7 +10,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
 )
 
-// Prefetch fetches every chunk that is missing, in order, and gives way to
+// Prefetch fetches every chunk that is missing, in order, and waits for
 // demand reads. Nil means that the diff is complete: every byte is on stable
 // storage and was checked by this process, or by the one that completed the
 // diff. It ends at the first failure of the Source, and with
@@ -48,7 +48,7 @@ func (d *Diff) fill(ctx context.Context) error {
 		if err := d.sync(ctx); err != nil {
 			return err
 		}
-		// Not full if a chunk turned out to be damaged meanwhile: once more.
+		// Not full if a chunk turned out to be damaged since: again.
 		if d.pres.Full() {
 			return d.markComplete()
 		}

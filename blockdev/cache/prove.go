@@ -54,7 +54,7 @@ func (d *Diff) Distrust() error {
 
 // Prove proves the index of a complete diff, unless that has been done. It reads
 // every byte, checking it against its digest, fetches what is missing of the
-// header stream, gives way to demand reads, and, but with hurry, rests for as
+// header stream, waits for demand reads, and, but with hurry, rests for as
 // long as it has worked. The error wraps ErrIncomplete or ErrDamaged;
 // blockdev.ErrQuarantined if the index is wrong, which is on record then; or it is
 // that of the Source, the disk or ctx, and a later call may do better.
@@ -82,7 +82,7 @@ func (d *Diff) Prove(ctx context.Context, hurry bool) error {
 	own, err := d.prove(ctx, hurry)
 	if errors.Is(err, proof.ErrMismatch) {
 		// What was read had its digests, so it is the index that is wrong, or memory
-		// that flips bits. Once more, before anybody is accused.
+		// that flips bits. Again, before anybody is accused.
 		own, err = d.prove(ctx, hurry)
 	}
 	switch {
@@ -227,7 +227,7 @@ func (d *Diff) verify(i int, buf []byte) error {
 	}
 	if err != nil {
 		if !d.pres.Has(i) {
-			return ErrIncomplete // it was taken off the disk meanwhile
+			return ErrIncomplete // it was taken off the disk since
 		}
 		d.damaged(i, err)
 		return ErrDamaged

@@ -144,7 +144,7 @@ func (d *Diff) readMissing(parent context.Context, off int64, n int, m blockdev.
 		if ok {
 			return nil
 		}
-		// A chunk went again: once more. The context's deadline ends this.
+		// A chunk went again: again. The context's deadline ends this.
 	}
 }
 
@@ -239,7 +239,7 @@ func (u *unwritten) drop(d *Diff) {
 }
 
 // waitPart waits for chunks [lo, hi), which one request may fetch. It returns false if
-// it has dropped mem, for want of room: then the read begins anew.
+// it has dropped mem, to make room: then the read begins again.
 func (d *Diff) waitPart(ctx context.Context, lo, hi int, mem *unwritten) (bool, error) {
 	for {
 		waits, err := d.join(lo, hi, mem)
@@ -266,7 +266,7 @@ func (d *Diff) waitPart(ctx context.Context, lo, hi int, mem *unwritten) (bool, 
 			}
 			return false, nil
 		}
-		// Another's flight failed, or a chunk went again: once more. The
+		// Another's flight failed, or a chunk went again: again. The
 		// context's deadline ends this.
 		if ctx.Err() != nil && !d.atHand(lo, hi, mem) {
 			return false, d.lateErr(ctx, nil)

@@ -18,7 +18,7 @@ const scrubFile = "scrubbed"
 // scrubRate bounds, in bytes per second, how fast a scrub reads.
 const scrubRate = 32 << 20
 
-// Scrub reads all that is here of the diff and checks it, slowly: it gives way to
+// Scrub reads all that is here of the diff and checks it, slowly: it waits for
 // demand reads, rests for as long as it has worked, and reads 32 MiB a second at
 // most. What is damaged counts as missing from then on; the error wraps ErrDamaged
 // then, and says how much that is. It wraps ErrIncomplete if nothing is damaged, but

@@ -170,7 +170,7 @@ func (s *space) measure(d *Diff) {
 	defer s.mu.Unlock()
 	t.measuring = false
 	if err != nil || ferr != nil || t.gone {
-		return // removed meanwhile
+		return // removed since
 	}
 	s.used += data + fixed - t.measured - t.fixed - covered
 	s.loose -= covered

@@ -14,8 +14,8 @@ import (
 // FetchStartup fetches those of the chunks (numbers in the chunk table) that are
 // missing and that nobody has asked for, in one request of their own priority:
 // a container that starts is about to read them. Numbers that the diff does not
-// have are passed over. It does not give way to demand reads, whose requests
-// overtake this one; prefetch gives way to it. The caller bounds the request by
+// have are passed over. It does not wait for demand reads, whose requests
+// overtake this one; prefetch waits for it. The caller bounds the request by
 // the number of chunks. It returns when the request is over: an error is the
 // Source's, the disk's, ctx's, ErrRemoved or ErrClosed.
 func (d *Diff) FetchStartup(ctx context.Context, chunks []uint32) error {
@@ -61,7 +61,7 @@ const keepStartup = 30 * time.Second
 // Recording notes which chunks of some diffs are read, whether they are there
 // already or not, in the order of their first touch among all these diffs. It is
 // bounded: blockdev.MaxProfile chunks of each diff. While it sees new ones, prefetch
-// gives way as it does for demand reads.
+// waits as it does for demand reads.
 type Recording struct {
 	tracks []*track
 	ranks  atomic.Uint32

@@ -23,7 +23,7 @@ type Stats struct {
 	Missed, Failed int64
 	// Waited is how long those reads took, all together.
 	Waited time.Duration
-	// NotKept is bytes that came for demand reads and were not kept, for want of
+	// NotKept is bytes that came for demand reads and were not stored, for lack of
 	// room on the disk or a disk that takes no writes.
 	NotKept int64
 	// Used is what all diffs take of the disk now, in bytes, with what is reserved

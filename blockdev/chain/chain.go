@@ -38,7 +38,7 @@ type Step struct {
 	// (blockdev.Request.From).
 	From blockdev.Origin
 	// Heal, if not nil, is called when the source says blockdev.ErrNotFound. If
-	// it returns nil, the source is asked once more: a supernode that has lost or
+	// it returns nil, the source is asked again: a supernode that has lost or
 	// evicted a layer has fetched it again.
 	Heal func(ctx context.Context, diff blockdev.Digest) error
 }
@@ -182,7 +182,7 @@ type request struct {
 
 var errSilent = errors.New("the source is silent")
 
-// try asks one source for what is open, and once more when it could be healed.
+// try asks one source for what is open, and again when it could be healed.
 func (r *request) try(s *step, last bool) error {
 	ctx, cancel := context.WithCancelCause(r.ctx)
 	defer cancel(nil)
@@ -234,14 +234,14 @@ const (
 	maxPause = time.Second
 )
 
-// again says whether to ask the source once more that has given this error.
+// again says whether to ask the source again that has given this error.
 func (r *request) again(ctx context.Context, s *step, err error) bool {
 	return errors.Is(err, blockdev.ErrUnavailable) && !errors.Is(err, blockdev.ErrNotFound) &&
 		r.Priority != blockdev.Prefetch && s.Away != nil && r.Left() > 0 && r.Refused() == nil && ctx.Err() == nil &&
 		time.Now().Before(r.until) && !s.Away()
 }
 
-// wait returns false if the context has ended meanwhile.
+// wait returns false if the context ended first.
 func wait(ctx context.Context, d time.Duration) bool {
 	t := time.NewTimer(d)
 	defer t.Stop()

@@ -19,7 +19,7 @@ const (
 )
 
 // secondTries knows which reads have failed a moment ago. When a read of the page cache
-// fails, the kernel asks once more for the page that a process waits for, and gives the
+// fails, the kernel asks again for the page that a process waits for, and gives the
 // process EIO only when that fails, too. The process waits for both, so the second try
 // has the deadline of the first. The zero value is ready.
 type secondTries struct {
@@ -49,7 +49,7 @@ func (t *secondTries) turn(now time.Time) {
 }
 
 // note remembers a read that has failed now. A second try is not remembered, so that
-// whoever reads again gets the whole time.
+// a read that is tried again gets the whole time.
 func (t *secondTries) note(r slowRead, now time.Time) {
 	if r.second {
 		return

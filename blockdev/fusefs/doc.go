@@ -34,10 +34,10 @@
 //     fail.
 //   - A read is answered, with EIO at the latest Options.ReadTimeout after this process
 //     got it from the kernel; the kernel's second try of a read that failed has the time
-//     that the first one had, and a second more. A process that takes the connection over begins anew:
+//     that the first one had, and a second more. A process that takes the connection over begins again:
 //     while nobody serves it the kernel cannot give reads to anybody.
 //   - When Serve has been told to stop, reads whose bytes are not here yet stay
-//     unanswered: whoever serves the descriptor next gets them again, and if
+//     unanswered: the next server of the descriptor gets them again, and if
 //     nobody does, closing the last descriptor fails them.
 //   - FUSE_INTERRUPT is refused. The kernel sends one for any signal, and EROFS
 //     would turn the answer EINTR into an I/O error for a process that merely

@@ -182,7 +182,7 @@ func (r *rawFS) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse
 		return fuse.Status(syscall.ESTALE)
 	}
 	out.Fh = handle(id)
-	// No FLUSH: whoever closes a file would wait for a server.
+	// No FLUSH: a process that closes a file would wait for a server.
 	out.OpenFlags = fuse.FOPEN_DIRECT_IO | fuse.FOPEN_NOFLUSH
 	return fuse.OK
 }

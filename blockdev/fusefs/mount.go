@@ -18,11 +18,11 @@ const (
 // Mount opens /dev/fuse and mounts it at dir, an existing directory. The
 // connection lives until the last copy of the returned descriptor is closed, or
 // the mount is gone and nobody uses its files any more. Nothing is answered
-// before somebody serves the descriptor (New, Serve), so whoever touches dir
+// before a server serves the descriptor (New, Serve), so a process that touches dir
 // before that waits.
 //
 // Only root sees the files: the mount has no allow_other. EROFS reads them with
-// the rights of whoever mounted it, not of the container's process.
+// the rights of the process that mounted it, not of the container's process.
 func Mount(dir string) (*os.File, error) {
 	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {

@@ -39,7 +39,7 @@ func NewPending() (*os.File, error) {
 	f := os.NewFile(uintptr(fd), "fuse-pending")
 	err = unix.Ftruncate(fd, pendingSize)
 	if err == nil {
-		// Whoever has it mapped would be killed if it became shorter.
+		// A process that has it mapped would be killed if it became shorter.
 		_, err = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL)
 	}
 	if err == nil {

@@ -25,7 +25,7 @@ type worker struct {
 	slot slot   // of the request that is read next, or worked on
 	rest []byte // behind the first slotSize bytes, the part of a request that no slot has room for
 	out  []byte // for answers of go-fuse
-	pipe *pipe  // nil: not to be had
+	pipe *pipe  // nil: there are no more pipes
 }
 
 func newWorker(s *Server) *worker {
@@ -64,7 +64,7 @@ func (w *worker) request(n int) []byte {
 	return w.rest[:n]
 }
 
-// handle answers one request, or sees to it that it will be answered.
+// handle answers one request, or passes it on to a goroutine that answers it.
 func (w *worker) handle(ctx context.Context, req []byte) {
 	s := w.s
 	h, ok := parseHeader(req)

@@ -45,7 +45,7 @@ type Options struct {
 	// answered before. Empty: the kernel will send FUSE_INIT.
 	Init []byte
 	// Pending is what NewPending has made for this connection, here or in an earlier
-	// process: requests are noted in it while they are worked on, so that whoever
+	// process: requests are noted in it while they are worked on, so that the process that
 	// serves the connection next knows what is left to be answered. It may be closed
 	// when New has returned. Default: nobody will know.
 	Pending *os.File
@@ -206,7 +206,7 @@ func (s *Server) negotiate(req []byte) (answer []byte, err error) {
 	return out, nil
 }
 
-// Resume sees to it that requests are answered which an earlier server has read and
+// Resume makes sure that requests are answered which an earlier server has read and
 // not answered: the kernel sends them again (Linux 6.9), or else they are in
 // Options.Pending. If it does not and they are not, the error wraps
 // blockdev.ErrUnsupported: then they stay without an answer. Resume is called once,

@@ -40,7 +40,7 @@ type slowRead struct {
 // diff waits for another.
 type slowReads struct {
 	s *Server
-	// line and active count reads, memory the bytes of buffers: it goes to whoever
+	// line and active count reads, memory the bytes of buffers: it goes to the read that
 	// comes first, since it is held for one copy only.
 	line, active *turns.Turns
 	memory       *semaphore.Weighted
@@ -147,7 +147,7 @@ func (s *Server) answerSlow(ctx context.Context, r slowRead) bool {
 	case errors.Is(cause, errTimeout):
 		err = errors.Join(cause, err)
 	default:
-		return false // stopped: whoever comes next will answer
+		return false // stopped: the next process will answer
 	}
 	s.tries.note(r, time.Now()) // before the kernel learns of it
 	s.failRead(r.id, r.readIn, err)

@@ -221,7 +221,7 @@ func mtime(hdr *tar.Header) (sec int64, nsec uint32) {
 	return t.Unix(), uint32(t.Nanosecond()) // below 1e9
 }
 
-// finish sets the times of directories once more: in containerd the children
+// finish sets the times of directories again: in containerd the children
 // have changed them by then. A name that has come to mean another thing gives
 // its time to that.
 func (t *tree) finish() error {

@@ -60,7 +60,7 @@ type Options struct {
 	// the tar so that no 512-byte blocks address it; it is kept in the metadata.
 	// Default 64 MiB.
 	MaxInline int64
-	// Background leaves the processors to whoever else wants them (package
+	// Background leaves the processors to all other programs that want them (package
 	// background). Put should then do nothing that others wait for.
 	Background bool
 }
@@ -88,7 +88,7 @@ func (o Options) withDefaults() Options {
 // headers), blockdev.ErrUnsupported (beyond a limit, or what containerd would
 // not unpack either), the error of r or put, or the context's; it names the
 // entry. Build starts goroutines and waits for all of them, so it returns only
-// after a Read or Put in progress has: whoever cancels ctx makes r return, too.
+// after a Read or Put in progress has: a caller that cancels ctx makes r return, too.
 func Build(ctx context.Context, r io.Reader, put Put, o Options) (*blockdev.Index, error) {
 	o = o.withDefaults()
 	group, gctx := errgroup.WithContext(ctx)

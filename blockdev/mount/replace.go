@@ -16,8 +16,8 @@ const (
 	loopChangeFD     = 0x4c06 // LOOP_CHANGE_FD
 )
 
-// Replace mounts an image in the place of the one that is mounted at dir. Whoever
-// looks there meanwhile finds one or the other, and never the directory below; before
+// Replace mounts an image in the place of the one that is mounted at dir. A program that
+// looks there during the call finds one or the other, and never the directory below; before
 // Linux 6.5 he may find that for a moment. Who uses the old mount (an overlayfs mount
 // over it, an open file) goes on using it; it is gone when nobody does.
 func Replace(meta, data, dir string, o Options) error {

@@ -102,7 +102,7 @@ func (p *Pacer) Rate() int64 {
 }
 
 // Wait is how long, at most, what a key asks for now has to wait until its first bytes
-// are within the budget, if nobody asks for more of a higher priority meanwhile.
+// are within the budget, if no caller asks for more of a higher priority first.
 func (p *Pacer) Wait(key string, pr blockdev.Priority) time.Duration {
 	if !p.Limited() {
 		return 0
@@ -168,7 +168,7 @@ func (p *Pacer) Take(ctx context.Context, key string, pr blockdev.Priority, n in
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.classes[pr].remove(key, c) {
-		return nil // granted meanwhile
+		return nil // granted since
 	}
 	return context.Cause(ctx)
 }

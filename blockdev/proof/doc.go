@@ -6,7 +6,7 @@
 // nothing, since the index says which they are. But masked diff and header stream
 // together are the layer's tar, whose SHA-256 must be the DiffID, which the image
 // config says, which the manifest names; and an index is a function of the
-// diff and the builder. So the tar is put together again, hashed, and indexed anew, in one
+// diff and the builder. So the tar is put together again, hashed, and indexed again, in one
 // pass.
 //
 // # Invariants
@@ -20,7 +20,7 @@
 //     one of the two looks the same. A liar who names another version gains nothing by
 //     it but that he is not accused.
 //   - It returns ErrMismatch only for what the index says, never because bytes
-//     could not be had: whoever hands them in checks them first.
+//     could not be read: the caller checks them first.
 //   - The diff streams: memory is that of layer.Build with one worker, whatever
 //     the diff's length.
 //   - How the header stream was compressed is not compared. It has given the

@@ -109,7 +109,7 @@ func (t *Turns) Take(key blockdev.Digest, n int64) (waited bool) {
 }
 
 // Start takes n for a key and calls start when it has them, at once or later: in the
-// caller's goroutine, or in that of whoever gives back. start must not wait and must
+// caller's goroutine, or in that of the caller that gives back. start must not wait and must
 // not use t. Whatever it starts gives back by Give.
 func (t *Turns) Start(key blockdev.Digest, n int64, start func()) {
 	t.mu.Lock()

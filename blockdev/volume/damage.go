@@ -13,7 +13,7 @@ import (
 )
 
 // damaged is told of each chunk of a diff that was found wrong or unreadable on the
-// disk, by whoever read it, and is missing since.
+// disk, by whichever reader, and is missing since.
 func (m *Manager) damaged(id blockdev.Digest) {
 	v, err := m.volume(id)
 	if err != nil {
@@ -58,7 +58,7 @@ func (m *Manager) refresh(v *volume) {
 }
 
 // forget drops the pages of all files below dir from the page cache. A container may
-// be changing them meanwhile, so no path is followed that leads out.
+// be changing them at the same time, so no path is followed that leads out.
 func forget(dir string) error {
 	root, err := os.OpenRoot(dir)
 	if err != nil {

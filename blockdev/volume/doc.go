@@ -12,7 +12,7 @@
 // # Lazy until complete, native from then on
 //
 // When a diff is complete, a native mount takes the place of the lazy one, in one
-// step and whoever uses it: at once, when it is asked for, and at a start. If a
+// step and its user: at once, on request, and at a start. If a
 // chunk turns out to be damaged, it goes the other way until the chunk is back, so
 // that nobody who starts reads what is known to be wrong. An overlayfs mount has its
 // own copy of the mounts that it was made of, and goes on with these: a container
@@ -31,18 +31,18 @@
 // What is mounted where, mountinfo says: the source of each mount is the diff's
 // metadata file. Only lazy or native does not show there; hence the markers,
 // which are made before a lazy mount and removed after it. A marker that a crash
-// left has the next process mount once more.
+// left has the next process mount again.
 //
 // # Invariants
 //
-//   - One process per Root; the cache's lock sees to it.
+//   - One process per Root; the cache's lock guarantees that.
 //   - Each operation on a volume that does I/O holds the volume's turn, and no
 //     lock. Other volumes, and reads of this one, go on.
 //   - Close leaves mounts as they are. Native ones go on working without any
 //     process, and Open adopts them. Lazy ones give errors from then on (unless
 //     somebody else holds the FUSE descriptor); Open takes them away and mounts
 //     them again at the same place.
-//   - Whoever finds damage (cache.Config.Damaged): what was complete is fetched again
+//   - If damage is found (cache.Config.Damaged), then what was complete is fetched again
 //     at once, and the kernel forgets what it has cached, also of mounts that were
 //     replaced.
 //   - What runs in the background on a complete diff waits for what somebody waits

@@ -190,7 +190,7 @@ func (m *Manager) Has(id blockdev.Digest) bool {
 
 // Mount mounts a diff, if it is not mounted yet, and returns where: from the
 // local file if the diff is complete, else through FUSE. One that is mounted in the
-// other way is mounted anew at the same place (package comment). The error wraps
+// other way is mounted again at the same place (package comment). The error wraps
 // blockdev.ErrNotFound if there is no such diff, blockdev.ErrUnsupported if this
 // kernel cannot mount it, and blockdev.ErrQuarantined if it is not what its index
 // said: then it may be mounted, for who reads it already.
@@ -251,10 +251,10 @@ func (m *Manager) mount(v *volume) (string, error) {
 }
 
 // Remove unmounts a diff, stops its prefetch and frees its bytes. It is the
-// caller's to know that nobody needs it. A mount that is in use all the same is
+// caller's to know that no container needs it. A mount that is still in use is
 // taken out of the tree, and its users get errors for what they have not read.
 // Removing what is not there is no error. If ctx ends while its prefetch is being
-// stopped, the diff stays; later than that, it goes all the same.
+// stopped, the diff stays; later than that, it goes.
 func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
 	v, err := m.volume(id)
 	if errors.Is(err, blockdev.ErrNotFound) {
@@ -272,7 +272,7 @@ func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
 	if err := m.stopWork(ctx, v); err != nil {
 		return err
 	}
-	// From here on it is not to be left half done: whoever comes next would find a
+	// From here on it is not to be left half done: the next caller would find a
 	// layer without its mount, or the other way round.
 	if err = m.unmount(v, true); err == nil {
 		err = m.cache.Remove(context.WithoutCancel(ctx), id)

@@ -24,7 +24,7 @@ func (v *volume) matches() bool {
 	return dir == "" || gone || lazy != v.diff.Complete() && !v.outdated()
 }
 
-// match mounts a volume anew, at the same place, if it is not mounted as it should
+// match mounts a volume again, at the same place, if it is not mounted as it should
 // be. What is mounted over the old mount, and files that are open in it, go on with
 // it.
 func (m *Manager) match(ctx context.Context, v *volume) {
@@ -70,7 +70,7 @@ func (m *Manager) matchNow(v *volume) {
 	if lazy {
 		return
 	}
-	// A marker that stays has the next process do this once more.
+	// A marker that stays has the next process do this again.
 	if err := m.unmark(v.id); err != nil {
 		m.cfg.Log.Warn("cannot clean up", "error", err)
 	}
@@ -94,7 +94,7 @@ func (m *Manager) fusePath(id blockdev.Digest) string {
 }
 
 // matcher looks after all mounts: at once, for those that were adopted, and then for
-// those that could not be mounted anew.
+// those that could not be mounted again.
 func (m *Manager) matcher(ctx context.Context) {
 	t := time.NewTicker(matchInterval)
 	defer t.Stop()

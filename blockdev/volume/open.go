@@ -27,7 +27,7 @@ const (
 
 // Open opens the volumes below cfg.Root. Native mounts that an earlier process
 // left are adopted. So is its FUSE mount, with the lazy mounts over it, if the
-// Keeper has its descriptor: reads that waited meanwhile are answered. Otherwise
+// Keeper has its descriptor: reads that waited for the new process are answered. Otherwise
 // these are detached and mounted again at the same places, and who used them gets
 // I/O errors. Mounts and mount points of diffs that are not there any more are
 // removed. It fails if another process has Root open.

@@ -44,7 +44,7 @@ type fetchState struct {
 	paused  bool // the attempt that runs has been cancelled by pause
 	again   bool // and was wanted again after that
 	failed  int  // attempts in a row
-	noSpace bool // the last of them for want of room
+	noSpace bool // the last of them for lack of room
 	timer   *time.Timer
 	cancel  context.CancelFunc // of the attempt that runs
 	attempt *attempt           // queued or running
@@ -361,7 +361,7 @@ func (q *queue) close(all []*volume) {
 }
 
 // ContainerStarts says that a container on these diffs is about to start: prefetch
-// gives way to it, and its first reads are recorded (Config.Profiles).
+// waits for it, and its first reads are recorded (Config.Profiles).
 func (m *Manager) ContainerStarts(ids ...blockdev.Digest) {
 	m.cache.ExpectDemand()
 	m.record(m.known(ids))

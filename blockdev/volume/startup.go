@@ -14,7 +14,7 @@ import (
 
 const (
 	// startupRequests are under way at a time for one image. One that comes through
-	// other nodes takes some links' time to come, and meanwhile the link here must
+	// other nodes takes some links' time to come, and until then the link here must
 	// have something to do; no server is asked for more (exchange.Limits).
 	startupRequests = 8
 	// startupWindow is how many chunks, by rank, are sorted into one request for

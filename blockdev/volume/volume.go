@@ -38,7 +38,7 @@ type volume struct {
 	diff diff
 
 	// turn is held (by sending) during anything that does I/O: mounting,
-	// removing. Whoever gets it looks at gone first.
+	// removing. A goroutine that gets it looks at gone first.
 	turn chan struct{}
 
 	mu   sync.Mutex // for what follows; never held across I/O

@@ -28,7 +28,7 @@ type change[C any] struct {
 	apply func(C) error
 }
 
-// reloader reads a daemon's config anew, and applies what can be changed while the
+// reloader reads a daemon's config again, and applies what can be changed while the
 // daemon runs.
 type reloader[C any] struct {
 	load    func() (C, error)

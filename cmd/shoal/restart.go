@@ -74,7 +74,7 @@ func listenKept(store *fdstore.Store, name string, s socket, log *slog.Logger) (
 			return ln, nil
 		}
 		log.Warn("cannot take over a stored socket; a new one is made", "socket", name, "cause", err)
-		// Whoever still connects to the old one must not wait for ever.
+		// A client that still connects to the old one must not wait for ever.
 		if err := store.Drop(name); err != nil {
 			return nil, err
 		}

@@ -39,7 +39,7 @@ func peerIDs(infos []peer.AddrInfo) []peer.ID {
 }
 
 // siblingSign is how long a supernode waits for another one's first sign of life before
-// it goes on without it: a node waits meanwhile. Earlier versions give one after 5 s.
+// it goes on without it: a node waits for that long. Earlier versions give one after 5 s.
 const siblingSign = 6 * time.Second
 
 // siblings are the other supernodes as a supernode asks them.

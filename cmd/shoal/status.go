@@ -94,7 +94,7 @@ func writeStatus(w io.Writer, st *control.Status) error {
 	return writeNotLazy(w, st.NotLazy)
 }
 
-// writeNotLazy lists the images that are unpacked in the ordinary way. Of a reason
+// writeNotLazy lists the images that containerd unpacks. Of a reason
 // the first line is enough here.
 func writeNotLazy(w io.Writer, list []control.NotLazy) error {
 	if len(list) == 0 {

@@ -16,7 +16,7 @@ import (
 
 // supernodeRestart is how long a pull waits for the only supernode after its
 // connection was lost: a restart takes less, and an image that was not opened then
-// would be unpacked in the ordinary way for good.
+// would be unpacked by containerd for good.
 const supernodeRestart = 3 * time.Second
 
 // links are a node's connections to its supernodes.

@@ -85,7 +85,7 @@ func Pages(path string) error {
 // at that very moment write over.
 const liveTries = 10
 
-// Live checks a database that is in use, as it is now. Others read and write meanwhile:
+// Live checks a database that is in use, as it is now. Others read and write during the check:
 // a transaction that only reads keeps the pages that it sees from being used again,
 // and they are read once. A writer waits only if the file outgrows its memory map.
 func Live(db *bolt.DB, visit func(tx *bolt.Tx) error) error {

@@ -9,7 +9,7 @@ import (
 
 // Seal writes down that nothing is missing from a database that is opened with
 // NoFreelistSync, as the last thing before it is closed: its list of free pages. The
-// next transaction takes that back, so whoever finds it knows that none has come after.
+// next transaction takes that back, so a reader that finds it knows that none has come after.
 func Seal(db *bolt.DB) error {
 	db.NoFreelistSync = false
 	return guard(func() error { return db.Update(func(*bolt.Tx) error { return nil }) })

@@ -3,7 +3,7 @@
 //
 // # Terms
 //
-//   - flight: work that runs, known by its key. Whoever asks for the same key joins
+//   - flight: work that runs, known by its key. A caller that asks for the same key joins
 //     it: the key is who may join, so it names all that the answer depends on.
 //   - asker: somebody who has joined a flight and has not left it.
 //   - state: what a flight's work and its askers share. Its own lock guards what
@@ -173,7 +173,7 @@ func (g *Group[K, S]) leave(key K, fl *flight[S]) {
 	})
 }
 
-// endLocked ends a flight without askers. Who comes from now on begins anew.
+// endLocked ends a flight without askers. Who comes from now on begins again.
 func (g *Group[K, S]) endLocked(key K, fl *flight[S]) {
 	g.removeLocked(key, fl)
 	fl.cancel(ErrAlone)

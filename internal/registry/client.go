@@ -271,7 +271,7 @@ func (s *session) resolver(caps docker.HostCapabilities) remotes.Resolver {
 	return docker.NewResolver(docker.ResolverOptions{Hosts: func(string) ([]docker.RegistryHost, error) { return hosts, nil }})
 }
 
-// do runs one question with a session: once more with a fresh one where the
+// do runs one question with a session: again with a fresh one where the
 // answer may have been a kept one, and a few times where the registry was not
 // available and did not ask to be left alone.
 func (c *Client) do(ctx context.Context, ref Reference, name string, cred blockdev.Credential, ask func(context.Context, *session) error) error {

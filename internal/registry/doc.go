@@ -11,7 +11,7 @@
 //
 //   - Nothing of a registry is believed: manifests and configs are read through
 //     size limits and hashed against their digest, layer lists and DiffIDs are
-//     checked against each other. Layers are handed on unhashed; whoever stores
+//     checked against each other. Layers are passed on unhashed; a caller that stores
 //     them hashes them (package ingest).
 //   - A credential goes to the registry of the reference and to the token server
 //     which that registry names, never to a mirror, never to the target of a

@@ -138,7 +138,7 @@ func (b *blob) Read(p []byte) (int, error) {
 	case err != nil:
 		return n, mapError(b.ctx, b.name, err)
 	}
-	// The bytes are here: a wait holds back those behind them, and whoever sends them.
+	// The bytes are here: a wait holds back those after them, and their sender.
 	if err := b.budget.Take(b.own, b.host, blockdev.Demand, int64(n)); err != nil {
 		return n, mapError(b.ctx, b.name, err)
 	}

@@ -262,7 +262,7 @@ func (r redirects) check(req *http.Request, via []*http.Request) error {
 	}
 	down := r.scheme(last.URL) == "https" && req.URL.Scheme == "http" && !loopback(req.URL.Hostname())
 	if down && (purpose(req) != "blobs" || req.Context().Value(onlyTLS{}) != nil) {
-		// Blobs are checked by digest, whoever sends them.
+		// Blobs are checked by digest, from each sender.
 		e := refuse("redirects from https to http")
 		e.plain = true
 		return e

@@ -31,9 +31,9 @@ type Options struct {
 	// a node that let the one wait for the other could wait for itself.
 	Forwards int
 	// Peer: the server gets chunks from others as this machine does, maybe from
-	// this machine. So that nobody waits for himself in the end, prefetches
+	// this machine. So that no caller waits for itself, prefetches
 	// beyond their limit fail with wire.ErrBusy and do not wait, neither for each
-	// other nor for the window: whoever calls bounds them. It is one of many: only the
+	// other nor for the window: the caller bounds them. It is one of many: only the
 	// first attempt to connect is waited for.
 	Peer bool
 	// Window bounds the bytes that prefetches have under way. The clients of one

@@ -19,7 +19,7 @@
 //   - Neither end waits for the other without a deadline, nor holds more for one
 //     stream than a few chunks.
 //   - The client believes nothing: each frame is for a chunk that was asked for
-//     and has not come, with the length that the index says, and Deliver judges the bytes. Whoever breaks a rule loses
+//     and has not come, with the length that the index says, and Deliver judges the bytes. A peer that breaks a rule loses
 //     the stream, and the error wraps blockdev.ErrCorrupt.
 //   - The server never queues a request beyond its limits: it answers busy.
 //   - Demand goes first: while a peer waits for one, its prefetches pause, and

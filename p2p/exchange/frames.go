@@ -14,7 +14,7 @@ import (
 // an image that all of them fetch asks about when the node gets it itself, so a
 // few megabytes catch nearly all. The oldest go first.
 //
-// A frame is given out only after whoever took the chunk has said that its bytes
+// A frame is given out only after the taker of the chunk has said that its bytes
 // are right. Frames may be used from several goroutines; a nil one keeps nothing.
 type Frames struct {
 	mu    sync.Mutex

@@ -84,7 +84,7 @@ func (c *Client) converse(ctx context.Context, l *lane, out []byte, take func(*s
 
 // converseOnce sends a request on a stream of its own and has take read the answer,
 // which says whether any of it has come. If nothing has, and the connection has
-// died unnoticed, it asks once more.
+// died unnoticed, it asks again.
 func (c *Client) converseOnce(ctx context.Context, l *lane, out []byte, take func(*stream) (begun bool, err error)) error {
 	ready := c.readyAgain
 	if l == c.reports {

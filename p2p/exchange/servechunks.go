@@ -33,7 +33,7 @@ func (s *Server) serveChunks(st network.Stream) error {
 		}
 		req, err := wire.ParseChunkRequest(b)
 		if err != nil {
-			// Said in words, for whoever wrote that client, and then over.
+			// Said in words, for the authors of that client, and then over.
 			invalid := &wire.Error{Code: wire.Code_CODE_INVALID, Text: wire.CleanText(err.Error(), wire.MaxErrorText)}
 			return s.refuse(st, &out, invalid)
 		}

@@ -52,8 +52,8 @@ func (a *indexAnswer) fail(e *wire.Error) error {
 	return a.last(&wire.IndexFrame{Part: &wire.IndexFrame_Error{Error: e}})
 }
 
-// open asks for the image, and for a place to send it: whoever waits for an image
-// takes none from those whose image is there. It tells the client meanwhile that
+// open asks for the image, and for a place to send it: a client that waits for an image
+// takes none from those whose image is there. Until then it tells the client that
 // somebody is at it, and how far it is. failed is for the client to know, err is the stream's.
 func (a *indexAnswer) open(from string, req *blockdev.ImageRequest, progress bool) (img *blockdev.Image, failed, err error) {
 	var news progressNews

@@ -18,7 +18,7 @@ const (
 	// then one prefetch request of one chunk is under way at a time.
 	recent = 50 * time.Millisecond
 	// holdOff is how long prefetch waits for demand requests that are under way
-	// before it sends a request of one chunk all the same: a steady stream of
+	// before it sends a request of one chunk without room: a steady stream of
 	// them slows prefetch to a trickle and does not stop it.
 	holdOff = 50 * time.Millisecond
 
@@ -238,7 +238,7 @@ type search struct {
 	rested          int  // epochs since the last search
 }
 
-// reset starts the epoch anew.
+// reset starts the epoch again.
 func (s *search) reset(now time.Time) {
 	s.began, s.bytes, s.arrivals, s.eager, s.wanted = now, 0, 0, 0, false
 }

@@ -44,7 +44,7 @@ type Config struct {
 	// carry at most two windows per round trip.
 	Window int
 	// Guard, if not nil, decides who may connect, and asks for each stream
-	// before its handler sees it, whoever has set that handler.
+	// before its handler sees it, for each package's handlers.
 	Guard Guard
 	// Registerer, if not nil, takes libp2p's own metrics. There are many.
 	Registerer prometheus.Registerer

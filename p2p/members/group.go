@@ -139,7 +139,7 @@ func entries(ms []*wire.GroupMember) ([]*entry, error) {
 	return out, nil
 }
 
-// remake makes the view anew.
+// remake makes the view again.
 func (g *group) remake() error {
 	v := &route.View{Group: g.id, Version: g.version, Zone: g.zone, Cell: g.cell}
 	v.Members = make([]route.Member, 0, len(g.members))

@@ -203,7 +203,7 @@ func (n *Node) answer(s *session, a *wire.Answer) {
 }
 
 // heardLocked wakes those that wait for the answers to a question: there is one more,
-// or one that is not to be had.
+// or one that cannot be read.
 func (n *Node) heardLocked(q *question, now time.Time) {
 	if len(q.left) == 0 {
 		q.again = now.Add(noTime)

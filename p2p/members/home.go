@@ -123,7 +123,7 @@ func (n *Node) update(s *session, u *wire.GroupUpdate) error {
 	defer n.mu.Unlock()
 	g := n.groups[blockdev.Digest(u.Group)]
 	if g == nil || g.home != s {
-		return nil // left, or moved, meanwhile
+		return nil // left, or moved, since
 	}
 	if err := g.apply(s, u); err != nil {
 		g.anew = true

@@ -78,7 +78,7 @@ type Node struct {
 	super     map[peer.ID]*session
 	groups    map[blockdev.Digest]*group
 	byDiff    map[blockdev.Digest][]*group // those that have a diff
-	changed   chan struct{}                // closed, and made anew, when views or answers change
+	changed   chan struct{}                // closed, and made again, when views or answers change
 	strangers map[peer.ID]time.Time
 	asked     map[peer.ID]*question
 	alone     time.Time // since when no supernode has us; zero: one has

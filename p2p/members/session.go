@@ -387,7 +387,7 @@ func (s *session) pending() []*wire.MemberRequest {
 		if in {
 			join := s.n.joinMessage(s, id)
 			if join == nil {
-				continue // left, or moved, meanwhile
+				continue // left, or moved, since
 			}
 			m.Part = &wire.MemberRequest_Join{Join: join}
 		}

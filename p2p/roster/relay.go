@@ -40,7 +40,7 @@ type relayKey struct {
 type relays struct {
 	ready   []relay               // those who have them, in the order in which they got them
 	given   map[peer.ID]time.Time // who is being given them by the supernode, since when
-	changed chan struct{}         // closed, and made anew, when there is one more in ready
+	changed chan struct{}         // closed, and made again, when there is one more in ready
 }
 
 // relay is a member that has the indexes, and how many it was named to.

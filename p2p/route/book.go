@@ -70,7 +70,7 @@ type Book struct {
 
 // below is how it went lately to ask the one below in a tree, which a root does in case
 // it came late and the others have everything. Where all came at once nobody has
-// anything, and each such question costs an answer's time: after some in vain it
+// anything, and each such question costs an answer's time: after some failures it
 // is asked for one chunk in eight only, until one is answered.
 type below struct {
 	vain  uint8 // in a row

@@ -15,7 +15,7 @@ type Key uint64
 // KeyOf returns the key of a digest.
 func KeyOf(d blockdev.Digest) Key { return Key(binary.BigEndian.Uint64(d[:8])) }
 
-// hashID is FNV-1a, mixed once more because FNV leaves the high bits of short
+// hashID is FNV-1a, mixed again because FNV leaves the high bits of short
 // strings much alike.
 func hashID(id string) uint64 {
 	h := uint64(14695981039346656037)

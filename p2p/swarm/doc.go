@@ -33,5 +33,5 @@
 //   - Connections, streams, requests under way and buffers are bounded; a demand
 //     read never waits for a slot that prefetch holds.
 //   - Deliver is called once at a time for a search, and holds up nothing else of
-//     it: no other lock is held meanwhile.
+//     it: no other lock is held at the same time.
 package swarm

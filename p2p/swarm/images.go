@@ -23,7 +23,7 @@ type images struct {
 
 // OpenImageFor implements exchange.Images: of the image with the request's Manifest
 // it gives the layer whose DiffID is in Only: one, so that a request costs one
-// index of memory. Whoever is in the image's group has been given it before; who is
+// index of memory. A node in the image's group has been given it before; a node that is
 // not hears blockdev.ErrNotFound, as for what is not here.
 func (im *images) OpenImageFor(ctx context.Context, from string, req blockdev.ImageRequest) (*blockdev.Image, error) {
 	id, err := peer.Decode(from)

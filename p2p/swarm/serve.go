@@ -84,7 +84,7 @@ func (a *answer) Chunk(ctx context.Context, i int) (exchange.Encoded, error) {
 	if a.absent != nil && a.f.Absent(i) {
 		return exchange.Encoded{}, a.absent
 	}
-	// Whoever has waited finds it there: it is kept before it is delivered.
+	// A caller that has waited finds it there: it is kept before it is delivered.
 	if a.f.Has(i) {
 		if e, ok := a.s.cfg.Frames.Get(ctx, a.q.Digests[i]); ok {
 			return e, nil

@@ -11,7 +11,7 @@ import (
 )
 
 // Chunk frames are the data path, so they are encoded and decoded by hand: a
-// generated message would copy the chunk once more at either end. The bytes are
+// generated message would copy the chunk again at either end. The bytes are
 // those of message ChunkFrame; tests compare with the generated code.
 
 // Field numbers of ChunkFrame.

@@ -89,7 +89,7 @@ type Config struct {
 	Now func() time.Time
 }
 
-// Open opens the record of who had access, or begins it anew if it is damaged.
+// Open opens the record of who had access, or begins it again if it is damaged.
 func Open(cfg Config) (*Access, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now

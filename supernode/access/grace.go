@@ -25,7 +25,7 @@ const (
 	maxStretched  = 1 << 12
 )
 
-// renewed are user names whose password is a token that nodes get anew within
+// renewed are user names whose password is a token that nodes get again within
 // hours (ECR, Google, Azure, identity tokens). An outage may last longer.
 var renewed = map[string]bool{"AWS": true, "oauth2accesstoken": true, "00000000-0000-0000-0000-000000000000": true, "<token>": true}
 

@@ -39,7 +39,7 @@
 //   - One flight per layer, size and registry host, however many ask. Those who ask may
 //     leave; the flight goes on while somebody waits, and Config.Grace longer.
 //   - Spool files together stay within Config.SpoolQuota. Who waits for room in it has
-//     no place meanwhile.
+//     no place at that time.
 //   - Memory depends on a layer's number of files and, by some 100 bytes each, of
 //     chunks, for the index. Not on its bytes otherwise.
 package ingest

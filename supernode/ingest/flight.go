@@ -253,7 +253,7 @@ func (f *arrival) open(ctx context.Context, offset int64) (io.ReadCloser, error)
 			return nil, err
 		}
 		f.mu.Lock()
-		last := i == len(f.opens)-1 // now: somebody may have come meanwhile
+		last := i == len(f.opens)-1 // now: another caller may have come since
 		f.refused = f.refused || last
 		f.mu.Unlock()
 		if last {

@@ -138,7 +138,7 @@ func (s *spool) orphansLocked(name string) ([]orphan, error) {
 		}
 		fi, err := e.Info()
 		if err != nil {
-			continue // gone meanwhile
+			continue // gone since
 		}
 		list = append(list, orphan{e.Name(), fi.Size(), fi.ModTime()})
 	}

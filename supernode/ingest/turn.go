@@ -43,7 +43,7 @@ func (f *arrival) turn(ctx context.Context, n int) error {
 	if pieced && errors.Is(err, blockdev.ErrCorrupt) && tctx.Err() == nil {
 		// The seam may be the cause: a power failure can leave garbage at the end of
 		// the spool file, and a registry may answer a range request with something
-		// else. Once more, all of it from the registry.
+		// else. Again, all of it from the registry.
 		f.in.cfg.Log.Warn("a layer is wrong after its download was resumed; fetching all of it again", "image", f.l.Ref, "layer", f.l.Digest, "error", err)
 		if err = sf.restart(); err == nil {
 			err = f.through(tctx, sf, &pieced)
@@ -81,7 +81,7 @@ func (f *arrival) board(ctx context.Context, rank int) (*spoolFile, func(), erro
 }
 
 // pace ends the turn where the registry trickles and another layer waits. A layer
-// that has had turns gets longer ones: what is in its spool file is unpacked anew in
+// that has had turns gets longer ones: what is in its spool file is unpacked again in
 // each.
 func (f *arrival) pace(ctx context.Context, turn int, end context.CancelCauseFunc) (stop func()) {
 	places := f.in.places(f.l.Size)

@@ -74,7 +74,7 @@ const (
 
 var profileBucket = []byte("profiles-1")
 
-// Open opens the file in dir, or begins it anew if it is damaged. now is the time; nil:
+// Open opens the file in dir, or begins it again if it is damaged. now is the time; nil:
 // time.Now.
 func Open(dir string, log *slog.Logger, now func() time.Time) (*Profiles, error) {
 	if now == nil {
@@ -204,7 +204,7 @@ func (p *Profiles) Report(peer string, d blockdev.DiffProfile, chunks func() (in
 	return true, nil
 }
 
-// room says whether a report of a peer's would be kept: whoever has nothing new to
+// room says whether a report of a peer's would be kept: a peer that has nothing new to
 // say costs one look.
 func (p *Profiles) room(peer string, diff blockdev.Digest) (room bool, err error) {
 	n := report{Peer: peer, At: p.now()}

@@ -25,7 +25,7 @@ type change struct {
 	// reserved bytes of an ingest become bytes of its pack with this change.
 	reserved int64
 	// committed, if set, is called after the commit and before anything is
-	// freed: whoever looks for a chunk from then on must not find the old place.
+	// freed: a reader that looks for a chunk from then on must not find the old place.
 	committed func()
 }
 

@@ -11,7 +11,7 @@ import (
 )
 
 // compressor makes zstd frames of chunks, on a thread of its own with the lowest
-// priority: nobody waits for them, and whoever starts a container on this machine,
+// priority: no caller waits for them, and a node that starts a container on this machine,
 // or is served meanwhile, has better use for the processor. It is safe for
 // concurrent use.
 //

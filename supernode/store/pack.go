@@ -153,7 +153,7 @@ func (p *packs) read(e extent, buf []byte) ([]byte, error) {
 	n := len(buf)
 	buf = append(buf, make([]byte, e.Length)...)
 	if _, err := pf.f.ReadAt(buf[n:], e.Offset); err != nil {
-		// Short files and EIO alike: the bytes are not to be had.
+		// Short files and EIO alike: the bytes cannot be read.
 		return nil, fmt.Errorf("pack %016x offset %d: %w: %w", e.Pack, e.Offset, blockdev.ErrCorrupt, err)
 	}
 	if checksum(buf[n:]) != e.CRC {

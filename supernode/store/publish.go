@@ -28,7 +28,7 @@ type LayerRecord struct {
 }
 
 // maxOrigins bounds the origins remembered per layer; the newest are. One that is
-// forgotten has to show once more that it has the layer.
+// forgotten has to show again that it has the layer.
 const maxOrigins = 256
 
 // refBytesInDB is about what one new chunk adds to index.db, with its entry in

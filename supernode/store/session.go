@@ -245,7 +245,7 @@ func (in *Ingest) bufferLocked() *buffer {
 	return &buffer{start: in.size, data: make([]byte, 0, writeBuffer)}
 }
 
-// write puts a full buffer into the file, and only then gives it up: whoever
+// write puts a full buffer into the file, and only then gives it up: a reader that
 // reads a chunk finds it in the one or in the other.
 func (in *Ingest) write(b *buffer) error {
 	if _, err := in.pack.f.WriteAt(b.data, b.start); err != nil {
@@ -318,7 +318,7 @@ func (in *Ingest) Abort() {
 	if !in.end() {
 		return
 	}
-	in.gate.Lock() // whoever makes a batch comes to an end first
+	in.gate.Lock() // a goroutine that makes a batch comes to an end first
 	defer in.gate.Unlock()
 	in.leave() // first, so that nobody looks for chunks in a pack that is gone
 	in.s.packs.release(in.pack)

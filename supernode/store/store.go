@@ -36,7 +36,7 @@ type Config struct {
 	// as the store is large.
 	Thorough bool
 	// Yield is called when there is no room and all diffs are pinned: it gives one pin
-	// back, or says false. Nil: there is none to be had.
+	// back, or says false. If nil, then none can be given back.
 	Yield func() bool
 
 	// For tests: the size of a step and of a run, and what is called at points

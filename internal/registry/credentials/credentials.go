@@ -2,7 +2,7 @@
 //
 // # Invariants
 //
-//   - Files and helper programs are read anew at each request, so that a rotated
+//   - Files and helper programs are read again at each request, so that a rotated
 //     credential counts at once. Nothing is stored.
 //   - A secret is in no error and in no log line.
 package credentials

@@ -108,7 +108,7 @@ func Sync(f *os.File) error {
 	return nil
 }
 
-// Control calls fn with the descriptor of f, which stays open meanwhile.
+// Control calls fn with the descriptor of f, which stays open during the call.
 func Control(f *os.File, fn func(fd int) error) error {
 	rc, err := f.SyscallConn()
 	if err != nil {

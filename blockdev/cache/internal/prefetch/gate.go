@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// Gate lets prefetch give way to demand reads, wherever in the Cache they are. A
+// Gate makes prefetch wait for demand reads, wherever in the Cache they are. A
 // program that starts reads, computes and reads again: prefetch that fills the
 // gaps has the next read wait behind it for processor and link, so it waits until
 // there has been no demand read for a while. It does not wait for the reads of a diff

@@ -11,14 +11,14 @@ const windowShare = 4
 
 // Inflight bounds what prefetch has under way in the whole Cache: bytes that were asked
 // for and have not come, chunk by chunk. The chunks of a request come from many
-// nodes, some of them late; whoever waited for the last one before it asked for more
-// would have his link idle meanwhile.
+// nodes, some of them late; a node that waited for the last one before it asked for more
+// would leave its link idle.
 type Inflight struct {
 	Size func() int64 // bytes
 
 	mu    sync.Mutex
 	used  int64
-	freed chan struct{} // closed, and made anew, when used falls
+	freed chan struct{} // closed, and made again, when used falls
 }
 
 func newInflight(size func() int64) *Inflight {

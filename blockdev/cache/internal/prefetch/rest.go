@@ -9,7 +9,7 @@ import (
 // anybody's way.
 const restBytes = 1 << 20
 
-// Rest keeps work on local data in the background: it gives way to demand reads,
+// Rest keeps work on local data in the background: it waits for demand reads,
 // and rests for as long as it has worked.
 type Rest struct {
 	gate  *Gate

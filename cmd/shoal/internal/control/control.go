@@ -35,7 +35,7 @@ type Status struct {
 	NotLazy []NotLazy `json:"not_lazy,omitempty"`
 }
 
-// NotLazy says why an image is unpacked in the ordinary way.
+// NotLazy says why containerd unpacks an image.
 type NotLazy struct {
 	Ref string `json:"ref"` // empty: containerd has not said which image it is
 	// Cause is the class that the metric counts, and Why the whole of it.

@@ -1,5 +1,5 @@
 // Package fdstore is a daemon's side of sd_notify(3): descriptors that outlive the
-// process, and telling whoever started it how it is. On the other side is
+// process, and telling the program that started it how it is. On the other side is
 // systemd (FileDescriptorStoreMax=), or `shoal keep`; or nobody, and then nothing
 // of this does anything.
 //
@@ -25,7 +25,7 @@ import (
 // barrierTimeout is how long the other side may take to do what it was told.
 const barrierTimeout = 5 * time.Second
 
-// ErrNoStore: whoever started this process keeps no descriptors.
+// ErrNoStore: the program that started this process stores no descriptors.
 var ErrNoStore = errors.New("no descriptor store holds descriptors for this process")
 
 // Store is the descriptor store of this process.

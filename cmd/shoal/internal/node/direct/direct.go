@@ -150,7 +150,7 @@ func (s *Source) Fetch(ctx context.Context, req blockdev.Request, deliver blockd
 		case p.err == nil && whole:
 			return fmt.Errorf("registry: %s has no such chunk (%d of %d): %w", p.name(), len(c.left), len(req.Chunks), blockdev.ErrNotFound)
 		}
-		// The pass had begun before this call came: once more from the start.
+		// The pass had begun before this call came: again from the start.
 	}
 	return nil
 }

@@ -5,7 +5,7 @@
 // # Terms
 //
 //   - pass: one download of one layer, decompressed and cut into chunks just as a
-//     supernode does it (blockdev/layer). Whoever waits for a chunk gets it when
+//     supernode does it (blockdev/layer). A read that waits for a chunk gets it when
 //     the pass comes to it; whatever else goes by is offered to Config.Keep.
 //
 // # Invariants

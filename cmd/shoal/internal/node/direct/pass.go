@@ -83,7 +83,7 @@ func (p *pass) run() {
 	if p.idle != nil {
 		p.idle.Stop()
 	}
-	// Who has come since the timer fired starts anew.
+	// Who has come since the timer fired starts again.
 	if errors.Is(err, errIdle) {
 		err = errRestart
 	}

@@ -46,7 +46,7 @@ type Authority struct {
 }
 
 // OpenAuthority reads the authority below dir, or makes one if there is none, or
-// if it is unreadable or about to expire: containerd reads CAFile anew at each
+// if it is unreadable or about to expire: containerd reads CAFile again at each
 // pull. address is the mirror's host:port. log may be nil.
 func OpenAuthority(dir, address string, log *slog.Logger) (*Authority, error) {
 	return openAuthority(dir, address, log, time.Now)
@@ -132,7 +132,7 @@ func (a *Authority) make(dir string) error {
 	if err != nil {
 		return err
 	}
-	// The key first: a certificate without its key is made anew at the next start.
+	// The key first: a certificate without its key is made again at the next start.
 	if err := durable.Replace(filepath.Join(dir, keyFile), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: kb}), 0o600); err != nil {
 		return err
 	}

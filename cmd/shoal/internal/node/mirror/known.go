@@ -85,7 +85,7 @@ func (k *known) tag(name string, manifest blockdev.Digest) string {
 
 const (
 	// patience is how long a request waits for the source's answer, and impatience
-	// how long it does after one has waited in vain: what the source has at hand
+	// how long it does after one has waited for nothing: what the source has at hand
 	// comes within that. A pull asks three or four times, so together they are less
 	// than a second.
 	patience   = 700 * time.Millisecond
@@ -133,7 +133,7 @@ func (h *health) begin(host string, now time.Time) (time.Duration, bool) {
 	return wait, true
 }
 
-// late notes that one has waited in vain. It reports whether that is news.
+// late notes that one has waited for nothing. It reports whether that is news.
 func (h *health) late(host string, now time.Time) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -57,7 +57,7 @@ type Config struct {
 	// Opener, if not nil, opens the images that are pulled.
 	Opener Opener
 	// NodeCredentials, if not nil, are used where a pull's own credential opens
-	// nothing: whoever can pull on this machine can then pull what they open.
+	// nothing: all users that can pull on this machine can then pull what they open.
 	NodeCredentials Credentials
 	// Remote: the source is on another machine, where names like localhost mean
 	// something else. They are left to containerd's next host.
@@ -157,7 +157,7 @@ func (m *Mirror) serve(w http.ResponseWriter, r *http.Request, kind *string) err
 	doc, cred, err := m.ask(r.Context(), host, t, head, cred)
 	if err != nil {
 		if m.cfg.Opener != nil && errors.Is(err, errLate) && t.what != blob && !head && t.tag == "" && isManifest(r.Header.Get("Accept")) {
-			// The answer is late, and the image is opened all the same, for the Prepare
+			// The answer is late, and the image is still opened, for the Prepare
 			// that follows. Whether this credential may have it is asked then, too.
 			m.cfg.Opener.Begin(t.name, m.known.tag(t.name, t.digest), t.digest, cred)
 		}
@@ -359,7 +359,7 @@ func refusal(r *http.Request, err error) *challenge {
 }
 
 // fail answers with err and returns the status. What is said to containerd it
-// shows to whoever pulled, if no other host has the answer either.
+// shows to the user that pulled, if no other host has the answer either.
 func (m *Mirror) fail(w http.ResponseWriter, r *http.Request, err error) int {
 	c := refusal(r, err)
 	var p *problem

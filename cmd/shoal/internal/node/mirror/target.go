@@ -34,7 +34,7 @@ func (t target) ref() string {
 }
 
 // The grammar of the distribution specification. The supernode holds names to it
-// once more; here it keeps what is no name from the node's credential helpers.
+// again; here it keeps what is no name from the node's credential helpers.
 var (
 	hostRE = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|\[[0-9a-fA-F:.]{2,45}\])(:[0-9]{1,5})?$`)
 	repoRE = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
