@@ -27,7 +27,7 @@ const (
 	// File is where in Config.Dir it is kept who had access, and Lost is what a damaged one
 	// costs.
 	File = "access.db"
-	Lost = "while a registry is down, only nodes that got access after this repair have it"
+	Lost = "while a registry is down, only nodes that got access since then have it"
 )
 
 const (
@@ -89,7 +89,7 @@ type Config struct {
 	Now func() time.Time
 }
 
-// Open opens the record of who had access, or begins it again if it is damaged.
+// Open opens the access records, or begins them again if they are damaged.
 func Open(cfg Config) (*Access, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -100,7 +100,7 @@ func Open(cfg Config) (*Access, error) {
 		if aerr != nil {
 			return nil, aerr
 		}
-		cfg.Log.Error("the record of who had access is damaged and was set aside; "+Lost, "aside", aside, "error", err)
+		cfg.Log.Error("the access records are damaged and were set aside; "+Lost, "aside", aside, "error", err)
 	}
 	db, err := bbolt.Open(file, 0o600, &bbolt.Options{Timeout: time.Second})
 	if err != nil {
