@@ -13,6 +13,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
+	"github.com/shoalfs/shoal/supernode/layers"
 )
 
 // Nothing that is slow takes others along: no registry, no image, no node.
@@ -134,30 +135,36 @@ func (stuckHolder) Fetch(ctx context.Context, _ blockdev.Request, _ blockdev.Del
 
 func (stuckHolder) Close() error { return nil }
 
+// restores is how many layers come from nodes at a time.
+const restores = 2
+
 // TestSlowHolders: a layer that no node has does not wait for those that nodes give
 // back slowly.
 func TestSlowHolders(t *testing.T) {
 	f := registrytest.NewFake(t)
 	lost := map[blockdev.Digest]bool{}
-	for i := range maxRestores {
+	for i := range restores {
 		lost[f.Push(t, fmt.Sprint("lost", i), "v1", registrytest.GzipLayer(t, "a", 1000, uint64(1+i)))] = true
 	}
 	l := registrytest.GzipLayer(t, "c", 1000, 30)
 	f.Push(t, "new", "v1", l)
 	var asked, wg sync.WaitGroup
-	asked.Add(maxRestores)
+	asked.Add(restores)
 	s := start(t, func(c *Config) {
-		c.Holders = func(m blockdev.Digest, _ string, _ int) []Holder {
+		c.Holders = func(m blockdev.Digest, _ string, _ int) []layers.Holder {
 			if lost[m] {
-				return []Holder{stuckHolder{asked.Done}}
+				return []layers.Holder{stuckHolder{asked.Done}}
 			}
 			return nil
 		}
 	})
+	if n := s.layers.Places()["restoring"]().Capacity; n != restores {
+		t.Fatalf("%d places for layers that come from nodes: others are to wait in this test", n)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer wg.Wait()
 	defer cancel()
-	for i := range maxRestores {
+	for i := range restores {
 		wg.Go(func() {
 			if _, err := s.OpenImageFor(ctx, "n", request(f.Target, fmt.Sprintf("lost%d:v1", i), nobody)); !errors.Is(err, context.Canceled) {
 				t.Errorf("%v", err)

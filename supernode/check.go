@@ -16,13 +16,12 @@ import (
 )
 
 // Check checks the store while it is in use: see store.Check.
-func (s *Supernode) Check(ctx context.Context) (*store.Health, error) {
-	ctx, end, err := s.begin(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer end()
-	return s.store.Check(ctx, true)
+func (s *Supernode) Check(ctx context.Context) (h *store.Health, err error) {
+	err = s.requests.do(ctx, "check", func(ctx context.Context) error {
+		h, err = s.store.Check(ctx, true)
+		return err
+	})
+	return h, err
 }
 
 // Inspect checks the data directory of a supernode that does not run; if one does,

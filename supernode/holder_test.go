@@ -11,6 +11,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/layer"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
+	"github.com/shoalfs/shoal/supernode/layers"
 )
 
 // aHolder is a node that has what a supernode has, and may lie.
@@ -60,12 +61,12 @@ func (h *aHolder) Close() error { h.closed.Add(1); return nil }
 // they lie or have nothing.
 func TestHolders(t *testing.T) {
 	reg := registrytest.NewFake(t)
-	layers := []registrytest.Layer{
+	image := []registrytest.Layer{
 		registrytest.GzipLayer(t, "large", 6<<20, 1), // several requests
 		registrytest.GzipLayer(t, "small", 10, 2),
 	}
 	other := registrytest.GzipLayer(t, "other", 100_000, 3)
-	reg.Push(t, "team/app", "v1", layers...)
+	reg.Push(t, "team/app", "v1", image...)
 	reg.Push(t, "team/other", "v1", other)
 	had := start(t)
 	for _, image := range []string{"team/app:v1", "team/other:v1"} {
@@ -127,21 +128,21 @@ func TestHolders(t *testing.T) {
 				c.holder.t, c.holder.has, c.holder.image = t, had, app
 			}
 			s := start(t, func(cfg *Config) {
-				cfg.Holders = func(manifest blockdev.Digest, origin string, n int) []Holder {
+				cfg.Holders = func(manifest blockdev.Digest, origin string, n int) []layers.Holder {
 					if c.holder == nil {
 						return nil
 					}
 					if origin != reg.Host+"/team/app" || manifest == (blockdev.Digest{}) || n < 1 {
 						t.Errorf("asked for %d holders of %s on the word of %s", n, manifest, origin)
 					}
-					return []Holder{c.holder}
+					return []layers.Holder{c.holder}
 				}
 			})
 			img, err := s.OpenImageFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody))
 			if err != nil {
 				t.Fatal(err)
 			}
-			wantImage(t, s, img, layers...)
+			wantImage(t, s, img, image...)
 			for i, l := range img.Layers { // whoever has made it before
 				got, err := index.Decode(l.Index)
 				if err != nil {
@@ -155,7 +156,7 @@ func TestHolders(t *testing.T) {
 					t.Errorf("layer %d has another index than that of this version's builder", i)
 				}
 			}
-			if n := blobs(reg, layers); (n > 0) != c.fromRegistry {
+			if n := blobs(reg, image); (n > 0) != c.fromRegistry {
 				t.Errorf("a layer was fetched %d times from the registry", n)
 			}
 			if h := c.holder; h != nil && (h.asked.Load() == 0 || h.closed.Load() == 0) {
@@ -168,12 +169,12 @@ func TestHolders(t *testing.T) {
 	good := &aHolder{t: t, has: had, image: app}
 	reg.Forget()
 	s := start(t, func(cfg *Config) {
-		cfg.Holders = func(blockdev.Digest, string, int) []Holder { return []Holder{bad, good} }
+		cfg.Holders = func(blockdev.Digest, string, int) []layers.Holder { return []layers.Holder{bad, good} }
 	})
 	if err := warm(t, s, request(reg.Target, "team/app:v1", nobody), nil); err != nil {
 		t.Fatal(err)
 	}
-	if n := blobs(reg, layers); n != 0 {
+	if n := blobs(reg, image); n != 0 {
 		t.Errorf("a layer was fetched %d times from the registry although a node had it", n)
 	}
 }

@@ -40,7 +40,10 @@ func newIndexes(read func(context.Context, blockdev.Digest) ([]byte, error), tou
 		limit: maxIndexes, m: map[blockdev.Digest]*list.Element{}, lru: list.New()}
 }
 
-func (x *indexes) close() { x.reading.Close() }
+func (x *indexes) close() error {
+	x.reading.Close()
+	return nil
+}
 
 // get returns the index of a diff. Its errors are those of the store.
 func (x *indexes) get(ctx context.Context, diff blockdev.Digest) (*encoded, error) {

@@ -30,7 +30,7 @@ func TestIndexes(t *testing.T) {
 			}
 			return make([]byte, 10+int(diff[0])), nil
 		}, func(blockdev.Digest) bool { return !gone.Load() })
-		defer x.close()
+		defer func() { _ = x.close() }()
 		x.limit = 25
 
 		// The first one leaves; the others are not to pay for that.
@@ -115,20 +115,20 @@ func TestRelayed(t *testing.T) {
 		return img
 	}
 	img := image(relayFrom, 0, 5)
-	s.relayed(t.Context(), "p", img)
+	s.relay(t.Context(), "p", img)
 	sum := blockdev.Sum(make([]byte, 5))
 	if l := img.Layers; len(img.Relays) != 1 || l[0].Index != nil || l[0].IndexSize != relayFrom || l[1].IndexSize != 0 || l[2].IndexSize != 5 || l[2].IndexDigest != sum {
 		t.Errorf("%+v", img)
 	}
 	for what, img := range map[string]*blockdev.Image{"little": image(relayFrom-2, 1), "nothing": image(0)} {
-		s.relayed(t.Context(), "p", img)
+		s.relay(t.Context(), "p", img)
 		if len(img.Relays) > 0 || img.Layers[0].IndexSize > 0 {
 			t.Errorf("%s: %+v", what, img)
 		}
 	}
 	relays = nil
 	img = image(relayFrom)
-	s.relayed(t.Context(), "p", img)
+	s.relay(t.Context(), "p", img)
 	if img.Layers[0].Index == nil {
 		t.Error("nobody has the index, and it is left out")
 	}

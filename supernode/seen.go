@@ -2,37 +2,10 @@ package supernode
 
 import (
 	"container/list"
-	"slices"
 	"sync"
 
-	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/registry"
 )
-
-// StoredImage is an image that somebody has asked for and that is still stored.
-type StoredImage struct {
-	Ref      string
-	Manifest blockdev.Digest
-	Layers   []registry.Layer
-}
-
-// Images lists images that were asked for since the start, the last one first,
-// as far as all of their layers are stored.
-func (s *Supernode) Images() []StoredImage {
-	var out []StoredImage
-	// A look counts as a use in the store, so the looks come in the order of use.
-next:
-	for _, m := range slices.Backward(s.seen.all()) {
-		for _, l := range m.Layers {
-			if _, err := s.store.Layer(l.Digest); err != nil {
-				continue next
-			}
-		}
-		out = append(out, StoredImage{Ref: m.Ref, Manifest: m.Digest, Layers: m.Layers})
-	}
-	slices.Reverse(out)
-	return out
-}
 
 // seen remembers the images that were asked for last.
 type seen struct {

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -50,6 +51,20 @@ func start(t testing.TB, change ...func(*Config)) *Supernode {
 	})
 	return s
 }
+
+// clock is a time that stands still, for what remembers answers and failures.
+type clock struct {
+	start time.Time
+	ahead atomic.Int64
+}
+
+func newClock() *clock { return &clock{start: time.Now()} }
+
+func (c *clock) use(cfg *Config) { cfg.now = c.now }
+
+func (c *clock) now() time.Time { return c.start.Add(time.Duration(c.ahead.Load())) }
+
+func (c *clock) pass(d time.Duration) { c.ahead.Add(int64(d)) }
 
 func at(dir string) func(*Config) { return func(c *Config) { c.Dir = dir } }
 
@@ -264,17 +279,18 @@ func TestAllOrNothing(t *testing.T) {
 	damaged := append([]byte(nil), bad.Blob...)
 	damaged[len(damaged)/2] ^= 1
 	f.SetBlob("app", blockdev.Sum(bad.Blob), damaged)
-	s := start(t)
+	clock := newClock()
+	s := start(t, clock.use)
 	img, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
 	wantErr(t, err, blockdev.ErrCorrupt, "app:v1", blockdev.Sum(bad.Blob).String())
 	if img != nil {
 		t.Error("an image with an error")
 	}
-	if n := len(s.Images()); n != 0 {
+	if n := len(s.stock.Images()); n != 0 {
 		t.Errorf("%d images are said to be stored", n)
 	}
 	f.SetBlob("app", blockdev.Sum(bad.Blob), bad.Blob)
-	s.failed.errs = map[string]failure{} // as after a minute
+	clock.pass(time.Minute + time.Second)
 	if img, err = s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", nobody)); err != nil {
 		t.Fatal(err)
 	}
@@ -282,8 +298,29 @@ func TestAllOrNothing(t *testing.T) {
 	if n := len(f.Requests("GET", blockdev.Sum(good.Blob).String())); n != 1 {
 		t.Errorf("the good layer was fetched %d times", n)
 	}
-	if got := s.Images(); len(got) != 1 || got[0].Ref != f.Host+"/app:v1" || len(got[0].Layers) != 2 {
+	if got := s.stock.Images(); len(got) != 1 || got[0].Ref != f.Host+"/app:v1" || len(got[0].Layers) != 2 {
 		t.Errorf("%+v", got)
+	}
+}
+
+// TestRefusedLayerIsNotFetchedEachTime: a broken layer costs the registry less and less,
+// however often its image is asked for.
+func TestRefusedLayerIsNotFetchedEachTime(t *testing.T) {
+	reg := registrytest.NewFake(t)
+	l := registrytest.GzipLayer(t, "a", 100_000, 1)
+	l.DiffID = blockdev.Sum([]byte("another"))
+	reg.Push(t, "app", "v1", l)
+	clock := newClock()
+	s := start(t, clock.use)
+	for range 60 { // minutes
+		_, err := s.OpenImageFor(t.Context(), "p", request(reg.Target, "app:v1", nobody))
+		if !errors.Is(err, blockdev.ErrCorrupt) {
+			t.Fatal(err)
+		}
+		clock.pass(time.Minute + time.Second)
+	}
+	if n := len(reg.Requests("GET", blockdev.Sum(l.Blob).String())); n != 6 {
+		t.Errorf("fetched %d times within an hour, want 6", n)
 	}
 }
 
@@ -484,55 +521,6 @@ func TestSource(t *testing.T) {
 		}
 		return s
 	})
-}
-
-func TestLeases(t *testing.T) {
-	var mu sync.Mutex
-	pins := map[blockdev.Digest]int{}
-	l := newLeases(func(d blockdev.Digest) func() {
-		mu.Lock()
-		defer mu.Unlock()
-		pins[d]++
-		return func() {
-			mu.Lock()
-			defer mu.Unlock()
-			pins[d]--
-		}
-	}, time.Hour)
-	a, b := blockdev.Digest{1}, blockdev.Digest{2}
-	done := l.take(a)
-	l.take(a)()
-	l.take(b)()
-	l.expire(time.Now())
-	if pins[a] != 1 || pins[b] != 1 {
-		t.Errorf("%v", pins)
-	}
-	l.expire(time.Now().Add(61 * time.Minute))
-	if pins[a] != 1 || pins[b] != 0 {
-		t.Errorf("a is in use, b has expired: %v", pins)
-	}
-	done()
-	done()
-	l.expire(time.Now().Add(61 * time.Minute))
-	if pins[a] != 0 || pins[b] != 0 {
-		t.Errorf("expired, but pinned: %v", pins)
-	}
-	// The oldest that nobody uses is given up.
-	l.take(b)()
-	inUse := l.take(a)
-	l.take(blockdev.Digest{3})()
-	if !l.yield() || pins[b] != 0 || pins[a] != 1 || pins[blockdev.Digest{3}] != 1 {
-		t.Errorf("the oldest is not given up: %v", pins)
-	}
-	if !l.yield() || l.yield() || pins[a] != 1 {
-		t.Errorf("what is in use is given up: %v", pins)
-	}
-	inUse()
-	l.take(a)()
-	l.close()
-	if pins[a] != 0 {
-		t.Errorf("closed, but pinned: %v", pins)
-	}
 }
 
 // logBuffer collects log output of several goroutines.

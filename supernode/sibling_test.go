@@ -14,6 +14,8 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 	"github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/route"
+	"github.com/shoalfs/shoal/supernode/layers"
 )
 
 // link is a Sibling without a network: requests of one supernode to another.
@@ -51,6 +53,8 @@ type cluster struct {
 	ids []peer.ID
 	s   []*Supernode
 	cut []*atomic.Bool // by supernode: nobody reaches it
+	// known are the siblings that each has begun with.
+	known []map[peer.ID]layers.Sibling
 }
 
 func startCluster(t *testing.T, n int) *cluster {
@@ -63,15 +67,15 @@ func startCluster(t *testing.T, n int) *cluster {
 		c.cut = append(c.cut, &atomic.Bool{})
 	}
 	for i := range n {
-		s := start(t, func(cfg *Config) {
-			cfg.Self, cfg.Siblings = c.ids[i], map[peer.ID]Sibling{}
-			for j, id := range c.ids {
-				if j != i {
-					cfg.Siblings[id] = link{from: c.ids[i], to: at[j], cut: c.cut[j]}
-				}
+		siblings := map[peer.ID]layers.Sibling{}
+		for j, id := range c.ids {
+			if j != i {
+				siblings[id] = link{from: c.ids[i], to: at[j], cut: c.cut[j]}
 			}
-		})
+		}
+		s := start(t, func(cfg *Config) { cfg.Self, cfg.Siblings = c.ids[i], siblings })
 		at[i].Store(s)
+		c.known = append(c.known, siblings)
 		c.s = append(c.s, s)
 	}
 	return c
@@ -79,7 +83,7 @@ func startCluster(t *testing.T, n int) *cluster {
 
 // owner is the position of the supernode that a layer belongs to.
 func (c *cluster) owner(l registrytest.Layer) int {
-	first := c.s[0].siblings.Load().order(c.ids[0], l.DiffID)[0]
+	first := route.Order(l.DiffID, c.ids)[0]
 	for i, id := range c.ids {
 		if id == first {
 			return i
@@ -141,7 +145,7 @@ func TestSiblings(t *testing.T) {
 			}
 			wantImage(t, c.s[0], img, layers...)
 			for _, l := range layers {
-				order := c.s[0].siblings.Load().order(c.ids[0], l.DiffID)
+				order := route.Order(l.DiffID, c.ids)
 				for i, id := range c.ids {
 					if id == order[0] || id == order[1] {
 						c.stored(t, i, l)
@@ -268,29 +272,28 @@ func TestReplicateToOwner(t *testing.T) {
 func TestSetSiblings(t *testing.T) {
 	reg := registrytest.NewFake(t)
 	c := startCluster(t, 2)
-	layers := c.someLayers(t)
-	reg.Push(t, "team/app", "v1", layers...)
+	image := c.someLayers(t)
+	reg.Push(t, "team/app", "v1", image...)
 	open := func(i, times int) {
 		t.Helper()
 		img, err := c.s[i].OpenImageFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody))
 		if err != nil {
 			t.Fatal(err)
 		}
-		wantImage(t, c.s[i], img, layers...)
-		if most := blobs(reg, layers); most != times {
+		wantImage(t, c.s[i], img, image...)
+		if most := blobs(reg, image); most != times {
 			t.Errorf("a layer was fetched %d times from the registry, want %d", most, times)
 		}
 	}
-	known := []siblings{*c.s[0].siblings.Load(), *c.s[1].siblings.Load()}
 	c.s[1].SetSiblings(nil)
-	c.s[0].SetSiblings(map[peer.ID]Sibling{})
+	c.s[0].SetSiblings(map[peer.ID]layers.Sibling{})
 	open(0, 1)
 	req := request(reg.Target, "team/app:v1", nobody)
-	req.Only = []blockdev.Digest{blockdev.Sum(layers[0].Blob)}
+	req.Only = []blockdev.Digest{blockdev.Sum(image[0].Blob)}
 	_, err := c.s[0].OpenImageFor(t.Context(), c.ids[1].String(), req)
 	wantErr(t, err, blockdev.ErrUnauthorized, "only supernodes")
 	for i := range c.s {
-		c.s[i].SetSiblings(known[i])
+		c.s[i].SetSiblings(c.known[i])
 	}
 	open(1, 1)
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/p2p/exchange"
 )
 
 // Fetch implements blockdev.Source for the process that the supernode lives in.
@@ -39,6 +40,17 @@ func (s *Supernode) Fetch(ctx context.Context, req blockdev.Request, deliver blo
 		}
 	}
 	return missing
+}
+
+// Chunk implements exchange.Chunks. Knowing a chunk's digest is the right to
+// have it. Errors wrap blockdev.ErrNotFound or blockdev.ErrCorrupt.
+func (s *Supernode) Chunk(ctx context.Context, d blockdev.Digest) (exchange.Encoded, error) {
+	c, err := s.store.Chunk(ctx, d)
+	s.metrics.chunk(err, len(c.Data))
+	if err != nil {
+		return exchange.Encoded{}, err
+	}
+	return exchange.Encoded{Data: c.Data, Zstd: c.Zstd, Length: c.Length}, nil
 }
 
 // raw reads a chunk, decompressed.

@@ -41,7 +41,8 @@ func onDisk(t *testing.T, dir string) (n int64) {
 func TestQuotaHoldsAllTogether(t *testing.T) {
 	const quota = 48 << 20
 	dir := filepath.Join(t.TempDir(), "data")
-	s := start(t, at(dir), func(c *Config) { c.Quota, c.Lease = quota, time.Millisecond })
+	clock := newClock()
+	s := start(t, at(dir), clock.use, func(c *Config) { c.Quota, c.Lease = quota, time.Millisecond })
 	f := registrytest.NewFake(t)
 	const images = 16
 	for i := range images {
@@ -72,7 +73,7 @@ func TestQuotaHoldsAllTogether(t *testing.T) {
 					t.Error(err)
 					return
 				}
-				s.failed.forget()
+				clock.pass(time.Minute)
 			}
 		})
 	}
@@ -86,60 +87,6 @@ func TestQuotaHoldsAllTogether(t *testing.T) {
 		t.Error("nothing evicted")
 	}
 	t.Logf("most on disk: %.1f MiB of %d", float64(most.Load())/(1<<20), quota>>20)
-}
-
-// forget makes the next attempt happen at once.
-func (f *failures) forget() {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	clear(f.errs)
-}
-
-// A registry may say what it likes about layers that are never stored, or are not
-// what the image says: nothing of it is leased.
-func TestOnlyStoredIsLeased(t *testing.T) {
-	f := registrytest.NewFake(t)
-	s := start(t)
-	held := func() int {
-		s.leases.mu.Lock()
-		defer s.leases.mu.Unlock()
-		return len(s.leases.held)
-	}
-	l := registrytest.GzipLayer(t, "l", 10, 1)
-	push := func(name string, layers ...registrytest.Layer) {
-		config := registrytest.Config(t, registrytest.Platform{OS: amd64.OS, Architecture: amd64.Architecture}, layers...)
-		f.PushBlob(t, name, config)
-		f.PushManifest(t, name, "v1", registrytest.TypeManifest, registrytest.Manifest(t, registrytest.TypeManifest, config, layers...))
-	}
-	var missing []registrytest.Layer
-	for i := range 200 {
-		x := l
-		x.Blob = fmt.Appendf(nil, "none %d", i)
-		x.DiffID = blockdev.Sum(x.Blob)
-		missing = append(missing, x)
-	}
-	push("missing", missing...)
-	wrong := l
-	wrong.DiffID = blockdev.Digest{1}
-	f.PushBlob(t, "wrong", l.Blob)
-	push("wrong", wrong)
-	f.Push(t, "right", "v1", l)
-	for _, name := range []string{"missing", "wrong"} {
-		if _, err := s.OpenImageFor(t.Context(), "mallory", request(f.Target, name+":v1", nobody)); err == nil {
-			t.Errorf("the image %q is given", name)
-		}
-		if n := held(); n != 0 {
-			t.Errorf("%q: %d diffs are leased, none is right", name, n)
-		}
-	}
-	for range 2 {
-		if _, err := s.OpenImageFor(t.Context(), "bob", request(f.Target, "right:v1", nobody)); err != nil {
-			t.Fatal(err)
-		}
-		if n := held(); n != 1 {
-			t.Errorf("%d diffs are leased, one is stored", n)
-		}
-	}
 }
 
 // What was asked for within half an hour may be more than the quota: then what was
@@ -157,7 +104,7 @@ func TestLeasesYield(t *testing.T) {
 	if s.store.Stats().Evicted == 0 {
 		t.Error("nothing was evicted: the images are too small for this test")
 	}
-	stored := s.Images()
+	stored := s.stock.Images()
 	if len(stored) == 0 || stored[0].Ref != f.Host+"/app11:v1" {
 		t.Errorf("the newest image is not stored: %v", stored)
 	}

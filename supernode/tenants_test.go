@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -89,6 +90,7 @@ func TestForeignLayer(t *testing.T) {
 	// While alice's is under way, too.
 	t.Run("joined", func(t *testing.T) {
 		s := start(t)
+		var waiting watched
 		began, goOn := make(chan struct{}, 8), make(chan struct{})
 		f.SetHook(func(w http.ResponseWriter, r *http.Request) bool {
 			if r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, blockdev.Sum(secret.Blob).String()) && strings.Contains(r.URL.Path, "private/") {
@@ -99,34 +101,38 @@ func TestForeignLayer(t *testing.T) {
 		})
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			if _, err := s.OpenImageFor(t.Context(), "alice", request(f.Target, "private/app:v1", alice)); err != nil {
+			if _, err := s.OpenImageFor(t.Context(), "alice", waiting.request(request(f.Target, "private/app:v1", alice))); err != nil {
 				t.Error(err)
 			}
 		})
 		<-began
 		for _, repo := range []string{"mallory/x", "mallory/y"} {
 			wg.Go(func() {
-				_, err := s.OpenImageFor(t.Context(), "mallory", request(f.Target, repo+":v1", nobody))
+				_, err := s.OpenImageFor(t.Context(), "mallory", waiting.request(request(f.Target, repo+":v1", nobody)))
 				wantErr(t, err, blockdev.ErrNotFound, repo)
 				silent(t, err)
 			})
 		}
-		for s.waiting() < 3 {
-			time.Sleep(time.Millisecond)
-		}
+		waiting.wait(3)
 		close(goOn)
 		wg.Wait()
 	})
 }
 
-// waiting is how many wait for layers that are on their way.
-func (s *Supernode) waiting() (n int) {
-	s.metrics.mu.Lock()
-	defer s.metrics.mu.Unlock()
-	for _, r := range s.metrics.running {
-		n += r.waiters
+// watched counts requests that wait for a layer that is on its way.
+type watched struct{ n atomic.Int64 }
+
+func (w *watched) request(req blockdev.ImageRequest) blockdev.ImageRequest {
+	first := sync.OnceFunc(func() { w.n.Add(1) })
+	req.Progress = func(blockdev.Progress) { first() }
+	return req
+}
+
+// wait returns when n requests wait, or have waited.
+func (w *watched) wait(n int64) {
+	for w.n.Load() < n {
+		time.Sleep(time.Millisecond)
 	}
-	return n
 }
 
 // TestRepositoryShowsLayer: a repository that has a layer which came from another
@@ -259,25 +265,22 @@ func TestRefusedDoNotCrowdOut(t *testing.T) {
 		return false
 	})
 	s := start(t)
+	var waiting watched
 	var wg sync.WaitGroup
 	for i := range many {
 		wg.Go(func() {
-			_, err := s.OpenImageFor(t.Context(), "mallory", request(f.Target, fmt.Sprintf("mallory/x%d:v1", i), nobody))
+			_, err := s.OpenImageFor(t.Context(), "mallory", waiting.request(request(f.Target, fmt.Sprintf("mallory/x%d:v1", i), nobody)))
 			wantErr(t, err, blockdev.ErrNotFound, fmt.Sprint("mallory/x", i))
 			silent(t, err)
 		})
 	}
-	for s.waiting() < many {
-		time.Sleep(time.Millisecond)
-	}
+	waiting.wait(many)
 	wg.Go(func() {
-		if _, err := s.OpenImageFor(t.Context(), "alice", request(f.Target, "private/app:v1", alice)); err != nil {
+		if _, err := s.OpenImageFor(t.Context(), "alice", waiting.request(request(f.Target, "private/app:v1", alice))); err != nil {
 			t.Error(err)
 		}
 	})
-	for s.waiting() < many+1 {
-		time.Sleep(time.Millisecond)
-	}
+	waiting.wait(many + 1)
 	close(goOn)
 	wg.Wait()
 }

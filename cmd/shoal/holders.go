@@ -12,7 +12,7 @@ import (
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/roster"
 	"github.com/shoalfs/shoal/p2p/route"
-	"github.com/shoalfs/shoal/supernode"
+	"github.com/shoalfs/shoal/supernode/layers"
 )
 
 // holders finds nodes that have an image, for a supernode that has lost it.
@@ -22,8 +22,8 @@ type holders struct {
 	log  *slog.Logger
 }
 
-func (h holders) of(manifest blockdev.Digest, origin string, n int) []supernode.Holder {
-	var out []supernode.Holder
+func (h holders) of(manifest blockdev.Digest, origin string, n int) []layers.Holder {
+	var out []layers.Holder
 	for _, id := range h.list.Holders(manifest, origin, n) {
 		// The connection that it has made serves; who loses that is not asked.
 		conns := h.host.Network().ConnsToPeer(id)

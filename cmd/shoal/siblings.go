@@ -12,6 +12,7 @@ import (
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/roster"
 	"github.com/shoalfs/shoal/supernode"
+	"github.com/shoalfs/shoal/supernode/layers"
 )
 
 // parseSiblings reads the addresses of the other supernodes. This one's own is
@@ -56,12 +57,12 @@ func newSiblings(h libp2p.Host, log *slog.Logger) *siblings {
 
 // change makes these the siblings: use is told of them, and those that are left out are
 // closed then. With an error of opening one nothing changes.
-func (s *siblings) change(infos []peer.AddrInfo, use func(map[peer.ID]supernode.Sibling)) error {
+func (s *siblings) change(infos []peer.AddrInfo, use func(map[peer.ID]layers.Sibling)) error {
 	now, err := s.all.with(infos, s.open)
 	if err != nil {
 		return err
 	}
-	list := make(map[peer.ID]supernode.Sibling, len(now))
+	list := make(map[peer.ID]layers.Sibling, len(now))
 	for id, c := range now {
 		list[id] = c
 	}

@@ -113,7 +113,7 @@ func writeStored(w io.Writer, layers []control.StoredLayer) error {
 // Stored implements control.StoreKeeper.
 func (d *supernodeDaemon) Stored() []control.StoredLayer {
 	out := []control.StoredLayer{}
-	for _, l := range d.s.Stored() {
+	for _, l := range d.s.Stock().Layers() {
 		out = append(out, control.StoredLayer{Layer: l.Layer.String(), DiffID: l.DiffID.String(), Size: l.Size, Used: l.Used,
 			Pinned: l.Pinned, Images: append([]string{}, l.Images...), Origins: append([]string{}, l.Origins...)})
 	}
@@ -135,11 +135,11 @@ func (d *supernodeDaemon) Remove(ctx context.Context, what string) ([]string, er
 	var gone []blockdev.Digest
 	digest, err := blockdev.ParseDigest(what)
 	if err == nil {
-		gone, err = d.s.RemoveDigest(digest)
+		gone, err = d.s.Stock().RemoveDigest(digest)
 	} else {
 		var req blockdev.ImageRequest
 		if req, err = d.image(ctx, what); err == nil {
-			gone, err = d.s.RemoveImage(ctx, req)
+			gone, err = d.s.Stock().Remove(ctx, req)
 		}
 	}
 	layers := []string{}
@@ -155,7 +155,7 @@ func (d *supernodeDaemon) Pin(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	return d.s.PinImage(ctx, req)
+	return d.s.Stock().Pin(ctx, req)
 }
 
 // Unpin implements control.StoreKeeper.
@@ -164,5 +164,5 @@ func (d *supernodeDaemon) Unpin(name string) error {
 	if err != nil {
 		return err
 	}
-	return d.s.UnpinImage(ref)
+	return d.s.Stock().Unpin(ref)
 }

@@ -25,6 +25,7 @@ import (
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/roster"
 	"github.com/shoalfs/shoal/supernode"
+	"github.com/shoalfs/shoal/supernode/layers"
 )
 
 func newSupernodeCommand() *cobra.Command {
@@ -86,7 +87,7 @@ func reloadRegistry[C any](reload *reloader[C], prefix string, s *supernode.Supe
 // place is where a supernode is among others.
 type place struct {
 	grant   func(peer string, manifest blockdev.Digest, origin string) ([]byte, error)
-	holders func(manifest blockdev.Digest, origin string, n int) []supernode.Holder
+	holders func(manifest blockdev.Digest, origin string, n int) []layers.Holder
 	relays  func(ctx context.Context, peer string, manifest blockdev.Digest) []blockdev.Relay
 	self    peer.ID
 }
@@ -199,7 +200,7 @@ type supernodeDaemon struct {
 
 func (d *supernodeDaemon) Status(context.Context) (*control.Status, error) {
 	st := &control.Status{Version: version, Role: "supernode", Images: []control.Image{}}
-	for _, im := range d.s.Images() {
+	for _, im := range d.s.Stock().Images() {
 		ci := control.Image{Ref: im.Ref, Layers: []control.Layer{}}
 		for _, l := range im.Layers {
 			ci.Layers = append(ci.Layers, control.Layer{DiffID: l.DiffID.String(), Size: l.Size, Local: l.Size})

@@ -50,3 +50,8 @@ func Counter(name, help string) prometheus.Counter {
 func Gauge(name, help string, value func() int) prometheus.Collector {
 	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return float64(value()) })
 }
+
+// Seconds is a histogram of times from 5 ms to 2 minutes.
+func Seconds(name, help string) prometheus.Histogram {
+	return prometheus.NewHistogram(prometheus.HistogramOpts{Name: name, Help: help, Buckets: prometheus.ExponentialBuckets(0.005, 2.5, 12)})
+}

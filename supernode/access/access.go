@@ -141,6 +141,17 @@ type Verdict struct {
 	Stale bool
 }
 
+// Try asks a registry with a credential and, if anybody may read the repository and the
+// registry refuses, without one: a credential that has expired keeps nobody from what is
+// public.
+func (v Verdict) Try(c blockdev.Credential, ask func(blockdev.Credential) error) error {
+	err := ask(c)
+	if v.Public && c != (blockdev.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
+		err = ask(blockdev.Credential{})
+	}
+	return err
+}
+
 // Allow says whether a peer may read the repository of req.Ref. No is an error:
 // the registry's, or ErrUnavailable if it cannot be asked.
 func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference, req blockdev.ImageRequest) (Verdict, error) {

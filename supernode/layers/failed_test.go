@@ -1,13 +1,11 @@
-package supernode
+package layers
 
 import (
-	"errors"
 	"fmt"
 	"testing"
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
 // TestFailures: what fails again is left alone for longer each time, whoever and however
@@ -64,27 +62,5 @@ func TestFailures(t *testing.T) {
 	}
 	if len(f.errs) > maxFailures {
 		t.Errorf("%d failures are remembered", len(f.errs))
-	}
-}
-
-// TestRefusedLayerIsNotFetchedEachTime: a broken layer costs the registry less and less,
-// however often its image is asked for.
-func TestRefusedLayerIsNotFetchedEachTime(t *testing.T) {
-	reg := registrytest.NewFake(t)
-	l := registrytest.GzipLayer(t, "a", 100_000, 1)
-	l.DiffID = blockdev.Sum([]byte("another"))
-	reg.Push(t, "app", "v1", l)
-	s := start(t)
-	now := time.Now()
-	s.failed.now = func() time.Time { return now }
-	for range 60 { // minutes
-		_, err := s.OpenImageFor(t.Context(), "p", request(reg.Target, "app:v1", nobody))
-		if !errors.Is(err, blockdev.ErrCorrupt) {
-			t.Fatal(err)
-		}
-		now = now.Add(time.Minute + time.Second)
-	}
-	if n := len(reg.Requests("GET", blockdev.Sum(l.Blob).String())); n != 6 {
-		t.Errorf("fetched %d times within an hour, want 6", n)
 	}
 }

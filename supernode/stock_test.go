@@ -23,42 +23,42 @@ func TestPinned(t *testing.T) {
 		t.Fatal(err)
 	}
 	reqA, reqB := request(f.Target, "a:v1", nobody), request(f.Target, "b:v1", nobody)
-	wantErr(t, s.PinImage(t.Context(), reqA), blockdev.ErrNotFound, "shoal prefetch")
+	wantErr(t, s.Stock().Pin(t.Context(), reqA), blockdev.ErrNotFound, "shoal prefetch")
 	for _, req := range []blockdev.ImageRequest{reqA, reqB} {
 		if _, err := s.OpenImage(t.Context(), req); err != nil {
 			t.Fatal(err)
 		}
-		if err := s.PinImage(t.Context(), req); err != nil {
+		if err := s.Stock().Pin(t.Context(), req); err != nil {
 			t.Fatal(err)
 		}
 	}
 	// The layer that both have counts once.
 	var size int64
-	for _, d := range s.pinned.images[reqB.Ref].Diffs {
+	for _, d := range s.stock.pinned.images[reqB.Ref].Diffs {
 		size += d.Size
 	}
-	if err := s.pinned.set(s.pinned.images[reqA.Ref], size); err != nil {
+	if err := s.stock.pinned.set(s.stock.pinned.images[reqA.Ref], size); err != nil {
 		t.Error(err)
 	}
-	wantErr(t, s.pinned.set(pinnedImage{Ref: "x", Diffs: []pinnedDiff{{blockdev.Digest{1}, 1}}}, size), blockdev.ErrNoSpace, "unpin others", "store.quota")
-	if len(s.pinned.images) != 2 {
-		t.Errorf("%d images are pinned", len(s.pinned.images))
+	wantErr(t, s.stock.pinned.set(pinnedImage{Ref: "x", Diffs: []pinnedDiff{{blockdev.Digest{1}, 1}}}, size), blockdev.ErrNoSpace, "unpin others", "store.quota")
+	if len(s.stock.pinned.images) != 2 {
+		t.Errorf("%d images are pinned", len(s.stock.pinned.images))
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
 	s = start(t, at(dir))
-	if _, err := s.RemoveDigest(a.DiffID); err == nil || !strings.Contains(err.Error(), reqA.Ref) {
+	if _, err := s.Stock().RemoveDigest(a.DiffID); err == nil || !strings.Contains(err.Error(), reqA.Ref) {
 		t.Errorf("a pinned diff is removed: %v", err)
 	}
-	if err := s.UnpinImage(reqB.Ref); err != nil {
+	if err := s.Stock().Unpin(reqB.Ref); err != nil {
 		t.Error(err)
 	}
-	wantErr(t, s.UnpinImage(reqB.Ref), blockdev.ErrNotFound)
-	if _, err := s.RemoveDigest(blockdev.Sum(b.Blob)); err != nil {
+	wantErr(t, s.Stock().Unpin(reqB.Ref), blockdev.ErrNotFound)
+	if _, err := s.Stock().RemoveDigest(blockdev.Sum(b.Blob)); err != nil {
 		t.Error(err)
 	}
-	left := s.Stored()
+	left := s.Stock().Layers()
 	if len(left) != 1 || !left[0].Pinned || left[0].DiffID != a.DiffID {
 		t.Errorf("left is %+v", left)
 	}

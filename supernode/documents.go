@@ -2,8 +2,6 @@ package supernode
 
 import (
 	"context"
-	"errors"
-	"fmt"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/registry"
@@ -11,8 +9,11 @@ import (
 
 // DocumentFor is blockdev.DocumentSource's Document on behalf of a peer. It asks
 // the registry for what is not known yet.
-func (s *Supernode) DocumentFor(ctx context.Context, peer string, req blockdev.DocumentRequest) (*blockdev.Document, error) {
-	doc, err := s.openDocument(ctx, peer, req)
+func (s *Supernode) DocumentFor(ctx context.Context, peer string, req blockdev.DocumentRequest) (doc *blockdev.Document, err error) {
+	err = s.requests.do(ctx, req.Ref, func(ctx context.Context) error {
+		doc, err = s.document(ctx, peer, req)
+		return err
+	})
 	s.metrics.document(err)
 	if err != nil {
 		return nil, err
@@ -26,25 +27,12 @@ func (s *Supernode) Document(ctx context.Context, req blockdev.DocumentRequest) 
 	return s.DocumentFor(ctx, "", req)
 }
 
-func (s *Supernode) openDocument(ctx context.Context, peer string, req blockdev.DocumentRequest) (*blockdev.Document, error) {
-	ctx, end, err := s.begin(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("%.300s: %w", req.Ref, err)
-	}
-	defer end()
-	doc, err := s.document(ctx, peer, req)
-	if err != nil && s.ctx.Err() != nil {
-		return nil, fmt.Errorf("%.300s: %w", req.Ref, errStopping)
-	}
-	return doc, err
-}
-
 func (s *Supernode) document(ctx context.Context, peer string, req blockdev.DocumentRequest) (*blockdev.Document, error) {
 	ref, err := registry.ParseReference(req.Ref)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.reg.Allowed(ref); err != nil {
+	if err := s.registry.Allowed(ref); err != nil {
 		return nil, err
 	}
 	if req.Kind == blockdev.Config {
@@ -52,7 +40,7 @@ func (s *Supernode) document(ctx context.Context, peer string, req blockdev.Docu
 		// registry out of each of a thousand nodes' mistakes.
 		head := req
 		head.Head = true
-		if _, err := s.reg.Document(ctx, head); err != nil {
+		if _, err := s.registry.Document(ctx, head); err != nil {
 			return nil, err
 		}
 	}
@@ -60,12 +48,11 @@ func (s *Supernode) document(ctx context.Context, peer string, req blockdev.Docu
 	if err != nil {
 		return nil, err
 	}
-	doc, err := s.reg.Document(ctx, req)
-	if v.Public && req.Credential != (blockdev.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
-		// As for images: an expired credential does not keep anybody from what is
-		// public.
-		req.Credential = blockdev.Credential{}
-		doc, err = s.reg.Document(ctx, req)
-	}
+	var doc *blockdev.Document
+	err = v.Try(req.Credential, func(c blockdev.Credential) (err error) {
+		req.Credential = c
+		doc, err = s.registry.Document(ctx, req)
+		return err
+	})
 	return doc, err
 }

@@ -1,4 +1,4 @@
-package supernode
+package layers
 
 import (
 	"context"
@@ -46,61 +46,61 @@ const (
 // fromHolders gets a layer from a node that has it: this supernode had it, too, or
 // the group would have nobody, and has lost it since. So its registry sends
 // nothing twice, and is not needed.
-func (s *Supernode) fromHolders(ctx context.Context, r wanted) (store.LayerRecord, error) {
-	if s.holders == nil {
+func (l *Layers) fromHolders(ctx context.Context, r Request) (store.LayerRecord, error) {
+	if l.cfg.Holders == nil {
 		return store.LayerRecord{}, blockdev.ErrNotFound
 	}
-	err := s.once(ctx, "holders "+r.key(), outlives, nil, func(ctx context.Context, _ *progress) error {
-		holders := s.holders(r.m.Digest, originOf(r.m), maxHolders)
+	err := l.once(ctx, "holders "+r.key(), outlives, nil, func(ctx context.Context, _ *progress) error {
+		holders := l.cfg.Holders(r.Manifest.Digest, originOf(r.Manifest), maxHolders)
 		defer func() {
 			for _, h := range holders {
 				_ = h.Close() // nothing is under way any more
 			}
 		}()
 		if len(holders) == 0 {
-			return fmt.Errorf("no node has layer %s: %w", r.l.Digest, blockdev.ErrNotFound)
+			return fmt.Errorf("no node has layer %s: %w", r.Layer.Digest, blockdev.ErrNotFound)
 		}
 		// Nobody waits long for nodes that are busy with other layers: there is a registry.
 		wait, cancel := context.WithTimeout(ctx, restoreWait)
 		defer cancel()
-		release, err := s.restoring.Take(wait, r.m.Host)
+		release, err := l.restoring.Take(wait, r.Manifest.Host)
 		if err != nil {
-			return fmt.Errorf("layer %s: nodes give back other layers now: %w: %w", r.l.Digest, blockdev.ErrUnavailable, err)
+			return fmt.Errorf("layer %s: nodes give back other layers now: %w: %w", r.Layer.Digest, blockdev.ErrUnavailable, err)
 		}
 		defer release()
-		return s.restore(ctx, r, holders)
+		return l.restore(ctx, r, holders)
 	})
 	if err != nil {
 		return store.LayerRecord{}, err
 	}
-	return s.store.Layer(r.l.Digest)
+	return l.cfg.Store.Layer(r.Layer.Digest)
 }
 
 // restore asks one holder after the other.
-func (s *Supernode) restore(ctx context.Context, r wanted, holders []Holder) (err error) {
+func (l *Layers) restore(ctx context.Context, r Request, holders []Holder) (err error) {
 	for _, h := range holders {
 		began := time.Now()
-		if err = s.restoreFrom(ctx, r, h); err == nil {
-			s.metrics.restores.Inc()
-			s.log.Info("layer restored from a node that has the image", "image", r.m.Ref, "layer", r.l.Digest, "took", time.Since(began))
+		if err = l.restoreFrom(ctx, r, h); err == nil {
+			l.metrics.restores.Inc()
+			l.cfg.Log.Info("layer restored from a node that has the image", "image", r.Manifest.Ref, "layer", r.Layer.Digest, "took", time.Since(began))
 			return nil
 		}
 		if ctx.Err() != nil {
 			return err
 		}
-		s.log.Info("cannot get a layer from a node that has the image", "image", r.m.Ref, "layer", r.l.Digest, "error", err)
+		l.cfg.Log.Info("cannot get a layer from a node that has the image", "image", r.Manifest.Ref, "layer", r.Layer.Digest, "error", err)
 	}
 	return err
 }
 
 // restoreFrom stores what a holder has, and publishes it if it is the layer: while
 // it comes, the tar is put together again, hashed and indexed again.
-func (s *Supernode) restoreFrom(ctx context.Context, r wanted, h Holder) error {
-	ctx, cancel := context.WithTimeout(ctx, timeFor(r.l.Size))
+func (l *Layers) restoreFrom(ctx context.Context, r Request, h Holder) error {
+	ctx, cancel := context.WithTimeout(ctx, timeFor(r.Layer.Size))
 	defer cancel()
 	ask, stop := context.WithTimeout(ctx, askTimeout)
 	defer stop()
-	img, err := h.OpenImage(ask, blockdev.ImageRequest{Ref: r.m.Ref, Manifest: r.m.Digest, Only: []blockdev.Digest{r.l.DiffID}, Stored: true})
+	img, err := h.OpenImage(ask, blockdev.ImageRequest{Ref: r.Manifest.Ref, Manifest: r.Manifest.Digest, Only: []blockdev.Digest{r.Layer.DiffID}, Stored: true})
 	if err != nil {
 		return err
 	}
@@ -112,10 +112,10 @@ func (s *Supernode) restoreFrom(ctx context.Context, r wanted, h Holder) error {
 	if err != nil {
 		return err
 	}
-	if ix.DiffID != r.l.DiffID {
+	if ix.DiffID != r.Layer.DiffID {
 		return fmt.Errorf("the index belongs to %s: %w", ix.DiffID, blockdev.ErrCorrupt)
 	}
-	session, err := s.store.Begin(r.l.Digest)
+	session, err := l.cfg.Store.Begin(r.Layer.Digest)
 	if err != nil {
 		return err
 	}
@@ -142,8 +142,7 @@ func (s *Supernode) restoreFrom(ctx context.Context, r wanted, h Holder) error {
 			return err
 		}
 	}
-	rec := store.LayerRecord{Layer: r.l.Digest, Size: r.l.Size, DiffID: r.l.DiffID, Origins: []string{originOf(r.m)}}
-	return session.Publish(ctx, rec, enc, ix.Digests())
+	return session.Publish(ctx, r.record(), enc, ix.Digests())
 }
 
 // bring fetches chunks, checks and stores them, one request ahead of the function

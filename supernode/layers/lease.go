@@ -1,4 +1,4 @@
-package supernode
+package layers
 
 import (
 	"sync"
@@ -7,11 +7,10 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 )
 
-// leases keep diffs that were asked for from being evicted for a while: a node
+// Leases keep diffs that were asked for from being evicted for a while: a node
 // that has an index will come for the chunks. There is one for each diff at the
 // most, and only for diffs that are stored.
-type leases struct {
-	pin  func(blockdev.Digest) (release func())
+type Leases struct {
 	term time.Duration
 	stop chan struct{}
 	wg   sync.WaitGroup
@@ -26,8 +25,9 @@ type lease struct {
 	users   int // who is collecting an image that the diff is part of
 }
 
-func newLeases(pin func(blockdev.Digest) func(), term time.Duration) *leases {
-	l := &leases{pin: pin, term: term, stop: make(chan struct{}), held: map[blockdev.Digest]*lease{}}
+// NewLeases returns leases for a term each, and ends them when it is over.
+func NewLeases(term time.Duration) *Leases {
+	l := &Leases{term: term, stop: make(chan struct{}), held: map[blockdev.Digest]*lease{}}
 	l.wg.Go(func() {
 		t := time.NewTicker(max(term/16, time.Millisecond))
 		defer t.Stop()
@@ -45,12 +45,12 @@ func newLeases(pin func(blockdev.Digest) func(), term time.Duration) *leases {
 
 // take holds a diff that is stored, from now on for the term. Until done is called
 // the lease is not given up early either: an image must not evict its own layers.
-func (l *leases) take(d blockdev.Digest) (done func()) {
+func (l *Leases) take(d blockdev.Digest, pin func(blockdev.Digest) (release func())) (done func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	h := l.held[d]
 	if h == nil {
-		h = &lease{release: l.pin(d)}
+		h = &lease{release: pin(d)}
 		l.held[d] = h
 	}
 	h.until = time.Now().Add(l.term)
@@ -62,28 +62,8 @@ func (l *leases) take(d blockdev.Digest) (done func()) {
 	})
 }
 
-// uses collects what take has returned.
-type uses struct {
-	mu   sync.Mutex
-	done []func()
-}
-
-func (u *uses) add(done func()) {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.done = append(u.done, done)
-}
-
-func (u *uses) end() {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	for _, done := range u.done {
-		done()
-	}
-}
-
 // expire lets go what has been held long enough.
-func (l *leases) expire(now time.Time) {
+func (l *Leases) expire(now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for d, h := range l.held {
@@ -93,9 +73,9 @@ func (l *leases) expire(now time.Time) {
 	}
 }
 
-// yield ends the oldest lease, because the store is full of leased diffs; false:
+// Yield ends the oldest lease, because the store is full of leased diffs; false:
 // all of them are part of an image that is being collected now.
-func (l *leases) yield() bool {
+func (l *Leases) Yield() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var oldest blockdev.Digest
@@ -112,12 +92,13 @@ func (l *leases) yield() bool {
 	return true
 }
 
-func (l *leases) endLocked(d blockdev.Digest, h *lease) {
+func (l *Leases) endLocked(d blockdev.Digest, h *lease) {
 	h.release()
 	delete(l.held, d)
 }
 
-func (l *leases) close() {
+// Close ends all leases.
+func (l *Leases) Close() error {
 	close(l.stop)
 	l.wg.Wait()
 	l.mu.Lock()
@@ -125,4 +106,5 @@ func (l *leases) close() {
 	for d, h := range l.held {
 		l.endLocked(d, h)
 	}
+	return nil
 }

@@ -12,7 +12,52 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/internal/registry"
+	"github.com/shoalfs/shoal/supernode/store"
 )
+
+// Stock is what is stored, as an operator sees it and disposes of it. All methods may be
+// called from any goroutine.
+type Stock struct {
+	store    *store.Store
+	indexes  *indexes
+	registry *registry.Client
+	requests *requests
+	seen     *seen
+	pinned   *pinned
+}
+
+func openStock(dir string, s *Supernode) (*Stock, error) {
+	p, err := openPinned(dir, s.store.Pin)
+	return &Stock{store: s.store, indexes: s.indexes, registry: s.registry, requests: s.requests, seen: newSeen(), pinned: p}, err
+}
+
+// Seen notes an image that somebody has asked for, and got.
+func (s *Stock) Seen(m *registry.Manifest) { s.seen.add(m) }
+
+// StoredImage is an image that somebody has asked for and that is still stored.
+type StoredImage struct {
+	Ref      string
+	Manifest blockdev.Digest
+	Layers   []registry.Layer
+}
+
+// Images lists images that were asked for since the start, the last one first,
+// as far as all of their layers are stored.
+func (s *Stock) Images() []StoredImage {
+	var out []StoredImage
+	// A look counts as a use in the store, so the looks come in the order of use.
+next:
+	for _, m := range slices.Backward(s.seen.all()) {
+		for _, l := range m.Layers {
+			if _, err := s.store.Layer(l.Digest); err != nil {
+				continue next
+			}
+		}
+		out = append(out, StoredImage{Ref: m.Ref, Manifest: m.Digest, Layers: m.Layers})
+	}
+	slices.Reverse(out)
+	return out
+}
 
 // StoredLayer is a layer in the store, as an operator sees it.
 type StoredLayer struct {
@@ -26,8 +71,8 @@ type StoredLayer struct {
 	Pinned bool
 }
 
-// Stored lists all layers that are stored, the largest first.
-func (s *Supernode) Stored() []StoredLayer {
+// Layers lists all layers that are stored, the largest first.
+func (s *Stock) Layers() []StoredLayer {
 	images := map[blockdev.Digest][]string{}
 	for _, m := range s.seen.all() {
 		for _, l := range m.Layers {
@@ -50,7 +95,7 @@ func (s *Supernode) Stored() []StoredLayer {
 
 // RemoveDigest removes the layer or diff with a digest from the store, with all
 // layers that hold the same diff, and returns them.
-func (s *Supernode) RemoveDigest(d blockdev.Digest) ([]blockdev.Digest, error) {
+func (s *Stock) RemoveDigest(d blockdev.Digest) ([]blockdev.Digest, error) {
 	var layers []blockdev.Digest
 	var diff blockdev.Digest
 	for _, e := range s.store.List() {
@@ -69,16 +114,16 @@ func (s *Supernode) RemoveDigest(d blockdev.Digest) ([]blockdev.Digest, error) {
 	return layers, s.removeDiff(diff)
 }
 
-func (s *Supernode) removeDiff(diff blockdev.Digest) error {
+func (s *Stock) removeDiff(diff blockdev.Digest) error {
 	if pins := s.pinned.of(diff); len(pins) > 0 {
 		return fmt.Errorf("diff %s: %w as part of %s: unpin the image first", diff, ErrPinned, pins[0])
 	}
 	return s.store.Remove(diff)
 }
 
-// RemoveImage removes the layers of an image that no other known image has, and
+// Remove removes the layers of an image that no other known image has, and
 // returns them. Nodes that read them get them from the image's registry again.
-func (s *Supernode) RemoveImage(ctx context.Context, req blockdev.ImageRequest) ([]blockdev.Digest, error) {
+func (s *Stock) Remove(ctx context.Context, req blockdev.ImageRequest) ([]blockdev.Digest, error) {
 	m, err := s.known(ctx, req)
 	if err != nil {
 		return nil, err
@@ -117,24 +162,24 @@ func (s *Supernode) RemoveImage(ctx context.Context, req blockdev.ImageRequest) 
 
 // known finds out what layers an image has, from those that were asked for, or else
 // from what is kept of its registry, or from that.
-func (s *Supernode) known(ctx context.Context, req blockdev.ImageRequest) (*registry.Manifest, error) {
+func (s *Stock) known(ctx context.Context, req blockdev.ImageRequest) (*registry.Manifest, error) {
 	for _, m := range s.seen.all() {
 		if m.Ref == req.Ref {
 			return m, nil
 		}
 	}
-	ctx, end, err := s.begin(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("%.300s: %w", req.Ref, err)
-	}
-	defer end()
-	return s.reg.Resolve(ctx, req)
+	var m *registry.Manifest
+	err := s.requests.do(ctx, req.Ref, func(ctx context.Context) (err error) {
+		m, err = s.registry.Resolve(ctx, req)
+		return err
+	})
+	return m, err
 }
 
-// PinImage keeps the layers of a stored image from being evicted and removed until
-// UnpinImage, over restarts. Its error wraps blockdev.ErrNotFound if not all of the
+// Pin keeps the layers of a stored image from being evicted and removed until
+// Unpin, over restarts. Its error wraps blockdev.ErrNotFound if not all of the
 // image is stored, and blockdev.ErrNoSpace if what is pinned would take too much.
-func (s *Supernode) PinImage(ctx context.Context, req blockdev.ImageRequest) error {
+func (s *Stock) Pin(ctx context.Context, req blockdev.ImageRequest) error {
 	m, err := s.known(ctx, req)
 	if err != nil {
 		return err
@@ -159,9 +204,9 @@ func (s *Supernode) PinImage(ctx context.Context, req blockdev.ImageRequest) err
 	return s.pinned.set(im, s.store.Stats().Quota/pinnedShare)
 }
 
-// UnpinImage takes a PinImage back. Its error wraps blockdev.ErrNotFound if the image
+// Unpin takes a Pin back. Its error wraps blockdev.ErrNotFound if the image
 // is not pinned.
-func (s *Supernode) UnpinImage(ref string) error {
+func (s *Stock) Unpin(ref string) error {
 	had, err := s.pinned.drop(ref)
 	if err == nil && !had {
 		return fmt.Errorf("%s is not pinned: %w", ref, blockdev.ErrNotFound)

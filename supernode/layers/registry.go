@@ -1,0 +1,64 @@
+package layers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/registry"
+	"github.com/shoalfs/shoal/supernode/ingest"
+	"github.com/shoalfs/shoal/supernode/store"
+)
+
+// fromRegistry fetches and stores a layer, or joins those who do.
+func (l *Layers) fromRegistry(ctx context.Context, r Request) (store.LayerRecord, error) {
+	m, d := r.Manifest, r.Layer
+	key := r.key()
+	if err := l.failed.recall(key); err != nil {
+		return store.LayerRecord{}, err
+	}
+	var report func(ingest.Progress)
+	if r.Watch != nil {
+		report = func(p ingest.Progress) {
+			if p.Stage != ingest.StageStored { // it is not handed out yet
+				r.Watch(blockdev.Progress{Layer: d.Digest, Done: p.Fetched, Total: d.Size, Stage: blockdev.Stage(p.Stage.String())})
+			}
+		}
+	}
+	run := fmt.Sprint(m.Host, " ", d.Digest, " ", d.Size)
+	l.metrics.begin(run)
+	rec, err := l.ingest.Layer(ctx, ingest.Layer{Ref: m.Ref, Digest: d.Digest, Size: d.Size, MediaType: d.MediaType,
+		DiffID: d.DiffID, Host: m.Host, Origin: originOf(m), Open: l.opener(r)}, report)
+	if took, first := l.metrics.end(run, err); first && ctx.Err() == nil {
+		if err != nil {
+			l.cfg.Log.Warn("layer not stored", "image", m.Ref, "error", err)
+		} else {
+			l.cfg.Log.Info("layer stored", "image", m.Ref, "layer", d.Digest, "bytes", d.Size, "took", took)
+		}
+	}
+	if err == nil {
+		l.failed.worked(key)
+	} else if ctx.Err() == nil {
+		l.failed.note(key, err)
+	}
+	return rec, err
+}
+
+// opener returns the function that streams a layer from its registry.
+func (l *Layers) opener(r Request) ingest.Open {
+	return func(ctx context.Context, offset int64) (rc io.ReadCloser, err error) {
+		err = r.Verdict.Try(r.Credential, func(c blockdev.Credential) (err error) {
+			rc, err = l.cfg.Registry.Fetch(ctx, r.Manifest, r.Layer, c, offset)
+			return err
+		})
+		var e *registry.Error
+		if errors.As(err, &e) {
+			short := *e // the caller names image and layer
+			short.Ref = ""
+			err = &short
+		}
+		return rc, err
+	}
+}
