@@ -45,8 +45,8 @@ func newMetrics(reg prometheus.Registerer, stats func() store.Stats) (*metrics, 
 		chunkBytes:    counter("chunk_bytes_total", "Bytes of chunks that were sent, as stored."),
 		profiles:      counter("startup_profiles_total", "Accepted reports of the chunks that a container read at its start, one for each layer."),
 	}
-	return m, m.Register(m.registryBytes, m.images, m.imageSeconds, m.relayed, m.documents, m.chunks, m.chunkBytes, m.profiles,
-		newStoreCollector(stats))
+	return m, m.Register(append(storeCollectors(stats),
+		m.registryBytes, m.images, m.imageSeconds, m.relayed, m.documents, m.chunks, m.chunkBytes, m.profiles)...)
 }
 
 // watch adds the gauges of what is limited.
@@ -81,12 +81,6 @@ func (m *metrics) chunk(err error, n int) {
 	m.chunkBytes.Add(float64(n))
 }
 
-// storeCollector reads the store's counters when somebody looks.
-type storeCollector struct {
-	stats func() store.Stats
-	descs []*prometheus.Desc
-}
-
 // storeMetrics are name, help, type and value.
 var storeMetrics = []struct {
 	name, help string
@@ -104,25 +98,15 @@ var storeMetrics = []struct {
 	{"store_damaged_total", "Chunks and indexes found damaged on disk.", prometheus.CounterValue, func(s store.Stats) int64 { return s.Damaged }},
 }
 
-func newStoreCollector(stats func() store.Stats) *storeCollector {
-	c := &storeCollector{stats: stats}
+// storeCollectors read the store's counters when somebody looks.
+func storeCollectors(stats func() store.Stats) (all []prometheus.Collector) {
 	for _, m := range storeMetrics {
-		c.descs = append(c.descs, prometheus.NewDesc(namespace+"_"+m.name, m.help, nil, nil))
+		value := func() float64 { return float64(m.value(stats())) }
+		if m.kind == prometheus.CounterValue {
+			all = append(all, prometheus.NewCounterFunc(prometheus.CounterOpts{Namespace: namespace, Name: m.name, Help: m.help}, value))
+		} else {
+			all = append(all, prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: namespace, Name: m.name, Help: m.help}, value))
+		}
 	}
-	return c
-}
-
-// Describe implements prometheus.Collector.
-func (c *storeCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range c.descs {
-		ch <- d
-	}
-}
-
-// Collect implements prometheus.Collector.
-func (c *storeCollector) Collect(ch chan<- prometheus.Metric) {
-	st := c.stats()
-	for i, m := range storeMetrics {
-		ch <- prometheus.MustNewConstMetric(c.descs[i], m.kind, float64(m.value(st)))
-	}
+	return all
 }

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -111,13 +112,19 @@ func (f *arrival) also(l Layer) bool {
 
 // run is the flight's work.
 func (f *arrival) run(ctx context.Context) error {
+	began := time.Now()
 	err := f.fly(ctx)
-	if err == nil {
+	switch {
+	case err == nil:
 		f.to(StageStored)
 		f.in.stats.ingested.Add(1)
-	} else {
+	case ctx.Err() != nil:
+		err = context.Cause(ctx)
+		fallthrough
+	default:
 		f.in.stats.failed.Add(1)
 	}
+	f.in.cfg.Ended(f.l, time.Since(began), err)
 	return err
 }
 

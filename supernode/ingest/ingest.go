@@ -62,6 +62,9 @@ type Config struct {
 	Build layer.Options
 	// Log gets retries and failures. Default: nothing.
 	Log *slog.Logger
+	// Ended, if not nil, is called at the end of each flight, with what its first asker
+	// has said, how long it took and how it ended.
+	Ended func(l Layer, took time.Duration, err error)
 }
 
 // hostsFactor bounds the places with those that registries have for being slow
@@ -105,6 +108,9 @@ func (c Config) withDefaults() Config {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
+	if c.Ended == nil {
+		c.Ended = func(Layer, time.Duration, error) {}
+	}
 	return c
 }
 
@@ -131,6 +137,14 @@ type Layer struct {
 	// of are origins.
 	Host, Origin string
 	Open         Open
+}
+
+// check says whether the layer may be one.
+func (l Layer) check() error {
+	if l.Size < 0 {
+		return fmt.Errorf("size %d: %w", l.Size, blockdev.ErrCorrupt)
+	}
+	return checkMediaType(l.MediaType)
 }
 
 // Ingester ingests layers. All methods may be called from any goroutine.
@@ -243,11 +257,9 @@ func (in *Ingester) Layer(ctx context.Context, l Layer, watch func(Progress)) (s
 }
 
 func (in *Ingester) layer(ctx context.Context, l Layer, watch func(Progress)) (store.LayerRecord, error) {
-	if err := checkMediaType(l.MediaType); err != nil {
+	if err := l.check(); err != nil {
+		in.cfg.Ended(l, 0, err)
 		return store.LayerRecord{}, err
-	}
-	if l.Size < 0 {
-		return store.LayerRecord{}, fmt.Errorf("size %d: %w", l.Size, blockdev.ErrCorrupt)
 	}
 	if rec, err := in.cfg.Store.Layer(l.Digest); err == nil {
 		return rec, nil

@@ -104,16 +104,9 @@ func (l *Layers) restoreFrom(ctx context.Context, r Request, h Holder) error {
 	if err != nil {
 		return err
 	}
-	if len(img.Layers) != 1 {
-		return fmt.Errorf("%d layers, and one was requested: %w", len(img.Layers), blockdev.ErrCorrupt)
-	}
-	enc := img.Layers[0].Index
-	ix, err := index.Decode(enc)
+	enc, ix, err := r.index(img)
 	if err != nil {
 		return err
-	}
-	if ix.DiffID != r.Layer.DiffID {
-		return fmt.Errorf("the index belongs to %s: %w", ix.DiffID, blockdev.ErrCorrupt)
 	}
 	session, err := l.cfg.Store.Begin(r.Layer.Digest)
 	if err != nil {
@@ -125,12 +118,8 @@ func (l *Layers) restoreFrom(ctx context.Context, r Request, h Holder) error {
 		fetches.Wait()
 		session.Abort()
 	}()
-	pieces := make([]blockdev.Chunk, len(ix.Headers))
-	for i, p := range ix.Headers {
-		pieces[i] = blockdev.Chunk{Length: p.Length, Digest: p.Digest}
-	}
 	masked := &inOrder{next: bring(ctx, &fetches, h, ix.DiffID, ix.Chunks, session)}
-	piece := bring(ctx, &fetches, h, ix.DiffID, pieces, session)
+	piece := bring(ctx, &fetches, h, ix.DiffID, pieces(ix), session)
 	own, err := proof.Run(ctx, ix, masked, func(context.Context, blockdev.Piece) ([]byte, error) { return piece() })
 	if err != nil {
 		return err

@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/internal/flight"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/access"
@@ -27,7 +28,7 @@ type Config struct {
 	Registry *registry.Client
 	// Leases are those of Store.
 	Leases *Leases
-	// Ingest says how layers of registries are stored. Its Store and Log are set here.
+	// Ingest says how layers of registries are stored. Its Store, Log and Ended are set here.
 	Ingest ingest.Config
 	// Trusted are registry hosts whose word counts for layers of others, too.
 	Trusted []string
@@ -80,13 +81,14 @@ func New(cfg Config) (*Layers, error) {
 	for _, h := range cfg.Trusted {
 		l.trusted[strings.ToLower(h)] = true
 	}
-	cfg.Ingest.Store, cfg.Ingest.Log = cfg.Store, cfg.Log
 	var err error
-	if l.ingest, err = ingest.New(cfg.Ingest); err != nil {
+	if l.metrics, err = newMetrics(cfg.Registerer); err != nil {
 		return nil, err
 	}
-	if l.metrics, err = newMetrics(cfg.Registerer); err != nil {
-		return nil, errors.Join(err, l.ingest.Close())
+	cfg.Ingest.Store, cfg.Ingest.Log, cfg.Ingest.Ended = cfg.Store, cfg.Log, l.ingested
+	if l.ingest, err = ingest.New(cfg.Ingest); err != nil {
+		l.metrics.Unregister()
+		return nil, err
 	}
 	return l, nil
 }
@@ -144,6 +146,29 @@ func (r Request) key() string {
 // record is what is published of the layer once it is here.
 func (r Request) record() store.LayerRecord {
 	return store.LayerRecord{Layer: r.Layer.Digest, Size: r.Layer.Size, DiffID: r.Layer.DiffID, Origins: []string{originOf(r.Manifest)}}
+}
+
+// index is that of the layer in the answer of a sibling or holder, which was asked for it
+// alone.
+func (r Request) index(img *blockdev.Image) ([]byte, *blockdev.Index, error) {
+	if len(img.Layers) == 0 {
+		return nil, nil, fmt.Errorf("the answer has no layer: %w", blockdev.ErrCorrupt)
+	}
+	enc := img.Layers[0].Index
+	ix, err := index.Decode(enc)
+	if err == nil && ix.DiffID != r.Layer.DiffID {
+		err = fmt.Errorf("the index belongs to %s: %w", ix.DiffID, blockdev.ErrCorrupt)
+	}
+	return enc, ix, err
+}
+
+// pieces are the header pieces of a diff, as chunks to be fetched.
+func pieces(ix *blockdev.Index) []blockdev.Chunk {
+	out := make([]blockdev.Chunk, len(ix.Headers))
+	for i, p := range ix.Headers {
+		out[i] = blockdev.Chunk{Length: p.Length, Digest: p.Digest}
+	}
+	return out
 }
 
 // maxTurns bounds how often a layer is looked for again that others evict, or

@@ -3,12 +3,13 @@ package layers
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
+	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/ingest"
+	"github.com/shoalfs/shoal/supernode/internal/outcome"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
@@ -27,23 +28,26 @@ func (l *Layers) fromRegistry(ctx context.Context, r Request) (store.LayerRecord
 			}
 		}
 	}
-	run := fmt.Sprint(m.Host, " ", d.Digest, " ", d.Size)
-	l.metrics.begin(run)
 	rec, err := l.ingest.Layer(ctx, ingest.Layer{Ref: m.Ref, Digest: d.Digest, Size: d.Size, MediaType: d.MediaType,
 		DiffID: d.DiffID, Host: m.Host, Origin: originOf(m), Open: l.opener(r)}, report)
-	if took, first := l.metrics.end(run, err); first && ctx.Err() == nil {
-		if err != nil {
-			l.cfg.Log.Warn("layer not stored", "image", m.Ref, "error", err)
-		} else {
-			l.cfg.Log.Info("layer stored", "image", m.Ref, "layer", d.Digest, "bytes", d.Size, "took", took)
-		}
-	}
 	if err == nil {
 		l.failed.worked(key)
 	} else if ctx.Err() == nil {
 		l.failed.note(key, err)
 	}
 	return rec, err
+}
+
+// ingested notes the end of an ingest.
+func (l *Layers) ingested(d ingest.Layer, took time.Duration, err error) {
+	l.metrics.ingests.WithLabelValues(outcome.Of(err)).Inc()
+	switch {
+	case err == nil:
+		l.metrics.seconds.Observe(took.Seconds())
+		l.cfg.Log.Info("layer stored", "image", d.Ref, "layer", d.Digest, "bytes", d.Size, "took", took)
+	case !errors.Is(err, context.Canceled) && !errors.Is(err, ingest.ErrClosed):
+		l.cfg.Log.Warn("layer not stored", "image", d.Ref, "layer", d.Digest, "error", err)
+	}
 }
 
 // opener returns the function that streams a layer from its registry.

@@ -10,7 +10,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/store"
 )
@@ -89,21 +88,14 @@ func (l *Layers) copyFrom(ctx context.Context, r Request, id peer.ID, sib Siblin
 	if err != nil {
 		return err
 	}
-	if len(img.Layers) == 0 || img.Layers[0].Digest != r.Layer.Digest || img.Layers[0].DiffID != r.Layer.DiffID {
-		return fmt.Errorf("not the requested layer: %w", blockdev.ErrCorrupt)
-	}
-	enc := img.Layers[0].Index
-	ix, err := index.Decode(enc)
+	enc, ix, err := r.index(img)
 	if err != nil {
 		return err
 	}
-	if ix.DiffID != r.Layer.DiffID {
-		return fmt.Errorf("the index belongs to %s: %w", ix.DiffID, blockdev.ErrCorrupt)
+	if img.Layers[0].Digest != r.Layer.Digest {
+		return fmt.Errorf("not the requested layer: %w", blockdev.ErrCorrupt)
 	}
-	chunks := slices.Clone(ix.Chunks)
-	for _, p := range ix.Headers {
-		chunks = append(chunks, blockdev.Chunk{Length: p.Length, Digest: p.Digest})
-	}
+	chunks := slices.Concat(ix.Chunks, pieces(ix))
 	session, err := l.cfg.Store.Begin(r.Layer.Digest)
 	if err != nil {
 		return err
