@@ -77,6 +77,7 @@ func BenchmarkChunk(b *testing.B) {
 	publish(b, s, l)
 	b.SetBytes(64 << 10)
 	b.ReportAllocs()
+	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
 		for i := 0; pb.Next(); i++ {
 			if _, err := s.Chunk(b.Context(), digests[i%len(digests)]); err != nil {
