@@ -4,14 +4,9 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
-	"net/http"
-	"net/http/httptest"
-	"net/http/httputil"
-	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -20,93 +15,6 @@ import (
 	"github.com/shoalfs/shoal/integration/lab"
 )
 
-// tenants is a registry with token auth: what is below a user's name is for that
-// user, and what is below "public" for everybody.
-type tenants struct {
-	addr  string
-	proxy http.Handler
-
-	mu        sync.Mutex
-	passwords map[string]string
-	tokens    map[string]string // word -> user
-	documents map[string][]byte // path -> what is served there in place of the registry's answer
-}
-
-func newTenants(t *testing.T, registry string, passwords map[string]string) *tenants {
-	t.Helper()
-	g := &tenants{
-		proxy:     httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: registry}),
-		passwords: passwords, tokens: map[string]string{}, documents: map[string][]byte{},
-	}
-	server := httptest.NewServer(g)
-	t.Cleanup(server.Close)
-	g.addr = server.Listener.Addr().String()
-	return g
-}
-
-// rotate exchanges a user's password; tokens that were got with the old one end.
-func (g *tenants) rotate(user, password string) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.passwords[user] = password
-	for word, owner := range g.tokens {
-		if owner == user {
-			delete(g.tokens, word)
-		}
-	}
-}
-
-// ServeHTTP implements http.Handler.
-func (g *tenants) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if r.URL.Path == "/token" {
-		g.token(w, r)
-		return
-	}
-	word, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-	path := strings.TrimPrefix(r.URL.Path, "/v2/")
-	owner, _, _ := strings.Cut(path, "/")
-	if user, known := g.tokens[word]; owner != "public" && (!known || user != owner) || owner == "public" && !known {
-		repository, _, _ := strings.Cut(path, "/manifests/")
-		repository, _, _ = strings.Cut(repository, "/blobs/")
-		w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="http://%s/token",service="lab",scope="repository:%s:pull"`, g.addr, repository))
-		http.Error(w, `{"errors":[{"code":"UNAUTHORIZED","message":"this registry refuses"}]}`, http.StatusUnauthorized)
-		return
-	}
-	if doc, ok := g.documents[path]; ok {
-		mediaType := lab.MediaTypeManifest
-		if strings.Contains(path, "/blobs/") {
-			mediaType = "application/octet-stream"
-		}
-		w.Header().Set("Content-Type", mediaType)
-		w.Header().Set("Docker-Content-Digest", lab.NewBlob("", doc).Digest)
-		w.Header().Set("Content-Length", fmt.Sprint(len(doc)))
-		if r.Method != http.MethodHead {
-			_, _ = w.Write(doc) // the client may have gone
-		}
-		return
-	}
-	g.mu.Unlock()
-	defer g.mu.Lock()
-	g.proxy.ServeHTTP(w, r)
-}
-
-// token gives a token out: to nobody in particular, or to who has the password.
-func (g *tenants) token(w http.ResponseWriter, r *http.Request) {
-	user, password, ok := r.BasicAuth()
-	switch {
-	case r.Method != http.MethodGet: // as with many registries, so that clients take the other way
-		http.Error(w, "use GET", http.StatusMethodNotAllowed)
-	case ok && (password == "" || g.passwords[user] != password):
-		http.Error(w, `{"errors":[{"code":"UNAUTHORIZED"}]}`, http.StatusUnauthorized)
-	default:
-		word := fmt.Sprintf("token-%d-%d", len(g.tokens), time.Now().UnixNano())
-		g.tokens[word] = user
-		fmt.Fprintf(w, `{"token":%q,"expires_in":60}`, word)
-	}
-}
-
 // secret is what kubelet makes of an imagePullSecret.
 func secret(user, password string) *runtimeapi.AuthConfig {
 	return &runtimeapi.AuthConfig{Username: user, Password: password}
@@ -114,18 +22,18 @@ func secret(user, password string) *runtimeapi.AuthConfig {
 
 // newTenantsSite is a CRI site with the node's mirror, and images of two tenants. The
 // node has a credential of its own that opens all images of ann.
-func newTenantsSite(t *testing.T, v lab.ContainerdVersion, noAnnotations bool) (*site, *tenants) {
+func newTenantsSite(t *testing.T, v lab.ContainerdVersion, noAnnotations bool) (*site, *lab.Tenants) {
 	t.Helper()
 	docker := t.TempDir()
 	s := newCRISite(t, v, fmt.Sprintf("docker_config = %q\n", docker), func(s *site, o *lab.ContainerdOptions) {
 		o.Mirror, o.MirrorCA, o.CRI.NoAnnotations = s.node.Mirror, s.node.MirrorCA, noAnnotations
 	})
-	g := newTenants(t, s.registry.Addr, map[string]string{"ann": "anns-word", "bob": "bobs-word"})
+	g := must(s.StartTenants(s.registry, map[string]string{"ann": "anns-word", "bob": "bobs-word"}))(t)
 	s.pushApp(t, "ann/app", bigContent(1))
 	s.pushApp(t, "bob/app", bigContent(2))
 	auth := base64.StdEncoding.EncodeToString([]byte("ann:anns-word"))
-	noError(t, os.WriteFile(filepath.Join(docker, "config.json"), fmt.Appendf(nil, `{"auths":{%q:{"auth":%q}}}`, g.addr, auth), 0o600))
-	must(s.Run(t.Context(), "shoal", "prefetch", "--control", s.node.Control, g.addr+"/ann/app:v1"))(t)
+	noError(t, os.WriteFile(filepath.Join(docker, "config.json"), fmt.Appendf(nil, `{"auths":{%q:{"auth":%q}}}`, g.Addr, auth), 0o600))
+	must(s.Run(t.Context(), "shoal", "prefetch", "--control", s.node.Control, g.Addr+"/ann/app:v1"))(t)
 	return s, g
 }
 
@@ -137,7 +45,7 @@ func TestImagePullSecrets(t *testing.T) {
 	eachContainerd(t, func(t *testing.T, v lab.ContainerdVersion) {
 		s, g := newTenantsSite(t, v, false)
 		ctx := t.Context()
-		ann, bob := g.addr+"/ann/app:v1", g.addr+"/bob/app:v1"
+		ann, bob := g.Addr+"/ann/app:v1", g.Addr+"/bob/app:v1"
 		refused := func(why, ref string, auth *runtimeapi.AuthConfig) {
 			t.Helper()
 			if err := s.CRI.Pull(ctx, ref, auth); err == nil {
@@ -185,12 +93,12 @@ func TestImagePullSecretExpires(t *testing.T) {
 		Shoal: s.node.Socket, ShoalRoot: s.node.Root, Mirror: s.node.Mirror, MirrorCA: s.node.MirrorCA,
 		CRI: &lab.CRIOptions{Pause: must(s.registry.PushPause(ctx))(t)},
 	}))(t)
-	g := newTenants(t, s.registry.Addr, map[string]string{"ann": "first"})
+	g := must(s.StartTenants(s.registry, map[string]string{"ann": "first"}))(t)
 	s.pushApp(t, "ann/app", bigContent(1))
-	ref := g.addr + "/ann/app:v1"
+	ref := g.Addr + "/ann/app:v1"
 	noError(t, s.CRI.Pull(ctx, ref, secret("ann", "first")))
 	noError(t, s.CRI.RemoveImage(ctx, ref))
-	g.rotate("ann", "second")
+	g.Rotate("ann", "second")
 	// What is known of the first word is believed for a moment.
 	noError(t, lab.WaitFor(ctx, "a refusal of the secret that has expired", time.Minute, func() error {
 		if s.CRI.Pull(ctx, ref, secret("ann", "first")) != nil {
@@ -213,7 +121,7 @@ func TestImagePullSecretExpires(t *testing.T) {
 func TestSpoofingManifest(t *testing.T) {
 	s, g := newTenantsSite(t, pinned(t), true) // CRI's default: nobody overwrites the annotations
 	ctx := t.Context()
-	ann := g.addr + "/ann/app:v1"
+	ann := g.Addr + "/ann/app:v1"
 	noError(t, s.CRI.Pull(ctx, ann, secret("ann", "anns-word")))
 	im := must(s.registry.Image(ctx, "ann/app", "v1"))(t)
 	config := must(s.registry.Blob(ctx, "ann/app", im.Config.Digest))(t)
@@ -239,16 +147,14 @@ func TestSpoofingManifest(t *testing.T) {
 	manifest := must(json.Marshal(map[string]any{
 		"schemaVersion": 2, "mediaType": lab.MediaTypeManifest, "config": cfg, "layers": layers,
 	}))(t)
-	g.mu.Lock()
-	g.documents["public/spoof/manifests/v1"] = manifest
-	g.documents["public/spoof/manifests/"+lab.NewBlob("", manifest).Digest] = manifest
-	g.documents["public/spoof/blobs/"+cfg.Digest] = config
-	g.mu.Unlock()
+	g.Serve("public/spoof/manifests/v1", manifest)
+	g.Serve("public/spoof/manifests/"+lab.NewBlob("", manifest).Digest, manifest)
+	g.Serve("public/spoof/blobs/"+cfg.Digest, config)
 	noError(t, s.CRI.RemoveImage(ctx, ann))
-	if err := s.CRI.Pull(ctx, g.addr+"/public/spoof:v1", nil); err == nil {
+	if err := s.CRI.Pull(ctx, g.Addr+"/public/spoof:v1", nil); err == nil {
 		t.Error("the image that names another tenant's layers was pulled")
 	}
-	if s.isLazy(t, ctx, g.addr+"/public/spoof:v1") || s.isLazy(t, ctx, ann) {
+	if s.isLazy(t, ctx, g.Addr+"/public/spoof:v1") || s.isLazy(t, ctx, ann) {
 		t.Error("the image that names another tenant's layers has opened them")
 	}
 }
