@@ -44,6 +44,7 @@ type Host struct {
 	ns   string // its namespace
 	port string // the other end of its link
 	http *http.Client
+	box  *os.File // the first process of its Box; nil: it is none
 }
 
 // NewNet makes a network of zones without hosts.
@@ -315,7 +316,12 @@ func (l *Lab) inHost(f func() error) error {
 	return l.host.do(f)
 }
 
-func (h *Host) do(f func() error) error { return inNetns(h.ns, f) }
+func (h *Host) do(f func() error) error {
+	if h.box != nil {
+		return inBox(h.box, f)
+	}
+	return inNetns(h.ns, f)
+}
 
 // inNetns runs f on a thread that is in a network namespace, and lets the thread
 // end with it.
@@ -325,13 +331,19 @@ func inNetns(name string, f func() error) error {
 		return err
 	}
 	defer ns.Close()
+	return onThread(func() error {
+		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter namespace %s: %w", name, err)
+		}
+		return f()
+	})
+}
+
+// onThread runs f on a thread of its own, which ends with it.
+func onThread(f func() error) error {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the runtime ends the thread with the goroutine
-		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("enter namespace %s: %w", name, err)
-			return
-		}
 		done <- f()
 	}()
 	return <-done
