@@ -149,7 +149,7 @@ func (c *Cache) create(ctx context.Context, enc []byte, ix *blockdev.Index, tab 
 	for _, n := range []int64{int64(len(enc)), int64(len(ix.Meta)), presence.FileSize(len(ix.Chunks))} {
 		need += c.space.blocks(0, n)
 	}
-	if err := c.waitRoom(ctx, func() error { return c.space.add(need) }); err != nil {
+	if err := c.space.add(ctx, need); err != nil {
 		return nil, err
 	}
 	defer c.space.sub(need)
@@ -210,7 +210,7 @@ func (c *Cache) Remove(ctx context.Context, id blockdev.Digest) error {
 		d.stop(ErrRemoved)
 		c.recent.forget(d)
 		err := errors.Join(d.closeFiles(), os.RemoveAll(trash))
-		c.space.leave(d)
+		c.space.leave(&d.share)
 		release()
 		done <- err
 	}()

@@ -39,17 +39,16 @@ type Cache struct {
 
 	quarantine *quarantine
 
-	pace       *prefetch.Pace
-	demand     *turns.Turns        // bytes of demand requests in flight, by diff
-	held       *turns.Turns        // bytes that reads hold, unwritten, by diff
-	decoding   *semaphore.Weighted // bytes of indexes
-	kicked     chan struct{}       // the syncer has work
-	buffers    bufferPool
-	untilWorks atomic.Int64 // bytes to be written before the disk is well; 0: it is
-	stats      counters
-	space      *space
-	recent     recent
-	serial     atomic.Uint64 // makes names in tmp unique
+	pace     *prefetch.Pace
+	demand   *turns.Turns        // bytes of demand requests in flight, by diff
+	held     *turns.Turns        // bytes that reads hold, unwritten, by diff
+	decoding *semaphore.Weighted // bytes of indexes
+	kicked   chan struct{}       // the syncer has work
+	buffers  bufferPool
+	stats    counters
+	space    *space
+	recent   recent
+	serial   atomic.Uint64 // makes names in tmp unique
 
 	started int64         // makes names in tmp unlike those of earlier processes
 	opened  chan struct{} // closed when all diffs are open that were found
@@ -67,9 +66,6 @@ type Cache struct {
 	diffs  map[blockdev.Digest]*Diff
 	found  map[blockdev.Digest]*found        // not opened yet
 	busy   map[blockdev.Digest]chan struct{} // being added or removed; closed when that is over
-
-	evicting    *eviction // under way
-	evictedNone time.Time // when MakeRoom found nothing last
 }
 
 // Open opens the cache in cfg.Root, or makes it. It does not wait for the diffs to
@@ -120,7 +116,7 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("cache %s: %w", cfg.Root, err), lock.Close())
 	}
-	c.space, err = newSpace(cfg.Root, cfg.Quota)
+	c.space, err = newSpace(cfg.Root, cfg.Quota, cfg.MakeRoom, cfg.Log)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("cache: %w", err), lock.Close())
 	}
@@ -231,6 +227,7 @@ func (c *Cache) Close() error {
 	c.closed = true
 	c.mu.Unlock()
 	c.end()
+	c.space.close()
 	c.wg.Wait() // the syncer, and Adds and Removes under way
 	var errs []error
 	for _, d := range *c.list.Load() {

@@ -80,7 +80,7 @@ type Diff struct {
 	flights map[int]*flight
 	seq     prefetch.Sequences
 
-	taken   taken          // of the disk; guarded by Cache.space
+	share   share          // of the disk
 	reading prefetch.Reads // guarded by Cache.gate
 }
 
@@ -247,9 +247,10 @@ func (c *Cache) newDiff(dir string, sum blockdev.Digest, ix *blockdev.Index, tab
 		syncing: make(chan struct{}, 1), prefetching: make(chan struct{}, 1), proving: make(chan struct{}, 1),
 		flights: make(map[int]*flight),
 	}
+	d.share.measure = d.use
 	err := d.openFiles(ix)
 	if err == nil {
-		err = c.space.enter(d)
+		err = c.space.enter(&d.share)
 	}
 	if err != nil {
 		for _, f := range []*os.File{d.data, d.bitmap} {

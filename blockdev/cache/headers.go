@@ -103,12 +103,12 @@ func (d *Diff) fetchPieces(ctx context.Context, f *os.File, want []int) error {
 	defer cancel(nil)
 	size := d.heads.starts[want[len(want)-1]+1] - d.heads.starts[want[0]]
 	room := d.c.space.blocks(d.heads.starts[want[0]], size)
-	if err := d.c.waitRoom(ctx, func() error { return d.c.space.take(&d.taken, room, forDemand) }); err != nil {
+	if err := d.c.space.take(ctx, &d.share, room, forDemand); err != nil {
 		return fmt.Errorf("header stream: %w", err)
 	}
 	defer func() {
-		d.c.space.wrote(&d.taken, room)
-		d.c.space.measure(d)
+		d.c.space.wrote(&d.share, room)
+		d.c.space.remeasure(&d.share)
 	}()
 	timeout := d.c.cfg.Timeout
 	idle := time.AfterFunc(timeout, func() {
@@ -137,7 +137,7 @@ func (d *Diff) fetchPieces(ctx context.Context, f *os.File, want []int) error {
 		got[k] = true
 		d.c.stats.headers.Add(int64(len(data)))
 		if _, err := f.WriteAt(data, d.heads.starts[want[k]]); err != nil {
-			return d.c.writeFailed(d, fmt.Errorf("write %s: %w", d.headersPath(), err))
+			return d.c.space.failed(d.id, fmt.Errorf("write %s: %w", d.headersPath(), err))
 		}
 		return nil
 	})

@@ -106,20 +106,18 @@ func (d *Diff) damaged(k int, why error) {
 // that it is present.
 func (d *Diff) store(i int, data []byte, u use) error {
 	n := d.c.space.blocks(d.tab.Start(i), int64(len(data)))
-	if err := d.c.roomFor(d, n, u); err != nil {
+	if err := d.c.space.try(&d.share, n, u); err != nil {
 		if u == forDemand && !errors.Is(err, errCounting) { // what stops prefetch, Prefetch says itself
-			err = d.c.writeFailed(d, err)
+			err = d.c.space.failed(d.id, err)
 		}
 		return err
 	}
 	_, err := d.data.WriteAt(data, d.tab.Start(i))
-	if d.c.space.wrote(&d.taken, n) {
-		d.c.space.measure(d)
-	}
+	d.c.space.wrote(&d.share, n)
 	if err != nil {
-		return d.c.writeFailed(d, fmt.Errorf("write %d bytes at %d to %s: %w", len(data), d.tab.Start(i), d.DataPath(), err))
+		return d.c.space.failed(d.id, fmt.Errorf("write %d bytes at %d to %s: %w", len(data), d.tab.Start(i), d.DataPath(), err))
 	}
-	d.c.writeWorked(len(data))
+	d.c.space.worked(len(data))
 	d.added(i)
 	return nil
 }

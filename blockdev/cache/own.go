@@ -37,15 +37,15 @@ func (d *Diff) takeOver(ctx context.Context, own *blockdev.Index) (blockdev.Dige
 		return blockdev.Digest{}, err
 	}
 	room := d.c.space.blocks(0, int64(len(enc))) + d.c.space.blocks(0, int64(len(own.Meta)))
-	if err := d.c.waitRoom(ctx, func() error { return d.c.space.take(&d.taken, room, forMeta) }); err != nil {
+	if err := d.c.space.take(ctx, &d.share, room, forMeta); err != nil {
 		return blockdev.Digest{}, err
 	}
 	defer func() {
-		d.c.space.wrote(&d.taken, room)
-		d.c.space.measure(d)
+		d.c.space.wrote(&d.share, room)
+		d.c.space.remeasure(&d.share)
 	}()
 	if err := errors.Join(durable.Sweep(d.dir), durable.Replace(d.path(ownMetaFile), own.Meta, 0o600), durable.Replace(d.path(ownIndexFile), enc, 0o600)); err != nil {
-		return blockdev.Digest{}, d.c.writeFailed(d, err)
+		return blockdev.Digest{}, d.c.space.failed(d.id, err)
 	}
 	return blockdev.Sum(enc), nil
 }

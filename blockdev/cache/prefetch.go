@@ -159,9 +159,7 @@ func (d *Diff) paceWrites(ctx context.Context) error {
 
 // prefetchRoom returns nil if there is room for what prefetch may have under way.
 func (d *Diff) prefetchRoom(ctx context.Context) error {
-	return d.c.waitRoom(ctx, func() error {
-		return d.c.space.has(d.c.pace.Inflight.Size(), forPrefetch)
-	})
+	return d.c.space.has(ctx, d.c.pace.Inflight.Size(), forPrefetch)
 }
 
 // claim makes a prefetch group of the next missing chunks from number i on that
@@ -233,7 +231,7 @@ func (d *Diff) markComplete() error {
 	}
 	if err != nil {
 		d.bitmapFailed(err)
-		return d.c.writeFailed(d, fmt.Errorf("mark as complete: %w", err))
+		return d.c.space.failed(d.id, fmt.Errorf("mark as complete: %w", err))
 	}
 	d.setComplete()
 	// A chunk may have turned out to be damaged since fill looked.

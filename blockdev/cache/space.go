@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"maps"
 	"os"
-	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -13,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
 )
 
 // use says what room is for. Each kind leaves some to those before it, so that
@@ -52,31 +53,63 @@ type space struct {
 	root  string
 	quota int64 // bytes; 0: none
 	block int64 // of the file system
+	log   *slog.Logger
 
 	// disk is how many bytes may be reserved before the next statfs.
 	disk atomic.Int64
+	// untilWorks is how many bytes must be written before the disk is thought well; 0:
+	// it is.
+	untilWorks atomic.Int64
 
-	mu    sync.Mutex
-	used  int64 // of all diffs
-	loose int64 // the part of used that a measurement may lower
+	counted chan struct{} // closed when all that is on disk is counted
+
+	mu     sync.Mutex
+	used   int64 // of all diffs
+	loose  int64 // the part of used that a measurement may lower
+	shares map[*share]struct{}
+
+	makeRoom    func(ctx context.Context) (freed bool)
+	evicting    *eviction // under way
+	evictedNone time.Time // when makeRoom found nothing last
+	// life ends with close, and with it makeRoom.
+	life context.Context
+	end  context.CancelFunc
+	wg   sync.WaitGroup
 }
 
-// taken is one diff's part, guarded by space.mu.
-type taken struct {
-	fixed     int64 // all files but the data, and the directory, as the file system says
-	measured  int64 // the data file
+// share is one diff's part, guarded by space.mu.
+type share struct {
+	// measure says what its files take, in bytes: the data, and all others.
+	measure func() (data, others int64, err error)
+
+	others    int64 // all files but the data, and the directory, as the file system says
+	data      int64 // the data file
 	written   int64 // reserved for what was written since
 	writing   int64 // reserved for what is being written
 	measuring bool
-	gone      bool
 }
 
-func newSpace(root string, quota int64) (*space, error) {
+// newSpace counts below root. makeRoom is Config.MakeRoom.
+func newSpace(root string, quota int64, makeRoom func(context.Context) bool, log *slog.Logger) (*space, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(root, &st); err != nil {
 		return nil, &os.PathError{Op: "statfs", Path: root, Err: err}
 	}
-	return &space{root: root, quota: quota, block: min(max(st.Bsize, 4096), 64<<10)}, nil
+	s := &space{
+		root: root, quota: quota, block: min(max(st.Bsize, 4096), 64<<10), log: log,
+		counted: make(chan struct{}), shares: make(map[*share]struct{}), makeRoom: makeRoom,
+	}
+	s.life, s.end = context.WithCancel(context.Background())
+	return s, nil
+}
+
+// close ends makeRoom. What waits for it gets the error that it had.
+func (s *space) close() {
+	s.mu.Lock()
+	s.makeRoom = nil
+	s.mu.Unlock()
+	s.end()
+	s.wg.Wait()
 }
 
 // blocks is what n bytes from off on take of a file at most, with what the file
@@ -91,15 +124,17 @@ func (s *space) limit(u use) int64 {
 	return s.quota - int64(u)*min(s.quota/spareShare, maxSpare)
 }
 
-// has returns nil if n more bytes may be used.
-func (s *space) has(n int64, u use) error {
-	s.mu.Lock()
-	used := s.used
-	s.mu.Unlock()
-	if s.quota > 0 && used+n > s.limit(u) {
-		return s.errQuota(used)
-	}
-	return s.diskHas(n, u)
+// has returns nil if n more bytes may be used, now or after room was made.
+func (s *space) has(ctx context.Context, n int64, u use) error {
+	return s.wait(ctx, func() error {
+		s.mu.Lock()
+		used := s.used
+		s.mu.Unlock()
+		if s.quota > 0 && used+n > s.limit(u) {
+			return s.errQuota(used)
+		}
+		return s.diskHas(n, u)
+	})
 }
 
 func (s *space) errQuota(used int64) error {
@@ -126,8 +161,8 @@ func (s *space) diskHas(n int64, u use) error {
 	return nil
 }
 
-// take reserves n bytes for a chunk of t's diff.
-func (s *space) take(t *taken, n int64, u use) error {
+// reserve counts n bytes, in t if it is not nil, if there is room.
+func (s *space) reserve(t *share, n int64, u use) error {
 	if err := s.diskHas(n, u); err != nil {
 		return err
 	}
@@ -137,25 +172,73 @@ func (s *space) take(t *taken, n int64, u use) error {
 		return s.errQuota(s.used)
 	}
 	s.used += n
-	s.loose += n
-	t.writing += n
+	if t != nil {
+		s.loose += n
+		t.writing += n
+	}
 	return nil
 }
 
-// wrote says that the write for which n bytes were reserved is over, well or
-// not. It reports whether t's diff is to be measured.
-func (s *space) wrote(t *taken, n int64) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	t.writing -= n
-	t.written += n
-	return t.written >= measureStep
+// take reserves n bytes for t's diff, if there is room or room can be made. The caller
+// says by wrote that they are written.
+func (s *space) take(ctx context.Context, t *share, n int64, u use) error {
+	return s.wait(ctx, func() error { return s.reserve(t, n, u) })
 }
 
-// measure looks up what d's files take. What is being written meanwhile is
+// try is take for a chunk whose bytes are at hand: it does not wait. Its error is
+// errCounting for a moment after the start: the chunk is not kept then.
+func (s *space) try(t *share, n int64, u use) error {
+	if s.quota > 0 {
+		select {
+		case <-s.counted:
+		default:
+			return errCounting
+		}
+	}
+	err := s.reserve(t, n, u)
+	if errors.Is(err, blockdev.ErrNoSpace) && s.measureAll() {
+		err = s.reserve(t, n, u)
+	}
+	if errors.Is(err, blockdev.ErrNoSpace) {
+		s.evict() // for those that come next
+	}
+	return err
+}
+
+// errCounting: there is a quota, and what is on disk is not counted yet.
+var errCounting = errors.New("the diffs are still being opened and counted")
+
+// measureAll measures what a measurement may find room in, and reports whether there
+// was any.
+func (s *space) measureAll() bool {
+	s.mu.Lock()
+	var all []*share
+	if s.loose > 0 {
+		all = slices.Collect(maps.Keys(s.shares))
+	}
+	s.mu.Unlock()
+	for _, t := range all {
+		s.remeasure(t)
+	}
+	return len(all) > 0
+}
+
+// wrote says that the write for which n bytes were reserved is over, well or not. Now
+// and then it measures.
+func (s *space) wrote(t *share, n int64) {
+	s.mu.Lock()
+	t.writing -= n
+	t.written += n
+	due := t.written >= measureStep
+	s.mu.Unlock()
+	if due {
+		s.remeasure(t)
+	}
+}
+
+// remeasure looks up what a diff's files take. What is being written meanwhile is
 // counted twice, which errs to the safe side.
-func (s *space) measure(d *Diff) {
-	t := &d.taken
+func (s *space) remeasure(t *share) {
 	s.mu.Lock()
 	if t.measuring || t.written == 0 {
 		s.mu.Unlock()
@@ -164,39 +247,23 @@ func (s *space) measure(d *Diff) {
 	t.measuring = true
 	covered := t.written // is in the files by now
 	s.mu.Unlock()
-	data, err := diskUse(d.data)
-	fixed, ferr := d.fixedUse()
+	data, others, err := t.measure()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	t.measuring = false
-	if err != nil || ferr != nil || t.gone {
+	if _, ok := s.shares[t]; err != nil || !ok {
 		return // removed since
 	}
-	s.used += data + fixed - t.measured - t.fixed - covered
+	s.used += data + others - t.data - t.others - covered
 	s.loose -= covered
 	t.written -= covered
-	t.measured, t.fixed = data, fixed
+	t.data, t.others = data, others
 }
 
-// settled reports whether a measurement could find room.
-func (s *space) settled() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.loose == 0
-}
-
-// add counts n bytes of no diff yet, if there is room.
-func (s *space) add(n int64) error {
-	if err := s.diskHas(n, forMeta); err != nil {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.quota > 0 && s.used+n > s.limit(forMeta) {
-		return s.errQuota(s.used)
-	}
-	s.used += n
-	return nil
+// add counts n bytes of no diff yet, if there is room or room can be made. The caller
+// takes them out by sub.
+func (s *space) add(ctx context.Context, n int64) error {
+	return s.wait(ctx, func() error { return s.reserve(nil, n, forMeta) })
 }
 
 func (s *space) sub(n int64) {
@@ -205,179 +272,32 @@ func (s *space) sub(n int64) {
 	s.used -= n
 }
 
-// enter counts a diff that has been opened, leave one whose files are gone.
-func (s *space) enter(d *Diff) error {
-	fixed, err := d.fixedUse()
-	if err != nil {
-		return err
-	}
-	data, err := diskUse(d.data)
+// enter counts a diff that has been opened.
+func (s *space) enter(t *share) error {
+	data, others, err := t.measure()
 	if err != nil {
 		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	d.taken = taken{fixed: fixed, measured: data}
-	s.used += fixed + data
+	t.data, t.others = data, others
+	s.used += data + others
+	s.shares[t] = struct{}{}
 	return nil
 }
 
-func (s *space) leave(d *Diff) {
+// leave takes out a diff whose files are gone.
+func (s *space) leave(t *share) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	t := &d.taken
-	s.used -= t.fixed + t.measured + t.written + t.writing
+	s.used -= t.others + t.data + t.written + t.writing
 	s.loose -= t.written + t.writing
-	*t = taken{gone: true}
+	delete(s.shares, t)
 }
 
-// extentsPerBlock is how many extents of a file a file system describes in one
-// block, or fewer: ext4 has 340 in 4 KiB, xfs 254.
-const extentsPerBlock = 250
-
-// fixedUse is what all files of a diff but the data take, with its directory, and
-// with room for what comes later by itself: the record of a proof, and where the
-// data file's extents lie, which some file systems write down, and count, only
-// with the data.
-func (d *Diff) fixedUse() (n int64, err error) {
-	n = int64(1+d.tab.Len()/extentsPerBlock) * d.c.space.block
-	for _, name := range []string{"", indexFile, metaFile, bitmapFile, headersFile, ownIndexFile, ownMetaFile, proofFile} {
-		var st unix.Stat_t
-		path := filepath.Join(d.dir, name)
-		err := unix.Lstat(path, &st)
-		switch {
-		case name == proofFile && (err != nil || st.Blocks*512 < d.c.space.block):
-			n += d.c.space.block
-		case (name == headersFile || name == ownIndexFile || name == ownMetaFile) && errors.Is(err, unix.ENOENT):
-		case err != nil:
-			return 0, &os.PathError{Op: "stat", Path: path, Err: err}
-		default:
-			n += st.Blocks * 512
-		}
-	}
-	return n, nil
-}
-
-// FullUse is what the diff takes of the disk once it is complete, in bytes and
-// inodes.
-func (d *Diff) FullUse() (bytes, inodes int64, err error) {
-	fixed, err := d.fixedUse()
-	if err != nil {
-		return 0, 0, err
-	}
-	// The header stream comes last.
-	var st unix.Stat_t
-	if err := unix.Lstat(d.headersPath(), &st); err != nil && !errors.Is(err, unix.ENOENT) {
-		return 0, 0, &os.PathError{Op: "stat", Path: d.headersPath(), Err: err}
-	}
-	fixed += max(0, roundUp(d.heads.starts[len(d.heads.pieces)])-st.Blocks*512)
-	// Its directory, data, index, metadata, bitmap, headers, and the records of a
-	// proof and of a scrub.
-	return fixed + d.size, 8, nil
-}
-
-// diskUse is what a file takes of the disk, in bytes.
-func diskUse(f *os.File) (int64, error) {
-	var st unix.Stat_t
-	if err := disk.Control(f, func(fd int) error { return unix.Fstat(fd, &st) }); err != nil {
-		return 0, &os.PathError{Op: "stat", Path: f.Name(), Err: err}
-	}
-	return st.Blocks * 512, nil
-}
-
-// errCounting: there is a quota, and what is on disk is not counted yet.
-var errCounting = errors.New("the diffs are still being opened and counted")
-
-// counted reports whether all that is on disk is in the count, so that the quota
-// can be held.
-func (c *Cache) counted() bool {
-	select {
-	case <-c.opened:
-		return true
-	default:
-		return c.cfg.Quota == 0
-	}
-}
-
-// roomFor reserves room for a chunk. Its error is errCounting for a moment after
-// the start: the chunk is not kept then.
-func (c *Cache) roomFor(d *Diff, n int64, u use) error {
-	if !c.counted() {
-		return errCounting
-	}
-	err := c.space.take(&d.taken, n, u)
-	if errors.Is(err, blockdev.ErrNoSpace) && !c.space.settled() {
-		for _, o := range *c.list.Load() {
-			c.space.measure(o)
-		}
-		err = c.space.take(&d.taken, n, u)
-	}
-	if errors.Is(err, blockdev.ErrNoSpace) {
-		c.makeRoom() // for those that come next: who has its bytes does not wait
-	}
-	return err
-}
-
-// eviction is one call of Config.MakeRoom.
-type eviction struct {
-	done  chan struct{}
-	freed bool // set before done is closed
-}
-
-// makeRoom has Config.MakeRoom called, unless that is under way. Nil: there is
-// nothing that could be removed.
-func (c *Cache) makeRoom() *eviction {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.evicting != nil {
-		return c.evicting
-	}
-	if c.cfg.MakeRoom == nil || c.closed || time.Since(c.evictedNone) < makeRoomPause {
-		return nil
-	}
-	e := &eviction{done: make(chan struct{})}
-	c.evicting = e
-	c.wg.Add(1)
-	go func() {
-		defer c.wg.Done()
-		freed := c.cfg.MakeRoom(c.life)
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if c.evicting = nil; !freed {
-			c.evictedNone = time.Now()
-		}
-		e.freed = freed
-		close(e.done)
-	}()
-	return e
-}
-
-// waitRoom returns nil when try does. Between its attempts diffs that nobody
-// uses are removed.
-func (c *Cache) waitRoom(ctx context.Context, try func() error) error {
-	if c.cfg.Quota > 0 {
-		select {
-		case <-c.opened:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
-	for {
-		err := try()
-		if !errors.Is(err, blockdev.ErrNoSpace) {
-			return err
-		}
-		e := c.makeRoom()
-		if e == nil {
-			return err
-		}
-		select {
-		case <-e.done:
-			if !e.freed {
-				return err
-			}
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
+// inUse is what all diffs take, in bytes, with what is reserved.
+func (s *space) inUse() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.used
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/blockdev/index"
 )
 
 // bytesOnDisk is what the files of all diffs take, as the file system counts.
@@ -113,7 +114,7 @@ func TestQuotaHolds(t *testing.T) {
 		t.Errorf("%+v; log:\n%s", r.Stats(), r.log.b.String())
 	}
 	for _, d := range diffs {
-		r.space.measure(d)
+		r.space.remeasure(&d.share)
 	}
 	slack := int64(len(diffs)) * 3 * r.space.block // fixedUse
 	if used, disk := r.Stats().Used, bytesOnDisk(t, r.cfg.Root); used < disk || used > disk+slack {
@@ -146,9 +147,21 @@ func TestQuotaHolds(t *testing.T) {
 // is added to it; reads are right all the same.
 func TestQuotaAtStart(t *testing.T) {
 	r := newRig(t, 4<<20, func(c *Config) { c.Quota = 32 << 20 })
-	<-r.opened
-	opened := r.Cache.opened
-	r.Cache.opened = make(chan struct{})
+	other, _ := r.another(2, 1<<20)
+	r.close()
+	hold := make(chan struct{})
+	r.cfg.decode = func(enc []byte) (*blockdev.Index, error) {
+		ix, err := index.Decode(enc)
+		if err == nil && ix.DiffID == other.id {
+			<-hold
+		}
+		return ix, err
+	}
+	var err error
+	if r.Cache, err = Open(t.Context(), r.cfg); err != nil {
+		t.Fatal(err)
+	}
+	r.d, _ = r.Get(r.ix.DiffID)
 	r.checkRead(0, 1<<20)
 	r.quiet()
 	if n := r.present(); n != 0 {
@@ -157,7 +170,7 @@ func TestQuotaAtStart(t *testing.T) {
 	if n := r.log.count("the cache is full"); n != 0 {
 		t.Errorf("called full %d times", n)
 	}
-	r.Cache.opened = opened
+	close(hold)
 	r.prefetch()
 }
 
@@ -215,12 +228,10 @@ func TestMakeRoom(t *testing.T) {
 		t.Errorf("add beyond the quota: %v", err)
 	}
 	victims = []blockdev.Digest{next.id}
-	r.Cache.mu.Lock()
-	r.evictedNone = time.Time{} // as after a second
-	r.Cache.mu.Unlock()
-	if _, err := r.Add(t.Context(), encode(t, &big)); err != nil {
-		t.Errorf("add with something to remove: %v", err)
-	}
+	r.eventually("an index is added when there is something to remove again", func() bool {
+		_, err := r.Add(t.Context(), encode(t, &big))
+		return err == nil
+	})
 }
 
 // TestNotKeptIsFetchedOnce: without room, a program that reads on in small pieces

@@ -55,14 +55,11 @@ func (n *counters) fetched(prio blockdev.Priority, bytes int) {
 // Stats returns the counters.
 func (c *Cache) Stats() Stats {
 	n := &c.stats
-	c.space.mu.Lock()
-	used := c.space.used
-	c.space.mu.Unlock()
 	return Stats{
 		DemandBytes: n.demand.Load(), StartupBytes: n.startup.Load(), PrefetchBytes: n.prefetch.Load(),
 		HeaderBytes: n.headers.Load(), CopiedBytes: n.copied.Load(),
 		Missed: n.missed.Load(), Failed: n.failed.Load(), Waited: time.Duration(n.waited.Load()),
-		NotKept: n.notKept.Load(), Used: used, Quota: c.cfg.Quota,
+		NotKept: n.notKept.Load(), Used: c.space.inUse(), Quota: c.cfg.Quota,
 		CorruptChunks: n.corrupt.Load(), DamagedChunks: n.damaged.Load(),
 		Proven: n.proven.Load(), Quarantined: n.quarantined.Load(),
 	}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
 )
 
@@ -40,7 +39,7 @@ func (d *Diff) syncNow() error {
 			err = errors.Join(err, perr)
 		}
 		if err != nil {
-			return d.c.writeFailed(d, fmt.Errorf("sync diff %v: %w", d.id, err))
+			return d.c.space.failed(d.id, fmt.Errorf("sync diff %v: %w", d.id, err))
 		}
 		if until := d.keep.Load(); until != 0 {
 			if time.Now().UnixNano() < until {
@@ -57,7 +56,7 @@ func (d *Diff) syncNow() error {
 	}
 	if err := d.pres.Persist(d.bitmap, true); err != nil {
 		d.bitmapFailed(err)
-		return d.c.writeFailed(d, fmt.Errorf("write bitmap of diff %v: %w", d.id, err))
+		return d.c.space.failed(d.id, fmt.Errorf("write bitmap of diff %v: %w", d.id, err))
 	}
 	return nil
 }
@@ -103,33 +102,5 @@ func (c *Cache) kick() {
 	select {
 	case c.kicked <- struct{}{}:
 	default:
-	}
-}
-
-// writeFailed makes ErrNoSpace of a full disk's error, and logs the first of a
-// series.
-func (c *Cache) writeFailed(d *Diff, err error) error {
-	if disk.Full(err) {
-		c.space.disk.Store(0) // somebody else has filled the disk
-		err = fmt.Errorf("%w: %w", blockdev.ErrNoSpace, err)
-	}
-	switch first := c.untilWorks.Swap(worksAfter) == 0; {
-	case !first:
-	case errors.Is(err, blockdev.ErrNoSpace):
-		c.cfg.Log.Warn("the cache is full; reads go on without it, and fetch their missing bytes again each time", "diff", d.id, "cause", err)
-	default:
-		c.cfg.Log.Error("cannot write to the cache; reads go on without it, and fetch their missing bytes again each time", "diff", d.id, "cause", err)
-	}
-	return err
-}
-
-// worksAfter is how many bytes must be written without a failure before the disk
-// is thought well again. Short chunks still fit on a disk that is full for others.
-const worksAfter = 2 << 20
-
-func (c *Cache) writeWorked(n int) {
-	if c.untilWorks.Load() > 0 && c.untilWorks.Add(int64(-n)) <= 0 {
-		c.untilWorks.Store(0)
-		c.cfg.Log.Info("the cache can be written to again", "root", c.cfg.Root)
 	}
 }
