@@ -145,14 +145,14 @@ func (c *Cache) create(ctx context.Context, enc []byte, ix *blockdev.Index, tab 
 	}
 	// Until the diff is counted by itself: two directories, the record of a proof to
 	// come, the data file's extents, and three files.
-	need := int64(4+tab.Len()/extentsPerBlock) * c.space.block
+	need := int64(4+tab.Len()/extentsPerBlock) * c.room.Block
 	for _, n := range []int64{int64(len(enc)), int64(len(ix.Meta)), presence.FileSize(len(ix.Chunks))} {
-		need += c.space.blocks(0, n)
+		need += c.room.Blocks(0, n)
 	}
-	if err := c.space.add(ctx, need); err != nil {
+	if err := c.room.Add(ctx, need); err != nil {
 		return nil, err
 	}
-	defer c.space.sub(need)
+	defer c.room.Sub(need)
 	tmp := c.tmpName()
 	if err := writeDiff(tmp, enc, ix, c.boot); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(tmp))
@@ -210,7 +210,7 @@ func (c *Cache) Remove(ctx context.Context, id blockdev.Digest) error {
 		d.stop(ErrRemoved)
 		c.recent.forget(d)
 		err := errors.Join(d.closeFiles(), os.RemoveAll(trash))
-		c.space.leave(&d.share)
+		c.room.Leave(&d.share)
 		release()
 		done <- err
 	}()

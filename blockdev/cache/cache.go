@@ -17,6 +17,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/prefetch"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/presence"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/room"
 	"github.com/shoalfs/shoal/blockdev/turns"
 	"github.com/shoalfs/shoal/internal/durable"
 )
@@ -46,7 +47,7 @@ type Cache struct {
 	kicked   chan struct{}       // the syncer has work
 	buffers  bufferPool
 	stats    counters
-	space    *space
+	room     *room.Room
 	recent   recent
 	serial   atomic.Uint64 // makes names in tmp unique
 
@@ -116,7 +117,7 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("cache %s: %w", cfg.Root, err), lock.Close())
 	}
-	c.space, err = newSpace(cfg.Root, cfg.Quota, cfg.MakeRoom, cfg.Log)
+	c.room, err = room.New(cfg.Root, cfg.Quota, cfg.MakeRoom, cfg.Log)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("cache: %w", err), lock.Close())
 	}
@@ -227,7 +228,7 @@ func (c *Cache) Close() error {
 	c.closed = true
 	c.mu.Unlock()
 	c.end()
-	c.space.close()
+	c.room.Close()
 	c.wg.Wait() // the syncer, and Adds and Removes under way
 	var errs []error
 	for _, d := range *c.list.Load() {

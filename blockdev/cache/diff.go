@@ -17,6 +17,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/prefetch"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/presence"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/room"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/table"
 	"github.com/shoalfs/shoal/internal/durable"
 )
@@ -80,7 +81,7 @@ type Diff struct {
 	flights map[int]*flight
 	seq     prefetch.Sequences
 
-	share   share          // of the disk
+	share   room.Share     // of the disk
 	reading prefetch.Reads // guarded by Cache.gate
 }
 
@@ -247,10 +248,10 @@ func (c *Cache) newDiff(dir string, sum blockdev.Digest, ix *blockdev.Index, tab
 		syncing: make(chan struct{}, 1), prefetching: make(chan struct{}, 1), proving: make(chan struct{}, 1),
 		flights: make(map[int]*flight),
 	}
-	d.share.measure = d.use
+	d.share.Measure = d.use
 	err := d.openFiles(ix)
 	if err == nil {
-		err = c.space.enter(&d.share)
+		err = c.room.Enter(&d.share)
 	}
 	if err != nil {
 		for _, f := range []*os.File{d.data, d.bitmap} {

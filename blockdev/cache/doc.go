@@ -72,7 +72,7 @@
 //     chunk stays missing. A quota that is full is like a full disk.
 //   - What all diffs take of the disk, as the file system counts it, stays at or
 //     below Config.Quota. Room for the most that a write may take is reserved
-//     before it; space.go.
+//     before it (internal/room).
 //   - Present chunks are never taken back to make room: a peer that has been told
 //     that they are here (a reader between Local and its read, a native mount)
 //     may be reading them. Room is made by removing whole diffs, by the one who

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/room"
 )
 
 const (
@@ -364,9 +365,9 @@ func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio 
 // be written, those that wait for it get it from memory; a demand request goes
 // on, a prefetch request ends.
 func (g *group) settle(prio blockdev.Priority, f *flight, data []byte) error {
-	u := forPrefetch
+	u := room.ForPrefetch
 	if prio == blockdev.Demand {
-		u = forDemand
+		u = room.ForDemand
 	}
 	err := g.d.store(f.chunk, data, u)
 	switch {

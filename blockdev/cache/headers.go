@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/room"
 )
 
 // headersFile holds the pieces of the header stream, one behind the other, as far
@@ -102,13 +103,13 @@ func (d *Diff) fetchPieces(ctx context.Context, f *os.File, want []int) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	size := d.heads.starts[want[len(want)-1]+1] - d.heads.starts[want[0]]
-	room := d.c.space.blocks(d.heads.starts[want[0]], size)
-	if err := d.c.space.take(ctx, &d.share, room, forDemand); err != nil {
+	need := d.c.room.Blocks(d.heads.starts[want[0]], size)
+	if err := d.c.room.Take(ctx, &d.share, need, room.ForDemand); err != nil {
 		return fmt.Errorf("header stream: %w", err)
 	}
 	defer func() {
-		d.c.space.wrote(&d.share, room)
-		d.c.space.remeasure(&d.share)
+		d.c.room.Wrote(&d.share, need)
+		d.c.room.Remeasure(&d.share)
 	}()
 	timeout := d.c.cfg.Timeout
 	idle := time.AfterFunc(timeout, func() {
@@ -137,7 +138,7 @@ func (d *Diff) fetchPieces(ctx context.Context, f *os.File, want []int) error {
 		got[k] = true
 		d.c.stats.headers.Add(int64(len(data)))
 		if _, err := f.WriteAt(data, d.heads.starts[want[k]]); err != nil {
-			return d.c.space.failed(d.id, fmt.Errorf("write %s: %w", d.headersPath(), err))
+			return d.c.room.Failed(d.id, fmt.Errorf("write %s: %w", d.headersPath(), err))
 		}
 		return nil
 	})

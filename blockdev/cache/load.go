@@ -62,7 +62,7 @@ func (c *Cache) find(ctx context.Context) (left []string, err error) {
 func (c *Cache) openFound(left []string) {
 	c.openAll()
 	close(c.opened)
-	close(c.space.counted)
+	c.room.Counted()
 	c.lookedAt()
 	for _, path := range left {
 		if c.life.Err() != nil {

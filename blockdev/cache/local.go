@@ -8,6 +8,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/room"
 )
 
 // copyLocal gets what it can of flights from this disk. What it cannot get is
@@ -104,20 +105,20 @@ func (d *Diff) damaged(k int, why error) {
 
 // store writes a chunk that has been checked, if there is room for it, and says
 // that it is present.
-func (d *Diff) store(i int, data []byte, u use) error {
-	n := d.c.space.blocks(d.tab.Start(i), int64(len(data)))
-	if err := d.c.space.try(&d.share, n, u); err != nil {
-		if u == forDemand && !errors.Is(err, errCounting) { // what stops prefetch, Prefetch says itself
-			err = d.c.space.failed(d.id, err)
+func (d *Diff) store(i int, data []byte, u room.Use) error {
+	n := d.c.room.Blocks(d.tab.Start(i), int64(len(data)))
+	if err := d.c.room.Try(&d.share, n, u); err != nil {
+		if u == room.ForDemand && !errors.Is(err, room.ErrCounting) { // what stops prefetch, Prefetch says itself
+			err = d.c.room.Failed(d.id, err)
 		}
 		return err
 	}
 	_, err := d.data.WriteAt(data, d.tab.Start(i))
-	d.c.space.wrote(&d.share, n)
+	d.c.room.Wrote(&d.share, n)
 	if err != nil {
-		return d.c.space.failed(d.id, fmt.Errorf("write %d bytes at %d to %s: %w", len(data), d.tab.Start(i), d.DataPath(), err))
+		return d.c.room.Failed(d.id, fmt.Errorf("write %d bytes at %d to %s: %w", len(data), d.tab.Start(i), d.DataPath(), err))
 	}
-	d.c.space.worked(len(data))
+	d.c.room.Worked(len(data))
 	d.added(i)
 	return nil
 }

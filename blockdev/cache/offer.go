@@ -1,6 +1,9 @@
 package cache
 
-import "github.com/shoalfs/shoal/blockdev"
+import (
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/room"
+)
 
 // Offer takes a chunk that nobody has asked for but that has come by, if it is
 // missing and there is room that prefetch may use. It is checked as any other.
@@ -20,7 +23,7 @@ func (d *Diff) Offer(chunk blockdev.Digest, data []byte) {
 			return
 		}
 		checked = true
-		if d.store(i, data, forPrefetch) != nil {
+		if d.store(i, data, room.ForPrefetch) != nil {
 			return // prefetch will say so
 		}
 		d.c.stats.fetched(blockdev.Prefetch, len(data))

@@ -9,6 +9,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/room"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/internal/durable"
 )
@@ -36,16 +37,16 @@ func (d *Diff) takeOver(ctx context.Context, own *blockdev.Index) (blockdev.Dige
 	if err != nil {
 		return blockdev.Digest{}, err
 	}
-	room := d.c.space.blocks(0, int64(len(enc))) + d.c.space.blocks(0, int64(len(own.Meta)))
-	if err := d.c.space.take(ctx, &d.share, room, forMeta); err != nil {
+	need := d.c.room.Blocks(0, int64(len(enc))) + d.c.room.Blocks(0, int64(len(own.Meta)))
+	if err := d.c.room.Take(ctx, &d.share, need, room.ForMeta); err != nil {
 		return blockdev.Digest{}, err
 	}
 	defer func() {
-		d.c.space.wrote(&d.share, room)
-		d.c.space.remeasure(&d.share)
+		d.c.room.Wrote(&d.share, need)
+		d.c.room.Remeasure(&d.share)
 	}()
 	if err := errors.Join(durable.Sweep(d.dir), durable.Replace(d.path(ownMetaFile), own.Meta, 0o600), durable.Replace(d.path(ownIndexFile), enc, 0o600)); err != nil {
-		return blockdev.Digest{}, d.c.space.failed(d.id, err)
+		return blockdev.Digest{}, d.c.room.Failed(d.id, err)
 	}
 	return blockdev.Sum(enc), nil
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/room"
 )
 
 // Prefetch fetches every chunk that is missing, in order, and waits for
@@ -159,7 +160,7 @@ func (d *Diff) paceWrites(ctx context.Context) error {
 
 // prefetchRoom returns nil if there is room for what prefetch may have under way.
 func (d *Diff) prefetchRoom(ctx context.Context) error {
-	return d.c.space.has(ctx, d.c.pace.Inflight.Size(), forPrefetch)
+	return d.c.room.Has(ctx, d.c.pace.Inflight.Size(), room.ForPrefetch)
 }
 
 // claim makes a prefetch group of the next missing chunks from number i on that
@@ -231,7 +232,7 @@ func (d *Diff) markComplete() error {
 	}
 	if err != nil {
 		d.bitmapFailed(err)
-		return d.c.space.failed(d.id, fmt.Errorf("mark as complete: %w", err))
+		return d.c.room.Failed(d.id, fmt.Errorf("mark as complete: %w", err))
 	}
 	d.setComplete()
 	// A chunk may have turned out to be damaged since fill looked.

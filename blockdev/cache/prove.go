@@ -94,7 +94,7 @@ func (d *Diff) Prove(ctx context.Context, hurry bool) error {
 			}
 		}
 		if err := d.c.quarantine.putProven(d, sum); err != nil {
-			return fmt.Errorf("diff %v is proven, but the node cannot record that: %w", d.id, d.c.space.failed(d.id, err))
+			return fmt.Errorf("diff %v is proven, but the node cannot record that: %w", d.id, d.c.room.Failed(d.id, err))
 		}
 		if own != nil {
 			d.own.Store(&ownTree{sum: sum})

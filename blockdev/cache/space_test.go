@@ -114,9 +114,9 @@ func TestQuotaHolds(t *testing.T) {
 		t.Errorf("%+v; log:\n%s", r.Stats(), r.log.b.String())
 	}
 	for _, d := range diffs {
-		r.space.remeasure(&d.share)
+		r.room.Remeasure(&d.share)
 	}
-	slack := int64(len(diffs)) * 3 * r.space.block // fixedUse
+	slack := int64(len(diffs)) * 3 * r.room.Block // fixedUse
 	if used, disk := r.Stats().Used, bytesOnDisk(t, r.cfg.Root); used < disk || used > disk+slack {
 		t.Errorf("%d bytes counted, %d on disk", used, disk)
 	}

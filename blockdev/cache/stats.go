@@ -59,7 +59,7 @@ func (c *Cache) Stats() Stats {
 		DemandBytes: n.demand.Load(), StartupBytes: n.startup.Load(), PrefetchBytes: n.prefetch.Load(),
 		HeaderBytes: n.headers.Load(), CopiedBytes: n.copied.Load(),
 		Missed: n.missed.Load(), Failed: n.failed.Load(), Waited: time.Duration(n.waited.Load()),
-		NotKept: n.notKept.Load(), Used: c.space.inUse(), Quota: c.cfg.Quota,
+		NotKept: n.notKept.Load(), Used: c.room.InUse(), Quota: c.cfg.Quota,
 		CorruptChunks: n.corrupt.Load(), DamagedChunks: n.damaged.Load(),
 		Proven: n.proven.Load(), Quarantined: n.quarantined.Load(),
 	}

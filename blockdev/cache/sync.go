@@ -39,7 +39,7 @@ func (d *Diff) syncNow() error {
 			err = errors.Join(err, perr)
 		}
 		if err != nil {
-			return d.c.space.failed(d.id, fmt.Errorf("sync diff %v: %w", d.id, err))
+			return d.c.room.Failed(d.id, fmt.Errorf("sync diff %v: %w", d.id, err))
 		}
 		if until := d.keep.Load(); until != 0 {
 			if time.Now().UnixNano() < until {
@@ -56,7 +56,7 @@ func (d *Diff) syncNow() error {
 	}
 	if err := d.pres.Persist(d.bitmap, true); err != nil {
 		d.bitmapFailed(err)
-		return d.c.space.failed(d.id, fmt.Errorf("write bitmap of diff %v: %w", d.id, err))
+		return d.c.room.Failed(d.id, fmt.Errorf("write bitmap of diff %v: %w", d.id, err))
 	}
 	return nil
 }

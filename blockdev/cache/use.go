@@ -28,14 +28,14 @@ func (d *Diff) use() (data, others int64, err error) {
 // data file's extents lie, which some file systems write down, and count, only
 // with the data.
 func (d *Diff) fixedUse() (n int64, err error) {
-	n = int64(1+d.tab.Len()/extentsPerBlock) * d.c.space.block
+	n = int64(1+d.tab.Len()/extentsPerBlock) * d.c.room.Block
 	for _, name := range []string{"", indexFile, metaFile, bitmapFile, headersFile, ownIndexFile, ownMetaFile, proofFile} {
 		var st unix.Stat_t
 		path := filepath.Join(d.dir, name)
 		err := unix.Lstat(path, &st)
 		switch {
-		case name == proofFile && (err != nil || st.Blocks*512 < d.c.space.block):
-			n += d.c.space.block
+		case name == proofFile && (err != nil || st.Blocks*512 < d.c.room.Block):
+			n += d.c.room.Block
 		case (name == headersFile || name == ownIndexFile || name == ownMetaFile) && errors.Is(err, unix.ENOENT):
 		case err != nil:
 			return 0, &os.PathError{Op: "stat", Path: path, Err: err}

@@ -1,4 +1,4 @@
-package cache
+package room
 
 import (
 	"context"
@@ -16,23 +16,23 @@ type eviction struct {
 
 // evict has makeRoom called, unless that is under way. If it returns nil, then nothing
 // can be removed.
-func (s *space) evict() *eviction {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.evicting != nil {
-		return s.evicting
+func (r *Room) evict() *eviction {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.evicting != nil {
+		return r.evicting
 	}
-	if s.makeRoom == nil || time.Since(s.evictedNone) < makeRoomPause {
+	if r.makeRoom == nil || time.Since(r.evictedNone) < makeRoomPause {
 		return nil
 	}
-	e, makeRoom := &eviction{done: make(chan struct{})}, s.makeRoom
-	s.evicting = e
-	s.wg.Go(func() {
-		freed := makeRoom(s.life)
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.evicting = nil; !freed {
-			s.evictedNone = time.Now()
+	e, makeRoom := &eviction{done: make(chan struct{})}, r.makeRoom
+	r.evicting = e
+	r.wg.Go(func() {
+		freed := makeRoom(r.life)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.evicting = nil; !freed {
+			r.evictedNone = time.Now()
 		}
 		e.freed = freed
 		close(e.done)
@@ -42,10 +42,10 @@ func (s *space) evict() *eviction {
 
 // wait returns nil when try does, which it calls when all is counted. Between its
 // attempts diffs that nobody uses are removed.
-func (s *space) wait(ctx context.Context, try func() error) error {
-	if s.quota > 0 {
+func (r *Room) wait(ctx context.Context, try func() error) error {
+	if r.quota > 0 {
 		select {
-		case <-s.counted:
+		case <-r.counted:
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
@@ -55,7 +55,7 @@ func (s *space) wait(ctx context.Context, try func() error) error {
 		if !errors.Is(err, blockdev.ErrNoSpace) {
 			return err
 		}
-		e := s.evict()
+		e := r.evict()
 		if e == nil {
 			return err
 		}
