@@ -111,24 +111,6 @@ func (c *Cache) AddChecked(ctx context.Context, encodedIndex []byte, check func(
 	return d, nil
 }
 
-// decode reads an encoded index when there is memory for it, which done gives back.
-func (c *Cache) decode(ctx context.Context, enc []byte) (_ *blockdev.Index, done func(), err error) {
-	info, err := index.Peek(enc)
-	if err != nil {
-		return nil, nil, err
-	}
-	n := min(info.Memory+int64(info.Chunks)*table.Memory, c.cfg.IndexBytes)
-	if err := c.decoding.Acquire(ctx, n); err != nil {
-		return nil, nil, context.Cause(ctx)
-	}
-	ix, err := c.cfg.decode(enc)
-	if err != nil {
-		c.decoding.Release(n)
-		return nil, nil, err
-	}
-	return ix, func() { c.decoding.Release(n) }, nil
-}
-
 func (c *Cache) create(ctx context.Context, enc []byte, ix *blockdev.Index, tab *table.Table) (*Diff, error) {
 	diffs := filepath.Join(c.cfg.Root, diffsDir)
 	dir := filepath.Join(diffs, ix.DiffID.Hex())
@@ -163,9 +145,9 @@ func (c *Cache) create(ctx context.Context, enc []byte, ix *blockdev.Index, tab 
 	if err := durable.SyncDir(diffs); err != nil {
 		return nil, err
 	}
-	d, err := c.newDiff(dir, blockdev.Sum(enc), ix, tab)
+	d, err := c.newDiff(folder{dir, ix.DiffID}, blockdev.Sum(enc), ix, tab)
 	if err == nil {
-		d.noteScrub() // there is nothing to check yet
+		d.scrubbed.now() // there is nothing to check yet
 	}
 	return d, err
 }
@@ -208,7 +190,7 @@ func (c *Cache) Remove(ctx context.Context, id blockdev.Digest) error {
 	done := make(chan error, 1)
 	go func() {
 		d.stop(ErrRemoved)
-		c.recent.forget(d)
+		c.recent.forget(&d.local)
 		err := errors.Join(d.closeFiles(), os.RemoveAll(trash))
 		c.room.Leave(&d.share)
 		release()

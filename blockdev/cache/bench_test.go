@@ -120,8 +120,8 @@ func BenchmarkPrefetch(b *testing.B) {
 // BenchmarkLookup asks for a chunk that none of 100 diffs of 5,000 chunks has:
 // what a fresh image costs on a node that has many others.
 func BenchmarkLookup(b *testing.B) {
-	c := &Cache{}
-	var list []*Diff
+	c := &shared{}
+	var list []*local
 	for k := range 100 {
 		ix := new(blockdev.Index)
 		for i := range 5000 {
@@ -133,7 +133,7 @@ func BenchmarkLookup(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		list = append(list, &Diff{tab: tab, pres: presence.New(blockdev.Digest{byte(k)}, tab.Len(), tab.Length)})
+		list = append(list, &local{tab: tab, pres: presence.New(blockdev.Digest{byte(k)}, tab.Len(), tab.Length)})
 	}
 	c.list.Store(&list)
 	var digests []blockdev.Digest

@@ -5,8 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,36 +33,15 @@ const (
 
 // Cache is the local diffs of a node.
 type Cache struct {
-	cfg  Config
-	boot [16]byte
+	*shared
 	lock *os.File
-	// unclean: the machine went down while a cache was open here, and not all that
-	// this made doubtful had been looked at when this cache was opened.
-	unclean bool
 
-	quarantine *quarantine
-
-	pace     *prefetch.Pace
-	demand   *turns.Turns        // bytes of demand requests in flight, by diff
-	held     *turns.Turns        // bytes that reads hold, unwritten, by diff
-	decoding *semaphore.Weighted // bytes of indexes
-	kicked   chan struct{}       // the syncer has work
-	buffers  bufferPool
-	stats    counters
-	room     *room.Room
-	recent   recent
-	serial   atomic.Uint64 // makes names in tmp unique
+	serial atomic.Uint64 // makes names in tmp unique
 
 	started int64         // makes names in tmp unlike those of earlier processes
 	opened  chan struct{} // closed when all diffs are open that were found
 
-	// life ends with Close.
-	life context.Context
-	end  context.CancelFunc
-	wg   sync.WaitGroup
-
-	// list is the values of diffs, for lookups that must not lock.
-	list atomic.Pointer[[]*Diff]
+	wg sync.WaitGroup // the syncer, and Adds and Removes under way
 
 	mu     sync.Mutex
 	closed bool
@@ -93,14 +74,17 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 		return nil, fmt.Errorf("cache %s: %w", cfg.Root, err)
 	}
 	c := &Cache{
-		cfg: cfg, boot: presence.HashBoot(cfg.bootID), lock: lock,
-		demand: turns.New(cfg.DemandBytes, 0), held: turns.New(heldBytes, 0),
-		decoding: semaphore.NewWeighted(cfg.IndexBytes),
-		pace:     prefetch.New(cfg.Quiet, cfg.GiveWay, cfg.Window, cfg.PrefetchRate),
-		kicked:   make(chan struct{}, 1),
-		diffs:    make(map[blockdev.Digest]*Diff),
-		found:    make(map[blockdev.Digest]*found),
-		opened:   make(chan struct{}), started: time.Now().UnixNano(),
+		shared: &shared{
+			cfg: cfg, boot: presence.HashBoot(cfg.bootID),
+			demand: turns.New(cfg.DemandBytes, 0), held: turns.New(heldBytes, 0),
+			decoding: semaphore.NewWeighted(cfg.IndexBytes),
+			pace:     prefetch.New(cfg.Quiet, cfg.GiveWay, cfg.Window, cfg.PrefetchRate),
+			kicked:   make(chan struct{}, 1),
+		},
+		lock:   lock,
+		diffs:  make(map[blockdev.Digest]*Diff),
+		found:  make(map[blockdev.Digest]*found),
+		opened: make(chan struct{}), started: time.Now().UnixNano(),
 		busy: make(map[blockdev.Digest]chan struct{}),
 	}
 	c.publish()
@@ -167,9 +151,9 @@ var ErrInUse = disk.ErrLocked
 
 // publish makes list again; mu is held, or nobody else knows of c.
 func (c *Cache) publish() {
-	list := make([]*Diff, 0, len(c.diffs))
+	list := make([]*local, 0, len(c.diffs))
 	for _, d := range c.diffs {
-		list = append(list, d)
+		list = append(list, &d.local)
 	}
 	c.list.Store(&list)
 }
@@ -206,7 +190,9 @@ func (c *Cache) Known() []blockdev.Digest {
 // has found, or the cache is closed.
 func (c *Cache) Diffs() []*Diff {
 	<-c.opened
-	return append([]*Diff(nil), *c.list.Load()...)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Collect(maps.Values(c.diffs))
 }
 
 // Sync syncs what was written to all diffs. What fails is logged, and will be
@@ -231,7 +217,7 @@ func (c *Cache) Close() error {
 	c.room.Close()
 	c.wg.Wait() // the syncer, and Adds and Removes under way
 	var errs []error
-	for _, d := range *c.list.Load() {
+	for _, d := range c.diffs { // which nothing changes any more
 		d.stop(ErrClosed)
 		errs = append(errs, d.syncNow(), d.closeFiles())
 	}

@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -104,9 +105,11 @@ func TestOpenedLater(t *testing.T) {
 func TestDamagedIsTold(t *testing.T) {
 	for name, find := range map[string]func(r *rig, d blockdev.Digest){
 		"another machine reads": func(r *rig, d blockdev.Digest) {
-			if _, err := r.Chunk(d, make([]byte, blockdev.MaxChunk)); !errors.Is(err, blockdev.ErrNotFound) {
+			r.source(func(context.Context, blockdev.Request, blockdev.Deliver) error { return blockdev.ErrUnavailable })
+			if _, err := r.forward(blockdev.Prefetch, 0, d).Chunk(r.t.Context(), 0, alloc); !errors.Is(err, blockdev.ErrUnavailable) {
 				r.t.Errorf("a damaged chunk was given away: %v", err)
 			}
+			r.source(r.mem.Fetch)
 		},
 		"another image copies": func(r *rig, d blockdev.Digest) {
 			// Another layer with the same chunks.

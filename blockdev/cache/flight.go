@@ -5,12 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/prefetch"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/room"
 )
 
@@ -23,39 +24,106 @@ const (
 // long. It never reaches a caller.
 var errPromoted = errors.New("asked for again with demand priority")
 
+// flights is what is under way for one diff, and who waits for it.
+type flights struct {
+	*local
+	reading prefetch.Reads // demand reads that wait
+
+	// life ends with Remove or Close. It is kept here because flights belong to
+	// the diff and to no caller.
+	life context.Context
+	kill context.CancelCauseFunc
+	wg   sync.WaitGroup // groups and prefetches; counted up under mu
+
+	mu   sync.Mutex
+	gone error // why there will be no more flights
+	m    map[int]*flight
+	seq  prefetch.Sequences
+}
+
+func newFlights(l *local) *flights {
+	fs := &flights{local: l, m: make(map[int]*flight)}
+	fs.life, fs.kill = context.WithCancelCause(context.Background())
+	return fs
+}
+
+// enter counts the caller in, for leave to count it out, and returns a context that ends
+// with the diff; it fails when the diff is no more.
+func (fs *flights) enter(parent context.Context) (ctx context.Context, leave func(), err error) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	if fs.gone != nil {
+		return nil, nil, fs.gone
+	}
+	fs.wg.Add(1)
+	ctx, cancel := context.WithCancelCause(parent)
+	stop := context.AfterFunc(fs.life, func() { cancel(context.Cause(fs.life)) })
+	return ctx, func() {
+		stop()
+		cancel(nil)
+		fs.wg.Done()
+	}, nil
+}
+
+// why is why the diff's files are closed.
+func (fs *flights) why() error {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	if fs.gone != nil {
+		return fs.gone
+	}
+	return os.ErrClosed
+}
+
+// stop ends all flights with why, and returns when they and all that has entered are over.
+func (fs *flights) stop(why error) {
+	fs.mu.Lock()
+	if fs.gone == nil {
+		fs.gone = why
+	}
+	fs.mu.Unlock()
+	fs.kill(why)
+	fs.wg.Wait()
+}
+
+// get returns the flight of a chunk; nil: there is none.
+func (fs *flights) get(chunk int) *flight {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	return fs.m[chunk]
+}
+
 // flight is the one attempt under way to get a missing chunk.
 type flight struct {
 	chunk   int
 	group   *group
-	waiters int           // demand reads that wait; Diff.mu
-	over    bool          // Diff.mu
+	waiters int           // demand reads that wait; flights.mu
+	over    bool          // flights.mu
 	done    chan struct{} // closed after mem, from and err are set
 	// mem holds the bytes if they could not be written, and then the flight stays
 	// listed for a while (recent); otherwise they are in the data file, unless err
 	// says why they are not.
-	mem  []byte
-	from blockdev.Origin // of the bytes
-	err  error
-	// Used by the group only. remote: copying it from this disk has failed.
-	// got: the Source has delivered it.
-	remote, got bool
+	mem    []byte
+	from   blockdev.Origin // of the bytes
+	err    error
+	remote bool // copying it from this disk has failed; used by the group only
 }
 
 // group is the flights that go into one request, and its retries.
 type group struct {
-	d    *Diff
+	fs   *flights
 	todo []*flight
 	hops int // of the request of another node that it is for; 0: this node's own
 	// parent ends the group: the diff's life, or what called Prefetch.
 	parent context.Context
 	// release is called once, when the group ends or is a prefetch no longer.
 	release func(error)
-	// owed is how many bytes of Cache.window the group has still. Used by attempts, one
+	// owed is how many bytes of prefetch.Inflight the group has still. Used by attempts, one
 	// at a time.
 	owed int64
 	from blockdev.Origin // of the chunk that the Source delivers
 
-	// Under Diff.mu:
+	// Under flights.mu:
 	prio     blockdev.Priority
 	promoted bool
 	cancel   context.CancelCauseFunc // of the attempt under way
@@ -63,17 +131,26 @@ type group struct {
 }
 
 // finish ends a flight; only the first call counts.
-func (d *Diff) finish(f *flight, mem []byte, err error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+func (fs *flights) finish(f *flight, mem []byte, err error) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
 	if f.over {
 		return
 	}
 	f.over, f.mem, f.err = true, mem, err
-	if mem == nil && d.flights[f.chunk] == f {
-		delete(d.flights, f.chunk)
+	if mem == nil && fs.m[f.chunk] == f {
+		delete(fs.m, f.chunk)
 	}
 	close(f.done)
+}
+
+// unlist takes a flight that is over off the list.
+func (fs *flights) unlist(f *flight) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	if fs.m[f.chunk] == f {
+		delete(fs.m, f.chunk)
+	}
 }
 
 // outcome returns where the chunk has come from if the flight is over, and its bytes if
@@ -87,23 +164,23 @@ func (f *flight) outcome() (unwritten []byte, from blockdev.Origin) {
 	}
 }
 
-func (d *Diff) awaited(f *flight) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+func (fs *flights) awaited(f *flight) bool {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
 	return f.waiters > 0
 }
 
 // run gets the group's chunks. A demand group tries again until it has them or
 // nobody waits; any other tries once.
 func (g *group) run() {
-	defer g.d.wg.Done()
+	defer g.fs.wg.Done()
 	err := g.get()
 	g.end(err)
 	g.release(err)
 }
 
 func (g *group) get() error {
-	d := g.d
+	d := g.fs
 	for try := 0; ; try++ {
 		err := g.bounded()
 		if g.compact(); len(g.todo) == 0 {
@@ -152,14 +229,14 @@ func (g *group) bounded() error {
 	// within RequestBytes and MaxReadAhead.
 	var size int64
 	for _, f := range g.todo {
-		size += int64(g.d.tab.Length(f.chunk))
+		size += int64(g.fs.tab.Length(f.chunk))
 	}
-	waited := g.d.c.demand.Take(g.d.id, size)
-	defer g.d.c.demand.Give(g.d.id, size)
-	if g.d.life.Err() != nil {
-		return context.Cause(g.d.life)
+	waited := g.fs.c.demand.Take(g.fs.id, size)
+	defer g.fs.c.demand.Give(g.fs.id, size)
+	if g.fs.life.Err() != nil {
+		return context.Cause(g.fs.life)
 	}
-	if waited && !slices.ContainsFunc(g.todo, g.d.awaited) {
+	if waited && !slices.ContainsFunc(g.todo, g.fs.awaited) {
 		return errNobody
 	}
 	return g.attempt()
@@ -173,13 +250,13 @@ func worthRetry(err error) bool {
 // promote turns a group of lower priority that demand reads wait for into a
 // demand group, and reports whether it did.
 func (g *group) promote() bool {
-	g.d.mu.Lock()
+	g.fs.mu.Lock()
 	now := g.promoted && g.prio != blockdev.Demand
 	if now {
 		g.prio = blockdev.Demand
-		g.parent = g.d.life
+		g.parent = g.fs.life
 	}
-	g.d.mu.Unlock()
+	g.fs.mu.Unlock()
 	if now {
 		g.release(nil)
 		g.release = func(error) {}
@@ -189,8 +266,8 @@ func (g *group) promote() bool {
 
 // hurry is called by a demand read that waits for the group.
 func (g *group) hurry() {
-	g.d.mu.Lock()
-	defer g.d.mu.Unlock()
+	g.fs.mu.Lock()
+	defer g.fs.mu.Unlock()
 	if g.prio != blockdev.Demand && !g.promoted {
 		g.promoted = true
 		if g.cancel != nil {
@@ -201,8 +278,8 @@ func (g *group) hurry() {
 
 // compact takes the flights that are over out of todo.
 func (g *group) compact() {
-	g.d.mu.Lock()
-	defer g.d.mu.Unlock()
+	g.fs.mu.Lock()
+	defer g.fs.mu.Unlock()
 	k := 0
 	for _, f := range g.todo {
 		if !f.over {
@@ -217,8 +294,8 @@ func (g *group) compact() {
 // keepAwaited ends the flights that nobody waits for with err.
 func (g *group) keepAwaited(err error) {
 	for _, f := range g.todo {
-		if !g.d.awaited(f) {
-			g.d.finish(f, nil, err)
+		if !g.fs.awaited(f) {
+			g.fs.finish(f, nil, err)
 		}
 	}
 	g.compact()
@@ -229,7 +306,7 @@ func (g *group) end(err error) {
 		return
 	}
 	for _, f := range g.todo {
-		g.d.finish(f, nil, err)
+		g.fs.finish(f, nil, err)
 	}
 }
 
@@ -239,13 +316,13 @@ func (g *group) end(err error) {
 func (g *group) attempt() error {
 	ctx, cancel := context.WithCancelCause(g.parent)
 	defer cancel(nil)
-	g.d.mu.Lock()
+	g.fs.mu.Lock()
 	g.cancel = cancel
 	if g.promoted && g.prio != blockdev.Demand {
 		cancel(errPromoted)
 	}
 	prio := g.prio
-	g.d.mu.Unlock()
+	g.fs.mu.Unlock()
 
 	local, remote := g.split()
 	var wg sync.WaitGroup
@@ -271,19 +348,19 @@ func (g *group) attempt() error {
 func (g *group) split() (local, remote []*flight) {
 next:
 	for _, f := range g.todo {
-		digest := g.d.tab.Digest(f.chunk)
+		digest := g.fs.tab.Digest(f.chunk)
 		if !f.remote {
-			if g.d.pres.IsSuspect(f.chunk) {
+			if g.fs.pres.IsSuspect(f.chunk) {
 				local = append(local, f)
 				continue
 			}
-			if o, _ := g.d.c.lookup(&digest); o != nil {
+			if o, _ := g.fs.c.lookup(&digest); o != nil {
 				local = append(local, f)
 				continue
 			}
 		}
 		for _, r := range remote {
-			if g.d.tab.Digest(r.chunk) == digest {
+			if g.fs.tab.Digest(r.chunk) == digest {
 				continue next
 			}
 		}
@@ -294,71 +371,39 @@ next:
 
 // fetch sends one request and takes what comes.
 func (g *group) fetch(ctx context.Context, cancel context.CancelCauseFunc, prio blockdev.Priority, flights []*flight) error {
-	d := g.d
+	d, c := g.fs, g.fs.c
 	chunks := make([]blockdev.Chunk, len(flights))
 	for i, f := range flights {
 		chunks[i] = d.tab.Chunk(f.chunk)
 	}
-	timeout := d.c.cfg.Timeout * 3 / 4
+	timeout := c.cfg.Timeout * 3 / 4
 	if prio == blockdev.Prefetch {
-		timeout = d.c.cfg.PrefetchIdle
+		timeout = c.cfg.PrefetchIdle
 	}
-	idle := time.AfterFunc(timeout, func() {
-		cancel(fmt.Errorf("the source has delivered nothing for %v: %w", timeout, blockdev.ErrUnavailable))
-	})
-	defer idle.Stop()
-
-	var returned atomic.Bool
-	left := len(flights)
 	began, bytes := time.Now(), int64(0)
 	g.from = blockdev.FromLocal
-	err := d.c.cfg.Source.Fetch(ctx, blockdev.Request{Diff: d.id, Priority: prio, Hops: g.hops, Chunks: chunks, From: &g.from}, func(i int, data []byte) error {
-		if returned.Load() {
-			return errors.New("delivered after the request had ended")
-		}
-		if i < 0 || i >= len(flights) {
-			return fmt.Errorf("delivered chunk number %d of a request for %d", i, len(flights))
-		}
+	err := c.request(ctx, cancel, blockdev.Request{Diff: d.id, Priority: prio, Hops: g.hops, Chunks: chunks, From: &g.from}, timeout, func(i int, data []byte) error {
 		f := flights[i]
-		if f.got {
-			return nil
-		}
-		if !d.tab.Check(f.chunk, data) {
-			d.c.stats.corrupt.Add(1)
-			return fmt.Errorf("diff %v: chunk %d came with wrong bytes (%d bytes, want %d of %v): %w",
-				d.id, f.chunk, len(data), d.tab.Length(f.chunk), d.tab.Digest(f.chunk), blockdev.ErrCorrupt)
-		}
-		idle.Reset(timeout)
-		f.got, f.from = true, g.from
-		left--
+		f.from = g.from
 		if g.owed > 0 {
 			g.owed -= int64(len(data))
-			d.c.pace.Inflight.Free(int64(len(data)))
+			c.pace.Inflight.Free(int64(len(data)))
 		}
 		bytes += int64(len(data))
-		d.c.stats.fetched(prio, len(data))
-		d.c.pace.Gate.Came(&d.reading)
+		c.stats.fetched(prio, len(data))
+		c.pace.Gate.Came(&d.reading)
 		if prio == blockdev.Prefetch && g.hops == 0 {
-			d.c.pace.Rate.Came(len(data))
+			c.pace.Rate.Came(len(data))
 		}
 		if prio == blockdev.Startup {
-			d.c.pace.Arrivals.Note(time.Now())
+			c.pace.Arrivals.Note(time.Now())
 		}
 		return g.settle(prio, f, data)
 	})
-	returned.Store(true)
 	if prio == blockdev.Prefetch && g.hops == 0 {
-		d.c.pace.Trickle.Note(bytes, time.Since(began))
+		c.pace.Trickle.Note(bytes, time.Since(began))
 	}
-	switch {
-	case ctx.Err() != nil:
-		return context.Cause(ctx)
-	case err != nil:
-		return err
-	case left > 0:
-		return fmt.Errorf("the source says that it is done, but %d of %d chunks did not come: %w", left, len(flights), blockdev.ErrUnavailable)
-	}
-	return nil
+	return err
 }
 
 // settle writes a chunk that has been checked and ends its flight. If it cannot
@@ -369,16 +414,16 @@ func (g *group) settle(prio blockdev.Priority, f *flight, data []byte) error {
 	if prio == blockdev.Demand {
 		u = room.ForDemand
 	}
-	err := g.d.store(f.chunk, data, u)
+	err := g.fs.store(f.chunk, data, u)
 	switch {
 	case err == nil:
-		g.d.finish(f, nil, nil)
-	case prio == blockdev.Demand || g.d.awaited(f):
-		g.d.c.stats.notKept.Add(int64(len(data)))
-		g.d.finish(f, bytes.Clone(data), nil)
-		g.d.c.recent.add(g.d, f)
+		g.fs.finish(f, nil, nil)
+	case prio == blockdev.Demand || g.fs.awaited(f):
+		g.fs.c.stats.notKept.Add(int64(len(data)))
+		g.fs.finish(f, bytes.Clone(data), nil)
+		g.fs.c.recent.add(g.fs.local, len(data), func() { g.fs.unlist(f) })
 	default:
-		g.d.finish(f, nil, err)
+		g.fs.finish(f, nil, err)
 	}
 	if prio == blockdev.Demand {
 		return nil

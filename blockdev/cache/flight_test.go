@@ -105,9 +105,9 @@ func TestReaderDoesNotWaitForReadAhead(t *testing.T) {
 	})
 	r.checkRead(0, 100)
 	d := r.d
-	d.mu.Lock()
-	ahead := len(d.flights)
-	d.mu.Unlock()
+	d.flights.mu.Lock()
+	ahead := len(d.flights.m)
+	d.flights.mu.Unlock()
 	if ahead == 0 {
 		t.Fatal("nothing is read ahead")
 	}
@@ -169,9 +169,9 @@ func (r *rig) awaitWaiters(chunk, n int) {
 
 // waiters is how many reads wait for a chunk; -1: it is not in flight.
 func (r *rig) waiters(chunk int) int {
-	r.d.mu.Lock()
-	defer r.d.mu.Unlock()
-	if f := r.d.flights[chunk]; f != nil {
+	r.d.flights.mu.Lock()
+	defer r.d.flights.mu.Unlock()
+	if f := r.d.flights.m[chunk]; f != nil {
 		return f.waiters
 	}
 	return -1

@@ -74,39 +74,10 @@ func (f *Forward) Absent(i int) bool {
 // Start asks for what is missing and not in flight, in requests of the usual
 // size, and returns without waiting for it. Chunk does so as well, one by one.
 func (f *Forward) Start() error {
-	d := f.d
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.gone != nil {
-		return fmt.Errorf("diff %v: %w", d.id, d.gone)
+	if err := f.d.flights.start(f.nums, f.prio, f.hops); err != nil {
+		return fmt.Errorf("diff %v: %w", f.d.id, err)
 	}
-	var g *group
-	var size int64
-	for _, i := range f.nums {
-		if i < 0 || d.pres.Has(i) || d.flights[i] != nil {
-			continue
-		}
-		if g == nil || size >= d.c.cfg.RequestBytes {
-			f.launch(g)
-			g, size = f.group(), 0
-		}
-		d.depart(g, i)
-		size += int64(d.tab.Length(i))
-	}
-	f.launch(g)
 	return nil
-}
-
-func (f *Forward) group() *group {
-	return &group{d: f.d, prio: f.prio, hops: f.hops, parent: f.d.life, release: func(error) {}}
-}
-
-// launch runs a group, if there is one; Diff.mu is held.
-func (f *Forward) launch(g *group) {
-	if g != nil {
-		f.d.wg.Add(1)
-		go g.run()
-	}
 }
 
 // Chunk waits for the i-th chunk and returns its bytes, checked, in the buffer of
@@ -116,7 +87,7 @@ func (f *Forward) launch(g *group) {
 func (f *Forward) Chunk(ctx context.Context, i int, alloc func(n int) []byte) ([]byte, error) {
 	d, k := f.d, f.nums[i]
 	if k < 0 {
-		if b, ok := d.readPiece(&f.digests[i], alloc); ok {
+		if b, ok := d.heads.read(&d.local, &f.digests[i], alloc); ok {
 			return b, nil
 		}
 		return nil, fmt.Errorf("diff %v has no such chunk: %w", d.id, blockdev.ErrNotFound)
@@ -125,18 +96,21 @@ func (f *Forward) Chunk(ctx context.Context, i int, alloc func(n int) []byte) ([
 	for try := 0; ; try++ {
 		if d.pres.Has(k) {
 			buf := alloc(n)[:n]
-			if ok, err := d.readChunk(k, buf); ok || err != nil {
-				return buf, err
+			switch err := d.readChunk(k, buf); {
+			case err == nil:
+				return buf, nil
+			case errors.Is(err, os.ErrClosed):
+				return buf, d.flights.why()
 			}
 		}
-		w, err := f.join(k)
+		w, err := d.flights.joinOne(k, f.prio, f.hops)
 		if err != nil {
 			return nil, err
 		}
 		if w.flight == nil {
 			continue // it has come since
 		}
-		err = d.await(ctx, []wait{w})
+		err = d.flights.await(ctx, []wait{w})
 		if b, _ := w.outcome(); b != nil {
 			return append(alloc(n)[:0], b...), nil
 		}
@@ -155,50 +129,7 @@ func (f *Forward) Wait(ctx context.Context, i int) {
 	if k < 0 || f.d.pres.Has(k) {
 		return
 	}
-	if w, err := f.join(k); err == nil && w.flight != nil {
-		_ = f.d.await(ctx, []wait{w}) // Chunk finds out what came of it
+	if w, err := f.d.flights.joinOne(k, f.prio, f.hops); err == nil && w.flight != nil {
+		_ = f.d.flights.await(ctx, []wait{w}) // Chunk finds out what came of it
 	}
-}
-
-// readChunk reads chunk k, which is present, and checks it: a node does not pass
-// on what its disk has spoiled. Then it is not present any more, and false is
-// returned.
-func (d *Diff) readChunk(k int, buf []byte) (bool, error) {
-	_, err := d.data.ReadAt(buf, d.tab.Start(k))
-	switch {
-	case errors.Is(err, os.ErrClosed):
-		return false, d.goneErr()
-	case err != nil:
-		d.damaged(k, err)
-		return false, nil
-	case !d.tab.Check(k, buf):
-		d.damaged(k, blockdev.ErrCorrupt)
-		return false, nil
-	}
-	return true, nil
-}
-
-// join returns the flight of chunk k to wait for, a new one if there is none;
-// without a flight if the chunk is there.
-func (f *Forward) join(k int) (wait, error) {
-	d := f.d
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.gone != nil {
-		return wait{}, d.gone
-	}
-	if d.pres.Has(k) {
-		return wait{}, nil
-	}
-	fl := d.flights[k]
-	own := fl == nil
-	if own {
-		g := f.group()
-		fl = d.depart(g, k)
-		f.launch(g)
-	}
-	fl.waiters++
-	// Only a demand read has a prefetch request hurry.
-	hurry := f.prio == blockdev.Demand && fl.group.prio == blockdev.Prefetch
-	return wait{flight: fl, own: own, hurry: hurry}, nil
 }

@@ -227,9 +227,9 @@ func (r *rig) source(f blockdevtest.SourceFunc) { r.src.Store(&f) }
 func (r *rig) quiet() {
 	r.t.Helper()
 	r.eventually("nothing is in flight", func() bool {
-		r.d.mu.Lock()
-		defer r.d.mu.Unlock()
-		for _, f := range r.d.flights {
+		r.d.flights.mu.Lock()
+		defer r.d.flights.mu.Unlock()
+		for _, f := range r.d.flights.m {
 			if !f.over {
 				return false
 			}

@@ -82,7 +82,7 @@ func Inspect(ctx context.Context, root string) (*Inspection, error) {
 			in.add(dir, "", "this is not a diff: find out what it is, and move it away")
 			continue
 		}
-		i := &inspector{in: in, dir: dir, id: id, q: q, boot: presence.HashBoot(boot)}
+		i := &inspector{folder: folder{dir, id}, in: in, q: q, boot: presence.HashBoot(boot)}
 		before := len(in.Findings)
 		if err := i.run(ctx); err != nil {
 			return nil, fmt.Errorf("check diff %v: %w", id, err)
@@ -109,10 +109,9 @@ func (in *Inspection) tmp(root string) error {
 
 // inspector looks at one diff.
 type inspector struct {
-	in  *Inspection
-	dir string
-	id  blockdev.Digest
-	q   *quarantine
+	folder
+	in *Inspection
+	q  *quarantine
 	// boot that the kernel runs. What another one has not synced nobody believes.
 	boot [16]byte
 
@@ -126,21 +125,14 @@ type inspector struct {
 func (i *inspector) where() string { return "layer " + i.id.String() }
 
 func (i *inspector) run(ctx context.Context) error {
-	enc, err := readIndex(filepath.Join(i.dir, indexFile))
-	if err == nil {
-		i.ix, err = index.Decode(enc)
-	}
-	if err == nil && i.ix.DiffID != i.id {
-		err = fmt.Errorf("it is the index of %v", i.ix.DiffID)
-	}
-	if err == nil {
-		i.tab, err = table.New(i.ix)
-	}
+	var sum blockdev.Digest
+	var err error
+	i.ix, sum, i.tab, err = i.index(index.Decode)
 	if err != nil {
-		i.in.add(i.where(), repairDiff, "index: %v", err)
+		i.in.add(i.where(), repairDiff, "%v", err)
 		return nil
 	}
-	if same, err := disk.Is(filepath.Join(i.dir, metaFile), i.ix.Meta); err != nil {
+	if same, err := disk.Is(i.path(metaFile), i.ix.Meta); err != nil {
 		return err
 	} else if !same {
 		i.in.add(i.where(), repairMeta, "metadata image does not match its index")
@@ -148,11 +140,11 @@ func (i *inspector) run(ctx context.Context) error {
 	if err := i.ownTree(); err != nil {
 		return err
 	}
-	complete, err := i.bitmap(blockdev.Sum(enc))
+	complete, err := i.bitmap(sum)
 	if err != nil {
 		return err
 	}
-	i.data, err = os.Open(filepath.Join(i.dir, dataFile))
+	i.data, err = os.Open(i.path(dataFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		i.in.add(i.where(), repairBitmap, "data file is missing")
 		return nil
@@ -165,7 +157,7 @@ func (i *inspector) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if i.q != nil && i.q.has(i.id, blockdev.Sum(enc)) {
+	if i.q != nil && i.q.has(i.id, sum) {
 		i.in.add(i.where(), "", "quarantined: %v", i.q.m[i.id].Cause)
 		return nil
 	}
@@ -179,23 +171,16 @@ func (i *inspector) run(ctx context.Context) error {
 // bitmap reads what is said to be there. What cannot be believed is not looked at:
 // nobody else believes it.
 func (i *inspector) bitmap(sum blockdev.Digest) (complete bool, err error) {
-	b, err := os.ReadFile(filepath.Join(i.dir, bitmapFile))
+	b, err := os.ReadFile(i.path(bitmapFile))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return false, err
 	}
-	h, err := presence.DecodeHeader(b)
+	h, err := presence.Read(b, presence.HeaderOf(i.ix, sum, i.boot))
 	n := i.tab.Len()
-	switch {
-	case err != nil:
-	case h.DiffID != i.id || h.Index != sum:
-		err = errors.New("it belongs to another index")
-	case h.Chunks != uint32(n) || int64(len(b)) != presence.FileSize(n):
-		err = errors.New("it has another length")
-	}
 	p := presence.New(i.id, n, i.tab.Length)
 	i.pres = p
 	if err != nil {
-		i.in.add(i.where(), repairBitmap, "bitmap: %v", err)
+		i.in.add(i.where(), repairBitmap, "%v", err)
 		return false, nil
 	}
 	bad := presence.Damaged(i.id, b[presence.HeaderSize:])
@@ -252,7 +237,7 @@ func (i *inspector) prove(ctx context.Context) error {
 	var f *os.File
 	if len(heads.pieces) > 0 {
 		var err error
-		if f, err = os.Open(filepath.Join(i.dir, headersFile)); errors.Is(err, fs.ErrNotExist) {
+		if f, err = os.Open(i.path(headersFile)); errors.Is(err, fs.ErrNotExist) {
 			return nil
 		} else if err != nil {
 			return err
@@ -287,16 +272,15 @@ func (i *inspector) prove(ctx context.Context) error {
 
 // ownTree reads the tree that the diff shows in place of the given one, if there is one.
 func (i *inspector) ownTree() error {
-	rec, err := readProof(filepath.Join(i.dir, proofFile), i.id)
+	rec, err := i.proof()
 	if err != nil || rec.Own == (blockdev.Digest{}) {
 		return nil // without a record that is right, the given one is shown
 	}
-	d := &Diff{id: i.id, dir: i.dir}
-	if i.own, err = d.readOwn(rec.Own); err != nil {
+	if i.own, err = i.ownIndex(rec.Own, index.Decode); err != nil {
 		i.in.add(i.where(), repairOwn, "the index that this node made of the layer: %v", err)
 		return nil
 	}
-	if same, err := disk.Is(d.path(ownMetaFile), i.own.Meta); err != nil {
+	if same, err := disk.Is(i.path(ownMetaFile), i.own.Meta); err != nil {
 		return err
 	} else if !same {
 		i.in.add(i.where(), repairMeta, "metadata image does not match the index that this node made")
@@ -333,7 +317,7 @@ func Repair(ctx context.Context, root string, damaged []blockdev.Digest, log *sl
 		if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
-		i := &inspector{in: after, dir: dir, id: id, boot: c.boot}
+		i := &inspector{folder: folder{dir, id}, in: after, boot: c.boot}
 		if err := i.run(ctx); err != nil {
 			return nil, err
 		}

@@ -179,7 +179,7 @@ func (c *Cache) giveUp(id blockdev.Digest) {
 // diff nor error returned. An error means that it may be opened later.
 func (c *Cache) openDir(id blockdev.Digest) (*Diff, error) {
 	dir := filepath.Join(c.cfg.Root, diffsDir, id.Hex())
-	d, err := c.openDiff(dir, id)
+	d, err := c.openDiff(folder{dir, id})
 	if !errors.Is(err, blockdev.ErrCorrupt) {
 		return d, err
 	}

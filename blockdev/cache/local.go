@@ -1,84 +1,122 @@
 package cache
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/presence"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/room"
+	"github.com/shoalfs/shoal/blockdev/cache/internal/table"
 )
 
-// copyLocal gets what it can of flights from this disk. What it cannot get is
-// left for the Source.
-func (g *group) copyLocal(ctx context.Context, flights []*flight) {
-	buf := g.d.c.buffer()
-	defer g.d.c.buffers.Put(buf)
-	for _, f := range flights {
-		if ctx.Err() != nil {
-			return
-		}
-		if !g.copyOne(f, buf[:g.d.tab.Length(f.chunk)]) {
-			f.remote = true
-		}
-	}
+// Errors of those who need all bytes of a diff. Prefetch brings them back.
+var (
+	// ErrIncomplete: bytes are missing.
+	ErrIncomplete = errors.New("the diff is not complete on this disk")
+	// ErrDamaged: bytes have turned out to be wrong, and count as missing now.
+	ErrDamaged = errors.New("the diff is damaged on this disk")
+)
+
+// local is what of one diff is on disk: its files, and which chunks they have. It does
+// not know where missing ones come from.
+type local struct {
+	folder
+	c    *shared
+	sum  blockdev.Digest // of the encoded index
+	tab  *table.Table
+	pres *presence.Chunks
+	size int64 // of the data file
+
+	data, bitmap *os.File
+	share        room.Share // of the disk
+	complete     atomic.Bool
+	completed    atomic.Bool  // complete now, or was before
+	bitmapBad    atomic.Bool  // logged that the bitmap cannot be written
+	keep         atomic.Int64 // Unix nanoseconds until when a sync leaves pages in the page cache
+
+	syncing chan struct{} // token: one sync at a time
+	stopped error         // why there will be no further sync; guarded by syncing
 }
 
-func (g *group) copyOne(f *flight, buf []byte) bool {
-	d := g.d
-	digest := d.tab.Digest(f.chunk)
-	if d.pres.IsSuspect(f.chunk) {
-		_, err := d.data.ReadAt(buf, d.tab.Start(f.chunk))
-		if err == nil && blockdev.Sum(buf) == digest {
-			d.added(f.chunk)
-			d.c.stats.copied.Add(int64(len(buf)))
-			d.finish(f, nil, nil)
-			return true
-		}
-		d.pres.Drop(f.chunk)
-		d.persist()
-	}
-	for {
-		o, k := d.c.lookup(&digest)
-		if o == nil {
-			return false
-		}
-		_, err := o.data.ReadAt(buf, o.tab.Start(k))
-		switch {
-		case errors.Is(err, os.ErrClosed):
-			return false // o is being removed
-		case err != nil:
-			o.damaged(k, err)
-		case blockdev.Sum(buf) != digest:
-			o.damaged(k, blockdev.ErrCorrupt)
-		default:
-			d.c.stats.copied.Add(int64(len(buf)))
-			o.Drop(o.tab.Start(k), len(buf))
-			// The error of a full disk reaches who waits by the flight.
-			_ = g.settle(blockdev.Demand, f, buf)
-			return true
-		}
-	}
+// DataPath returns the path of the data file. Only when Complete is true does it
+// have all bytes, and may be read by other means than this package.
+func (d *local) DataPath() string { return d.path(dataFile) }
+
+// Complete reports whether every chunk is present, was checked and is on stable
+// storage. It turns false again only if a chunk is found damaged on disk.
+func (d *local) Complete() bool { return d.complete.Load() }
+
+// setComplete says that the diff is complete.
+func (d *local) setComplete() {
+	d.complete.Store(true)
+	d.completed.Store(true)
 }
 
-// lookup finds a diff that has a chunk with this digest, and its number there.
-func (c *Cache) lookup(digest *blockdev.Digest) (*Diff, int) {
-	for _, o := range *c.list.Load() {
-		for _, k := range o.tab.Find(digest) {
-			if o.pres.Has(int(k)) {
-				return o, int(k)
-			}
+// pread reads what is present. On an error other than os.ErrClosed the chunks of
+// the range that cannot be read are no longer present.
+func (d *local) pread(p []byte, off int64) error {
+	_, err := d.data.ReadAt(p, off)
+	if err == nil || errors.Is(err, os.ErrClosed) {
+		return err
+	}
+	lo, hi := d.tab.Span(off, off+int64(len(p)))
+	for i := lo; i < hi; i++ {
+		from, to := d.overlap(i, off, len(p))
+		if _, err := d.data.ReadAt(p[from-off:to-off], from); err != nil {
+			d.damaged(i, err)
 		}
 	}
-	return nil, 0
+	return err
+}
+
+// overlap is the part of chunk i within [off, off+n).
+func (d *local) overlap(i int, off int64, n int) (from, to int64) {
+	return max(off, d.tab.Start(i)), min(off+int64(n), d.tab.Start(i+1))
+}
+
+// readChunk reads chunk i into buf, which has its length, and checks it: nothing is
+// passed on that the disk has spoiled. The error is ErrIncomplete, ErrDamaged (the chunk
+// is missing from then on), or os.ErrClosed.
+func (d *local) readChunk(i int, buf []byte) error {
+	if !d.pres.Has(i) {
+		return ErrIncomplete
+	}
+	_, err := d.data.ReadAt(buf, d.tab.Start(i))
+	if errors.Is(err, os.ErrClosed) {
+		return err
+	}
+	if err == nil && !d.tab.Check(i, buf) {
+		err = blockdev.ErrCorrupt
+	}
+	if err != nil {
+		if !d.pres.Has(i) {
+			return ErrIncomplete // it was taken off the disk since
+		}
+		d.damaged(i, err)
+		return ErrDamaged
+	}
+	return nil
+}
+
+// verify is readChunk for one who reads everything: the chunk counts as checked, and its
+// pages need not stay.
+func (d *local) verify(i int, buf []byte) error {
+	if err := d.readChunk(i, buf); err != nil {
+		return err
+	}
+	d.pres.Check(i)
+	d.Drop(d.tab.Start(i), len(buf))
+	return nil
 }
 
 // damaged is called when a chunk that was thought present cannot be read, or
 // does not have its digest. The chunk is missing from then on, and Config.Damaged
 // sees to the rest.
-func (d *Diff) damaged(k int, why error) {
+func (d *local) damaged(k int, why error) {
 	wasComplete := d.complete.Swap(false)
 	if !d.pres.Drop(k) {
 		return
@@ -105,7 +143,7 @@ func (d *Diff) damaged(k int, why error) {
 
 // store writes a chunk that has been checked, if there is room for it, and says
 // that it is present.
-func (d *Diff) store(i int, data []byte, u room.Use) error {
+func (d *local) store(i int, data []byte, u room.Use) error {
 	n := d.c.room.Blocks(d.tab.Start(i), int64(len(data)))
 	if err := d.c.room.Try(&d.share, n, u); err != nil {
 		if u == room.ForDemand && !errors.Is(err, room.ErrCounting) { // what stops prefetch, Prefetch says itself
@@ -124,7 +162,7 @@ func (d *Diff) store(i int, data []byte, u room.Use) error {
 }
 
 // added says that chunk i is in the data file.
-func (d *Diff) added(i int) {
+func (d *local) added(i int) {
 	unsynced := d.pres.Add(i)
 	d.persist()
 	if unsynced >= d.c.cfg.SyncBytes {
@@ -134,14 +172,46 @@ func (d *Diff) added(i int) {
 
 // persist takes changed bits to the bitmap file. A failure costs at worst
 // fetching chunks again; the next sync tries again.
-func (d *Diff) persist() {
+func (d *local) persist() {
 	if err := d.pres.Persist(d.bitmap, false); err != nil {
 		d.bitmapFailed(err)
 	}
 }
 
-func (d *Diff) bitmapFailed(err error) {
+func (d *local) bitmapFailed(err error) {
 	if d.bitmapBad.CompareAndSwap(false, true) {
 		d.c.cfg.Log.Error("cannot write the bitmap of a diff; after a restart some of its chunks are fetched again", "diff", d.id, "cause", err)
 	}
+}
+
+func roundUp(n int64) int64 { return (n + dataAlign - 1) &^ (dataAlign - 1) }
+
+// header is what the bitmap file begins with.
+func (d *local) header(complete bool) presence.Header {
+	return presence.Header{
+		Complete: complete, DiffID: d.id, Index: d.sum, Boot: d.c.boot,
+		DiffSize: d.tab.Size, Chunks: uint32(d.tab.Len()),
+	}
+}
+
+func (d *local) writeHeader(complete bool) error {
+	h := d.header(complete)
+	_, err := d.bitmap.WriteAt(h.Encode(), 0)
+	return err
+}
+
+func (d *local) closeFiles() error {
+	return errors.Join(d.data.Close(), d.bitmap.Close())
+}
+
+// encodedIndex reads the index as it came.
+func (d *local) encodedIndex() ([]byte, error) {
+	enc, err := os.ReadFile(d.path(indexFile))
+	if err != nil {
+		return nil, fmt.Errorf("index of diff %v: %w", d.id, err)
+	}
+	if blockdev.Sum(enc) != d.sum {
+		return nil, fmt.Errorf("index of diff %v has changed on disk since it was opened: %w", d.id, blockdev.ErrCorrupt)
+	}
+	return enc, nil
 }

@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"context"
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/room"
 )
@@ -8,10 +9,11 @@ import (
 // Offer takes a chunk that nobody has asked for but that has come by, if it is
 // missing and there is room that prefetch may use. It is checked as any other.
 func (d *Diff) Offer(chunk blockdev.Digest, data []byte) {
-	if d.enter() != nil {
+	_, leave, err := d.flights.enter(context.Background())
+	if err != nil {
 		return // removed or closed
 	}
-	defer d.wg.Done()
+	defer leave()
 	checked := false
 	for _, k := range d.tab.Find(&chunk) {
 		i := int(k)
@@ -27,11 +29,8 @@ func (d *Diff) Offer(chunk blockdev.Digest, data []byte) {
 			return // prefetch will say so
 		}
 		d.c.stats.fetched(blockdev.Prefetch, len(data))
-		d.mu.Lock()
-		f := d.flights[i]
-		d.mu.Unlock()
-		if f != nil {
-			d.finish(f, nil, nil)
+		if f := d.flights.get(i); f != nil {
+			d.flights.finish(f, nil, nil)
 		}
 	}
 }

@@ -111,7 +111,7 @@ func TestBuilderThereAndBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := r.quarantine.putProven(r.d, sum); err != nil {
+	if err := r.quarantine.putProven(r.d.folder, r.d.sum, sum); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 {

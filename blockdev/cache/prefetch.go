@@ -7,7 +7,6 @@ import (
 	"sync"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/blockdev/cache/internal/disk"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/room"
 )
 
@@ -18,13 +17,11 @@ import (
 // blockdev.ErrNoSpace when the disk is full; what came until then stays, and a
 // further call goes on from there. Several calls share the work.
 func (d *Diff) Prefetch(ctx context.Context) error {
-	if err := d.enter(); err != nil {
+	ctx, leave, err := d.flights.enter(ctx)
+	if err != nil {
 		return fmt.Errorf("prefetch of diff %v: %w", d.id, err)
 	}
-	defer d.wg.Done()
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer context.AfterFunc(d.life, func() { cancel(context.Cause(d.life)) })()
+	defer leave()
 
 	select {
 	case d.prefetching <- struct{}{}:
@@ -78,10 +75,7 @@ func (d *Diff) fetchMissing(ctx context.Context) error {
 		if i == d.tab.Len() {
 			return nil
 		}
-		d.mu.Lock()
-		f := d.flights[i]
-		d.mu.Unlock()
-		if f != nil {
+		if f := d.flights.get(i); f != nil {
 			select {
 			case <-f.done:
 			case <-ctx.Done():
@@ -117,11 +111,11 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		g, end := d.claim(ctx, next, size)
-		if g == nil {
+		g := &group{fs: d.flights, prio: blockdev.Prefetch, parent: ctx}
+		if g.owed, next = d.flights.claim(g, next, size); g.owed == 0 {
 			break
 		}
-		next = end
+		d.c.pace.Inflight.Take(g.owed)
 		wg.Add(1)
 		g.release = func(err error) {
 			d.c.pace.Inflight.Free(g.owed)
@@ -149,96 +143,7 @@ func (d *Diff) Hurry() (done func()) {
 	return sync.OnceFunc(func() { d.hurries.Add(-1) })
 }
 
-// paceWrites waits for the disk when too much is written and not synced, so that
-// prefetch does not fill memory with dirty pages.
-func (d *Diff) paceWrites(ctx context.Context) error {
-	if _, _, unsynced := d.pres.Counts(); unsynced < 4*d.c.cfg.SyncBytes {
-		return nil
-	}
-	return d.sync(ctx)
-}
-
 // prefetchRoom returns nil if there is room for what prefetch may have under way.
 func (d *Diff) prefetchRoom(ctx context.Context) error {
 	return d.c.room.Has(ctx, d.c.pace.Inflight.Size(), room.ForPrefetch)
-}
-
-// claim makes a prefetch group of the next missing chunks from number i on that
-// nobody has asked for, limit bytes or a little more, and returns it and where to go on; nil if there are none.
-func (d *Diff) claim(ctx context.Context, i int, limit int64) (*group, int) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.gone != nil {
-		return nil, 0
-	}
-	var g *group
-	var size int64
-	n := d.tab.Len()
-	for i = d.pres.NextMissing(i); i < n && size < limit; i = d.pres.NextMissing(i + 1) {
-		if f := d.flights[i]; f != nil && !f.over {
-			continue
-		}
-		if g == nil {
-			g = &group{d: d, prio: blockdev.Prefetch, parent: ctx}
-		}
-		d.depart(g, i)
-		size += int64(d.tab.Length(i))
-	}
-	if g != nil {
-		g.owed = size
-		d.c.pace.Inflight.Take(size)
-		d.wg.Add(1)
-	}
-	return g, i
-}
-
-// checkOthers reads what another process wrote and checks it, so that complete
-// means more than what an old bitmap says.
-func (d *Diff) checkOthers(ctx context.Context) error {
-	i := d.pres.NextUnchecked(0)
-	if i == d.tab.Len() {
-		return nil
-	}
-	buf := d.c.buffer()
-	defer d.c.buffers.Put(buf)
-	for ; i < d.tab.Len(); i = d.pres.NextUnchecked(i + 1) {
-		if _, err := d.c.pace.Gate.Wait(ctx); err != nil {
-			return err
-		}
-		b, off := buf[:d.tab.Length(i)], d.tab.Start(i)
-		_, err := d.data.ReadAt(b, off)
-		switch {
-		case err != nil:
-			d.damaged(i, err)
-		case !d.tab.Check(i, b):
-			d.damaged(i, blockdev.ErrCorrupt)
-		default:
-			d.pres.Check(i)
-			d.Drop(off, len(b))
-		}
-	}
-	return nil
-}
-
-// markComplete makes it durable that every chunk is there. The records go first:
-// a header that says complete over records that do not is not believed.
-func (d *Diff) markComplete() error {
-	err := disk.Sync(d.bitmap)
-	if err == nil {
-		err = d.writeHeader(true)
-	}
-	if err == nil {
-		err = disk.Sync(d.bitmap)
-	}
-	if err != nil {
-		d.bitmapFailed(err)
-		return d.c.room.Failed(d.id, fmt.Errorf("mark as complete: %w", err))
-	}
-	d.setComplete()
-	// A chunk may have turned out to be damaged since fill looked.
-	if !d.pres.Full() {
-		d.complete.Store(false)
-		return d.writeHeader(false)
-	}
-	return nil
 }

@@ -13,14 +13,6 @@ import (
 	"github.com/shoalfs/shoal/blockdev/proof"
 )
 
-// Errors of those who need all bytes of a diff. Prefetch brings them back.
-var (
-	// ErrIncomplete: bytes are missing.
-	ErrIncomplete = errors.New("the diff is not complete on this disk")
-	// ErrDamaged: bytes have turned out to be wrong, and count as missing now.
-	ErrDamaged = errors.New("the diff is damaged on this disk")
-)
-
 // ProofState says what is known of a diff's index.
 type ProofState uint8
 
@@ -59,13 +51,11 @@ func (d *Diff) Distrust() error {
 // blockdev.ErrQuarantined if the index is wrong, which is on record then; or it is
 // that of the Source, the disk or ctx, and a later call may do better.
 func (d *Diff) Prove(ctx context.Context, hurry bool) error {
-	if err := d.enter(); err != nil {
+	ctx, leave, err := d.flights.enter(ctx)
+	if err != nil {
 		return fmt.Errorf("proof of diff %v: %w", d.id, err)
 	}
-	defer d.wg.Done()
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer context.AfterFunc(d.life, func() { cancel(context.Cause(d.life)) })()
+	defer leave()
 	select {
 	case d.proving <- struct{}{}:
 	case <-ctx.Done():
@@ -93,7 +83,7 @@ func (d *Diff) Prove(ctx context.Context, hurry bool) error {
 				return fmt.Errorf("diff %v has another tree than its index says, and the node cannot record that: %w", d.id, err)
 			}
 		}
-		if err := d.c.quarantine.putProven(d, sum); err != nil {
+		if err := d.c.quarantine.putProven(d.folder, d.sum, sum); err != nil {
 			return fmt.Errorf("diff %v is proven, but the node cannot record that: %w", d.id, d.c.room.Failed(d.id, err))
 		}
 		if own != nil {
@@ -103,7 +93,7 @@ func (d *Diff) Prove(ctx context.Context, hurry bool) error {
 		}
 		d.proof.Store(int32(Proven))
 		d.c.stats.proven.Add(1)
-		d.noteScrub() // every chunk was looked at
+		d.scrubbed.now() // every chunk was looked at
 		return nil
 	case errors.Is(err, proof.ErrMismatch):
 		return d.distrust(err)
@@ -139,7 +129,7 @@ func (d *Diff) prove(ctx context.Context, hurry bool) (*blockdev.Index, error) {
 		return nil, err
 	}
 	defer f.Close()
-	if err := d.fetchHeaders(ctx, f); err != nil {
+	if err := d.heads.fetch(ctx, &d.local, f); err != nil {
 		return nil, err
 	}
 	r := d.newVerified(ctx, hurry)
@@ -206,33 +196,11 @@ func (v *verified) load(i int) error {
 		return err
 	}
 	if err := v.d.verify(i, v.buf[:v.d.tab.Length(i)]); err != nil {
+		if errors.Is(err, os.ErrClosed) {
+			err = v.d.flights.why()
+		}
 		return fmt.Errorf("chunk %d: %w", i, err)
 	}
 	v.chunk = i
-	return nil
-}
-
-// verify reads chunk i into buf, which has its length. The error is ErrIncomplete,
-// ErrDamaged (the chunk is missing from then on), or why the diff is no more.
-func (d *Diff) verify(i int, buf []byte) error {
-	if !d.pres.Has(i) {
-		return ErrIncomplete
-	}
-	_, err := d.data.ReadAt(buf, d.tab.Start(i))
-	if errors.Is(err, os.ErrClosed) {
-		return d.goneErr()
-	}
-	if err == nil && !d.tab.Check(i, buf) {
-		err = blockdev.ErrCorrupt
-	}
-	if err != nil {
-		if !d.pres.Has(i) {
-			return ErrIncomplete // it was taken off the disk since
-		}
-		d.damaged(i, err)
-		return ErrDamaged
-	}
-	d.pres.Check(i)
-	d.Drop(d.tab.Start(i), len(buf))
 	return nil
 }

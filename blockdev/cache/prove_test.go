@@ -82,7 +82,7 @@ func TestProveWithoutNetwork(t *testing.T) {
 	if err := os.Remove(filepath.Join(r.d.dir, proofFile)); err != nil {
 		t.Fatal(err)
 	}
-	flipFile(t, r.d.headersPath(), 10)
+	flipFile(t, r.d.path(headersFile), 10)
 	r.reopen()
 	if err := r.d.Prove(t.Context(), true); !errors.Is(err, blockdev.ErrNotFound) {
 		t.Errorf("header stream damaged, and nobody has it: %v", err)

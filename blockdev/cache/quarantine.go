@@ -139,18 +139,18 @@ func shorten(s string) string {
 
 // putProven writes down that a diff's index is proven, or, if own is set, that the tree
 // of another one is. Another index of the same diff that failed is history then.
-func (q *quarantine) putProven(d *Diff, own blockdev.Digest) error {
-	if err := writeProof(filepath.Join(d.dir, proofFile), proofRecord{DiffID: d.id, Index: d.sum, Own: own}); err != nil {
+func (q *quarantine) putProven(f folder, index, own blockdev.Digest) error {
+	if err := writeProof(f.path(proofFile), proofRecord{DiffID: f.id, Index: index, Own: own}); err != nil {
 		return err
 	}
 	q.mu.Lock()
-	_, ok := q.m[d.id]
-	delete(q.m, d.id)
+	_, ok := q.m[f.id]
+	delete(q.m, f.id)
 	q.mu.Unlock()
 	if !ok {
 		return nil
 	}
-	if err := os.Remove(q.path(d.id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := os.Remove(q.path(f.id)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
 	return durable.SyncDir(q.dir)
@@ -166,29 +166,4 @@ func (q *quarantine) why(id blockdev.Digest) error {
 		"To go on: stop the containers and remove the images that `shoal status` marks as quarantined, check the supernode (`shoal check`), and pull again; "+
 		"while the supernode gives out the same index, containerd unpacks the images. To try the same index again, delete %s while the node is stopped",
 		id, blockdev.ErrQuarantined, rec.Time.Format(time.RFC3339), rec.Cause, q.path(id))
-}
-
-// loadProof finds out what is known of a diff's index. It fails if the cache is closed
-// meanwhile.
-func (d *Diff) loadProof() error {
-	if d.c.quarantine.has(d.id, d.sum) {
-		d.proof.Store(int32(Quarantined))
-		return nil
-	}
-	rec, err := readProof(filepath.Join(d.dir, proofFile), d.id)
-	switch {
-	case err == nil && rec.Index == d.sum:
-		if rec.Own != (blockdev.Digest{}) {
-			if err := d.loadOwn(rec.Own); d.c.life.Err() != nil {
-				return ErrClosed
-			} else if err != nil {
-				d.c.cfg.Log.Warn("the tree that this node made of a layer is damaged; containers see the received tree until the layer is proven again", "diff", d.id, "error", err)
-				return nil
-			}
-		}
-		d.proof.Store(int32(Proven))
-	case err != nil && !errors.Is(err, os.ErrNotExist):
-		d.c.cfg.Log.Warn("the record of a layer's proof is damaged; the layer is proven again", "diff", d.id, "error", err)
-	}
-	return nil
 }

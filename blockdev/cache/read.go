@@ -48,7 +48,7 @@ func (d *Diff) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 		if err := d.pread(p, off); err == nil {
 			return len(p), nil
 		} else if errors.Is(err, os.ErrClosed) {
-			return 0, d.readError(off, len(p), d.goneErr())
+			return 0, d.readError(off, len(p), d.flights.why())
 		}
 		// pread has noted what cannot be read, so it is missing now.
 	}
@@ -90,35 +90,10 @@ func (d *Diff) Read(ctx context.Context, off int64, n int, m blockdev.Memory) (i
 	return n, eof
 }
 
-// pread reads what is present. On an error other than os.ErrClosed the chunks of
-// the range that cannot be read are no longer present.
-func (d *Diff) pread(p []byte, off int64) error {
-	_, err := d.data.ReadAt(p, off)
-	if err == nil || errors.Is(err, os.ErrClosed) {
-		return err
-	}
-	lo, hi := d.tab.Span(off, off+int64(len(p)))
-	for i := lo; i < hi; i++ {
-		from, to := d.overlap(i, off, len(p))
-		if _, err := d.data.ReadAt(p[from-off:to-off], from); err != nil {
-			d.damaged(i, err)
-		}
-	}
-	return err
-}
-
-// overlap is the part of chunk i within [off, off+n).
-func (d *Diff) overlap(i int, off int64, n int) (from, to int64) {
-	return max(off, d.tab.Start(i)), min(off+int64(n), d.tab.Start(i+1))
-}
-
-// errTimeout is the cause of the context that bounds a demand read.
-var errTimeout = errors.New("demand read timed out")
-
 // readMissing waits for what is missing and then reads all.
 func (d *Diff) readMissing(parent context.Context, off int64, n int, m blockdev.Memory) (err error) {
-	d.c.pace.Gate.Enter(&d.reading)
-	defer d.c.pace.Gate.Leave(&d.reading)
+	d.c.pace.Gate.Enter(&d.flights.reading)
+	defer d.c.pace.Gate.Leave(&d.flights.reading)
 	d.c.stats.missed.Add(1)
 	began := time.Now()
 	defer func() { d.c.stats.waited.Add(int64(time.Since(began))) }()
@@ -132,7 +107,7 @@ func (d *Diff) readMissing(parent context.Context, off int64, n int, m blockdev.
 			ok, err = d.take(ctx, off, n, &mem, m)
 		}
 		if !ok && err == nil && ctx.Err() != nil {
-			err = d.lateErr(ctx, nil)
+			err = d.flights.lateErr(ctx, nil)
 		}
 		if err != nil {
 			// A caller's deadline is a failure, too; a caller that has gone is none.
@@ -172,7 +147,7 @@ func (d *Diff) take(ctx context.Context, off int64, n int, mem *unwritten, m blo
 	p, err := m.Take(ctx, n, from)
 	if err != nil {
 		if errors.Is(context.Cause(ctx), errTimeout) {
-			err = d.lateErr(ctx, nil)
+			err = d.flights.lateErr(ctx, nil)
 		}
 		return false, err
 	}
@@ -185,14 +160,6 @@ func (d *Diff) take(ctx context.Context, off int64, n int, mem *unwritten, m blo
 
 func (d *Diff) readError(off int64, n int, err error) error {
 	return fmt.Errorf("diff %v: read of %d bytes at offset %d: %w", d.id, n, off, err)
-}
-
-// wait is a flight that a reader waits for.
-type wait struct {
-	*flight
-	own     bool // the reader's own request
-	hurry   bool // a request of lower priority, when the reader joined
-	startup bool // and that of startup chunks
 }
 
 // heldBytes bounds what reads hold of chunks that could not be written, while they wait
@@ -242,11 +209,11 @@ func (u *unwritten) drop(d *Diff) {
 // it has dropped mem, to make room: then the read begins again.
 func (d *Diff) waitPart(ctx context.Context, lo, hi int, mem *unwritten) (bool, error) {
 	for {
-		waits, err := d.join(lo, hi, mem)
+		waits, err := d.flights.join(lo, hi, mem.chunks)
 		if err != nil || len(waits) == 0 {
 			return err == nil, err
 		}
-		err = d.await(ctx, waits)
+		err = d.flights.await(ctx, waits)
 		full := false
 		for _, w := range waits {
 			b, from := w.outcome()
@@ -269,7 +236,7 @@ func (d *Diff) waitPart(ctx context.Context, lo, hi int, mem *unwritten) (bool, 
 		// Another's flight failed, or a chunk went again: again. The
 		// context's deadline ends this.
 		if ctx.Err() != nil && !d.atHand(lo, hi, mem) {
-			return false, d.lateErr(ctx, nil)
+			return false, d.flights.lateErr(ctx, nil)
 		}
 	}
 }
@@ -282,126 +249,6 @@ func (d *Diff) atHand(lo, hi int, mem *unwritten) bool {
 		}
 	}
 	return true
-}
-
-// join returns the flights that chunks [lo, hi) need but for those in mem, and
-// starts a request for those that nobody has asked for yet, with read-ahead. There are
-// none if all are at hand.
-func (d *Diff) join(lo, hi int, mem *unwritten) ([]wait, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.gone != nil {
-		return nil, d.gone
-	}
-	var waits []wait
-	var own *group
-	for i := lo; i < hi; i++ {
-		if d.pres.Has(i) || mem.get(i) != nil {
-			continue
-		}
-		f := d.flights[i]
-		if f == nil {
-			if own == nil {
-				own = &group{d: d, prio: blockdev.Demand, parent: d.life, release: func(error) {}}
-			}
-			f = d.depart(own, i)
-		}
-		f.waiters++
-		waits = append(waits, wait{
-			flight: f, own: f.group == own,
-			hurry: f.group.prio != blockdev.Demand, startup: f.group.prio == blockdev.Startup,
-		})
-	}
-	if own != nil {
-		ahead := d.seq.Ahead(own.todo[0].chunk, d.c.cfg.ReadAhead, d.c.cfg.MaxReadAhead)
-		end, i := d.tab.Start(hi)+ahead, hi
-		for ; i < d.tab.Len() && d.tab.Start(i+1) <= end; i++ {
-			if !d.pres.Has(i) && d.flights[i] == nil {
-				d.depart(own, i)
-			}
-		}
-		d.seq.Note(i, ahead)
-		d.wg.Add(1)
-		go own.run()
-	}
-	return waits, nil
-}
-
-// depart starts a flight as part of g; mu is held.
-func (d *Diff) depart(g *group, i int) *flight {
-	f := &flight{chunk: i, group: g, done: make(chan struct{})}
-	d.flights[i] = f
-	g.todo = append(g.todo, f)
-	return f
-}
-
-// await returns when all flights are over. A flight of the reader's own request
-// that failed is an error; what another asked for is left to the next round.
-func (d *Diff) await(ctx context.Context, waits []wait) (err error) {
-	defer d.leave(waits)
-	began := time.Now()
-	var patience *time.Timer
-	var hurry <-chan time.Time
-	for _, w := range waits {
-		if w.hurry && patience == nil {
-			patience = time.NewTimer(d.c.cfg.Promote)
-			defer patience.Stop()
-			hurry = patience.C
-		}
-		for done := false; !done; {
-			select {
-			case <-w.done:
-				done = true
-			case now := <-hurry:
-				left := d.c.pace.Arrivals.Patience(now, began, d.c.cfg.Promote)
-				for _, w := range waits {
-					if w.hurry && (left == 0 || !w.startup) {
-						w.group.hurry()
-					}
-				}
-				if hurry = nil; left > 0 {
-					patience.Reset(left)
-					hurry = patience.C
-				}
-			case <-d.life.Done():
-				return context.Cause(d.life)
-			case <-ctx.Done():
-				return d.lateErr(ctx, w.flight)
-			}
-		}
-		if w.err != nil && w.own {
-			return w.err
-		}
-	}
-	return nil
-}
-
-func (d *Diff) leave(waits []wait) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for _, w := range waits {
-		w.waiters--
-	}
-}
-
-// lateErr says why a read ended before it had its bytes.
-func (d *Diff) lateErr(ctx context.Context, f *flight) error {
-	cause := context.Cause(ctx)
-	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return cause
-	}
-	last := blockdev.ErrUnavailable
-	if f != nil {
-		d.mu.Lock()
-		if f.group.lastErr != nil {
-			last = f.group.lastErr
-		}
-		d.mu.Unlock()
-	}
-	if !errors.Is(cause, errTimeout) {
-		return fmt.Errorf("%w: %w", cause, last) // the caller's deadline came first
-	}
-	return fmt.Errorf("gave up after %v: %w", d.c.cfg.Timeout, last)
 }
 
 // assemble fills p from the data file and mem. It returns false if a chunk is in
@@ -437,7 +284,7 @@ func (d *Diff) assemble(p []byte, off int64, mem *unwritten) (bool, error) {
 // assembled judges pread's error: only a closed file is final.
 func (d *Diff) assembled(err error) (bool, error) {
 	if errors.Is(err, os.ErrClosed) {
-		return false, d.goneErr()
+		return false, d.flights.why()
 	}
 	return err == nil, nil
 }

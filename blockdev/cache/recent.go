@@ -17,49 +17,41 @@ type recent struct {
 }
 
 type kept struct {
-	d *Diff
-	f *flight
+	diff  *local
+	bytes int
+	drop  func() // takes the flight off the diff's list
 }
 
-// add takes a flight that is over, and lets those go that came first.
-func (r *recent) add(d *Diff, f *flight) {
+// add keeps a chunk of a diff, and drops those that came first.
+func (r *recent) add(diff *local, bytes int, drop func()) {
 	r.mu.Lock()
-	r.fifo = append(r.fifo, kept{d, f})
-	r.bytes += len(f.mem)
+	r.fifo = append(r.fifo, kept{diff, bytes, drop})
+	r.bytes += bytes
 	n := 0
 	for r.bytes > recentBytes {
-		r.bytes -= len(r.fifo[n].f.mem)
+		r.bytes -= r.fifo[n].bytes
 		n++
 	}
 	gone := r.fifo[:n:n]
 	r.fifo = r.fifo[n:]
 	r.mu.Unlock()
 	for _, k := range gone {
-		k.d.unlist(k.f)
+		k.drop()
 	}
 	clear(gone)
 }
 
-// forget drops what it has of a diff.
-func (r *recent) forget(d *Diff) {
+// forget lets go of what it has of a diff that is no more.
+func (r *recent) forget(diff *local) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	left := make([]kept, 0, len(r.fifo))
 	for _, k := range r.fifo {
-		if k.d != d {
+		if k.diff != diff {
 			left = append(left, k)
 		} else {
-			r.bytes -= len(k.f.mem)
+			r.bytes -= k.bytes
 		}
 	}
 	r.fifo = left
-}
-
-// unlist takes a flight that is over out of the diff's list.
-func (d *Diff) unlist(f *flight) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.flights[f.chunk] == f {
-		delete(d.flights, f.chunk)
-	}
 }

@@ -4,16 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"time"
 
-	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache/internal/prefetch"
 )
-
-// scrubFile says by its modification time when everything was last checked.
-const scrubFile = "scrubbed"
 
 // scrubRate bounds, in bytes per second, how fast a scrub reads.
 const scrubRate = 32 << 20
@@ -38,13 +32,11 @@ type Checked struct {
 
 // Check is Scrub, as fast as it can with hurry, but still behind demand reads.
 func (d *Diff) Check(ctx context.Context, hurry bool) (res Checked, err error) {
-	if err := d.enter(); err != nil {
+	ctx, leave, err := d.flights.enter(ctx)
+	if err != nil {
 		return res, fmt.Errorf("check of diff %v: %w", d.id, err)
 	}
-	defer d.wg.Done()
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer context.AfterFunc(d.life, func() { cancel(context.Cause(d.life)) })()
+	defer leave()
 
 	buf := d.c.buffer()
 	defer d.c.buffers.Put(buf)
@@ -80,67 +72,10 @@ func (d *Diff) Check(ctx context.Context, hurry bool) (res Checked, err error) {
 	if res.Missing > 0 && d.Completed() {
 		return res, fmt.Errorf("diff %v: %w: it was complete before, and %d of %d chunks are missing", d.id, ErrIncomplete, res.Missing, d.tab.Len())
 	}
-	d.noteScrub()
+	d.scrubbed.now()
 	return res, nil
 }
 
 // Scrubbed returns when all that was here was last checked; zero: not that anybody
 // knew.
-func (d *Diff) Scrubbed() time.Time { return time.Unix(0, d.scrubbed.Load()) }
-
-func (d *Diff) scrubPath() string { return filepath.Join(d.dir, scrubFile) }
-
-// noteScrub is for all that was checked just now. If it cannot be written down, it
-// is done again.
-func (d *Diff) noteScrub() {
-	now := time.Now()
-	d.scrubbed.Store(now.UnixNano())
-	f, err := os.OpenFile(d.scrubPath(), os.O_WRONLY|os.O_CREATE, 0o600)
-	if err != nil {
-		return
-	}
-	_ = f.Close()
-	_ = os.Chtimes(d.scrubPath(), now, now)
-}
-
-func (d *Diff) loadScrub() {
-	if st, err := os.Stat(d.scrubPath()); err == nil {
-		d.scrubbed.Store(st.ModTime().UnixNano())
-	}
-}
-
-// forgetScrub makes a scrub due.
-func (d *Diff) forgetScrub() {
-	if err := os.Remove(d.scrubPath()); err != nil && !errors.Is(err, os.ErrNotExist) {
-		d.c.cfg.Log.Warn("cannot remove the record of a scrub; the diff is scrubbed later than it should be", "diff", d.id, "error", err)
-	}
-}
-
-// Chunk returns the bytes of a chunk, or of a piece of a header stream, that some
-// diff on this disk has, checked just now: for those who pass it on. buf has room
-// for blockdev.MaxChunk bytes, and what is returned lies in it. The error wraps
-// blockdev.ErrNotFound if no diff has it, or none has it undamaged; what was found
-// damaged is missing from then on.
-func (c *Cache) Chunk(digest blockdev.Digest, buf []byte) ([]byte, error) {
-	if len(buf) < blockdev.MaxChunk {
-		return nil, fmt.Errorf("chunk %v: a buffer of %d bytes", digest, len(buf))
-	}
-	for {
-		d, i := c.lookup(&digest)
-		if d == nil {
-			break
-		}
-		b := buf[:d.tab.Length(i)]
-		if err := d.verify(i, b); err == nil {
-			return b, nil
-		} else if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrIncomplete) {
-			return nil, fmt.Errorf("chunk %v: %w: %w", digest, blockdev.ErrNotFound, err)
-		}
-	}
-	for _, d := range *c.list.Load() {
-		if b, ok := d.readPiece(&digest, func(int) []byte { return buf }); ok {
-			return b, nil
-		}
-	}
-	return nil, fmt.Errorf("chunk %v on this disk: %w", digest, blockdev.ErrNotFound)
-}
+func (d *Diff) Scrubbed() time.Time { return time.Unix(0, d.scrubbed.at.Load()) }

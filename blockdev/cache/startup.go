@@ -19,32 +19,17 @@ import (
 // the number of chunks. It returns when the request is over: an error is the
 // Source's, the disk's, ctx's, ErrRemoved or ErrClosed.
 func (d *Diff) FetchStartup(ctx context.Context, chunks []uint32) error {
-	if err := d.enter(); err != nil {
+	ctx, leave, err := d.flights.enter(ctx)
+	if err != nil {
 		return fmt.Errorf("startup chunks of diff %v: %w", d.id, err)
 	}
-	defer d.wg.Done()
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer context.AfterFunc(d.life, func() { cancel(context.Cause(d.life)) })()
-
-	var err error
-	g := &group{d: d, prio: blockdev.Startup, parent: ctx, release: func(e error) { err = e }}
-	d.mu.Lock()
-	if d.gone == nil {
-		for _, c := range chunks {
-			if i := int(c); i < d.tab.Len() && !d.pres.Has(i) && d.flights[i] == nil {
-				d.depart(g, i)
-			}
-		}
-	}
-	if len(g.todo) == 0 {
-		d.mu.Unlock()
+	defer leave()
+	g := &group{fs: d.flights, prio: blockdev.Startup, parent: ctx, release: func(e error) { err = e }}
+	if !d.flights.claimAll(g, chunks) {
 		return nil
 	}
-	d.wg.Add(1)
-	d.mu.Unlock()
-	d.c.pace.Gate.Enter(&d.reading)
-	defer d.c.pace.Gate.Leave(&d.reading)
+	d.c.pace.Gate.Enter(&d.flights.reading)
+	defer d.c.pace.Gate.Leave(&d.flights.reading)
 	d.keep.Store(time.Now().Add(keepStartup).UnixNano())
 	g.run()
 	if err != nil {

@@ -1,8 +1,6 @@
 package cache
 
 import (
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -37,21 +35,6 @@ type Stats struct {
 	Proven, Quarantined int64
 }
 
-type counters struct {
-	demand, startup, prefetch, headers, copied, missed, failed, waited, corrupt, damaged, notKept, proven, quarantined atomic.Int64
-}
-
-func (n *counters) fetched(prio blockdev.Priority, bytes int) {
-	switch prio {
-	case blockdev.Demand:
-		n.demand.Add(int64(bytes))
-	case blockdev.Startup:
-		n.startup.Add(int64(bytes))
-	default:
-		n.prefetch.Add(int64(bytes))
-	}
-}
-
 // Stats returns the counters.
 func (c *Cache) Stats() Stats {
 	n := &c.stats
@@ -68,19 +51,3 @@ func (c *Cache) Stats() Stats {
 // Uses returns the bytes of demand requests in flight (waiting: requests), and those
 // that reads hold of chunks that could not be written.
 func (c *Cache) Uses() (demand, held blockdev.Use) { return c.demand.Use(), c.held.Use() }
-
-// chunkBuffer has room for any chunk.
-type chunkBuffer = *[blockdev.MaxChunk]byte
-
-// bufferPool keeps buffers for chunks that are read back from this disk.
-type bufferPool struct{ pool sync.Pool }
-
-// Put gives a buffer back.
-func (p *bufferPool) Put(b chunkBuffer) { p.pool.Put(b) }
-
-func (c *Cache) buffer() chunkBuffer {
-	if b, ok := c.buffers.pool.Get().(chunkBuffer); ok {
-		return b
-	}
-	return new([blockdev.MaxChunk]byte)
-}

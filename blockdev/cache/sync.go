@@ -13,21 +13,21 @@ import (
 // the pages: EROFS has its own copy of those that somebody reads. (Not while a
 // container starts: it is about to read them.) One sync of a
 // diff at a time; d.syncing is the token that says whose turn it is.
-func (d *Diff) sync(ctx context.Context) error {
+func (d *local) sync(ctx context.Context) error {
 	select {
 	case d.syncing <- struct{}{}:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
 	defer func() { <-d.syncing }()
-	if d.life.Err() != nil {
-		return context.Cause(d.life) // the files are about to be closed
+	if d.stopped != nil {
+		return d.stopped // the files are about to be closed
 	}
 	return d.syncNow()
 }
 
 // syncNow is sync for who has the token.
-func (d *Diff) syncNow() error {
+func (d *local) syncNow() error {
 	if d.pres.BeginSync() {
 		err := disk.Sync(d.data)
 		ranges := d.pres.EndSync(err == nil)
@@ -65,7 +65,7 @@ func (d *Diff) syncNow() error {
 // need not stay in the page cache of the file itself. It is a hint: pages that
 // the range covers in part stay, and what is not synced yet goes with the next
 // sync.
-func (d *Diff) Drop(off int64, n int) {
+func (d *local) Drop(off int64, n int) {
 	if off < 0 || n <= 0 || off >= d.size {
 		return
 	}
@@ -75,32 +75,56 @@ func (d *Diff) Drop(off int64, n int) {
 	}
 }
 
-// syncer syncs diffs in the background, one at a time: those with much unsynced
-// when kicked, all of them at every interval.
-func (c *Cache) syncer() {
-	t := time.NewTicker(c.cfg.SyncInterval)
-	defer t.Stop()
-	for {
-		least := c.cfg.SyncBytes
-		select {
-		case <-c.life.Done():
-			return
-		case <-t.C:
-			least = 1
-		case <-c.kicked:
-		}
-		for _, d := range *c.list.Load() {
-			if _, _, unsynced := d.pres.Counts(); unsynced >= least && c.life.Err() == nil {
-				// sync has logged its error, and the next interval tries again.
-				_ = d.sync(c.life)
-			}
-		}
+// markComplete makes it durable that every chunk is there. The records go first:
+// a header that says complete over records that do not is not believed.
+func (d *local) markComplete() error {
+	err := disk.Sync(d.bitmap)
+	if err == nil {
+		err = d.writeHeader(true)
 	}
+	if err == nil {
+		err = disk.Sync(d.bitmap)
+	}
+	if err != nil {
+		d.bitmapFailed(err)
+		return d.c.room.Failed(d.id, fmt.Errorf("mark as complete: %w", err))
+	}
+	d.setComplete()
+	// A chunk may have turned out to be damaged since fill looked.
+	if !d.pres.Full() {
+		d.complete.Store(false)
+		return d.writeHeader(false)
+	}
+	return nil
 }
 
-func (c *Cache) kick() {
-	select {
-	case c.kicked <- struct{}{}:
-	default:
+// paceWrites waits for the disk when too much is written and not synced, so that
+// prefetch does not fill memory with dirty pages.
+func (d *local) paceWrites(ctx context.Context) error {
+	if _, _, unsynced := d.pres.Counts(); unsynced < 4*d.c.cfg.SyncBytes {
+		return nil
 	}
+	return d.sync(ctx)
+}
+
+// checkOthers reads what another process wrote and checks it, so that complete
+// means more than what an old bitmap says.
+func (d *local) checkOthers(ctx context.Context) error {
+	i := d.pres.NextUnchecked(0)
+	if i == d.tab.Len() {
+		return nil
+	}
+	buf := d.c.buffer()
+	defer d.c.buffers.Put(buf)
+	for ; i < d.tab.Len(); i = d.pres.NextUnchecked(i + 1) {
+		if _, err := d.c.pace.Gate.Wait(ctx); err != nil {
+			return err
+		}
+		switch err := d.verify(i, buf[:d.tab.Length(i)]); {
+		case err == nil, errors.Is(err, ErrDamaged), errors.Is(err, ErrIncomplete): // what is missing now is fetched again
+		default:
+			return err
+		}
+	}
+	return nil
 }

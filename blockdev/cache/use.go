@@ -3,7 +3,6 @@ package cache
 import (
 	"errors"
 	"os"
-	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -15,7 +14,7 @@ import (
 const extentsPerBlock = 250
 
 // use is what the diff takes of the disk: its data file, and all others.
-func (d *Diff) use() (data, others int64, err error) {
+func (d *local) use() (data, others int64, err error) {
 	if data, err = diskUse(d.data); err != nil {
 		return 0, 0, err
 	}
@@ -27,11 +26,11 @@ func (d *Diff) use() (data, others int64, err error) {
 // with room for what comes later by itself: the record of a proof, and where the
 // data file's extents lie, which some file systems write down, and count, only
 // with the data.
-func (d *Diff) fixedUse() (n int64, err error) {
+func (d *local) fixedUse() (n int64, err error) {
 	n = int64(1+d.tab.Len()/extentsPerBlock) * d.c.room.Block
 	for _, name := range []string{"", indexFile, metaFile, bitmapFile, headersFile, ownIndexFile, ownMetaFile, proofFile} {
 		var st unix.Stat_t
-		path := filepath.Join(d.dir, name)
+		path := d.path(name)
 		err := unix.Lstat(path, &st)
 		switch {
 		case name == proofFile && (err != nil || st.Blocks*512 < d.c.room.Block):
@@ -44,24 +43,6 @@ func (d *Diff) fixedUse() (n int64, err error) {
 		}
 	}
 	return n, nil
-}
-
-// FullUse is what the diff takes of the disk once it is complete, in bytes and
-// inodes.
-func (d *Diff) FullUse() (bytes, inodes int64, err error) {
-	fixed, err := d.fixedUse()
-	if err != nil {
-		return 0, 0, err
-	}
-	// The header stream comes last.
-	var st unix.Stat_t
-	if err := unix.Lstat(d.headersPath(), &st); err != nil && !errors.Is(err, unix.ENOENT) {
-		return 0, 0, &os.PathError{Op: "stat", Path: d.headersPath(), Err: err}
-	}
-	fixed += max(0, roundUp(d.heads.starts[len(d.heads.pieces)])-st.Blocks*512)
-	// Its directory, data, index, metadata, bitmap, headers, and the records of a
-	// proof and of a scrub.
-	return fixed + d.size, 8, nil
 }
 
 // diskUse is what a file takes of the disk, in bytes.

@@ -72,7 +72,7 @@ func (d *Diff) verifyBitmap(in *Inspection, where string, repair bool) error {
 		if _, err := d.bitmap.ReadAt(b, 0); err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
-		if _, bad = presence.DecodeHeader(b); bad == nil {
+		if _, bad = presence.Read(b, d.header(false)); bad == nil {
 			if n := presence.Damaged(d.id, b[presence.HeaderSize:]); n > 0 {
 				bad = fmt.Errorf("%d records do not match their checksums: %w", n, blockdev.ErrCorrupt)
 			}

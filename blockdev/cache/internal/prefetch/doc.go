@@ -13,7 +13,7 @@
 //
 //	blockdev/volume Config.PrefetchDiffs    layers at a time (2). Layers wait for layers; proofs wait for
 //	                                        prefetch, and scrubs for proofs
-//	blockdev/cache Diff.paceWrites          waits for the disk, if too much is written and not synced
+//	blockdev/cache local.paceWrites         waits for the disk, if too much is written and not synced
 //	                                        (4 times Config.SyncBytes)
 //	blockdev/cache Diff.prefetchRoom        stops before the quota and the disk are full: demand reads and
 //	                                        indexes have what is left

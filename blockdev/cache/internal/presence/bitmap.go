@@ -117,6 +117,26 @@ func DecodeHeader(b []byte) (h Header, err error) {
 	return h, nil
 }
 
+// ErrIndex: the bitmap was made for another index of the diff.
+var ErrIndex = fmt.Errorf("index is not the one that the bitmap was made for: %w", blockdev.ErrCorrupt)
+
+// Read reads the header of a whole bitmap file that should have this one, whatever it says
+// of Complete and Boot. The error is ErrIndex, or wraps blockdev.ErrCorrupt.
+func Read(file []byte, want Header) (Header, error) {
+	h, err := DecodeHeader(file)
+	switch {
+	case err != nil:
+		return h, err
+	case h.DiffID != want.DiffID:
+		return h, fmt.Errorf("bitmap is that of diff %v: %w", h.DiffID, blockdev.ErrCorrupt)
+	case h.Index != want.Index:
+		return h, ErrIndex
+	case h.Chunks != want.Chunks || h.DiffSize != want.DiffSize || int64(len(file)) != FileSize(int(want.Chunks)):
+		return h, fmt.Errorf("bitmap is of another size: %w", blockdev.ErrCorrupt)
+	}
+	return h, nil
+}
+
 // Damaged counts those of a file's records that do not match their checksums.
 func Damaged(id blockdev.Digest, records []byte) (damaged int) {
 	codec := newRecordCodec(id)
