@@ -45,8 +45,9 @@ func newMetrics(reg prometheus.Registerer, stats func() store.Stats) (*metrics, 
 		chunkBytes:    counter("chunk_bytes_total", "Bytes of chunks that were sent, as stored."),
 		profiles:      counter("startup_profiles_total", "Accepted reports of the chunks that a container read at its start, one for each layer."),
 	}
-	return m, m.Register(append(storeCollectors(stats),
-		m.registryBytes, m.images, m.imageSeconds, m.relayed, m.documents, m.chunks, m.chunkBytes, m.profiles)...)
+	all := append([]prometheus.Collector{m.registryBytes, m.images, m.imageSeconds, m.relayed, m.documents, m.chunks, m.chunkBytes, m.profiles},
+		storeCollectors(stats)...)
+	return m, m.Register(all...)
 }
 
 // watch adds the gauges of what is limited.
