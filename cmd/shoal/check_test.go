@@ -97,7 +97,7 @@ func TestCheckRoot(t *testing.T) {
 		"meta":       {func(t *testing.T, d string) { flip(t, filepath.Join(d, "meta"), 1100) }, "metadata image"},
 		"bitmap":     {func(t *testing.T, d string) { flip(t, filepath.Join(d, "bitmap"), 20) }, "bitmap"},
 		"record":     {func(t *testing.T, d string) { flip(t, filepath.Join(d, "bitmap"), 4096) }, "records"},
-		"data short": {func(t *testing.T, d string) { _ = os.Truncate(filepath.Join(d, "data"), 70000) }, "other bytes"},
+		"data short": {func(t *testing.T, d string) { _ = os.Truncate(filepath.Join(d, "data"), 70000) }, "do not match their digests"},
 		"data gone":  {func(t *testing.T, d string) { _ = os.Remove(filepath.Join(d, "data")) }, "missing"},
 		"half made": {func(t *testing.T, d string) {
 			_ = os.MkdirAll(filepath.Join(d, "..", "..", "tmp", "7", "x"), 0o700)
