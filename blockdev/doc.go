@@ -32,7 +32,7 @@
 //   - mount: EROFS mounts over those files
 //   - volume: a node's diffs as mounts: cache, fusefs and mount joined
 //   - blockdevtest: the conformance suite of Source, and stand-ins for tests
-//   - background: work that has only the processor time nobody else wants
+//   - background: work that has only the processor time that no other work wants
 //
 // # Invariants
 //

@@ -5,10 +5,10 @@
 //
 //   - wire: the messages (protobuf), their framing and limits, and error codes
 //   - host: the libp2p host: TCP, TLS 1.3 and yamux, an Ed25519 identity, limits
-//   - route: whom to ask for a chunk (pure: no I/O, no clock)
+//   - route: which peer to ask for a chunk (pure: no I/O, no clock)
 //   - members: a node's membership: joining supernodes, groups, who may connect
-//   - roster: a supernode's side of it: who may join, and who is told of whom
-//   - swarm: a node among others: whom route names is asked, and answered
+//   - roster: a supernode's side of it: who may join, and which nodes learn of which
+//   - swarm: a node among others: it asks the peers that route names, and answers them
 //   - exchange: the chunk and the index protocol, server and client
 //   - uplink: several supernodes as one source
 //
@@ -16,7 +16,7 @@
 //
 //   - supernode address: "ID@host:port", the peer ID and where to dial it. The
 //     supernode prints it, the operator pastes it into the node's config.
-//   - demand, prefetch: a read somebody is blocked on, and one nobody waits for.
+//   - demand, prefetch: a read that a container waits for, and one that no read waits for.
 //     They use separate streams and separate limits at both ends.
 //   - busy: a server's answer, in one round trip, when a limit is reached. It
 //     does not queue what it cannot serve soon.
@@ -24,7 +24,7 @@
 // # Invariants
 //
 //   - Every connection is encrypted, and both ends have proven their peer ID.
-//   - Whatever comes from the other end is hostile until checked: each message
+//   - All that comes from the other end is hostile until checked: each message
 //     has a hard size limit, each buffer a bound, each wait a deadline.
 //   - A chunk's bytes are never believed here: the caller's Deliver checks the
 //     digest, and a sender whose bytes fail that check loses the stream.

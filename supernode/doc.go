@@ -19,9 +19,10 @@
 //
 // # Invariants
 //
-//   - An index is handed out only to who may pull the repository by the word of its registry
-//     (access), and only for layers that this repository has shown to have (layers).
-//   - A manifest or config is handed out to whom its own repository would hand it
+//   - An index is handed out only to peers that may pull the repository by the word of
+//     its registry (access), and only for layers that this repository has shown to have
+//     (layers).
+//   - A manifest or config is handed out to peers that its own repository would give it
 //     out, by the same rule.
 //   - A peer that knows a chunk's SHA-256 may have the chunk: only indexes say them.
 //   - All indexes of an image are handed out, or none. Those that were asked for last stay in

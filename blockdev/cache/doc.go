@@ -27,7 +27,7 @@
 //   - present: the chunk's bytes are in the data file, and their SHA-256 was
 //     checked before they were written.
 //   - synced: present, and an fdatasync of the data file has returned since.
-//   - suspect: the bytes may be in the data file, but nobody vouches for them:
+//   - suspect: the bytes may be in the data file, but were not synced for sure:
 //     they were written before a power loss and not synced, or the bitmap was
 //     damaged. Suspect is not present: the chunk's digest is checked before it
 //     becomes so, which saves fetching it again.
@@ -38,7 +38,7 @@
 //   - proven: the index has been shown to be that of its DiffID, from the bytes
 //     of the complete diff (package proof). It says nothing of the bytes, which
 //     may be damaged or evicted later; that the digests are the right ones stays so.
-//   - quarantined: that proof has failed. The diff stays, for who reads it
+//   - quarantined: that proof has failed. The diff stays, for containers that read it
 //     already; its index is refused from then on.
 //
 // # Invariants
@@ -62,7 +62,7 @@
 //     between attempts; a read has no memory for its answer before its bytes are at
 //     hand, and the chunks that it holds because they could not be written are bounded
 //     and shared, too.
-//   - Memory for indexes is bounded, whatever they say, in all pulls and at start
+//   - Memory for indexes is bounded, for all contents, in all pulls and at start
 //     together: Config.IndexBytes for all that are being decoded, or one larger one of
 //     Config.MaxIndex by itself. Their headers say how much it will be before it is
 //     allocated. What stays of an index is 42 bytes a chunk. A proof and a check read one
@@ -75,6 +75,6 @@
 //     before it (internal/room).
 //   - Present chunks are never taken back to make room: a peer that has been told
 //     that they are here (a reader between Local and its read, a native mount)
-//     may be reading them. Room is made by removing whole diffs, by the one who
-//     knows which nobody uses.
+//     may be reading them. Room is made by removing whole diffs, by the caller that
+//     knows which are not used.
 package cache

@@ -6,14 +6,14 @@
 // (a strict condition below the normal size, a lax one above it). The sizes are
 // those of package blockdev: 16 KiB to 256 KiB, about 64 KiB on average.
 //
-// One thing is added to it. Who cuts a diff knows where the contents of files
+// One thing is added to it. The builder of an index knows where the contents of files
 // begin and end, and a rebuild replaces whole files, so cuts are best where
 // files meet: a changed file then costs its own chunks and not its neighbours'.
 //
 // # Invariants
 //
 //   - Where the cuts fall is part of the index format: the same bytes with the
-//     same files in them are cut at the same places for ever, on every machine,
+//     same files in them are always cut at the same places, on every machine,
 //     however they are handed in. The gear table and the conditions must
 //     therefore never change; a test pins them.
 //   - No chunk is shorter than blockdev.MinChunk, the last one excepted, and

@@ -9,7 +9,7 @@
 //     Step.Patience without a chunk, a demand request goes on to the next one,
 //     and for a while demand requests for that diff try the silent source last.
 //   - A source that is unavailable has the same time as one that is silent (Step.Away),
-//     unless it is known to have been away for that long: a restart sends nobody on.
+//     unless it is known to have been away for that long: a restart sends no read on.
 //   - A source that is silent about one diff may be well: requests for other diffs go to
 //     it as before, until it was silent about two and not heard of in between.
 //   - The error names every source that was asked, and why each has failed. It

@@ -6,14 +6,14 @@
 // # Who opens what
 //
 // Mount opens /dev/fuse and calls mount(2) itself, and New takes the descriptor
-// from wherever it comes. The connection lives as long as somebody holds the
+// from its caller. The connection lives as long as a process holds the
 // descriptor; the process that serves it may be another one tomorrow. So nothing
 // that the kernel may ask for depends on what a process remembers:
 //
 //   - The node id of a file is made of bytes 0-7 of its DiffID, and the
 //     generation and the file handle of bytes 8-15. A READ names both, so it
-//     names its DiffID by 128 bits, and no two diffs can be mixed up by somebody
-//     who makes the first 64 bits collide.
+//     names its DiffID by 128 bits, and no two diffs can be mixed up by an attacker
+//     that makes the first 64 bits collide.
 //   - Init returns the connection's FUSE_INIT request and the answer. A server
 //     that takes over gets them as Options.Init, replays the request without
 //     answering, agrees to nothing that the old answer did not have, and then
@@ -29,16 +29,17 @@
 //   - No diff waits for another. All of a node's reads come through one connection, so
 //     the kernel gives out as many requests as it can say (maxBackground). A read that
 //     waits for bytes has a place in a line and perhaps a goroutine, both shared among
-//     diffs (package turns), and no memory: that is taken for the copy of an answer
+//     diffs (package turns), and no memory: memory is used for the copy of an answer
 //     (Options.SlowBytes). When a diff has as many reads waiting as it may, its next ones
 //     fail.
 //   - A read is answered, with EIO at the latest Options.ReadTimeout after this process
-//     got it from the kernel; the kernel's second try of a read that failed has the time
-//     that the first one had, and a second more. A process that takes the connection over begins again:
-//     while nobody serves it the kernel cannot give reads to anybody.
-//   - When Serve has been told to stop, reads whose bytes are not here yet stay
+//     got it from the kernel; the kernel's second try of a read that failed has the
+//     time that the first one had, and a second more. A process that takes the
+//     connection over begins again: while no process serves it the kernel cannot give
+//     out reads.
+//   - When the context of Serve has ended, reads whose bytes are not here yet stay
 //     unanswered: the next server of the descriptor gets them again, and if
-//     nobody does, closing the last descriptor fails them.
+//     there is none, closing the last descriptor fails them.
 //   - FUSE_INTERRUPT is refused. The kernel sends one for any signal, and EROFS
 //     would turn the answer EINTR into an I/O error for a process that merely
 //     got SIGCHLD.

@@ -11,7 +11,7 @@
 //
 //   - Same index, same bytes, from the same build of shoal. Another build may
 //     come with another compressor; what the header's checksum covers is the
-//     content before compression and therefore the same for ever. Compare
+//     content before compression and therefore always the same. Compare
 //     indexes by content, not by their encoded bytes.
 //   - Decode(Encode(x)) is x. Encode refuses what Decode would refuse.
 //   - For every b that Decode accepts, Encode(Decode(b)) differs from b at most

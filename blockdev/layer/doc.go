@@ -40,5 +40,5 @@
 //   - Memory is bounded by Options and the number of entries: about 300 bytes an
 //     entry besides its names and attributes. Nothing is allocated because a
 //     header claims a size.
-//   - Input is hostile: whatever it is, there is an index or an error.
+//   - Input is hostile: each input gives an index or an error.
 package layer

@@ -8,8 +8,8 @@
 //
 // # Invariants
 //
-//   - Decode gives a profile that follows the rules, whatever it is fed: at most
-//     blockdev.MaxProfile chunks, each once and below the number it is told, ranks
+//   - Decode gives a profile that follows the rules, for each input: at most
+//     blockdev.MaxProfile chunks, each once and below the number of chunks, ranks
 //     that never fall. Its errors wrap blockdev.ErrCorrupt.
 //   - Merge is a function of the reports and their order alone.
 package profile

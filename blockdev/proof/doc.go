@@ -14,11 +14,11 @@
 //   - [Run] returns no error only if the diff that was put together has the index's
 //     DiffID, and the index made from it has the same chunk table.
 //   - Metadata and implied directories are the same, too, or the index says that
-//     another version of the builder has made it (layer.BuilderVersion), and Run returns
-//     the index that this one makes. That is the proven one then, and the caller's to
-//     show in place of the given one: nobody is accused, since a bug that was mended in
-//     one of the two looks the same. A liar who names another version gains nothing by
-//     it but that he is not accused.
+//     another version of the builder has made it (layer.BuilderVersion), and Run
+//     returns the index that this one makes. That is the proven one then, and the
+//     caller's to show in place of the given one: the supernode is not accused, since a
+//     bug that was mended in one of the two looks the same. A liar that names another
+//     version gains nothing by it but that he is not accused.
 //   - It returns ErrMismatch only for what the index says, never because bytes
 //     could not be read: the caller checks them first.
 //   - The diff streams: memory is that of layer.Build with one worker, whatever

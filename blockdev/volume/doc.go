@@ -3,7 +3,7 @@
 //
 // # Terms
 //
-//   - volume: one diff and its mount. Whatever images have the layer share it,
+//   - volume: one diff and its mount. All images that have the layer share it,
 //     and so share its page cache.
 //   - native: mounted from the local file, which is complete; FUSE has no part
 //     in it.
@@ -11,14 +11,14 @@
 //
 // # Lazy until complete, native from then on
 //
-// When a diff is complete, a native mount takes the place of the lazy one, in one
-// step and its user: at once, on request, and at a start. If a
-// chunk turns out to be damaged, it goes the other way until the chunk is back, so
-// that nobody who starts reads what is known to be wrong. An overlayfs mount has its
-// own copy of the mounts that it was made of, and goes on with these: a container
-// that started lazily reads through FUSE until it ends (LazyUsers). The kernel has no
-// way to put another file beneath a mounted EROFS, unless there is a loop device
-// between them: with those, all users of a diff become native with it.
+// When a diff is complete, a native mount takes the place of the lazy one, in one step
+// and its user: at once, on request, and at a start. If a chunk turns out to be
+// damaged, it goes the other way until the chunk is back, so that no container that
+// starts reads bytes that are known to be wrong. An overlayfs mount has its own copy of
+// the mounts that it was made of, and goes on with these: a container that started
+// lazily reads through FUSE until it ends (LazyUsers). The kernel has no way to put
+// another file beneath a mounted EROFS, unless there is a loop device between them:
+// with those, all users of a diff become native with it.
 //
 // # On disk
 //
@@ -40,12 +40,12 @@
 //     lock. Other volumes, and reads of this one, go on.
 //   - Close leaves mounts as they are. Native ones go on working without any
 //     process, and Open adopts them. Lazy ones give errors from then on (unless
-//     somebody else holds the FUSE descriptor); Open takes them away and mounts
+//     another process holds the FUSE descriptor); Open takes them away and mounts
 //     them again at the same place.
 //   - If damage is found (cache.Config.Damaged), then what was complete is fetched again
 //     at once, and the kernel forgets what it has cached, also of mounts that were
 //     replaced.
-//   - What runs in the background on a complete diff waits for what somebody waits
+//   - What runs in the background on a complete diff waits for what a caller waits
 //     for: scrubs for proofs, proofs for prefetch, all of them for demand reads.
-//   - A volume is removed only by Remove. Counting who needs it is the caller's.
+//   - A volume is removed only by Remove. The caller counts the users of a volume.
 package volume

@@ -9,7 +9,7 @@
 //     side checks in the TLS handshake.
 //   - guard: decides which peers may connect, and what each may use.
 //   - address: "ID@host:port". There is no form without the ID: a node that does
-//     not know whom it talks to could be fed by anybody.
+//     not know its peer could be fed by any machine.
 //
 // # Invariants
 //

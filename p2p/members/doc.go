@@ -13,7 +13,7 @@
 //     manifest digest. A node joins when it gets the indexes and leaves when the
 //     image is removed.
 //   - grant: what a supernode gives out with the indexes, and what it wants to
-//     see of who joins the image's group. It is bound to the node's identity.
+//     see of nodes that join the image's group. It is bound to the node's identity.
 //   - home: the supernode that keeps a group: the first that this node has
 //     joined, in rendezvous order of the manifest digest.
 //   - view: what this node knows of a group: all members of its own cell, a few
@@ -29,7 +29,7 @@
 //	n.Join(members.Image{Manifest: ..., Diffs: ..., Grant: ...}) // at pull, and at start
 //	for _, g := range n.Groups(diff) {       // groups of images here that have diff
 //		view := n.View(g)                // for route.NewTable
-//		info, ok := n.Addrs(peer)        // to dial whom route has chosen
+//		info, ok := n.Addrs(peer)        // to dial the peer that route has chosen
 //	}
 //	err := n.Allowed(ctx, group, peer)       // may peer ask this node for chunks of group?
 //	err := n.Ready(ctx, supernode)           // wait until that supernode has let us in
@@ -39,10 +39,10 @@
 //
 //   - Only members of a group that this node is in, and supernodes, get a stream
 //     to a handler of this node's host, and only those are dialed.
-//   - Who is no member any more is disconnected within a few seconds of the
+//   - A peer that is not a member any more is disconnected within a few seconds of the
 //     supernode's word. A node that no supernode answers keeps its views for
 //     Config.Outage, and has none after that.
-//   - A node that is refused has no views: it is no member itself.
+//   - A node that is refused has no views: it is not a member itself.
 //   - What a supernode sends is bounded and checked; an update that does not fit
 //     what this node has is not applied, and all of the group is asked for again.
 //   - No lock is held across I/O.

@@ -20,9 +20,9 @@
 //
 //   - A peer that has not joined may use the membership protocol and nothing
 //     else, and is disconnected after joinTime.
-//   - A peer whose token is not in the file any more, or who is revoked, gets no
-//     new lease; who is revoked is taken off all lists at once.
-//   - A group's list goes to those alone who have shown a grant for it.
+//   - A peer whose token is not in the file any more, or that is revoked, gets no
+//     new lease; a revoked peer is taken off all lists at once.
+//   - A group's list goes only to nodes that have shown a grant for it.
 //   - Leases are durations. Nothing here looks at a wall clock.
 //   - A member that comes back within its lease, the same process, keeps its places; those
 //     that it does not join again within another lease are given up.

@@ -1,8 +1,8 @@
-// Package route decides whom a node asks for a chunk. It is pure: members, a
+// Package route decides which peer a node asks for a chunk. It is pure: members, a
 // chunk and what became of earlier requests go in, a peer to ask comes out. It
 // does no I/O, has no clock (time comes in as values) and starts no goroutine,
 // so that the daemon and the simulator (bench/cmd/sim) use the very same code.
-// docs/distribution.md explains the idea to somebody who has never heard of it.
+// docs/distribution.md explains the idea without prior knowledge.
 //
 // # Terms
 //
@@ -11,11 +11,11 @@
 //   - cell: a part of a group, of a few hundred members at most, within one
 //     zone. A node knows its own cell in full, and of every other cell a few
 //     members, its gateways.
-//   - view: what the supernode told a node about a group. Views of different
+//   - view: what the supernode has sent a node about a group. Views of different
 //     nodes may differ, at any time and in any way.
 //   - rank: a 64-bit hash of a chunk and a member (or cell, or zone). The one of
 //     the highest rank comes first: rendezvous hashing. Everybody computes the
-//     same rank, whatever else is in their view.
+//     same rank, for all other contents of their views.
 //   - tree: the members of a cell in order of rank, read as a heap in which each
 //     position has Fanout children: position i asks position (i-1)/Fanout, its
 //     parent. Each chunk has a tree of its own, so each member is an inner node
@@ -42,7 +42,7 @@
 //	table, err := route.NewTable(view)            // immutable, may be shared
 //	group := route.NewGroup(self, table, book)    // self is a route.Member
 //
-// A chunk is looked for with an Ask, which remembers who was tried:
+// A chunk is looked for with an Ask, which remembers the peers that were tried:
 //
 //	ask := route.NewAsk(chunk.Digest, priority, hops) // hops: of the request that is served; 0: own
 //	for {
@@ -60,7 +60,7 @@
 // and send one request to each. Requests that are served (hops > 0) are routed
 // in the same way: a parent that lacks the chunk asks its own parent, one flight
 // however many ask, and passes it on. Only a request that says MaxHops is never
-// forwarded: who lacks the chunk says so at once (Missing).
+// forwarded: a peer that lacks the chunk says so at once (Missing).
 //
 // Requests to a peer that is in no view any more are given up as Dead.
 //
@@ -76,7 +76,7 @@
 //   - Requests that may be forwarded go only to members that rank above the
 //     node in its cell, cells that rank above its own in its zone, zones that rank
 //     above its own. Rank does not depend on the view, so requests cannot go in
-//     circles however much views differ. (If nodes disagree about somebody's cell
+//     circles however much views differ. (If nodes disagree about a member's cell
 //     or zone, they might; then the hop limit ends it.)
 //   - Every search ends: an Ask tries at most MaxTries peers, each once, and
 //     then the supernode. So under any mix of views and deaths every chunk

@@ -9,8 +9,8 @@
 //
 // # Invariants
 //
-//   - A supernode that is known to be away is asked last, so that its absence costs
-//     nobody a timeout more than once.
+//   - A supernode that is known to be away is asked last, so that its absence costs a
+//     node no more than one timeout.
 //   - What one supernode has delivered is not asked of the next one.
 //   - A "no" that another supernode would say as well (no access, not supported) is
 //     final.

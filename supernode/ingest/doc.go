@@ -17,13 +17,13 @@
 // One per layer, size and registry, named <layer digest>-<16 digits of SHA-256 of
 // "size host">, holding a prefix of the blob. It is deleted once the layer is
 // published or found wrong, kept when the cause may pass, and deleted when
-// nobody has gone on with it for Config.SpoolExpiry. What it holds is not
+// no ingest has gone on with it for Config.SpoolExpiry. What it holds is not
 // believed after a crash: the whole blob is hashed again.
 //
 // # Turns
 //
 // A layer has a place for as long as its registry sends at least Config.LeastRate, or
-// nobody waits for a place or for room in the spool. Else its turn ends after
+// no layer waits for a place or for room in the spool. Else its turn ends after
 // Config.Turn: it keeps its spool file, and queues behind all layers that have had
 // fewer turns. What is there is unpacked again in the next one, so each turn that may
 // be cut short is twice as long as the one before, up to 32 times.
@@ -36,10 +36,10 @@
 //   - All bytes of a flight come from one registry host. A published origin is a
 //     repository of it that has sent some of the blob, or the host if all of it
 //     was in the spool.
-//   - One flight per layer, size and registry host, however many ask. Those who ask may
-//     leave; the flight goes on while somebody waits, and Config.Grace longer.
-//   - Spool files together stay within Config.SpoolQuota. Who waits for room in it has
-//     no place at that time.
+//   - One flight per layer, size and registry host, however many ask. Callers may
+//     leave; the flight goes on while a caller waits, and Config.Grace longer.
+//   - Spool files together stay within Config.SpoolQuota. A layer that waits for room
+//     in it has no place at that time.
 //   - Memory depends on a layer's number of files and, by some 100 bytes each, of
 //     chunks, for the index. Not on its bytes otherwise.
 package ingest

@@ -7,15 +7,15 @@
 //	packs/<id>   chunk bytes, one file per ingested layer, or per run of
 //	             recompression, appended to only
 //
-// Chunk bytes do not go through a database engine: they are written once, never
-// changed (but moved once, see below), and deleted a whole diff at a time, so a log or a tree that moves
-// them about costs CPU and disk for nothing, and frees space only some time
+// Chunk bytes do not go through a database engine: they are written once, never changed
+// (but moved once, see below), and deleted a whole diff at a time, so a log or a tree
+// that moves them about costs CPU and disk for nothing, and frees space only some time
 // later (measured: pebble and badger needed 50 to 500 % of the bytes alive after half
-// of them had been deleted, packs with bbolt none; and 136 MiB of memory against 324 and
-// 862). A pack is
-// written by one ingest session, or one run of recompression. Space of chunks that nobody refers to any more
-// is given back to the file system at once, by punching a hole, or by deleting
-// the pack when nothing in it is alive. Offsets in a pack are never used again.
+// of them had been deleted, packs with bbolt none; and 136 MiB of memory against 324
+// and 862). A pack is written by one ingest session, or one run of recompression. Space
+// of chunks that no diff refers to any more is given back to the file system at once,
+// by punching a hole, or by deleting the pack when nothing in it is alive. Offsets in a
+// pack are never used again.
 //
 // On btrfs a hole gives space back only when the whole extent (up to 128 MiB)
 // is dead; ext4, xfs, zfs and tmpfs free every 4 KiB block.
@@ -31,7 +31,7 @@
 // # Compression
 //
 // An ingest stores chunks raw: compressing them takes more of a processor than
-// everything else that an ingest does, and somebody waits for the ingest. They
+// everything else that an ingest does, and nodes wait for the ingest. They
 // are compressed in the background, by one goroutine, when there has been no
 // ingest for Config.Idle, and in small portions: it stops when an ingest begins,
 // and while chunks are served all the time it does one portion in a while. A run
@@ -97,7 +97,7 @@
 //   - Bytes are freed only after the transaction that dropped the last
 //     reference has committed.
 //   - A chunk's place changes only in the transaction that a run commits, and
-//     only if it is still the place that the run has read. Who has looked up the
+//     only if it is still the place that the run has read. A reader that has looked up the
 //     old place reads the right bytes there, or fails its checksum and looks
 //     again; it is damage only if the place is still the same.
 //   - A chunk that a running ingest has put, or found present, stays until that

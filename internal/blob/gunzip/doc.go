@@ -21,7 +21,7 @@
 //     one and is none is an error, as with gzip: pigz passes over it, if its header is cut.
 //   - Bytes come out only if all their bits were there: a stream that is cut gives a
 //     prefix of its content and io.ErrUnexpectedEOF.
-//   - A Reader takes about 500 KiB of memory, whatever the input.
+//   - A Reader takes about 500 KiB of memory, for each input.
 //   - Input is hostile. There is no unsafe code here: an index out of range would
 //     be a panic, and none is possible in what the fuzzer has seen.
 package gunzip

@@ -18,7 +18,7 @@
 //	blockdev/cache Diff.prefetchRoom        stops before the quota and the disk are full: demand reads and
 //	                                        indexes have what is left
 //	here Rate                               prefetch_rate, bytes a second of the whole node. Not for layers
-//	                                        that somebody waits for (Diff.Hurry)
+//	                                        that a caller waits for (Diff.Hurry)
 //	here Gate                               waits for all demand reads of the node, until there was none for
 //	                                        Config.Quiet (500 ms), and for startup; waits while a container
 //	                                        that starts reads what it has not read before (2 s). It waits
@@ -34,7 +34,7 @@
 //
 //	blockdev/chain Step.PrefetchAfter       a registry gets no prefetch until the supernode has brought
 //	                                        nothing for a minute
-//	p2p/swarm firstView                     waits up to 500 ms, once for a group, to be told who is in it
+//	p2p/swarm firstView                     waits up to 500 ms, once for a group, for the list of its members
 //	p2p/exchange Options.Prefetch           streams of its own for each priority: demand waits for no stream
 //	                                        that prefetch has
 //	p2p/exchange Window                     bytes of prefetch on their way to this machine from all others;

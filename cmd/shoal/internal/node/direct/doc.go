@@ -6,13 +6,13 @@
 //
 //   - pass: one download of one layer, decompressed and cut into chunks just as a
 //     supernode does it (blockdev/layer). A read that waits for a chunk gets it when
-//     the pass comes to it; whatever else goes by is offered to Config.Keep.
+//     the pass comes to it; all other chunks are offered to Config.Keep.
 //
 // # Invariants
 //
 //   - One pass per diff at a time, however many ask. A chunk that has gone by and
 //     was not kept is waited for until the next pass.
-//   - A pass goes on while somebody waits, and Config.Linger longer.
+//   - A pass goes on while a read waits, and Config.Linger longer.
 //   - At most Config.Passes of them side by side, each with some megabytes of
 //     memory.
 //   - Nothing is believed: what is delivered has the digest that was asked for. A

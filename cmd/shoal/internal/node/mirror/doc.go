@@ -3,11 +3,11 @@
 // the supernode, so that registries see no more requests the more nodes there are,
 // and images that are stored can be pulled while their registry is down.
 //
-// containerd names it in hosts.toml (docs/containerd.md has the file), and says
-// with the query parameter ns which registry it means. Whatever the mirror does
-// not have, layers above all, and whatever fails, it answers with an error:
-// containerd then asks the next host, at last the registry itself, with its own
-// credentials. So the mirror passes nothing through.
+// containerd names it in hosts.toml (docs/containerd.md has the file), and says with
+// the query parameter ns which registry it means. The mirror answers with an error if
+// it does not have what is requested (layers above all), or if the request fails:
+// containerd then asks the next host, and after all hosts the registry itself, with its
+// own credentials. So the mirror passes nothing through.
 //
 // It is also where a pull waits for an image that has to be opened first, since
 // containerd holds no lock there: at the manifest it has the image opened (Opener),
@@ -25,9 +25,9 @@
 //   - Errors have the form of the OCI distribution specification. None is 429,
 //     which containerd repeats at once. What says nothing about the image is 401
 //     with a refused token, so that containerd shows what the registry says.
-//   - Whatever waits, ends: the source is waited for for less than a second in a
-//     pull, and a config that is held back as long as Opener says, but never longer
-//     than its client stays. Each has its bound on how many there are.
+//   - Each wait ends: the mirror waits for the source for less than a second in a
+//     pull, and holds a config back as long as Opener says, but never longer than
+//     the config's client stays. Each has its bound on how many there are.
 //   - A supernode that finds the mirror in the hosts.toml that it shares with
 //     containerd is turned away (508), so that no request goes in circles.
 package mirror
