@@ -56,5 +56,5 @@ type DocumentSource interface {
 
 // Via is the value of the HTTP header of this name in a supernode's requests to
 // registries (RFC 9110, 7.6.3). A node's mirror answers them 508, loop detected:
-// who reads the same hosts.toml as containerd finds the mirror there.
+// a supernode that reads the same hosts.toml as containerd finds the mirror there.
 const Via = "1.1 shoal"

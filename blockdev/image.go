@@ -43,11 +43,11 @@ type ImageRequest struct {
 	// Relay: the image is to stay here, so that its indexes may come from other nodes
 	// that have it. To a peer an answer may then name these (Image.Relays).
 	Relay bool
-	// Admit, if not nil, is told how many bytes of indexes the image has before they
+	// Admit, if not nil, is called with the bytes of indexes that the image has before they
 	// are taken into memory. It must not wait, and may be called more than once. OpenImage
 	// ends with its error, which it wraps.
 	Admit func(bytes int64) error
-	// Progress, if not nil, is told how far the layers are while the answer is
+	// Progress, if not nil, is called with how far the layers are while the answer is
 	// waited for. Calls come one at a time and must not block; none comes after
 	// OpenImage has returned.
 	Progress func(Progress)

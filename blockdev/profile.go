@@ -26,7 +26,7 @@ type DiffProfile struct {
 	Profile Profile
 }
 
-// ProfileSink is who collects the profiles that a node has learned: a supernode.
+// ProfileSink collects the profiles that a node has learned: a supernode.
 type ProfileSink interface {
 	// ReportProfiles hands over what one start has touched. The profiles are a
 	// hint: an error only means that later starts may be slower.

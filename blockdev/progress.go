@@ -22,7 +22,7 @@ const (
 	StageStored Stage = "stored"
 )
 
-// Progress says where a layer is on its way to the one who was asked for it.
+// Progress says where a layer is on its way to the supernode that was asked for it.
 type Progress struct {
 	Layer Digest
 	// Done and Total are compressed bytes.

@@ -2,12 +2,12 @@ package blockdev
 
 import "context"
 
-// Priority says whether somebody is blocked on a request. Demand goes first,
+// Priority says whether a read waits for a request. Demand goes first,
 // always.
 type Priority uint8
 
 const (
-	// Prefetch is work that nobody waits for.
+	// Prefetch is work that no read waits for.
 	Prefetch Priority = iota
 	// Demand is a read that somebody is blocked on.
 	Demand

@@ -93,7 +93,7 @@ type Config struct {
 	// PrefetchAfterExit has it fetched on when its last container has ended. Both only
 	// where Policy has all of it fetched.
 	PrefetchAfterPull, PrefetchAfterExit bool
-	// Groups is told which images are here; nil: nobody is.
+	// Groups learns which images are here; may be nil.
 	Groups Groups
 	// Platform goes into requests for an image whose manifest the caller does not
 	// name (KeepImage).

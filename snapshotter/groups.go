@@ -6,7 +6,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 )
 
-// Groups is told which images this node has all indexes of, so that it may share
+// Groups learns which images this node has all indexes of, so that it may share
 // their chunks. Its methods return at once.
 type Groups interface {
 	// Join: the image with this manifest is here. It is called again when the

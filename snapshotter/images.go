@@ -120,7 +120,7 @@ func (s *Snapshotter) KeepImage(ctx context.Context, ref string, manifest blockd
 	return img, nil
 }
 
-// ReleaseImage ends the keeping of an image. Diffs that nobody uses are removed.
+// ReleaseImage ends the keeping of an image. Unused diffs are removed.
 func (s *Snapshotter) ReleaseImage(ctx context.Context, manifest blockdev.Digest) error {
 	if err := s.release(manifest); err != nil {
 		return err
@@ -135,8 +135,8 @@ func (s *Snapshotter) PinImage(ctx context.Context, img Image) (release func(), 
 	return s.refs.hold(ctx, rec.diffs()...)
 }
 
-// Evict frees room on the data path: what nobody uses, or else the kept image
-// that was opened longest ago and has diffs that nobody else uses. It reports
+// Evict frees room on the data path: unused diffs, or else the kept image
+// that was opened longest ago and has diffs that no other image uses. It reports
 // whether there was any. What a snapshot uses is never evicted.
 func (s *Snapshotter) Evict(ctx context.Context) bool {
 	if s.sweep(ctx) > 0 {

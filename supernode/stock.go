@@ -31,10 +31,10 @@ func openStock(dir string, s *Supernode) (*Stock, error) {
 	return &Stock{store: s.store, indexes: s.indexes, registry: s.registry, requests: s.requests, seen: newSeen(), pinned: p}, err
 }
 
-// Seen notes an image that somebody has asked for, and got.
+// Seen notes an image that a peer has asked for, and got.
 func (s *Stock) Seen(m *registry.Manifest) { s.seen.add(m) }
 
-// StoredImage is an image that somebody has asked for and that is still stored.
+// StoredImage is an image that a peer has asked for and that is still stored.
 type StoredImage struct {
 	Ref      string
 	Manifest blockdev.Digest

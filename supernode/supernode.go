@@ -23,7 +23,7 @@ import (
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
-// Config says where a supernode keeps its things and whom it trusts. Dir is
+// Config says where a supernode keeps its files and which registries it trusts. Dir is
 // required; the zero value of the others stands for the default.
 type Config struct {
 	// Dir is the data directory; it is made if its parent is there. One process

@@ -166,7 +166,7 @@ func (c *Cache) discard(dir string) (string, error) {
 // Remove takes a diff out of the cache and deletes its files. Reads and prefetches
 // of it end with ErrRemoved. If ctx ends first, the diff is gone, too, and
 // its files are deleted as soon as the Source has let go of its requests. A diff
-// that is not there is no error. The caller sees to it that no EROFS mount uses
+// that is not there is no error. The caller makes sure that no EROFS mount uses
 // the files; one that does keeps their disk space.
 func (c *Cache) Remove(ctx context.Context, id blockdev.Digest) error {
 	d, release, err := c.reserve(ctx, id)

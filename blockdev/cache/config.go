@@ -25,16 +25,16 @@ type Config struct {
 	// counts them; 0: the disk alone does.
 	Quota int64
 	// MakeRoom, if not nil, is called when the quota or the disk is full, in one
-	// goroutine at a time. It removes diffs that nobody uses, by Remove, and
+	// goroutine at a time. It removes unused diffs, by Remove, and
 	// reports whether there were any. It must not wait for an Add or a Prefetch.
 	MakeRoom func(ctx context.Context) (freed bool)
-	// Damaged, if not nil, is told of a diff each time that a chunk of it turned out to
+	// Damaged, if not nil, is called with a diff each time that a chunk of it turned out to
 	// be wrong or unreadable on disk, by whichever reader. The chunk counts as missing by
 	// then. It must not wait for anything.
 	Damaged func(id blockdev.Digest)
 
 	// Timeout bounds a demand read, retries included. A request to Source may go
-	// for three quarters of it without delivering anything, so that who gives up
+	// for three quarters of it without delivering anything, so that a caller that gives up
 	// can say why. Default 30 s.
 	Timeout time.Duration
 	// ReadAhead is how many bytes of missing chunks behind a demand read are
@@ -51,7 +51,7 @@ type Config struct {
 	// yet, in the whole Cache. Default: 4 MiB.
 	Window func() int64
 	// PrefetchRate bounds what prefetch gets from Source, in bytes a second over the
-	// whole Cache, but for diffs that somebody waits for (Hurry). 0: no bound.
+	// whole Cache, but for diffs that a caller waits for (Hurry). 0: no bound.
 	PrefetchRate int64
 	// DemandBytes bounds what demand requests have in flight in the whole Cache, shared
 	// among diffs as package turns does it: requests for one diff have at most half of
@@ -74,7 +74,7 @@ type Config struct {
 	// sent, too, so that prefetch always gets done. Default 1 s.
 	GiveWay time.Duration
 	// PrefetchIdle is for how long Source may deliver nothing of a prefetch request:
-	// where many nodes share full links, a chunk may be on its way for long, and nobody
+	// where many nodes share full links, a chunk may be on its way for long, and no read
 	// waits for it. Default 1 min.
 	PrefetchIdle time.Duration
 	// Promote is how long a demand read waits for a chunk that a prefetch request

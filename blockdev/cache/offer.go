@@ -6,7 +6,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/cache/internal/room"
 )
 
-// Offer takes a chunk that nobody has asked for but that has come by, if it is
+// Offer takes a chunk that no reader has asked for but that has come by, if it is
 // missing and there is room that prefetch may use. It is checked as any other.
 func (d *Diff) Offer(chunk blockdev.Digest, data []byte) {
 	_, leave, err := d.flights.enter(context.Background())

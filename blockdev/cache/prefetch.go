@@ -136,7 +136,7 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 // SetPrefetchRate changes Config.PrefetchRate; 0: no limit.
 func (c *Cache) SetPrefetchRate(bytes int64) { c.pace.Rate.Set(bytes) }
 
-// Hurry lifts Config.PrefetchRate for this diff until done is called: somebody
+// Hurry lifts Config.PrefetchRate for this diff until done is called: a caller
 // waits for all of it.
 func (d *Diff) Hurry() (done func()) {
 	d.hurries.Add(1)

@@ -12,7 +12,7 @@ import (
 )
 
 // FetchStartup fetches those of the chunks (numbers in the chunk table) that are
-// missing and that nobody has asked for, in one request of their own priority:
+// missing and that no reader has asked for, in one request of their own priority:
 // a container that starts is about to read them. Numbers that the diff does not
 // have are passed over. It does not wait for demand reads, whose requests
 // overtake this one; prefetch waits for it. The caller bounds the request by

@@ -23,7 +23,7 @@ type Step struct {
 	Patience time.Duration
 	// Away, if not nil, says whether the source is known to have been out of reach
 	// for as long as a request would wait for it. Until then the source that says
-	// blockdev.ErrUnavailable is asked again, by what somebody waits for and for as long as
+	// blockdev.ErrUnavailable is asked again, for chunks that a read waits for and for as long as
 	// it may be silent: one that is being restarted refuses connections, or has too much
 	// to do just after. nil: the next source is asked at once.
 	Away func() bool

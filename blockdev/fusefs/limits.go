@@ -25,7 +25,7 @@ var limitFiles = [...]string{"max_background", "congestion_threshold"}
 // version gives to new ones. init is what Server.Init returned on it, minor the minor
 // device number of its mount. The limits are part of FUSE_INIT, which the kernel sends
 // once, so they outlive the process that has chosen them; only the control file system
-// changes them, which is mounted for that where nobody sees it. Nobody need serve the
+// changes them, which is mounted for that where no process sees it. No process need serve the
 // connection meanwhile. An init that is damaged is blockdev.ErrCorrupt.
 func Widen(init []byte, minor uint32) error {
 	a, err := parseAgreement(init)

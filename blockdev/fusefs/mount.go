@@ -17,7 +17,7 @@ const (
 
 // Mount opens /dev/fuse and mounts it at dir, an existing directory. The
 // connection lives until the last copy of the returned descriptor is closed, or
-// the mount is gone and nobody uses its files any more. Nothing is answered
+// the mount is gone and its files are not in use any more. Nothing is answered
 // before a server serves the descriptor (New, Serve), so a process that touches dir
 // before that waits.
 //

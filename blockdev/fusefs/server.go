@@ -36,10 +36,10 @@ type Options struct {
 	// Describe returns what an operator calls a diff, as attributes of log lines:
 	// its image and layer. Default: none.
 	Describe func(blockdev.Digest) []any
-	// Observe is told of each read that was answered with its bytes: the farthest place
+	// Observe is called for each read that was answered with its bytes: the farthest place
 	// that some of them have come from, and the time since the kernel gave the read to
-	// this server. It is called from many goroutines and does not wait. Default: nobody
-	// is told.
+	// this server. It is called from many goroutines and does not wait. Default: no
+	// call.
 	Observe func(from blockdev.Origin, took time.Duration)
 	// Init is what Server.Init returned on a connection that another server has
 	// answered before. Empty: the kernel will send FUSE_INIT.
@@ -47,7 +47,7 @@ type Options struct {
 	// Pending is what NewPending has made for this connection, here or in an earlier
 	// process: requests are noted in it while they are worked on, so that the process that
 	// serves the connection next knows what is left to be answered. It may be closed
-	// when New has returned. Default: nobody will know.
+	// when New has returned. Default: no record.
 	Pending *os.File
 
 	// noResend is for tests: the kernel does as one before Linux 6.9.

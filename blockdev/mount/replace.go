@@ -18,8 +18,8 @@ const (
 
 // Replace mounts an image in the place of the one that is mounted at dir. A program that
 // looks there during the call finds one or the other, and never the directory below; before
-// Linux 6.5 he may find that for a moment. Who uses the old mount (an overlayfs mount
-// over it, an open file) goes on using it; it is gone when nobody does.
+// Linux 6.5 it may find that for a moment. A user of the old mount (an overlayfs mount
+// over it, an open file) goes on using it; the mount is gone after its last user.
 func Replace(meta, data, dir string, o Options) error {
 	err := replace(meta, data, dir, o)
 	if o.Loop && errors.Is(err, unix.EINVAL) {

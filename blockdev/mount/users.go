@@ -15,7 +15,7 @@ type User struct {
 	// Dir is its mount point.
 	Dir string
 	// Lower are the directories that an overlayfs mount joins, as they were given, so
-	// perhaps relative to a directory that nobody knows any more.
+	// perhaps relative to a directory that is not known any more.
 	Lower []string
 	// Source is that of Info, of a block image.
 	Source string

@@ -53,7 +53,7 @@ type take struct {
 	next  *take
 }
 
-// New shares limit units. A key may always have least of them, whatever others hold.
+// New shares limit units. A key may always have least of them, however much others hold.
 func New(limit, least int64) *Turns {
 	return &Turns{limit: limit, least: least, keys: make(map[blockdev.Digest]*line)}
 }
@@ -110,7 +110,7 @@ func (t *Turns) Take(key blockdev.Digest, n int64) (waited bool) {
 
 // Start takes n for a key and calls start when it has them, at once or later: in the
 // caller's goroutine, or in that of the caller that gives back. start must not wait and must
-// not use t. Whatever it starts gives back by Give.
+// not use t. All that it starts gives back by Give.
 func (t *Turns) Start(key blockdev.Digest, n int64, start func()) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

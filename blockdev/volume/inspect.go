@@ -94,7 +94,7 @@ func clearLoop(dev string) error {
 }
 
 // Verify checks every diff and mount while they are in use: it waits for demand
-// reads, and disturbs nobody. Damaged chunks are fetched again in any case; with
+// reads, and disturbs no reader. Damaged chunks are fetched again in any case; with
 // repair, Verify waits for that, other files are written again where that can be
 // done, and mounts of no diff are taken away. progress, which may be nil, is
 // called with each diff before it is read.

@@ -38,7 +38,7 @@ type Config struct {
 	// Describe returns what an operator calls a diff, as attributes of log lines;
 	// nil: there is no other name.
 	Describe func(blockdev.Digest) []any
-	// Observe is fusefs.Options.Observe; nil: nobody is told of reads.
+	// Observe is fusefs.Options.Observe; nil: reads are not observed.
 	Observe func(from blockdev.Origin, took time.Duration)
 	// PrefetchDiffs is how many diffs are prefetched at a time. Default 2.
 	PrefetchDiffs int
@@ -46,7 +46,7 @@ type Config struct {
 	// Default a week; negative: never.
 	ScrubInterval time.Duration
 	// Keep holds the FUSE descriptor when this process has ended, for the next
-	// one; nil: nobody does, and lazy mounts die with the process.
+	// one; nil: there is none, and lazy mounts die with the process.
 	Keep Keeper
 	// Loop mounts through loop devices even where the kernel can do without.
 	Loop bool
@@ -81,7 +81,7 @@ type Manager struct {
 var errClosed = errors.New("the volume manager is closed")
 
 // Add takes in an encoded index, and returns its DiffID. Data is not fetched
-// before somebody reads or prefetches it. Adding what is there is no error.
+// before it is read or prefetched. Adding what is there is no error.
 func (m *Manager) Add(ctx context.Context, encodedIndex []byte) (blockdev.Digest, error) {
 	return m.add(ctx, func() (*cache.Diff, error) { return m.cache.Add(ctx, encodedIndex) })
 }
@@ -193,7 +193,7 @@ func (m *Manager) Has(id blockdev.Digest) bool {
 // other way is mounted again at the same place (package comment). The error wraps
 // blockdev.ErrNotFound if there is no such diff, blockdev.ErrUnsupported if this
 // kernel cannot mount it, and blockdev.ErrQuarantined if it is not what its index
-// said: then it may be mounted, for who reads it already.
+// said: then it may be mounted, for containers that read it already.
 func (m *Manager) Mount(ctx context.Context, id blockdev.Digest) (dir string, err error) {
 	v, err := m.volume(id)
 	if err != nil {
@@ -382,7 +382,7 @@ func (m *Manager) EncodedIndex(diff blockdev.Digest) ([]byte, error) {
 	return m.cache.EncodedIndex(diff)
 }
 
-// Offer takes a chunk of a diff that nobody has asked for but that has come by, if
+// Offer takes a chunk of a diff that no reader has asked for but that has come by, if
 // it is missing and there is room for it.
 func (m *Manager) Offer(id, chunk blockdev.Digest, data []byte) {
 	if d, ok := m.cache.Get(id); ok {

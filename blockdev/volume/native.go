@@ -110,7 +110,7 @@ func (m *Manager) matcher(ctx context.Context) {
 	}
 }
 
-// LazyUsers returns, for the diffs that somebody reads through FUSE, how many mounts
+// LazyUsers returns, for the diffs that are read through FUSE, how many mounts
 // do: overlayfs mounts of containers, mostly. Each is one that began before the diff
 // was complete and mounted natively, and depends on this process until it ends.
 // What other mount namespaces have mounted is not seen.

@@ -28,7 +28,7 @@ const (
 // Open opens the volumes below cfg.Root. Native mounts that an earlier process
 // left are adopted. So is its FUSE mount, with the lazy mounts over it, if the
 // Keeper has its descriptor: reads that waited for the new process are answered. Otherwise
-// these are detached and mounted again at the same places, and who used them gets
+// these are detached and mounted again at the same places, and a container on them gets
 // I/O errors. Mounts and mount points of diffs that are not there any more are
 // removed. It fails if another process has Root open.
 func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
@@ -201,7 +201,7 @@ func (m *Manager) serve(ctx context.Context, conn *connection) (err error) {
 }
 
 // Close ends prefetch and service, and leaves all mounts as they are (see the
-// package comment). It is to be called once nobody uses the Manager.
+// package comment). It is to be called after the last use of the Manager.
 func (m *Manager) Close() error {
 	m.mu.Lock()
 	if m.closed {
@@ -250,7 +250,7 @@ func (m *Manager) Check(ctx context.Context) error {
 
 // UnmountAll unmounts every diff and the FUSE mount, and closes the Manager. A
 // diff that is in use stays mounted, and the error wraps mount.ErrBusy; if it
-// was lazy, the FUSE mount stays too, though nobody serves it.
+// was lazy, the FUSE mount stays too, though no process serves it.
 func (m *Manager) UnmountAll(ctx context.Context) error {
 	m.mu.RLock()
 	vols := make([]*volume, 0, len(m.vols))

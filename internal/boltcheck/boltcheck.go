@@ -36,7 +36,7 @@ const lockWait = time.Second
 // lockLook is how often it is tried.
 const lockLook = 20 * time.Millisecond
 
-// File checks the database at path, which nobody has open for writing. visit, if
+// File checks the database at path, which no process has open for writing. visit, if
 // not nil, looks at what it holds; an error of it counts as damage. A file that is
 // not there is fs.ErrNotExist.
 func File(path string, visit func(tx *bolt.Tx) error) error {

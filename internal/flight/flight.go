@@ -86,7 +86,7 @@ func (g *Group[K, S]) Close() {
 	g.wg.Wait()
 }
 
-// Asker is one of those who wait for a flight. Its end is Leave, or Wait's.
+// Asker is one of the callers that wait for a flight. Its end is Leave, or Wait's.
 type Asker[S any] struct {
 	// State is the flight's.
 	State S

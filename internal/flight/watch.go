@@ -2,7 +2,7 @@ package flight
 
 import "sync"
 
-// Progress is how far work is, for those who watch it; the zero value is ready. All
+// Progress is how far work is, for its watchers; the zero value is ready. All
 // methods may be called from any goroutine.
 type Progress[P any] struct {
 	mu       sync.Mutex

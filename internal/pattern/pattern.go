@@ -33,7 +33,7 @@ func (p Pattern) Matches(r Ref) bool {
 	return glob(p.name, r.name) && glob(p.tag, r.tag) && glob(p.digest, r.digest)
 }
 
-// Fits says whether the pattern fits a repository, whatever its tags and digests:
+// Fits says whether the pattern fits a repository, for all of its tags and digests:
 // name is its host and path, as in "docker.io/library/redis".
 func (p Pattern) Fits(name string) bool { return glob(p.name, name) }
 
@@ -115,7 +115,7 @@ func cutPattern(text string) (p parts, err error) {
 	return p, nil
 }
 
-// ParseRef takes an image reference apart. One that is none by docker's rules,
+// ParseRef takes an image reference apart. One that is invalid by docker's rules,
 // but is by containerd's, is matched by its name.
 func ParseRef(ref string) Ref {
 	named, err := reference.ParseNormalizedNamed(ref)

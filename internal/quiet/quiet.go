@@ -40,7 +40,7 @@ type window struct {
 	others int // of further names, since the last line
 }
 
-// Say says whether it is time to log something of a kind (one of a few) about who
+// Say says whether it is time to log something of a kind (one of a few) about the one that
 // causes it, and how many such lines were left out since the last one.
 func (q *Quiet) Say(kind, who string, now time.Time) (others int, say bool) {
 	q.mu.Lock()

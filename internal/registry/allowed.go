@@ -34,7 +34,7 @@ func (c *Client) Allow(list *pattern.Repositories) { c.allowed.Store(list) }
 // Limit changes the rate of Config.Download, if there is one.
 func (c *Client) Limit(rate int64) { c.cfg.Download.Set(rate) }
 
-// Allowed returns an error that wraps ErrNotAllowed if nobody may be asked for the
+// Allowed returns an error that wraps ErrNotAllowed if no registry may be asked for the
 // repository.
 func (c *Client) Allowed(ref Reference) error {
 	if c.allowed.Load().Has(ref.Name()) {

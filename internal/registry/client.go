@@ -48,7 +48,7 @@ type Config struct {
 	Allowed *pattern.Repositories
 	// Log gets what goes wrong and is survived; nil: nothing is logged.
 	Log *slog.Logger
-	// Received, if set, is told of every n bytes of answers as they arrive. It
+	// Received, if set, is called for every n bytes of answers as they arrive. It
 	// is called from many goroutines.
 	Received func(n int64)
 	// Download is the budget for layers, shared among registries in turns; nil: no

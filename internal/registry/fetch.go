@@ -25,7 +25,7 @@ import (
 // coming back too soon is in (*Error).RetryAfter of errors.
 //
 // Errors are those of the package, without m's reference: the bytes may be for
-// others who have asked for the same layer. It ends with io.EOF after exactly
+// others that have asked for the same layer. It ends with io.EOF after exactly
 // layer.Size-offset bytes; a registry that has more or fewer is ErrCorrupt. The
 // bytes are not hashed. Close may be called while a Read waits, and ends it. External URLs of foreign layers are not followed.
 func (c *Client) Fetch(ctx context.Context, m *Manifest, l Layer, cred blockdev.Credential, offset int64) (io.ReadCloser, error) {

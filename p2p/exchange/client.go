@@ -58,7 +58,7 @@ type Options struct {
 	// DialTimeout bounds one attempt to connect (3 s); after failures the next
 	// one comes after 50 ms, doubling up to MaxBackoff (2 s).
 	DialTimeout, MaxBackoff time.Duration
-	// Restart is how long requests for images, documents and chunks that somebody waits
+	// Restart is how long requests for images, documents and chunks that a read waits
 	// for wait for a server that was connected a moment ago: one that is being restarted;
 	// if that is longer ago they wait for one more attempt to connect. 0: they fail at
 	// once, as when there is another server to ask.
@@ -227,7 +227,7 @@ func (c *Client) readyAgain(ctx context.Context) error {
 // only says whether there is no other server to ask.
 func (c *Client) only() bool { return c.opts.Only == nil || c.opts.Only() }
 
-// Server returns whom the client was made for.
+// Server returns the peer that the client was made for.
 func (c *Client) Server() peer.AddrInfo { return c.keeper.info }
 
 // Peer returns the server's peer ID.

@@ -24,7 +24,7 @@ const (
 // Encoded is a chunk as it is stored and sent.
 type Encoded struct {
 	// Data is the chunk, or one zstd frame of it; never longer than
-	// blockdev.MaxChunk. Nobody changes it before Release.
+	// blockdev.MaxChunk. It must not change before Release.
 	Data []byte
 	Zstd bool
 	// Length is that of the chunk before compression, 1 to blockdev.MaxChunk

@@ -17,7 +17,7 @@ type Via struct {
 	Group blockdev.Digest
 	// Hops is how often it was forwarded, this time included.
 	Hops int
-	// Failed, if not nil, is told of each chunk that the server refuses, as the
+	// Failed, if not nil, is called for each chunk that the server refuses, as the
 	// answer comes; such a chunk is no failure of the request then.
 	Failed func(i int, err error)
 }

@@ -10,7 +10,7 @@ import (
 
 // Frames keeps chunks as they came, compressed, for a while, so that a node can
 // pass them on as they are: what it has on disk is not compressed, two or three
-// times as much to send, and must be read and hashed first. Who asks a node for a chunk of
+// times as much to send, and must be read and hashed first. A peer that asks a node for a chunk of
 // an image that all of them fetch asks about when the node gets it itself, so a
 // few megabytes catch nearly all. The oldest go first.
 //
@@ -103,7 +103,7 @@ func (f *Frames) settle(fr *frame, ok bool) {
 	}
 }
 
-// Get returns a chunk's frame, if it is here and right. It waits while somebody is
+// Get returns a chunk's frame, if it is here and right. It waits while a goroutine is
 // looking at its bytes, which takes no longer than to write them to disk.
 func (f *Frames) Get(ctx context.Context, d blockdev.Digest) (Encoded, bool) {
 	if f == nil {

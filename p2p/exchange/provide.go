@@ -8,9 +8,9 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 )
 
-// Query is a request for chunks as a Provider sees it. Nobody changes it.
+// Query is a request for chunks as a Provider sees it. It must not be changed.
 type Query struct {
-	// From is who asks; the ID has been proven.
+	// From is the asking peer; its ID has been proven.
 	From     peer.ID
 	Priority blockdev.Priority
 	Diff     blockdev.Digest

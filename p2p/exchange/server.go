@@ -53,11 +53,11 @@ type Limits struct {
 	// ChunkTimeout is how long the store may take for one chunk (30 s).
 	ChunkTimeout time.Duration
 	// WorkingInterval is how often a client that waits for an index or a manifest
-	// is told that there is still somebody (5 s), and ProgressInterval how often,
+	// hears that the work goes on (5 s), and ProgressInterval how often,
 	// at most, how far the layers are, if it wants to know (500 ms).
 	WorkingInterval, ProgressInterval time.Duration
 	// FirstSign is after what time such a client is told so first (200 ms): it may ask
-	// another server if nobody seems to be there.
+	// another server if this one seems to be away.
 	FirstSign time.Duration
 	// DemandPause is how long a prefetch waits for the same peer's demand
 	// requests before it sends its next chunk anyway (50 ms).

@@ -12,7 +12,7 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 )
 
-// Guard decides whom a host has to do with. Its methods are called from many
+// Guard decides which peers a host talks to. Its methods are called from many
 // goroutines.
 type Guard interface {
 	// Connect says whether a peer may be connected: before this host dials it,

@@ -200,7 +200,7 @@ func addrPort(a ma.Multiaddr) (netip.AddrPort, bool) {
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port()), true
 }
 
-// Toward returns where this host is to be dialed by those who are where the other end of a
+// Toward returns where this host is to be dialed by machines that are where the other end of a
 // connection is, local being this end: the address that the connection has here first,
 // and then others of the same interface, which may be of the other family. An address
 // of another interface is another network's, which they may not be in. A host that

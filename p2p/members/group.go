@@ -217,7 +217,7 @@ func (g *group) find(id peer.ID) *entry {
 }
 
 // View returns what is known of a group, to be treated as read-only; nil: this
-// node is not in the group, or no supernode has told it yet who is.
+// node is not in the group, or no supernode has sent it the members yet.
 func (n *Node) View(manifest blockdev.Digest) *route.View {
 	n.mu.Lock()
 	defer n.mu.Unlock()

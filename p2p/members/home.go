@@ -161,7 +161,7 @@ func (n *Node) joinMessage(s *session, id blockdev.Digest) *wire.GroupJoin {
 
 // Watch has n look, every second, whether images have become complete: complete
 // says so of a diff, and must not block. Others in the group prefer to ask a node
-// that has everything where nobody else is left to ask.
+// that has everything if no other node is left to ask.
 func (n *Node) Watch(complete func(diff blockdev.Digest) bool) { n.complete.Store(&complete) }
 
 // lookFull finds images that are complete now, or not any more.

@@ -23,7 +23,7 @@ import (
 // Protocol is the ID of the membership protocol.
 const Protocol = "/shoal/member/1"
 
-// Config says who a node is and whom it joins.
+// Config says which node this is and which supernodes it joins.
 type Config struct {
 	// Supernodes are joined, each of them. Their order does not matter. SetSupernodes
 	// changes them.
@@ -170,8 +170,8 @@ func (n *Node) Ready(ctx context.Context, supernode peer.ID) error {
 	return s.ready(ctx)
 }
 
-// Answered returns nil once a supernode has let this node in, whatever has become of
-// it since. Its error wraps blockdev.ErrUnavailable and says why none has.
+// Answered returns nil once a supernode has let this node in, also if the membership
+// has ended since. Its error wraps blockdev.ErrUnavailable and says why none has.
 func (n *Node) Answered() error {
 	if n.answered.Load() {
 		return nil

@@ -26,7 +26,7 @@ const (
 // the next sweep ends the connection, with streams that were opened before.
 var cutOff = time.Time{}
 
-// Connect implements host.Guard. Who is revoked may connect as strangers may, to
+// Connect implements host.Guard. A revoked peer may connect as strangers may, to
 // be told so.
 func (l *List) Connect(id peer.ID, dir network.Direction) bool {
 	if dir == network.DirOutbound || l.isSibling(id) {

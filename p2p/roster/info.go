@@ -16,7 +16,7 @@ type Info struct {
 	ID string
 	// Address is where its connection comes from.
 	Address string
-	// Announced is where others are told to dial it, IP:port; none: it shares nothing.
+	// Announced is where others dial it, IP:port; none: it shares nothing.
 	Announced  []string
 	Zone, Rack string
 	// MaxUpload is in bytes per second; 0: no limit.
@@ -41,7 +41,7 @@ func announced(m *cells.Member) []string {
 	return out
 }
 
-// Members lists all members, and who is revoked.
+// Members lists all members, and the revoked nodes.
 func (l *List) Members() []Info {
 	l.mu.Lock()
 	out := make([]Info, 0, len(l.members))

@@ -26,7 +26,7 @@ import (
 // maxMembers bounds the list.
 const maxMembers = 1 << 17
 
-// Config says where a List keeps its things and whom it lets in.
+// Config says where a List keeps its files and which peers it lets in.
 type Config struct {
 	// Dir is the supernode's data directory; it must exist.
 	Dir string
@@ -169,7 +169,7 @@ func (l *List) Close() error {
 	return nil
 }
 
-// Grant returns what a peer shows to join the image's group. It is given to who
+// Grant returns what a peer shows to join the image's group. It is given to a peer that
 // got the image's indexes on the word of origin, a registry's host and repository.
 func (l *List) Grant(id string, manifest blockdev.Digest, origin string) ([]byte, error) {
 	p, err := peer.Decode(id)

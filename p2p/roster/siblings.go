@@ -27,7 +27,7 @@ const (
 	maxRevoked  = 16 << 20
 )
 
-// SetSiblings changes who the other supernodes are. Those that are left out may not
+// SetSiblings changes the list of the other supernodes. Those that are left out may not
 // connect any more without joining, and grants that they give do not count.
 func (l *List) SetSiblings(ids []peer.ID) error {
 	if err := l.granter.trust(ids); err != nil {

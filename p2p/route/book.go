@@ -49,7 +49,7 @@ type BookOptions struct {
 	HedgeShare float64
 }
 
-// Book is a node's history with its peers: who failed, how long answers take,
+// Book is a node's history with its peers: which failed, how long answers take,
 // how many bytes hedging may cost. One Book serves all groups of a node. It may
 // be used from several goroutines.
 type Book struct {
@@ -196,8 +196,8 @@ func (b *Book) judge(id string, o Outcome, now time.Duration) {
 // doubtful says whether the peer was left out, and its last answer was no good one.
 func (p *trouble) doubtful() bool { return p.strikes > 0 && p.good == 0 }
 
-// Doubtful says whether the peer was left out, and its last answer was no good one. Who waits
-// for a chunk asks somebody else at the same time.
+// Doubtful says whether the peer was left out, and its last answer was not a good one. A read that waits
+// for a chunk asks another peer at the same time.
 func (b *Book) Doubtful(id string) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()

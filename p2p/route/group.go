@@ -13,7 +13,7 @@ const (
 	// MaxTries is how many peers are tried for a chunk before the supernode is.
 	MaxTries = 8
 	// MaxHops bounds how often a request is forwarded from node to node: 30 is
-	// more than a tree of trees of 10,000 members has levels. Who gets a request that says
+	// more than a tree of trees of 10,000 members has levels. A node that gets a request that says
 	// MaxHops does not forward it: it answers at once, that it lacks the chunk if so.
 	MaxHops = 30
 	// maxWaits is how often a prefetch waits for busy peers before it asks the
@@ -32,7 +32,7 @@ const (
 	Nobody                // all have failed
 )
 
-// Target is whom to ask.
+// Target is the peer to ask.
 type Target struct {
 	Kind Kind
 	// Index is the member's position in the table, -1 if Kind is not Peer.
@@ -64,12 +64,12 @@ func NewAsk(chunk blockdev.Digest, p blockdev.Priority, hops int) Ask {
 	return AskKey(KeyOf(chunk), p, hops)
 }
 
-// AskKey is NewAsk for those who have the key already.
+// AskKey is NewAsk for callers that have the key already.
 func AskKey(key Key, p blockdev.Priority, hops int) Ask {
 	return Ask{key: key, hops: uint8(min(max(hops, 0), MaxHops)), demand: p == blockdev.Demand}
 }
 
-// Promote turns a prefetch into a demand read, because somebody waits now.
+// Promote turns a prefetch into a demand read, because a read waits now.
 func (a *Ask) Promote() { a.demand = true }
 
 // Hops is how often the request was forwarded before it came to this node.
@@ -120,9 +120,9 @@ func NewGroup(self Member, t *Table, b *Book) *Group {
 // Table returns what the Group was made of.
 func (g *Group) Table() *Table { return g.t }
 
-// Next says whom to ask for the chunk, at the time now (since any fixed moment).
+// Next says which peer to ask for the chunk, at the time now (since any fixed moment).
 // What became of it is to be reported before the next call. It may be called
-// while a request is under way, to hedge it: it gives somebody else then.
+// while a request is under way, to hedge it: it gives another peer then.
 func (g *Group) Next(a *Ask, now time.Duration) Target {
 	g.book.mu.Lock()
 	defer g.book.mu.Unlock()

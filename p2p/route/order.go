@@ -8,7 +8,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 )
 
-// Order sorts supernodes (peer IDs, as bytes) by whom a layer or a group belongs to,
+// Order sorts supernodes (peer IDs, as bytes) by which of them a layer or a group belongs to,
 // and returns them; ids stays as it is. This is rendezvous hashing: when one is gone,
 // only what belonged to it moves on, and each piece to the same next one on all
 // machines.

@@ -24,9 +24,9 @@ const (
 )
 
 // Patience says how long to wait for a peer that does not answer: after hedge a
-// second request goes to somebody else, if Hedge allows it (0: never, as for
+// second request goes to another peer, if Hedge allows it (0: never, as for
 // prefetches); after giveUp the first one is cancelled and reported as Slow.
-// Before that, nothing has been lost: who is alive may have to get the chunk from
+// Before that, nothing has been lost: a live peer may have to get the chunk from
 // its own parent first.
 func (b *Book) Patience(demand bool) (hedge, giveUp time.Duration) {
 	b.mu.Lock()

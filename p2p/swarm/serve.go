@@ -28,9 +28,9 @@ type provider struct {
 	store Store
 }
 
-// Provide implements exchange.Provider. Who is not in the group, or asks for a diff
-// that is none of its image's, hears that there is nothing, which is what anybody
-// hears who asks for what is not here.
+// Provide implements exchange.Provider. A peer that is not in the group, or asks for a diff
+// that its image does not have, hears that there is nothing, which is what each peer
+// hears that asks for what is not here.
 func (p *provider) Provide(ctx context.Context, q *exchange.Query) (exchange.Answer, error) {
 	if err := p.s.cfg.Groups.Allowed(ctx, q.Group, q.From); err != nil {
 		p.s.metrics.refused.Inc()

@@ -17,13 +17,13 @@ import (
 	"github.com/shoalfs/shoal/p2p/route"
 )
 
-// Groups says with whom this node shares chunks; members.Node is one.
+// Groups says with which peers this node shares chunks; members.Node is one.
 type Groups interface {
 	// Groups returns the groups of the images here that have this diff, the one
 	// to ask first.
 	Groups(diff blockdev.Digest) []blockdev.Digest
 	// View returns what is known of a group, nil if that is nothing. Its members'
-	// IDs are string(peer.ID), the bytes. Nobody changes a View.
+	// IDs are string(peer.ID), the bytes. A View must not be changed.
 	View(group blockdev.Digest) *route.View
 	// Changed returns a channel that is closed when any of these answers changes
 	// after the call.
@@ -34,7 +34,7 @@ type Groups interface {
 	Allowed(ctx context.Context, group blockdev.Digest, id peer.ID) error
 }
 
-// Supernode is who is asked last for chunks, and first for images.
+// Supernode is asked last for chunks, and first for images.
 type Supernode interface {
 	blockdev.Source
 	blockdev.ImageSource
@@ -60,7 +60,7 @@ type Config struct {
 	// Supernode's client should have the same. nil: everything is sent raw.
 	Frames *exchange.Frames
 	// MaxPeers is how many peers may be connected for asking at a time: 128.
-	// Who was asked longest ago makes room.
+	// The peer that was asked longest ago makes room.
 	MaxPeers int
 	// IdlePeer is how long a peer is kept after the last request: 1 min.
 	IdlePeer time.Duration

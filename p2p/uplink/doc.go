@@ -9,7 +9,7 @@
 //
 // # Invariants
 //
-//   - A supernode that is known to be away is asked last, so that its absence costs a
+//   - A supernode that is known to be away is asked last, so that its absence costs a a
 //     node no more than one timeout.
 //   - What one supernode has delivered is not asked of the next one.
 //   - A "no" that another supernode would say as well (no access, not supported) is

@@ -38,7 +38,7 @@ const (
 
 	// MaxMemberRequest and MaxMemberEvent bound the messages of these names.
 	// The latter has room for 8,000 members with an address each, several times
-	// what a node is told of one group.
+	// what a node gets of one group.
 	MaxMemberRequest = MaxToken + MaxWho*KeyLen + slack
 	MaxMemberEvent   = 1 << 20
 

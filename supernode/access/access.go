@@ -24,7 +24,7 @@ type Checker interface {
 }
 
 const (
-	// File is where in Config.Dir it is kept who had access, and Lost is what a damaged one
+	// File is the name of the access records in Config.Dir, and Lost is what a damaged one
 	// costs.
 	File = "access.db"
 	Lost = "while a registry is down, only nodes that got access since then have it"
@@ -77,7 +77,7 @@ type grant struct{ repo, cred string }
 
 // Config says how long a registry's word counts. All of it is required but Now.
 type Config struct {
-	// Dir is where it is kept who had access.
+	// Dir has the access records.
 	Dir string
 	// Registry is asked.
 	Registry Checker
@@ -125,7 +125,7 @@ func (a *Access) Close() error {
 	return errors.Join(a.write(), a.db.Close())
 }
 
-// Healthy says whether who had access can be written down: whether the disk
+// Healthy says whether the access records can be written: whether the disk
 // takes writes.
 func (a *Access) Healthy() error {
 	a.mu.Lock()
@@ -142,7 +142,7 @@ type Verdict struct {
 }
 
 // Try asks a registry with a credential and, if anybody may read the repository and the
-// registry refuses, without one: a credential that has expired keeps nobody from what is
+// registry refuses, without one: a credential that has expired keeps no peer from what is
 // public.
 func (v Verdict) Try(c blockdev.Credential, ask func(blockdev.Credential) error) error {
 	err := ask(c)

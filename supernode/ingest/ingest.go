@@ -17,7 +17,7 @@ import (
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
-// ErrClosed is returned after Close, and to those who wait when it is called. It
+// ErrClosed is returned after Close, and to callers that wait when it is called. It
 // wraps blockdev.ErrUnavailable.
 var ErrClosed = fmt.Errorf("ingest is shutting down: %w", blockdev.ErrUnavailable)
 
@@ -32,15 +32,15 @@ type Config struct {
 	// SpoolKey is how the user calls SpoolQuota, for error texts. Default
 	// "store.spool_quota".
 	SpoolKey string
-	// SpoolExpiry is how long a partly fetched layer is kept for somebody to go
+	// SpoolExpiry is how long a partly fetched layer is kept for an ingest to go
 	// on with. Default 24 hours.
 	SpoolExpiry time.Duration
 	// Parallel is how many layers are ingested at a time. A registry that has no
-	// place gets one more, so that nobody waits for one that is slow. Layers of at
+	// place gets one more, so that no layer waits for one that is slow. Layers of at
 	// most SmallLayer bytes do not count among them but have as many places of
 	// their own, so that a small image does not wait for a large one. Default 2.
 	Parallel int
-	// Grace is how long a flight goes on when nobody waits any more. Default 1
+	// Grace is how long a flight goes on when no caller waits any more. Default 1
 	// minute.
 	Grace time.Duration
 	// Retries bounds the attempts in a row that bring no byte. Default 5.
@@ -115,7 +115,7 @@ func (c Config) withDefaults() Config {
 }
 
 // Open opens a layer's blob at offset (0..size): the reader's first byte is the
-// blob's byte number offset, whatever the registry makes of range requests. ctx
+// blob's byte number offset, also if the registry ignores range requests. ctx
 // ends the reading, too. Errors wrap blockdev.ErrUnauthorized, ErrNotFound,
 // ErrUnsupported (all final), or anything else, which is tried again; one with a
 // method RetryAfter() time.Duration > 0 says when.
@@ -132,7 +132,7 @@ type Layer struct {
 	// DiffID is what the image config says.
 	DiffID blockdev.Digest
 	// Host is the registry that Open fetches from, and Origin how the store is to
-	// call that and the repository. Who asks for the same layer of another
+	// call that and the repository. A caller that asks for the same layer of another
 	// repository at the same time shares the bytes; only those that Open gave some
 	// of are origins.
 	Host, Origin string
@@ -240,7 +240,7 @@ type Progress struct {
 }
 
 // Layer returns the layer's record, after ingesting the layer if the store does
-// not have it. watch, if not nil, is told how far it is, at once and whenever some
+// not have it. watch, if not nil, is called with how far it is, at once and whenever some
 // more has come; it must not block. The record may have other origins than l.Origin, or another
 // DiffID, if the store had the layer or others asked for it, too: who may have it,
 // and may know that the DiffID is another, is the caller's to decide.

@@ -121,7 +121,7 @@ func (l *Layers) Spool() blockdev.Use {
 	return spool
 }
 
-// Request is what somebody wants of one layer.
+// Request is what a caller wants of one layer.
 type Request struct {
 	// From is the peer that asks.
 	From     string
@@ -132,7 +132,7 @@ type Request struct {
 	Verdict    access.Verdict
 	// Stored: nothing is to be fetched.
 	Stored bool
-	// Watch, if not nil, is told where the layer is, but not any more when Ensure has
+	// Watch, if not nil, is called with where the layer is, but not any more when Ensure has
 	// returned. Calls come one at a time.
 	Watch func(blockdev.Progress)
 }

@@ -56,7 +56,7 @@ func (s *Slots) Take(ctx context.Context, key string) (release func(), err error
 	return s.TakeRanked(ctx, key, 0)
 }
 
-// TakeRanked is Take for somebody who waits behind all of a lower rank: behind those,
+// TakeRanked is Take for a caller that waits after all of a lower rank: behind those,
 // say, that have not had a place yet.
 func (s *Slots) TakeRanked(ctx context.Context, key string, rank int) (release func(), err error) {
 	s.mu.Lock()

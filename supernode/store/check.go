@@ -33,7 +33,7 @@ const maxFindings = 100
 
 const forgotten = "its layers are fetched again when they are asked for"
 
-// CheckIndex checks the index.db of a store that nobody has open. Errors wrap
+// CheckIndex checks the index.db of a store that no process has open. Errors wrap
 // blockdev.ErrCorrupt for damage (a thorough Open starts with an empty store then) and
 // boltcheck.ErrInUse.
 func CheckIndex(dir string) error { return boltcheck.File(dbPath(dir), nil) }

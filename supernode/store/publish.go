@@ -22,8 +22,8 @@ type LayerRecord struct {
 	Size  int64
 	// DiffID names the diff that the layer holds.
 	DiffID blockdev.Digest
-	// Origins are who has shown to have the blob: "host/repository" or "host" of a
-	// registry, or whatever the caller means by it.
+	// Origins are the registries that have shown to have the blob: "host/repository" or "host" of a
+	// registry, or what the caller means by it.
 	Origins []string
 }
 

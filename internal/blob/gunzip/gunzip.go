@@ -60,7 +60,7 @@ func NewReader(src io.Reader) (*Reader, error) {
 }
 
 // Trailing reports, once Read has returned io.EOF, whether something follows the last
-// member that is none. It was not read.
+// member that is not one. It was not read.
 func (z *Reader) Trailing() bool { return z.junk }
 
 // Read implements io.Reader. Errors are those of the source, io.ErrUnexpectedEOF, or

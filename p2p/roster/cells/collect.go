@@ -164,7 +164,7 @@ func (g *Group[O]) Failed(seats []*Seat[O]) {
 	}
 }
 
-// Send encodes messages, each once for a cell, and sends them. It returns who was not
+// Send encodes messages, each once for a cell, and sends them. It returns the members that were not
 // sent to because there was no room. An error is a message that cannot be sent to
 // anybody; the others are still sent.
 func (u *Update[O]) Send() (failed []*Seat[O], err error) {

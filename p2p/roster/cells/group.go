@@ -28,7 +28,7 @@ const (
 	maxKeptID = 1 << 31
 )
 
-// Member is a node as others are told of it. It does not change.
+// Member is a node as others see it. It does not change.
 type Member struct {
 	Zone, Rack string
 	key        wire.Key
@@ -44,7 +44,7 @@ func NewMember(zone string, m *wire.GroupMember) *Member {
 	return &Member{Zone: zone, Rack: m.Rack, key: wire.Key(m.Key), message: m, full: full, sums: [2]uint64{m.Sum(), full.Sum()}}
 }
 
-// Message is how others are told of it.
+// Message is what others get of it.
 func (m *Member) Message() *wire.GroupMember { return m.message }
 
 // Seat is a member's place in a group. Owner is whose it is.
@@ -63,7 +63,7 @@ type Seat[O any] struct {
 // Full says whether the member has all of the image.
 func (s *Seat[O]) Full() bool { return s.full }
 
-// Member is how others are told of it.
+// Member is what others get of it.
 func (s *Seat[O]) Member() *Member { return s.member }
 
 func (s *Seat[O]) message() *wire.GroupMember {
@@ -209,7 +209,7 @@ func (g *Group[O]) SetFull(s *Seat[O], full bool) {
 	}
 }
 
-// SetMember changes how others are told of a member, whose zone, rack and key stay.
+// SetMember changes what others get of a member, whose zone, rack and key stay.
 func (g *Group[O]) SetMember(s *Seat[O], m *Member) {
 	s.member = m
 	s.cell.joined[s] = struct{}{}
@@ -220,7 +220,7 @@ func (g *Group[O]) SetMember(s *Seat[O], m *Member) {
 func (g *Group[O]) Ask(s *Seat[O], have *wire.GroupHave) { s.synced, s.have = false, have }
 
 // Restore makes a new group one that is put together again after a restart: until
-// Restored, members that say what they have get their cells back, and are told nothing,
+// Restored, members that say what they have get their cells back, and get nothing else,
 // since they know more than is here.
 func (g *Group[O]) Restore() { g.restoring = true }
 

@@ -237,7 +237,7 @@ func (p *Chunks) EndSync(ok bool) (ranges [][2]int) {
 	return ranges
 }
 
-// Persist writes what differs to the bitmap file. If somebody else is writing,
+// Persist writes what differs to the bitmap file. If another goroutine is writing,
 // that one takes our changes along; with wait, persist returns after it has.
 func (p *Chunks) Persist(w io.WriterAt, wait bool) error {
 	p.mu.Lock()

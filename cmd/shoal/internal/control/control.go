@@ -106,7 +106,7 @@ type Daemon interface {
 	// Prefetch reports by calling event, from one goroutine at a time, and
 	// returns nil when every byte is where the request wants it, verified.
 	Prefetch(ctx context.Context, req PrefetchRequest, event func(Event)) error
-	// Check checks all that the daemon keeps on disk, and disturbs nobody. It calls
+	// Check checks all that the daemon keeps on disk, and disturbs no reader. It calls
 	// event with what it is about to look at, from one goroutine.
 	Check(ctx context.Context, req CheckRequest, event func(what string)) (*CheckReport, error)
 }
@@ -238,7 +238,7 @@ func (c Client) quickly(ctx context.Context, method, path string, body io.Reader
 	return rerr
 }
 
-// ErrNoDaemon: nobody serves the socket.
+// ErrNoDaemon: no process serves the socket.
 var ErrNoDaemon = errors.New("no shoal daemon answers")
 
 // Client talks to the daemon whose socket is at Path.

@@ -12,7 +12,7 @@ import (
 type Member struct {
 	ID      string `json:"id"`
 	Address string `json:"address,omitempty"`
-	// Announced is where other nodes are told to dial it.
+	// Announced is where other nodes dial it.
 	Announced []string `json:"announced,omitempty"`
 	Zone      string   `json:"zone,omitempty"`
 	Rack      string   `json:"rack,omitempty"`

@@ -42,7 +42,7 @@ type Port struct {
 	ln     net.Listener
 }
 
-// Open tries for the first time, and returns the Port whatever comes of it.
+// Open tries for the first time, and returns the Port also if that fails.
 func (p *Ports) Open(key, addr string, listen func() (net.Listener, error)) *Port {
 	port := &Port{ports: p, key: key, addr: addr, listen: listen}
 	port.try()

@@ -75,7 +75,7 @@ func plain(f *os.File, name string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
-// Kept says whether there is somebody who keeps descriptors. Before version 254,
+// Kept says whether there is a program that stores descriptors. Before version 254,
 // systemd does not say whether it does; it is believed to.
 func (s *Store) Kept() bool {
 	if s.socket == "" {
@@ -135,9 +135,9 @@ func (s *Store) Drop(name string) error {
 	return s.barrier()
 }
 
-// DropRest drops what was kept when this process started and nobody has taken. It
+// DropRest drops what was stored when this process started and was not taken. It
 // belongs to a version that keeps more than this one; a socket of which there is
-// a copy that nobody answers would make its callers wait for ever.
+// a copy that no process answers would make its callers wait for ever.
 func (s *Store) DropRest() error {
 	s.mu.Lock()
 	rest := s.files

@@ -57,7 +57,7 @@ type mainConfig struct {
 
 // Containerd plans what containerd's config at path needs to use the node. A file that is
 // missing or empty gets the version ifMissing: 2 for containerd 1.x, 3 for 2.x. An error
-// wraps tomledit.ErrByHand if somebody has to edit a file.
+// wraps tomledit.ErrByHand if the operator has to edit a file.
 func Containerd(path string, ifMissing int, n Node) (Plan, error) {
 	p, text, c, err := read(path)
 	if err != nil {

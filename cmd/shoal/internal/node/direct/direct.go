@@ -32,12 +32,12 @@ type Config struct {
 	// Open opens a layer's blob at offset (0..Size). ctx ends the reading, too.
 	// Errors wrap those of blockdev.
 	Open func(ctx context.Context, l Layer, offset int64) (io.ReadCloser, error)
-	// Keep is offered every chunk and piece of a diff that nobody has asked for. It
+	// Keep is offered every chunk and piece of a diff that no read has asked for. It
 	// must not keep data, and may be called from several goroutines.
 	Keep func(diff, chunk blockdev.Digest, data []byte)
 	// Passes is how many layers are read at a time; default 3.
 	Passes int
-	// Linger is how long a pass goes on that nobody waits for; default 3 s.
+	// Linger is how long a pass goes on that no read waits for; default 3 s.
 	Linger time.Duration
 	// Retries bounds the connections in a row that bring no byte; default 3.
 	Retries int
@@ -46,7 +46,7 @@ type Config struct {
 	BackOff time.Duration
 	// Workers is how many goroutines hash the chunks of one pass; default 1.
 	Workers int
-	// Log is told of passes; default: nothing is logged.
+	// Log gets a line for each pass; default: nothing is logged.
 	Log *slog.Logger
 }
 
