@@ -234,7 +234,7 @@ func TestTwoSupernodes(t *testing.T) {
 	must(reg.Push(ctx, "app", "v1", []string{"/bin/true"}, layers...))(t)
 	im := must(reg.Image(ctx, "app", "v1"))(t)
 
-	supers := must(l.StartSupernodes(ctx, 2, ""))(t)
+	supers := must(l.StartSupernodes(ctx, "super", 2, ""))(t)
 	node := func(name string) *lab.Node {
 		return must(l.StartNode(ctx, name, supers[0].Address+","+supers[1].Address, ""))(t)
 	}

@@ -247,7 +247,7 @@ func TestRevokeOnAll(t *testing.T) {
 	bin(t) // skips without root
 	l := newLab(t)
 	ctx := t.Context()
-	supers := must(l.StartSupernodes(ctx, 2, ""))(t)
+	supers := must(l.StartSupernodes(ctx, "super", 2, ""))(t)
 	node := must(l.StartNode(ctx, "node", supers[0].Address+","+supers[1].Address, ""))(t)
 	id := nodeAddr(t, node).ID.String()
 	state := func(s *lab.Supernode, id, want string) {

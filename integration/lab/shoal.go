@@ -102,13 +102,14 @@ metrics_address = %q
 	return s, err
 }
 
-// StartSupernodes starts n supernodes that know each other, below Dir/super0 and
+// StartSupernodes starts n supernodes that know each other, below Dir/NAME0 and
 // so on. As an operator would, it starts each alone first, to learn its address.
-func (l *Lab) StartSupernodes(ctx context.Context, n int, extra string) ([]*Supernode, error) {
+// The name must be new to the lab: logs and stores of a name are kept.
+func (l *Lab) StartSupernodes(ctx context.Context, name string, n int, extra string) ([]*Supernode, error) {
 	var all []*Supernode
 	var addresses []string
 	for i := range n {
-		s, err := l.StartSupernode(ctx, fmt.Sprintf("super%d", i), extra)
+		s, err := l.StartSupernode(ctx, fmt.Sprintf("%s%d", name, i), extra)
 		if err == nil {
 			err = s.Stop()
 		}

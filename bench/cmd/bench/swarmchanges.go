@@ -174,7 +174,7 @@ func (w *swarmWorld) sceneSupernodeKilled(ctx context.Context, r *report.Report)
 	if err != nil {
 		return err
 	}
-	supers, err := w.At(h).StartSupernodes(ctx, 2, fmt.Sprintf("\n[registry]\nconfig_path = %q\n", w.certs()))
+	supers, err := w.At(h).StartSupernodes(ctx, w.name("pair")+"-", 2, fmt.Sprintf("\n[registry]\nconfig_path = %q\n", w.certs()))
 	if err != nil {
 		return err
 	}

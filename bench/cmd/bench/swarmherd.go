@@ -142,7 +142,7 @@ func (w *swarmWorld) sceneHang(ctx context.Context, r *report.Report) error {
 	if err != nil {
 		return err
 	}
-	supers, err := w.At(h).StartSupernodes(ctx, 2, fmt.Sprintf("\n[registry]\nconfig_path = %q\n", w.certs()))
+	supers, err := w.At(h).StartSupernodes(ctx, w.name("pair")+"-", 2, fmt.Sprintf("\n[registry]\nconfig_path = %q\n", w.certs()))
 	if err != nil {
 		return err
 	}
