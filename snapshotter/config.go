@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
@@ -117,7 +118,7 @@ type Config struct {
 	Log *slog.Logger
 }
 
-func (c *Config) complete() error {
+func (c *Config) setDefaults() error {
 	if c.Root == "" || !filepath.IsAbs(c.Root) {
 		return fmt.Errorf("snapshotter: Root %q is not an absolute path", c.Root)
 	}
@@ -127,17 +128,9 @@ func (c *Config) complete() error {
 	if c.IndexTimeout < 0 || c.PrepareTimeout < 0 || c.PullIdle < 0 {
 		return errors.New("snapshotter: IndexTimeout, PrepareTimeout and PullIdle must not be negative")
 	}
-	if c.IndexTimeout == 0 {
-		c.IndexTimeout = 5 * time.Minute
-	}
-	if c.PrepareTimeout == 0 {
-		c.PrepareTimeout = 3 * time.Second
-	}
-	if c.PullIdle == 0 {
-		c.PullIdle = 15 * time.Minute
-	}
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
-	}
+	defaults.Set(&c.IndexTimeout, 5*time.Minute)
+	defaults.Set(&c.PrepareTimeout, 3*time.Second)
+	defaults.Set(&c.PullIdle, 15*time.Minute)
+	defaults.Log(&c.Log)
 	return nil
 }

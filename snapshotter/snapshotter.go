@@ -75,7 +75,7 @@ func (s *Snapshotter) SetPolicy(p *policy.Policy) { s.policy.Store(p) }
 // and starts to mount, in the background, what active snapshots use. The caller
 // must Close it.
 func New(cfg Config) (_ *Snapshotter, err error) {
-	if err := cfg.complete(); err != nil {
+	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
 	s := &Snapshotter{cfg: cfg, log: cfg.Log, idmapping: make(map[string]struct{}), recovering: make(chan struct{}, 1), cleaning: make(chan struct{}, 1),

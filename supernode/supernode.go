@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/internal/pattern"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/p2p/exchange"
@@ -81,20 +82,11 @@ type Config struct {
 }
 
 func (c *Config) setDefaults() error {
-	def := func(d *time.Duration, v time.Duration) {
-		if *d == 0 {
-			*d = v
-		}
-	}
-	def(&c.AccessTTL, 5*time.Minute)
-	def(&c.AccessGrace, max(24*time.Hour, c.AccessTTL))
-	def(&c.Lease, 30*time.Minute)
-	if c.Ingests == 0 {
-		c.Ingests = 4
-	}
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
-	}
+	defaults.Set(&c.AccessTTL, 5*time.Minute)
+	defaults.Set(&c.AccessGrace, max(24*time.Hour, c.AccessTTL))
+	defaults.Set(&c.Lease, 30*time.Minute)
+	defaults.Set(&c.Ingests, 4)
+	defaults.Log(&c.Log)
 	switch {
 	case c.Dir == "":
 		return errors.New("supernode: no data directory is given")

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/defaults"
 )
 
 // Options of a Server. The zero value of each means its default.
@@ -55,15 +56,9 @@ type Options struct {
 }
 
 func (o *Options) setDefaults() {
-	if o.Log == nil {
-		o.Log = slog.New(slog.DiscardHandler)
-	}
-	if o.Loops <= 0 {
-		o.Loops = max(4, 2*runtime.GOMAXPROCS(0))
-	}
-	if o.SlowBytes <= 0 {
-		o.SlowBytes = 32 << 20
-	}
+	defaults.Log(&o.Log)
+	defaults.Positive(&o.Loops, max(4, 2*runtime.GOMAXPROCS(0)))
+	defaults.Positive(&o.SlowBytes, 32<<20)
 	o.SlowBytes = max(o.SlowBytes, MaxRead)
 	if o.Describe == nil {
 		o.Describe = func(blockdev.Digest) []any { return nil }
@@ -71,9 +66,7 @@ func (o *Options) setDefaults() {
 	if o.Observe == nil {
 		o.Observe = func(blockdev.Origin, time.Duration) {}
 	}
-	if o.ReadTimeout <= 0 {
-		o.ReadTimeout = time.Minute
-	}
+	defaults.Positive(&o.ReadTimeout, time.Minute)
 }
 
 // Server answers the requests of one FUSE connection.

@@ -25,7 +25,7 @@ func scanTree(diff []byte, o Options) (*tree, error) {
 }
 
 func withScanner(diff []byte, o Options, f func(*scanner) error) error {
-	o = o.withDefaults()
+	o.setDefaults()
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	in := newInput(ctx)

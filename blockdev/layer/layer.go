@@ -12,6 +12,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/background"
 	"github.com/shoalfs/shoal/blockdev/erofs"
+	"github.com/shoalfs/shoal/internal/defaults"
 )
 
 // Put takes a chunk or a piece of the header stream: 1 to blockdev.MaxChunk
@@ -65,20 +66,11 @@ type Options struct {
 	Background bool
 }
 
-func (o Options) withDefaults() Options {
-	if o.Workers <= 0 {
-		o.Workers = runtime.GOMAXPROCS(0)
-	}
-	if o.MaxEntries <= 0 {
-		o.MaxEntries = 4_000_000
-	}
-	if o.MaxMetadata <= 0 {
-		o.MaxMetadata = 256 << 20
-	}
-	if o.MaxInline <= 0 {
-		o.MaxInline = 64 << 20
-	}
-	return o
+func (o *Options) setDefaults() {
+	defaults.Positive(&o.Workers, runtime.GOMAXPROCS(0))
+	defaults.Positive(&o.MaxEntries, 4_000_000)
+	defaults.Positive(&o.MaxMetadata, 256<<20)
+	defaults.Positive(&o.MaxInline, 64<<20)
 }
 
 // Build reads the diff r to its end, once, and returns its index, having called
@@ -90,7 +82,7 @@ func (o Options) withDefaults() Options {
 // entry. Build starts goroutines and waits for all of them, so it returns only
 // after a Read or Put in progress has: a caller that cancels ctx makes r return, too.
 func Build(ctx context.Context, r io.Reader, put Put, o Options) (*blockdev.Index, error) {
-	o = o.withDefaults()
+	o.setDefaults()
 	group, gctx := errgroup.WithContext(ctx)
 	in := newInput(gctx)
 	out, err := newOutput(gctx, put, o.Workers)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +14,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/blockdev/fusefs"
 	"github.com/shoalfs/shoal/blockdev/mount"
+	"github.com/shoalfs/shoal/internal/defaults"
 )
 
 // Directories below Root.
@@ -35,15 +35,9 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 	if cfg.Root == "" || cfg.Source == nil {
 		return nil, errors.New("volume: Root and Source must be set")
 	}
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
-	if cfg.PrefetchDiffs <= 0 {
-		cfg.PrefetchDiffs = 2
-	}
-	if cfg.ScrubInterval == 0 {
-		cfg.ScrubInterval = defaultScrub
-	}
+	defaults.Log(&cfg.Log)
+	defaults.Positive(&cfg.PrefetchDiffs, 2)
+	defaults.Set(&cfg.ScrubInterval, defaultScrub)
 	root, err := makeRoot(cfg.Root)
 	if err != nil {
 		return nil, fmt.Errorf("volumes at %s: %w", cfg.Root, err)

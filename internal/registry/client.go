@@ -19,6 +19,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/pace"
+	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/internal/flight"
 	"github.com/shoalfs/shoal/internal/pattern"
 )
@@ -90,24 +91,26 @@ func (s *session) stale() bool { return s.set.looping() > s.loops }
 
 const maxSessions = 512
 
+func (c *Config) setDefaults() error {
+	defaults.Set(&c.TagTTL, time.Minute)
+	defaults.Set(&c.HostsTTL, time.Minute)
+	defaults.Set(&c.Timeout, 30*time.Second)
+	defaults.Set(&c.Stall, 30*time.Second)
+	defaults.Set(&c.CacheBytes, 256<<20)
+	defaults.Log(&c.Log)
+	if min(c.TagTTL, c.HostsTTL, c.Timeout, c.Stall) < 0 {
+		return errors.New("registry: a duration is negative")
+	}
+	return nil
+}
+
 // New returns a client.
 func New(cfg Config) (*Client, error) {
-	for v, def := range map[*time.Duration]time.Duration{&cfg.TagTTL: time.Minute, &cfg.HostsTTL: time.Minute, &cfg.Timeout: 30 * time.Second, &cfg.Stall: 30 * time.Second} {
-		if *v == 0 {
-			*v = def
-		}
-		if *v < 0 {
-			return nil, errors.New("registry: a duration is negative")
-		}
-	}
-	if cfg.CacheBytes == 0 {
-		cfg.CacheBytes = 256 << 20
+	if err := cfg.setDefaults(); err != nil {
+		return nil, err
 	}
 	c := &Client{cfg: cfg, log: cfg.Log, asking: flight.New[string, *question](flight.Policy{Outlives: true}, errClosed), hosts: map[string]*hostSet{}, sessions: map[sessionKey]*session{}, down: map[string]time.Time{}, told: map[string]bool{}}
 	c.allowed.Store(cfg.Allowed)
-	if c.log == nil {
-		c.log = slog.New(slog.DiscardHandler)
-	}
 	// containerd logs URLs with their queries, through logrus and by default to
 	// stderr. Only what it says about hosts.toml files is of use here.
 	l := logrus.New()

@@ -14,6 +14,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/pace"
+	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -81,27 +82,23 @@ type Options struct {
 }
 
 func (o *Options) setDefaults() {
-	if o.Name == "" {
-		o.Name = "supernode"
-	}
-	setDefault(&o.Demand, 64)
-	setDefault(&o.Startup, 8)
-	setDefault(&o.Prefetch, 2)
-	setDefault(&o.Images, 8)
-	setDefault(&o.Documents, 16)
-	setDefault(&o.Forwards, 8)
-	setDefault(&o.DemandTimeout, 15*time.Second)
-	setDefault(&o.PrefetchTimeout, 60*time.Second)
-	setDefault(&o.ImageTimeout, 20*time.Second)
-	setDefault(&o.FirstSign, o.ImageTimeout)
-	setDefault(&o.DialTimeout, 3*time.Second)
-	setDefault(&o.MaxBackoff, 2*time.Second)
+	defaults.Set(&o.Name, "supernode")
+	defaults.Positive(&o.Demand, 64)
+	defaults.Positive(&o.Startup, 8)
+	defaults.Positive(&o.Prefetch, 2)
+	defaults.Positive(&o.Images, 8)
+	defaults.Positive(&o.Documents, 16)
+	defaults.Positive(&o.Forwards, 8)
+	defaults.Positive(&o.DemandTimeout, 15*time.Second)
+	defaults.Positive(&o.PrefetchTimeout, 60*time.Second)
+	defaults.Positive(&o.ImageTimeout, 20*time.Second)
+	defaults.Positive(&o.FirstSign, o.ImageTimeout)
+	defaults.Positive(&o.DialTimeout, 3*time.Second)
+	defaults.Positive(&o.MaxBackoff, 2*time.Second)
 	if o.Window == nil {
 		o.Window = NewWindow()
 	}
-	if o.Log == nil {
-		o.Log = slog.New(slog.DiscardHandler)
-	}
+	defaults.Log(&o.Log)
 }
 
 // Client gets chunks, indexes and manifests from one server. It keeps one connection, made

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/shoalfs/shoal/blockdev/pace"
+	"github.com/shoalfs/shoal/internal/defaults"
 )
 
 // Limits bound what peers can make a server do. The zero value of each field
@@ -67,38 +68,32 @@ type Limits struct {
 	StartupPause time.Duration
 }
 
-func setDefault[T int | time.Duration](p *T, v T) {
-	if *p <= 0 {
-		*p = v
-	}
-}
-
 func (l *Limits) setDefaults() {
-	setDefault(&l.DemandPerPeer, 64)
-	setDefault(&l.StartupPerPeer, 8)
-	setDefault(&l.PrefetchPerPeer, 16)
-	setDefault(&l.ImagesPerPeer, 8)
-	setDefault(&l.DocumentsPerPeer, 16)
-	setDefault(&l.Demand, 2048)
-	setDefault(&l.Startup, 1024)
-	setDefault(&l.Prefetch, 1024)
-	setDefault(&l.Images, 1024)
-	setDefault(&l.Documents, 512)
-	setDefault(&l.Waiting, 16384)
-	setDefault(&l.Profiles, 64)
-	setDefault(&l.ReadAhead, 4)
-	setDefault(&l.TotalReadAhead, 512)
-	setDefault(&l.PrefetchReads, 32)
-	setDefault(&l.DemandBacklog, 100*time.Millisecond)
-	setDefault(&l.PrefetchBacklog, time.Second)
-	setDefault(&l.IdleTimeout, 2*time.Minute)
-	setDefault(&l.WriteTimeout, 30*time.Second)
-	setDefault(&l.ChunkTimeout, 30*time.Second)
-	setDefault(&l.WorkingInterval, 5*time.Second)
-	setDefault(&l.FirstSign, 200*time.Millisecond)
-	setDefault(&l.ProgressInterval, 500*time.Millisecond)
-	setDefault(&l.DemandPause, 50*time.Millisecond)
-	setDefault(&l.StartupPause, 5*time.Millisecond)
+	defaults.Positive(&l.DemandPerPeer, 64)
+	defaults.Positive(&l.StartupPerPeer, 8)
+	defaults.Positive(&l.PrefetchPerPeer, 16)
+	defaults.Positive(&l.ImagesPerPeer, 8)
+	defaults.Positive(&l.DocumentsPerPeer, 16)
+	defaults.Positive(&l.Demand, 2048)
+	defaults.Positive(&l.Startup, 1024)
+	defaults.Positive(&l.Prefetch, 1024)
+	defaults.Positive(&l.Images, 1024)
+	defaults.Positive(&l.Documents, 512)
+	defaults.Positive(&l.Waiting, 16384)
+	defaults.Positive(&l.Profiles, 64)
+	defaults.Positive(&l.ReadAhead, 4)
+	defaults.Positive(&l.TotalReadAhead, 512)
+	defaults.Positive(&l.PrefetchReads, 32)
+	defaults.Positive(&l.DemandBacklog, 100*time.Millisecond)
+	defaults.Positive(&l.PrefetchBacklog, time.Second)
+	defaults.Positive(&l.IdleTimeout, 2*time.Minute)
+	defaults.Positive(&l.WriteTimeout, 30*time.Second)
+	defaults.Positive(&l.ChunkTimeout, 30*time.Second)
+	defaults.Positive(&l.WorkingInterval, 5*time.Second)
+	defaults.Positive(&l.FirstSign, 200*time.Millisecond)
+	defaults.Positive(&l.ProgressInterval, 500*time.Millisecond)
+	defaults.Positive(&l.DemandPause, 50*time.Millisecond)
+	defaults.Positive(&l.StartupPause, 5*time.Millisecond)
 }
 
 // ServerConfig says what a Server serves.
@@ -143,9 +138,7 @@ type Server struct {
 
 // NewServer starts to serve on h. Close it before h.
 func NewServer(h host.Host, cfg ServerConfig) (*Server, error) {
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
+	defaults.Log(&cfg.Log)
 	cfg.Limits.setDefaults()
 	admit := newAdmission(&cfg.Limits)
 	stats, err := newServerMetrics(cfg.Registerer, admit, cfg.Upload)

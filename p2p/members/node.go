@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/internal/quiet"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
@@ -98,15 +99,9 @@ func New(c Config) (*Node, error) {
 	if c.MaxUpload < 0 {
 		return nil, fmt.Errorf("members: upload budget of %d bytes per second", c.MaxUpload)
 	}
-	if c.Outage == 0 {
-		c.Outage = 10 * time.Minute
-	}
-	if c.Failover == 0 {
-		c.Failover = 3 * time.Second
-	}
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
-	}
+	defaults.Set(&c.Outage, 10*time.Minute)
+	defaults.Set(&c.Failover, 3*time.Second)
+	defaults.Log(&c.Log)
 	n := &Node{
 		cfg: c, log: c.Log,
 		groups:    map[blockdev.Digest]*group{},

@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/internal/quiet"
 	phost "github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
@@ -95,12 +96,8 @@ type member struct {
 // New reads token file and list of revoked nodes. It does nothing yet but guard:
 // Start it with the host that it guards.
 func New(c Config) (*List, error) {
-	if c.Lease == 0 {
-		c.Lease = 15 * time.Second
-	}
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
-	}
+	defaults.Set(&c.Lease, 15*time.Second)
+	defaults.Log(&c.Log)
 	l := &List{
 		cfg: c, log: c.Log,
 		work:      make(chan struct{}, 1),

@@ -13,6 +13,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/pace"
+	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/route"
 )
@@ -100,18 +101,12 @@ func New(c Config) (*Swarm, error) {
 	if c.Host == nil || c.Groups == nil || c.Supernode == nil {
 		return nil, errors.New("swarm: Host, Groups and Supernode must be set")
 	}
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
-	}
+	defaults.Log(&c.Log)
 	if c.Window == nil {
 		c.Window = exchange.NewWindow()
 	}
-	if c.MaxPeers <= 0 {
-		c.MaxPeers = 128
-	}
-	if c.IdlePeer <= 0 {
-		c.IdlePeer = time.Minute
-	}
+	defaults.Positive(&c.MaxPeers, 128)
+	defaults.Positive(&c.IdlePeer, time.Minute)
 	s := &Swarm{
 		cfg: c, log: c.Log,
 		self:   route.Member{ID: string(c.Host.ID()), Zone: c.Zone, Rack: c.Rack},

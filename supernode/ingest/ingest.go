@@ -12,6 +12,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/layer"
+	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/internal/flight"
 	"github.com/shoalfs/shoal/supernode/slots"
 	"github.com/shoalfs/shoal/supernode/store"
@@ -74,44 +75,21 @@ const hostsFactor = 8
 // SmallLayer is what counts as a small layer, in compressed bytes.
 const SmallLayer = 8 << 20
 
-func (c Config) withDefaults() Config {
-	if c.SpoolKey == "" {
-		c.SpoolKey = "store.spool_quota"
-	}
-	if c.SpoolExpiry <= 0 {
-		c.SpoolExpiry = 24 * time.Hour
-	}
-	if c.Parallel <= 0 {
-		c.Parallel = 2
-	}
-	if c.Grace <= 0 {
-		c.Grace = time.Minute
-	}
-	if c.Retries <= 0 {
-		c.Retries = 5
-	}
-	if c.BackOff <= 0 {
-		c.BackOff = 500 * time.Millisecond
-	}
-	if c.Stall <= 0 {
-		c.Stall = 30 * time.Second
-	}
-	if c.LeastRate <= 0 {
-		c.LeastRate = 128 << 10
-	}
-	if c.Turn <= 0 {
-		c.Turn = 10 * time.Second
-	}
-	if c.MaxDiff <= 0 {
-		c.MaxDiff = 256 << 30
-	}
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
-	}
+func (c *Config) setDefaults() {
+	defaults.Set(&c.SpoolKey, "store.spool_quota")
+	defaults.Positive(&c.SpoolExpiry, 24*time.Hour)
+	defaults.Positive(&c.Parallel, 2)
+	defaults.Positive(&c.Grace, time.Minute)
+	defaults.Positive(&c.Retries, 5)
+	defaults.Positive(&c.BackOff, 500*time.Millisecond)
+	defaults.Positive(&c.Stall, 30*time.Second)
+	defaults.Positive(&c.LeastRate, 128<<10)
+	defaults.Positive(&c.Turn, 10*time.Second)
+	defaults.Positive(&c.MaxDiff, 256<<30)
+	defaults.Log(&c.Log)
 	if c.Ended == nil {
 		c.Ended = func(Layer, time.Duration, error) {}
 	}
-	return c
 }
 
 // Open opens a layer's blob at offset (0..size): the reader's first byte is the
@@ -170,7 +148,7 @@ func (l Layer) key() flightKey { return flightKey{l.Digest, l.Size, l.Host} }
 
 // New prepares the spool directory and deletes expired spool files.
 func New(cfg Config) (*Ingester, error) {
-	cfg = cfg.withDefaults()
+	cfg.setDefaults()
 	if cfg.Store == nil || cfg.SpoolDir == "" {
 		return nil, errors.New("ingest: Store and SpoolDir are required")
 	}

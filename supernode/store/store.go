@@ -9,6 +9,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/shoalfs/shoal/internal/defaults"
 )
 
 // ErrClosed is returned by every call after Close.
@@ -73,18 +75,10 @@ type Store struct {
 // directory was written by a newer version) or blockdev.ErrNoSpace. A damaged
 // index.db is logged and the store starts empty: it is a cache.
 func Open(cfg Config) (*Store, error) {
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
-	if cfg.QuotaKey == "" {
-		cfg.QuotaKey = "store.quota"
-	}
-	if cfg.TouchInterval <= 0 {
-		cfg.TouchInterval = 10 * time.Minute
-	}
-	if cfg.Idle == 0 {
-		cfg.Idle = defaultIdle
-	}
+	defaults.Log(&cfg.Log)
+	defaults.Set(&cfg.QuotaKey, "store.quota")
+	defaults.Positive(&cfg.TouchInterval, 10*time.Minute)
+	defaults.Set(&cfg.Idle, defaultIdle)
 	if cfg.stepBytes == 0 {
 		cfg.stepBytes, cfg.runBytes = stepBytes, runBytes
 	}

@@ -20,6 +20,7 @@ import (
 	dockercli "github.com/docker/cli/cli/config"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/defaults"
 )
 
 // DockerConfig takes credentials from docker's config.json: auths, credsStore and
@@ -43,9 +44,7 @@ func NewDockerConfig(ctx context.Context, dir string, log *slog.Logger) *DockerC
 	if dir != "" {
 		dockercli.SetDir(dir)
 	}
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
-	}
+	defaults.Log(&log)
 	return &DockerConfig{keychain: dockerconfig.NewDockerconfigKeychain(ctx), log: log, running: make(chan struct{}, maxRunning)}
 }
 

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/defaults"
 )
 
 // Layer is a layer that a diff is known to be the content of.
@@ -70,24 +71,12 @@ func New(cfg Config) (*Source, error) {
 	if cfg.Layers == nil || cfg.Open == nil {
 		return nil, errors.New("direct: Layers and Open are required")
 	}
-	if cfg.Passes <= 0 {
-		cfg.Passes = 3
-	}
-	if cfg.Linger <= 0 {
-		cfg.Linger = 3 * time.Second
-	}
-	if cfg.Retries <= 0 {
-		cfg.Retries = 3
-	}
-	if cfg.BackOff <= 0 {
-		cfg.BackOff = 200 * time.Millisecond
-	}
-	if cfg.Workers <= 0 {
-		cfg.Workers = 1
-	}
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
+	defaults.Positive(&cfg.Passes, 3)
+	defaults.Positive(&cfg.Linger, 3*time.Second)
+	defaults.Positive(&cfg.Retries, 3)
+	defaults.Positive(&cfg.BackOff, 200*time.Millisecond)
+	defaults.Positive(&cfg.Workers, 1)
+	defaults.Log(&cfg.Log)
 	s := &Source{cfg: cfg, places: make(chan struct{}, cfg.Passes), passes: make(map[blockdev.Digest]*pass)}
 	s.life, s.end = context.WithCancel(context.Background())
 	return s, nil

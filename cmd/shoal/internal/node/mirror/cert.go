@@ -19,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/internal/durable"
 )
 
@@ -53,9 +54,7 @@ func OpenAuthority(dir, address string, log *slog.Logger) (*Authority, error) {
 }
 
 func openAuthority(dir, address string, log *slog.Logger, now func() time.Time) (*Authority, error) {
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
-	}
+	defaults.Log(&log)
 	a := &Authority{names: hosts(address), now: now}
 	err := a.load(dir)
 	if err == nil {

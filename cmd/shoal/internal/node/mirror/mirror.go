@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/internal/metric"
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
@@ -91,9 +92,7 @@ func New(cfg Config) (*Mirror, error) {
 		cfg: cfg, log: cfg.Log, slots: make(chan struct{}, maxRequests), held: make(chan struct{}, maxHeld), pace: pace, now: time.Now,
 		health: health{patience: patience, impatience: impatience},
 	}
-	if m.log == nil {
-		m.log = slog.New(slog.DiscardHandler)
-	}
+	defaults.Log(&m.log)
 	if cfg.Address != "" {
 		m.names = hosts(cfg.Address)
 	}
