@@ -1,10 +1,12 @@
 package supernode
 
 import (
-	"container/list"
 	"context"
 	"fmt"
+	"math"
 	"sync"
+
+	"github.com/hashicorp/golang-lru/v2/simplelru"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/flight"
@@ -23,8 +25,7 @@ type indexes struct {
 	limit   int
 
 	mu    sync.Mutex
-	m     map[blockdev.Digest]*list.Element
-	lru   *list.List // of *encoded, those used last in front
+	lru   *simplelru.LRU[blockdev.Digest, *encoded]
 	bytes int
 }
 
@@ -36,8 +37,10 @@ type encoded struct {
 }
 
 func newIndexes(read func(context.Context, blockdev.Digest) ([]byte, error), touch func(blockdev.Digest) bool) *indexes {
-	return &indexes{read: read, touch: touch, reading: flight.New[blockdev.Digest, *encoded](flight.Policy{}, errStopping),
-		limit: maxIndexes, m: map[blockdev.Digest]*list.Element{}, lru: list.New()}
+	x := &indexes{read: read, touch: touch, reading: flight.New[blockdev.Digest, *encoded](flight.Policy{}, errStopping), limit: maxIndexes}
+	// Bounded by bytes alone; it fails for a size of 0.
+	x.lru, _ = simplelru.NewLRU(math.MaxInt, func(_ blockdev.Digest, e *encoded) { x.bytes -= len(e.data) })
+	return x
 }
 
 func (x *indexes) close() error {
@@ -79,40 +82,26 @@ func (x *indexes) get(ctx context.Context, diff blockdev.Digest) (*encoded, erro
 func (x *indexes) find(diff blockdev.Digest) *encoded {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	el := x.m[diff]
-	if el == nil {
-		return nil
-	}
-	x.lru.MoveToFront(el)
-	return el.Value.(*encoded)
+	e, _ := x.lru.Get(diff)
+	return e
 }
 
 // keep keeps an index, in the place of those that were not asked for for longest.
 func (x *indexes) keep(e *encoded) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if el := x.m[e.diff]; el != nil {
-		x.forgetLocked(el.Value.(*encoded))
-	}
-	x.m[e.diff] = x.lru.PushFront(e)
+	x.lru.Remove(e.diff)
+	x.lru.Add(e.diff, e)
 	x.bytes += len(e.data)
 	for x.bytes > x.limit {
-		x.forgetLocked(x.lru.Back().Value.(*encoded))
+		x.lru.RemoveOldest()
 	}
 }
 
 func (x *indexes) forget(e *encoded) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.forgetLocked(e)
-}
-
-func (x *indexes) forgetLocked(e *encoded) {
-	el := x.m[e.diff]
-	if el == nil || el.Value != e {
-		return
+	if now, _ := x.lru.Peek(e.diff); now == e {
+		x.lru.Remove(e.diff)
 	}
-	delete(x.m, e.diff)
-	x.lru.Remove(el)
-	x.bytes -= len(e.data)
 }

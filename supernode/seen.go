@@ -1,57 +1,55 @@
 package supernode
 
 import (
-	"container/list"
+	"slices"
 	"sync"
 
+	"github.com/hashicorp/golang-lru/v2/simplelru"
+
+	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/registry"
 )
 
 // seen remembers the images that were asked for last.
 type seen struct {
-	mu   sync.Mutex
-	byID map[string]*list.Element
-	lru  *list.List // of *registry.Manifest, the last one first
+	mu  sync.Mutex
+	lru *simplelru.LRU[seenID, *registry.Manifest]
 }
 
 const maxSeen = 1000
 
-func newSeen() *seen { return &seen{byID: map[string]*list.Element{}, lru: list.New()} }
+type seenID struct {
+	ref      string
+	manifest blockdev.Digest
+}
 
-func seenID(m *registry.Manifest) string { return m.Ref + " " + m.Digest.String() }
+func newSeen() *seen {
+	lru, _ := simplelru.NewLRU[seenID, *registry.Manifest](maxSeen, nil) // fails for a size of 0
+	return &seen{lru: lru}
+}
 
 func (s *seen) add(m *registry.Manifest) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if el := s.byID[seenID(m)]; el != nil {
-		s.lru.MoveToFront(el)
-		return
-	}
-	s.byID[seenID(m)] = s.lru.PushFront(m)
-	if s.lru.Len() > maxSeen {
-		old := s.lru.Remove(s.lru.Back()).(*registry.Manifest)
-		delete(s.byID, seenID(old))
-	}
+	s.lru.Add(seenID{m.Ref, m.Digest}, m)
 }
 
 // forget drops what is known by a name.
 func (s *seen) forget(ref string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for id, el := range s.byID {
-		if el.Value.(*registry.Manifest).Ref == ref {
-			s.lru.Remove(el)
-			delete(s.byID, id)
+	for _, id := range s.lru.Keys() {
+		if id.ref == ref {
+			s.lru.Remove(id)
 		}
 	}
 }
 
+// all are the images, the last one first.
 func (s *seen) all() []*registry.Manifest {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var out []*registry.Manifest
-	for el := s.lru.Front(); el != nil; el = el.Next() {
-		out = append(out, el.Value.(*registry.Manifest))
-	}
-	return out
+	all := s.lru.Values()
+	slices.Reverse(all)
+	return all
 }

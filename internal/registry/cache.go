@@ -1,17 +1,19 @@
 package registry
 
 import (
-	"container/list"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"sort"
 	"sync"
 	"time"
+
+	"github.com/hashicorp/golang-lru/v2/simplelru"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -27,14 +29,8 @@ type cache struct {
 	most  int   // files
 
 	mu    sync.Mutex
-	files map[string]*list.Element // by file name
-	lru   *list.List               // of cacheFile, most recently used first
+	files *simplelru.LRU[string, int64] // file names, and the bytes that they take of the disk
 	bytes int64
-}
-
-type cacheFile struct {
-	name string
-	size int64 // bytes that it takes of the disk
 }
 
 const (
@@ -55,7 +51,9 @@ func openCache(dir string, limit int64) (*cache, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &cache{dir: dir, limit: limit, most: maxFiles, files: map[string]*list.Element{}, lru: list.New()}
+	c := &cache{dir: dir, limit: limit, most: maxFiles}
+	// most is less and bounds them; it fails for a size of 0.
+	c.files, _ = simplelru.NewLRU(math.MaxInt, func(_ string, size int64) { c.bytes -= size })
 	var infos []fs.FileInfo
 	for _, e := range entries {
 		fi, err := e.Info()
@@ -86,18 +84,13 @@ func fileName(kind, key string) string {
 // add records a file as the most recently used, and removes what is too much.
 func (c *cache) add(name string, size int64) {
 	c.mu.Lock()
-	if el := c.files[name]; el != nil {
-		c.bytes -= el.Value.(cacheFile).size
-		c.lru.Remove(el)
-	}
-	c.files[name] = c.lru.PushFront(cacheFile{name, size})
+	c.files.Remove(name)
+	c.files.Add(name, size)
 	c.bytes += size
 	var gone []string
-	for (c.bytes > c.limit || c.lru.Len() > c.most) && c.lru.Len() > 1 {
-		f := c.lru.Remove(c.lru.Back()).(cacheFile)
-		delete(c.files, f.name)
-		c.bytes -= f.size
-		gone = append(gone, f.name)
+	for (c.bytes > c.limit || c.files.Len() > c.most) && c.files.Len() > 1 {
+		oldest, _, _ := c.files.RemoveOldest()
+		gone = append(gone, oldest)
 	}
 	c.mu.Unlock()
 	for _, n := range gone {
@@ -111,12 +104,9 @@ func (c *cache) get(name string, limit int64) ([]byte, time.Time, bool) {
 		return nil, time.Time{}, false
 	}
 	c.mu.Lock()
-	el := c.files[name]
-	if el != nil {
-		c.lru.MoveToFront(el)
-	}
+	_, known := c.files.Get(name)
 	c.mu.Unlock()
-	if el == nil {
+	if !known {
 		return nil, time.Time{}, false
 	}
 	path := filepath.Join(c.dir, name)

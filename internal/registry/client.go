@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 	ctrlog "github.com/containerd/log"
+	"github.com/hashicorp/golang-lru/v2/simplelru"
 	"github.com/sirupsen/logrus"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -67,10 +68,10 @@ type Client struct {
 	allowed atomic.Pointer[pattern.Repositories]
 
 	mu       sync.Mutex
-	hosts    map[string]*hostSet // by Reference.Host
-	sessions map[sessionKey]*session
-	down     map[string]time.Time // host -> not to be asked for fresher tags before
-	told     map[string]bool      // hosts of which the log says that they may not be asked
+	hosts    *simplelru.LRU[string, *hostSet] // by Reference.Host
+	sessions *simplelru.LRU[sessionKey, *session]
+	down     *simplelru.LRU[string, time.Time] // host -> not to be asked for fresher tags before
+	told     map[string]bool                   // hosts of which the log says that they may not be asked
 	closed   bool
 }
 
@@ -109,7 +110,11 @@ func New(cfg Config) (*Client, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
-	c := &Client{cfg: cfg, log: cfg.Log, asking: flight.New[string, *question](flight.Policy{Outlives: true}, errClosed), hosts: map[string]*hostSet{}, sessions: map[sessionKey]*session{}, down: map[string]time.Time{}, told: map[string]bool{}}
+	c := &Client{cfg: cfg, log: cfg.Log, asking: flight.New[string, *question](flight.Policy{Outlives: true}, errClosed), told: map[string]bool{}}
+	// They fail for a size of 0.
+	c.hosts, _ = simplelru.NewLRU(maxSessions, func(_ string, set *hostSet) { set.closeIdle() })
+	c.sessions, _ = simplelru.NewLRU[sessionKey, *session](maxSessions, nil)
+	c.down, _ = simplelru.NewLRU[string, time.Time](maxSessions, nil)
 	c.allowed.Store(cfg.Allowed)
 	// containerd logs URLs with their queries, through logrus and by default to
 	// stderr. Only what it says about hosts.toml files is of use here.
@@ -134,11 +139,8 @@ func (c *Client) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.closed = true
-	for _, h := range c.hosts {
-		h.closeIdle()
-	}
-	clear(c.hosts)
-	clear(c.sessions)
+	c.hosts.Purge()
+	c.sessions.Purge()
 	return nil
 }
 
@@ -195,13 +197,13 @@ func (c *Client) hostSession(ctx context.Context, host string, cred blockdev.Cre
 	key := sessionKey{host, CredentialHash(cred)}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if s := c.sessions[key]; s != nil && now.Before(s.until) && !renew && !s.stale() {
+	if s, _ := c.sessions.Get(key); s != nil && now.Before(s.until) && !renew && !s.stale() {
 		return s, false, nil
 	}
 	if c.closed {
 		return nil, false, errClosed
 	}
-	set := c.hosts[host]
+	set, _ := c.hosts.Get(host)
 	if set == nil || !now.Before(set.until) {
 		next := &hostSet{until: now.Add(c.cfg.HostsTTL), heads: make(chan struct{}, maxHeads)}
 		hosts, err := config.ConfigureHosts(ctrlog.WithLogger(ctx, c.quiet), config.HostOptions{
@@ -214,15 +216,10 @@ func (c *Client) hostSession(ctx context.Context, host string, cred blockdev.Cre
 		if len(hosts) == 0 {
 			return nil, false, &Error{Host: host, answered: true, kind: blockdev.ErrUnavailable, text: "its hosts.toml names no server"}
 		}
-		if set != nil {
-			set.closeIdle()
-		}
-		if len(c.hosts) >= maxSessions {
-			dropOldest(c.hosts, func(h *hostSet) time.Time { return h.until }, (*hostSet).closeIdle)
-		}
 		next.hosts = hosts
 		set = next
-		c.hosts[host] = set
+		c.hosts.Remove(host)
+		c.hosts.Add(host, set)
 	}
 	server := set.hosts[len(set.hosts)-1].Host
 	hosts, loops := set.usable()
@@ -237,25 +234,8 @@ func (c *Client) hostSession(ctx context.Context, host string, cred blockdev.Cre
 		h.Client, h.Authorizer = &hc, a
 		s.hosts = append(s.hosts, h)
 	}
-	if len(c.sessions) >= maxSessions {
-		dropOldest(c.sessions, func(s *session) time.Time { return s.until }, func(*session) {})
-	}
-	c.sessions[key] = s
+	c.sessions.Add(key, s)
 	return s, true, nil
-}
-
-func dropOldest[K comparable, V any](m map[K]V, until func(V) time.Time, drop func(V)) {
-	var oldest K
-	first := true
-	for k, v := range m {
-		if first || until(v).Before(until(m[oldest])) {
-			oldest, first = k, false
-		}
-	}
-	if !first {
-		drop(m[oldest])
-		delete(m, oldest)
-	}
 }
 
 func (s *session) having(caps docker.HostCapabilities) (hosts []docker.RegistryHost) {
@@ -338,7 +318,7 @@ func pause(ctx context.Context, err error, try int) bool {
 func (c *Client) forget(host string, cred blockdev.Credential) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	delete(c.sessions, sessionKey{host, CredentialHash(cred)})
+	c.sessions.Remove(sessionKey{host, CredentialHash(cred)})
 }
 
 // downTime is how long a registry that did not answer is not asked what a tag
@@ -348,14 +328,12 @@ const downTime = 10 * time.Second
 func (c *Client) isDown(host string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return time.Now().Before(c.down[host])
+	until, _ := c.down.Get(host)
+	return time.Now().Before(until)
 }
 
 func (c *Client) setDown(host string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.down) >= maxSessions {
-		dropOldest(c.down, func(t time.Time) time.Time { return t }, func(time.Time) {})
-	}
-	c.down[host] = time.Now().Add(downTime)
+	c.down.Add(host, time.Now().Add(downTime))
 }

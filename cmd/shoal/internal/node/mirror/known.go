@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/hashicorp/golang-lru/v2/simplelru"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -24,8 +25,15 @@ type blobKey struct {
 // and which blobs are the configs of which manifests. Everything else is a layer.
 type known struct {
 	mu      sync.Mutex
-	tags    map[blobKey]string
-	configs map[blobKey]blockdev.Digest // -> manifest
+	tags    *simplelru.LRU[blobKey, string]
+	configs *simplelru.LRU[blobKey, blockdev.Digest] // -> manifest
+}
+
+func newKnown() *known {
+	k := &known{} // NewLRU fails for a size of 0
+	k.tags, _ = simplelru.NewLRU[blobKey, string](maxKnown, nil)
+	k.configs, _ = simplelru.NewLRU[blobKey, blockdev.Digest](maxKnown, nil)
+	return k
 }
 
 // note takes in a document that a pull was given. manifest reports whether it is
@@ -34,14 +42,8 @@ func (k *known) note(t target, doc *blockdev.Document) (manifest bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	id := blobKey{t.name, doc.Digest}
-	if k.tags == nil || len(k.tags) >= maxKnown {
-		k.tags = map[blobKey]string{}
-	}
-	if k.configs == nil || len(k.configs) >= maxKnown {
-		k.configs = map[blobKey]blockdev.Digest{}
-	}
 	if t.tag != "" {
-		k.tags[id] = t.tag
+		k.tags.Add(id, t.tag)
 	}
 	var m struct {
 		Config    *ocispec.Descriptor  `json:"config"`
@@ -50,10 +52,10 @@ func (k *known) note(t target, doc *blockdev.Document) (manifest bool) {
 	if doc.Data == nil || json.Unmarshal(doc.Data, &m) != nil {
 		return false
 	}
-	if tag, ok := k.tags[id]; ok && len(m.Manifests) <= 256 {
+	if tag, ok := k.tags.Get(id); ok && len(m.Manifests) <= 256 {
 		for _, d := range m.Manifests {
 			if child, err := blockdev.ParseDigest(d.Digest.String()); err == nil {
-				k.tags[blobKey{t.name, child}] = tag
+				k.tags.Add(blobKey{t.name, child}, tag)
 			}
 		}
 	}
@@ -64,7 +66,7 @@ func (k *known) note(t target, doc *blockdev.Document) (manifest bool) {
 	if err != nil {
 		return false
 	}
-	k.configs[blobKey{t.name, config}] = doc.Digest
+	k.configs.Add(blobKey{t.name, config}, doc.Digest)
 	return images.IsConfigType(m.Config.MediaType)
 }
 
@@ -72,15 +74,15 @@ func (k *known) note(t target, doc *blockdev.Document) (manifest bool) {
 func (k *known) config(t target) (manifest blockdev.Digest, ok bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	manifest, ok = k.configs[blobKey{t.name, t.digest}]
-	return manifest, ok
+	return k.configs.Get(blobKey{t.name, t.digest})
 }
 
 // tag is the last one by which a manifest was asked for; empty: by none.
 func (k *known) tag(name string, manifest blockdev.Digest) string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.tags[blobKey{name, manifest}]
+	tag, _ := k.tags.Get(blobKey{name, manifest})
+	return tag
 }
 
 const (

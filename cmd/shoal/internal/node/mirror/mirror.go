@@ -80,8 +80,8 @@ type Mirror struct {
 	pace     time.Duration
 	now      func() time.Time
 	names    []string // hosts that it is asked by; nil: any
-	tokens   tokens
-	known    known
+	tokens   *tokens
+	known    *known
 	health   health
 	requests *prometheus.CounterVec
 }
@@ -89,7 +89,7 @@ type Mirror struct {
 // New returns a Mirror. An error is that of a metric which is there already.
 func New(cfg Config) (*Mirror, error) {
 	m := &Mirror{
-		cfg: cfg, log: cfg.Log, slots: make(chan struct{}, maxRequests), held: make(chan struct{}, maxHeld), pace: pace, now: time.Now,
+		cfg: cfg, log: cfg.Log, tokens: newTokens(), known: newKnown(), slots: make(chan struct{}, maxRequests), held: make(chan struct{}, maxHeld), pace: pace, now: time.Now,
 		health: health{patience: patience, impatience: impatience},
 	}
 	defaults.Log(&m.log)

@@ -332,8 +332,8 @@ func TestTokenForms(t *testing.T) {
 	for i := range maxTokens + 10 {
 		m.tokens.add(grant{name: fmt.Sprint(i)}, time.Now())
 	}
-	if len(m.tokens.m) > maxTokens {
-		t.Errorf("%d tokens are kept", len(m.tokens.m))
+	if m.tokens.m.Len() > maxTokens {
+		t.Errorf("%d tokens are kept", m.tokens.m.Len())
 	}
 }
 

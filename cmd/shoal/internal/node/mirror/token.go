@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/hashicorp/golang-lru/v2/simplelru"
+
 	"github.com/shoalfs/shoal/blockdev"
 )
 
@@ -26,7 +28,12 @@ const (
 // repository of one registry. They are in memory alone.
 type tokens struct {
 	mu sync.Mutex
-	m  map[string]grant
+	m  *simplelru.LRU[string, grant]
+}
+
+func newTokens() *tokens {
+	m, _ := simplelru.NewLRU[string, grant](maxTokens, nil) // fails for a size of 0
+	return &tokens{m: m}
 }
 
 type grant struct {
@@ -40,18 +47,8 @@ func (t *tokens) add(g grant, now time.Time) string {
 	word := rand.Text()
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.m == nil {
-		t.m = map[string]grant{}
-	}
-	if len(t.m) >= maxTokens {
-		for w, old := range t.m {
-			if !now.Before(old.until) || len(t.m) >= maxTokens {
-				delete(t.m, w)
-			}
-		}
-	}
 	g.until = now.Add(tokenLife)
-	t.m[word] = g
+	t.m.Add(word, g)
 	return word
 }
 
@@ -59,9 +56,9 @@ func (t *tokens) add(g grant, now time.Time) string {
 func (t *tokens) find(word string, now time.Time) (grant, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	g, ok := t.m[word]
+	g, ok := t.m.Get(word)
 	if ok && !now.Before(g.until) {
-		delete(t.m, word)
+		t.m.Remove(word)
 		ok = false
 	}
 	return g, ok
