@@ -79,7 +79,7 @@ func (s *Snapshotter) answer(ctx, wait context.Context, p *pull, w want, key, pa
 		s.pulls.refuse(p, true)
 		p.explain.Do(func() {
 			s.refusals.add(w.ref, CauseConfig, err.Error())
-			s.log.Info("image is not lazy, because the config says so; containerd unpacks it", "image", w.ref, "cause", err)
+			s.log.Info("image is not lazy, because the config says so; containerd unpacks it", "image", w.ref, "error", err)
 		})
 		return false, nil
 	case err != nil:
@@ -160,7 +160,7 @@ func (s *Snapshotter) preparer(w want) opener {
 // notLazy writes the one line that says why.
 func (s *Snapshotter) notLazy(w want, c Cause, why string) {
 	s.refusals.add(w.ref, c, why)
-	s.log.Warn("image is not lazy; containerd unpacks it", "image", w.ref, "manifest", w.manifest, "cause", why)
+	s.log.Warn("image is not lazy; containerd unpacks it", "image", w.ref, "manifest", w.manifest, "error", why)
 }
 
 // explainUnlabelled writes that line for an image whose name is not known: once,
@@ -172,7 +172,7 @@ func (s *Snapshotter) explainUnlabelled(w want, parent string, why error) {
 	s.mu.Unlock()
 	if !above {
 		s.refusals.add(w.ref, CauseUnlabelled, why.Error())
-		s.log.Warn("image is not lazy; containerd unpacks it", "image", w.ref, "chain", w.chain, "cause", why)
+		s.log.Warn("image is not lazy; containerd unpacks it", "image", w.ref, "chain", w.chain, "error", why)
 	}
 }
 
@@ -233,7 +233,7 @@ func (s *Snapshotter) waitPrefetch(ctx context.Context, w want, o *openImage, la
 	for _, l := range o.Layers {
 		if err := s.cfg.Data.PrefetchWait(ctx, l.DiffID, nil); err != nil {
 			s.log.Info("the pull does not wait for all bytes of the image; the missing bytes are still being fetched",
-				"image", w.ref, "layer", l.Digest, "cause", err)
+				"image", w.ref, "layer", l.Digest, "error", err)
 			return
 		}
 	}

@@ -146,7 +146,7 @@ func (c *Cache) openNow(id blockdev.Digest) {
 		wait := min(firstReopen<<min(f.failed, 10), lastReopen)
 		f.failed++
 		f.next = time.Now().Add(wait)
-		c.cfg.Log.Error("cannot open a diff; reads of it fail until a later attempt succeeds", "diff", id, "next", wait, "cause", err)
+		c.cfg.Log.Error("cannot open a diff; reads of it fail until a later attempt succeeds", "diff", id, "next", wait, "error", err)
 		return
 	}
 	f.over = true
@@ -183,13 +183,13 @@ func (c *Cache) openDir(id blockdev.Digest) (*Diff, error) {
 	if !errors.Is(err, blockdev.ErrCorrupt) {
 		return d, err
 	}
-	c.cfg.Log.Error("a diff is damaged and is removed; it is fetched again when it is added again", "diff", id, "dir", dir, "cause", err)
+	c.cfg.Log.Error("a diff is damaged and is removed; it is fetched again when it is added again", "diff", id, "dir", dir, "error", err)
 	trash, err := c.discard(dir)
 	if err == nil {
 		err = os.RemoveAll(trash)
 	}
 	if err != nil {
-		c.cfg.Log.Error("cannot remove a damaged diff", "diff", id, "dir", dir, "cause", err)
+		c.cfg.Log.Error("cannot remove a damaged diff", "diff", id, "dir", dir, "error", err)
 	}
 	return nil, nil
 }

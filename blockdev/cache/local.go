@@ -123,7 +123,7 @@ func (d *local) damaged(k int, why error) {
 	}
 	d.c.stats.damaged.Add(1)
 	d.c.cfg.Log.Error("a chunk on this disk is damaged; it is fetched again",
-		"diff", d.id, "chunk", k, "offset", d.tab.Start(k), "bytes", d.tab.Length(k), "file", d.DataPath(), "cause", why)
+		"diff", d.id, "chunk", k, "offset", d.tab.Start(k), "bytes", d.tab.Length(k), "file", d.DataPath(), "error", why)
 	// Durable at once: a power loss between the new bytes and the next sync
 	// would else bring back the old bytes together with their bit.
 	err := d.pres.Persist(d.bitmap, true)
@@ -180,7 +180,7 @@ func (d *local) persist() {
 
 func (d *local) bitmapFailed(err error) {
 	if d.bitmapBad.CompareAndSwap(false, true) {
-		d.c.cfg.Log.Error("cannot write the bitmap of a diff; after a restart some of its chunks are fetched again", "diff", d.id, "cause", err)
+		d.c.cfg.Log.Error("cannot write the bitmap of a diff; after a restart some of its chunks are fetched again", "diff", d.id, "error", err)
 	}
 }
 

@@ -101,7 +101,7 @@ func (d *local) loadBitmap(ix *blockdev.Index) error {
 		err = fmt.Errorf("data file has %d bytes, want %d: %w", size, d.size, blockdev.ErrCorrupt)
 	}
 	if err != nil {
-		d.c.cfg.Log.Warn("cannot tell which chunks of a diff are on disk; each chunk is checked before it is used", "diff", d.id, "dir", d.dir, "cause", err)
+		d.c.cfg.Log.Warn("cannot tell which chunks of a diff are on disk; each chunk is checked before it is used", "diff", d.id, "dir", d.dir, "error", err)
 		d.pres.DoubtAll()
 		h = presence.Header{}
 		// What is checked must be what the disk has, so that the next sync means

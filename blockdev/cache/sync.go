@@ -32,7 +32,7 @@ func (d *local) syncNow() error {
 		err := disk.Sync(d.data)
 		ranges := d.pres.EndSync(err == nil)
 		if err != nil {
-			d.c.cfg.Log.Error("cannot sync a diff; the chunks that were not synced are fetched again", "diff", d.id, "file", d.DataPath(), "cause", err)
+			d.c.cfg.Log.Error("cannot sync a diff; the chunks that were not synced are fetched again", "diff", d.id, "file", d.DataPath(), "error", err)
 		}
 		if perr := d.pres.Persist(d.bitmap, true); perr != nil {
 			d.bitmapFailed(perr)

@@ -89,7 +89,7 @@ func (m *Manager) adoptConnection(left []mount.Info) *connection {
 	}
 	init, err := m.checkConnection(fd, left)
 	if err != nil {
-		m.cfg.Log.Warn("cannot take over the stored FUSE connection; a new one is made", "cause", err)
+		m.cfg.Log.Warn("cannot take over the stored FUSE connection; a new one is made", "error", err)
 		_ = fd.Close() // nothing was written
 		return nil
 	}
@@ -102,7 +102,7 @@ func (m *Manager) widen(init []byte, left []mount.Info) {
 	top, _ := m.fuseMount(left)
 	if err := fusefs.Widen(init, uint32(top.Minor)); err != nil {
 		m.cfg.Log.Warn("the FUSE connection was opened by an earlier version and keeps its limits: if many reads wait for bytes, then all other reads wait, too; a restart of this machine ends this",
-			"cause", err)
+			"error", err)
 	}
 }
 
@@ -115,7 +115,7 @@ func (m *Manager) adoptPending() *os.File {
 		if err == nil {
 			return f
 		}
-		m.cfg.Log.Warn("cannot read the record of pending requests that the last process left; a new record is begun", "cause", err)
+		m.cfg.Log.Warn("cannot read the record of pending requests that the last process left; a new record is begun", "error", err)
 		_ = f.Close() // nothing was written
 	}
 	f, err := m.keepPending()
@@ -175,7 +175,7 @@ func (m *Manager) fuseMount(mounts []mount.Info) (top mount.Info, ok bool) {
 func (m *Manager) resume() error {
 	switch err := m.server.Resume(); {
 	case errors.Is(err, blockdev.ErrUnsupported):
-		m.cfg.Log.Warn("reads that were under way when the last process ended get no answer; restart the containers that hang", "cause", err)
+		m.cfg.Log.Warn("reads that were under way when the last process ended get no answer; restart the containers that hang", "error", err)
 	case err != nil:
 		return err
 	}

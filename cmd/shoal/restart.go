@@ -73,7 +73,7 @@ func listenKept(store *fdstore.Store, name string, s socket, log *slog.Logger) (
 		if err == nil {
 			return ln, nil
 		}
-		log.Warn("cannot take over a stored socket; a new one is made", "socket", name, "cause", err)
+		log.Warn("cannot take over a stored socket; a new one is made", "socket", name, "error", err)
 		// A client that still connects to the old one must not wait for ever.
 		if err := store.Drop(name); err != nil {
 			return nil, err

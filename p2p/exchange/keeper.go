@@ -232,7 +232,7 @@ func (k *keeper) settle(err error) {
 	}
 	k.mu.Unlock()
 	if changed {
-		k.opts.Log.Warn("cannot connect, trying again", "to", k.opts.Name, "peer", k.info.ID, "addr", k.info.Addrs, "err", err)
+		k.opts.Log.Warn("cannot connect, trying again", "to", k.opts.Name, "peer", k.info.ID, "addr", k.info.Addrs, "error", err)
 	}
 }
 

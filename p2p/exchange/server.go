@@ -233,7 +233,7 @@ func (s *Server) handler(serve func(network.Stream) error) network.StreamHandler
 		}
 		if err != nil {
 			_ = st.Reset()
-			s.log.Debug("stream ended", "peer", st.Conn().RemotePeer(), "protocol", st.Protocol(), "err", err)
+			s.log.Debug("stream ended", "peer", st.Conn().RemotePeer(), "protocol", st.Protocol(), "error", err)
 		}
 	}
 }

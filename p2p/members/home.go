@@ -142,7 +142,7 @@ func (n *Node) groupRefused(s *session, id blockdev.Digest, err error) {
 		return
 	}
 	n.metrics.groupsRefused.Inc()
-	n.log.Warn("the supernode does not let this node into an image's group; the image's chunks come from the supernode only", "manifest", id, "peer", s.info.ID, "err", err)
+	n.log.Warn("the supernode does not let this node into an image's group; the image's chunks come from the supernode only", "manifest", id, "peer", s.info.ID, "error", err)
 	g.refused = true
 	g.drop()
 	n.changedLocked()

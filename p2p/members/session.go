@@ -151,7 +151,7 @@ func (s *session) settle(conn network.Conn, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err != nil && s.ctx.Err() == nil && (s.err == nil || s.err.Error() != err.Error()) {
-		s.n.log.Warn("not a member of the supernode, trying again", "peer", s.info.ID, "err", err)
+		s.n.log.Warn("not a member of the supernode, trying again", "peer", s.info.ID, "error", err)
 	}
 	s.joined, s.err = conn, err
 	if s.trying != nil {
@@ -302,7 +302,7 @@ func (s *session) read(st network.Stream, r *bufio.Reader, lease time.Duration) 
 			return toldNo(p.Error.Err())
 		case *wire.MemberEvent_Update:
 			if err := s.n.update(s, p.Update); err != nil {
-				s.n.log.Warn("cannot apply an update of a group; asking for the whole group", "peer", s.info.ID, "err", err)
+				s.n.log.Warn("cannot apply an update of a group; asking for the whole group", "peer", s.info.ID, "error", err)
 				s.want(blockdev.Digest(p.Update.Group), true)
 			}
 		case *wire.MemberEvent_Refusal:

@@ -126,7 +126,7 @@ func (l *List) reloadTokens() {
 	changed, err := l.tokens.reload()
 	if err != nil {
 		l.metrics.tokenErrors.Inc()
-		l.log.Error("cannot read the token file", "err", err)
+		l.log.Error("cannot read the token file", "error", err)
 	}
 	if !changed {
 		return

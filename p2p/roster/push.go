@@ -111,7 +111,7 @@ func (l *List) flushGroup(g *group, now time.Time) {
 
 	failed, err := u.Send()
 	if err != nil {
-		l.log.Error("cannot send the members of an image's group to nodes", "manifest", g.id, "err", err)
+		l.log.Error("cannot send the members of an image's group to nodes", "manifest", g.id, "error", err)
 	}
 	l.metrics.pushes.Add(float64(u.Messages))
 	l.metrics.pushBytes.Add(float64(u.Bytes))

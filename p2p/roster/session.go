@@ -244,7 +244,7 @@ func (l *List) refuse(st network.Stream, m *member, err error) {
 	}
 	l.metrics.refused.WithLabelValues(reason).Inc()
 	if others, say := l.quiet.Say("not let in: "+reason, string(m.id), time.Now()); say {
-		l.log.Warn("node not let in", "node", m.id, "from", m.remote, "err", err, "others", others)
+		l.log.Warn("node not let in", "node", m.id, "from", m.remote, "error", err, "others", others)
 	}
 	b, encErr := wire.AppendMessage(nil, refusalEvent(err))
 	if encErr == nil && st.SetWriteDeadline(time.Now().Add(time.Second)) == nil {
@@ -312,7 +312,7 @@ func (l *List) serveJoin(m *member, s *session, j *wire.GroupJoin) error {
 	}
 	l.metrics.groupsRefused.Inc()
 	if others, say := l.quiet.Say("group", string(m.id), time.Now()); say {
-		l.log.Warn("node not let into an image's group", "node", m.id, "manifest", id, "err", err, "others", others)
+		l.log.Warn("node not let into an image's group", "node", m.id, "manifest", id, "error", err, "others", others)
 	}
 	return s.event(&wire.MemberEvent{Part: &wire.MemberEvent_Refusal{Refusal: &wire.GroupRefusal{Group: id[:], Error: wire.FromError(err)}}})
 }

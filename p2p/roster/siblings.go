@@ -75,7 +75,7 @@ func (l *List) tellSiblings() {
 				l.log.Warn("a supernode of an older version cannot learn of revoked nodes; revoke them there, too", "supernode", id)
 				last[id] = now
 			case l.ctx.Err() == nil:
-				l.log.Debug("cannot exchange revocations; trying again", "supernode", id, "err", err)
+				l.log.Debug("cannot exchange revocations; trying again", "supernode", id, "error", err)
 			}
 		}
 		select {
@@ -125,7 +125,7 @@ func (l *List) serveRevoked(st network.Stream) {
 		err = l.sendRevoked(st)
 	}
 	if err != nil {
-		l.log.Warn("cannot exchange revocations", "supernode", id, "err", err)
+		l.log.Warn("cannot exchange revocations", "supernode", id, "error", err)
 		_ = st.Reset()
 		return
 	}

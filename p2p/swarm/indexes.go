@@ -56,7 +56,7 @@ func (s *Swarm) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*bloc
 			if !errors.Is(ctx.Err(), context.Canceled) { // else nobody waits any more
 				s.book.Judge(string(info.ID), relayOutcome(err), s.now())
 			}
-			s.log.Info("a node did not pass on an image's indexes", "image", req.Ref, "peer", info.ID, "cause", err)
+			s.log.Info("a node did not pass on an image's indexes", "image", req.Ref, "peer", info.ID, "error", err)
 		}
 		return err
 	})

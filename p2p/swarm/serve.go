@@ -34,7 +34,7 @@ type provider struct {
 func (p *provider) Provide(ctx context.Context, q *exchange.Query) (exchange.Answer, error) {
 	if err := p.s.cfg.Groups.Allowed(ctx, q.Group, q.From); err != nil {
 		p.s.metrics.refused.Inc()
-		p.s.log.Debug("a peer asks for chunks of a group that it is not in", "peer", q.From, "group", q.Group, "cause", err)
+		p.s.log.Debug("a peer asks for chunks of a group that it is not in", "peer", q.From, "group", q.Group, "error", err)
 		return nil, fmt.Errorf("not here: %w", blockdev.ErrNotFound)
 	}
 	if !slices.Contains(p.s.cfg.Groups.Groups(q.Diff), q.Group) {

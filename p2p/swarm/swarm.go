@@ -164,7 +164,7 @@ func (s *Swarm) group(diff blockdev.Digest) *group {
 		}
 		t, err := route.NewTable(*v)
 		if err != nil {
-			s.log.Error("cannot use the supernode's list of a group; the image's chunks come from the supernode", "group", id, "cause", err)
+			s.log.Error("cannot use the supernode's list of a group; the image's chunks come from the supernode", "group", id, "error", err)
 			continue
 		}
 		g = &group{Group: route.NewGroup(s.self, t, s.book), id: id, view: v}
@@ -265,9 +265,9 @@ func (s *Swarm) report(g *group, a *route.Ask, t route.Target, o route.Outcome, 
 		return
 	}
 	if o == route.Corrupt {
-		s.log.Error("a peer sent wrong bytes or broke the protocol; it is left out for a while, and other sources are asked", "peer", id, "cause", cause)
+		s.log.Error("a peer sent wrong bytes or broke the protocol; it is left out for a while, and other sources are asked", "peer", id, "error", cause)
 	} else {
-		s.log.Warn("a peer does not answer; it is left out for a while", "peer", id, "cause", cause)
+		s.log.Warn("a peer does not answer; it is left out for a while", "peer", id, "error", cause)
 	}
 }
 

@@ -18,9 +18,9 @@ func (r *Room) Failed(diff blockdev.Digest, err error) error {
 	switch first := r.untilWorks.Swap(worksAfter) == 0; {
 	case !first:
 	case errors.Is(err, blockdev.ErrNoSpace):
-		r.log.Warn("the cache is full; reads go on without it, and fetch their missing bytes again each time", "diff", diff, "cause", err)
+		r.log.Warn("the cache is full; reads go on without it, and fetch their missing bytes again each time", "diff", diff, "error", err)
 	default:
-		r.log.Error("cannot write to the cache; reads go on without it, and fetch their missing bytes again each time", "diff", diff, "cause", err)
+		r.log.Error("cannot write to the cache; reads go on without it, and fetch their missing bytes again each time", "diff", diff, "error", err)
 	}
 	return err
 }

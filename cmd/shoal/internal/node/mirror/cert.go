@@ -61,7 +61,7 @@ func openAuthority(dir, address string, log *slog.Logger, now func() time.Time) 
 		return a, nil
 	}
 	if !errors.Is(err, os.ErrNotExist) {
-		log.Warn("cannot use the mirror's certificate authority; a new one is made", "cause", err)
+		log.Warn("cannot use the mirror's certificate authority; a new one is made", "error", err)
 	}
 	if err := a.make(dir); err != nil {
 		return nil, fmt.Errorf("the mirror's certificate authority: %w", err)
