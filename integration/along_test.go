@@ -23,9 +23,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/integration/lab"
 	"github.com/shoalfs/shoal/integration/report"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/exchange"
 )
 
@@ -120,7 +120,7 @@ func supersite(t *testing.T) *site {
 }
 
 func openImage(ctx context.Context, c *exchange.Client, ref string) error {
-	_, err := c.OpenImage(ctx, blockdev.ImageRequest{Ref: ref})
+	_, err := c.OpenImage(ctx, image.Request{Ref: ref})
 	return err
 }
 

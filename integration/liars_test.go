@@ -16,6 +16,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/integration/lab"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
@@ -82,7 +83,7 @@ func member(t *testing.T, s *site) (*members.Node, libp2p.Host, *exchange.Client
 }
 
 // learn notes the lengths of an image's chunks.
-func (l *liar) learn(im *blockdev.Image) error {
+func (l *liar) learn(im *image.Image) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, layer := range im.Layers {
@@ -104,9 +105,9 @@ func (l *liar) learn(im *blockdev.Image) error {
 func startLiar(t *testing.T, s *site, ref, lie string) *liar {
 	ctx := t.Context()
 	node, h, client := member(t, s)
-	var im *blockdev.Image
+	var im *image.Image
 	noError(t, lab.WaitFor(ctx, "the image's indexes", 20*time.Second, func() (err error) {
-		im, err = client.OpenImage(ctx, blockdev.ImageRequest{Ref: ref})
+		im, err = client.OpenImage(ctx, image.Request{Ref: ref})
 		return err
 	}))
 	l := &liar{lie: lie, lengths: map[blockdev.Digest]uint32{}}
@@ -140,7 +141,7 @@ type lyingSupernode struct {
 }
 
 // OpenImageFor implements exchange.Images.
-func (l *lyingSupernode) OpenImageFor(ctx context.Context, peer string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (l *lyingSupernode) OpenImageFor(ctx context.Context, peer string, req image.Request) (*image.Image, error) {
 	im, err := l.client.OpenImage(ctx, req)
 	if err == nil {
 		err = l.learn(im)

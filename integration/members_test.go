@@ -22,6 +22,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/integration/lab"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
@@ -96,7 +97,7 @@ func TestNoToken(t *testing.T) {
 	chunk := aChunk(t, s.node, diff)
 
 	get := func(c *client, to peer.AddrInfo) map[string]error {
-		index := must(wire.NewIndexRequest(&blockdev.ImageRequest{Ref: ref}))(t)
+		index := must(wire.NewIndexRequest(&image.Request{Ref: ref}))(t)
 		_, indexErr := c.ask(t, to, exchange.IndexProtocol, index)
 		_, chunkErr := c.ask(t, to, exchange.ChunkProtocol, &wire.ChunkRequest{Diff: diff[:], Digests: chunk[:]})
 		group := must(blockdev.ParseDigest(im.Manifest.String()))(t)

@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/reference"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
@@ -37,7 +38,7 @@ const (
 
 // right is a credential that a pull has shown for a manifest.
 type right struct {
-	cred  blockdev.Credential
+	cred  image.Credential
 	until time.Time
 }
 
@@ -47,7 +48,7 @@ type rights struct {
 	m  map[openKey]right
 	// keys are the credentials that have opened images, by repository, for as long
 	// as these need sources.
-	keys map[string]blockdev.Credential
+	keys map[string]image.Credential
 	// unclaimed are repositories whose last image was opened and not asked for; row
 	// is how many there were since one was.
 	unclaimed map[string]struct{}
@@ -59,7 +60,7 @@ type rights struct {
 	distrusts map[string]time.Time
 }
 
-func (r *rights) show(key openKey, cred blockdev.Credential, now time.Time) {
+func (r *rights) show(key openKey, cred image.Credential, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.m == nil {
@@ -76,7 +77,7 @@ func (r *rights) show(key openKey, cred blockdev.Credential, now time.Time) {
 }
 
 // find returns the credential that was shown for an image.
-func (r *rights) find(key openKey, now time.Time) (blockdev.Credential, bool) {
+func (r *rights) find(key openKey, now time.Time) (image.Credential, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	v, ok := r.m[key]
@@ -85,7 +86,7 @@ func (r *rights) find(key openKey, now time.Time) (blockdev.Credential, bool) {
 		ok = false
 	}
 	if !ok {
-		return blockdev.Credential{}, false
+		return image.Credential{}, false
 	}
 	return v.cred, true
 }
@@ -141,19 +142,19 @@ func (r *rights) elsewhere(name string) bool {
 	return before || r.row >= maxUnclaimed
 }
 
-func (r *rights) keep(name string, cred blockdev.Credential) {
-	if cred == (blockdev.Credential{}) {
+func (r *rights) keep(name string, cred image.Credential) {
+	if cred == (image.Credential{}) {
 		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.keys == nil {
-		r.keys = make(map[string]blockdev.Credential)
+		r.keys = make(map[string]image.Credential)
 	}
 	r.keys[name] = cred
 }
 
-func (r *rights) key(name string) (blockdev.Credential, bool) {
+func (r *rights) key(name string) (image.Credential, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	cred, ok := r.keys[name]
@@ -173,13 +174,13 @@ func (r *rights) dropKeys(needed map[string]struct{}) {
 
 // Show implements mirror.Opener: a pull has been given this manifest, or image
 // index, on the word of the registry for this credential. name is host/repository.
-func (s *Snapshotter) Show(name string, manifest blockdev.Digest, cred blockdev.Credential) {
+func (s *Snapshotter) Show(name string, manifest blockdev.Digest, cred image.Credential) {
 	s.rights.show(openKey{name: name, manifest: manifest}, cred, time.Now())
 }
 
 // Begin implements mirror.Opener: it begins to open an image on the word of the
 // registry for this credential, and returns at once.
-func (s *Snapshotter) Begin(name, tag string, manifest blockdev.Digest, cred blockdev.Credential) {
+func (s *Snapshotter) Begin(name, tag string, manifest blockdev.Digest, cred image.Credential) {
 	w, err := aheadOf(name, tag, manifest)
 	if err != nil || s.policy.Load().NotLazy(w.ref) != "" {
 		return
@@ -285,12 +286,12 @@ func (s *Snapshotter) notClaimed(o *opening) {
 // pullCredential is what an image is opened with that a Prepare asks for: what its
 // pull has shown at the mirror. Without that, it is anybody's, unless the config
 // lets pulls use the node's own.
-func (s *Snapshotter) pullCredential(ctx context.Context, w want) (blockdev.Credential, error) {
+func (s *Snapshotter) pullCredential(ctx context.Context, w want) (image.Credential, error) {
 	if cred, ok := s.rights.find(w.key(), time.Now()); ok {
 		return cred, nil
 	}
 	if !s.cfg.NodeCredentials || s.cfg.Credentials == nil {
-		return blockdev.Credential{}, nil
+		return image.Credential{}, nil
 	}
 	cred, err := s.cfg.Credentials.Credential(ctx, w.ref)
 	if err != nil {
@@ -302,16 +303,16 @@ func (s *Snapshotter) pullCredential(ctx context.Context, w want) (blockdev.Cred
 // SourceCredential is what the sources of an image's bytes are asked with that is
 // on this node already: what it was pulled with, and else the node's own. It opens
 // nothing new.
-func (s *Snapshotter) SourceCredential(ctx context.Context, ref string) (blockdev.Credential, error) {
+func (s *Snapshotter) SourceCredential(ctx context.Context, ref string) (image.Credential, error) {
 	spec, err := reference.Parse(ref)
 	if err != nil {
-		return blockdev.Credential{}, fmt.Errorf("image reference %q: %w", ref, err)
+		return image.Credential{}, fmt.Errorf("image reference %q: %w", ref, err)
 	}
 	if cred, ok := s.rights.key(nameOf(spec)); ok {
 		return cred, nil
 	}
 	if s.cfg.Credentials == nil {
-		return blockdev.Credential{}, nil
+		return image.Credential{}, nil
 	}
 	return s.cfg.Credentials.Credential(ctx, ref)
 }

@@ -22,16 +22,17 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
 // private makes a fake supernode's images ones that only cred opens.
-func (f *fakeImages) private(cred blockdev.Credential) { f.set(func() { f.want = &cred }) }
+func (f *fakeImages) private(cred image.Credential) { f.set(func() { f.want = &cred }) }
 
 // repository is host/repository of a test image.
-func repository(img image) string { return img.ref[:strings.LastIndexByte(img.ref, ':')] }
+func repository(img testImage) string { return img.ref[:strings.LastIndexByte(img.ref, ':')] }
 
-var tenant = blockdev.Credential{Username: "tenant", Secret: "secret"}
+var tenant = image.Credential{Username: "tenant", Secret: "secret"}
 
 // A private image is lazy for a pull that has shown a credential at the mirror, by
 // the name that containerd has for it, and unpacked for one that has not; the node's
@@ -40,13 +41,13 @@ func TestPullOfPrivateImage(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		show bool
-		cred blockdev.Credential
+		cred image.Credential
 		node bool
 		lazy bool
 	}{
 		{"right", true, tenant, false, true},
-		{"wrong", true, blockdev.Credential{Username: "x", Secret: "y"}, false, false},
-		{"none", true, blockdev.Credential{}, false, false},
+		{"wrong", true, image.Credential{Username: "x", Secret: "y"}, false, false},
+		{"none", true, image.Credential{}, false, false},
 		{"without the mirror", false, tenant, false, false},
 		{"with the node's", false, tenant, true, true},
 	} {
@@ -78,10 +79,10 @@ func TestPullOfPrivateImage(t *testing.T) {
 }
 
 // always is a node's credential for everything.
-type always blockdev.Credential
+type always image.Credential
 
-func (a always) Credential(context.Context, string) (blockdev.Credential, error) {
-	return blockdev.Credential(a), nil
+func (a always) Credential(context.Context, string) (image.Credential, error) {
+	return image.Credential(a), nil
 }
 
 // Where snapshot annotations are off, a manifest's own reach the snapshotter, and may
@@ -97,7 +98,7 @@ func TestSpoofedReferenceOpensNothing(t *testing.T) {
 	var m ocispec.Manifest
 	check(t, json.Unmarshal(blobs[desc.Digest], &m))
 	delete(blobs, m.Layers[0].Digest) // has no such blob
-	desc = annotate(t, desc, blobs, &image{}, map[string]string{
+	desc = annotate(t, desc, blobs, &testImage{}, map[string]string{
 		snapshotters.TargetRefLabel:            secret.ref,
 		snapshotters.TargetManifestDigestLabel: secret.manifest.String(),
 		snapshotters.TargetLayerDigestLabel:    m.Layers[0].Digest.String(),
@@ -121,7 +122,7 @@ func TestSpoofedReferenceOpensNothing(t *testing.T) {
 		t.Error("the pull went through")
 	}
 	for _, r := range n.images.requests {
-		if r.Credential != (blockdev.Credential{}) {
+		if r.Credential != (image.Credential{}) {
 			t.Errorf("the node opened %s with a credential of its own", r.Ref)
 		}
 	}
@@ -141,7 +142,7 @@ func TestOpenedAhead(t *testing.T) {
 	for _, name := range []string{"lazy", "eager"} {
 		img := newImage("registry.test/"+name+":1", newLayer(t, file(name)))
 		n.images.publish(img)
-		n.Begin("registry.test/"+name, "1", img.manifest, blockdev.Credential{})
+		n.Begin("registry.test/"+name, "1", img.manifest, image.Credential{})
 		if name == "lazy" {
 			ctx, cancel := context.WithTimeout(bg, time.Millisecond)
 			n.Await(ctx, "registry.test/"+name, img.manifest)
@@ -166,7 +167,7 @@ func TestOpenedAhead(t *testing.T) {
 // pull that may have it. A right is gone with the pull that has shown it.
 func TestNamesOfManifests(t *testing.T) {
 	n := newNode(t, func(cfg *Config) {})
-	begin := func(img image, cred blockdev.Credential) {
+	begin := func(img testImage, cred image.Credential) {
 		n.Begin(repository(img), "1", img.manifest, cred)
 		n.Await(bg, repository(img), img.manifest)
 	}
@@ -186,8 +187,8 @@ func TestNamesOfManifests(t *testing.T) {
 	}
 	public := newImage("registry.test/public:1", newLayer(t, file("public")))
 	n.images.publish(public)
-	n.images.private(blockdev.Credential{})
-	begin(public, blockdev.Credential{})
+	n.images.private(image.Credential{})
+	begin(public, image.Credential{})
 	if _, fetched, err := n.pull(bg, public); err != nil || len(fetched) != 0 {
 		t.Errorf("fetched %v, %v: what anybody may have is lazy all the same", fetched, err)
 	}
@@ -209,12 +210,12 @@ func TestNamesOfManifests(t *testing.T) {
 // opened for ever.
 func TestNotClaimed(t *testing.T) {
 	n := newNode(t, func(cfg *Config) { cfg.PullIdle = 10 * time.Millisecond })
-	var last image
+	var last testImage
 	for i := range maxUnclaimed {
 		last = newImage(fmt.Sprintf("registry.test/x%d:1", i), newLayer(t, file(fmt.Sprint(i))))
 		n.images.publish(last)
 		name := fmt.Sprintf("registry.test/x%d", i)
-		n.Begin(name, "1", last.manifest, blockdev.Credential{})
+		n.Begin(name, "1", last.manifest, image.Credential{})
 		n.Await(bg, name, last.manifest)
 		for !n.rights.elsewhere(name) {
 			time.Sleep(time.Millisecond)
@@ -239,7 +240,7 @@ func TestNotClaimed(t *testing.T) {
 // machine alone calls by a name is not asked of another one.
 func TestSourceCredential(t *testing.T) {
 	n := newNode(t, func(cfg *Config) {
-		cfg.Remote, cfg.Credentials = true, always(blockdev.Credential{Username: "node", Secret: "n"})
+		cfg.Remote, cfg.Credentials = true, always(image.Credential{Username: "node", Secret: "n"})
 	})
 	img := newImage("registry.test/x:1", newLayer(t, file("a")))
 	n.images.publish(img)

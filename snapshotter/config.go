@@ -10,6 +10,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/defaults"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
@@ -66,7 +67,7 @@ type Prefetcher interface {
 // Credentials gives the node's credential for the registry host of an image
 // reference. No credential is the zero value and no error.
 type Credentials interface {
-	Credential(ctx context.Context, ref string) (blockdev.Credential, error)
+	Credential(ctx context.Context, ref string) (image.Credential, error)
 }
 
 // Config is what New needs.
@@ -77,7 +78,7 @@ type Config struct {
 	// Data is the data path. It outlives the snapshotter, which does not close it.
 	Data Data
 	// Images is where indexes come from; nil: no image is lazy.
-	Images blockdev.ImageSource
+	Images image.Source
 	// Credentials are the node's own: for KeepImage, and for the sources of images
 	// that are here already; nil: anonymous access only. Pulls show theirs (Begin).
 	Credentials Credentials
@@ -98,7 +99,7 @@ type Config struct {
 	Groups Groups
 	// Platform goes into requests for an image whose manifest the caller does not
 	// name (KeepImage).
-	Platform blockdev.Platform
+	Platform image.Platform
 	// IndexTimeout bounds how long it may take to get the indexes of an image and
 	// to mount its diffs. 0: 5 minutes, since a cold supernode may have to fetch the
 	// whole image first, which is what containerd would do instead. A supernode that

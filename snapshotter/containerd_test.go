@@ -50,7 +50,7 @@ func newContainerd(t testing.TB, s snapshots.Snapshotter) *containerd {
 }
 
 // ociImage is a manifest, its config and its layers, by digest.
-func ociImage(t testing.TB, ref string, layers ...layer) (ocispec.Descriptor, map[digest.Digest][]byte, image) {
+func ociImage(t testing.TB, ref string, layers ...layer) (ocispec.Descriptor, map[digest.Digest][]byte, testImage) {
 	t.Helper()
 	blobs := make(map[digest.Digest][]byte)
 	put := func(mediaType string, v any) ocispec.Descriptor {
@@ -71,7 +71,7 @@ func ociImage(t testing.TB, ref string, layers ...layer) (ocispec.Descriptor, ma
 	}
 	m.Config = put(ocispec.MediaTypeImageConfig, config)
 	desc := put(ocispec.MediaTypeImageManifest, m)
-	return desc, blobs, image{ref: ref, manifest: must(blockdev.ParseDigest(desc.Digest.String()))(t), layers: layers}
+	return desc, blobs, testImage{ref: ref, manifest: must(blockdev.ParseDigest(desc.Digest.String()))(t), layers: layers}
 }
 
 // pull is what containerd's client does. It returns the layers that were fetched.

@@ -10,7 +10,7 @@
 // When containerd is about to unpack a layer it calls Prepare with the label
 // containerd.io/snapshot.ref, the ChainID that the layer will have. The first
 // such call of a pull fetches the indexes of the whole image in one round trip
-// (blockdev.ImageSource), hands them to the data path (Data), which mounts each
+// (image.Source), hands them to the data path (Data), which mounts each
 // diff, and commits the layer as a snapshot that holds nothing but the DiffID.
 // The answer is AlreadyExists, and containerd skips the download.
 //

@@ -24,6 +24,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // layer is a layer's tar and what a supernode would make of it.
@@ -86,23 +87,23 @@ func newLayer(t testing.TB, entries ...*tar.Header) layer {
 	return l
 }
 
-// image is a reference and its layers from the bottom up.
-type image struct {
+// testImage is a reference and its layers from the bottom up.
+type testImage struct {
 	ref      string
 	manifest blockdev.Digest
 	layers   []layer
 }
 
-func newImage(ref string, layers ...layer) image {
+func newImage(ref string, layers ...layer) testImage {
 	h := sha256.New()
 	h.Write([]byte(ref))
 	for _, l := range layers {
 		h.Write(l.digest[:])
 	}
-	return image{ref: ref, manifest: blockdev.Digest(h.Sum(nil)), layers: layers}
+	return testImage{ref: ref, manifest: blockdev.Digest(h.Sum(nil)), layers: layers}
 }
 
-func (i image) chain(n int) string {
+func (i testImage) chain(n int) string {
 	var ids []digest.Digest
 	for _, l := range i.layers[:n+1] {
 		ids = append(ids, digest.Digest(l.diffID.String()))
@@ -111,7 +112,7 @@ func (i image) chain(n int) string {
 }
 
 // labels are those that containerd gives with layer n.
-func (i image) labels(n int) map[string]string {
+func (i testImage) labels(n int) map[string]string {
 	var list []string
 	for _, l := range i.layers[n:] {
 		list = append(list, l.digest.String())
@@ -127,7 +128,7 @@ func (i image) labels(n int) map[string]string {
 
 // pull does what containerd's unpacker does. It returns the name of the top
 // snapshot and which layers had to be fetched.
-func (n *node) pull(ctx context.Context, i image, extra ...string) (top string, fetched []int, err error) {
+func (n *node) pull(ctx context.Context, i testImage, extra ...string) (top string, fetched []int, err error) {
 	for k := range i.layers {
 		labels := i.labels(k)
 		for _, e := range extra {
@@ -362,21 +363,21 @@ func (d *fakeData) set(f func()) {
 // fakeImages is a supernode.
 type fakeImages struct {
 	mu       sync.Mutex
-	images   map[blockdev.Digest]image
-	requests []blockdev.ImageRequest
+	images   map[blockdev.Digest]testImage
+	requests []image.Request
 	err      error
 	// gate, if not nil, is waited for.
 	gate chan struct{}
 	// want, if not nil, is the only credential that opens anything.
-	want *blockdev.Credential
+	want *image.Credential
 	// entered, if not nil, gets a value when a request begins.
 	entered chan struct{}
-	change  func(*blockdev.Image)
+	change  func(*image.Image)
 }
 
-func newFakeImages() *fakeImages { return &fakeImages{images: make(map[blockdev.Digest]image)} }
+func newFakeImages() *fakeImages { return &fakeImages{images: make(map[blockdev.Digest]testImage)} }
 
-func (f *fakeImages) publish(list ...image) {
+func (f *fakeImages) publish(list ...testImage) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, i := range list {
@@ -384,7 +385,7 @@ func (f *fakeImages) publish(list ...image) {
 	}
 }
 
-func (f *fakeImages) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (f *fakeImages) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
 	f.mu.Lock()
 	f.requests = append(f.requests, req)
 	gate, err, change, want := f.gate, f.err, f.change, f.want
@@ -419,9 +420,9 @@ func (f *fakeImages) OpenImage(ctx context.Context, req blockdev.ImageRequest) (
 	if !ok {
 		return nil, fmt.Errorf("image %s: %w", req.Ref, blockdev.ErrNotFound)
 	}
-	img := &blockdev.Image{Ref: req.Ref, Manifest: i.manifest}
+	img := &image.Image{Ref: req.Ref, Manifest: i.manifest}
 	for _, l := range i.layers {
-		out := blockdev.Layer{Digest: l.digest, Size: int64(len(l.tar)), DiffID: l.diffID, Index: l.index}
+		out := image.Layer{Digest: l.digest, Size: int64(len(l.tar)), DiffID: l.diffID, Index: l.index}
 		if slices.Contains(req.Have, l.digest) {
 			out.Index = nil
 		}

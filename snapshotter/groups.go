@@ -10,7 +10,7 @@ import (
 // their chunks. Its methods return at once.
 type Groups interface {
 	// Join: the image with this manifest is here. It is called again when the
-	// indexes have been fetched again. grant is blockdev.Image.Grant.
+	// indexes have been fetched again. grant is image.Image.Grant.
 	Join(manifest blockdev.Digest, diffs []blockdev.Digest, grant []byte)
 	// Leave: it is not any more. It may not have been joined.
 	Leave(manifest blockdev.Digest)

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // fakeGroups keeps what it was told.
@@ -45,8 +46,8 @@ func TestGroups(t *testing.T) {
 	shared := newLayer(t, file("shared"))
 	a := newImage("registry.test/a:1", shared, newLayer(t, file("a")))
 	b := newImage("registry.test/b:1", shared, newLayer(t, file("b")))
-	n.images.change = func(img *blockdev.Image) { img.Grant = []byte("granted") }
-	for _, img := range []image{a, b} {
+	n.images.change = func(img *image.Image) { img.Grant = []byte("granted") }
+	for _, img := range []testImage{a, b} {
 		n.images.publish(img)
 		_, _, err := n.pull(bg, img)
 		check(t, err)
@@ -101,7 +102,7 @@ func TestPulledWhileCleaningUp(t *testing.T) {
 	g := &slowLeave{slow: a.manifest, begun: make(chan struct{}), through: make(chan struct{})}
 	n := newNode(t, func(c *Config) { c.Groups = g })
 	n.images.publish(a, b)
-	for _, img := range []image{a, b} {
+	for _, img := range []testImage{a, b} {
 		top, _, err := n.pull(bg, img)
 		check(t, err)
 		check(t, n.Remove(bg, top))

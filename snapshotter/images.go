@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // Layer is one layer of an image on this node.
@@ -84,13 +85,13 @@ func walkChains(ctx context.Context, chains map[string]struct{}) error {
 // prefetched: it adds and mounts all of its diffs, and keeps them until the image
 // has been pulled, or is released, also across restarts. An image that is on this
 // node as a lazy one already is not kept: its snapshots do that. A zero manifest is
-// what ref names now. Errors are those of blockdev.ImageSource.
+// what ref names now. Errors are those of image.Source.
 func (s *Snapshotter) KeepImage(ctx context.Context, ref string, manifest blockdev.Digest) (Image, error) {
 	spec, err := reference.Parse(ref)
 	if err != nil {
 		return Image{}, fmt.Errorf("image reference %q: %w", ref, err)
 	}
-	var cred blockdev.Credential
+	var cred image.Credential
 	if s.cfg.Credentials != nil {
 		if cred, err = s.cfg.Credentials.Credential(ctx, ref); err != nil {
 			return Image{}, fmt.Errorf("credential for %s: %w", spec.Hostname(), err)

@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // errClosing is for those who wait when the snapshotter ends.
@@ -142,7 +143,7 @@ func (s *Snapshotter) rename(p *pull, o *openImage, ref string) (err error) {
 }
 
 // opener is what opens the wanted image on the word of a credential.
-func (s *Snapshotter) opener(w want, cred blockdev.Credential) opener {
+func (s *Snapshotter) opener(w want, cred image.Credential) opener {
 	return opener{cred: cred, open: func(ctx context.Context) (*openImage, error) { return s.open(ctx, w, cred) }}
 }
 

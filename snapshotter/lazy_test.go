@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // three layers: the upper ones change, hide and add.
@@ -121,35 +122,35 @@ func TestFallback(t *testing.T) {
 	bad := errors.New("boom")
 	for _, c := range []struct {
 		name  string
-		set   func(*node, image)
+		set   func(*node, testImage)
 		cause string
 		want  func(map[string]string) // changes the labels
 	}{
-		{"unavailable", func(n *node, _ image) { n.images.err = blockdev.ErrUnavailable }, "no supernode answers", nil},
-		{"registry unavailable", func(n *node, _ image) {
+		{"unavailable", func(n *node, _ testImage) { n.images.err = blockdev.ErrUnavailable }, "no supernode answers", nil},
+		{"registry unavailable", func(n *node, _ testImage) {
 			n.images.err = fmt.Errorf("supernode: %w", supernodeSays("registry r.example: HTTP 503"))
 		}, "it is not available now: image registry.test/bad:1: supernode: registry r.example: HTTP 503", nil},
-		{"unauthorized", func(n *node, _ image) { n.images.err = blockdev.ErrUnauthorized }, "credential", nil},
-		{"unsupported", func(n *node, _ image) { n.images.err = blockdev.ErrUnsupported }, "cannot be served lazily", nil},
-		{"add", func(n *node, _ image) { n.data.addErr = blockdev.ErrNoSpace }, "no space left", nil},
-		{"mount", func(n *node, i image) { n.data.mountErr[i.layers[1].diffID] = bad }, "boom", nil},
-		{"no layers", func(n *node, _ image) {
-			n.images.change = func(i *blockdev.Image) { i.Layers = nil }
+		{"unauthorized", func(n *node, _ testImage) { n.images.err = blockdev.ErrUnauthorized }, "credential", nil},
+		{"unsupported", func(n *node, _ testImage) { n.images.err = blockdev.ErrUnsupported }, "cannot be served lazily", nil},
+		{"add", func(n *node, _ testImage) { n.data.addErr = blockdev.ErrNoSpace }, "no space left", nil},
+		{"mount", func(n *node, i testImage) { n.data.mountErr[i.layers[1].diffID] = bad }, "boom", nil},
+		{"no layers", func(n *node, _ testImage) {
+			n.images.change = func(i *image.Image) { i.Layers = nil }
 		}, "0 layers", nil},
-		{"other diff", func(n *node, _ image) {
-			n.images.change = func(i *blockdev.Image) { i.Layers[2].DiffID[0]++ }
+		{"other diff", func(n *node, _ testImage) {
+			n.images.change = func(i *image.Image) { i.Layers[2].DiffID[0]++ }
 		}, "index of diff", nil},
-		{"other chain", func(n *node, _ image) {
-			n.images.change = func(i *blockdev.Image) {
+		{"other chain", func(n *node, _ testImage) {
+			n.images.change = func(i *image.Image) {
 				i.Layers[0].DiffID, i.Layers[1].DiffID = i.Layers[1].DiffID, i.Layers[0].DiffID
 				i.Layers[0].Index, i.Layers[1].Index = i.Layers[1].Index, i.Layers[0].Index
 			}
 		}, "image config", nil},
-		{"missing index", func(n *node, _ image) {
-			n.images.change = func(i *blockdev.Image) { i.Layers[2].Index = nil }
+		{"missing index", func(n *node, _ testImage) {
+			n.images.change = func(i *image.Image) { i.Layers[2].Index = nil }
 		}, "without an index", nil},
-		{"garbage", func(n *node, _ image) {
-			n.images.change = func(i *blockdev.Image) { i.Layers[2].Index = []byte("garbage") }
+		{"garbage", func(n *node, _ testImage) {
+			n.images.change = func(i *image.Image) { i.Layers[2].Index = []byte("garbage") }
 		}, "decode index", nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -430,7 +431,7 @@ func TestStartupProfiles(t *testing.T) {
 	img := newImage("docker.io/library/app:1", layers[0], layers[1], layers[1], layers[2])
 	n.images.publish(img)
 	p := blockdev.Profile{{Chunk: 0, Rank: 3}}
-	n.images.change = func(i *blockdev.Image) {
+	n.images.change = func(i *image.Image) {
 		i.Layers[1].Profile, i.Layers[2].Profile = p, p
 	}
 	if _, _, err := n.pull(t.Context(), img); err != nil {

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
@@ -42,7 +43,7 @@ func (r refused) Error() string { return string(r) }
 
 // open gets the indexes of the wanted image and mounts its diffs. On an error
 // nothing is held, and the diffs that were added are unused.
-func (s *Snapshotter) open(ctx context.Context, w want, cred blockdev.Credential) (_ *openImage, err error) {
+func (s *Snapshotter) open(ctx context.Context, w want, cred image.Credential) (_ *openImage, err error) {
 	if why := s.policy.Load().NotLazy(w.ref); why != "" {
 		return nil, refused(why)
 	}
@@ -52,7 +53,7 @@ func (s *Snapshotter) open(ctx context.Context, w want, cred blockdev.Credential
 	if why := s.local(w); why != "" {
 		return nil, refused(why)
 	}
-	req := blockdev.ImageRequest{Ref: w.ref, Manifest: w.manifest, Platform: s.cfg.Platform, Relay: true, Credential: cred}
+	req := image.Request{Ref: w.ref, Manifest: w.manifest, Platform: s.cfg.Platform, Relay: true, Credential: cred}
 	have, releaseHave, err := s.have(ctx, w)
 	if err != nil {
 		return nil, err
@@ -77,7 +78,7 @@ func (s *Snapshotter) open(ctx context.Context, w want, cred blockdev.Credential
 	if err := s.add(ctx, o, img); err != nil {
 		return nil, err
 	}
-	o.private = cred != (blockdev.Credential{})
+	o.private = cred != (image.Credential{})
 	s.rights.keep(w.name, cred)
 	if s.policy.Load().Prefetch(w.ref) != policy.None {
 		s.fetchStartup(img)
@@ -90,7 +91,7 @@ func (s *Snapshotter) open(ctx context.Context, w want, cred blockdev.Credential
 // indexes gets an image once there is room for its indexes. How much that takes the
 // supernode says first; a request that finds no room ends, so that it holds nothing at
 // the supernode while it waits, and is sent again.
-func (s *Snapshotter) indexes(ctx context.Context, req blockdev.ImageRequest, at *place) (*blockdev.Image, error) {
+func (s *Snapshotter) indexes(ctx context.Context, req image.Request, at *place) (*image.Image, error) {
 	req.Admit = at.admit
 	for {
 		img, err := s.cfg.Images.OpenImage(ctx, req)
@@ -133,7 +134,7 @@ func (s *Snapshotter) have(ctx context.Context, w want) (map[blockdev.Digest]blo
 
 // check refuses an image that is not what was asked for, or that cannot be proven
 // to be it. Everything in img comes from another machine.
-func (s *Snapshotter) check(w want, img *blockdev.Image, have map[blockdev.Digest]blockdev.Digest) (*openImage, error) {
+func (s *Snapshotter) check(w want, img *image.Image, have map[blockdev.Digest]blockdev.Digest) (*openImage, error) {
 	if n := len(img.Layers); n == 0 || n > maxLayers {
 		return nil, fmt.Errorf("image has %d layers, 1 to %d can be mounted: %w", n, maxLayers, blockdev.ErrUnsupported)
 	}
@@ -158,7 +159,7 @@ func (s *Snapshotter) check(w want, img *blockdev.Image, have map[blockdev.Diges
 }
 
 // add hands the image's indexes to the data path and mounts all of its diffs.
-func (s *Snapshotter) add(ctx context.Context, o *openImage, img *blockdev.Image) (err error) {
+func (s *Snapshotter) add(ctx context.Context, o *openImage, img *image.Image) (err error) {
 	// A layer can occur twice in an image.
 	indexes := make(map[blockdev.Digest][]byte)
 	var ids []blockdev.Digest
@@ -226,10 +227,10 @@ func (s *Snapshotter) add(ctx context.Context, o *openImage, img *blockdev.Image
 
 // fetchStartup has the data path fetch, from now on and not when the container
 // begins to wait for it, what earlier starts of the image have read.
-func (s *Snapshotter) fetchStartup(img *blockdev.Image) {
+func (s *Snapshotter) fetchStartup(img *image.Image) {
 	var profiles []blockdev.DiffProfile
 	for i, l := range img.Layers {
-		again := slices.ContainsFunc(img.Layers[:i], func(o blockdev.Layer) bool { return o.DiffID == l.DiffID })
+		again := slices.ContainsFunc(img.Layers[:i], func(o image.Layer) bool { return o.DiffID == l.DiffID })
 		if len(l.Profile) > 0 && !again {
 			profiles = append(profiles, blockdev.DiffProfile{Diff: l.DiffID, Profile: l.Profile})
 		}

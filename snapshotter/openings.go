@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // openKey tells openings apart: by repository and manifest, or by the reference
@@ -25,7 +26,7 @@ type opening struct {
 	cancel context.CancelFunc
 	image  *openImage
 	err    error
-	cred   blockdev.Credential // with which it is opened
+	cred   image.Credential // with which it is opened
 	// ahead: it was begun before the first Prepare, so that its failure counts for
 	// failureTTL.
 	ahead bool
@@ -38,7 +39,7 @@ type opening struct {
 
 // opener opens an image.
 type opener struct {
-	cred blockdev.Credential // what it does so with
+	cred image.Credential // what it does so with
 	open func(context.Context) (*openImage, error)
 }
 
@@ -124,10 +125,10 @@ func (os *openings) startLocked(key openKey, ahead bool, open opener) *opening {
 	os.m[key] = o
 	os.flights.Go(func() {
 		defer cancel()
-		image, err := open.open(ctx)
+		img, err := open.open(ctx)
 		os.mu.Lock()
 		defer os.mu.Unlock()
-		o.image, o.err = image, err
+		o.image, o.err = img, err
 		close(o.done)
 		switch {
 		case err != nil && !ahead:

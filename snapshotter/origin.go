@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // Origin is where a diff came from: a layer of an image on this node.
@@ -58,7 +59,7 @@ type rewarming struct {
 // Rewarm has the supernode get a diff again that it has lost or evicted, by opening
 // an image that has it. Callers at the same time share one attempt, which goes on
 // when they leave, and its outcome counts for a moment. Errors are those of
-// blockdev.ImageSource.
+// image.Source.
 func (s *Snapshotter) Rewarm(ctx context.Context, diff blockdev.Digest) error {
 	found, err := s.Origins(diff)
 	if err != nil {
@@ -124,7 +125,7 @@ func (s *Snapshotter) startRewarm(o Origin) *rewarming {
 func (s *Snapshotter) rewarm(o Origin) error {
 	ctx, cancel := context.WithTimeout(s.base, s.cfg.IndexTimeout)
 	defer cancel()
-	req := blockdev.ImageRequest{Ref: o.Ref, Manifest: o.Manifest, Platform: s.cfg.Platform}
+	req := image.Request{Ref: o.Ref, Manifest: o.Manifest, Platform: s.cfg.Platform}
 	var err error
 	if req.Credential, err = s.SourceCredential(ctx, o.Ref); err != nil {
 		return err

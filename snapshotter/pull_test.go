@@ -314,7 +314,7 @@ func TestKeep(t *testing.T) {
 // is pulled, or pinned.
 func TestEvict(t *testing.T) {
 	n := newNode(t)
-	var imgs []image
+	var imgs []testImage
 	for _, name := range []string{"pulled", "old", "pinned", "young"} {
 		img := newImage("registry.test/"+name+":1", newLayer(t, file(name)))
 		n.images.publish(img)

@@ -43,7 +43,7 @@ type imageRecord struct {
 	Opened   time.Time       `json:"opened"`
 	Top      string          `json:"top"` // ChainID of the top layer
 	Layers   []Layer         `json:"layers"`
-	// Grant is blockdev.Image.Grant.
+	// Grant is image.Image.Grant.
 	Grant []byte `json:"grant,omitempty"`
 	// Kept: KeepImage holds it.
 	Kept bool `json:"kept,omitempty"`

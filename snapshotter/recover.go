@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // recovery is one attempt to get the index of a lost diff again.
@@ -95,7 +96,7 @@ func (s *Snapshotter) recover(ctx context.Context, id blockdev.Digest) error {
 }
 
 func (s *Snapshotter) reopen(ctx context.Context, rec imageRecord, id blockdev.Digest) error {
-	req := blockdev.ImageRequest{Ref: rec.Ref, Manifest: rec.Manifest, Platform: s.cfg.Platform}
+	req := image.Request{Ref: rec.Ref, Manifest: rec.Manifest, Platform: s.cfg.Platform}
 	var err error
 	if req.Credential, err = s.SourceCredential(ctx, rec.Ref); err != nil {
 		return err

@@ -20,7 +20,7 @@ func TestRefusals(t *testing.T) {
 	app := newImage("registry.test/app:1", threeLayers(t)...)
 	gone := newImage("registry.test/gone:1", newLayer(t, file("g")))
 	n.images.publish(never)
-	for _, img := range []image{never, app, gone} {
+	for _, img := range []testImage{never, app, gone} {
 		_, fetched, err := n.pull(bg, img)
 		check(t, err)
 		if len(fetched) == 0 {

@@ -54,7 +54,7 @@ type place struct {
 	want int64 // what there was no room for
 }
 
-// admit is blockdev.ImageRequest.Admit.
+// admit is image.Request.Admit.
 func (p *place) admit(n int64) error {
 	if n <= p.held {
 		return nil

@@ -9,7 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // slowIndexes is a supernode whose images have indexes of these sizes, in bytes: it
@@ -25,7 +25,7 @@ type slowIndexes struct {
 	beside int64 // the most that came beside "huge"
 }
 
-func (s *slowIndexes) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (s *slowIndexes) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
 	s.count(func() { s.asked[req.Ref]++ })
 	for _, n := range s.sizes[req.Ref] {
 		if err := req.Admit(n); err != nil {
@@ -45,7 +45,7 @@ func (s *slowIndexes) OpenImage(ctx context.Context, req blockdev.ImageRequest) 
 		s.gone(req.Ref)
 	}
 	s.count(func() { s.sent[req.Ref] = s.sizes[req.Ref][len(s.sizes[req.Ref])-1] })
-	return &blockdev.Image{Ref: req.Ref}, nil
+	return &image.Image{Ref: req.Ref}, nil
 }
 
 func (s *slowIndexes) gone(ref string) { s.count(func() { delete(s.sent, ref) }) }
@@ -70,7 +70,7 @@ func pullIndexes(s *Snapshotter, ref string) error {
 	defer cancel()
 	at := place{room: s.room}
 	defer at.leave()
-	_, err := s.indexes(ctx, blockdev.ImageRequest{Ref: ref}, &at)
+	_, err := s.indexes(ctx, image.Request{Ref: ref}, &at)
 	if err == nil {
 		time.Sleep(time.Second) // it is added
 		s.cfg.Images.(*slowIndexes).gone(ref)
@@ -150,7 +150,7 @@ func TestIndexRoomHangs(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		left := place{room: s.room}
-		if _, err := s.indexes(ctx, blockdev.ImageRequest{Ref: "large"}, &left); !errors.Is(err, context.DeadlineExceeded) || left.held != 0 {
+		if _, err := s.indexes(ctx, image.Request{Ref: "large"}, &left); !errors.Is(err, context.DeadlineExceeded) || left.held != 0 {
 			t.Errorf("left: %v, holds %d", err, left.held)
 		}
 		if err := pullIndexes(s, "large"); err != nil {

@@ -58,7 +58,7 @@ func newHangingNode(t *testing.T) (*node, *hangingData) {
 }
 
 // annotate makes a manifest whose layers' descriptors carry annotations.
-func annotate(t *testing.T, desc ocispec.Descriptor, blobs map[digest.Digest][]byte, img *image, annotations map[string]string) ocispec.Descriptor {
+func annotate(t *testing.T, desc ocispec.Descriptor, blobs map[digest.Digest][]byte, img *testImage, annotations map[string]string) ocispec.Descriptor {
 	var m ocispec.Manifest
 	check(t, json.Unmarshal(blobs[desc.Digest], &m))
 	for i := range m.Layers {

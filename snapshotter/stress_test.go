@@ -21,7 +21,7 @@ func TestStress(t *testing.T) {
 	n := newNode(t)
 	ls := threeLayers(t)
 	other := newLayer(t, dir("opt", 0o755), file("opt/tool"))
-	images := []image{
+	images := []testImage{
 		newImage("registry.test/a:1", ls...),
 		newImage("registry.test/b:1", other, ls[1], ls[2]),
 		newImage("registry.test/c:1", ls[0], other),

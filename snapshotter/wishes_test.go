@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
@@ -176,7 +177,7 @@ func TestModes(t *testing.T) {
 	n := newNode(t, withRules(t, policy.Rules{Prefetch: map[string]policy.Mode{
 		"registry.test/startup": policy.Startup, "registry.test/none": policy.None,
 	}}))
-	n.images.change = func(img *blockdev.Image) {
+	n.images.change = func(img *image.Image) {
 		img.Layers[0].Profile = blockdev.Profile{{Chunk: 0, Rank: 0}}
 	}
 	for name, want := range map[string]struct{ startup, all int }{"all": {1, 1}, "startup": {1, 0}, "none": {0, 0}} {

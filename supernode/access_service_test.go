@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
@@ -29,7 +30,7 @@ func TestPrivate(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantImage(t, s, img, l)
-		for _, c := range []blockdev.Credential{nobody, {Username: alice.Username, Secret: "guess"}} {
+		for _, c := range []image.Credential{nobody, {Username: alice.Username, Secret: "guess"}} {
 			_, err = s.OpenImageFor(t.Context(), "q", request(f.Target, "private/app:v1", c))
 			wantErr(t, err, blockdev.ErrUnauthorized)
 		}
@@ -60,7 +61,7 @@ func TestExpiredCredentialForPublic(t *testing.T) {
 	l := registrytest.GzipLayer(t, "a", 1000, 1)
 	f.Push(t, "app", "v1", l)
 	f.SetAuth(registrytest.Bearer, users, func(string, string) bool { return true })
-	img, err := start(t).OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", blockdev.Credential{Username: "alice", Secret: "expired"}))
+	img, err := start(t).OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", image.Credential{Username: "alice", Secret: "expired"}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -119,12 +120,12 @@ func TestOrigins(t *testing.T) {
 		s := start(t, at(dir))
 		for range 2 {
 			other.Forget()
-			var stages []blockdev.Stage
-			err := warm(t, s, request(other.Target, "bait:v1", nobody), func(p blockdev.Progress) { stages = append(stages, p.Stage) })
+			var stages []image.Stage
+			err := warm(t, s, request(other.Target, "bait:v1", nobody), func(p image.Progress) { stages = append(stages, p.Stage) })
 			if err != nil {
 				t.Fatal(err)
 			}
-			if last := stages[len(stages)-1]; last != blockdev.StageStored {
+			if last := stages[len(stages)-1]; last != image.StageStored {
 				t.Errorf("stages %v", stages)
 			}
 		}

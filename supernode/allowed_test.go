@@ -6,6 +6,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/pattern"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
@@ -32,7 +33,7 @@ func TestAllowed(t *testing.T) {
 	_, err = s.OpenImageFor(t.Context(), "p", req)
 	wantErr(t, err, registry.ErrNotAllowed, f.Host+"/team/app", "registry.allowed")
 	wantErr(t, err, blockdev.ErrUnauthorized)
-	_, err = s.DocumentFor(t.Context(), "p", blockdev.DocumentRequest{Ref: req.Ref})
+	_, err = s.DocumentFor(t.Context(), "p", image.DocumentRequest{Ref: req.Ref})
 	wantErr(t, err, registry.ErrNotAllowed, f.Host+"/team/app")
 	if n := f.Requests(); len(n) != 0 {
 		t.Errorf("the registry was asked: %v", n)

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 	"github.com/shoalfs/shoal/supernode/layers"
 )
@@ -122,7 +123,7 @@ func TestSlowRegistryTakesNobodyAlong(t *testing.T) {
 // stuckHolder does not answer.
 type stuckHolder struct{ asked func() }
 
-func (h stuckHolder) OpenImage(ctx context.Context, _ blockdev.ImageRequest) (*blockdev.Image, error) {
+func (h stuckHolder) OpenImage(ctx context.Context, _ image.Request) (*image.Image, error) {
 	h.asked()
 	<-ctx.Done()
 	return nil, ctx.Err()

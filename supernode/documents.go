@@ -3,13 +3,13 @@ package supernode
 import (
 	"context"
 
-	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 )
 
-// DocumentFor is blockdev.DocumentSource's Document on behalf of a peer. It asks
+// DocumentFor is image.DocumentSource's Document on behalf of a peer. It asks
 // the registry for what is not known yet.
-func (s *Supernode) DocumentFor(ctx context.Context, peer string, req blockdev.DocumentRequest) (doc *blockdev.Document, err error) {
+func (s *Supernode) DocumentFor(ctx context.Context, peer string, req image.DocumentRequest) (doc *image.Document, err error) {
 	err = s.requests.do(ctx, req.Ref, func(ctx context.Context) error {
 		doc, err = s.document(ctx, peer, req)
 		return err
@@ -21,13 +21,13 @@ func (s *Supernode) DocumentFor(ctx context.Context, peer string, req blockdev.D
 	return doc, nil
 }
 
-// Document implements blockdev.DocumentSource for the process that the supernode
+// Document implements image.DocumentSource for the process that the supernode
 // lives in.
-func (s *Supernode) Document(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+func (s *Supernode) Document(ctx context.Context, req image.DocumentRequest) (*image.Document, error) {
 	return s.DocumentFor(ctx, "", req)
 }
 
-func (s *Supernode) document(ctx context.Context, peer string, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+func (s *Supernode) document(ctx context.Context, peer string, req image.DocumentRequest) (*image.Document, error) {
 	ref, err := registry.ParseReference(req.Ref)
 	if err != nil {
 		return nil, err
@@ -35,7 +35,7 @@ func (s *Supernode) document(ctx context.Context, peer string, req blockdev.Docu
 	if err := s.registry.Allowed(ref); err != nil {
 		return nil, err
 	}
-	if req.Kind == blockdev.Config {
+	if req.Kind == image.ConfigDocument {
 		// Looked for first: a layer's digest must not make a request to the
 		// registry out of each of a thousand nodes' mistakes.
 		head := req
@@ -44,12 +44,12 @@ func (s *Supernode) document(ctx context.Context, peer string, req blockdev.Docu
 			return nil, err
 		}
 	}
-	v, err := s.access.Allow(ctx, peer, ref, blockdev.ImageRequest{Ref: req.Ref, Credential: req.Credential})
+	v, err := s.access.Allow(ctx, peer, ref, image.Request{Ref: req.Ref, Credential: req.Credential})
 	if err != nil {
 		return nil, err
 	}
-	var doc *blockdev.Document
-	err = v.Try(req.Credential, func(c blockdev.Credential) (err error) {
+	var doc *image.Document
+	err = v.Try(req.Credential, func(c image.Credential) (err error) {
 		req.Credential = c
 		doc, err = s.registry.Document(ctx, req)
 		return err

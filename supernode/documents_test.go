@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
@@ -21,11 +22,11 @@ func TestDocumentAccess(t *testing.T) {
 	f.SetAuth(registrytest.Bearer, users, onlyAliceReads)
 	s := start(t)
 	name := f.Host + "/private/app"
-	refs := []blockdev.DocumentRequest{
-		{Ref: name + ":v1"}, {Ref: name + "@" + id.String()}, {Ref: name + "@" + config.String(), Kind: blockdev.Config},
+	refs := []image.DocumentRequest{
+		{Ref: name + ":v1"}, {Ref: name + "@" + id.String()}, {Ref: name + "@" + config.String(), Kind: image.ConfigDocument},
 	}
-	stranger := blockdev.Credential{Username: alice.Username, Secret: "guess"}
-	get := func(peer string, req blockdev.DocumentRequest, c blockdev.Credential) error {
+	stranger := image.Credential{Username: alice.Username, Secret: "guess"}
+	get := func(peer string, req image.DocumentRequest, c image.Credential) error {
 		req.Credential = c
 		_, err := s.DocumentFor(t.Context(), peer, req)
 		return err
@@ -37,7 +38,7 @@ func TestDocumentAccess(t *testing.T) {
 		}
 	}
 	for _, req := range refs {
-		for _, c := range []blockdev.Credential{nobody, stranger} {
+		for _, c := range []image.Credential{nobody, stranger} {
 			wantErr(t, get("q", req, c), blockdev.ErrUnauthorized)
 		}
 	}
@@ -54,11 +55,11 @@ func TestDocumentAccess(t *testing.T) {
 		t.Errorf("within the window the registry was asked %v", got)
 	}
 	// A layer's digest is no config, and makes nobody ask.
-	wantErr(t, get("p", blockdev.DocumentRequest{Ref: name + "@" + blockdev.Sum(layer.Blob).String(), Kind: blockdev.Config}, alice), blockdev.ErrNotFound)
+	wantErr(t, get("p", image.DocumentRequest{Ref: name + "@" + blockdev.Sum(layer.Blob).String(), Kind: image.ConfigDocument}, alice), blockdev.ErrNotFound)
 	if got := f.Requests(); len(got) != 0 {
 		t.Errorf("for a layer the registry was asked %v", got)
 	}
-	wantErr(t, get("p", blockdev.DocumentRequest{Ref: "no reference"}, alice), blockdev.ErrNotFound)
+	wantErr(t, get("p", image.DocumentRequest{Ref: "no reference"}, alice), blockdev.ErrNotFound)
 }
 
 // TestDocumentAfterExpiry: when the window is over a config is asked about as a
@@ -70,10 +71,10 @@ func TestDocumentAfterExpiry(t *testing.T) {
 	config := blockdev.Sum(registrytest.Config(t, registrytest.Platform{OS: "linux", Architecture: "amd64"}, layer))
 	f.SetAuth(registrytest.Basic, users, onlyAliceReads)
 	s := start(t, func(c *Config) { c.AccessTTL = time.Nanosecond })
-	if _, err := s.DocumentFor(t.Context(), "p", blockdev.DocumentRequest{Ref: f.Host + "/private/app:v1", Credential: alice}); err != nil {
+	if _, err := s.DocumentFor(t.Context(), "p", image.DocumentRequest{Ref: f.Host + "/private/app:v1", Credential: alice}); err != nil {
 		t.Fatal(err)
 	}
-	req := blockdev.DocumentRequest{Ref: f.Host + "/private/app@" + config.String(), Kind: blockdev.Config, Credential: alice}
+	req := image.DocumentRequest{Ref: f.Host + "/private/app@" + config.String(), Kind: image.ConfigDocument, Credential: alice}
 	if _, err := s.DocumentFor(t.Context(), "p", req); err != nil {
 		t.Error(err)
 	}
@@ -104,9 +105,9 @@ func TestDocumentsOfPrefetchedImage(t *testing.T) {
 	f.Close()
 	s = start(t, at(dir))
 	var wg sync.WaitGroup
-	for _, req := range []blockdev.DocumentRequest{
+	for _, req := range []image.DocumentRequest{
 		{Ref: f.Host + "/app:multi", Head: true}, {Ref: f.Host + "/app:multi"}, {Ref: f.Host + "/app@" + indexID.String()},
-		{Ref: f.Host + "/app@" + id.String()}, {Ref: f.Host + "/app@" + config.String(), Kind: blockdev.Config},
+		{Ref: f.Host + "/app@" + id.String()}, {Ref: f.Host + "/app@" + config.String(), Kind: image.ConfigDocument},
 	} {
 		wg.Go(func() {
 			if _, err := s.DocumentFor(t.Context(), "a new node", req); err != nil {
@@ -115,7 +116,7 @@ func TestDocumentsOfPrefetchedImage(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if _, err := s.Document(t.Context(), blockdev.DocumentRequest{Ref: f.Host + "/app:v2"}); err == nil {
+	if _, err := s.Document(t.Context(), image.DocumentRequest{Ref: f.Host + "/app:v2"}); err == nil {
 		t.Error("a tag that nobody has asked for is known")
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/layer"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 	"github.com/shoalfs/shoal/supernode/layers"
 )
@@ -19,25 +20,25 @@ type aHolder struct {
 	t      *testing.T
 	has    *Supernode
 	image  string // that it is in the group of
-	lie    func(*blockdev.Image)
+	lie    func(*image.Image)
 	spoil  func(data []byte) []byte
 	asked  atomic.Int32
 	closed atomic.Int32
 }
 
-func (h *aHolder) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (h *aHolder) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
 	h.asked.Add(1)
 	if req.Credential != nobody {
 		h.t.Error("a node is given a credential")
 	}
-	all, err := h.has.OpenImage(ctx, blockdev.ImageRequest{Ref: h.image, Platform: amd64})
+	all, err := h.has.OpenImage(ctx, image.Request{Ref: h.image, Platform: amd64})
 	if err != nil {
 		return nil, err
 	}
-	img := &blockdev.Image{Manifest: req.Manifest}
+	img := &image.Image{Manifest: req.Manifest}
 	for _, l := range all.Layers {
 		if slices.Contains(req.Only, l.DiffID) {
-			img.Layers = append(img.Layers, blockdev.Layer{DiffID: l.DiffID, Index: l.Index})
+			img.Layers = append(img.Layers, image.Layer{DiffID: l.DiffID, Index: l.Index})
 		}
 	}
 	if h.lie != nil {
@@ -61,16 +62,16 @@ func (h *aHolder) Close() error { h.closed.Add(1); return nil }
 // they lie or have nothing.
 func TestHolders(t *testing.T) {
 	reg := registrytest.NewFake(t)
-	image := []registrytest.Layer{
+	ref := []registrytest.Layer{
 		registrytest.GzipLayer(t, "large", 6<<20, 1), // several requests
 		registrytest.GzipLayer(t, "small", 10, 2),
 	}
 	other := registrytest.GzipLayer(t, "other", 100_000, 3)
-	reg.Push(t, "team/app", "v1", image...)
+	reg.Push(t, "team/app", "v1", ref...)
 	reg.Push(t, "team/other", "v1", other)
 	had := start(t)
-	for _, image := range []string{"team/app:v1", "team/other:v1"} {
-		if err := warm(t, had, request(reg.Target, image, nobody), nil); err != nil {
+	for _, ref := range []string{"team/app:v1", "team/other:v1"} {
+		if err := warm(t, had, request(reg.Target, ref, nobody), nil); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -82,8 +83,8 @@ func TestHolders(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	forge := func(change func(*blockdev.Index)) func(*blockdev.Image) {
-		return func(img *blockdev.Image) {
+	forge := func(change func(*blockdev.Index)) func(*image.Image) {
+		return func(img *image.Image) {
 			ix, err := index.Decode(img.Layers[0].Index)
 			if err != nil {
 				t.Fatal(err)
@@ -103,8 +104,8 @@ func TestHolders(t *testing.T) {
 		"nobody":      {fromRegistry: true},
 		"wrong bytes": {holder: &aHolder{spoil: func(b []byte) []byte { b[len(b)/2] ^= 1; return b }}, fromRegistry: true},
 		"short":       {holder: &aHolder{spoil: func(b []byte) []byte { return b[:len(b)-1] }}, fromRegistry: true},
-		"nothing":     {holder: &aHolder{lie: func(img *blockdev.Image) { img.Layers = nil }}, fromRegistry: true},
-		"another layer": {holder: &aHolder{lie: func(img *blockdev.Image) {
+		"nothing":     {holder: &aHolder{lie: func(img *image.Image) { img.Layers = nil }}, fromRegistry: true},
+		"another layer": {holder: &aHolder{lie: func(img *image.Image) {
 			img.Layers[0].Index = foreign.Layers[0].Index
 		}}, fromRegistry: true},
 		"another layer's content": {holder: &aHolder{lie: forge(func(ix *blockdev.Index) {
@@ -142,7 +143,7 @@ func TestHolders(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			wantImage(t, s, img, image...)
+			wantImage(t, s, img, ref...)
 			for i, l := range img.Layers { // whoever has made it before
 				got, err := index.Decode(l.Index)
 				if err != nil {
@@ -156,7 +157,7 @@ func TestHolders(t *testing.T) {
 					t.Errorf("layer %d has another index than that of this version's builder", i)
 				}
 			}
-			if n := blobs(reg, image); (n > 0) != c.fromRegistry {
+			if n := blobs(reg, ref); (n > 0) != c.fromRegistry {
 				t.Errorf("a layer was fetched %d times from the registry", n)
 			}
 			if h := c.holder; h != nil && (h.asked.Load() == 0 || h.closed.Load() == 0) {
@@ -165,8 +166,8 @@ func TestHolders(t *testing.T) {
 		})
 	}
 	// One that fails is followed by the next.
-	bad := &aHolder{t: t, has: had, image: app, spoil: func(b []byte) []byte { b[0]++; return b }}
-	good := &aHolder{t: t, has: had, image: app}
+	bad := &aHolder{t: t, has: had, ref: app, spoil: func(b []byte) []byte { b[0]++; return b }}
+	good := &aHolder{t: t, has: had, ref: app}
 	reg.Forget()
 	s := start(t, func(cfg *Config) {
 		cfg.Holders = func(blockdev.Digest, string, int) []layers.Holder { return []layers.Holder{bad, good} }
@@ -174,7 +175,7 @@ func TestHolders(t *testing.T) {
 	if err := warm(t, s, request(reg.Target, "team/app:v1", nobody), nil); err != nil {
 		t.Fatal(err)
 	}
-	if n := blobs(reg, image); n != 0 {
+	if n := blobs(reg, ref); n != 0 {
 		t.Errorf("a layer was fetched %d times from the registry although a node had it", n)
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/access"
 	"github.com/shoalfs/shoal/supernode/layers"
@@ -26,11 +27,11 @@ const (
 	relayFrom = 32 << 10
 )
 
-// OpenImageFor is blockdev.ImageSource's OpenImage on behalf of a peer. It takes
+// OpenImageFor is image.Source's OpenImage on behalf of a peer. It takes
 // as long as it takes to fetch what is not stored yet; if ctx ends before that,
 // the work goes on, for the next one who asks. Errors wrap those of blockdev or
 // the context's, and name the image and the cause.
-func (s *Supernode) OpenImageFor(ctx context.Context, peer string, req blockdev.ImageRequest) (img *blockdev.Image, err error) {
+func (s *Supernode) OpenImageFor(ctx context.Context, peer string, req image.Request) (img *image.Image, err error) {
 	start := time.Now()
 	err = s.requests.do(ctx, req.Ref, func(ctx context.Context) error {
 		img, err = s.image(ctx, peer, req)
@@ -55,13 +56,13 @@ func (s *Supernode) OpenImageFor(ctx context.Context, peer string, req blockdev.
 	return img, nil
 }
 
-// OpenImage implements blockdev.ImageSource for the process that the supernode
+// OpenImage implements image.Source for the process that the supernode
 // lives in.
-func (s *Supernode) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (s *Supernode) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
 	return s.OpenImageFor(ctx, "", req)
 }
 
-func (s *Supernode) image(ctx context.Context, peer string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (s *Supernode) image(ctx context.Context, peer string, req image.Request) (*image.Image, error) {
 	ref, err := registry.ParseReference(req.Ref)
 	if err != nil {
 		return nil, err
@@ -74,7 +75,7 @@ func (s *Supernode) image(ctx context.Context, peer string, req blockdev.ImageRe
 		return nil, err
 	}
 	var m *registry.Manifest
-	err = v.Try(req.Credential, func(c blockdev.Credential) (err error) {
+	err = v.Try(req.Credential, func(c image.Credential) (err error) {
 		req.Credential = c
 		m, err = s.registry.Resolve(ctx, req)
 		return err
@@ -103,7 +104,7 @@ func (s *Supernode) image(ctx context.Context, peer string, req blockdev.ImageRe
 
 // mayOpen says whether a peer may have an image's indexes. A sibling has asked the
 // registry itself.
-func (s *Supernode) mayOpen(ctx context.Context, peer string, ref registry.Reference, req blockdev.ImageRequest) (access.Verdict, error) {
+func (s *Supernode) mayOpen(ctx context.Context, peer string, ref registry.Reference, req image.Request) (access.Verdict, error) {
 	if s.layers.Sibling(peer) != "" {
 		return access.Verdict{Public: true}, nil
 	}
@@ -141,7 +142,7 @@ func named(ref string, err error) error {
 
 // collect makes sure that all layers are stored and may be handed out, and then
 // reads their indexes. An image does not evict its own layers meanwhile.
-func (s *Supernode) collect(ctx context.Context, peer string, m *registry.Manifest, req blockdev.ImageRequest, v access.Verdict) (*blockdev.Image, error) {
+func (s *Supernode) collect(ctx context.Context, peer string, m *registry.Manifest, req image.Request, v access.Verdict) (*image.Image, error) {
 	watch := serial(req.Progress)
 	held := make([]func(), len(m.Layers))
 	defer func() {
@@ -166,10 +167,10 @@ func (s *Supernode) collect(ctx context.Context, peer string, m *registry.Manife
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	img := &blockdev.Image{Ref: req.Ref, Manifest: m.Digest}
+	img := &image.Image{Ref: req.Ref, Manifest: m.Digest}
 	var total int64
 	for _, l := range m.Layers {
-		bl := blockdev.Layer{Digest: l.Digest, Size: l.Size, DiffID: l.DiffID}
+		bl := image.Layer{Digest: l.Digest, Size: l.Size, DiffID: l.DiffID}
 		if !slices.Contains(req.Have, l.Digest) {
 			e, err := s.indexes.get(ctx, l.DiffID)
 			if errors.Is(err, blockdev.ErrNotFound) || errors.Is(err, blockdev.ErrCorrupt) {
@@ -192,12 +193,12 @@ func (s *Supernode) collect(ctx context.Context, peer string, m *registry.Manife
 }
 
 // serial makes calls of watch come one at a time; layers report side by side.
-func serial(watch func(blockdev.Progress)) func(blockdev.Progress) {
+func serial(watch func(image.Progress)) func(image.Progress) {
 	if watch == nil {
 		return nil
 	}
 	var mu sync.Mutex
-	return func(p blockdev.Progress) {
+	return func(p image.Progress) {
 		mu.Lock()
 		defer mu.Unlock()
 		watch(p)
@@ -207,7 +208,7 @@ func serial(watch func(blockdev.Progress)) func(blockdev.Progress) {
 // relay takes the indexes out of an answer if there are nodes that have them, and
 // names these. A thousand nodes that begin at once would have the indexes alone fill
 // the supernode's link for some images' worth of time.
-func (s *Supernode) relay(ctx context.Context, peer string, img *blockdev.Image) {
+func (s *Supernode) relay(ctx context.Context, peer string, img *image.Image) {
 	size := 0
 	for i := range img.Layers {
 		size += len(img.Layers[i].Index)

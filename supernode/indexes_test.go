@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // An index is read once for all who ask at the same time, kept while it is stored and
@@ -93,19 +94,19 @@ func TestIndexes(t *testing.T) {
 // Indexes that are worth it are left out of an answer if nodes have them, and all is
 // said that it takes to know them again.
 func TestRelayed(t *testing.T) {
-	relays := []blockdev.Relay{{Key: [32]byte{1}}}
+	relays := []image.Relay{{Key: [32]byte{1}}}
 	s := start(t, func(c *Config) {
-		c.Relays = func(_ context.Context, peer string, manifest blockdev.Digest) []blockdev.Relay {
+		c.Relays = func(_ context.Context, peer string, manifest blockdev.Digest) []image.Relay {
 			if peer != "p" || manifest != (blockdev.Digest{9}) {
 				t.Errorf("asked for relays for %q and image %s", peer, manifest)
 			}
 			return relays
 		}
 	})
-	image := func(sizes ...int) *blockdev.Image {
-		img := &blockdev.Image{Manifest: blockdev.Digest{9}}
+	newImage := func(sizes ...int) *image.Image {
+		img := &image.Image{Manifest: blockdev.Digest{9}}
 		for i, n := range sizes {
-			l := blockdev.Layer{DiffID: blockdev.Digest{byte(i)}}
+			l := image.Layer{DiffID: blockdev.Digest{byte(i)}}
 			if n > 0 {
 				l.Index = make([]byte, n)
 				l.IndexDigest = blockdev.Sum(l.Index)
@@ -114,20 +115,20 @@ func TestRelayed(t *testing.T) {
 		}
 		return img
 	}
-	img := image(relayFrom, 0, 5)
+	img := newImage(relayFrom, 0, 5)
 	s.relay(t.Context(), "p", img)
 	sum := blockdev.Sum(make([]byte, 5))
 	if l := img.Layers; len(img.Relays) != 1 || l[0].Index != nil || l[0].IndexSize != relayFrom || l[1].IndexSize != 0 || l[2].IndexSize != 5 || l[2].IndexDigest != sum {
 		t.Errorf("%+v", img)
 	}
-	for what, img := range map[string]*blockdev.Image{"little": image(relayFrom-2, 1), "nothing": image(0)} {
+	for what, img := range map[string]*image.Image{"little": newImage(relayFrom-2, 1), "nothing": newImage(0)} {
 		s.relay(t.Context(), "p", img)
 		if len(img.Relays) > 0 || img.Layers[0].IndexSize > 0 {
 			t.Errorf("%s: %+v", what, img)
 		}
 	}
 	relays = nil
-	img = image(relayFrom)
+	img = newImage(relayFrom)
 	s.relay(t.Context(), "p", img)
 	if img.Layers[0].Index == nil {
 		t.Error("nobody has the index, and it is left out")

@@ -7,6 +7,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
@@ -18,7 +19,7 @@ func TestProfiles(t *testing.T) {
 	reg.Push(t, "app", "v1", layers...)
 	dir := filepath.Join(t.TempDir(), "data")
 	s := start(t, at(dir))
-	open := func(peer string) *blockdev.Image {
+	open := func(peer string) *image.Image {
 		t.Helper()
 		img, err := s.OpenImageFor(t.Context(), peer, request(reg, "app:v1", nobody))
 		if err != nil {

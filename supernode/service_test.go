@@ -21,13 +21,14 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
 	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
-var amd64 = blockdev.Platform{OS: "linux", Architecture: "amd64"}
+var amd64 = image.Platform{OS: "linux", Architecture: "amd64"}
 
-var alice = blockdev.Credential{Username: "alice", Secret: "secret-of-alice"}
+var alice = image.Credential{Username: "alice", Secret: "secret-of-alice"}
 
 func onlyAliceReads(user, _ string) bool { return user == alice.Username }
 
@@ -70,14 +71,14 @@ func at(dir string) func(*Config) { return func(c *Config) { c.Dir = dir } }
 
 func trust(hosts ...string) func(*Config) { return func(c *Config) { c.TrustedRegistries = hosts } }
 
-func request(reg registrytest.Target, image string, c blockdev.Credential) blockdev.ImageRequest {
-	return blockdev.ImageRequest{Ref: reg.Host + "/" + image, Platform: amd64, Credential: c}
+func request(reg registrytest.Target, ref string, c image.Credential) image.Request {
+	return image.Request{Ref: reg.Host + "/" + ref, Platform: amd64, Credential: c}
 }
 
-var nobody = blockdev.Credential{}
+var nobody = image.Credential{}
 
 // warm makes s have an image, and tells progress how that goes.
-func warm(t testing.TB, s *Supernode, req blockdev.ImageRequest, progress func(blockdev.Progress)) error {
+func warm(t testing.TB, s *Supernode, req image.Request, progress func(image.Progress)) error {
 	req.Progress = progress
 	_, err := s.OpenImage(t.Context(), req)
 	return err
@@ -85,7 +86,7 @@ func warm(t testing.TB, s *Supernode, req blockdev.ImageRequest, progress func(b
 
 // wantImage fails unless img has these layers, each with its index, and the
 // supernode has every chunk of them.
-func wantImage(t testing.TB, s *Supernode, img *blockdev.Image, layers ...registrytest.Layer) {
+func wantImage(t testing.TB, s *Supernode, img *image.Image, layers ...registrytest.Layer) {
 	t.Helper()
 	if len(img.Layers) != len(layers) {
 		t.Fatalf("%d layers, want %d", len(img.Layers), len(layers))
@@ -142,7 +143,7 @@ func TestRealRegistry(t *testing.T) {
 	layers := []registrytest.Layer{registrytest.GzipLayer(t, "a", 700_000, 1), registrytest.GzipLayer(t, "b", 3, 2)}
 	reg.Push(t, "team/app", "v1", layers...)
 	s := start(t)
-	cred := blockdev.Credential{Username: reg.User, Secret: reg.Password}
+	cred := image.Credential{Username: reg.User, Secret: reg.Password}
 	for range 2 {
 		var wg sync.WaitGroup
 		for i := range 2 {
@@ -417,8 +418,8 @@ func TestRestartGoesOn(t *testing.T) {
 	enough := make(chan struct{})
 	go func() {
 		var once sync.Once
-		failed <- warm(t, s, request(f.Target, "app:v1", nobody), func(p blockdev.Progress) {
-			if p.Stage == blockdev.StageFetching && p.Done >= int64(half)*3/4 {
+		failed <- warm(t, s, request(f.Target, "app:v1", nobody), func(p image.Progress) {
+			if p.Stage == image.StageFetching && p.Done >= int64(half)*3/4 {
 				once.Do(func() { close(enough) })
 			}
 		})
@@ -454,8 +455,8 @@ func TestWarm(t *testing.T) {
 	a, b := registrytest.GzipLayer(t, "a", 3<<20, 1), registrytest.GzipLayer(t, "b", 10, 2)
 	f.Push(t, "app", "v1", a, b)
 	s := start(t)
-	last := map[blockdev.Digest]blockdev.Progress{}
-	err := warm(t, s, request(f.Target, "app:v1", nobody), func(p blockdev.Progress) {
+	last := map[blockdev.Digest]image.Progress{}
+	err := warm(t, s, request(f.Target, "app:v1", nobody), func(p image.Progress) {
 		if q := last[p.Layer]; p.Done < q.Done || p.Total == 0 {
 			t.Errorf("%+v after %+v", p, q)
 		}
@@ -465,7 +466,7 @@ func TestWarm(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, l := range []registrytest.Layer{a, b} {
-		want := blockdev.Progress{Layer: blockdev.Sum(l.Blob), Done: int64(len(l.Blob)), Total: int64(len(l.Blob)), Stage: blockdev.StageStored}
+		want := image.Progress{Layer: blockdev.Sum(l.Blob), Done: int64(len(l.Blob)), Total: int64(len(l.Blob)), Stage: image.StageStored}
 		if got := last[want.Layer]; got != want {
 			t.Errorf("%+v, want %+v", got, want)
 		}

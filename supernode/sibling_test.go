@@ -12,6 +12,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/route"
@@ -34,7 +35,7 @@ func (l link) Status() error {
 	return nil
 }
 
-func (l link) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (l link) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
 	if l.cut.Load() {
 		return nil, errCut
 	}
@@ -272,16 +273,16 @@ func TestReplicateToOwner(t *testing.T) {
 func TestSetSiblings(t *testing.T) {
 	reg := registrytest.NewFake(t)
 	c := startCluster(t, 2)
-	image := c.someLayers(t)
-	reg.Push(t, "team/app", "v1", image...)
+	ref := c.someLayers(t)
+	reg.Push(t, "team/app", "v1", ref...)
 	open := func(i, times int) {
 		t.Helper()
 		img, err := c.s[i].OpenImageFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody))
 		if err != nil {
 			t.Fatal(err)
 		}
-		wantImage(t, c.s[i], img, image...)
-		if most := blobs(reg, image); most != times {
+		wantImage(t, c.s[i], img, ref...)
+		if most := blobs(reg, ref); most != times {
 			t.Errorf("a layer was fetched %d times from the registry, want %d", most, times)
 		}
 	}
@@ -289,7 +290,7 @@ func TestSetSiblings(t *testing.T) {
 	c.s[0].SetSiblings(map[peer.ID]layers.Sibling{})
 	open(0, 1)
 	req := request(reg.Target, "team/app:v1", nobody)
-	req.Only = []blockdev.Digest{blockdev.Sum(image[0].Blob)}
+	req.Only = []blockdev.Digest{blockdev.Sum(ref[0].Blob)}
 	_, err := c.s[0].OpenImageFor(t.Context(), c.ids[1].String(), req)
 	wantErr(t, err, blockdev.ErrUnauthorized, "only supernodes")
 	for i := range c.s {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/store"
 )
@@ -123,7 +124,7 @@ func (s *Stock) removeDiff(diff blockdev.Digest) error {
 
 // Remove removes the layers of an image that no other known image has, and
 // returns them. Nodes that read them get them from the image's registry again.
-func (s *Stock) Remove(ctx context.Context, req blockdev.ImageRequest) ([]blockdev.Digest, error) {
+func (s *Stock) Remove(ctx context.Context, req image.Request) ([]blockdev.Digest, error) {
 	m, err := s.known(ctx, req)
 	if err != nil {
 		return nil, err
@@ -162,7 +163,7 @@ func (s *Stock) Remove(ctx context.Context, req blockdev.ImageRequest) ([]blockd
 
 // known finds out what layers an image has, from those that were asked for, or else
 // from what is kept of its registry, or from that.
-func (s *Stock) known(ctx context.Context, req blockdev.ImageRequest) (*registry.Manifest, error) {
+func (s *Stock) known(ctx context.Context, req image.Request) (*registry.Manifest, error) {
 	for _, m := range s.seen.all() {
 		if m.Ref == req.Ref {
 			return m, nil
@@ -179,7 +180,7 @@ func (s *Stock) known(ctx context.Context, req blockdev.ImageRequest) (*registry
 // Pin keeps the layers of a stored image from being evicted and removed until
 // Unpin, over restarts. Its error wraps blockdev.ErrNotFound if not all of the
 // image is stored, and blockdev.ErrNoSpace if what is pinned would take too much.
-func (s *Stock) Pin(ctx context.Context, req blockdev.ImageRequest) error {
+func (s *Stock) Pin(ctx context.Context, req image.Request) error {
 	m, err := s.known(ctx, req)
 	if err != nil {
 		return err

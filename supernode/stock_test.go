@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
@@ -24,7 +25,7 @@ func TestPinned(t *testing.T) {
 	}
 	reqA, reqB := request(f.Target, "a:v1", nobody), request(f.Target, "b:v1", nobody)
 	wantErr(t, s.Stock().Pin(t.Context(), reqA), blockdev.ErrNotFound, "shoal prefetch")
-	for _, req := range []blockdev.ImageRequest{reqA, reqB} {
+	for _, req := range []image.Request{reqA, reqB} {
 		if _, err := s.OpenImage(t.Context(), req); err != nil {
 			t.Fatal(err)
 		}

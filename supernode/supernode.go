@@ -14,6 +14,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/defaults"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/pattern"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/p2p/exchange"
@@ -58,7 +59,7 @@ type Config struct {
 	// Registry sets timeouts of the registry client. Its directories, log and
 	// counter are set here.
 	Registry registry.Config
-	// Grant, if not nil, makes blockdev.Image.Grant for a peer that got the image on
+	// Grant, if not nil, makes image.Image.Grant for a peer that got the image on
 	// the word of origin, a registry's host and repository.
 	Grant func(peer string, manifest blockdev.Digest, origin string) ([]byte, error)
 	// Holders, if not nil, returns up to n nodes that have all of an image on the
@@ -67,7 +68,7 @@ type Config struct {
 	Holders func(manifest blockdev.Digest, origin string, n int) []layers.Holder
 	// Relays, if not nil, returns nodes that have been given an image's indexes, for a
 	// peer to ask for them; none: the supernode gives them itself.
-	Relays func(ctx context.Context, peer string, manifest blockdev.Digest) []blockdev.Relay
+	Relays func(ctx context.Context, peer string, manifest blockdev.Digest) []image.Relay
 	// Self is this supernode's peer ID, and Siblings are the other supernodes, by
 	// theirs. All of them are to have the same list, each without itself: a layer
 	// belongs to one by rendezvous hash of its DiffID. SetSiblings changes them.
@@ -117,7 +118,7 @@ type Supernode struct {
 	profiles *profiles.Profiles
 	stock    *Stock
 	grant    func(peer string, manifest blockdev.Digest, origin string) ([]byte, error)
-	relays   func(ctx context.Context, peer string, manifest blockdev.Digest) []blockdev.Relay
+	relays   func(ctx context.Context, peer string, manifest blockdev.Digest) []image.Relay
 	decoder  *decoder
 	metrics  *metrics
 	requests *requests
@@ -127,14 +128,14 @@ type Supernode struct {
 // What a server of p2p/exchange serves nodes from, and what the process that the
 // supernode lives in has of it.
 var (
-	_ exchange.Chunks         = (*Supernode)(nil)
-	_ exchange.Images         = (*Supernode)(nil)
-	_ exchange.Documents      = (*Supernode)(nil)
-	_ exchange.Profiles       = (*Supernode)(nil)
-	_ blockdev.Source         = (*Supernode)(nil)
-	_ blockdev.ImageSource    = (*Supernode)(nil)
-	_ blockdev.DocumentSource = (*Supernode)(nil)
-	_ blockdev.ProfileSink    = (*Supernode)(nil)
+	_ exchange.Chunks      = (*Supernode)(nil)
+	_ exchange.Images      = (*Supernode)(nil)
+	_ exchange.Documents   = (*Supernode)(nil)
+	_ exchange.Profiles    = (*Supernode)(nil)
+	_ blockdev.Source      = (*Supernode)(nil)
+	_ image.Source         = (*Supernode)(nil)
+	_ image.DocumentSource = (*Supernode)(nil)
+	_ blockdev.ProfileSink = (*Supernode)(nil)
 )
 
 // New opens the data directory and starts a supernode. Its errors name what is

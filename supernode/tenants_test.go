@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
@@ -122,9 +123,9 @@ func TestForeignLayer(t *testing.T) {
 // watched counts requests that wait for a layer that is on its way.
 type watched struct{ n atomic.Int64 }
 
-func (w *watched) request(req blockdev.ImageRequest) blockdev.ImageRequest {
+func (w *watched) request(req image.Request) image.Request {
 	first := sync.OnceFunc(func() { w.n.Add(1) })
-	req.Progress = func(blockdev.Progress) { first() }
+	req.Progress = func(image.Progress) { first() }
 	return req
 }
 
@@ -295,12 +296,12 @@ func TestRateLimitIsNoOutage(t *testing.T) {
 	s := start(t, func(c *Config) {
 		c.AccessTTL, c.AccessGrace, c.Registry.HostsTTL = time.Nanosecond, 24*time.Hour, time.Nanosecond // tokens are kept as long
 	})
-	open := func(peer, image string, c blockdev.Credential) error {
-		_, err := s.OpenImageFor(t.Context(), peer, request(f.Target, image, c))
+	open := func(peer, ref string, c image.Credential) error {
+		_, err := s.OpenImageFor(t.Context(), peer, request(f.Target, ref, c))
 		return err
 	}
-	for image, c := range map[string]blockdev.Credential{"private/app:v1": alice, "open/app:v1": nobody} {
-		if err := open("p", image, c); err != nil {
+	for ref, c := range map[string]image.Credential{"private/app:v1": alice, "open/app:v1": nobody} {
+		if err := open("p", ref, c); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -328,7 +329,7 @@ func TestRateLimitIsNoOutage(t *testing.T) {
 	limit(true)
 	wantErr(t, open("p", "private/app:v1", alice), blockdev.ErrUnauthorized)
 	// What anybody may have needs no credential that could be withdrawn.
-	for _, c := range []blockdev.Credential{nobody, alice} {
+	for _, c := range []image.Credential{nobody, alice} {
 		if err := open("q", "open/app:v1", c); err != nil {
 			t.Errorf("public: %v", err)
 		}
@@ -336,7 +337,7 @@ func TestRateLimitIsNoOutage(t *testing.T) {
 	// Nobody has made the registry count as down.
 	f.SetHook(nil)
 	f.SetAuth(registrytest.Bearer, users, onlyAliceReads)
-	wantErr(t, open("p", "private/app:v1", blockdev.Credential{Username: alice.Username, Secret: "guess"}), blockdev.ErrUnauthorized)
+	wantErr(t, open("p", "private/app:v1", image.Credential{Username: alice.Username, Secret: "guess"}), blockdev.ErrUnauthorized)
 }
 
 // TestPlainStorageShowsNothing: where a registry sends requests for layers away from
@@ -363,7 +364,7 @@ func TestPlainStorageShowsNothing(t *testing.T) {
 	}
 	s := start(t, func(c *Config) { c.HostDirs = []string{dirs} })
 	open := func(repo string) error {
-		img, err := s.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "registry.example/" + repo + ":v1", Platform: amd64})
+		img, err := s.OpenImage(t.Context(), image.Request{Ref: "registry.example/" + repo + ":v1", Platform: amd64})
 		if err == nil {
 			wantImage(t, s, img, base)
 		}

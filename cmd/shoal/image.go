@@ -6,7 +6,7 @@ import (
 	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
 
-	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // normalize turns "redis" into "docker.io/library/redis:latest", as containerd's
@@ -20,7 +20,7 @@ func normalize(ref string) (string, error) {
 }
 
 // platform is this machine's, which is chosen from multi-platform images.
-func platform() blockdev.Platform {
+func platform() image.Platform {
 	p := platforms.DefaultSpec()
-	return blockdev.Platform{OS: p.OS, Architecture: p.Architecture, Variant: p.Variant}
+	return image.Platform{OS: p.OS, Architecture: p.Architecture, Variant: p.Variant}
 }

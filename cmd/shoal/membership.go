@@ -18,6 +18,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/volume"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
 	"github.com/shoalfs/shoal/snapshotter"
@@ -123,7 +124,7 @@ func (m *membership) groups() snapshotter.Groups {
 }
 
 // enter is swarm.Config.Enter.
-func (m *membership) enter(img *blockdev.Image, at []peer.AddrInfo) func() {
+func (m *membership) enter(img *image.Image, at []peer.AddrInfo) func() {
 	im := members.Image{Manifest: img.Manifest, Grant: img.Grant}
 	for _, l := range img.Layers {
 		im.Diffs = append(im.Diffs, l.DiffID)

@@ -23,6 +23,7 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/program"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry/credentials"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/snapshotter"
@@ -77,8 +78,8 @@ start. In /etc/containerd/certs.d/_default/hosts.toml:
 // upstream is where a node's indexes and missing chunks come from.
 type upstream interface {
 	blockdev.Source
-	blockdev.ImageSource
-	blockdev.DocumentSource
+	image.Source
+	image.DocumentSource
 	blockdev.ProfileSink
 	Close() error
 }
@@ -90,12 +91,12 @@ type explained struct {
 	credentials *credentials.DockerConfig
 }
 
-func (e explained) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (e explained) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
 	im, err := e.upstream.OpenImage(ctx, req)
 	return im, e.credentials.Explain(err)
 }
 
-func (e explained) Document(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+func (e explained) Document(ctx context.Context, req image.DocumentRequest) (*image.Document, error) {
 	doc, err := e.upstream.Document(ctx, req)
 	return doc, e.credentials.Explain(err)
 }
@@ -413,12 +414,12 @@ func (d *nodeDaemon) warm(ctx context.Context, ref string, event func(control.Ev
 	if err != nil {
 		return err
 	}
-	im, err := d.up.OpenImage(ctx, blockdev.ImageRequest{Ref: ref, Platform: platform(), Credential: cred, Progress: layerEvents(event)})
+	im, err := d.up.OpenImage(ctx, image.Request{Ref: ref, Platform: platform(), Credential: cred, Progress: layerEvents(event)})
 	if err != nil {
 		return err
 	}
 	for _, l := range im.Layers { // also those that were stored before anything was said
-		event(control.Event{Layer: l.Digest.String(), Stage: string(blockdev.StageStored), Done: l.Size, Total: l.Size})
+		event(control.Event{Layer: l.Digest.String(), Stage: string(image.StageStored), Done: l.Size, Total: l.Size})
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/pace"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/swarm"
 )
@@ -64,8 +65,8 @@ func (r *remote) Fetch(ctx context.Context, req blockdev.Request, deliver blockd
 	return r.swarm.Fetch(ctx, req, deliver)
 }
 
-// OpenImage implements blockdev.ImageSource.
-func (r *remote) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+// OpenImage implements image.Source.
+func (r *remote) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
 	return r.swarm.OpenImage(ctx, req)
 }
 

@@ -16,6 +16,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/volume"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/node/direct"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/credentials"
 	"github.com/shoalfs/shoal/p2p/swarm"
@@ -163,11 +164,11 @@ func registryBytes(metrics prometheus.Registerer) (prometheus.Counter, error) {
 func (s *sources) Close() error { return errors.Join(s.direct.Close(), s.client.Close()) }
 
 // credential is what a registry is asked with for bytes of an image that is here.
-func (p *parts) credential(ctx context.Context, ref string) (blockdev.Credential, error) {
+func (p *parts) credential(ctx context.Context, ref string) (image.Credential, error) {
 	if sn := p.sn.Load(); sn != nil {
 		return sn.SourceCredential(ctx, ref)
 	}
-	return blockdev.Credential{}, errStarting
+	return image.Credential{}, errStarting
 }
 
 // openBlob is direct.Config.Open, with what the image was pulled with, or else the
@@ -188,14 +189,14 @@ func openBlob(client *registry.Client, p *parts, keychain *credentials.DockerCon
 		rc, err := client.Fetch(ctx, m, layer, cred, offset)
 		if errors.Is(err, blockdev.ErrUnauthorized) {
 			// The pull's has expired, or was exchanged; the node's own may be newer.
-			if own, cerr := keychain.Credential(ctx, l.Ref); cerr == nil && own != cred && own != (blockdev.Credential{}) {
+			if own, cerr := keychain.Credential(ctx, l.Ref); cerr == nil && own != cred && own != (image.Credential{}) {
 				cred = own
 				rc, err = client.Fetch(ctx, m, layer, cred, offset)
 			}
 		}
-		if cred != (blockdev.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
+		if cred != (image.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
 			// A credential that has expired does not keep anybody from what is public.
-			rc, err = client.Fetch(ctx, m, layer, blockdev.Credential{}, offset)
+			rc, err = client.Fetch(ctx, m, layer, image.Credential{}, offset)
 		}
 		return rc, keychain.Explain(err)
 	}

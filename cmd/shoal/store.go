@@ -14,6 +14,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 func newStoreCommand() *cobra.Command {
@@ -121,13 +122,13 @@ func (d *supernodeDaemon) Stored() []control.StoredLayer {
 }
 
 // image is what an operator names.
-func (d *supernodeDaemon) image(ctx context.Context, name string) (blockdev.ImageRequest, error) {
+func (d *supernodeDaemon) image(ctx context.Context, name string) (image.Request, error) {
 	ref, err := normalize(name)
 	if err != nil {
-		return blockdev.ImageRequest{}, err
+		return image.Request{}, err
 	}
 	cred, err := d.credentials.Credential(ctx, ref)
-	return blockdev.ImageRequest{Ref: ref, Credential: cred, Platform: platform()}, err
+	return image.Request{Ref: ref, Credential: cred, Platform: platform()}, err
 }
 
 // Remove implements control.StoreKeeper.
@@ -137,7 +138,7 @@ func (d *supernodeDaemon) Remove(ctx context.Context, what string) ([]string, er
 	if err == nil {
 		gone, err = d.s.Stock().RemoveDigest(digest)
 	} else {
-		var req blockdev.ImageRequest
+		var req image.Request
 		if req, err = d.image(ctx, what); err == nil {
 			gone, err = d.s.Stock().Remove(ctx, req)
 		}

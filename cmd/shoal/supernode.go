@@ -19,6 +19,7 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/credentials"
 	"github.com/shoalfs/shoal/p2p/exchange"
@@ -88,7 +89,7 @@ func reloadRegistry[C any](reload *reloader[C], prefix string, s *supernode.Supe
 type place struct {
 	grant   func(peer string, manifest blockdev.Digest, origin string) ([]byte, error)
 	holders func(manifest blockdev.Digest, origin string, n int) []layers.Holder
-	relays  func(ctx context.Context, peer string, manifest blockdev.Digest) []blockdev.Relay
+	relays  func(ctx context.Context, peer string, manifest blockdev.Digest) []image.Relay
 	self    peer.ID
 }
 
@@ -246,13 +247,13 @@ func (d *supernodeDaemon) Prefetch(ctx context.Context, req control.PrefetchRequ
 	if err != nil {
 		return err
 	}
-	_, err = d.s.OpenImage(ctx, blockdev.ImageRequest{Ref: ref, Credential: cred, Platform: platform(), Progress: layerEvents(event)})
+	_, err = d.s.OpenImage(ctx, image.Request{Ref: ref, Credential: cred, Platform: platform(), Progress: layerEvents(event)})
 	return d.credentials.Explain(err)
 }
 
 // layerEvents makes a layer's progress an event of the control socket.
-func layerEvents(event func(control.Event)) func(blockdev.Progress) {
-	return func(p blockdev.Progress) {
+func layerEvents(event func(control.Event)) func(image.Progress) {
+	return func(p image.Progress) {
 		event(control.Event{Layer: p.Layer.String(), Stage: string(p.Stage), Done: p.Done, Total: p.Total})
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/pattern"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
@@ -24,7 +25,7 @@ func repositories(t *testing.T, texts ...string) *pattern.Repositories {
 // TestAllowed: what the list does not name is refused before anybody is asked for it,
 // and a change counts at once.
 func TestAllowed(t *testing.T) {
-	f, req, layer := image(t)
+	f, req, layer := newImage(t)
 	f.Forget()
 	c := newClient(t, func(cfg *registry.Config) { cfg.Allowed = repositories(t, f.Host+"/other/*") })
 	m := &registry.Manifest{Ref: req.Ref, Host: f.Host, Repository: "app"}
@@ -47,7 +48,7 @@ func TestAllowed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if b, err := fetch(t.Context(), c, got, 0, blockdev.Credential{}, 0); err != nil || string(b) != string(layer.Blob) {
+	if b, err := fetch(t.Context(), c, got, 0, image.Credential{}, 0); err != nil || string(b) != string(layer.Blob) {
 		t.Fatalf("%d bytes, %v", len(b), err)
 	}
 }
@@ -55,7 +56,7 @@ func TestAllowed(t *testing.T) {
 // TestAllowedMirror: a host in hosts.toml is asked if the list names it, and one that
 // a registry redirects to in any case.
 func TestAllowedMirror(t *testing.T) {
-	f, req, layer := image(t)
+	f, req, layer := newImage(t)
 	mirror := registrytest.NewFake(t)
 	mirror.Push(t, "dir/app", "v1", layer)
 	storage := registrytest.NewFake(t)
@@ -91,7 +92,7 @@ func TestAllowedMirror(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if b, err := fetch(t.Context(), c, m, 0, blockdev.Credential{}, 0); err != nil || string(b) != string(layer.Blob) {
+			if b, err := fetch(t.Context(), c, m, 0, image.Credential{}, 0); err != nil || string(b) != string(layer.Blob) {
 				t.Fatalf("%d bytes, %v", len(b), err)
 			}
 			if asked := len(mirror.Requests()) > 0; asked != tt.mirror {

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes/docker/auth"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // authorizer is containerd's, held to two rules that it does not have: no
@@ -54,7 +55,7 @@ func (a authorizer) AddResponses(ctx context.Context, responses []*http.Response
 // credentials. Only the registry itself gets one: the reference's host, or what
 // stands for it (docker.io's API server, and the server that a hosts.toml names
 // as this registry). Mirrors and targets of redirects get none.
-func credentialFor(cred blockdev.Credential, registry, server string) func(string) (string, string, error) {
+func credentialFor(cred image.Credential, registry, server string) func(string) (string, string, error) {
 	return func(host string) (string, string, error) {
 		if strings.EqualFold(host, server) || strings.EqualFold(host, registry) ||
 			registry == "docker.io" && host == "registry-1.docker.io" {
@@ -67,8 +68,8 @@ func credentialFor(cred blockdev.Credential, registry, server string) func(strin
 // CredentialHash names a credential without holding it, for the keys of caches
 // that live in memory. It is empty for anonymous access. It must not be stored
 // or logged: weak passwords can be guessed from it.
-func CredentialHash(c blockdev.Credential) string {
-	if c == (blockdev.Credential{}) {
+func CredentialHash(c image.Credential) string {
+	if c == (image.Credential{}) {
 		return ""
 	}
 	h := sha256.New()

@@ -11,13 +11,14 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
 var (
 	users = map[string]string{registrytest.RealUser: registrytest.RealPassword}
-	alice = blockdev.Credential{Username: registrytest.RealUser, Secret: registrytest.RealPassword}
+	alice = image.Credential{Username: registrytest.RealUser, Secret: registrytest.RealPassword}
 )
 
 func onlyAlice(user, _ string) bool { return user == registrytest.RealUser }
@@ -43,7 +44,7 @@ func noCredential(t *testing.T, what string, f *registrytest.Fake) {
 func TestRedirect(t *testing.T) {
 	for _, a := range []registrytest.Auth{registrytest.Basic, registrytest.Bearer} {
 		t.Run(fmt.Sprint(a), func(t *testing.T) {
-			f, req, layer := image(t)
+			f, req, layer := newImage(t)
 			req.Credential = alice
 			f.SetAuth(a, users, onlyAlice)
 			store := registrytest.NewFake(t)
@@ -91,7 +92,7 @@ func TestRedirect(t *testing.T) {
 
 // TestTokenServerRedirect: a request that holds a password is not sent on.
 func TestTokenServerRedirect(t *testing.T) {
-	f, req, _ := image(t)
+	f, req, _ := newImage(t)
 	f.SetAuth(registrytest.Bearer, users, onlyAlice)
 	req.Credential = alice
 	other := registrytest.NewFake(t)
@@ -114,7 +115,7 @@ func TestTokenServerRedirect(t *testing.T) {
 
 // TestTokenServerBody: a token server cannot fill the memory.
 func TestTokenServerBody(t *testing.T) {
-	f, req, _ := image(t)
+	f, req, _ := newImage(t)
 	f.SetAuth(registrytest.Bearer, users, onlyAlice)
 	f.SetHook(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.URL.Path != "/token" {
@@ -133,9 +134,9 @@ func TestTokenServerBody(t *testing.T) {
 }
 
 func TestIdentityToken(t *testing.T) {
-	f, req, _ := image(t)
+	f, req, _ := newImage(t)
 	f.SetAuth(registrytest.Bearer, users, onlyAlice)
-	req.Credential = blockdev.Credential{Secret: registrytest.RealUser + "/" + registrytest.RealPassword}
+	req.Credential = image.Credential{Secret: registrytest.RealUser + "/" + registrytest.RealPassword}
 	if _, err := newClient(t).Resolve(t.Context(), req); err != nil {
 		t.Fatal(err)
 	}
@@ -146,9 +147,9 @@ func TestIdentityToken(t *testing.T) {
 
 // TestWrongPasswordOnce: a refused password is not tried again and again.
 func TestWrongPasswordOnce(t *testing.T) {
-	f, req, _ := image(t)
+	f, req, _ := newImage(t)
 	f.SetAuth(registrytest.Basic, users, onlyAlice)
-	err := newClient(t).Check(t.Context(), req.Ref, req.Manifest, blockdev.Credential{Username: registrytest.RealUser, Secret: "wrong"})
+	err := newClient(t).Check(t.Context(), req.Ref, req.Manifest, image.Credential{Username: registrytest.RealUser, Secret: "wrong"})
 	wantError(t, err, blockdev.ErrUnauthorized)
 	n := 0
 	for _, h := range f.Headers() {
@@ -177,7 +178,7 @@ func hostsToml(t *testing.T, host, content string) string {
 // with the namespace and its own headers, and without our credential; the
 // registry follows.
 func TestMirror(t *testing.T) {
-	f, req, layer := image(t)
+	f, req, layer := newImage(t)
 	f.SetAuth(registrytest.Basic, users, onlyAlice)
 	mirror := registrytest.NewFake(t)
 	mirror.SetAuth(registrytest.Basic, users, onlyAlice)
@@ -230,14 +231,14 @@ server = "http://%s"
 // TestCheckAsksTheRegistry: a mirror that may only pull has no say in who may
 // read.
 func TestCheckAsksTheRegistry(t *testing.T) {
-	f, req, layer := image(t)
+	f, req, layer := newImage(t)
 	f.SetAuth(registrytest.Basic, users, onlyAlice)
 	mirror := registrytest.NewFake(t)
 	mirror.Push(t, "app", "v1", layer)
 	dir := hostsToml(t, "registry.example", fmt.Sprintf("server = \"http://%s\"\n[host.\"http://%s\"]\ncapabilities = [\"pull\"]\n", f.Host, mirror.Host))
 	c := newClient(t, func(cfg *registry.Config) { cfg.HostDirs = []string{dir} })
 	ref := "registry.example/app:v1"
-	wantError(t, c.Check(t.Context(), ref, req.Manifest, blockdev.Credential{}), blockdev.ErrUnauthorized)
+	wantError(t, c.Check(t.Context(), ref, req.Manifest, image.Credential{}), blockdev.ErrUnauthorized)
 	if err := c.Check(t.Context(), ref, req.Manifest, alice); err != nil {
 		t.Error(err)
 	}
@@ -245,7 +246,7 @@ func TestCheckAsksTheRegistry(t *testing.T) {
 
 // TestCustomHeaderStays: a key that hosts.toml adds is not for redirect targets.
 func TestCustomHeaderStays(t *testing.T) {
-	f, req, layer := image(t)
+	f, req, layer := newImage(t)
 	store := registrytest.NewFake(t)
 	store.SetBlob("app", blockdev.Sum(layer.Blob), layer.Blob)
 	f.SetHook(func(w http.ResponseWriter, r *http.Request) bool {
@@ -265,7 +266,7 @@ func TestCustomHeaderStays(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if b, err := fetch(t.Context(), c, m, 0, blockdev.Credential{}, 0); err != nil || string(b) != string(layer.Blob) {
+	if b, err := fetch(t.Context(), c, m, 0, image.Credential{}, 0); err != nil || string(b) != string(layer.Blob) {
 		t.Fatalf("%d bytes, %v", len(b), err)
 	}
 	noCredential(t, "the storage service", store)
@@ -280,18 +281,18 @@ func TestLocalhostTLS(t *testing.T) {
 	m := registrytest.Manifest(t, registrytest.TypeManifest, cfg, layer)
 	f.SetManifest("app", "v1", registrytest.TypeManifest, blockdev.Sum(m), m)
 	f.SetBlob("app", blockdev.Sum(cfg), cfg)
-	if _, err := newClient(t).Resolve(t.Context(), blockdev.ImageRequest{Ref: f.Host + "/app:v1", Platform: amd64}); err != nil {
+	if _, err := newClient(t).Resolve(t.Context(), image.Request{Ref: f.Host + "/app:v1", Platform: amd64}); err != nil {
 		t.Error(err)
 	}
 	// Elsewhere an unknown certificate is refused.
 	dir := hostsToml(t, "registry.example", fmt.Sprintf("server = \"https://%s\"\n", f.Host))
 	c := newClient(t, func(cfg *registry.Config) { cfg.HostDirs = []string{dir} })
-	_, err := c.Resolve(t.Context(), blockdev.ImageRequest{Ref: "registry.example/app:v1", Platform: amd64})
+	_, err := c.Resolve(t.Context(), image.Request{Ref: "registry.example/app:v1", Platform: amd64})
 	wantError(t, err, blockdev.ErrUnavailable, "certificate")
 }
 
 func TestCache(t *testing.T) {
-	f, req, layer := image(t)
+	f, req, layer := newImage(t)
 	dir := t.TempDir()
 	with := func(cfg *registry.Config) { cfg.CacheDir = dir; cfg.TagTTL = time.Hour }
 	byTag := req
@@ -300,7 +301,7 @@ func TestCache(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.Forget()
-	for _, r := range []blockdev.ImageRequest{req, byTag} { // another client, the same directory
+	for _, r := range []image.Request{req, byTag} { // another client, the same directory
 		m, err := newClient(t, with).Resolve(t.Context(), r)
 		if err != nil || m.Digest != req.Manifest || len(m.Layers) != 1 {
 			t.Errorf("%+v, %v", m, err)
@@ -341,7 +342,7 @@ func TestCache(t *testing.T) {
 // TestKeptTagNamesNothing: one digit of the digest in the file of a tag is another
 // one, by a bit that flipped; or what it names has been deleted since.
 func TestKeptTagNamesNothing(t *testing.T) {
-	f, req, _ := image(t)
+	f, req, _ := newImage(t)
 	dir := t.TempDir()
 	with := func(cfg *registry.Config) { cfg.CacheDir = dir; cfg.TagTTL = time.Hour }
 	byTag := req
@@ -376,7 +377,7 @@ func TestKeptTagNamesNothing(t *testing.T) {
 		t.Errorf("%+v, %v", m, err)
 	}
 	damage()
-	doc, err := newClient(t, with).Document(t.Context(), blockdev.DocumentRequest{Ref: byTag.Ref})
+	doc, err := newClient(t, with).Document(t.Context(), image.DocumentRequest{Ref: byTag.Ref})
 	if err != nil || doc.Digest != req.Manifest {
 		t.Errorf("%+v, %v", doc, err)
 	}
@@ -406,7 +407,7 @@ func TestCacheIsBounded(t *testing.T) {
 	for i := range 30 {
 		tag := fmt.Sprint("v", i)
 		f.Push(t, "app", tag, registrytest.GzipLayer(t, tag, 10, uint64(i)))
-		if _, err := c.Resolve(t.Context(), blockdev.ImageRequest{Ref: f.Host + "/app:" + tag, Platform: amd64}); err != nil {
+		if _, err := c.Resolve(t.Context(), image.Request{Ref: f.Host + "/app:" + tag, Platform: amd64}); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -22,6 +22,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/pace"
 	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/internal/flight"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/pattern"
 )
 
@@ -179,7 +180,7 @@ func (c *Client) wrap(hc *http.Client, set *hostSet) {
 // session returns hosts and tokens for a credential at a registry, as far as they may
 // be asked for the repository. With renew, what is kept is thrown away: containerd's
 // authorizer keeps a failed token request for ever.
-func (c *Client) session(ctx context.Context, ref Reference, cred blockdev.Credential, renew bool) (*session, bool, error) {
+func (c *Client) session(ctx context.Context, ref Reference, cred image.Credential, renew bool) (*session, bool, error) {
 	if err := c.Allowed(ref); err != nil {
 		return nil, false, err
 	}
@@ -192,7 +193,7 @@ func (c *Client) session(ctx context.Context, ref Reference, cred blockdev.Crede
 }
 
 // hostSession is session for all repositories of a registry.
-func (c *Client) hostSession(ctx context.Context, host string, cred blockdev.Credential, renew bool) (_ *session, fresh bool, _ error) {
+func (c *Client) hostSession(ctx context.Context, host string, cred image.Credential, renew bool) (_ *session, fresh bool, _ error) {
 	now := time.Now()
 	key := sessionKey{host, CredentialHash(cred)}
 	c.mu.Lock()
@@ -257,7 +258,7 @@ func (s *session) resolver(caps docker.HostCapabilities) remotes.Resolver {
 // do runs one question with a session: again with a fresh one where the
 // answer may have been a kept one, and a few times where the registry was not
 // available and did not ask to be left alone.
-func (c *Client) do(ctx context.Context, ref Reference, name string, cred blockdev.Credential, ask func(context.Context, *session) error) error {
+func (c *Client) do(ctx context.Context, ref Reference, name string, cred image.Credential, ask func(context.Context, *session) error) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.cfg.Timeout, errSlow)
 	defer cancel()
 	ctx = ctrlog.WithLogger(ctx, c.quiet)
@@ -315,7 +316,7 @@ func pause(ctx context.Context, err error, try int) bool {
 }
 
 // forget drops the tokens of a session.
-func (c *Client) forget(host string, cred blockdev.Credential) {
+func (c *Client) forget(host string, cred image.Credential) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.sessions.Remove(sessionKey{host, CredentialHash(cred)})

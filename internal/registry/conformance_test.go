@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
@@ -55,14 +56,14 @@ func basics(t *testing.T, reg registrytest.Target) {
 	c := newClient(t)
 	cred := credOf(reg)
 	name := reg.Host + "/team/app"
-	resolve := func(ref string, d blockdev.Digest, p blockdev.Platform) (*registry.Manifest, error) {
-		return c.Resolve(t.Context(), blockdev.ImageRequest{Ref: ref, Manifest: d, Platform: p, Credential: cred})
+	resolve := func(ref string, d blockdev.Digest, p image.Platform) (*registry.Manifest, error) {
+		return c.Resolve(t.Context(), image.Request{Ref: ref, Manifest: d, Platform: p, Credential: cred})
 	}
 	for _, tc := range []struct {
 		what   string
 		ref    string
 		given  blockdev.Digest
-		p      blockdev.Platform
+		p      image.Platform
 		want   blockdev.Digest
 		layers int
 	}{
@@ -72,7 +73,7 @@ func basics(t *testing.T, reg registrytest.Target) {
 		{"digest wins over tag", name + ":v1@" + docker.String(), blockdev.Digest{}, amd64, docker, 2},
 		{"docker", name + ":docker", blockdev.Digest{}, amd64, docker, 2},
 		{"index, amd64", name + ":multi", blockdev.Digest{}, amd64, oci, 2},
-		{"index, arm64", name + ":multi", multi, blockdev.Platform{OS: "linux", Architecture: "arm64"}, arm, 1},
+		{"index, arm64", name + ":multi", multi, image.Platform{OS: "linux", Architecture: "arm64"}, arm, 1},
 	} {
 		m, err := resolve(tc.ref, tc.given, tc.p)
 		if err != nil {
@@ -83,7 +84,7 @@ func basics(t *testing.T, reg registrytest.Target) {
 			t.Errorf("%s: %+v", tc.what, m)
 		}
 	}
-	_, err := resolve(name+":multi", blockdev.Digest{}, blockdev.Platform{OS: "linux", Architecture: "s390x"})
+	_, err := resolve(name+":multi", blockdev.Digest{}, image.Platform{OS: "linux", Architecture: "s390x"})
 	wantError(t, err, blockdev.ErrNotFound, "linux/s390x", ":multi")
 	_, err = resolve(name+":none", blockdev.Digest{}, amd64)
 	wantError(t, err, blockdev.ErrNotFound, ":none")
@@ -117,7 +118,7 @@ func basics(t *testing.T, reg registrytest.Target) {
 	}
 	wantError(t, c.Check(t.Context(), reg.Host+"/team/other:v1", oci, cred), blockdev.ErrNotFound)
 	if reg.User != "" {
-		for _, bad := range []blockdev.Credential{{}, {Username: reg.User, Secret: "wrong"}, {Username: "mallory", Secret: reg.Password}} {
+		for _, bad := range []image.Credential{{}, {Username: reg.User, Secret: "wrong"}, {Username: "mallory", Secret: reg.Password}} {
 			wantError(t, c.Check(t.Context(), name+":v1", oci, bad), blockdev.ErrUnauthorized, name)
 			_, err := fetch(t.Context(), c, m, 0, bad, 0)
 			wantError(t, err, blockdev.ErrUnauthorized)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/flight"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // Document returns a manifest, an image index or a config as blockdev's
@@ -20,13 +21,13 @@ import (
 // With an image manifest its config comes into the cache, too: it is what is
 // asked for next, perhaps when the registry is down. A config is only ever
 // answered from there, so that a layer never takes this way.
-func (c *Client) Document(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+func (c *Client) Document(ctx context.Context, req image.DocumentRequest) (*image.Document, error) {
 	r, err := ParseReference(req.Ref)
 	if err != nil {
 		return nil, err
 	}
 	q := &query{c: c, ref: r, name: req.Ref, cred: req.Credential}
-	if req.Kind == blockdev.Config {
+	if req.Kind == image.ConfigDocument {
 		b, ok := c.cache.doc(r.Name(), r.Digest, maxConfig)
 		if !ok {
 			return nil, q.wrap(fmt.Errorf("not known as the config of an image: %w", blockdev.ErrNotFound))
@@ -53,8 +54,8 @@ func (c *Client) Document(ctx context.Context, req blockdev.DocumentRequest) (*b
 	return answer(req, d, doc.mediaType(), b), nil
 }
 
-func answer(req blockdev.DocumentRequest, d blockdev.Digest, mediaType string, b []byte) *blockdev.Document {
-	doc := &blockdev.Document{Digest: d, MediaType: mediaType, Size: int64(len(b))}
+func answer(req image.DocumentRequest, d blockdev.Digest, mediaType string, b []byte) *image.Document {
+	doc := &image.Document{Digest: d, MediaType: mediaType, Size: int64(len(b))}
 	if !req.Head {
 		doc.Data = b
 	}

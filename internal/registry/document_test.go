@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
@@ -34,33 +35,33 @@ func TestDocument(t *testing.T) {
 	name := f.Host + "/app"
 	configRef := name + "@" + blockdev.Sum(config).String()
 
-	_, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: configRef, Kind: blockdev.Config})
+	_, err := c.Document(t.Context(), image.DocumentRequest{Ref: configRef, Kind: image.ConfigDocument})
 	wantError(t, err, blockdev.ErrNotFound, configRef)
-	_, err = c.Document(t.Context(), blockdev.DocumentRequest{Ref: name + ":v1", Kind: blockdev.Config})
+	_, err = c.Document(t.Context(), image.DocumentRequest{Ref: name + ":v1", Kind: image.ConfigDocument})
 	wantError(t, err, blockdev.ErrNotFound)
 	check := func(c *registry.Client) {
 		t.Helper()
 		for _, want := range []struct {
 			ref       string
-			kind      blockdev.DocumentKind
+			kind      image.DocumentKind
 			id        blockdev.Digest
 			mediaType string
 			data      []byte
 		}{
-			{name + ":multi", blockdev.Manifest, indexID, registrytest.TypeIndex, index},
-			{name + "@" + indexID.String(), blockdev.Manifest, indexID, registrytest.TypeIndex, index},
-			{name + ":v1", blockdev.Manifest, id, registrytest.TypeManifest, manifest},
-			{name + "@" + id.String(), blockdev.Manifest, id, registrytest.TypeManifest, manifest},
-			{configRef, blockdev.Config, blockdev.Sum(config), "application/octet-stream", config},
+			{name + ":multi", image.ManifestDocument, indexID, registrytest.TypeIndex, index},
+			{name + "@" + indexID.String(), image.ManifestDocument, indexID, registrytest.TypeIndex, index},
+			{name + ":v1", image.ManifestDocument, id, registrytest.TypeManifest, manifest},
+			{name + "@" + id.String(), image.ManifestDocument, id, registrytest.TypeManifest, manifest},
+			{configRef, image.ConfigDocument, blockdev.Sum(config), "application/octet-stream", config},
 		} {
-			doc, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: want.ref, Kind: want.kind})
+			doc, err := c.Document(t.Context(), image.DocumentRequest{Ref: want.ref, Kind: want.kind})
 			if err != nil {
 				t.Fatal(err)
 			}
 			if doc.Digest != want.id || doc.MediaType != want.mediaType || doc.Size != int64(len(want.data)) || string(doc.Data) != string(want.data) {
 				t.Errorf("%s: %s, %q, %d bytes", want.ref, doc.Digest, doc.MediaType, doc.Size)
 			}
-			head, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: want.ref, Kind: want.kind, Head: true})
+			head, err := c.Document(t.Context(), image.DocumentRequest{Ref: want.ref, Kind: want.kind, Head: true})
 			if err != nil || head.Data != nil || head.Digest != want.id || head.Size != doc.Size {
 				t.Errorf("%s: without the bytes: %+v, %v", want.ref, head, err)
 			}
@@ -68,31 +69,31 @@ func TestDocument(t *testing.T) {
 	}
 	check(c)
 	// A layer is no document, though it is a blob of the repository.
-	_, err = c.Document(t.Context(), blockdev.DocumentRequest{Ref: name + "@" + blockdev.Sum(layer.Blob).String(), Kind: blockdev.Config})
+	_, err = c.Document(t.Context(), image.DocumentRequest{Ref: name + "@" + blockdev.Sum(layer.Blob).String(), Kind: image.ConfigDocument})
 	wantError(t, err, blockdev.ErrNotFound)
 	// Nor is what another repository has.
-	_, err = c.Document(t.Context(), blockdev.DocumentRequest{Ref: f.Host + "/other@" + id.String()})
+	_, err = c.Document(t.Context(), image.DocumentRequest{Ref: f.Host + "/other@" + id.String()})
 	wantError(t, err, blockdev.ErrNotFound)
 
 	f.Close()
 	check(newClient(t, cached))
 	// Also when the tags were asked for long ago.
 	check(newClient(t, cached, func(cfg *registry.Config) { cfg.TagTTL, cfg.Timeout = time.Nanosecond, time.Second }))
-	_, err = c.Document(t.Context(), blockdev.DocumentRequest{Ref: name + ":v2"})
+	_, err = c.Document(t.Context(), image.DocumentRequest{Ref: name + ":v2"})
 	wantError(t, err, blockdev.ErrUnavailable, name+":v2")
 }
 
 func TestDocumentWrongBytes(t *testing.T) {
-	f, req, _ := image(t)
+	f, req, _ := newImage(t)
 	f.SetManifest("app", "v1", registrytest.TypeManifest, req.Manifest, []byte(`{"schemaVersion":2}`))
-	_, err := newClient(t).Document(t.Context(), blockdev.DocumentRequest{Ref: f.Host + "/app@" + req.Manifest.String()})
+	_, err := newClient(t).Document(t.Context(), image.DocumentRequest{Ref: f.Host + "/app@" + req.Manifest.String()})
 	wantError(t, err, blockdev.ErrCorrupt, req.Manifest.String())
 }
 
 // TestDocumentOnce: what many ask for at the same time is asked for once, and a
 // tag that an access check has asked about is not asked about again.
 func TestDocumentOnce(t *testing.T) {
-	f, _, _ := image(t)
+	f, _, _ := newImage(t)
 	ref := f.Host + "/app:v1"
 	c := newClient(t, func(cfg *registry.Config) { cfg.CacheDir = t.TempDir() })
 	arrived, release := make(chan struct{}, 1), make(chan struct{})
@@ -108,7 +109,7 @@ func TestDocumentOnce(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 20 {
 		wg.Go(func() {
-			if _, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: ref}); err != nil {
+			if _, err := c.Document(t.Context(), image.DocumentRequest{Ref: ref}); err != nil {
 				t.Error(err)
 			}
 		})
@@ -121,10 +122,10 @@ func TestDocumentOnce(t *testing.T) {
 	}
 	fresh := newClient(t, func(cfg *registry.Config) { cfg.CacheDir = t.TempDir() })
 	f.Forget()
-	if err := fresh.Check(t.Context(), ref, blockdev.Digest{}, blockdev.Credential{}); err != nil {
+	if err := fresh.Check(t.Context(), ref, blockdev.Digest{}, image.Credential{}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := fresh.Document(t.Context(), blockdev.DocumentRequest{Ref: ref}); err != nil {
+	if _, err := fresh.Document(t.Context(), image.DocumentRequest{Ref: ref}); err != nil {
 		t.Fatal(err)
 	}
 	if got := f.Requests("HEAD"); len(got) != 1 {
@@ -135,11 +136,11 @@ func TestDocumentOnce(t *testing.T) {
 // TestOwnMirror: a node's mirror in the hosts.toml that containerd shares with
 // the supernode is found out and left out, and hides no answer of the registry.
 func TestOwnMirror(t *testing.T) {
-	f, req, layer := image(t)
+	f, req, layer := newImage(t)
 	f.SetAuth(registrytest.Basic, users, onlyAlice)
 	own := registrytest.NewFake(t)
 	own.SetHook(func(w http.ResponseWriter, r *http.Request) bool {
-		if !strings.Contains(r.Header.Get("Via"), blockdev.Via) {
+		if !strings.Contains(r.Header.Get("Via"), image.Via) {
 			t.Errorf("%s %s does not say whose request it is", r.Method, r.URL)
 		}
 		registrytest.Fail(w, http.StatusLoopDetected, "UNSUPPORTED")
@@ -148,7 +149,7 @@ func TestOwnMirror(t *testing.T) {
 	dir := hostsToml(t, "registry.example", fmt.Sprintf("server = \"http://%s\"\n[host.\"http://%s\"]\ncapabilities = [\"pull\", \"resolve\"]\n", f.Host, own.Host))
 	c := newClient(t, func(cfg *registry.Config) { cfg.HostDirs = []string{dir} })
 	ref := "registry.example/app:v1"
-	wantError(t, c.Check(t.Context(), ref, blockdev.Digest{}, blockdev.Credential{}), blockdev.ErrUnauthorized)
+	wantError(t, c.Check(t.Context(), ref, blockdev.Digest{}, image.Credential{}), blockdev.ErrUnauthorized)
 	if n := len(own.Requests()); n != 1 {
 		t.Errorf("the mirror was asked %d times, want once", n)
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/pace"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	rt "github.com/shoalfs/shoal/internal/registry/registrytest"
 )
@@ -26,7 +27,7 @@ func TestDownloadIsShared(t *testing.T) {
 	open := func() *registry.Manifest {
 		f := rt.NewFake(t)
 		f.Push(t, "app", "v1", rt.GzipLayer(t, "file", 1<<20, 9))
-		m, err := c.Resolve(t.Context(), blockdev.ImageRequest{Ref: f.Host + "/app:v1", Platform: amd64})
+		m, err := c.Resolve(t.Context(), image.Request{Ref: f.Host + "/app:v1", Platform: amd64})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -12,17 +12,18 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
-// image is a fake with one image in it.
-func image(t *testing.T) (f *registrytest.Fake, req blockdev.ImageRequest, layer registrytest.Layer) {
+// newImage is a fake with one image in it.
+func newImage(t *testing.T) (f *registrytest.Fake, req image.Request, layer registrytest.Layer) {
 	f = registrytest.NewFake(t)
 	layer = registrytest.GzipLayer(t, "file", 500_000, 7)
 	d := f.Push(t, "app", "v1", layer)
 	f.Forget()
-	return f, blockdev.ImageRequest{Ref: f.Host + "/app:v1", Manifest: d, Platform: amd64}, layer
+	return f, image.Request{Ref: f.Host + "/app:v1", Manifest: d, Platform: amd64}, layer
 }
 
 func TestStatuses(t *testing.T) {
@@ -42,7 +43,7 @@ func TestStatuses(t *testing.T) {
 		{418, "", blockdev.ErrUnavailable, 0, 3},
 	} {
 		t.Run(fmt.Sprint(tc.status, tc.header), func(t *testing.T) {
-			f, req, _ := image(t)
+			f, req, _ := newImage(t)
 			f.SetHook(func(w http.ResponseWriter, _ *http.Request) bool {
 				if tc.header != "" {
 					w.Header().Set("Retry-After", tc.header)
@@ -67,7 +68,7 @@ func TestStatuses(t *testing.T) {
 }
 
 func TestComesBackAfterFailures(t *testing.T) {
-	f, req, _ := image(t)
+	f, req, _ := newImage(t)
 	var n atomic.Int32
 	f.SetHook(func(w http.ResponseWriter, _ *http.Request) bool {
 		if n.Add(1) <= 2 {
@@ -83,13 +84,13 @@ func TestComesBackAfterFailures(t *testing.T) {
 
 func TestUnreachable(t *testing.T) {
 	for _, host := range []string{"127.0.0.1:1", "no-such-registry.invalid:5000"} {
-		_, err := newClient(t).Resolve(t.Context(), blockdev.ImageRequest{Ref: host + "/app:v1", Platform: amd64})
+		_, err := newClient(t).Resolve(t.Context(), image.Request{Ref: host + "/app:v1", Platform: amd64})
 		wantError(t, err, blockdev.ErrUnavailable, host)
 	}
 }
 
 func TestSlow(t *testing.T) {
-	f, req, _ := image(t)
+	f, req, _ := newImage(t)
 	gone := make(chan struct{})
 	t.Cleanup(func() { close(gone) })
 	hang := func(_ http.ResponseWriter, r *http.Request) bool {
@@ -118,7 +119,7 @@ func TestSlow(t *testing.T) {
 			w.(http.Flusher).Flush()
 			return hang(w, r)
 		})
-		b, err := fetch(t.Context(), c, m, 0, blockdev.Credential{}, 0)
+		b, err := fetch(t.Context(), c, m, 0, image.Credential{}, 0)
 		wantError(t, err, blockdev.ErrUnavailable, "no byte for 50ms")
 		if len(b) != 1000 {
 			t.Errorf("%d bytes", len(b))
@@ -138,7 +139,7 @@ func TestSlow(t *testing.T) {
 // TestCutLayer: connections that break are taken up where they broke, and every
 // byte comes once.
 func TestCutLayer(t *testing.T) {
-	f, req, layer := image(t)
+	f, req, layer := newImage(t)
 	var received atomic.Int64
 	c := newClient(t, func(cfg *registry.Config) { cfg.Received = func(n int64) { received.Add(n) } })
 	m, err := c.Resolve(t.Context(), req)
@@ -162,7 +163,7 @@ func TestCutLayer(t *testing.T) {
 		_, _ = w.Write(layer.Blob[off:end])
 		return true
 	})
-	b, err := fetch(t.Context(), c, m, 0, blockdev.Credential{}, 0)
+	b, err := fetch(t.Context(), c, m, 0, image.Credential{}, 0)
 	if err != nil || !bytes.Equal(b, layer.Blob) {
 		t.Fatalf("%d bytes, %v", len(b), err)
 	}
@@ -182,7 +183,7 @@ func TestWrongLayerAnswers(t *testing.T) {
 			return true
 		}
 	}
-	f, req, layer := image(t)
+	f, req, layer := newImage(t)
 	c := newClient(t)
 	m, err := c.Resolve(t.Context(), req)
 	if err != nil {
@@ -210,7 +211,7 @@ func TestWrongLayerAnswers(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f.SetHook(tc.hook)
-			b, err := fetch(t.Context(), c, m, 0, blockdev.Credential{}, tc.off)
+			b, err := fetch(t.Context(), c, m, 0, image.Credential{}, tc.off)
 			if tc.want == nil {
 				if err != nil || !bytes.Equal(b, layer.Blob[tc.off:]) {
 					t.Errorf("%d bytes, %v", len(b), err)
@@ -268,7 +269,7 @@ func TestBadManifests(t *testing.T) {
 			f.SetBlob("app", blockdev.Sum(config), tc.config)
 			f.SetBlob("app", blockdev.Sum(tc.config), tc.config)
 			for _, given := range []blockdev.Digest{d, {}} {
-				m, err := newClient(t).Resolve(t.Context(), blockdev.ImageRequest{Ref: f.Host + "/app:v1", Manifest: given, Platform: amd64})
+				m, err := newClient(t).Resolve(t.Context(), image.Request{Ref: f.Host + "/app:v1", Manifest: given, Platform: amd64})
 				if tc.want == nil {
 					if err != nil || len(m.Layers) != 1 {
 						t.Errorf("%+v, %v", m, err)
@@ -282,7 +283,7 @@ func TestBadManifests(t *testing.T) {
 }
 
 func TestManifestWithOtherDigest(t *testing.T) {
-	f, req, layer := image(t)
+	f, req, layer := newImage(t)
 	cfg := registrytest.Config(t, registrytest.Platform{OS: "linux", Architecture: "amd64"}, layer)
 	f.SetManifest("app", "v1", registrytest.TypeManifest, req.Manifest, registrytest.Manifest(t, registrytest.TypeDocker, cfg, layer))
 	_, err := newClient(t).Resolve(t.Context(), req)
@@ -297,7 +298,7 @@ func TestBadReferences(t *testing.T) {
 		"docker.io/a@sha256:12", "docker.io/a:v1@sha512:00", "docker.io/a:" + strings.Repeat("x", 200), "https://docker.io/a:7",
 		"docker.io/a:7\r\nHost: b", "docker.io/" + strings.Repeat("a/", 200) + "b:1", "../../etc:1",
 	} {
-		_, err := c.Resolve(t.Context(), blockdev.ImageRequest{Ref: ref, Platform: amd64})
+		_, err := c.Resolve(t.Context(), image.Request{Ref: ref, Platform: amd64})
 		if !errors.Is(err, blockdev.ErrNotFound) {
 			t.Errorf("%q: %v", ref, err)
 		}
@@ -310,7 +311,7 @@ func TestBadReferences(t *testing.T) {
 
 // TestCloseEndsRead: whoever reads a layer can be stopped from elsewhere.
 func TestCloseEndsRead(t *testing.T) {
-	f, req, _ := image(t)
+	f, req, _ := newImage(t)
 	c := newClient(t)
 	m, err := c.Resolve(t.Context(), req)
 	if err != nil {
@@ -323,7 +324,7 @@ func TestCloseEndsRead(t *testing.T) {
 		<-r.Context().Done()
 		return true
 	})
-	rc, err := c.Fetch(t.Context(), m, m.Layers[0], blockdev.Credential{}, 0)
+	rc, err := c.Fetch(t.Context(), m, m.Layers[0], image.Credential{}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/pace"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // Fetch streams a layer's compressed bytes from offset (0..layer.Size) to its
@@ -28,7 +29,7 @@ import (
 // others that have asked for the same layer. It ends with io.EOF after exactly
 // layer.Size-offset bytes; a registry that has more or fewer is ErrCorrupt. The
 // bytes are not hashed. Close may be called while a Read waits, and ends it. External URLs of foreign layers are not followed.
-func (c *Client) Fetch(ctx context.Context, m *Manifest, l Layer, cred blockdev.Credential, offset int64) (io.ReadCloser, error) {
+func (c *Client) Fetch(ctx context.Context, m *Manifest, l Layer, cred image.Credential, offset int64) (io.ReadCloser, error) {
 	name := "layer " + l.Digest.String()
 	if offset < 0 || offset > l.Size {
 		return nil, fmt.Errorf("%s: offset %d is outside of its %d bytes", name, offset, l.Size)

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // known fails unless err is of a kind that callers act upon.
@@ -39,7 +40,7 @@ func FuzzDocument(f *testing.F) {
 		if (doc.Config == nil) == (doc.Manifests == nil) {
 			t.Fatal("neither an image nor an index, or both")
 		}
-		match, guess := choose(doc, ociPlatform(blockdev.Platform{OS: "linux", Architecture: "arm64"}))
+		match, guess := choose(doc, ociPlatform(image.Platform{OS: "linux", Architecture: "arm64"}))
 		if len(match)+len(guess) > maxManifests || len(guess) > maxGuesses {
 			t.Fatalf("%d and %d entries", len(match), len(guess))
 		}

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/containerd/v2/version"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // maxHeads bounds the questions for blobs that are under way at one registry.
@@ -26,7 +27,7 @@ const maxHeads = 16
 //
 // It sends a HEAD. Where that is refused, or leads to a URL that is signed for GET,
 // it begins to GET the layer: that is what everybody does.
-func (c *Client) HasBlob(ctx context.Context, m *Manifest, l Layer, cred blockdev.Credential) error {
+func (c *Client) HasBlob(ctx context.Context, m *Manifest, l Layer, cred image.Credential) error {
 	ref := Reference{Host: m.Host, Repository: m.Repository, Digest: m.Digest}
 	return c.do(ctx, ref, "", cred, func(ctx context.Context, s *session) error {
 		select {

@@ -31,13 +31,14 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	rt "github.com/shoalfs/shoal/internal/registry/registrytest"
 )
 
 // containerdPulls is what containerd does with an image: it resolves the name,
 // fetches all that belongs to the image into a content store, and checks it there.
-func containerdPulls(t *testing.T, ref string, dirs []string, cred blockdev.Credential) error {
+func containerdPulls(t *testing.T, ref string, dirs []string, cred image.Credential) error {
 	t.Helper()
 	quiet := logrus.New()
 	quiet.SetOutput(io.Discard)
@@ -79,10 +80,10 @@ func containerdPulls(t *testing.T, ref string, dirs []string, cred blockdev.Cred
 }
 
 // shoalPulls is what a supernode does with it.
-func shoalPulls(t *testing.T, ref string, dirs []string, cred blockdev.Credential) error {
+func shoalPulls(t *testing.T, ref string, dirs []string, cred image.Credential) error {
 	t.Helper()
 	c := newClient(t, func(cfg *registry.Config) { cfg.HostDirs = dirs })
-	m, err := c.Resolve(t.Context(), blockdev.ImageRequest{Ref: ref, Platform: amd64, Credential: cred})
+	m, err := c.Resolve(t.Context(), image.Request{Ref: ref, Platform: amd64, Credential: cred})
 	if err != nil {
 		return err
 	}
@@ -114,7 +115,7 @@ type odd struct {
 	layer      rt.Layer
 	ref        string
 	dirs       []string
-	cred       blockdev.Credential
+	cred       image.Credential
 }
 
 func (o *odd) blob() string { return "/blobs/" + blockdev.Sum(o.layer.Blob).String() }
@@ -508,7 +509,7 @@ func TestProxy(t *testing.T) {
 	}
 }
 
-var nobody blockdev.Credential
+var nobody image.Credential
 
 const o127 = "127.0.0.1"
 

@@ -12,7 +12,7 @@ import (
 
 	"go.uber.org/goleak"
 
-	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
@@ -55,14 +55,14 @@ func newClient(t *testing.T, change ...func(*registry.Config)) *registry.Client 
 	return c
 }
 
-func credOf(t registrytest.Target) blockdev.Credential {
-	return blockdev.Credential{Username: t.User, Secret: t.Password}
+func credOf(t registrytest.Target) image.Credential {
+	return image.Credential{Username: t.User, Secret: t.Password}
 }
 
-var amd64 = blockdev.Platform{OS: "linux", Architecture: "amd64"}
+var amd64 = image.Platform{OS: "linux", Architecture: "amd64"}
 
 // fetch reads a layer from offset to its end.
-func fetch(ctx context.Context, c *registry.Client, m *registry.Manifest, i int, cred blockdev.Credential, off int64) ([]byte, error) {
+func fetch(ctx context.Context, c *registry.Client, m *registry.Manifest, i int, cred image.Credential, off int64) ([]byte, error) {
 	rc, err := c.Fetch(ctx, m, m.Layers[i], cred, off)
 	if err != nil {
 		return nil, err

@@ -11,6 +11,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // Limits for what a registry sends, in bytes and entries. Real manifests have
@@ -200,7 +201,7 @@ func parseConfig(b []byte, layers []descriptor) ([]Layer, *imageConfig, error) {
 	return out, &cfg, nil
 }
 
-func ociPlatform(p blockdev.Platform) ocispec.Platform {
+func ociPlatform(p image.Platform) ocispec.Platform {
 	return platforms.Normalize(ocispec.Platform{OS: p.OS, Architecture: p.Architecture, Variant: p.Variant})
 }
 

@@ -15,6 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // Check asks the registry whether the credential may pull from ref's repository,
@@ -23,7 +24,7 @@ import (
 //
 // Only hosts with the capability "resolve" are asked: containerd's documentation
 // keeps that for hosts that are trusted to speak for the registry.
-func (c *Client) Check(ctx context.Context, ref string, manifest blockdev.Digest, cred blockdev.Credential) error {
+func (c *Client) Check(ctx context.Context, ref string, manifest blockdev.Digest, cred image.Credential) error {
 	r, err := ParseReference(ref)
 	if err != nil {
 		return err
@@ -46,7 +47,7 @@ func (c *Client) keepTag(r Reference, name string, d blockdev.Digest) {
 }
 
 // head looks for a manifest by digest, or by r's tag if d is zero.
-func (c *Client) head(ctx context.Context, r Reference, name string, d blockdev.Digest, cred blockdev.Credential) (blockdev.Digest, error) {
+func (c *Client) head(ctx context.Context, r Reference, name string, d blockdev.Digest, cred image.Credential) (blockdev.Digest, error) {
 	target := r.Name() + ":" + r.Tag
 	if d != (blockdev.Digest{}) {
 		target = r.withDigest(d)
@@ -69,7 +70,7 @@ func (c *Client) head(ctx context.Context, r Reference, name string, d blockdev.
 // Config.TagTTL, so an answer does not mean that the registry lets the credential
 // in: that is what Check is for. While the registry is unavailable, the last
 // known meaning of a tag counts.
-func (c *Client) Resolve(ctx context.Context, req blockdev.ImageRequest) (*Manifest, error) {
+func (c *Client) Resolve(ctx context.Context, req image.Request) (*Manifest, error) {
 	r, err := ParseReference(req.Ref)
 	if err != nil {
 		return nil, err
@@ -116,7 +117,7 @@ type query struct {
 	c    *Client
 	ref  Reference
 	name string
-	cred blockdev.Credential
+	cred image.Credential
 	want ocispec.Platform
 }
 

@@ -18,6 +18,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 const (
@@ -58,7 +59,7 @@ func (t *transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	// Blobs are compressed as they are, offsets count their own bytes, and a
 	// second compression would let a small answer grow without bound.
 	out.Header.Set("Accept-Encoding", "identity")
-	out.Header.Add("Via", blockdev.Via)
+	out.Header.Add("Via", image.Via)
 
 	timer := time.AfterFunc(t.stall, func() { cancel(errStalled) })
 	resp, err := t.base.RoundTrip(out)

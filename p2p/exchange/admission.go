@@ -17,8 +17,8 @@ const (
 	demand kind = iota
 	startup
 	prefetch
-	image
-	document
+	images
+	documents
 	profiles
 	kinds
 )

@@ -15,6 +15,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/pace"
 	"github.com/shoalfs/shoal/internal/defaults"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -124,10 +125,10 @@ type Client struct {
 }
 
 var (
-	_ blockdev.Source         = (*Client)(nil)
-	_ blockdev.ImageSource    = (*Client)(nil)
-	_ blockdev.ProfileSink    = (*Client)(nil)
-	_ blockdev.DocumentSource = (*Client)(nil)
+	_ blockdev.Source      = (*Client)(nil)
+	_ image.Source         = (*Client)(nil)
+	_ blockdev.ProfileSink = (*Client)(nil)
+	_ image.DocumentSource = (*Client)(nil)
 )
 
 // NewClient returns a Client of the server at info (host.ParseAddr reads one

@@ -1,6 +1,6 @@
 // Package exchange moves chunks, indexes, manifests and startup profiles between machines over libp2p
 // streams. Server answers from a store of chunks and a source of images; Client
-// is a blockdev.Source and a blockdev.ImageSource whose bytes come from one
+// is a blockdev.Source and a image.Source whose bytes come from one
 // server. docs/formats.md, "Wire protocol", describes what is said.
 //
 // # Terms

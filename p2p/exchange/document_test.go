@@ -13,27 +13,28 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
 // documentsFunc is a Documents made of a function.
-type documentsFunc func(ctx context.Context, peer string, req blockdev.DocumentRequest) (*blockdev.Document, error)
+type documentsFunc func(ctx context.Context, peer string, req image.DocumentRequest) (*image.Document, error)
 
-func (f documentsFunc) DocumentFor(ctx context.Context, peer string, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+func (f documentsFunc) DocumentFor(ctx context.Context, peer string, req image.DocumentRequest) (*image.Document, error) {
 	return f(ctx, peer, req)
 }
 
-func newDocument(n int) *blockdev.Document {
+func newDocument(n int) *image.Document {
 	b := blockdevtest.Bytes(1, n)
-	return &blockdev.Document{Digest: blockdev.Sum(b), MediaType: "application/vnd.oci.image.index.v1+json", Size: int64(n), Data: b}
+	return &image.Document{Digest: blockdev.Sum(b), MediaType: "application/vnd.oci.image.index.v1+json", Size: int64(n), Data: b}
 }
 
 func TestDocument(t *testing.T) {
 	h := newHost(t, nil, loopback)
 	var gotPeer string
-	var gotReq blockdev.DocumentRequest
-	var have *blockdev.Document
-	newServer(t, h, ServerConfig{Documents: documentsFunc(func(_ context.Context, peer string, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+	var gotReq image.DocumentRequest
+	var have *image.Document
+	newServer(t, h, ServerConfig{Documents: documentsFunc(func(_ context.Context, peer string, req image.DocumentRequest) (*image.Document, error) {
 		gotPeer, gotReq = peer, req
 		doc := *have
 		if req.Head {
@@ -42,9 +43,9 @@ func TestDocument(t *testing.T) {
 		return &doc, nil
 	})})
 	c := newClient(t, h, Options{})
-	for _, n := range []int{1, wire.MaxIndexData, 3*wire.MaxIndexData + 5, blockdev.MaxDocument} {
+	for _, n := range []int{1, wire.MaxIndexData, 3*wire.MaxIndexData + 5, image.MaxDocument} {
 		have = newDocument(n)
-		req := blockdev.DocumentRequest{Ref: "docker.io/library/redis:7", Credential: blockdev.Credential{Username: "u", Secret: "s"}}
+		req := image.DocumentRequest{Ref: "docker.io/library/redis:7", Credential: image.Credential{Username: "u", Secret: "s"}}
 		got, err := c.Document(t.Context(), req)
 		if err != nil {
 			t.Fatal(err)
@@ -55,19 +56,19 @@ func TestDocument(t *testing.T) {
 		if gotPeer != c.keeper.host.ID().String() || !reflect.DeepEqual(gotReq, req) {
 			t.Errorf("peer %q asked for %+v", gotPeer, gotReq)
 		}
-		req.Kind, req.Head = blockdev.Config, true
+		req.Kind, req.Head = image.ConfigDocument, true
 		want := *have
 		want.Data = nil
 		if got, err = c.Document(t.Context(), req); err != nil || !reflect.DeepEqual(got, &want) || !reflect.DeepEqual(gotReq, req) {
 			t.Errorf("without the bytes: %+v, %v", got, err)
 		}
 	}
-	have = newDocument(blockdev.MaxDocument + 1)
-	if _, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnsupported) {
+	have = newDocument(image.MaxDocument + 1)
+	if _, err := c.Document(t.Context(), image.DocumentRequest{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnsupported) {
 		t.Errorf("too large: %v", err)
 	}
-	have = &blockdev.Document{Size: 3, Data: []byte("ab")}
-	if _, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrCorrupt) {
+	have = &image.Document{Size: 3, Data: []byte("ab")}
+	if _, err := c.Document(t.Context(), image.DocumentRequest{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrCorrupt) {
 		t.Errorf("a source that contradicts itself: %v", err)
 	}
 }
@@ -75,18 +76,18 @@ func TestDocument(t *testing.T) {
 func TestDocumentErrors(t *testing.T) {
 	h := newHost(t, nil, loopback)
 	var fail error
-	newServer(t, h, ServerConfig{Documents: documentsFunc(func(context.Context, string, blockdev.DocumentRequest) (*blockdev.Document, error) {
+	newServer(t, h, ServerConfig{Documents: documentsFunc(func(context.Context, string, image.DocumentRequest) (*image.Document, error) {
 		return nil, fail
 	})})
 	c := newClient(t, h, Options{})
 	for _, want := range []error{blockdev.ErrNotFound, blockdev.ErrUnauthorized, blockdev.ErrUnsupported, blockdev.ErrUnavailable, blockdev.ErrCorrupt} {
 		fail = fmt.Errorf("registry says no: %w", want)
-		_, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: "r/a:1"})
+		_, err := c.Document(t.Context(), image.DocumentRequest{Ref: "r/a:1"})
 		if !errors.Is(err, want) || !strings.Contains(err.Error(), "r/a:1") || !strings.Contains(err.Error(), "registry says no") {
 			t.Errorf("%v came as %v", want, err)
 		}
 	}
-	if _, err := c.Document(t.Context(), blockdev.DocumentRequest{}); !errors.Is(err, blockdev.ErrUnsupported) {
+	if _, err := c.Document(t.Context(), image.DocumentRequest{}); !errors.Is(err, blockdev.ErrUnsupported) {
 		t.Errorf("no reference: %v", err)
 	}
 }
@@ -98,7 +99,7 @@ func TestDocumentWaits(t *testing.T) {
 	release, began := make(chan struct{}), make(chan struct{}, 1)
 	newServer(t, h, ServerConfig{
 		Limits: Limits{DocumentsPerPeer: 1, WorkingInterval: 10 * time.Millisecond},
-		Documents: documentsFunc(func(ctx context.Context, _ string, _ blockdev.DocumentRequest) (*blockdev.Document, error) {
+		Documents: documentsFunc(func(ctx context.Context, _ string, _ image.DocumentRequest) (*image.Document, error) {
 			began <- struct{}{}
 			select {
 			case <-release:
@@ -111,18 +112,18 @@ func TestDocumentWaits(t *testing.T) {
 	c := newClient(t, h, Options{ImageTimeout: time.Second})
 	first := make(chan error)
 	go func() {
-		_, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: "r/a:1"})
+		_, err := c.Document(t.Context(), image.DocumentRequest{Ref: "r/a:1"})
 		first <- err
 	}()
 	<-began
-	if _, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: "r/a:1"}); !errors.Is(err, wire.ErrBusy) {
+	if _, err := c.Document(t.Context(), image.DocumentRequest{Ref: "r/a:1"}); !errors.Is(err, wire.ErrBusy) {
 		t.Errorf("second request: %v, want busy", err)
 	}
 	close(release)
 	if err := <-first; err != nil {
 		t.Error(err)
 	}
-	if _, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: "r/a:1"}); err != nil {
+	if _, err := c.Document(t.Context(), image.DocumentRequest{Ref: "r/a:1"}); err != nil {
 		t.Error(err)
 	}
 }
@@ -146,7 +147,7 @@ func TestHostileDocumentServer(t *testing.T) {
 		{"two headers", sends(encode(t, header(1), header(1))), false, blockdev.ErrCorrupt},
 		{"cut", sends(encode(t, header(5), data(4))), false, blockdev.ErrUnavailable},
 		{"too much", sends(encode(t, header(5), data(6))), false, blockdev.ErrCorrupt},
-		{"claims too much", sends(encode(t, header(blockdev.MaxDocument+1))), false, blockdev.ErrCorrupt},
+		{"claims too much", sends(encode(t, header(image.MaxDocument+1))), false, blockdev.ErrCorrupt},
 		{"negative", sends(encode(t, header(-1))), true, blockdev.ErrCorrupt},
 		{"endless working", func(w io.Writer) error {
 			for b := encode(t, &wire.ManifestFrame{Part: &wire.ManifestFrame_Working{Working: &wire.Working{}}}); ; {
@@ -158,7 +159,7 @@ func TestHostileDocumentServer(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			client := liar(t, ManifestProtocol, Options{}, c.write, false)
-			doc, err := client.Document(t.Context(), blockdev.DocumentRequest{Ref: "r/a:1", Head: c.head})
+			doc, err := client.Document(t.Context(), image.DocumentRequest{Ref: "r/a:1", Head: c.head})
 			if !errors.Is(err, c.want) || doc != nil {
 				t.Errorf("%v, want %v", err, c.want)
 			}
@@ -174,13 +175,13 @@ func TestProgress(t *testing.T) {
 	heard := make(chan struct{})
 	newServer(t, h, ServerConfig{
 		Limits: Limits{ProgressInterval: time.Millisecond},
-		Images: imagesFunc(func(ctx context.Context, _ string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+		Images: imagesFunc(func(ctx context.Context, _ string, req image.Request) (*image.Image, error) {
 			if req.Progress == nil {
 				return testImage(), nil
 			}
-			req.Progress(blockdev.Progress{Layer: a, Done: 1, Total: 9, Stage: blockdev.StageFetching})
-			req.Progress(blockdev.Progress{Layer: b, Total: 5, Stage: blockdev.StageWaiting})
-			req.Progress(blockdev.Progress{Layer: a, Done: 9, Total: 9, Stage: blockdev.StageUnpacking})
+			req.Progress(image.Progress{Layer: a, Done: 1, Total: 9, Stage: image.StageFetching})
+			req.Progress(image.Progress{Layer: b, Total: 5, Stage: image.StageWaiting})
+			req.Progress(image.Progress{Layer: a, Done: 9, Total: 9, Stage: image.StageUnpacking})
 			select {
 			case <-heard:
 			case <-ctx.Done():
@@ -189,20 +190,20 @@ func TestProgress(t *testing.T) {
 		}),
 	})
 	c := newClient(t, h, Options{})
-	last := map[blockdev.Digest]blockdev.Progress{}
+	last := map[blockdev.Digest]image.Progress{}
 	req := testRequest()
-	req.Progress = func(p blockdev.Progress) {
+	req.Progress = func(p image.Progress) {
 		last[p.Layer] = p
-		if last[a].Stage == blockdev.StageUnpacking && last[b].Total == 5 {
+		if last[a].Stage == image.StageUnpacking && last[b].Total == 5 {
 			close(heard)
 		}
 	}
 	if _, err := c.OpenImage(t.Context(), req); err != nil {
 		t.Fatal(err)
 	}
-	want := map[blockdev.Digest]blockdev.Progress{
-		a: {Layer: a, Done: 9, Total: 9, Stage: blockdev.StageUnpacking},
-		b: {Layer: b, Total: 5, Stage: blockdev.StageWaiting},
+	want := map[blockdev.Digest]image.Progress{
+		a: {Layer: a, Done: 9, Total: 9, Stage: image.StageUnpacking},
+		b: {Layer: b, Total: 5, Stage: image.StageWaiting},
 	}
 	if !reflect.DeepEqual(last, want) {
 		t.Errorf("heard %v", last)

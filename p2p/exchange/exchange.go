@@ -8,6 +8,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -59,17 +60,17 @@ type Chunks interface {
 
 // Images is where a server's indexes come from.
 type Images interface {
-	// OpenImageFor is blockdev.ImageSource's OpenImage on behalf of a peer,
+	// OpenImageFor is image.Source's OpenImage on behalf of a peer,
 	// whose ID has been proven. It may take as long as fetching the image
 	// takes; ctx ends when the peer is gone.
-	OpenImageFor(ctx context.Context, peer string, req blockdev.ImageRequest) (*blockdev.Image, error)
+	OpenImageFor(ctx context.Context, peer string, req image.Request) (*image.Image, error)
 }
 
 // Documents is where a server's manifests and configs come from.
 type Documents interface {
-	// DocumentFor is blockdev.DocumentSource's Document on behalf of a peer,
+	// DocumentFor is image.DocumentSource's Document on behalf of a peer,
 	// whose ID has been proven. ctx ends when the peer is gone.
-	DocumentFor(ctx context.Context, peer string, req blockdev.DocumentRequest) (*blockdev.Document, error)
+	DocumentFor(ctx context.Context, peer string, req image.DocumentRequest) (*image.Document, error)
 }
 
 // Profiles takes startup profiles that peers report.

@@ -21,6 +21,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
@@ -320,7 +321,7 @@ func TestServerRestarts(t *testing.T) {
 	if err := fetch(); !errors.Is(err, blockdev.ErrUnavailable) || !strings.Contains(err.Error(), port) {
 		t.Fatalf("server gone: %v, want ErrUnavailable and the address", err)
 	}
-	if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnavailable) || !strings.Contains(err.Error(), "r/a:1") {
+	if _, err := c.OpenImage(t.Context(), image.Request{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnavailable) || !strings.Contains(err.Error(), "r/a:1") {
 		t.Fatalf("server gone: %v, want ErrUnavailable and the image", err)
 	}
 	var serving atomic.Bool
@@ -336,7 +337,7 @@ func TestServerRestarts(t *testing.T) {
 		opened <- err
 	}()
 	h = newHost(t, key, "127.0.0.1:"+port)
-	newServer(t, h, ServerConfig{Chunks: st, Images: imagesFunc(func(context.Context, string, blockdev.ImageRequest) (*blockdev.Image, error) {
+	newServer(t, h, ServerConfig{Chunks: st, Images: imagesFunc(func(context.Context, string, image.Request) (*image.Image, error) {
 		return testImage(), nil
 	})})
 	serving.Store(true)

@@ -15,26 +15,27 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
 // imagesFunc is an Images made of a function.
-type imagesFunc func(ctx context.Context, peer string, req blockdev.ImageRequest) (*blockdev.Image, error)
+type imagesFunc func(ctx context.Context, peer string, req image.Request) (*image.Image, error)
 
-func (f imagesFunc) OpenImageFor(ctx context.Context, peer string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (f imagesFunc) OpenImageFor(ctx context.Context, peer string, req image.Request) (*image.Image, error) {
 	return f(ctx, peer, req)
 }
 
 // testImage has a layer without index, an index of one byte, and one that takes
 // several frames.
-func testImage() *blockdev.Image {
-	layer := func(name string, index []byte) blockdev.Layer {
-		return blockdev.Layer{Digest: blockdev.Sum([]byte(name)), Size: int64(100 + len(name)), DiffID: blockdev.Sum([]byte("diff " + name)), Index: index}
+func testImage() *image.Image {
+	layer := func(name string, index []byte) image.Layer {
+		return image.Layer{Digest: blockdev.Sum([]byte(name)), Size: int64(100 + len(name)), DiffID: blockdev.Sum([]byte("diff " + name)), Index: index}
 	}
-	return &blockdev.Image{
+	return &image.Image{
 		Ref:      "docker.io/library/redis:7",
 		Manifest: blockdev.Sum([]byte("manifest")),
-		Layers: []blockdev.Layer{
+		Layers: []image.Layer{
 			layer("known", nil),
 			layer("small", []byte{7}),
 			layer("exact", blockdevtest.Bytes(1, wire.MaxIndexData)),
@@ -44,12 +45,12 @@ func testImage() *blockdev.Image {
 	}
 }
 
-func testRequest() blockdev.ImageRequest {
-	return blockdev.ImageRequest{
+func testRequest() image.Request {
+	return image.Request{
 		Ref:        "docker.io/library/redis:7",
 		Manifest:   blockdev.Sum([]byte("index")),
-		Platform:   blockdev.Platform{OS: "linux", Architecture: "amd64"},
-		Credential: blockdev.Credential{Username: "u", Secret: "s"},
+		Platform:   image.Platform{OS: "linux", Architecture: "amd64"},
+		Credential: image.Credential{Username: "u", Secret: "s"},
 		Have:       []blockdev.Digest{blockdev.Sum([]byte("known")), blockdev.Sum([]byte("known too"))},
 	}
 }
@@ -57,8 +58,8 @@ func testRequest() blockdev.ImageRequest {
 func TestOpenImage(t *testing.T) {
 	h := newHost(t, nil, loopback)
 	var gotPeer string
-	var gotReq blockdev.ImageRequest
-	newServer(t, h, ServerConfig{Images: imagesFunc(func(_ context.Context, peer string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+	var gotReq image.Request
+	newServer(t, h, ServerConfig{Images: imagesFunc(func(_ context.Context, peer string, req image.Request) (*image.Image, error) {
 		gotPeer, gotReq = peer, req
 		return testImage(), nil
 	})})
@@ -83,13 +84,13 @@ func TestOpenImage(t *testing.T) {
 func TestOpenRelayedImage(t *testing.T) {
 	h := newHost(t, nil, loopback)
 	want := testImage()
-	want.Relays = []blockdev.Relay{
+	want.Relays = []image.Relay{
 		{Key: [32]byte{1, 2}, Addrs: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:7"), netip.MustParseAddrPort("[fd00::1]:8")}},
 		{Key: [32]byte{3}, Addrs: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.2:7")}},
 	}
 	large := &want.Layers[3]
 	large.IndexSize, large.IndexDigest, large.Index = int64(len(large.Index)), blockdev.Sum(large.Index), nil
-	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, blockdev.ImageRequest) (*blockdev.Image, error) {
+	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, image.Request) (*image.Image, error) {
 		return want, nil
 	})})
 	c := newClient(t, h, Options{})
@@ -114,8 +115,8 @@ func TestOpenRelayedImage(t *testing.T) {
 // An image without layers is one.
 func TestOpenEmptyImage(t *testing.T) {
 	h := newHost(t, nil, loopback)
-	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, blockdev.ImageRequest) (*blockdev.Image, error) {
-		return &blockdev.Image{}, nil
+	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, image.Request) (*image.Image, error) {
+		return &image.Image{}, nil
 	})})
 	img, err := newClient(t, h, Options{}).OpenImage(t.Context(), testRequest())
 	if err != nil || len(img.Layers) != 0 {
@@ -126,7 +127,7 @@ func TestOpenEmptyImage(t *testing.T) {
 func TestOpenImageErrors(t *testing.T) {
 	h := newHost(t, nil, loopback)
 	var fail error
-	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, blockdev.ImageRequest) (*blockdev.Image, error) {
+	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, image.Request) (*image.Image, error) {
 		return nil, fail
 	})})
 	c := newClient(t, h, Options{})
@@ -144,7 +145,7 @@ func TestOpenImageErrors(t *testing.T) {
 			}
 		}
 	}
-	if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{}); !errors.Is(err, blockdev.ErrUnsupported) {
+	if _, err := c.OpenImage(t.Context(), image.Request{}); !errors.Is(err, blockdev.ErrUnsupported) {
 		t.Errorf("no reference: %v", err)
 	}
 }
@@ -157,7 +158,7 @@ func TestOpenImageTakesLong(t *testing.T) {
 	release := make(chan struct{})
 	newServer(t, h, ServerConfig{
 		Limits: Limits{WorkingInterval: 10 * time.Millisecond},
-		Images: imagesFunc(func(ctx context.Context, _ string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+		Images: imagesFunc(func(ctx context.Context, _ string, req image.Request) (*image.Image, error) {
 			select {
 			case <-release:
 				return testImage(), nil
@@ -189,26 +190,26 @@ func TestImageLimits(t *testing.T) {
 	entered, release := make(chan struct{}), make(chan struct{})
 	newServer(t, h, ServerConfig{
 		Limits: Limits{Images: 1, Waiting: 1},
-		Images: imagesFunc(func(_ context.Context, _ string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+		Images: imagesFunc(func(_ context.Context, _ string, req image.Request) (*image.Image, error) {
 			if req.Ref == "many/layers" {
-				return &blockdev.Image{Ref: req.Ref, Layers: make([]blockdev.Layer, wire.MaxLayers+1)}, nil
+				return &image.Image{Ref: req.Ref, Layers: make([]image.Layer, wire.MaxLayers+1)}, nil
 			}
 			if req.Ref == "a" {
 				close(entered)
 				<-release
 			}
-			return &blockdev.Image{}, nil
+			return &image.Image{}, nil
 		}),
 	})
 	var only atomic.Bool
 	only.Store(true)
 	c, patient := newClient(t, h, Options{}), newClient(t, h, Options{Patient: true, Only: only.Load})
-	if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "many/layers"}); !errors.Is(err, blockdev.ErrUnsupported) {
+	if _, err := c.OpenImage(t.Context(), image.Request{Ref: "many/layers"}); !errors.Is(err, blockdev.ErrUnsupported) {
 		t.Errorf("too many layers: %v", err)
 	}
 	done := make(chan error, 2)
 	go func() {
-		_, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "a"})
+		_, err := c.OpenImage(t.Context(), image.Request{Ref: "a"})
 		done <- err
 	}()
 	select {
@@ -216,22 +217,22 @@ func TestImageLimits(t *testing.T) {
 	case err := <-done:
 		t.Fatal(err)
 	}
-	if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "b"}); !errors.Is(err, wire.ErrBusy) {
+	if _, err := c.OpenImage(t.Context(), image.Request{Ref: "b"}); !errors.Is(err, wire.ErrBusy) {
 		t.Errorf("over the limit: %v", err)
 	}
 	// Who is patient waits for as long as its context lasts.
 	ctx, cancel := context.WithTimeout(t.Context(), 4*minBusy)
 	defer cancel()
-	if _, err := patient.OpenImage(ctx, blockdev.ImageRequest{Ref: "b"}); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, wire.ErrBusy) {
+	if _, err := patient.OpenImage(ctx, image.Request{Ref: "b"}); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, wire.ErrBusy) {
 		t.Errorf("over the limit until the end: %v", err)
 	}
 	only.Store(false) // there is another one to ask now
-	if _, err := patient.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "b"}); !errors.Is(err, wire.ErrBusy) {
+	if _, err := patient.OpenImage(t.Context(), image.Request{Ref: "b"}); !errors.Is(err, wire.ErrBusy) {
 		t.Errorf("over the limit, with another server to ask: %v", err)
 	}
 	only.Store(true)
 	go func() {
-		_, err := patient.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "b"})
+		_, err := patient.OpenImage(t.Context(), image.Request{Ref: "b"})
 		done <- err
 	}()
 	close(release)
@@ -252,26 +253,26 @@ func TestImageWaitsTakeNoPlace(t *testing.T) {
 	release := make(chan struct{})
 	newServer(t, h, ServerConfig{
 		Limits: Limits{Images: 1},
-		Images: imagesFunc(func(_ context.Context, _ string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+		Images: imagesFunc(func(_ context.Context, _ string, req image.Request) (*image.Image, error) {
 			if req.Ref == "slow" {
 				entered.Done()
 				<-release
 			}
-			return &blockdev.Image{}, nil
+			return &image.Image{}, nil
 		}),
 	})
 	c := newClient(t, h, Options{})
 	var wg sync.WaitGroup
 	for range waiting {
 		wg.Go(func() {
-			if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "slow"}); err != nil {
+			if _, err := c.OpenImage(t.Context(), image.Request{Ref: "slow"}); err != nil {
 				t.Error(err)
 			}
 		})
 	}
 	entered.Wait()
 	for range 3 {
-		if _, err := c.OpenImage(t.Context(), blockdev.ImageRequest{Ref: "stored"}); err != nil {
+		if _, err := c.OpenImage(t.Context(), image.Request{Ref: "stored"}); err != nil {
 			t.Errorf("while others wait: %v", err)
 		}
 	}
@@ -286,8 +287,8 @@ func TestLargeIndex(t *testing.T) {
 	}
 	want := blockdevtest.Bytes(9, 32<<20)
 	h := newHost(t, nil, loopback)
-	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, blockdev.ImageRequest) (*blockdev.Image, error) {
-		return &blockdev.Image{Layers: []blockdev.Layer{{Index: want}}}, nil
+	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, image.Request) (*image.Image, error) {
+		return &image.Image{Layers: []image.Layer{{Index: want}}}, nil
 	})})
 	img, err := newClient(t, h, Options{}).OpenImage(t.Context(), testRequest())
 	if err != nil || !bytes.Equal(img.Layers[0].Index, want) {

@@ -6,12 +6,13 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
-// Document implements blockdev.DocumentSource. As for an image, the server gives
+// Document implements image.DocumentSource. As for an image, the server gives
 // a sign of life while it asks the registry, and ctx bounds the whole.
-func (c *Client) Document(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+func (c *Client) Document(ctx context.Context, req image.DocumentRequest) (*image.Document, error) {
 	doc, err := c.openDocument(ctx, &req)
 	if err != nil {
 		return nil, fmt.Errorf("%.200q: %w", req.Ref, c.explain(err))
@@ -19,7 +20,7 @@ func (c *Client) Document(ctx context.Context, req blockdev.DocumentRequest) (*b
 	return doc, nil
 }
 
-func (c *Client) openDocument(ctx context.Context, req *blockdev.DocumentRequest) (*blockdev.Document, error) {
+func (c *Client) openDocument(ctx context.Context, req *image.DocumentRequest) (*image.Document, error) {
 	msg, err := wire.NewManifestRequest(req)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", blockdev.ErrUnsupported, err)
@@ -28,7 +29,7 @@ func (c *Client) openDocument(ctx context.Context, req *blockdev.DocumentRequest
 	if err != nil {
 		return nil, err
 	}
-	var doc *blockdev.Document
+	var doc *image.Document
 	err = c.converse(ctx, c.docs, out, func(st *stream) (bool, error) {
 		a := documentReader{c: c, st: st, head: req.Head, alive: req.Alive, start: time.Now()}
 		var err error
@@ -48,10 +49,10 @@ type documentReader struct {
 	start time.Time
 	begun bool // a frame has come
 	idle  int  // frames that brought nothing
-	doc   *blockdev.Document
+	doc   *image.Document
 }
 
-func (a *documentReader) read() (_ *blockdev.Document, err error) {
+func (a *documentReader) read() (_ *image.Document, err error) {
 	for a.doc == nil || !a.head && int64(len(a.doc.Data)) < a.doc.Size {
 		if err := a.st.SetReadDeadline(time.Now().Add(a.c.silence(a.begun))); err != nil {
 			return nil, err
@@ -73,7 +74,7 @@ func (a *documentReader) read() (_ *blockdev.Document, err error) {
 				return nil, fmt.Errorf("second header: %w", blockdev.ErrCorrupt)
 			}
 			h := p.Header
-			a.doc = &blockdev.Document{Digest: blockdev.Digest(h.Digest), MediaType: h.MediaType, Size: h.Size}
+			a.doc = &image.Document{Digest: blockdev.Digest(h.Digest), MediaType: h.MediaType, Size: h.Size}
 		case *wire.ManifestFrame_Data:
 			// Grown as bytes come: a size that is only claimed costs nothing.
 			if a.doc == nil || a.head || int64(len(a.doc.Data)+len(p.Data)) > a.doc.Size {

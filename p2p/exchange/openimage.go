@@ -11,13 +11,14 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/profile"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
-// OpenImage implements blockdev.ImageSource. It may take as long as the server
+// OpenImage implements image.Source. It may take as long as the server
 // needs to fetch the image; the server gives a sign of life every few seconds,
 // so that a dead one is found out, and ctx bounds the whole.
-func (c *Client) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (c *Client) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
 	img, err := c.openImage(ctx, &req)
 	if err != nil {
 		return nil, fmt.Errorf("image %.200q: %w", req.Ref, c.explain(err))
@@ -25,7 +26,7 @@ func (c *Client) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blo
 	return img, nil
 }
 
-func (c *Client) openImage(ctx context.Context, req *blockdev.ImageRequest) (*blockdev.Image, error) {
+func (c *Client) openImage(ctx context.Context, req *image.Request) (*image.Image, error) {
 	msg, err := wire.NewIndexRequest(req)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", blockdev.ErrUnsupported, err)
@@ -34,7 +35,7 @@ func (c *Client) openImage(ctx context.Context, req *blockdev.ImageRequest) (*bl
 	if err != nil {
 		return nil, err
 	}
-	var img *blockdev.Image
+	var img *image.Image
 	var refused error
 	err = c.converse(ctx, c.images, out, func(st *stream) (bool, error) {
 		a := imageAnswer{c: c, req: req, start: time.Now(), st: st}
@@ -136,19 +137,19 @@ func (c *Client) silence(begun bool) time.Duration {
 type imageAnswer struct {
 	c     *Client
 	st    *stream
-	req   *blockdev.ImageRequest
+	req   *image.Request
 	buf   []byte
 	start time.Time
 	begun bool // a frame has come
 	idle  int  // frames that brought nothing
 
-	img     *blockdev.Image
+	img     *image.Image
 	refused error   // by req.Admit
 	lengths []int64 // of the indexes
 	layer   int     // whose index comes next
 }
 
-func (a *imageAnswer) read() (_ *blockdev.Image, err error) {
+func (a *imageAnswer) read() (_ *image.Image, err error) {
 	for {
 		if err := a.st.SetReadDeadline(time.Now().Add(a.c.silence(a.begun))); err != nil {
 			return nil, err
@@ -212,14 +213,14 @@ func (a *imageAnswer) header(h *wire.ImageHeader) error {
 	if a.img != nil {
 		return fmt.Errorf("second image header: %w", blockdev.ErrCorrupt)
 	}
-	a.img = &blockdev.Image{Ref: a.req.Ref, Manifest: blockdev.Digest(h.Manifest), Grant: h.Grant}
+	a.img = &image.Image{Ref: a.req.Ref, Manifest: blockdev.Digest(h.Manifest), Grant: h.Grant}
 	var err error
 	if a.img.Relays, err = wire.ParseRelays(h.Relays); err != nil {
 		return err
 	}
 	var total int64
 	for i, l := range h.Layers {
-		layer := blockdev.Layer{Digest: blockdev.Digest(l.Digest), Size: l.Size, DiffID: blockdev.Digest(l.DiffId)}
+		layer := image.Layer{Digest: blockdev.Digest(l.Digest), Size: l.Size, DiffID: blockdev.Digest(l.DiffId)}
 		if len(l.Profile) > 0 {
 			if layer.Profile, err = profile.Decode(l.Profile, math.MaxUint32); err != nil {
 				return fmt.Errorf("layer %d: %w", i, err)

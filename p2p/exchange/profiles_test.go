@@ -13,6 +13,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -159,7 +160,7 @@ func TestImageProfiles(t *testing.T) {
 	img := testImage()
 	img.Layers[0].Profile = blockdev.Profile{{Chunk: 4, Rank: 9}, {Chunk: 1, Rank: 10}}
 	img.Layers[2].Profile = blockdev.Profile{{Chunk: 0, Rank: 0}}
-	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, blockdev.ImageRequest) (*blockdev.Image, error) { return img, nil })})
+	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, image.Request) (*image.Image, error) { return img, nil })})
 	c := newClient(t, h, Options{})
 	got, err := c.OpenImage(t.Context(), testRequest())
 	if err != nil {
@@ -175,9 +176,9 @@ func TestImageProfiles(t *testing.T) {
 	for i := range uint32(blockdev.MaxProfile) {
 		long = append(long, blockdev.Touch{Chunk: (i%2)*(1<<31) + i, Rank: i << 15})
 	}
-	img = &blockdev.Image{Ref: "r", Manifest: blockdev.Sum([]byte("m"))}
+	img = &image.Image{Ref: "r", Manifest: blockdev.Sum([]byte("m"))}
 	for i := range 60 {
-		img.Layers = append(img.Layers, blockdev.Layer{Digest: blockdev.Sum([]byte{byte(i)}), Index: []byte{1}, Profile: long})
+		img.Layers = append(img.Layers, image.Layer{Digest: blockdev.Sum([]byte{byte(i)}), Index: []byte{1}, Profile: long})
 	}
 	got, err = c.OpenImage(t.Context(), testRequest())
 	if err != nil {

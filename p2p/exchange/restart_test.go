@@ -17,6 +17,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/chain"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // lastSource counts what is asked of a registry, which has nothing.
@@ -109,10 +110,10 @@ func TestFirstSign(t *testing.T) {
 		}
 	}
 	newServer(t, h, ServerConfig{
-		Images: imagesFunc(func(ctx context.Context, _ string, _ blockdev.ImageRequest) (*blockdev.Image, error) {
+		Images: imagesFunc(func(ctx context.Context, _ string, _ image.Request) (*image.Image, error) {
 			return testImage(), wait(ctx)
 		}),
-		Documents: documentsFunc(func(ctx context.Context, _ string, _ blockdev.DocumentRequest) (*blockdev.Document, error) {
+		Documents: documentsFunc(func(ctx context.Context, _ string, _ image.DocumentRequest) (*image.Document, error) {
 			return newDocument(1), wait(ctx)
 		}),
 	})
@@ -125,7 +126,7 @@ func TestFirstSign(t *testing.T) {
 			return err
 		},
 		"document": func(c *Client, alive func()) error {
-			_, err := c.Document(t.Context(), blockdev.DocumentRequest{Ref: "docker.io/library/redis:7", Alive: alive})
+			_, err := c.Document(t.Context(), image.DocumentRequest{Ref: "docker.io/library/redis:7", Alive: alive})
 			return err
 		},
 	}

@@ -7,6 +7,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -23,12 +24,12 @@ func (s *Server) serveDocument(st network.Stream) error {
 	if err != nil {
 		return w.fail(invalid(err))
 	}
-	if err := w.enter(document, "manifests"); err != nil {
+	if err := w.enter(documents, "manifests"); err != nil {
 		return w.fail(wire.FromError(err))
 	}
 	defer w.done()
 
-	var doc *blockdev.Document
+	var doc *image.Document
 	var failed error
 	err = w.await(s.cfg.Limits.WorkingInterval, func(ctx context.Context) {
 		doc, failed = s.cfg.Documents.DocumentFor(ctx, st.Conn().RemotePeer().String(), *req)
@@ -36,13 +37,13 @@ func (s *Server) serveDocument(st network.Stream) error {
 		return w.write(&wire.ManifestFrame{Part: &wire.ManifestFrame_Working{Working: &wire.Working{}}})
 	})
 	if err != nil {
-		s.stats.request(document, context.Canceled)
+		s.stats.request(documents, context.Canceled)
 		return err
 	}
 	if failed == nil {
 		failed = checkDocument(req, doc)
 	}
-	s.stats.request(document, failed)
+	s.stats.request(documents, failed)
 	if failed != nil {
 		return w.fail(wire.FromError(failed))
 	}
@@ -60,7 +61,7 @@ func (a *documentAnswer) fail(e *wire.Error) error {
 }
 
 // document writes header and data.
-func (a *documentAnswer) document(doc *blockdev.Document) error {
+func (a *documentAnswer) document(doc *image.Document) error {
 	if len(doc.Data) == 0 {
 		a.done()
 	}
@@ -76,18 +77,18 @@ func (a *documentAnswer) document(doc *blockdev.Document) error {
 		if err := a.write(&wire.ManifestFrame{Part: &wire.ManifestFrame_Data{Data: b[:n]}}); err != nil {
 			return err
 		}
-		a.s.stats.bytes[document].Add(float64(n))
+		a.s.stats.bytes[documents].Add(float64(n))
 		b = b[n:]
 	}
 	return nil
 }
 
 // checkDocument finds what a client would refuse.
-func checkDocument(req *blockdev.DocumentRequest, doc *blockdev.Document) error {
+func checkDocument(req *image.DocumentRequest, doc *image.Document) error {
 	switch {
-	case doc.Size > blockdev.MaxDocument || len(doc.MediaType) > wire.MaxMediaType:
+	case doc.Size > image.MaxDocument || len(doc.MediaType) > wire.MaxMediaType:
 		return fmt.Errorf("%s has %d bytes and a media type of %d, at most %d and %d can be sent: %w",
-			req.Ref, doc.Size, len(doc.MediaType), blockdev.MaxDocument, wire.MaxMediaType, blockdev.ErrUnsupported)
+			req.Ref, doc.Size, len(doc.MediaType), image.MaxDocument, wire.MaxMediaType, blockdev.ErrUnsupported)
 	case req.Head && doc.Data != nil, !req.Head && doc.Size != int64(len(doc.Data)):
 		return fmt.Errorf("%s: only %d of %d bytes are stored: %w", req.Ref, len(doc.Data), doc.Size, blockdev.ErrCorrupt)
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/profile"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -26,13 +27,13 @@ func (s *Server) serveIndex(st network.Stream) error {
 	if err != nil {
 		return w.fail(invalid(err))
 	}
-	if err := w.enter(image, "images"); err != nil {
+	if err := w.enter(images, "images"); err != nil {
 		return w.fail(wire.FromError(err))
 	}
 	defer w.done()
 
 	img, failed, err := w.open(st.Conn().RemotePeer().String(), req, progress)
-	s.stats.request(image, failed)
+	s.stats.request(images, failed)
 	if err != nil {
 		return err
 	}
@@ -55,7 +56,7 @@ func (a *indexAnswer) fail(e *wire.Error) error {
 // open asks for the image, and for a place to send it: a client that waits for an image
 // takes none from those whose image is there. Until then it tells the client that
 // somebody is at it, and how far it is. failed is for the client to know, err is the stream's.
-func (a *indexAnswer) open(from string, req *blockdev.ImageRequest, progress bool) (img *blockdev.Image, failed, err error) {
+func (a *indexAnswer) open(from string, req *image.Request, progress bool) (img *image.Image, failed, err error) {
 	var news progressNews
 	interval := a.s.cfg.Limits.WorkingInterval
 	if progress {
@@ -89,24 +90,24 @@ func (a *indexAnswer) open(from string, req *blockdev.ImageRequest, progress boo
 // told of. An image has a bounded number of layers, and so have the news.
 type progressNews struct {
 	mu sync.Mutex
-	m  map[blockdev.Digest]blockdev.Progress
+	m  map[blockdev.Digest]image.Progress
 }
 
-func (n *progressNews) add(p blockdev.Progress) {
+func (n *progressNews) add(p image.Progress) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.m == nil {
-		n.m = map[blockdev.Digest]blockdev.Progress{}
+		n.m = map[blockdev.Digest]image.Progress{}
 	}
 	if _, known := n.m[p.Layer]; known || len(n.m) < wire.MaxLayers {
 		n.m[p.Layer] = p
 	}
 }
 
-func (n *progressNews) take() []blockdev.Progress {
+func (n *progressNews) take() []image.Progress {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	var all []blockdev.Progress
+	var all []image.Progress
 	for _, p := range n.m {
 		all = append(all, p)
 	}
@@ -115,7 +116,7 @@ func (n *progressNews) take() []blockdev.Progress {
 }
 
 // image writes header, indexes and end.
-func (a *indexAnswer) image(img *blockdev.Image) error {
+func (a *indexAnswer) image(img *image.Image) error {
 	if err := checkImage(img); err != nil {
 		return a.fail(wire.FromError(err))
 	}
@@ -144,7 +145,7 @@ func (a *indexAnswer) image(img *blockdev.Image) error {
 			if err := a.write(&wire.IndexFrame{Part: &wire.IndexFrame_Data{Data: part}}); err != nil {
 				return err
 			}
-			a.s.stats.bytes[image].Add(float64(n))
+			a.s.stats.bytes[images].Add(float64(n))
 			b = b[n:]
 		}
 	}
@@ -152,7 +153,7 @@ func (a *indexAnswer) image(img *blockdev.Image) error {
 }
 
 // checkImage finds what a client would refuse.
-func checkImage(img *blockdev.Image) error {
+func checkImage(img *image.Image) error {
 	if n := len(img.Layers); n > wire.MaxLayers {
 		return fmt.Errorf("image %s has %d layers, at most %d can be sent: %w", img.Ref, n, wire.MaxLayers, blockdev.ErrUnsupported)
 	}

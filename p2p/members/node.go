@@ -56,7 +56,7 @@ type Image struct {
 	Manifest blockdev.Digest
 	// Diffs are those of its layers.
 	Diffs []blockdev.Digest
-	// Grant came with the indexes (blockdev.Image.Grant).
+	// Grant came with the indexes (image.Image.Grant).
 	Grant []byte
 }
 

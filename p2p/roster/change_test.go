@@ -17,9 +17,9 @@ func TestSupernodesChange(t *testing.T) {
 	first, second := newSuper(t, nil), newSuper(t, nil)
 	a, b := newNode(t, nil, first), newNode(t, nil, first)
 	for _, n := range []*aNode{a, b} {
-		n.has(t, first, image)
+		n.has(t, first, theImage)
 	}
-	a.knows(t, image, a, b)
+	a.knows(t, theImage, a, b)
 	in := func(s *super) (members, images int) {
 		for _, m := range s.Members() {
 			members++
@@ -65,7 +65,7 @@ func TestSupernodesChange(t *testing.T) {
 		ready(t, n, second)
 	}
 	set(second)
-	if a.View(image) == nil || b.View(image) == nil {
+	if a.View(theImage) == nil || b.View(theImage) == nil {
 		t.Error("a node forgets who is in a group whose supernode is left out")
 	}
 	eventually(t, "the group is at the second supernode", func() bool { _, images := in(second); return images == 2 })
@@ -76,7 +76,7 @@ func TestSupernodesChange(t *testing.T) {
 	if a.Ready(t.Context(), first.host.ID()) == nil {
 		t.Error("a node is still let in by the supernode that it has left out")
 	}
-	a.knows(t, image, a, b)
+	a.knows(t, theImage, a, b)
 	eventually(t, "the first one is disconnected", func() bool {
 		return a.host.Network().Connectedness(first.host.ID()) != network.Connected
 	})
@@ -85,10 +85,10 @@ func TestSupernodesChange(t *testing.T) {
 	siblings(second)
 	c := newNode(t, nil, second)
 	ready(t, c, second)
-	c.has(t, first, image)
+	c.has(t, first, theImage)
 	d := newNode(t, nil, second)
-	d.has(t, second, image)
-	a.knows(t, image, a, b, d)
+	d.has(t, second, theImage)
+	a.knows(t, theImage, a, b, d)
 }
 
 // TestSupernodeMoves: a supernode that comes back at another address is joined there.
@@ -96,8 +96,8 @@ func TestSupernodeMoves(t *testing.T) {
 	key := newKey(t)
 	s := newSuper(t, func(c *Config) { c.Key = key })
 	a := newNode(t, nil, s)
-	a.has(t, s, image)
-	a.knows(t, image, a)
+	a.has(t, s, theImage)
+	a.knows(t, theImage, a)
 	if err := s.host.Network().Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -106,8 +106,8 @@ func TestSupernodeMoves(t *testing.T) {
 		t.Fatal(err)
 	}
 	ready(t, a, moved)
-	a.has(t, moved, image)
-	a.knows(t, image, a)
+	a.has(t, moved, theImage)
+	a.knows(t, theImage, a)
 }
 
 // TestTrust: the identity of another kind is refused as a sibling, and changes nothing.

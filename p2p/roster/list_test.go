@@ -19,7 +19,7 @@ import (
 	"github.com/shoalfs/shoal/p2p/route"
 )
 
-var image = blockdev.Sum([]byte("an image"))
+var theImage = blockdev.Sum([]byte("an image"))
 
 func ready(t *testing.T, n *aNode, s *super) {
 	t.Helper()
@@ -36,28 +36,28 @@ func TestGroup(t *testing.T) {
 	b := newNode(t, func(c *members.Config) { c.Zone = "east" }, s)
 	ready(t, a, s)
 	ready(t, b, s)
-	a.has(t, s, image)
-	a.knows(t, image, a)
-	b.has(t, s, image)
-	a.knows(t, image, a, b)
-	b.knows(t, image, a, b)
+	a.has(t, s, theImage)
+	a.knows(t, theImage, a)
+	b.has(t, s, theImage)
+	a.knows(t, theImage, a, b)
+	b.knows(t, theImage, a, b)
 	if info, ok := b.Addrs(a.id()); !ok || len(info.Addrs) != 1 || !info.Addrs[0].Equal(a.host.Addrs()[0]) {
 		t.Errorf("a is at %v, want %v", info.Addrs, a.host.Addrs())
 	}
-	for _, m := range b.View(image).Members {
+	for _, m := range b.View(theImage).Members {
 		if m.ID == string(a.id()) && (m.Zone != "east" || m.Rack != "r1") {
 			t.Errorf("a is %+v", m)
 		}
 	}
-	if g := a.Groups(image); len(g) != 1 || g[0] != image {
+	if g := a.Groups(theImage); len(g) != 1 || g[0] != theImage {
 		t.Errorf("groups with the diff: %v", g)
 	}
-	if err := a.Allowed(t.Context(), image, b.id()); err != nil {
+	if err := a.Allowed(t.Context(), theImage, b.id()); err != nil {
 		t.Error(err)
 	}
 	a.Watch(func(blockdev.Digest) bool { return true })
 	eventually(t, "b knows that a has the whole image", func() bool {
-		for _, m := range b.View(image).Members {
+		for _, m := range b.View(theImage).Members {
 			if m.Full != (m.ID == string(a.id())) {
 				return false
 			}
@@ -67,28 +67,28 @@ func TestGroup(t *testing.T) {
 	if n := s.metric(t, "shoal_supernode_holders"); n != 1 {
 		t.Errorf("%v holders, one node has the whole image", n)
 	}
-	b.Leave(image)
-	a.knows(t, image, a)
-	if b.View(image) != nil {
+	b.Leave(theImage)
+	a.knows(t, theImage, a)
+	if b.View(theImage) != nil {
 		t.Error("b has a view of a group that it has left")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
-	if err := a.Allowed(ctx, image, b.id()); err == nil {
+	if err := a.Allowed(ctx, theImage, b.id()); err == nil {
 		t.Error("b, which has left, is allowed")
 	}
 	// Another zone is another cell, known by its gateways.
 	c := newNode(t, func(c *members.Config) { c.Zone = "west" }, s)
-	c.has(t, s, image)
+	c.has(t, s, theImage)
 	eventually(t, "a knows of the other zone", func() bool {
-		v := a.View(image)
+		v := a.View(theImage)
 		return len(v.Gateways) == 1 && v.Gateways[0].ID == string(c.id()) && v.Gateways[0].Zone == "west" && v.Gateways[0].Cell != v.Cell
 	})
-	if len(a.View(image).Members) != 1 {
-		t.Errorf("a's cell has %d members", len(a.View(image).Members))
+	if len(a.View(theImage).Members) != 1 {
+		t.Errorf("a's cell has %d members", len(a.View(theImage).Members))
 	}
 	defer func() {
-		a.Leave(image)
+		a.Leave(theImage)
 		eventually(t, "nobody has the whole image", func() bool { return s.metric(t, "shoal_supernode_holders") == 0 })
 	}()
 	if list := s.Members(); len(list) != 3 || list[0].Zone != "east" || list[2].Zone != "west" || list[2].Images != 1 {
@@ -103,8 +103,8 @@ func TestStranger(t *testing.T) {
 	n := newNode(t, nil, s)
 	serveEcho(n.host)
 	ready(t, n, s)
-	n.has(t, s, image)
-	n.knows(t, image, n)
+	n.has(t, s, theImage)
+	n.knows(t, theImage, n)
 	if !canSpeak(n.host, s.host) {
 		t.Error("a member gets no answer from the supernode")
 	}
@@ -135,10 +135,10 @@ func TestNodeGuard(t *testing.T) {
 		serveEcho(n.host)
 		ready(t, n, s)
 	}
-	a.has(t, s, image)
-	a.knows(t, image, a)
-	b.has(t, s, image)
-	b.knows(t, image, a, b) // a may not know b yet
+	a.has(t, s, theImage)
+	a.knows(t, theImage, a)
+	b.has(t, s, theImage)
+	b.knows(t, theImage, a, b) // a may not know b yet
 	if !canSpeak(b.host, a.host) {
 		t.Error("a member of the group gets no answer")
 	}
@@ -190,9 +190,9 @@ func TestTokenFileAway(t *testing.T) {
 		}
 	}, s)
 	other := newNode(t, nil, s)
-	n.has(t, s, image)
-	other.has(t, s, image)
-	n.knows(t, image, n, other)
+	n.has(t, s, theImage)
+	other.has(t, s, theImage)
+	n.knows(t, theImage, n, other)
 	away.Store(true)
 	if err := n.host.Network().ClosePeer(s.host.ID()); err != nil {
 		t.Fatal(err)
@@ -203,12 +203,12 @@ func TestTokenFileAway(t *testing.T) {
 		err := n.Ready(ctx, s.host.ID())
 		return errors.Is(err, blockdev.ErrUnavailable) && errors.Is(err, os.ErrNotExist)
 	})
-	if v := n.View(image); v == nil || len(v.Members) == 0 {
+	if v := n.View(theImage); v == nil || len(v.Members) == 0 {
 		t.Error("the node has forgotten who has the image")
 	}
 	away.Store(false)
 	eventually(t, "the node gets in", func() bool { return n.Ready(t.Context(), s.host.ID()) == nil })
-	n.knows(t, image, n, other)
+	n.knows(t, theImage, n, other)
 }
 
 // A token that is taken out of the file ends the memberships that it began; a node
@@ -222,13 +222,13 @@ func TestRotation(t *testing.T) {
 	b := newNode(t, nil, s)
 	for _, n := range []*aNode{a, b} {
 		ready(t, n, s)
-		n.has(t, s, image)
+		n.has(t, s, theImage)
 	}
-	a.knows(t, image, a, b)
+	a.knows(t, theImage, a, b)
 	token.Store(&next)
 	writeTokens(t, s.tokenFile, next)
-	a.knows(t, image, a) // b is off the list when its lease is over
-	if b.View(image) != nil {
+	a.knows(t, theImage, a) // b is off the list when its lease is over
+	if b.View(theImage) != nil {
 		t.Error("b still has a view")
 	}
 	if err := b.Ready(t.Context(), s.host.ID()); err == nil || !strings.Contains(err.Error(), "token") {
@@ -249,17 +249,17 @@ func TestRevoke(t *testing.T) {
 	serveEcho(a.host)
 	for _, n := range []*aNode{a, b} {
 		ready(t, n, s)
-		n.has(t, s, image)
+		n.has(t, s, theImage)
 	}
-	a.knows(t, image, a, b)
-	b.knows(t, image, a, b)
+	a.knows(t, theImage, a, b)
+	b.knows(t, theImage, a, b)
 	if !canSpeak(b.host, a.host) {
 		t.Fatal("a member of the group gets no answer")
 	}
 	if err := s.Revoke(b.id().String()); err != nil {
 		t.Fatal(err)
 	}
-	a.knows(t, image, a)
+	a.knows(t, theImage, a)
 	eventually(t, "a disconnects b", func() bool { return a.host.Network().Connectedness(b.id()) != network.Connected })
 	err := b.Ready(t.Context(), s.host.ID())
 	for err == nil {
@@ -268,7 +268,7 @@ func TestRevoke(t *testing.T) {
 	if !strings.Contains(err.Error(), "revoked") {
 		t.Errorf("b is told: %v", err)
 	}
-	eventually(t, "b has no view", func() bool { return b.View(image) == nil })
+	eventually(t, "b has no view", func() bool { return b.View(theImage) == nil })
 	// It is kept.
 	again, err := New(Config{Dir: dir, TokenFile: s.tokenFile, Key: key})
 	if err != nil {
@@ -284,7 +284,7 @@ func TestRevoke(t *testing.T) {
 	if err := s.Allow(b.id().String()); err != nil {
 		t.Fatal(err)
 	}
-	a.knows(t, image, a, b)
+	a.knows(t, theImage, a, b)
 }
 
 // A node that is gone without a word is off the lists after its lease, one that
@@ -294,9 +294,9 @@ func TestLease(t *testing.T) {
 	a, b, c := newNode(t, nil, s), newNode(t, nil, s), newNode(t, nil, s)
 	for _, n := range []*aNode{a, b, c} {
 		ready(t, n, s)
-		n.has(t, s, image)
+		n.has(t, s, theImage)
 	}
-	a.knows(t, image, a, b, c)
+	a.knows(t, theImage, a, b, c)
 	if err := b.host.Network().Close(); err != nil { // it can say nothing, and not come back
 		t.Fatal(err)
 	}
@@ -308,14 +308,14 @@ func TestLease(t *testing.T) {
 		}
 		return false
 	})
-	a.knows(t, image, a, c)
+	a.knows(t, theImage, a, c)
 	if s.metric(t, "shoal_supernode_leases_expired_total") != 1 {
 		t.Error("the end of the lease was not counted")
 	}
 	if err := c.Node.Close(); err != nil {
 		t.Fatal(err)
 	}
-	a.knows(t, image, a)
+	a.knows(t, theImage, a)
 	if got := s.metric(t, "shoal_supernode_leases_expired_total"); got != 1 {
 		t.Errorf("%v leases expired, the second node said goodbye", got)
 	}
@@ -342,27 +342,27 @@ func TestGrants(t *testing.T) {
 	a, b := newNode(t, nil, s), newNode(t, nil, s)
 	ready(t, a, s)
 	ready(t, b, s)
-	a.has(t, s, image)
-	a.knows(t, image, a)
-	stolen, err := s.Grant(a.id().String(), image, registryHost)
+	a.has(t, s, theImage)
+	a.knows(t, theImage, a)
+	stolen, err := s.Grant(a.id().String(), theImage, registryHost)
 	if err != nil {
 		t.Fatal(err)
 	}
-	elsewhere, err := other.Grant(b.id().String(), image, registryHost)
+	elsewhere, err := other.Grant(b.id().String(), theImage, registryHost)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for name, grant := range map[string][]byte{"none": nil, "another node's": stolen, "another supernode's": elsewhere} {
 		refused := s.metric(t, "shoal_supernode_groups_refused_total")
-		b.Join(members.Image{Manifest: image, Grant: grant})
+		b.Join(members.Image{Manifest: theImage, Grant: grant})
 		eventually(t, name+" is refused", func() bool { return s.metric(t, "shoal_supernode_groups_refused_total") > refused })
-		if b.View(image) != nil {
+		if b.View(theImage) != nil {
 			t.Errorf("with the grant %s b sees the group", name)
 		}
-		b.Leave(image)
+		b.Leave(theImage)
 	}
-	b.has(t, s, image)
-	b.knows(t, image, a, b)
+	b.has(t, s, theImage)
+	b.knows(t, theImage, a, b)
 }
 
 // After a restart of the supernode the nodes come back, with their groups.
@@ -372,15 +372,15 @@ func TestSupernodeRestart(t *testing.T) {
 	a, b := newNode(t, nil, s), newNode(t, nil, s)
 	for _, n := range []*aNode{a, b} {
 		ready(t, n, s)
-		n.has(t, s, image)
+		n.has(t, s, theImage)
 	}
-	a.knows(t, image, a, b)
+	a.knows(t, theImage, a, b)
 	addr := s.host.Addrs()[0].String()
 	port := addr[strings.LastIndex(addr, "/")+1:]
 	if err := errors.Join(s.List.Close(), s.host.Close()); err != nil {
 		t.Fatal(err)
 	}
-	if v := a.View(image); v == nil || len(v.Members) != 2 {
+	if v := a.View(theImage); v == nil || len(v.Members) != 2 {
 		t.Error("without the supernode a has forgotten the group")
 	}
 	l, err := New(Config{Dir: t.TempDir(), TokenFile: s.tokenFile, Key: key, Lease: testLease})
@@ -401,7 +401,7 @@ func TestSupernodeRestart(t *testing.T) {
 		list := l.Members()
 		return len(list) == 2 && list[0].Images == 1 && list[1].Images == 1
 	})
-	a.knows(t, image, a, b)
+	a.knows(t, theImage, a, b)
 }
 
 // With two supernodes a group is kept by one, and by the other when that is gone.
@@ -419,11 +419,11 @@ func TestFailover(t *testing.T) {
 	for _, n := range []*aNode{a, b} {
 		ready(t, n, supers[0])
 		ready(t, n, supers[1])
-		n.has(t, supers[0], image) // also for the other, which is a sibling
+		n.has(t, supers[0], theImage) // also for the other, which is a sibling
 	}
-	a.knows(t, image, a, b)
+	a.knows(t, theImage, a, b)
 	home := supers[0]
-	if route.Order(image, []peer.ID{supers[0].host.ID(), supers[1].host.ID()})[0] != home.host.ID() {
+	if route.Order(theImage, []peer.ID{supers[0].host.ID(), supers[1].host.ID()})[0] != home.host.ID() {
 		home = supers[1]
 	}
 	in := func(s *super) (n int) {
@@ -442,22 +442,22 @@ func TestFailover(t *testing.T) {
 	}
 	eventually(t, "the group has moved", func() bool { return in(other) == 2 })
 	c := newNode(t, nil, supers...)
-	c.has(t, other, image)
-	a.knows(t, image, a, b, c)
+	c.has(t, other, theImage)
+	a.knows(t, theImage, a, b, c)
 }
 
 // Without any supernode a list counts for a while, and then not.
 func TestOutage(t *testing.T) {
 	s := newSuper(t, nil)
 	a := newNode(t, func(c *members.Config) { c.Outage = 2 * time.Second }, s)
-	a.has(t, s, image)
-	a.knows(t, image, a)
+	a.has(t, s, theImage)
+	a.knows(t, theImage, a)
 	if err := s.host.Network().Close(); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "a has lost the supernode", func() bool { return a.Ready(t.Context(), s.host.ID()) != nil })
-	if a.View(image) == nil {
+	if a.View(theImage) == nil {
 		t.Error("the view is gone at once")
 	}
-	eventually(t, "a has dropped the view", func() bool { return a.View(image) == nil })
+	eventually(t, "a has dropped the view", func() bool { return a.View(theImage) == nil })
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/route"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
@@ -53,7 +54,7 @@ type relay struct {
 // and have not been named to many others yet, the one to ask first in front. None:
 // the supernode is to give them. That is so for the first few of a zone; others wait
 // for these a while, or for ctx.
-func (l *List) Relays(ctx context.Context, id string, manifest blockdev.Digest) []blockdev.Relay {
+func (l *List) Relays(ctx context.Context, id string, manifest blockdev.Digest) []image.Relay {
 	p, err := peer.Decode(id)
 	if err != nil {
 		return nil
@@ -77,7 +78,7 @@ func (l *List) Relays(ctx context.Context, id string, manifest blockdev.Digest) 
 
 // relaysFor is one look of Relays: changed is not nil if it is worth waiting for. With
 // late, it is not.
-func (l *List) relaysFor(p peer.ID, manifest blockdev.Digest, late bool) (found []blockdev.Relay, changed <-chan struct{}) {
+func (l *List) relaysFor(p peer.ID, manifest blockdev.Digest, late bool) (found []image.Relay, changed <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	m := l.members[p]
@@ -144,7 +145,7 @@ func (r *relays) add(m *member) {
 
 // take returns whom m may ask: the first that can be asked, and another one in case
 // that it does not answer.
-func (r *relays) take(l *List, m *member, manifest blockdev.Digest) (found []blockdev.Relay) {
+func (r *relays) take(l *List, m *member, manifest blockdev.Digest) (found []image.Relay) {
 	for len(r.ready) > 0 && l.overLocked(r.ready[0], manifest) { // the others wait for sweep
 		r.ready = r.ready[1:]
 	}
@@ -188,8 +189,8 @@ func (l *List) overLocked(x relay, manifest blockdev.Digest) bool {
 }
 
 // relay is how m is named to another node.
-func (m *member) relay() blockdev.Relay {
-	r := blockdev.Relay{Key: m.key}
+func (m *member) relay() image.Relay {
+	r := image.Relay{Key: m.key}
 	for _, b := range m.as.Message().Addrs {
 		if a, err := wire.ParseAddr(b); err == nil { // dialable has made it
 			r.Addrs = append(r.Addrs, a)

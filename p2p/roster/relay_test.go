@@ -14,7 +14,7 @@ import (
 // named is whom the supernode names to n.
 func (s *super) named(ctx context.Context, n *aNode) []peer.ID {
 	var ids []peer.ID
-	for _, r := range s.Relays(ctx, n.id().String(), image) {
+	for _, r := range s.Relays(ctx, n.id().String(), theImage) {
 		ids = append(ids, phost.FromKey(r.Key))
 	}
 	return ids
@@ -48,7 +48,7 @@ func TestRelays(t *testing.T) {
 		t.Fatalf("nobody has the indexes, and a node is sent to %v", ids)
 	case <-time.After(50 * time.Millisecond):
 	}
-	a.has(t, s, image)
+	a.has(t, s, theImage)
 	if ids := <-got; len(ids) != 1 || ids[0] != a.id() {
 		t.Fatalf("a node is sent to %v, want %v", ids, a.id())
 	}
@@ -81,11 +81,11 @@ func TestRelaysOfAGroup(t *testing.T) {
 	nodes := nodesIn(t, s, "", relayDirect+2)
 	self, gone := nodes[0], nodes[1]
 	for _, n := range nodes {
-		n.has(t, s, image)
+		n.has(t, s, theImage)
 	}
-	self.knows(t, image, nodes...)
-	gone.Leave(image)
-	self.knows(t, image, append([]*aNode{self}, nodes[2:]...)...)
+	self.knows(t, theImage, nodes...)
+	gone.Leave(theImage)
+	self.knows(t, theImage, append([]*aNode{self}, nodes[2:]...)...)
 	times := map[peer.ID]int{}
 	for range relayChildren * relayDirect {
 		ids := s.named(t.Context(), self)
@@ -116,22 +116,22 @@ func TestEnter(t *testing.T) {
 	nodes := nodesIn(t, s, "", 2)
 	a, b := nodes[0], nodes[1]
 	serveEcho(a.host)
-	a.has(t, s, image)
-	a.knows(t, image, a)
-	grant, err := s.Grant(b.id().String(), image, registryHost)
+	a.has(t, s, theImage)
+	a.knows(t, theImage, a)
+	grant, err := s.Grant(b.id().String(), theImage, registryHost)
 	if err != nil {
 		t.Fatal(err)
 	}
-	leave := b.Enter(members.Image{Manifest: image, Grant: grant}, []peer.AddrInfo{{ID: a.id()}})
+	leave := b.Enter(members.Image{Manifest: theImage, Grant: grant}, []peer.AddrInfo{{ID: a.id()}})
 	if !canSpeak(b.host, a.host) {
 		t.Error("the named node does not answer")
 	}
-	b.knows(t, image, a, b)
+	b.knows(t, theImage, a, b)
 	leave()
-	a.knows(t, image, a)
+	a.knows(t, theImage, a)
 	// Who was in the group before stays in it.
-	a.Enter(members.Image{Manifest: image, Grant: grant}, nil)()
-	if a.View(image) == nil {
+	a.Enter(members.Image{Manifest: theImage, Grant: grant}, nil)()
+	if a.View(theImage) == nil {
 		t.Error("a has left the group")
 	}
 }

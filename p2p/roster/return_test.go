@@ -23,30 +23,30 @@ func TestReturn(t *testing.T) {
 	a, b := nodes[0], nodes[1]
 	for _, n := range nodes {
 		ready(t, n, s)
-		n.has(t, s, image)
+		n.has(t, s, theImage)
 	}
 	for _, n := range nodes {
-		n.knows(t, image, nodes...)
+		n.knows(t, theImage, nodes...)
 	}
 	const messages, bytes = "shoal_supernode_group_updates_total", "shoal_supernode_group_update_bytes_total"
-	version, sent, size := b.View(image).Version, s.metric(t, messages), s.metric(t, bytes)
+	version, sent, size := b.View(theImage).Version, s.metric(t, messages), s.metric(t, bytes)
 	if err := a.host.Network().ClosePeer(s.host.ID()); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "a has come back and was told", func() bool {
 		return s.metric(t, "shoal_supernode_joins_total") == 4 && s.metric(t, messages) > sent
 	})
-	a.knows(t, image, nodes...)
+	a.knows(t, theImage, nodes...)
 	if sent, size = s.metric(t, messages)-sent, s.metric(t, bytes)-size; sent != 1 || size > 70 {
 		t.Errorf("that took %v messages with %v bytes", sent, size)
 	}
-	if v := b.View(image).Version; v != version {
+	if v := b.View(theImage).Version; v != version {
 		t.Errorf("another node's view has version %d, it had %d", v, version)
 	}
 	// What changes afterwards, it hears as before.
 	c := newNode(t, nil, s)
-	c.has(t, s, image)
-	a.knows(t, image, append(nodes, c)...)
+	c.has(t, s, theImage)
+	a.knows(t, theImage, append(nodes, c)...)
 }
 
 // After a restart of the supernode, which remembers nothing, the nodes come back and
@@ -58,11 +58,11 @@ func TestRestartIsNoHerd(t *testing.T) {
 	for range 6 {
 		n := newNode(t, func(c *members.Config) { c.Outage = time.Hour }, s)
 		ready(t, n, s)
-		n.has(t, s, image)
+		n.has(t, s, theImage)
 		nodes = append(nodes, n)
 	}
 	for _, n := range nodes {
-		n.knows(t, image, nodes...)
+		n.knows(t, theImage, nodes...)
 	}
 	const messages, bytes = "shoal_supernode_group_updates_total", "shoal_supernode_group_update_bytes_total"
 	whole := s.metric(t, bytes)
@@ -83,7 +83,7 @@ func TestRestartIsNoHerd(t *testing.T) {
 	defer again.stop(t)
 	eventually(t, "all were told", func() bool { return again.metric(t, messages) >= float64(len(nodes)) })
 	for _, n := range nodes {
-		n.knows(t, image, nodes...)
+		n.knows(t, theImage, nodes...)
 	}
 	size := again.metric(t, bytes)
 	t.Logf("%v bytes when they joined, %v after the restart", whole, size)
@@ -91,8 +91,8 @@ func TestRestartIsNoHerd(t *testing.T) {
 		t.Errorf("%v bytes for %d nodes", size, len(nodes))
 	}
 	// And they go on from there.
-	nodes[0].Leave(image)
-	nodes[1].knows(t, image, nodes[1:]...)
+	nodes[0].Leave(theImage)
+	nodes[1].knows(t, theImage, nodes[1:]...)
 }
 
 // talk is a node that speaks the membership protocol as the test says.
@@ -133,7 +133,7 @@ func TestReturnOfEarlierVersion(t *testing.T) {
 	s := newSuper(t, func(c *Config) { c.Lease = 2 * time.Second })
 	other := newNode(t, nil, s)
 	ready(t, other, s)
-	other.has(t, s, image)
+	other.has(t, s, theImage)
 	h, err := phost.New(phost.Config{Key: newKey(t), Listen: []string{"127.0.0.1:0"}})
 	if err != nil {
 		t.Fatal(err)
@@ -169,14 +169,14 @@ func TestReturnOfEarlierVersion(t *testing.T) {
 	}
 	c := dial()
 	join(c, second)
-	if u := join(c, image); len(u.Joined) != 2 {
+	if u := join(c, theImage); len(u.Joined) != 2 {
 		t.Errorf("%d members", len(u.Joined))
 	}
 	if err := c.st.Reset(); err != nil {
 		t.Fatal(err)
 	}
 	c = dial()
-	if u := join(c, image); len(u.Joined) != 2 {
+	if u := join(c, theImage); len(u.Joined) != 2 {
 		t.Errorf("after it has come back: %d members", len(u.Joined))
 	}
 	images := func() int {

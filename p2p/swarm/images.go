@@ -8,6 +8,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/exchange"
 )
 
@@ -25,7 +26,7 @@ type images struct {
 // it gives the layer whose DiffID is in Only: one, so that a request costs one
 // index of memory. A node in the image's group has been given it before; a node that is
 // not hears blockdev.ErrNotFound, as for what is not here.
-func (im *images) OpenImageFor(ctx context.Context, from string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (im *images) OpenImageFor(ctx context.Context, from string, req image.Request) (*image.Image, error) {
 	id, err := peer.Decode(from)
 	if err != nil {
 		return nil, fmt.Errorf("peer %q: %w", from, err)
@@ -48,5 +49,5 @@ func (im *images) OpenImageFor(ctx context.Context, from string, req blockdev.Im
 	if err != nil {
 		return nil, err
 	}
-	return &blockdev.Image{Ref: req.Ref, Manifest: req.Manifest, Layers: []blockdev.Layer{{DiffID: diff, Index: enc}}}, nil
+	return &image.Image{Ref: req.Ref, Manifest: req.Manifest, Layers: []image.Layer{{DiffID: diff, Index: enc}}}, nil
 }

@@ -11,6 +11,7 @@ import (
 	manet "github.com/multiformats/go-multiaddr/net"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/route"
 )
@@ -27,11 +28,11 @@ const (
 	connectRelay = 500 * time.Millisecond
 )
 
-// OpenImage implements blockdev.ImageSource: the indexes come from the supernode, or, if
+// OpenImage implements image.Source: the indexes come from the supernode, or, if
 // the request says so, from nodes that it names, which are asked one after the other. What these send is
 // checked against the supernode's word, and what none of them has the supernode gives.
 // Errors are the supernode's.
-func (s *Swarm) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (s *Swarm) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
 	req.Relay = req.Relay && s.cfg.Enter != nil
 	img, err := s.cfg.Supernode.OpenImage(ctx, req)
 	if err != nil || !req.Relay {
@@ -75,7 +76,7 @@ func (s *Swarm) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*bloc
 }
 
 // indexBytes is the length of the indexes that relays have.
-func indexBytes(img *blockdev.Image) (n int64) {
+func indexBytes(img *image.Image) (n int64) {
 	for i := range img.Layers {
 		n += img.Layers[i].IndexSize
 	}
@@ -101,7 +102,7 @@ func inTurn(ctx context.Context, relays []peer.AddrInfo, size int64, ask func(co
 
 // exactly refuses, before it is read, an index that has another length than the
 // supernode has said: there is room for as much as that.
-func exactly(l *blockdev.Layer) func(int64) error {
+func exactly(l *image.Layer) func(int64) error {
 	return func(n int64) error {
 		if n != l.IndexSize {
 			return fmt.Errorf("an index of %d bytes where %d are expected, of diff %s: %w", n, l.IndexSize, l.DiffID, blockdev.ErrCorrupt)
@@ -120,7 +121,7 @@ func relayOutcome(err error) route.Outcome {
 }
 
 // addrInfos is who relays are, and where they listen.
-func addrInfos(relays []blockdev.Relay) (infos []peer.AddrInfo) {
+func addrInfos(relays []image.Relay) (infos []peer.AddrInfo) {
 	for _, r := range relays {
 		info := peer.AddrInfo{ID: host.FromKey(r.Key)}
 		for _, a := range r.Addrs {
@@ -134,7 +135,7 @@ func addrInfos(relays []blockdev.Relay) (infos []peer.AddrInfo) {
 }
 
 // fromRelay gets the indexes that img still lacks from one relay.
-func (s *Swarm) fromRelay(ctx context.Context, img *blockdev.Image, from peer.AddrInfo, own openings) error {
+func (s *Swarm) fromRelay(ctx context.Context, img *image.Image, from peer.AddrInfo, own openings) error {
 	c, err := s.pool.at(from)
 	if err != nil {
 		return err
@@ -150,7 +151,7 @@ func (s *Swarm) fromRelay(ctx context.Context, img *blockdev.Image, from peer.Ad
 		if l.IndexSize == 0 {
 			continue
 		}
-		got, err := c.OpenImage(ctx, blockdev.ImageRequest{Ref: img.Ref, Manifest: img.Manifest, Only: []blockdev.Digest{l.DiffID}, Stored: true, Admit: exactly(l)})
+		got, err := c.OpenImage(ctx, image.Request{Ref: img.Ref, Manifest: img.Manifest, Only: []blockdev.Digest{l.DiffID}, Stored: true, Admit: exactly(l)})
 		if err != nil {
 			return err
 		}

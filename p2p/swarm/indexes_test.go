@@ -15,12 +15,13 @@ import (
 	manet "github.com/multiformats/go-multiaddr/net"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
 )
 
 // relayAt is how the supernode names a host.
-func relayAt(t *testing.T, h lphost.Host) blockdev.Relay {
+func relayAt(t *testing.T, h lphost.Host) image.Relay {
 	t.Helper()
 	key, ok := host.Key(h.ID())
 	if !ok {
@@ -30,17 +31,17 @@ func relayAt(t *testing.T, h lphost.Host) blockdev.Relay {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return blockdev.Relay{Key: key, Addrs: []netip.AddrPort{netip.MustParseAddrPort(a.String())}}
+	return image.Relay{Key: key, Addrs: []netip.AddrPort{netip.MustParseAddrPort(a.String())}}
 }
 
-func (w *world) open(ctx context.Context, n *node) (*blockdev.Image, error) {
-	return n.swarm.OpenImage(ctx, blockdev.ImageRequest{Ref: "registry.example/app:v1", Relay: true})
+func (w *world) open(ctx context.Context, n *node) (*image.Image, error) {
+	return n.swarm.OpenImage(ctx, image.Request{Ref: "registry.example/app:v1", Relay: true})
 }
 
 // imagesFunc is an exchange.Images made of a function.
-type imagesFunc func(context.Context, string, blockdev.ImageRequest) (*blockdev.Image, error)
+type imagesFunc func(context.Context, string, image.Request) (*image.Image, error)
 
-func (f imagesFunc) OpenImageFor(ctx context.Context, from string, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (f imagesFunc) OpenImageFor(ctx context.Context, from string, req image.Request) (*image.Image, error) {
 	return f(ctx, from, req)
 }
 
@@ -64,7 +65,7 @@ func TestIndexFromRelay(t *testing.T) {
 		}
 	}
 	check("no relay", 1)
-	w.relays = []blockdev.Relay{relayAt(t, a.host)}
+	w.relays = []image.Relay{relayAt(t, a.host)}
 	check("a relay", 0)
 	if got := b.metric(t, "shoal_node_relayed_index_bytes_total", ""); got != float64(len(w.enc)) {
 		t.Errorf("%v bytes from a relay are counted, not %d", got, len(w.enc))
@@ -78,21 +79,21 @@ func TestIndexFromRelay(t *testing.T) {
 	silent := w.impostor(nil)
 	silent.SetStreamHandler(exchange.IndexProtocol, func(st network.Stream) { _ = st.Reset() })
 	liar := w.impostor(nil)
-	server, err := exchange.NewServer(liar, exchange.ServerConfig{Images: imagesFunc(func(_ context.Context, _ string, req blockdev.ImageRequest) (*blockdev.Image, error) {
-		return &blockdev.Image{Ref: req.Ref, Layers: []blockdev.Layer{{DiffID: req.Only[0], Index: append(bytes.Clone(w.enc[1:]), 0)}}}, nil
+	server, err := exchange.NewServer(liar, exchange.ServerConfig{Images: imagesFunc(func(_ context.Context, _ string, req image.Request) (*image.Image, error) {
+		return &image.Image{Ref: req.Ref, Layers: []image.Layer{{DiffID: req.Only[0], Index: append(bytes.Clone(w.enc[1:]), 0)}}}, nil
 	})})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer server.Close()
-	w.relays = []blockdev.Relay{gone, relayAt(t, liar)}
+	w.relays = []image.Relay{gone, relayAt(t, liar)}
 	check("a dead relay and one that lies", 1)
-	w.relays = []blockdev.Relay{relayAt(t, silent), relayAt(t, a.host)}
+	w.relays = []image.Relay{relayAt(t, silent), relayAt(t, a.host)}
 	check("one that hangs up, and one that gives it", 0)
 
 	// If nobody gives it, the node is not left in the group.
 	entered := w.entered.Load()
-	w.relays = []blockdev.Relay{gone}
+	w.relays = []image.Relay{gone}
 	w.named = func() { w.down.Store(true) }
 	if _, err := w.open(t.Context(), b); !errors.Is(err, blockdev.ErrUnavailable) {
 		t.Errorf("a dead relay and a dead supernode: %v", err)
@@ -143,7 +144,7 @@ func TestSlowRelays(t *testing.T) {
 func TestOpened(t *testing.T) {
 	o := opened{m: map[blockdev.Digest]*opening{}}
 	diff := func(i byte) blockdev.Digest { return blockdev.Digest{i} }
-	img := &blockdev.Image{Layers: []blockdev.Layer{{DiffID: diff(1), IndexSize: 3}, {DiffID: diff(2), Index: []byte{2}}, {DiffID: diff(3)}, {DiffID: diff(4), IndexSize: 1}}}
+	img := &image.Image{Layers: []image.Layer{{DiffID: diff(1), IndexSize: 3}, {DiffID: diff(2), Index: []byte{2}}, {DiffID: diff(3)}, {DiffID: diff(4), IndexSize: 1}}}
 	own := o.begin(img)
 	if len(own) != 3 || len(o.begin(img)) != 0 {
 		t.Fatalf("%d indexes are on their way", len(own))

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 const (
@@ -34,7 +35,7 @@ type opening struct {
 type openings map[blockdev.Digest]*opening
 
 // begin notes that the image's indexes are on their way.
-func (o *opened) begin(img *blockdev.Image) openings {
+func (o *opened) begin(img *image.Image) openings {
 	own := openings{}
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -24,6 +24,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/pace"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/route"
@@ -44,9 +45,9 @@ type world struct {
 	down  atomic.Bool  // the supernode fails
 	nodes []*node
 
-	relays  []blockdev.Relay // whom the supernode names
-	named   func()           // if not nil, called when it does
-	given   atomic.Int64     // images whose indexes it gave
+	relays  []image.Relay // whom the supernode names
+	named   func()        // if not nil, called when it does
+	given   atomic.Int64  // images whose indexes it gave
 	entered atomic.Int64
 
 	mu    sync.Mutex
@@ -78,12 +79,12 @@ func (w *world) Fetch(ctx context.Context, req blockdev.Request, deliver blockde
 }
 
 // OpenImage is the supernode, too. It names relays to whom it may.
-func (w *world) OpenImage(_ context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (w *world) OpenImage(_ context.Context, req image.Request) (*image.Image, error) {
 	if w.down.Load() {
 		return nil, fmt.Errorf("supernode: %w", blockdev.ErrUnavailable)
 	}
-	l := blockdev.Layer{DiffID: w.ix.DiffID, Index: w.enc}
-	img := &blockdev.Image{Ref: req.Ref, Manifest: theGroup}
+	l := image.Layer{DiffID: w.ix.DiffID, Index: w.enc}
+	img := &image.Image{Ref: req.Ref, Manifest: theGroup}
 	if req.Relay && len(w.relays) > 0 {
 		img.Relays = w.relays
 		l.IndexSize, l.IndexDigest, l.Index = int64(len(w.enc)), blockdev.Sum(w.enc), nil
@@ -93,12 +94,12 @@ func (w *world) OpenImage(_ context.Context, req blockdev.ImageRequest) (*blockd
 	} else {
 		w.given.Add(1)
 	}
-	img.Layers = []blockdev.Layer{l}
+	img.Layers = []image.Layer{l}
 	return img, nil
 }
 
 // enter is Config.Enter. Everybody is in the group already.
-func (w *world) enter(*blockdev.Image, []peer.AddrInfo) func() {
+func (w *world) enter(*image.Image, []peer.AddrInfo) func() {
 	w.entered.Add(1)
 	return func() { w.entered.Add(-1) }
 }

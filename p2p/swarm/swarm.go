@@ -14,6 +14,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/pace"
 	"github.com/shoalfs/shoal/internal/defaults"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/route"
 )
@@ -38,7 +39,7 @@ type Groups interface {
 // Supernode is asked last for chunks, and first for images.
 type Supernode interface {
 	blockdev.Source
-	blockdev.ImageSource
+	image.Source
 }
 
 // Config of a Swarm. Host, Groups and Supernode are required; what else is zero
@@ -50,7 +51,7 @@ type Config struct {
 	// Enter makes this node a member of an image's group, and has it know nodes there
 	// that the supernode has named; leave takes that back. nil: this node does not
 	// listen, and all indexes come from the supernode.
-	Enter func(img *blockdev.Image, at []peer.AddrInfo) (leave func())
+	Enter func(img *image.Image, at []peer.AddrInfo) (leave func())
 	// Zone and Rack are where this node is.
 	Zone, Rack string
 	// Window and Download bound what comes in (exchange.Options); Supernode's

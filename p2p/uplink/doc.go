@@ -1,5 +1,5 @@
 // Package uplink is a node's way to its supernodes: several that are one
-// blockdev.Source, ImageSource and DocumentSource.
+// blockdev.Source, image.Source and image.DocumentSource.
 //
 // # Terms
 //

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
@@ -221,11 +222,11 @@ func TestImageHangs(t *testing.T) {
 			do    func(*Uplink) error
 		}{
 			{"image", imageHedge, func(u *Uplink) error {
-				_, err := u.OpenImage(t.Context(), blockdev.ImageRequest{Manifest: key})
+				_, err := u.OpenImage(t.Context(), image.Request{Manifest: key})
 				return err
 			}},
 			{"document", documentHedge, func(u *Uplink) error {
-				_, err := u.Document(t.Context(), blockdev.DocumentRequest{Ref: "r.io/a:1"})
+				_, err := u.Document(t.Context(), image.DocumentRequest{Ref: "r.io/a:1"})
 				return err
 			}},
 		} {
@@ -263,7 +264,7 @@ func TestBusy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u, s := newUplink(t, 2)
 		s[0].image = fmt.Errorf("no place: %w", wire.ErrBusy)
-		req := blockdev.ImageRequest{Manifest: key}
+		req := image.Request{Manifest: key}
 		began := time.Now()
 		if _, err := u.OpenImage(t.Context(), req); err != nil || time.Since(began) != 0 {
 			t.Errorf("%v after %v, though the second one is idle", err, time.Since(began))

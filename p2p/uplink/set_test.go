@@ -10,6 +10,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // closable is a supernode that answers nothing, and whose requests end when it is closed,
@@ -100,7 +101,7 @@ func TestSetOne(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := u.OpenImage(t.Context(), blockdev.ImageRequest{Manifest: key}); err != nil {
+		if _, err := u.OpenImage(t.Context(), image.Request{Manifest: key}); err != nil {
 			t.Fatal(err)
 		}
 		done := make(chan time.Duration)

@@ -14,6 +14,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/route"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
@@ -21,8 +22,8 @@ import (
 // Supernode is one of them: an *exchange.Client.
 type Supernode interface {
 	blockdev.Source
-	blockdev.ImageSource
-	blockdev.DocumentSource
+	image.Source
+	image.DocumentSource
 	blockdev.ProfileSink
 	// Status returns nil if it can be reached.
 	Status() error
@@ -52,10 +53,10 @@ type set struct {
 const maxFrom = 16384
 
 var (
-	_ blockdev.Source         = (*Uplink)(nil)
-	_ blockdev.ImageSource    = (*Uplink)(nil)
-	_ blockdev.DocumentSource = (*Uplink)(nil)
-	_ blockdev.ProfileSink    = (*Uplink)(nil)
+	_ blockdev.Source      = (*Uplink)(nil)
+	_ image.Source         = (*Uplink)(nil)
+	_ image.DocumentSource = (*Uplink)(nil)
+	_ blockdev.ProfileSink = (*Uplink)(nil)
 )
 
 // New returns an Uplink to these supernodes, at least one.
@@ -183,16 +184,16 @@ func imageKey(ref string, manifest blockdev.Digest) blockdev.Digest {
 	return blockdev.Sum([]byte(ref))
 }
 
-// OpenImage implements blockdev.ImageSource.
-func (u *Uplink) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
-	var got answered[*blockdev.Image]
+// OpenImage implements image.Source.
+func (u *Uplink) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
+	var got answered[*image.Image]
 	var turn sync.Mutex // one call of Progress at a time
 	progress, alive := req.Progress, req.Alive
 	err := u.converse(ctx, imageKey(req.Ref, req.Manifest), imageHedge, func(ctx context.Context, s Supernode, sign func()) error {
 		req := req
 		req.Alive = both(alive, sign)
 		if progress != nil {
-			req.Progress = func(p blockdev.Progress) {
+			req.Progress = func(p image.Progress) {
 				turn.Lock()
 				defer turn.Unlock()
 				progress(p)
@@ -246,7 +247,7 @@ func both(a, b func()) func() {
 	return func() { a(); b() }
 }
 
-func (u *Uplink) note(img *blockdev.Image, s Supernode) {
+func (u *Uplink) note(img *image.Image, s Supernode) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if len(u.from) > maxFrom {
@@ -278,9 +279,9 @@ func (u *Uplink) ReportProfiles(ctx context.Context, profiles []blockdev.DiffPro
 	return errors.Join(errs...)
 }
 
-// Document implements blockdev.DocumentSource.
-func (u *Uplink) Document(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
-	var got answered[*blockdev.Document]
+// Document implements image.DocumentSource.
+func (u *Uplink) Document(ctx context.Context, req image.DocumentRequest) (*image.Document, error) {
+	var got answered[*image.Document]
 	alive := req.Alive
 	err := u.converse(ctx, imageKey(req.Ref, blockdev.Digest{}), documentHedge, func(ctx context.Context, s Supernode, sign func()) error {
 		req := req

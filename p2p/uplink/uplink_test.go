@@ -12,6 +12,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/route"
 )
 
@@ -64,14 +65,14 @@ func (f *fake) begin(ctx context.Context, alive func()) error {
 	return nil
 }
 
-func (f *fake) OpenImage(ctx context.Context, req blockdev.ImageRequest) (*blockdev.Image, error) {
+func (f *fake) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
 	if err := f.begin(ctx, req.Alive); err != nil {
 		return nil, err
 	}
 	if err := errors.Join(f.away, f.image); err != nil {
 		return nil, err
 	}
-	return &blockdev.Image{Layers: []blockdev.Layer{{DiffID: layerDiff}}}, nil
+	return &image.Image{Layers: []image.Layer{{DiffID: layerDiff}}}, nil
 }
 
 func (f *fake) ReportProfiles(_ context.Context, list []blockdev.DiffProfile) error {
@@ -79,11 +80,11 @@ func (f *fake) ReportProfiles(_ context.Context, list []blockdev.DiffProfile) er
 	return nil
 }
 
-func (f *fake) Document(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+func (f *fake) Document(ctx context.Context, req image.DocumentRequest) (*image.Document, error) {
 	if err := f.begin(ctx, req.Alive); err != nil {
 		return nil, err
 	}
-	return &blockdev.Document{}, f.image
+	return &image.Document{}, f.image
 }
 
 func (f *fake) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
@@ -222,7 +223,7 @@ func TestDeliverFails(t *testing.T) {
 
 func TestOpenImage(t *testing.T) {
 	u, s := newUplink(t, 2)
-	req := blockdev.ImageRequest{Manifest: key}
+	req := image.Request{Manifest: key}
 	s[0].image = errGone
 	if _, err := u.OpenImage(t.Context(), req); err != nil || s[1].asked != 1 {
 		t.Errorf("%v, the second was asked %d times", err, s[1].asked)

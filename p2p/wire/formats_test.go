@@ -15,6 +15,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/profile"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // TestFormatsPage decodes the example of docs/formats.md, so that the page stays
@@ -120,7 +121,7 @@ func TestFormatsPage(t *testing.T) {
 		t.Fatal(err)
 	}
 	doc, err := ParseManifestRequest(b)
-	if err != nil || !reflect.DeepEqual(*doc, blockdev.DocumentRequest{Ref: "r.io/a:1"}) || r.Buffered() > 0 {
+	if err != nil || !reflect.DeepEqual(*doc, image.DocumentRequest{Ref: "r.io/a:1"}) || r.Buffered() > 0 {
 		t.Errorf("the page's manifest request is %+v, %v, and %d bytes more", doc, err, r.Buffered())
 	}
 	r = example("wire-manifest-answer")

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 func seed(f *testing.F, ms ...proto.Message) {
@@ -136,7 +137,7 @@ func FuzzIndexRequest(f *testing.F) {
 func FuzzIndexFrame(f *testing.F) {
 	layer := &LayerHeader{Digest: digests(1), Size: 5, DiffId: digests(1), IndexLength: 7}
 	seed(f, &IndexFrame{Part: &IndexFrame_Working{}},
-		&IndexFrame{Part: &IndexFrame_Working{Working: NewWorking([]blockdev.Progress{{Stage: blockdev.StageFetching, Done: 1, Total: 2}})}},
+		&IndexFrame{Part: &IndexFrame_Working{Working: NewWorking([]image.Progress{{Stage: image.StageFetching, Done: 1, Total: 2}})}},
 		&IndexFrame{Part: &IndexFrame_Header{Header: &ImageHeader{Manifest: digests(1), Layers: []*LayerHeader{layer, layer}}}},
 		&IndexFrame{Part: &IndexFrame_Header{Header: &ImageHeader{Manifest: digests(1),
 			Relays: []*Relay{{Key: digests(1), Addrs: [][]byte{{127, 0, 0, 1, 0, 9}}}},
@@ -195,7 +196,7 @@ func FuzzManifestFrame(f *testing.F) {
 	seed(f, &ManifestFrame{Part: &ManifestFrame_Working{}},
 		&ManifestFrame{Part: &ManifestFrame_Header{Header: &DocumentHeader{Digest: digests(1), MediaType: "application/json", Size: 3}}},
 		&ManifestFrame{Part: &ManifestFrame_Header{Header: &DocumentHeader{Digest: digests(1), MediaType: "a\nb"}}},
-		&ManifestFrame{Part: &ManifestFrame_Header{Header: &DocumentHeader{Digest: digests(1), Size: blockdev.MaxDocument + 1}}},
+		&ManifestFrame{Part: &ManifestFrame_Header{Header: &DocumentHeader{Digest: digests(1), Size: image.MaxDocument + 1}}},
 		&ManifestFrame{Part: &ManifestFrame_Data{Data: []byte("{}")}},
 		&ManifestFrame{Part: &ManifestFrame_Error{Error: &Error{Code: Code_CODE_NOT_FOUND, Text: "gone"}}})
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -209,7 +210,7 @@ func FuzzManifestFrame(f *testing.F) {
 		checkText(t, m.GetError())
 		checkProgress(t, m.GetWorking())
 		if h := m.GetHeader(); h != nil {
-			if len(h.Digest) != 32 || h.Size < 0 || h.Size > blockdev.MaxDocument || len(h.MediaType) > MaxMediaType || strings.ContainsAny(h.MediaType, "\r\n\x00") {
+			if len(h.Digest) != 32 || h.Size < 0 || h.Size > image.MaxDocument || len(h.MediaType) > MaxMediaType || strings.ContainsAny(h.MediaType, "\r\n\x00") {
 				t.Fatalf("header %v", h)
 			}
 		}

@@ -5,7 +5,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
-	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // Limits of the manifest protocol, in bytes.
@@ -19,12 +19,12 @@ const (
 )
 
 // NewManifestRequest puts req into a message. An error names what is too long.
-func NewManifestRequest(req *blockdev.DocumentRequest) (*ManifestRequest, error) {
+func NewManifestRequest(req *image.DocumentRequest) (*ManifestRequest, error) {
 	m := &ManifestRequest{
 		Ref: req.Ref, Head: req.Head,
 		Credential: &Credential{Username: req.Credential.Username, Secret: req.Credential.Secret},
 	}
-	if req.Kind == blockdev.Config {
+	if req.Kind == image.ConfigDocument {
 		m.Kind = DocumentKind_DOCUMENT_KIND_CONFIG
 	}
 	if err := checkManifestRequest(m); err != nil {
@@ -35,7 +35,7 @@ func NewManifestRequest(req *blockdev.DocumentRequest) (*ManifestRequest, error)
 
 // ParseManifestRequest reads and checks a ManifestRequest. Errors wrap
 // blockdev.ErrCorrupt; they never hold the credential.
-func ParseManifestRequest(b []byte) (*blockdev.DocumentRequest, error) {
+func ParseManifestRequest(b []byte) (*image.DocumentRequest, error) {
 	m := &ManifestRequest{}
 	if err := proto.Unmarshal(b, m); err != nil {
 		return nil, corrupt("manifest request", err)
@@ -44,12 +44,12 @@ func ParseManifestRequest(b []byte) (*blockdev.DocumentRequest, error) {
 		return nil, corrupt("manifest request", err)
 	}
 	c := m.GetCredential()
-	req := &blockdev.DocumentRequest{
+	req := &image.DocumentRequest{
 		Ref: m.Ref, Head: m.Head,
-		Credential: blockdev.Credential{Username: c.GetUsername(), Secret: c.GetSecret()},
+		Credential: image.Credential{Username: c.GetUsername(), Secret: c.GetSecret()},
 	}
 	if m.Kind == DocumentKind_DOCUMENT_KIND_CONFIG {
-		req.Kind = blockdev.Config
+		req.Kind = image.ConfigDocument
 	}
 	return req, nil
 }
@@ -85,8 +85,8 @@ func ParseManifestFrame(b []byte) (*ManifestFrame, error) {
 			return nil, corrupt("manifest frame", fmt.Errorf("digest of %d bytes, not %d", len(h.GetDigest()), digestLen))
 		case len(h.GetMediaType()) > MaxMediaType || CleanText(h.GetMediaType(), MaxMediaType) != h.GetMediaType():
 			return nil, corrupt("manifest frame", fmt.Errorf("media type %.40q of %d bytes", h.GetMediaType(), len(h.GetMediaType())))
-		case h.GetSize() < 0 || h.GetSize() > blockdev.MaxDocument:
-			return nil, corrupt("manifest frame", fmt.Errorf("document of %d bytes, not 0 to %d", h.GetSize(), blockdev.MaxDocument))
+		case h.GetSize() < 0 || h.GetSize() > image.MaxDocument:
+			return nil, corrupt("manifest frame", fmt.Errorf("document of %d bytes, not 0 to %d", h.GetSize(), image.MaxDocument))
 		}
 	case *ManifestFrame_Data:
 		if n := len(p.Data); n == 0 || n > MaxIndexData {

@@ -6,6 +6,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 const digestLen = len(blockdev.Digest{})
@@ -41,7 +42,7 @@ func (x *ChunkRequest) Digest(i int) blockdev.Digest {
 }
 
 // NewIndexRequest puts req into a message. An error names what is too long.
-func NewIndexRequest(req *blockdev.ImageRequest) (*IndexRequest, error) {
+func NewIndexRequest(req *image.Request) (*IndexRequest, error) {
 	m := &IndexRequest{
 		Ref: req.Ref,
 		Platform: &Platform{
@@ -71,7 +72,7 @@ func NewIndexRequest(req *blockdev.ImageRequest) (*IndexRequest, error) {
 // ParseIndexRequest reads and checks an IndexRequest, and says whether the client
 // wants to hear of progress. Errors wrap blockdev.ErrCorrupt; they never hold the
 // credential.
-func ParseIndexRequest(b []byte) (_ *blockdev.ImageRequest, progress bool, _ error) {
+func ParseIndexRequest(b []byte) (_ *image.Request, progress bool, _ error) {
 	m := &IndexRequest{}
 	if err := proto.Unmarshal(b, m); err != nil {
 		return nil, false, corrupt("index request", err)
@@ -80,14 +81,14 @@ func ParseIndexRequest(b []byte) (_ *blockdev.ImageRequest, progress bool, _ err
 		return nil, false, corrupt("index request", err)
 	}
 	p, c := m.GetPlatform(), m.GetCredential()
-	req := &blockdev.ImageRequest{
+	req := &image.Request{
 		Ref: m.Ref,
-		Platform: blockdev.Platform{
+		Platform: image.Platform{
 			OS:           p.GetOs(),
 			Architecture: p.GetArchitecture(),
 			Variant:      p.GetVariant(),
 		},
-		Credential: blockdev.Credential{Username: c.GetUsername(), Secret: c.GetSecret()},
+		Credential: image.Credential{Username: c.GetUsername(), Secret: c.GetSecret()},
 	}
 	if len(m.Manifest) > 0 {
 		req.Manifest = blockdev.Digest(m.Manifest)

@@ -4,13 +4,14 @@ import (
 	"fmt"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // MaxStage is the longest LayerProgress.stage, in bytes.
 const MaxStage = 32
 
 // NewWorking says how far layers are, the first MaxLayers of them.
-func NewWorking(layers []blockdev.Progress) *Working {
+func NewWorking(layers []image.Progress) *Working {
 	w := &Working{}
 	for _, l := range layers[:min(len(layers), MaxLayers)] {
 		w.Layers = append(w.Layers, &LayerProgress{
@@ -21,11 +22,11 @@ func NewWorking(layers []blockdev.Progress) *Working {
 }
 
 // Progress returns what x, which has been parsed, says.
-func (x *Working) Progress() []blockdev.Progress {
-	var out []blockdev.Progress
+func (x *Working) Progress() []image.Progress {
+	var out []image.Progress
 	for _, l := range x.GetLayers() {
-		out = append(out, blockdev.Progress{
-			Layer: blockdev.Digest(l.GetDigest()), Stage: blockdev.Stage(CleanText(l.GetStage(), MaxStage)), Done: l.GetDone(), Total: l.GetTotal(),
+		out = append(out, image.Progress{
+			Layer: blockdev.Digest(l.GetDigest()), Stage: image.Stage(CleanText(l.GetStage(), MaxStage)), Done: l.GetDone(), Total: l.GetTotal(),
 		})
 	}
 	return out

@@ -3,14 +3,14 @@ package wire
 import (
 	"fmt"
 
-	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // MaxRelays is how many relays an ImageHeader may name.
 const MaxRelays = 4
 
 // NewRelays puts relays into messages.
-func NewRelays(relays []blockdev.Relay) []*Relay {
+func NewRelays(relays []image.Relay) []*Relay {
 	var ms []*Relay
 	for _, r := range relays {
 		m := &Relay{Key: r.Key[:]}
@@ -23,13 +23,13 @@ func NewRelays(relays []blockdev.Relay) []*Relay {
 }
 
 // ParseRelays is the inverse of NewRelays. Errors wrap blockdev.ErrCorrupt.
-func ParseRelays(ms []*Relay) ([]blockdev.Relay, error) {
+func ParseRelays(ms []*Relay) ([]image.Relay, error) {
 	if err := checkRelays(ms); err != nil {
 		return nil, corrupt("relays", err)
 	}
-	var relays []blockdev.Relay
+	var relays []image.Relay
 	for _, m := range ms {
-		r := blockdev.Relay{Key: Key(m.Key)}
+		r := image.Relay{Key: Key(m.Key)}
 		for _, b := range m.Addrs {
 			a, err := ParseAddr(b)
 			if err != nil {

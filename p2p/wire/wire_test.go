@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 func frameOf(t testing.TB, m proto.Message) []byte {
@@ -155,13 +156,13 @@ func TestUnknownFieldsAreIgnored(t *testing.T) {
 }
 
 func TestIndexRequestRoundTrip(t *testing.T) {
-	for _, want := range []blockdev.ImageRequest{
+	for _, want := range []image.Request{
 		{Ref: "docker.io/library/redis:7"},
 		{
 			Ref:        "[::1]:5000/a/b@sha256:00",
 			Manifest:   blockdev.Sum([]byte("m")),
-			Platform:   blockdev.Platform{OS: "linux", Architecture: "arm64", Variant: "v8"},
-			Credential: blockdev.Credential{Username: "u", Secret: "s"},
+			Platform:   image.Platform{OS: "linux", Architecture: "arm64", Variant: "v8"},
+			Credential: image.Credential{Username: "u", Secret: "s"},
 			Have:       []blockdev.Digest{blockdev.Sum([]byte("1")), blockdev.Sum([]byte("2"))},
 		},
 	} {
@@ -183,11 +184,11 @@ func TestIndexRequestRoundTrip(t *testing.T) {
 func TestRequestsRefused(t *testing.T) {
 	secret := strings.Repeat("s3cret", MaxCredential)
 	long := func(n int) string { return strings.Repeat("x", n+1) }
-	for name, req := range map[string]blockdev.ImageRequest{
+	for name, req := range map[string]image.Request{
 		"no ref":          {},
 		"long ref":        {Ref: long(MaxRef)},
-		"long platform":   {Ref: "a", Platform: blockdev.Platform{Variant: long(MaxPlatform)}},
-		"long credential": {Ref: "a", Credential: blockdev.Credential{Secret: secret}},
+		"long platform":   {Ref: "a", Platform: image.Platform{Variant: long(MaxPlatform)}},
+		"long credential": {Ref: "a", Credential: image.Credential{Secret: secret}},
 		"too many known":  {Ref: "a", Have: make([]blockdev.Digest, MaxHave+1)},
 	} {
 		_, err := NewIndexRequest(&req)

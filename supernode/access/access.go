@@ -14,13 +14,14 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/boltcheck"
 	"github.com/shoalfs/shoal/internal/flight"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/internal/bounded"
 )
 
 // Checker asks a registry whether a credential may pull; nil means yes.
 type Checker interface {
-	Check(ctx context.Context, ref string, manifest blockdev.Digest, cred blockdev.Credential) error
+	Check(ctx context.Context, ref string, manifest blockdev.Digest, cred image.Credential) error
 }
 
 const (
@@ -144,17 +145,17 @@ type Verdict struct {
 // Try asks a registry with a credential and, if anybody may read the repository and the
 // registry refuses, without one: a credential that has expired keeps no peer from what is
 // public.
-func (v Verdict) Try(c blockdev.Credential, ask func(blockdev.Credential) error) error {
+func (v Verdict) Try(c image.Credential, ask func(image.Credential) error) error {
 	err := ask(c)
-	if v.Public && c != (blockdev.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
-		err = ask(blockdev.Credential{})
+	if v.Public && c != (image.Credential{}) && errors.Is(err, blockdev.ErrUnauthorized) {
+		err = ask(image.Credential{})
 	}
 	return err
 }
 
 // Allow says whether a peer may read the repository of req.Ref. No is an error:
 // the registry's, or ErrUnavailable if it cannot be asked.
-func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference, req blockdev.ImageRequest) (Verdict, error) {
+func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference, req image.Request) (Verdict, error) {
 	repo := ref.Name()
 	g := grant{repo, registry.CredentialHash(req.Credential)}
 	withCred := g.cred != ""
@@ -247,10 +248,10 @@ func (a *Access) setDown(ref registry.Reference, err error) {
 // ask asks the registry, once for all who want to know the same at the same time.
 // With hurry nobody waits longer than graceWait; if the answer is no, mine is
 // forgotten then.
-func (a *Access) ask(ctx context.Context, g grant, ref registry.Reference, req blockdev.ImageRequest, hurry bool, mine *graceKey) error {
+func (a *Access) ask(ctx context.Context, g grant, ref registry.Reference, req image.Request, hurry bool, mine *graceKey) error {
 	cred := req.Credential
 	if g.cred == "" {
-		cred = blockdev.Credential{}
+		cred = image.Credential{}
 	}
 	// The manifest belongs to the key: that one image is not there says nothing
 	// about the next one.

@@ -17,6 +17,7 @@ import (
 	"go.etcd.io/bbolt"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
@@ -24,12 +25,12 @@ import (
 // fakeChecker is a registry that lets in who it is told to.
 type fakeChecker struct {
 	mu    sync.Mutex
-	let   func(ref string, c blockdev.Credential) error
+	let   func(ref string, c image.Credential) error
 	asked []string
 	block chan struct{}
 }
 
-func (f *fakeChecker) Check(ctx context.Context, ref string, _ blockdev.Digest, c blockdev.Credential) error {
+func (f *fakeChecker) Check(ctx context.Context, ref string, _ blockdev.Digest, c image.Credential) error {
 	f.mu.Lock()
 	f.asked = append(f.asked, c.Username+"@"+ref)
 	let, block := f.let, f.block
@@ -44,7 +45,7 @@ func (f *fakeChecker) Check(ctx context.Context, ref string, _ blockdev.Digest, 
 	return let(ref, c)
 }
 
-func (f *fakeChecker) set(let func(string, blockdev.Credential) error) {
+func (f *fakeChecker) set(let func(string, image.Credential) error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.let, f.asked = let, nil
@@ -56,18 +57,18 @@ func (f *fakeChecker) count() int {
 	return len(f.asked)
 }
 
-func says(err error) func(string, blockdev.Credential) error {
-	return func(string, blockdev.Credential) error { return err }
+func says(err error) func(string, image.Credential) error {
+	return func(string, image.Credential) error { return err }
 }
 
 var (
 	errNo   = fmt.Errorf("scripted: %w", blockdev.ErrUnauthorized)
 	errNone = fmt.Errorf("scripted: %w", blockdev.ErrNotFound)
 	errDown = fmt.Errorf("scripted: %w", blockdev.ErrUnavailable)
-	alice   = blockdev.Credential{Username: "alice", Secret: "secret-of-alice"}
+	alice   = image.Credential{Username: "alice", Secret: "secret-of-alice"}
 )
 
-func onlyAlice(_ string, c blockdev.Credential) error {
+func onlyAlice(_ string, c image.Credential) error {
 	if c == alice {
 		return nil
 	}
@@ -110,7 +111,7 @@ func (e *env) settle() {
 	}
 }
 
-func newEnv(t *testing.T, let func(string, blockdev.Credential) error) *env {
+func newEnv(t *testing.T, let func(string, image.Credential) error) *env {
 	t.Helper()
 	e := &env{reg: &fakeChecker{let: let}, t: time.Now(), dir: t.TempDir()}
 	e.open(t)
@@ -123,9 +124,9 @@ func newEnv(t *testing.T, let func(string, blockdev.Credential) error) *env {
 }
 
 // ask asks for an image as a peer.
-func (e *env) may(t *testing.T, peer, image string, c blockdev.Credential) (Verdict, error) {
+func (e *env) may(t *testing.T, peer, name string, c image.Credential) (Verdict, error) {
 	t.Helper()
-	req := blockdev.ImageRequest{Ref: "registry.example/" + image, Credential: c}
+	req := image.Request{Ref: "registry.example/" + name, Credential: c}
 	ref, err := registry.ParseReference(req.Ref)
 	if err != nil {
 		t.Fatal(err)
@@ -133,10 +134,10 @@ func (e *env) may(t *testing.T, peer, image string, c blockdev.Credential) (Verd
 	return e.Allow(t.Context(), peer, ref, req)
 }
 
-func (e *env) want(t *testing.T, what, peer, image string, c blockdev.Credential, v Verdict, kind error, requests int) {
+func (e *env) want(t *testing.T, what, peer, name string, c image.Credential, v Verdict, kind error, requests int) {
 	t.Helper()
 	before := e.reg.count()
-	got, err := e.may(t, peer, image, c)
+	got, err := e.may(t, peer, name, c)
 	if kind == nil && err != nil || kind != nil && !errors.Is(err, kind) || got != v {
 		t.Errorf("%s: %+v, %v; want %+v, %v", what, got, err, v, kind)
 	}
@@ -147,7 +148,7 @@ func (e *env) want(t *testing.T, what, peer, image string, c blockdev.Credential
 
 func TestPublic(t *testing.T) {
 	e := newEnv(t, says(nil))
-	none := blockdev.Credential{}
+	none := image.Credential{}
 	e.want(t, "first", "p1", "a:1", none, Verdict{Public: true}, nil, 1)
 	e.want(t, "second peer", "p2", "a:1", none, Verdict{Public: true}, nil, 0)
 	e.want(t, "with a credential", "p3", "a:2", alice, Verdict{Public: true}, nil, 0)
@@ -166,14 +167,14 @@ func TestPublic(t *testing.T) {
 
 func TestPrivate(t *testing.T) {
 	e := newEnv(t, onlyAlice)
-	none := blockdev.Credential{}
+	none := image.Credential{}
 	e.want(t, "with credential", "p1", "a:1", alice, Verdict{}, nil, 2)
 	e.want(t, "same again", "p1", "a:1", alice, Verdict{}, nil, 0)
 	e.want(t, "same credential, another peer", "p2", "a:1", alice, Verdict{}, nil, 0)
 	e.want(t, "no credential", "p1", "a:1", none, Verdict{}, blockdev.ErrUnauthorized, 0)
 	e.want(t, "no credential, other peer", "p3", "a:1", none, Verdict{}, blockdev.ErrUnauthorized, 0)
-	e.want(t, "wrong secret", "p1", "a:1", blockdev.Credential{Username: "alice", Secret: "x"}, Verdict{}, blockdev.ErrUnauthorized, 1)
-	e.want(t, "swapped fields", "p1", "a:1", blockdev.Credential{Username: "alicesecret-of-alice"}, Verdict{}, blockdev.ErrUnauthorized, 1)
+	e.want(t, "wrong secret", "p1", "a:1", image.Credential{Username: "alice", Secret: "x"}, Verdict{}, blockdev.ErrUnauthorized, 1)
+	e.want(t, "swapped fields", "p1", "a:1", image.Credential{Username: "alicesecret-of-alice"}, Verdict{}, blockdev.ErrUnauthorized, 1)
 	// The registry withdraws it: that counts when the window ends.
 	e.reg.set(says(errNo))
 	e.want(t, "within the window", "p1", "a:1", alice, Verdict{}, nil, 0)
@@ -187,26 +188,26 @@ func TestPrivate(t *testing.T) {
 
 func TestNotFoundIsNotKept(t *testing.T) {
 	e := newEnv(t, says(errNone))
-	e.want(t, "not there", "p", "a:1", blockdev.Credential{}, Verdict{}, blockdev.ErrNotFound, 1)
+	e.want(t, "not there", "p", "a:1", image.Credential{}, Verdict{}, blockdev.ErrNotFound, 1)
 	e.reg.set(says(nil))
-	e.want(t, "pushed", "p", "a:1", blockdev.Credential{}, Verdict{Public: true}, nil, 1)
+	e.want(t, "pushed", "p", "a:1", image.Credential{}, Verdict{Public: true}, nil, 1)
 }
 
 // TestHidden: many registries say 404 to those who may not know.
 func TestHidden(t *testing.T) {
-	e := newEnv(t, func(_ string, c blockdev.Credential) error {
+	e := newEnv(t, func(_ string, c image.Credential) error {
 		if c == alice {
 			return nil
 		}
 		return errNone
 	})
 	e.want(t, "hidden", "p", "a:1", alice, Verdict{}, nil, 2)
-	e.want(t, "hidden, no credential", "p", "a:1", blockdev.Credential{}, Verdict{}, blockdev.ErrNotFound, 1)
+	e.want(t, "hidden, no credential", "p", "a:1", image.Credential{}, Verdict{}, blockdev.ErrNotFound, 1)
 }
 
 func TestRegistryDown(t *testing.T) {
 	e := newEnv(t, onlyAlice)
-	none := blockdev.Credential{}
+	none := image.Credential{}
 	e.want(t, "up", "p1", "a:1", alice, Verdict{}, nil, 2)
 	e.pass(10 * time.Minute)
 	e.reg.set(says(errDown))
@@ -214,7 +215,7 @@ func TestRegistryDown(t *testing.T) {
 	e.want(t, "had it", "p1", "a:1", alice, Verdict{Stale: true}, nil, 1)
 	e.want(t, "had it, not asked again at once", "p1", "a:1", alice, Verdict{Stale: true}, nil, 0)
 	e.want(t, "had it, shows no credential", "p1", "a:1", none, Verdict{}, blockdev.ErrUnavailable, 1)
-	e.want(t, "had it, shows another one", "p1", "a:1", blockdev.Credential{Username: "alice", Secret: "guess"}, Verdict{}, blockdev.ErrUnavailable, 1)
+	e.want(t, "had it, shows another one", "p1", "a:1", image.Credential{Username: "alice", Secret: "guess"}, Verdict{}, blockdev.ErrUnavailable, 1)
 	e.want(t, "never had it, still asked", "p2", "a:1", alice, Verdict{}, blockdev.ErrUnavailable, 1)
 	e.want(t, "had another repository", "p1", "b:1", alice, Verdict{}, blockdev.ErrUnavailable, 1)
 
@@ -239,10 +240,10 @@ func TestRegistryDown(t *testing.T) {
 
 func TestPublicWhileDown(t *testing.T) {
 	e := newEnv(t, says(nil))
-	e.want(t, "up", "p1", "a:1", blockdev.Credential{}, Verdict{Public: true}, nil, 1)
+	e.want(t, "up", "p1", "a:1", image.Credential{}, Verdict{Public: true}, nil, 1)
 	e.pass(time.Hour)
 	e.reg.set(says(errDown))
-	e.want(t, "down, a peer never seen", "p9", "a:1", blockdev.Credential{}, Verdict{Public: true, Stale: true}, nil, 1)
+	e.want(t, "down, a peer never seen", "p9", "a:1", image.Credential{}, Verdict{Public: true, Stale: true}, nil, 1)
 }
 
 // TestOneQuestion: many who want to know the same cost one request, and one
@@ -250,7 +251,7 @@ func TestPublicWhileDown(t *testing.T) {
 func TestOneQuestion(t *testing.T) {
 	e := newEnv(t, says(nil))
 	e.reg.block = make(chan struct{})
-	req := blockdev.ImageRequest{Ref: "registry.example/a:1"}
+	req := image.Request{Ref: "registry.example/a:1"}
 	ref, err := registry.ParseReference(req.Ref)
 	if err != nil {
 		t.Fatal(err)
@@ -339,7 +340,7 @@ func TestLimited(t *testing.T) {
 	may := func(want Verdict, requests int) {
 		t.Helper()
 		f.Forget()
-		req := blockdev.ImageRequest{Ref: f.Host + "/a:1"}
+		req := image.Request{Ref: f.Host + "/a:1"}
 		ref, err := registry.ParseReference(req.Ref)
 		if err != nil {
 			t.Fatal(err)
@@ -364,13 +365,13 @@ func TestLimited(t *testing.T) {
 // TestRenewedToken: nodes get the tokens of some registries anew within hours;
 // an outage may last longer.
 func TestRenewedToken(t *testing.T) {
-	e := newEnv(t, func(_ string, c blockdev.Credential) error {
+	e := newEnv(t, func(_ string, c image.Credential) error {
 		if c.Username == "AWS" {
 			return nil
 		}
 		return errNo
 	})
-	aws := func(token string) blockdev.Credential { return blockdev.Credential{Username: "AWS", Secret: token} }
+	aws := func(token string) image.Credential { return image.Credential{Username: "AWS", Secret: token} }
 	e.want(t, "up", "p", "a:1", aws("one"), Verdict{}, nil, 2)
 	e.pass(10 * time.Minute)
 	e.reg.set(says(errDown))

@@ -12,7 +12,7 @@ import (
 	"go.etcd.io/bbolt"
 	bberrors "go.etcd.io/bbolt/errors"
 
-	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/supernode/internal/bounded"
 )
 
@@ -148,7 +148,7 @@ func (a *Access) write() error {
 
 // lasting is what stays the same of a credential, hashed slowly: all of it, or the
 // user name if the rest is a token that is soon another one. "" for none.
-func (a *Access) lasting(hash string, c blockdev.Credential) string {
+func (a *Access) lasting(hash string, c image.Credential) string {
 	if hash == "" {
 		return ""
 	}

@@ -9,7 +9,7 @@ import (
 
 	"go.uber.org/goleak"
 
-	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/access"
 	"github.com/shoalfs/shoal/supernode/ingest"
@@ -18,7 +18,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-var amd64 = blockdev.Platform{OS: "linux", Architecture: "amd64"}
+var amd64 = image.Platform{OS: "linux", Architecture: "amd64"}
 
 // rig is Layers with a store, for images that anybody may have.
 type rig struct{ *Layers }
@@ -55,7 +55,7 @@ func newRig(t *testing.T, change ...func(*Config)) rig {
 // ensure brings all layers of an image, one after the other.
 func (r rig) ensure(t *testing.T, ref string) error {
 	t.Helper()
-	m, err := r.cfg.Registry.Resolve(t.Context(), blockdev.ImageRequest{Ref: ref, Platform: amd64})
+	m, err := r.cfg.Registry.Resolve(t.Context(), image.Request{Ref: ref, Platform: amd64})
 	if err != nil {
 		t.Fatal(err)
 	}

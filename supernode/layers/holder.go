@@ -12,6 +12,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/proof"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
@@ -21,7 +22,7 @@ type Holder interface {
 	blockdev.Source
 	// OpenImage returns the indexes of those layers of the request's Manifest whose
 	// DiffIDs are in Only. It gets no credential.
-	blockdev.ImageSource
+	image.Source
 	Close() error
 }
 
@@ -100,7 +101,7 @@ func (l *Layers) restoreFrom(ctx context.Context, r Request, h Holder) error {
 	defer cancel()
 	ask, stop := context.WithTimeout(ctx, askTimeout)
 	defer stop()
-	img, err := h.OpenImage(ask, blockdev.ImageRequest{Ref: r.Manifest.Ref, Manifest: r.Manifest.Digest, Only: []blockdev.Digest{r.Layer.DiffID}, Stored: true})
+	img, err := h.OpenImage(ask, image.Request{Ref: r.Manifest.Ref, Manifest: r.Manifest.Digest, Only: []blockdev.Digest{r.Layer.DiffID}, Stored: true})
 	if err != nil {
 		return err
 	}

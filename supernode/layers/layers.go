@@ -15,6 +15,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/internal/flight"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/access"
 	"github.com/shoalfs/shoal/supernode/ingest"
@@ -128,13 +129,13 @@ type Request struct {
 	Manifest *registry.Manifest // that lists the layer
 	Layer    registry.Layer
 	// Credential is what the registry is asked with, and Verdict its word.
-	Credential blockdev.Credential
+	Credential image.Credential
 	Verdict    access.Verdict
 	// Stored: nothing is to be fetched.
 	Stored bool
 	// Watch, if not nil, is called with where the layer is, but not any more when Ensure has
 	// returned. Calls come one at a time.
-	Watch func(blockdev.Progress)
+	Watch func(image.Progress)
 }
 
 // key names all that somebody wants of a layer: what one has been refused says
@@ -150,7 +151,7 @@ func (r Request) record() store.LayerRecord {
 
 // index is that of the layer in the answer of a sibling or holder, which was asked for it
 // alone.
-func (r Request) index(img *blockdev.Image) ([]byte, *blockdev.Index, error) {
+func (r Request) index(img *image.Image) ([]byte, *blockdev.Index, error) {
 	if len(img.Layers) == 0 {
 		return nil, nil, fmt.Errorf("the answer has no layer: %w", blockdev.ErrCorrupt)
 	}
@@ -209,7 +210,7 @@ func (l *Layers) Ensure(ctx context.Context, r Request) (release func(), err err
 		}
 		release := l.cfg.Leases.take(rec.DiffID, l.cfg.Store.Pin)
 		if r.Watch != nil {
-			r.Watch(blockdev.Progress{Layer: id, Done: r.Layer.Size, Total: r.Layer.Size, Stage: blockdev.StageStored})
+			r.Watch(image.Progress{Layer: id, Done: r.Layer.Size, Total: r.Layer.Size, Stage: image.StageStored})
 		}
 		return release, nil
 	}
@@ -226,7 +227,7 @@ func (l *Layers) fetch(ctx context.Context, r Request) (store.LayerRecord, error
 }
 
 // progress is what those hear who watch a layer's verification.
-type progress = flight.Progress[blockdev.Progress]
+type progress = flight.Progress[image.Progress]
 
 // outlives is for work that goes on if nobody waits: what has been fetched is of
 // use to the next one, and a node that has given up often asks again.
@@ -235,7 +236,7 @@ var outlives = flight.Policy{Outlives: true}
 // once runs work for all who ask with the same key at the same time. watch, which
 // may be nil, is told where the work is, first of all at once, and not any more
 // when once has returned.
-func (l *Layers) once(ctx context.Context, key string, p flight.Policy, watch func(blockdev.Progress), work func(context.Context, *progress) error) error {
+func (l *Layers) once(ctx context.Context, key string, p flight.Policy, watch func(image.Progress), work func(context.Context, *progress) error) error {
 	a, err := l.begin(key, p, work)
 	if err != nil {
 		return err

@@ -6,7 +6,7 @@ import (
 	"io"
 	"time"
 
-	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/ingest"
 	"github.com/shoalfs/shoal/supernode/internal/outcome"
@@ -24,7 +24,7 @@ func (l *Layers) fromRegistry(ctx context.Context, r Request) (store.LayerRecord
 	if r.Watch != nil {
 		report = func(p ingest.Progress) {
 			if p.Stage != ingest.StageStored { // it is not handed out yet
-				r.Watch(blockdev.Progress{Layer: d.Digest, Done: p.Fetched, Total: d.Size, Stage: blockdev.Stage(p.Stage.String())})
+				r.Watch(image.Progress{Layer: d.Digest, Done: p.Fetched, Total: d.Size, Stage: image.Stage(p.Stage.String())})
 			}
 		}
 	}
@@ -53,7 +53,7 @@ func (l *Layers) ingested(d ingest.Layer, took time.Duration, err error) {
 // opener returns the function that streams a layer from its registry.
 func (l *Layers) opener(r Request) ingest.Open {
 	return func(ctx context.Context, offset int64) (rc io.ReadCloser, err error) {
-		err = r.Verdict.Try(r.Credential, func(c blockdev.Credential) (err error) {
+		err = r.Verdict.Try(r.Credential, func(c image.Credential) (err error) {
 			rc, err = l.cfg.Registry.Fetch(ctx, r.Manifest, r.Layer, c, offset)
 			return err
 		})

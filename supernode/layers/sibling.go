@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/store"
 )
@@ -19,7 +20,7 @@ import (
 // which layer.
 type Sibling interface {
 	blockdev.Source
-	blockdev.ImageSource
+	image.Source
 	// Status returns nil if it can be reached.
 	Status() error
 }
@@ -55,8 +56,8 @@ func (l *Layers) Sibling(from string) peer.ID {
 	return id
 }
 
-func (l *Layers) layerRequest(r Request, stored bool) blockdev.ImageRequest {
-	return blockdev.ImageRequest{Ref: r.Manifest.Ref, Manifest: r.Manifest.Digest, Credential: r.Credential, Only: []blockdev.Digest{r.Layer.Digest}, Stored: stored, Progress: r.Watch}
+func (l *Layers) layerRequest(r Request, stored bool) image.Request {
+	return image.Request{Ref: r.Manifest.Ref, Manifest: r.Manifest.Digest, Credential: r.Credential, Only: []blockdev.Digest{r.Layer.Digest}, Stored: stored, Progress: r.Watch}
 }
 
 // copyLayer stores a layer that a sibling has; unless stored is set, the sibling

@@ -13,6 +13,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/flight"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/store"
 )
@@ -66,7 +67,7 @@ func (l *Layers) show(ctx context.Context, r Request, p *progress) error {
 	case !l.believed(rec, r.Manifest.Host):
 		err = l.verify(ctx, r, p)
 	default:
-		err = r.Verdict.Try(r.Credential, func(c blockdev.Credential) error {
+		err = r.Verdict.Try(r.Credential, func(c image.Credential) error {
 			return l.cfg.Registry.HasBlob(ctx, r.Manifest, r.Layer, c)
 		})
 		if registry.Downgraded(err) {
@@ -100,7 +101,7 @@ func (l *Layers) verify(ctx context.Context, r Request, p *progress) error {
 	if err != nil {
 		return err
 	}
-	h := &counted{Hash: sha256.New(), to: p, p: blockdev.Progress{Layer: r.Layer.Digest, Total: r.Layer.Size, Stage: blockdev.StageVerifying}}
+	h := &counted{Hash: sha256.New(), to: p, p: image.Progress{Layer: r.Layer.Digest, Total: r.Layer.Size, Stage: image.StageVerifying}}
 	_, err = io.Copy(h, rc)
 	if cerr := rc.Close(); err == nil {
 		err = cerr
@@ -118,7 +119,7 @@ func (l *Layers) verify(ctx context.Context, r Request, p *progress) error {
 type counted struct {
 	hash.Hash
 	to   *progress
-	p    blockdev.Progress
+	p    image.Progress
 	last int64
 }
 

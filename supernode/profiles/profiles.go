@@ -17,6 +17,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/profile"
 	"github.com/shoalfs/shoal/internal/boltcheck"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/supernode/internal/bounded"
 )
 
@@ -134,7 +135,7 @@ func readProfile(v []byte) (profileRecord, bool) {
 
 // HandOut notes that a peer is handed the indexes of an image, and puts in what
 // is known of its start.
-func (p *Profiles) HandOut(peer string, img *blockdev.Image) {
+func (p *Profiles) HandOut(peer string, img *image.Image) {
 	now := p.now()
 	p.mu.Lock()
 	for i := range img.Layers {

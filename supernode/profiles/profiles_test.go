@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 type env struct {
@@ -36,7 +37,7 @@ func newEnv(t *testing.T) *env {
 
 func (e *env) handedOut(t *testing.T, d blockdev.Digest) blockdev.Profile {
 	t.Helper()
-	img := &blockdev.Image{Layers: []blockdev.Layer{{DiffID: d}}}
+	img := &image.Image{Layers: []image.Layer{{DiffID: d}}}
 	e.HandOut("x", img)
 	return img.Layers[0].Profile
 }
@@ -104,7 +105,7 @@ func TestBounded(t *testing.T) {
 		t.Error("the newest is not there")
 	}
 	// A peer's right to report ends.
-	e.HandOut("p", &blockdev.Image{Layers: []blockdev.Layer{{DiffID: name(1)}}})
+	e.HandOut("p", &image.Image{Layers: []image.Layer{{DiffID: name(1)}}})
 	if !e.mayReport("p", name(1)) || e.mayReport("p", name(2)) || e.mayReport("q", name(1)) {
 		t.Error("whoever was handed an index may report on it, nobody else")
 	}
@@ -141,7 +142,7 @@ func TestReportLooksForRoomFirst(t *testing.T) {
 	looks := 0
 	report := func(peer string) bool {
 		t.Helper()
-		e.HandOut(peer, &blockdev.Image{Layers: []blockdev.Layer{{DiffID: d.Diff}}})
+		e.HandOut(peer, &image.Image{Layers: []image.Layer{{DiffID: d.Diff}}})
 		kept, err := e.Report(peer, d, func() (int, error) {
 			looks++
 			return 1, nil
@@ -171,7 +172,7 @@ func TestReportLooksForRoomFirst(t *testing.T) {
 func TestRefused(t *testing.T) {
 	e := newEnv(t)
 	diff := blockdev.Sum([]byte("d"))
-	e.HandOut("one", &blockdev.Image{Layers: []blockdev.Layer{{DiffID: diff}}})
+	e.HandOut("one", &image.Image{Layers: []image.Layer{{DiffID: diff}}})
 	for what, c := range map[string]struct {
 		peer    string
 		profile blockdev.Profile

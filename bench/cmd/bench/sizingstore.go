@@ -15,6 +15,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/integration/lab"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	phost "github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/supernode/store"
@@ -172,10 +173,10 @@ func (z *sizing) measureImages(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, client.Close()) }()
 	var all int64 // bytes of all layers, each once
 	known := map[blockdev.Digest]bool{}
-	for _, image := range z.images {
-		say("%s is ingested", image)
-		im, err := client.OpenImage(ctx, blockdev.ImageRequest{Ref: r.Addr + "/" + image + ":v1",
-			Platform: blockdev.Platform{OS: runtime.GOOS, Architecture: runtime.GOARCH}})
+	for _, name := range z.images {
+		say("%s is ingested", name)
+		im, err := client.OpenImage(ctx, image.Request{Ref: r.Addr + "/" + name + ":v1",
+			Platform: image.Platform{OS: runtime.GOOS, Architecture: runtime.GOARCH}})
 		if err != nil {
 			return err
 		}

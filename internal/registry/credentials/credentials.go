@@ -21,6 +21,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/defaults"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // DockerConfig takes credentials from docker's config.json: auths, credsStore and
@@ -82,10 +83,10 @@ func (d *DockerConfig) check() bool {
 // the zero value if there is none, or no config.json. A config.json that does not
 // parse counts as none; that is logged once, and Explain says it where it matters.
 // Errors are those of the reference, of a helper program, or of ctx.
-func (d *DockerConfig) Credential(ctx context.Context, ref string) (blockdev.Credential, error) {
+func (d *DockerConfig) Credential(ctx context.Context, ref string) (image.Credential, error) {
 	spec, err := reference.Parse(ref)
 	if err != nil {
-		return blockdev.Credential{}, fmt.Errorf("image reference %q: %w", ref, err)
+		return image.Credential{}, fmt.Errorf("image reference %q: %w", ref, err)
 	}
 	host := spec.Hostname()
 	if host == "index.docker.io" {
@@ -99,7 +100,7 @@ func (d *DockerConfig) Credential(ctx context.Context, ref string) (blockdev.Cre
 	select {
 	case d.running <- struct{}{}:
 	case <-ctx.Done():
-		return blockdev.Credential{}, fmt.Errorf("%d docker credential helpers hang: %w", maxRunning, ctx.Err())
+		return image.Credential{}, fmt.Errorf("%d docker credential helpers hang: %w", maxRunning, ctx.Err())
 	}
 	done := make(chan result, 1)
 	go func() {
@@ -112,13 +113,13 @@ func (d *DockerConfig) Credential(ctx context.Context, ref string) (blockdev.Cre
 	}()
 	select {
 	case <-ctx.Done():
-		return blockdev.Credential{}, fmt.Errorf("docker credential helper for %s does not answer: %w", host, ctx.Err())
+		return image.Credential{}, fmt.Errorf("docker credential helper for %s does not answer: %w", host, ctx.Err())
 	case r := <-done:
 		if r.err != nil {
 			// The helper's own words could hold anything.
-			return blockdev.Credential{}, fmt.Errorf("docker config for %s: %w", host, errHelper)
+			return image.Credential{}, fmt.Errorf("docker config for %s: %w", host, errHelper)
 		}
-		return blockdev.Credential{Username: r.user, Secret: r.secret}, nil
+		return image.Credential{Username: r.user, Secret: r.secret}, nil
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -34,7 +35,7 @@ func basic(user, password string) string {
 func TestDockerConfig(t *testing.T) {
 	dir := t.TempDir()
 	d := NewDockerConfig(t.Context(), dir, nil)
-	get := func(ref string) blockdev.Credential {
+	get := func(ref string) image.Credential {
 		t.Helper()
 		c, err := d.Credential(t.Context(), ref)
 		if err != nil {
@@ -42,7 +43,7 @@ func TestDockerConfig(t *testing.T) {
 		}
 		return c
 	}
-	if c := get("registry.test/a:1"); c != (blockdev.Credential{}) {
+	if c := get("registry.test/a:1"); c != (image.Credential{}) {
 		t.Errorf("without a file: %+v", c)
 	}
 	write(t, dir, `{"auths":{
@@ -50,7 +51,7 @@ func TestDockerConfig(t *testing.T) {
 		"registry.test:5000":{"auth":"`+basic("port", "p")+`"},
 		"https://index.docker.io/v1/":{"auth":"`+basic("hub", "p")+`"},
 		"token.test":{"identitytoken":"tok"}}}`)
-	for ref, want := range map[string]blockdev.Credential{
+	for ref, want := range map[string]image.Credential{
 		"registry.test/a/b:1":            {Username: "u", Secret: "p"},
 		"registry.test:5000/a@sha256:00": {Username: "port", Secret: "p"},
 		"docker.io/library/redis:7":      {Username: "hub", Secret: "p"},
@@ -69,7 +70,7 @@ func TestDockerConfig(t *testing.T) {
 		t.Errorf("after rotation: %+v", c)
 	}
 	write(t, dir, `{"auths":`)
-	if c := get("registry.test/a:1"); c != (blockdev.Credential{}) {
+	if c := get("registry.test/a:1"); c != (image.Credential{}) {
 		t.Errorf("broken file: %+v", c)
 	}
 	if _, err := d.Credential(t.Context(), "not a reference"); err == nil {
@@ -90,7 +91,7 @@ func TestHelper(t *testing.T) {
 	write(t, dir, `{"credHelpers":{"registry.test":"test"}}`)
 	helper(`read host; echo "{\"ServerURL\":\"$host\",\"Username\":\"h\",\"Secret\":\"s\"}"`)
 	c, err := d.Credential(t.Context(), "registry.test/a:1")
-	if err != nil || c != (blockdev.Credential{Username: "h", Secret: "s"}) {
+	if err != nil || c != (image.Credential{Username: "h", Secret: "s"}) {
 		t.Errorf("%+v, %v", c, err)
 	}
 	helper(`echo "secret-thing is wrong"; exit 1`)
@@ -126,7 +127,7 @@ func TestBroken(t *testing.T) {
 	denied := fmt.Errorf("an image: %w", blockdev.ErrUnauthorized)
 	look := func() {
 		t.Helper()
-		if c, err := d.Credential(t.Context(), "registry.test/a:1"); err != nil || c != (blockdev.Credential{}) {
+		if c, err := d.Credential(t.Context(), "registry.test/a:1"); err != nil || c != (image.Credential{}) {
 			t.Errorf("%+v, %v", c, err)
 		}
 	}

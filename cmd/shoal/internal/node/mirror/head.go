@@ -8,6 +8,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // maxListed is how many manifests of one image index a right is noted for.
@@ -18,7 +19,7 @@ const maxListed = 32
 // what a tag names now, by HEAD, and then for layers of one of these. No such
 // manifest counts as given out by it: what the credential opens the supernode asks the
 // registry. A failure makes the pull an unpacked one, as for other images that cannot be opened.
-func (m *Mirror) showListed(ctx context.Context, host string, t target, cred blockdev.Credential) {
+func (m *Mirror) showListed(ctx context.Context, host string, t target, cred image.Credential) {
 	doc, cred, err := m.ask(ctx, host, t, false, cred)
 	if err != nil {
 		m.log.Debug("cannot read an image index", "image", t.ref(), "error", err)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 const (
@@ -32,7 +33,7 @@ const (
 // giveConfig answers with an image's config when the image is open, or when it is
 // known that it cannot be. It is asked for when containerd has the manifest and
 // nothing else, holds no lock, and has not begun to unpack.
-func (m *Mirror) giveConfig(w http.ResponseWriter, r *http.Request, t target, doc *blockdev.Document, manifest blockdev.Digest) {
+func (m *Mirror) giveConfig(w http.ResponseWriter, r *http.Request, t target, doc *image.Document, manifest blockdev.Digest) {
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	ready := make(chan struct{})

@@ -10,6 +10,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // maxKnown bounds each of known's maps.
@@ -38,7 +39,7 @@ func newKnown() *known {
 
 // note takes in a document that a pull was given. manifest reports whether it is
 // an image's.
-func (k *known) note(t target, doc *blockdev.Document) (manifest bool) {
+func (k *known) note(t target, doc *image.Document) (manifest bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	id := blobKey{t.name, doc.Digest}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/defaults"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/metric"
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
@@ -34,7 +35,7 @@ const (
 // Credentials gives the node's credential for the registry host of an image
 // reference. No credential is the zero value and no error.
 type Credentials interface {
-	Credential(ctx context.Context, ref string) (blockdev.Credential, error)
+	Credential(ctx context.Context, ref string) (image.Credential, error)
 }
 
 // Opener opens images before containerd asks for their layers. A name is host and
@@ -42,11 +43,11 @@ type Credentials interface {
 type Opener interface {
 	// Show says that a pull was given this manifest, or image index, on the word of
 	// the registry for this credential.
-	Show(name string, manifest blockdev.Digest, cred blockdev.Credential)
+	Show(name string, manifest blockdev.Digest, cred image.Credential)
 	// Begin begins to open the image with this manifest on the word of this
 	// credential, unless it is open or being opened, and returns at once. tag may be
 	// empty.
-	Begin(name, tag string, manifest blockdev.Digest, cred blockdev.Credential)
+	Begin(name, tag string, manifest blockdev.Digest, cred image.Credential)
 	// Await returns when containerd may begin to unpack the image: it is open, it
 	// cannot be opened, or ctx has ended.
 	Await(ctx context.Context, name string, manifest blockdev.Digest)
@@ -54,7 +55,7 @@ type Opener interface {
 
 // Config says what a Mirror answers from. Source is required.
 type Config struct {
-	Source blockdev.DocumentSource
+	Source image.DocumentSource
 	// Opener, if not nil, opens the images that are pulled.
 	Opener Opener
 	// NodeCredentials, if not nil, are used where a pull's own credential opens
@@ -166,7 +167,7 @@ func (m *Mirror) serve(w http.ResponseWriter, r *http.Request, kind *string) err
 		m.cfg.Opener.Show(t.name, doc.Digest, cred)
 		if m.known.note(t, doc) {
 			m.cfg.Opener.Begin(t.name, m.known.tag(t.name, doc.Digest), doc.Digest, cred)
-		} else if head && cred != (blockdev.Credential{}) && images.IsIndexType(doc.MediaType) {
+		} else if head && cred != (image.Credential{}) && images.IsIndexType(doc.MediaType) {
 			m.showListed(r.Context(), host, target{what: t.what, name: t.name, digest: doc.Digest}, cred)
 		}
 	} else if t.what != blob {
@@ -212,7 +213,7 @@ var errLate = fmt.Errorf("no answer yet: %w", blockdev.ErrUnavailable)
 // ask asks the source, and waits for it for a moment. The question goes on when it
 // is not waited for: the answer may be at hand for the next one of the same pull. It
 // returns the credential that has opened the document.
-func (m *Mirror) ask(ctx context.Context, host string, t target, head bool, cred blockdev.Credential) (*blockdev.Document, blockdev.Credential, error) {
+func (m *Mirror) ask(ctx context.Context, host string, t target, head bool, cred image.Credential) (*image.Document, image.Credential, error) {
 	select {
 	case m.slots <- struct{}{}:
 	default:
@@ -224,8 +225,8 @@ func (m *Mirror) ask(ctx context.Context, host string, t target, head bool, cred
 		return nil, cred, errLate
 	}
 	type answer struct {
-		doc  *blockdev.Document
-		cred blockdev.Credential
+		doc  *image.Document
+		cred image.Credential
 		err  error
 	}
 	began := m.now()
@@ -256,13 +257,13 @@ func (m *Mirror) ask(ctx context.Context, host string, t target, head bool, cred
 
 // question asks with the pull's credential, and where that opens nothing with the
 // node's, if the config wants that.
-func (m *Mirror) question(ctx context.Context, t target, head bool, cred blockdev.Credential) (*blockdev.Document, blockdev.Credential, error) {
+func (m *Mirror) question(ctx context.Context, t target, head bool, cred image.Credential) (*image.Document, image.Credential, error) {
 	doc, err := m.document(ctx, t, head, cred)
 	if m.cfg.NodeCredentials == nil || !errors.Is(err, blockdev.ErrUnauthorized) && !errors.Is(err, blockdev.ErrNotFound) {
 		return doc, cred, err
 	}
 	node, cerr := m.cfg.NodeCredentials.Credential(ctx, t.ref())
-	if cerr != nil || node == (blockdev.Credential{}) || node == cred {
+	if cerr != nil || node == (image.Credential{}) || node == cred {
 		return doc, cred, errors.Join(err, cerr)
 	}
 	doc, err = m.document(ctx, t, head, node)
@@ -270,10 +271,10 @@ func (m *Mirror) question(ctx context.Context, t target, head bool, cred blockde
 }
 
 // document asks the source, and believes none of it.
-func (m *Mirror) document(ctx context.Context, t target, head bool, cred blockdev.Credential) (*blockdev.Document, error) {
-	req := blockdev.DocumentRequest{Ref: t.ref(), Head: head, Credential: cred}
+func (m *Mirror) document(ctx context.Context, t target, head bool, cred image.Credential) (*image.Document, error) {
+	req := image.DocumentRequest{Ref: t.ref(), Head: head, Credential: cred}
 	if t.what == blob {
-		req.Kind = blockdev.Config
+		req.Kind = image.ConfigDocument
 	}
 	doc, err := m.cfg.Source.Document(ctx, req)
 	if err != nil {

@@ -19,15 +19,16 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/snapshotter"
 )
 
 var _ Opener = (*snapshotter.Snapshotter)(nil)
 
-// source is a blockdev.DocumentSource made of a function.
-type source func(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error)
+// source is a image.DocumentSource made of a function.
+type source func(ctx context.Context, req image.DocumentRequest) (*image.Document, error)
 
-func (f source) Document(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+func (f source) Document(ctx context.Context, req image.DocumentRequest) (*image.Document, error) {
 	return f(ctx, req)
 }
 
@@ -39,8 +40,8 @@ var (
 const mediaType = "application/vnd.oci.image.manifest.v1+json"
 
 func answers(b []byte) source {
-	return func(_ context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
-		doc := &blockdev.Document{Digest: manifestID, MediaType: mediaType, Size: int64(len(b))}
+	return func(_ context.Context, req image.DocumentRequest) (*image.Document, error) {
+		doc := &image.Document{Digest: manifestID, MediaType: mediaType, Size: int64(len(b))}
 		if !req.Head {
 			doc.Data = b
 		}
@@ -49,7 +50,7 @@ func answers(b []byte) source {
 }
 
 // pullCredential is what the tests' pulls have.
-var pullCredential = blockdev.Credential{Username: "u", Secret: "s"}
+var pullCredential = image.Credential{Username: "u", Secret: "s"}
 
 // newMirror is one that waits for its source, and whose tests need not be quick.
 func newMirror(t *testing.T, cfg Config) *Mirror {
@@ -63,7 +64,7 @@ func newMirror(t *testing.T, cfg Config) *Mirror {
 }
 
 // tokenFor is a token that containerd gets for a pull.
-func tokenFor(t *testing.T, m *Mirror, service, repo string, cred blockdev.Credential) string {
+func tokenFor(t *testing.T, m *Mirror, service, repo string, cred image.Credential) string {
 	t.Helper()
 	form := url.Values{"service": {service}, "scope": {"repository:" + repo + ":pull"}, "client_id": {"containerd-client"}}
 	method, target, body := http.MethodGet, "/token?"+form.Encode(), ""
@@ -88,7 +89,7 @@ func tokenFor(t *testing.T, m *Mirror, service, repo string, cred blockdev.Crede
 }
 
 // send sends a request with a pull's token, where it is one for a repository.
-func send(t *testing.T, m *Mirror, method, url string, cred blockdev.Credential, change ...func(*http.Request)) (*http.Response, string) {
+func send(t *testing.T, m *Mirror, method, url string, cred image.Credential, change ...func(*http.Request)) (*http.Response, string) {
 	t.Helper()
 	r := httptest.NewRequestWithContext(t.Context(), method, url, nil)
 	if g, err := parse(r); err == nil && g.name != "" {
@@ -108,38 +109,38 @@ func send(t *testing.T, m *Mirror, method, url string, cred blockdev.Credential,
 	return resp, string(b)
 }
 
-func do(t *testing.T, s blockdev.DocumentSource, method, url string, change ...func(*http.Request)) (*http.Response, string) {
+func do(t *testing.T, s image.DocumentSource, method, url string, change ...func(*http.Request)) (*http.Response, string) {
 	t.Helper()
 	m := newMirror(t, Config{Source: s})
 	if r := httptest.NewRequestWithContext(t.Context(), method, url, nil); strings.Contains(r.URL.Path, "/blobs/") {
 		if g, err := parse(r); err == nil {
-			m.known.note(target{name: g.name}, &blockdev.Document{Digest: blockdev.Digest{1}, Data: []byte(`{"config":{"digest":"` + g.digest.String() + `"}}`)})
+			m.known.note(target{name: g.name}, &image.Document{Digest: blockdev.Digest{1}, Data: []byte(`{"config":{"digest":"` + g.digest.String() + `"}}`)})
 		}
 	}
 	return send(t, m, method, url, pullCredential, change...)
 }
 
 func TestAnswers(t *testing.T) {
-	var got blockdev.DocumentRequest
-	s := source(func(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+	var got image.DocumentRequest
+	s := source(func(ctx context.Context, req image.DocumentRequest) (*image.Document, error) {
 		got = req
 		return answers(manifestBytes)(ctx, req)
 	})
 	byDigest := "@" + manifestID.String()
 	for _, c := range []struct {
 		path, ref string
-		kind      blockdev.DocumentKind
+		kind      image.DocumentKind
 	}{
-		{"/v2/library/redis/manifests/7?ns=docker.io", "docker.io/library/redis:7", blockdev.Manifest},
-		{"/v2/a/manifests/v1?ns=Reg.Test:5000", "reg.test:5000/a:v1", blockdev.Manifest},
-		{"/v2/a/manifests/" + manifestID.String() + "?ns=reg.test", "reg.test/a" + byDigest, blockdev.Manifest},
-		{"/v2/a/manifests/b/manifests/x?ns=[::1]:5000", "[::1]:5000/a/manifests/b:x", blockdev.Manifest},
-		{"/v2/a/blobs/blobs/" + manifestID.String() + "?ns=reg.test", "reg.test/a/blobs" + byDigest, blockdev.Config},
+		{"/v2/library/redis/manifests/7?ns=docker.io", "docker.io/library/redis:7", image.ManifestDocument},
+		{"/v2/a/manifests/v1?ns=Reg.Test:5000", "reg.test:5000/a:v1", image.ManifestDocument},
+		{"/v2/a/manifests/" + manifestID.String() + "?ns=reg.test", "reg.test/a" + byDigest, image.ManifestDocument},
+		{"/v2/a/manifests/b/manifests/x?ns=[::1]:5000", "[::1]:5000/a/manifests/b:x", image.ManifestDocument},
+		{"/v2/a/blobs/blobs/" + manifestID.String() + "?ns=reg.test", "reg.test/a/blobs" + byDigest, image.ConfigDocument},
 	} {
 		for _, method := range []string{http.MethodGet, http.MethodHead} {
 			resp, body := do(t, s, method, c.path)
 			head := method == http.MethodHead
-			want := blockdev.DocumentRequest{Ref: c.ref, Kind: c.kind, Head: head, Credential: pullCredential}
+			want := image.DocumentRequest{Ref: c.ref, Kind: c.kind, Head: head, Credential: pullCredential}
 			if resp.StatusCode != http.StatusOK || !reflect.DeepEqual(got, want) {
 				t.Errorf("%s %s: %s %s, asked for %+v", method, c.path, resp.Status, body, got)
 			}
@@ -174,7 +175,7 @@ func wantProblem(t *testing.T, resp *http.Response, body string, status int, cod
 }
 
 func TestRefuses(t *testing.T) {
-	never := source(func(context.Context, blockdev.DocumentRequest) (*blockdev.Document, error) {
+	never := source(func(context.Context, image.DocumentRequest) (*image.Document, error) {
 		t.Error("the source was asked")
 		return nil, errors.New("no")
 	})
@@ -210,7 +211,7 @@ func TestRefuses(t *testing.T) {
 	t.Run("a supernode's own request", func(t *testing.T) {
 		resp, body := do(t, never, "GET", "/v2/a/manifests/v1?ns=r.test", func(r *http.Request) {
 			r.Header.Add("Via", "1.1 proxy")
-			r.Header.Add("Via", blockdev.Via)
+			r.Header.Add("Via", image.Via)
 		})
 		wantProblem(t, resp, body, http.StatusLoopDetected, codeUnsupported)
 	})
@@ -236,7 +237,7 @@ func TestErrors(t *testing.T) {
 		{context.DeadlineExceeded, manifestURL, 401, codeDenied},
 		{errors.New("strange"), manifestURL, 500, codeUnknown},
 	} {
-		resp, body := do(t, source(func(context.Context, blockdev.DocumentRequest) (*blockdev.Document, error) {
+		resp, body := do(t, source(func(context.Context, image.DocumentRequest) (*image.Document, error) {
 			return nil, fmt.Errorf("the \"cause\": %w", c.err)
 		}), "GET", c.url)
 		wantProblem(t, resp, body, c.status, c.code)
@@ -269,7 +270,7 @@ func TestWrongBytes(t *testing.T) {
 
 func TestTooManyRequests(t *testing.T) {
 	release, began := make(chan struct{}), make(chan struct{})
-	s := source(func(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+	s := source(func(ctx context.Context, req image.DocumentRequest) (*image.Document, error) {
 		began <- struct{}{}
 		<-release
 		return answers(manifestBytes)(ctx, req)

@@ -26,6 +26,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // opener notes what it is told, and lets configs go when open is closed.
@@ -42,11 +43,11 @@ func (o *opener) note(format string, args ...any) {
 	o.calls = append(o.calls, fmt.Sprintf(format, args...))
 }
 
-func (o *opener) Show(name string, manifest blockdev.Digest, cred blockdev.Credential) {
+func (o *opener) Show(name string, manifest blockdev.Digest, cred image.Credential) {
 	o.note("show %s %s %s", name, manifest.Hex()[:4], cred.Username)
 }
 
-func (o *opener) Begin(name, tag string, manifest blockdev.Digest, cred blockdev.Credential) {
+func (o *opener) Begin(name, tag string, manifest blockdev.Digest, cred image.Credential) {
 	o.note("begin %s:%s %s %s", name, tag, manifest.Hex()[:4], cred.Username)
 }
 
@@ -72,7 +73,7 @@ func (o *opener) told(call string) bool {
 // registry is a source with one private image: its index, manifest and config.
 type registry struct {
 	docs map[string][]byte // by the end of the reference
-	cred blockdev.Credential
+	cred image.Credential
 
 	mediaType string // of all; empty: application/json
 }
@@ -83,7 +84,7 @@ var (
 	imageIndex    = fmt.Appendf(nil, `{"schemaVersion":2,"manifests":[{"digest":%q}]}`, blockdev.Sum(imageManifest))
 )
 
-func newRegistry(cred blockdev.Credential) *registry {
+func newRegistry(cred image.Credential) *registry {
 	r := &registry{cred: cred, docs: map[string][]byte{":v1": imageIndex}}
 	for _, b := range [][]byte{imageConfig, imageManifest, imageIndex} {
 		r.docs["@"+blockdev.Sum(b).String()] = b
@@ -91,7 +92,7 @@ func newRegistry(cred blockdev.Credential) *registry {
 	return r
 }
 
-func (r *registry) Document(_ context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+func (r *registry) Document(_ context.Context, req image.DocumentRequest) (*image.Document, error) {
 	if req.Credential != r.cred {
 		return nil, fmt.Errorf("%s: %w", req.Ref, blockdev.ErrUnauthorized)
 	}
@@ -100,7 +101,7 @@ func (r *registry) Document(_ context.Context, req blockdev.DocumentRequest) (*b
 	if !ok || b == nil {
 		return nil, fmt.Errorf("%s: %w", req.Ref, blockdev.ErrNotFound)
 	}
-	doc := &blockdev.Document{Digest: blockdev.Sum(b), MediaType: cmp.Or(r.mediaType, "application/json"), Size: int64(len(b))}
+	doc := &image.Document{Digest: blockdev.Sum(b), MediaType: cmp.Or(r.mediaType, "application/json"), Size: int64(len(b))}
 	if !req.Head {
 		doc.Data = b
 	}
@@ -193,11 +194,11 @@ func TestHeadOnly(t *testing.T) {
 		entry("other", "linux", other), entry("mine", "linux", runtime.GOARCH), entry("windows", "windows", runtime.GOARCH))
 	for _, c := range []struct {
 		name  string
-		cred  blockdev.Credential
+		cred  image.Credential
 		calls []string
 	}{
 		{"private", pullCredential, []string{"show r.test/a " + blockdev.Sum(list).Hex()[:4] + " u", "show r.test/a " + digest("mine").Hex()[:4] + " u"}},
-		{"public", blockdev.Credential{}, []string{"show r.test/a " + blockdev.Sum(list).Hex()[:4] + " "}}, // there is no right to show
+		{"public", image.Credential{}, []string{"show r.test/a " + blockdev.Sum(list).Hex()[:4] + " "}}, // there is no right to show
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			reg := newRegistry(c.cred)
@@ -237,7 +238,7 @@ func TestHeldConfigGoesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := &opener{open: make(chan struct{})}
 		m := newMirror(t, Config{Source: newRegistry(pullCredential), Opener: o})
-		doc := &blockdev.Document{Data: bytes.Repeat([]byte("x"), 180), Size: 180}
+		doc := &image.Document{Data: bytes.Repeat([]byte("x"), 180), Size: 180}
 		began := time.Now()
 		time.AfterFunc(time.Hour, func() { close(o.open) })
 		w := &sentAt{ResponseRecorder: httptest.NewRecorder()}
@@ -257,7 +258,7 @@ func TestHeldConfigGoesOn(t *testing.T) {
 
 // Who may have what: each pull what its own credential opens.
 func TestCredentials(t *testing.T) {
-	ann, bob := blockdev.Credential{Username: "ann", Secret: "a"}, blockdev.Credential{Username: "bob", Secret: "b"}
+	ann, bob := image.Credential{Username: "ann", Secret: "a"}, image.Credential{Username: "bob", Secret: "b"}
 	var logs bytes.Buffer
 	o := &opener{open: make(chan struct{})}
 	close(o.open)
@@ -265,9 +266,9 @@ func TestCredentials(t *testing.T) {
 	url := manifestURL(imageManifest)
 	for _, c := range []struct {
 		name   string
-		cred   blockdev.Credential
+		cred   image.Credential
 		status int
-	}{{"right", ann, 200}, {"wrong", bob, 401}, {"none", blockdev.Credential{}, 401}} {
+	}{{"right", ann, 200}, {"wrong", bob, 401}, {"none", image.Credential{}, 401}} {
 		if resp, body := send(t, m, "GET", url, c.cred); resp.StatusCode != c.status {
 			t.Errorf("%s credential: %s %s", c.name, resp.Status, body)
 		}
@@ -306,15 +307,15 @@ func TestTokenForms(t *testing.T) {
 	m := newMirror(t, Config{Source: newRegistry(pullCredential)})
 	for _, c := range []struct {
 		r    *http.Request
-		want blockdev.Credential
+		want image.Credential
 		code int
 	}{
 		{httptest.NewRequest("GET", "/token?service=r.test&scope=repository:a:pull", nil), pullCredential, 200},
-		{httptest.NewRequest("POST", "/token", strings.NewReader("service=R.test&scope=repository:a:pull&grant_type=refresh_token&refresh_token=t")), blockdev.Credential{Secret: "t"}, 200},
-		{httptest.NewRequest("GET", "/token?service=r.test", nil), blockdev.Credential{}, 400},
-		{httptest.NewRequest("GET", "/token?service=r/t&scope=repository:a:pull", nil), blockdev.Credential{}, 400},
-		{httptest.NewRequest("POST", "/token", strings.NewReader(strings.Repeat("x", maxForm+1))), blockdev.Credential{}, 400},
-		{httptest.NewRequest("PUT", "/token", nil), blockdev.Credential{}, 405},
+		{httptest.NewRequest("POST", "/token", strings.NewReader("service=R.test&scope=repository:a:pull&grant_type=refresh_token&refresh_token=t")), image.Credential{Secret: "t"}, 200},
+		{httptest.NewRequest("GET", "/token?service=r.test", nil), image.Credential{}, 400},
+		{httptest.NewRequest("GET", "/token?service=r/t&scope=repository:a:pull", nil), image.Credential{}, 400},
+		{httptest.NewRequest("POST", "/token", strings.NewReader(strings.Repeat("x", maxForm+1))), image.Credential{}, 400},
+		{httptest.NewRequest("PUT", "/token", nil), image.Credential{}, 405},
 	} {
 		if c.want == pullCredential {
 			c.r.SetBasicAuth("u", "s")
@@ -337,17 +338,17 @@ func TestTokenForms(t *testing.T) {
 	}
 }
 
-type nodeCredentials blockdev.Credential
+type nodeCredentials image.Credential
 
-func (n nodeCredentials) Credential(context.Context, string) (blockdev.Credential, error) {
-	return blockdev.Credential(n), nil
+func (n nodeCredentials) Credential(context.Context, string) (image.Credential, error) {
+	return image.Credential(n), nil
 }
 
 // The node's own credential opens what a pull's does not only where that is wanted.
 func TestNodeCredentials(t *testing.T) {
 	o := &opener{}
 	m := newMirror(t, Config{Source: newRegistry(pullCredential), Opener: o, NodeCredentials: nodeCredentials(pullCredential)})
-	if resp, body := send(t, m, "GET", manifestURL(imageManifest), blockdev.Credential{}); resp.StatusCode != 200 {
+	if resp, body := send(t, m, "GET", manifestURL(imageManifest), image.Credential{}); resp.StatusCode != 200 {
 		t.Errorf("%s %s", resp.Status, body)
 	}
 	if !o.told("show r.test/a " + blockdev.Sum(imageManifest).Hex()[:4] + " u") {
@@ -359,7 +360,7 @@ func TestNodeCredentials(t *testing.T) {
 // does anything under another Host reach the mirror.
 func TestNames(t *testing.T) {
 	asked := 0
-	s := source(func(_ context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+	s := source(func(_ context.Context, req image.DocumentRequest) (*image.Document, error) {
 		asked++
 		return nil, fmt.Errorf("%s: %w", req.Ref, blockdev.ErrNotFound)
 	})
@@ -392,7 +393,7 @@ func TestNames(t *testing.T) {
 func TestLate(t *testing.T) {
 	gate := make(chan struct{})
 	real := newRegistry(pullCredential)
-	s := source(func(ctx context.Context, req blockdev.DocumentRequest) (*blockdev.Document, error) {
+	s := source(func(ctx context.Context, req image.DocumentRequest) (*image.Document, error) {
 		<-gate
 		return real.Document(ctx, req)
 	})

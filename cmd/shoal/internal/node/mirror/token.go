@@ -11,7 +11,7 @@ import (
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 
-	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 const (
@@ -38,7 +38,7 @@ func newTokens() *tokens {
 
 type grant struct {
 	name  string // host/repository
-	cred  blockdev.Credential
+	cred  image.Credential
 	until time.Time
 }
 
@@ -74,15 +74,15 @@ func (m *Mirror) token(w http.ResponseWriter, r *http.Request) error {
 	if err := r.ParseForm(); err != nil {
 		return &problem{http.StatusBadRequest, codeUnsupported, "not a form of at most 64 KiB"} // the error could hold the secret
 	}
-	var cred blockdev.Credential
+	var cred image.Credential
 	if user, secret, ok := r.BasicAuth(); ok {
-		cred = blockdev.Credential{Username: user, Secret: secret}
+		cred = image.Credential{Username: user, Secret: secret}
 	}
 	switch r.PostForm.Get("grant_type") {
 	case "password":
-		cred = blockdev.Credential{Username: r.PostForm.Get("username"), Secret: r.PostForm.Get("password")}
+		cred = image.Credential{Username: r.PostForm.Get("username"), Secret: r.PostForm.Get("password")}
 	case "refresh_token":
-		cred = blockdev.Credential{Secret: r.PostForm.Get("refresh_token")}
+		cred = image.Credential{Secret: r.PostForm.Get("refresh_token")}
 	}
 	host := strings.ToLower(r.Form.Get("service"))
 	name := ""
@@ -112,14 +112,14 @@ func (m *Mirror) token(w http.ResponseWriter, r *http.Request) error {
 
 // credential is that of the pull that a request belongs to. Without a token it is
 // an error that says where to get one.
-func (m *Mirror) credential(r *http.Request, t target) (blockdev.Credential, error) {
+func (m *Mirror) credential(r *http.Request, t target) (image.Credential, error) {
 	word, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 	if !ok {
-		return blockdev.Credential{}, &challenge{target: t}
+		return image.Credential{}, &challenge{target: t}
 	}
 	g, ok := m.tokens.find(word, m.now())
 	if !ok || g.name != t.name {
-		return blockdev.Credential{}, &challenge{target: t, why: "invalid_token"}
+		return image.Credential{}, &challenge{target: t, why: "invalid_token"}
 	}
 	return g.cred, nil
 }

@@ -1,4 +1,6 @@
-package blockdev
+package image
+
+import "github.com/shoalfs/shoal/blockdev"
 
 // Stage is what is being done with a layer, in a word for people.
 type Stage string
@@ -24,7 +26,7 @@ const (
 
 // Progress says where a layer is on its way to the supernode that was asked for it.
 type Progress struct {
-	Layer Digest
+	Layer blockdev.Digest
 	// Done and Total are compressed bytes.
 	Done, Total int64
 	Stage       Stage

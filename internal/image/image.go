@@ -1,8 +1,10 @@
-package blockdev
+package image
 
 import (
 	"context"
 	"net/netip"
+
+	"github.com/shoalfs/shoal/blockdev"
 )
 
 // Platform is the os/architecture/variant that is chosen from a
@@ -21,24 +23,24 @@ type Credential struct {
 	Secret   string
 }
 
-// ImageRequest asks for all indexes of an image.
-type ImageRequest struct {
+// Request asks for all indexes of an image.
+type Request struct {
 	// Ref is the image reference as the user wrote it, with its registry host:
 	// "docker.io/library/redis:7".
 	Ref string
 	// Manifest is the digest of the platform's manifest (or of an image index);
 	// zero: what Ref's tag or digest names now.
-	Manifest Digest
+	Manifest blockdev.Digest
 	// Platform is chosen where Manifest or Ref is an image index.
 	Platform Platform
 	// Credential is the node's for Ref's registry.
 	Credential Credential
 	// Have lists layer digests of which the node has the index already; their
 	// Index comes back nil.
-	Have []Digest
+	Have []blockdev.Digest
 	// Only and Stored are for supernodes among themselves: which layers (by
 	// digest) are wanted, if not all; and that nothing is to be fetched for it.
-	Only   []Digest
+	Only   []blockdev.Digest
 	Stored bool
 	// Relay: the image is to stay here, so that its indexes may come from other nodes
 	// that have it. To a peer an answer may then name these (Image.Relays).
@@ -59,28 +61,28 @@ type ImageRequest struct {
 // Layer is one layer of an image.
 type Layer struct {
 	// Digest and Size (bytes) are those of the compressed blob.
-	Digest Digest
+	Digest blockdev.Digest
 	Size   int64
 	// DiffID is what the image config says, and the one inside Index.
-	DiffID Digest
+	DiffID blockdev.Digest
 	// Index is the encoded index (package index reads it); nil where the
 	// request's Have named Digest, and where Image.Relays have it.
 	Index []byte
 	// IndexSize is the length, in bytes, of an index that Relays have, else 0, and
 	// IndexDigest its SHA-256.
 	IndexSize   int64
-	IndexDigest Digest
+	IndexDigest blockdev.Digest
 	// Profile is what containers have read of it in their first seconds, if that
 	// is known; also where Index is nil. It is a hint and not checked.
-	Profile Profile
+	Profile blockdev.Profile
 }
 
-// Image is what an ImageRequest gives, layers from the bottom up.
+// Image is what a Request gives, layers from the bottom up.
 type Image struct {
 	// Ref is the request's.
 	Ref string
 	// Manifest is the digest of the manifest that was used.
-	Manifest Digest
+	Manifest blockdev.Digest
 	Layers   []Layer
 	// Grant shows supernodes that this node was given the indexes, so that it may
 	// join the image's group; nil: there are no groups here. It counts for this
@@ -99,11 +101,11 @@ type Relay struct {
 	Addrs []netip.AddrPort
 }
 
-// ImageSource is where indexes come from: a supernode.
-type ImageSource interface {
+// Source is where indexes come from: a supernode.
+type Source interface {
 	// OpenImage returns the indexes of all layers, or none of them. Its errors
-	// wrap ErrNotFound, ErrUnauthorized, ErrUnsupported, ErrUnavailable,
+	// wrap blockdev.ErrNotFound, ErrUnauthorized, ErrUnsupported, ErrUnavailable,
 	// ErrCorrupt, ErrNoSpace or the context's error, and name the image and the
 	// cause.
-	OpenImage(ctx context.Context, req ImageRequest) (*Image, error)
+	OpenImage(ctx context.Context, req Request) (*Image, error)
 }

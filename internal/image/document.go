@@ -1,15 +1,19 @@
-package blockdev
+package image
 
-import "context"
+import (
+	"context"
+
+	"github.com/shoalfs/shoal/blockdev"
+)
 
 // DocumentKind says under which of a registry's paths a document is.
 type DocumentKind uint8
 
 const (
-	// Manifest is an image manifest or an image index.
-	Manifest DocumentKind = iota
-	// Config is a blob that a manifest names as its image's config.
-	Config
+	// ManifestDocument is an image manifest or an image index.
+	ManifestDocument DocumentKind = iota
+	// ConfigDocument is a blob that a manifest names as its image's config.
+	ConfigDocument
 )
 
 // MaxDocument is the largest document, in bytes.
@@ -34,7 +38,7 @@ type DocumentRequest struct {
 // Document is a manifest, an image index or an image config, byte for byte as its
 // registry has it.
 type Document struct {
-	Digest Digest
+	Digest blockdev.Digest
 	// MediaType is "application/octet-stream" for configs: only the manifest that
 	// names one knows more.
 	MediaType string
@@ -48,7 +52,7 @@ type DocumentSource interface {
 	// Document returns a document that the request's credential may read. What a
 	// tag names may be known from a short while ago, or from the last time that
 	// the registry answered. The caller checks Data against the digest. Errors
-	// wrap ErrNotFound, ErrUnauthorized, ErrUnsupported, ErrUnavailable,
+	// wrap blockdev.ErrNotFound, ErrUnauthorized, ErrUnsupported, ErrUnavailable,
 	// ErrCorrupt or the context's error, and name the document and the cause. A
 	// blob that no manifest has made known as a config is ErrNotFound.
 	Document(ctx context.Context, req DocumentRequest) (*Document, error)
