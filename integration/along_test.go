@@ -119,8 +119,8 @@ func supersite(t *testing.T) *site {
 	return s
 }
 
-func openImage(ctx context.Context, c *exchange.Client, ref string) error {
-	_, err := c.OpenImage(ctx, image.Request{Ref: ref})
+func fetchIndexes(ctx context.Context, c *exchange.Client, ref string) error {
+	_, err := c.FetchIndexes(ctx, image.Request{Ref: ref})
 	return err
 }
 
@@ -128,7 +128,7 @@ func openImage(ctx context.Context, c *exchange.Client, ref string) error {
 func joined(t *testing.T, s *site, ref string) *exchange.Client {
 	t.Helper()
 	_, _, c := member(t, s)
-	noError(t, lab.WaitFor(t.Context(), "the image's indexes", time.Minute, func() error { return openImage(t.Context(), c, ref) }))
+	noError(t, lab.WaitFor(t.Context(), "the image's indexes", time.Minute, func() error { return fetchIndexes(t.Context(), c, ref) }))
 	return c
 }
 
@@ -155,7 +155,7 @@ func TestDrillSupernodeWaits(t *testing.T) {
 		var took []float64
 		for range samples {
 			start := time.Now()
-			noError(t, openImage(t.Context(), c, stored))
+			noError(t, fetchIndexes(t.Context(), c, stored))
 			took = append(took, time.Since(start).Seconds())
 		}
 		slices.Sort(took)
@@ -172,7 +172,7 @@ func TestDrillSupernodeWaits(t *testing.T) {
 	for _, w := range waiters {
 		for range perPeer {
 			wg.Go(func() {
-				if err := openImage(ctx, w, waited); ctx.Err() == nil {
+				if err := fetchIndexes(ctx, w, waited); ctx.Err() == nil {
 					left.Add(1)
 					t.Logf("did not wait: %v", err)
 				}
@@ -209,7 +209,7 @@ func TestDrillSupernodeTrickle(t *testing.T) {
 		ref := s.push(t, fmt.Sprint("layer", seed), l)
 		seed++
 		start := time.Now()
-		noError(t, openImage(t.Context(), c, ref))
+		noError(t, fetchIndexes(t.Context(), c, ref))
 		return time.Since(start).Seconds()
 	}
 	ingest() // warm
@@ -224,7 +224,7 @@ func TestDrillSupernodeTrickle(t *testing.T) {
 			began.Add(1)
 			ref := f.push(t, fmt.Sprintf("slow%d-%d", i, j), l, trickle(&began, gone, l))
 			wg.Go(func() {
-				if err := openImage(ctx, c, ref); err == nil {
+				if err := fetchIndexes(ctx, c, ref); err == nil {
 					t.Error("a layer that trickles has come")
 				}
 			})
@@ -330,7 +330,7 @@ func TestDrillSupernodeHuge(t *testing.T) {
 	ref := f.push(t, "huge", l.blob, l.serve)
 	start := time.Now()
 	// A client gives up before a hundred gigabytes have come; the ingest goes on.
-	noError(t, lab.WaitFor(t.Context(), "the layer", time.Hour, func() error { return openImage(t.Context(), c, ref) }))
+	noError(t, lab.WaitFor(t.Context(), "the layer", time.Hour, func() error { return fetchIndexes(t.Context(), c, ref) }))
 	took := time.Since(start)
 	_, peak, err := s.supernode.RSS()
 	noError(t, err)

@@ -107,7 +107,7 @@ func startLiar(t *testing.T, s *site, ref, lie string) *liar {
 	node, h, client := member(t, s)
 	var im *image.Image
 	noError(t, lab.WaitFor(ctx, "the image's indexes", 20*time.Second, func() (err error) {
-		im, err = client.OpenImage(ctx, image.Request{Ref: ref})
+		im, err = client.FetchIndexes(ctx, image.Request{Ref: ref})
 		return err
 	}))
 	l := &liar{lie: lie, lengths: map[blockdev.Digest]uint32{}}
@@ -140,9 +140,9 @@ type lyingSupernode struct {
 	origin string
 }
 
-// OpenImageFor implements exchange.Images.
-func (l *lyingSupernode) OpenImageFor(ctx context.Context, peer string, req image.Request) (*image.Image, error) {
-	im, err := l.client.OpenImage(ctx, req)
+// FetchIndexesFor implements exchange.Images.
+func (l *lyingSupernode) FetchIndexesFor(ctx context.Context, peer string, req image.Request) (*image.Image, error) {
+	im, err := l.client.FetchIndexes(ctx, req)
 	if err == nil {
 		err = l.learn(im)
 	}

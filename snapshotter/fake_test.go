@@ -385,7 +385,7 @@ func (f *fakeImages) publish(list ...testImage) {
 	}
 }
 
-func (f *fakeImages) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
+func (f *fakeImages) FetchIndexes(ctx context.Context, req image.Request) (*image.Image, error) {
 	f.mu.Lock()
 	f.requests = append(f.requests, req)
 	gate, err, change, want := f.gate, f.err, f.change, f.want

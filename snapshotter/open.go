@@ -94,7 +94,7 @@ func (s *Snapshotter) open(ctx context.Context, w want, cred image.Credential) (
 func (s *Snapshotter) indexes(ctx context.Context, req image.Request, at *place) (*image.Image, error) {
 	req.Admit = at.admit
 	for {
-		img, err := s.cfg.Images.OpenImage(ctx, req)
+		img, err := s.cfg.Images.FetchIndexes(ctx, req)
 		if !errors.Is(err, errNoRoom) {
 			return img, err
 		}

@@ -133,6 +133,6 @@ func (s *Snapshotter) rewarm(o Origin) error {
 	for _, l := range o.layers {
 		req.Have = append(req.Have, l.Digest) // the indexes are here
 	}
-	_, err = s.cfg.Images.OpenImage(ctx, req)
+	_, err = s.cfg.Images.FetchIndexes(ctx, req)
 	return err
 }

@@ -25,7 +25,7 @@ type slowIndexes struct {
 	beside int64 // the most that came beside "huge"
 }
 
-func (s *slowIndexes) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
+func (s *slowIndexes) FetchIndexes(ctx context.Context, req image.Request) (*image.Image, error) {
 	s.count(func() { s.asked[req.Ref]++ })
 	for _, n := range s.sizes[req.Ref] {
 		if err := req.Admit(n); err != nil {

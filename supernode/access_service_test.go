@@ -23,30 +23,30 @@ func TestPrivate(t *testing.T) {
 		f.SetAuth(a, users, onlyAliceReads)
 		var logs logBuffer
 		s := start(t, func(c *Config) { c.Log = slog.New(slog.NewTextHandler(&logs, nil)) })
-		_, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "private/app:v1", nobody))
+		_, err := s.FetchIndexesFor(t.Context(), "p", request(f.Target, "private/app:v1", nobody))
 		wantErr(t, err, blockdev.ErrUnauthorized, "private/app:v1")
-		img, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "private/app:v1", alice))
+		img, err := s.FetchIndexesFor(t.Context(), "p", request(f.Target, "private/app:v1", alice))
 		if err != nil {
 			t.Fatal(err)
 		}
 		wantImage(t, s, img, l)
 		for _, c := range []image.Credential{nobody, {Username: alice.Username, Secret: "guess"}} {
-			_, err = s.OpenImageFor(t.Context(), "q", request(f.Target, "private/app:v1", c))
+			_, err = s.FetchIndexesFor(t.Context(), "q", request(f.Target, "private/app:v1", c))
 			wantErr(t, err, blockdev.ErrUnauthorized)
 		}
 		// By digest, and under the name of a repository that is open to all.
 		req := request(f.Target, "private/app:v1", nobody)
 		req.Manifest = img.Manifest
-		_, err = s.OpenImageFor(t.Context(), "q", req)
+		_, err = s.FetchIndexesFor(t.Context(), "q", req)
 		wantErr(t, err, blockdev.ErrUnauthorized)
 		f.Push(t, "open/app", "v1", registrytest.GzipLayer(t, "x", 10, 9))
 		f.SetAuth(a, users, func(u, repo string) bool { return u == alice.Username || strings.HasPrefix(repo, "open/") })
-		if _, err = s.OpenImageFor(t.Context(), "q", request(f.Target, "open/app:v1", nobody)); err != nil {
+		if _, err = s.FetchIndexesFor(t.Context(), "q", request(f.Target, "open/app:v1", nobody)); err != nil {
 			t.Fatal(err)
 		}
 		req = request(f.Target, "open/app:v1", nobody)
 		req.Manifest = img.Manifest
-		_, err = s.OpenImageFor(t.Context(), "q", req)
+		_, err = s.FetchIndexesFor(t.Context(), "q", req)
 		wantErr(t, err, blockdev.ErrNotFound)
 		if strings.Contains(logs.String(), alice.Secret) {
 			t.Error("the log holds the secret")
@@ -61,7 +61,7 @@ func TestExpiredCredentialForPublic(t *testing.T) {
 	l := registrytest.GzipLayer(t, "a", 1000, 1)
 	f.Push(t, "app", "v1", l)
 	f.SetAuth(registrytest.Bearer, users, func(string, string) bool { return true })
-	img, err := start(t).OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", image.Credential{Username: "alice", Secret: "expired"}))
+	img, err := start(t).FetchIndexesFor(t.Context(), "p", request(f.Target, "app:v1", image.Credential{Username: "alice", Secret: "expired"}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,14 +84,14 @@ func TestOrigins(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "data")
 	t.Run("listed, not there", func(t *testing.T) {
 		s := start(t, at(dir))
-		if _, err := s.OpenImageFor(t.Context(), "owner", request(mine.Target, "private/app:v1", alice)); err != nil {
+		if _, err := s.FetchIndexesFor(t.Context(), "owner", request(mine.Target, "private/app:v1", alice)); err != nil {
 			t.Fatal(err)
 		}
-		_, err := s.OpenImageFor(t.Context(), "thief", request(other.Target, "bait:v1", nobody))
+		_, err := s.FetchIndexesFor(t.Context(), "thief", request(other.Target, "bait:v1", nobody))
 		wantErr(t, err, blockdev.ErrNotFound, "bait:v1", blockdev.Sum(secret.Blob).String())
 		req := request(other.Target, "bait:v1", nobody)
 		req.Have = []blockdev.Digest{blockdev.Sum(secret.Blob)}
-		_, err = s.OpenImageFor(t.Context(), "thief", req)
+		_, err = s.FetchIndexesFor(t.Context(), "thief", req)
 		wantErr(t, err, blockdev.ErrNotFound)
 	})
 	t.Run("other bytes there", func(t *testing.T) {
@@ -99,7 +99,7 @@ func TestOrigins(t *testing.T) {
 		s := start(t, at(dir))
 		for range 3 {
 			other.Forget()
-			_, err := s.OpenImageFor(t.Context(), "thief", request(other.Target, "bait:v1", nobody))
+			_, err := s.FetchIndexesFor(t.Context(), "thief", request(other.Target, "bait:v1", nobody))
 			wantErr(t, err, blockdev.ErrCorrupt, other.Host)
 		}
 		if n := len(other.Requests("/blobs/" + blockdev.Sum(secret.Blob).String())); n != 0 {
@@ -112,7 +112,7 @@ func TestOrigins(t *testing.T) {
 		own.DiffID = secret.DiffID
 		other.Push(t, "bait", "v2", own)
 		s := start(t, at(dir))
-		_, err := s.OpenImageFor(t.Context(), "thief", request(other.Target, "bait:v2", nobody))
+		_, err := s.FetchIndexesFor(t.Context(), "thief", request(other.Target, "bait:v2", nobody))
 		wantErr(t, err, blockdev.ErrCorrupt, "bait:v2")
 	})
 	t.Run("really there", func(t *testing.T) {
@@ -133,10 +133,10 @@ func TestOrigins(t *testing.T) {
 			t.Error("proven once, but asked again")
 		}
 		// The first registry still counts, and its images are still private.
-		if _, err := s.OpenImageFor(t.Context(), "owner", request(mine.Target, "private/app:v1", alice)); err != nil {
+		if _, err := s.FetchIndexesFor(t.Context(), "owner", request(mine.Target, "private/app:v1", alice)); err != nil {
 			t.Error(err)
 		}
-		_, err := s.OpenImageFor(t.Context(), "thief", request(mine.Target, "private/app:v1", nobody))
+		_, err := s.FetchIndexesFor(t.Context(), "thief", request(mine.Target, "private/app:v1", nobody))
 		wantErr(t, err, blockdev.ErrUnauthorized)
 	})
 	t.Run("trusted", func(t *testing.T) {
@@ -144,12 +144,12 @@ func TestOrigins(t *testing.T) {
 		other.Push(t, "bait", "v1", secret)
 		s := start(t, at(dir), trust(strings.ToUpper(other.Host)))
 		other.SetBlob("bait", blockdev.Sum(secret.Blob), nil)
-		_, err := s.OpenImageFor(t.Context(), "p", request(other.Target, "bait:v1", nobody))
+		_, err := s.FetchIndexesFor(t.Context(), "p", request(other.Target, "bait:v1", nobody))
 		wantErr(t, err, blockdev.ErrNotFound, "bait:v1")
 		// It has to say that it has the layer; that it sends it is not waited for.
 		other.SetBlob("bait", blockdev.Sum(secret.Blob), secret.Blob)
 		other.Forget()
-		img, err := s.OpenImageFor(t.Context(), "p", request(other.Target, "bait:v1", nobody))
+		img, err := s.FetchIndexesFor(t.Context(), "p", request(other.Target, "bait:v1", nobody))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -174,7 +174,7 @@ func TestRegistryDown(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", alice)); err != nil {
+	if _, err := s.FetchIndexesFor(t.Context(), "p", request(f.Target, "app:v1", alice)); err != nil {
 		t.Error(err)
 	}
 	if err := s.Close(); err != nil {
@@ -182,13 +182,13 @@ func TestRegistryDown(t *testing.T) {
 	}
 	f.Close()
 	s = start(t, quick)
-	img, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", alice))
+	img, err := s.FetchIndexesFor(t.Context(), "p", request(f.Target, "app:v1", alice))
 	if err != nil {
 		t.Fatal(err)
 	}
 	wantImage(t, s, img, l)
-	_, err = s.OpenImageFor(t.Context(), "q", request(f.Target, "app:v1", alice))
+	_, err = s.FetchIndexesFor(t.Context(), "q", request(f.Target, "app:v1", alice))
 	wantErr(t, err, blockdev.ErrUnavailable, f.Host)
-	_, err = s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v2", alice))
+	_, err = s.FetchIndexesFor(t.Context(), "p", request(f.Target, "app:v2", alice))
 	wantErr(t, err, blockdev.ErrUnavailable, f.Host)
 }

@@ -21,7 +21,7 @@ func TestAllowed(t *testing.T) {
 	reg := prometheus.NewRegistry()
 	s := start(t, func(c *Config) { c.Registerer = reg })
 	req := request(f.Target, "team/app:v1", nobody)
-	if _, err := s.OpenImageFor(t.Context(), "p", req); err != nil {
+	if _, err := s.FetchIndexesFor(t.Context(), "p", req); err != nil {
 		t.Fatal(err)
 	}
 	list, err := pattern.ParseRepositories([]string{"registry.example/*"})
@@ -30,7 +30,7 @@ func TestAllowed(t *testing.T) {
 	}
 	s.Allow(list)
 	f.Forget()
-	_, err = s.OpenImageFor(t.Context(), "p", req)
+	_, err = s.FetchIndexesFor(t.Context(), "p", req)
 	wantErr(t, err, registry.ErrNotAllowed, f.Host+"/team/app", "registry.allowed")
 	wantErr(t, err, blockdev.ErrUnauthorized)
 	_, err = s.DocumentFor(t.Context(), "p", image.DocumentRequest{Ref: req.Ref})
@@ -44,7 +44,7 @@ func TestAllowed(t *testing.T) {
 		}
 	}
 	s.Allow(nil)
-	if _, err := s.OpenImageFor(t.Context(), "p", req); err != nil {
+	if _, err := s.FetchIndexesFor(t.Context(), "p", req); err != nil {
 		t.Error(err)
 	}
 }

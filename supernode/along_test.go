@@ -94,7 +94,7 @@ func TestSlowRegistryTakesNobodyAlong(t *testing.T) {
 			defer cancel()
 			for i := range places + 2 {
 				wg.Go(func() {
-					if _, err := s.OpenImageFor(ctx, "mallory", request(slow.Target, fmt.Sprintf("x:v%d", i), nobody)); err == nil {
+					if _, err := s.FetchIndexesFor(ctx, "mallory", request(slow.Target, fmt.Sprintf("x:v%d", i), nobody)); err == nil {
 						t.Error("a layer that never ends has come")
 					}
 				})
@@ -111,7 +111,7 @@ func TestSlowRegistryTakesNobodyAlong(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			img, err := s.OpenImageFor(t.Context(), "honest", request(third.Target, "good:v1", nobody))
+			img, err := s.FetchIndexesFor(t.Context(), "honest", request(third.Target, "good:v1", nobody))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -123,7 +123,7 @@ func TestSlowRegistryTakesNobodyAlong(t *testing.T) {
 // stuckHolder does not answer.
 type stuckHolder struct{ asked func() }
 
-func (h stuckHolder) OpenImage(ctx context.Context, _ image.Request) (*image.Image, error) {
+func (h stuckHolder) FetchIndexes(ctx context.Context, _ image.Request) (*image.Image, error) {
 	h.asked()
 	<-ctx.Done()
 	return nil, ctx.Err()
@@ -167,13 +167,13 @@ func TestSlowHolders(t *testing.T) {
 	defer cancel()
 	for i := range restores {
 		wg.Go(func() {
-			if _, err := s.OpenImageFor(ctx, "n", request(f.Target, fmt.Sprintf("lost%d:v1", i), nobody)); !errors.Is(err, context.Canceled) {
+			if _, err := s.FetchIndexesFor(ctx, "n", request(f.Target, fmt.Sprintf("lost%d:v1", i), nobody)); !errors.Is(err, context.Canceled) {
 				t.Errorf("%v", err)
 			}
 		})
 	}
 	asked.Wait()
-	img, err := s.OpenImageFor(t.Context(), "m", request(f.Target, "new:v1", nobody))
+	img, err := s.FetchIndexesFor(t.Context(), "m", request(f.Target, "new:v1", nobody))
 	if err != nil {
 		t.Fatal(err)
 	}

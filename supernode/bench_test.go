@@ -36,9 +36,9 @@ func BenchmarkFetch(b *testing.B) {
 	}
 }
 
-// BenchmarkOpenImage is a pull of an image of ten layers that is stored, by a
+// BenchmarkFetchIndexes is a pull of an image of ten layers that is stored, by a
 // peer whose access is known.
-func BenchmarkOpenImage(b *testing.B) {
+func BenchmarkFetchIndexes(b *testing.B) {
 	f := registrytest.NewFake(b)
 	var layers []registrytest.Layer
 	for i := range 10 {
@@ -49,7 +49,7 @@ func BenchmarkOpenImage(b *testing.B) {
 	req := request(f.Target, "app:v1", nobody)
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := s.OpenImageFor(b.Context(), "p", req); err != nil {
+		if _, err := s.FetchIndexesFor(b.Context(), "p", req); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -83,7 +83,7 @@ func TestDocumentAfterExpiry(t *testing.T) {
 	wantErr(t, err, blockdev.ErrUnauthorized)
 }
 
-// TestDocumentsOfPrefetchedImage: what OpenImage has made known is there for
+// TestDocumentsOfPrefetchedImage: what FetchIndexes has made known is there for
 // whoever comes when the registry is gone, after a restart, too.
 func TestDocumentsOfPrefetchedImage(t *testing.T) {
 	f := registrytest.NewFake(t)

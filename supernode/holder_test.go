@@ -26,12 +26,12 @@ type aHolder struct {
 	closed atomic.Int32
 }
 
-func (h *aHolder) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
+func (h *aHolder) FetchIndexes(ctx context.Context, req image.Request) (*image.Image, error) {
 	h.asked.Add(1)
 	if req.Credential != nobody {
 		h.t.Error("a node is given a credential")
 	}
-	all, err := h.has.OpenImage(ctx, image.Request{Ref: h.image, Platform: amd64})
+	all, err := h.has.FetchIndexes(ctx, image.Request{Ref: h.image, Platform: amd64})
 	if err != nil {
 		return nil, err
 	}
@@ -75,11 +75,11 @@ func TestHolders(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	foreign, err := had.OpenImage(t.Context(), request(reg.Target, "team/other:v1", nobody))
+	foreign, err := had.FetchIndexes(t.Context(), request(reg.Target, "team/other:v1", nobody))
 	if err != nil {
 		t.Fatal(err)
 	}
-	right, err := had.OpenImage(t.Context(), request(reg.Target, "team/app:v1", nobody))
+	right, err := had.FetchIndexes(t.Context(), request(reg.Target, "team/app:v1", nobody))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -139,7 +139,7 @@ func TestHolders(t *testing.T) {
 					return []layers.Holder{c.holder}
 				}
 			})
-			img, err := s.OpenImageFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody))
+			img, err := s.FetchIndexesFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody))
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -27,11 +27,11 @@ const (
 	relayFrom = 32 << 10
 )
 
-// OpenImageFor is image.Source's OpenImage on behalf of a peer. It takes
+// FetchIndexesFor is image.Source's FetchIndexes on behalf of a peer. It takes
 // as long as it takes to fetch what is not stored yet; if ctx ends before that,
 // the work goes on, for the next one who asks. Errors wrap those of blockdev or
 // the context's, and name the image and the cause.
-func (s *Supernode) OpenImageFor(ctx context.Context, peer string, req image.Request) (img *image.Image, err error) {
+func (s *Supernode) FetchIndexesFor(ctx context.Context, peer string, req image.Request) (img *image.Image, err error) {
 	start := time.Now()
 	err = s.requests.do(ctx, req.Ref, func(ctx context.Context) error {
 		img, err = s.image(ctx, peer, req)
@@ -56,10 +56,10 @@ func (s *Supernode) OpenImageFor(ctx context.Context, peer string, req image.Req
 	return img, nil
 }
 
-// OpenImage implements image.Source for the process that the supernode
+// FetchIndexes implements image.Source for the process that the supernode
 // lives in.
-func (s *Supernode) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
-	return s.OpenImageFor(ctx, "", req)
+func (s *Supernode) FetchIndexes(ctx context.Context, req image.Request) (*image.Image, error) {
+	return s.FetchIndexesFor(ctx, "", req)
 }
 
 func (s *Supernode) image(ctx context.Context, peer string, req image.Request) (*image.Image, error) {

@@ -21,7 +21,7 @@ func TestProfiles(t *testing.T) {
 	s := start(t, at(dir))
 	open := func(peer string) *image.Image {
 		t.Helper()
-		img, err := s.OpenImageFor(t.Context(), peer, request(reg, "app:v1", nobody))
+		img, err := s.FetchIndexesFor(t.Context(), peer, request(reg, "app:v1", nobody))
 		if err != nil {
 			t.Fatal(err)
 		}

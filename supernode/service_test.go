@@ -80,7 +80,7 @@ var nobody = image.Credential{}
 // warm makes s have an image, and tells progress how that goes.
 func warm(t testing.TB, s *Supernode, req image.Request, progress func(image.Progress)) error {
 	req.Progress = progress
-	_, err := s.OpenImage(t.Context(), req)
+	_, err := s.FetchIndexes(t.Context(), req)
 	return err
 }
 
@@ -148,7 +148,7 @@ func TestRealRegistry(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range 2 {
 			wg.Go(func() {
-				img, err := s.OpenImageFor(t.Context(), fmt.Sprint("node", i), request(reg, "team/app:v1", cred))
+				img, err := s.FetchIndexesFor(t.Context(), fmt.Sprint("node", i), request(reg, "team/app:v1", cred))
 				if err != nil {
 					t.Error(err)
 					return
@@ -158,7 +158,7 @@ func TestRealRegistry(t *testing.T) {
 		}
 		wg.Wait()
 	}
-	_, err := s.OpenImageFor(t.Context(), "node9", request(reg, "team/app:v1", nobody))
+	_, err := s.FetchIndexesFor(t.Context(), "node9", request(reg, "team/app:v1", nobody))
 	wantErr(t, err, blockdev.ErrUnauthorized, reg.Host+"/team/app:v1")
 }
 
@@ -175,7 +175,7 @@ func TestOnce(t *testing.T) {
 	var wg sync.WaitGroup
 	for i := range 20 {
 		wg.Go(func() {
-			img, err := s.OpenImageFor(t.Context(), fmt.Sprint("node", i), request(f.Target, []string{"app:v1", "other:v1"}[i%2], nobody))
+			img, err := s.FetchIndexesFor(t.Context(), fmt.Sprint("node", i), request(f.Target, []string{"app:v1", "other:v1"}[i%2], nobody))
 			if err != nil {
 				t.Error(err)
 				return
@@ -203,7 +203,7 @@ func TestOnce(t *testing.T) {
 	}
 	// Warm, and even checked again, it costs no layer bytes.
 	f.Forget()
-	if _, err := s.OpenImageFor(t.Context(), "late", request(f.Target, "app:v1", nobody)); err != nil {
+	if _, err := s.FetchIndexesFor(t.Context(), "late", request(f.Target, "app:v1", nobody)); err != nil {
 		t.Error(err)
 	}
 	if n := f.Requests(); len(n) != 0 {
@@ -243,7 +243,7 @@ func TestOddImages(t *testing.T) {
 	for i, layers := range [][]registrytest.Layer{{}, {empty}, {a, a}, {a, empty, a, empty, none}} {
 		tag := fmt.Sprint("odd:v", i)
 		f.Push(t, "odd", fmt.Sprint("v", i), layers...)
-		img, err := s.OpenImageFor(t.Context(), "p", request(f.Target, tag, nobody))
+		img, err := s.FetchIndexesFor(t.Context(), "p", request(f.Target, tag, nobody))
 		if err != nil {
 			t.Errorf("%s: %v", tag, err)
 			continue
@@ -259,7 +259,7 @@ func TestHave(t *testing.T) {
 	s := start(t)
 	req := request(f.Target, "app:v1", nobody)
 	req.Have = []blockdev.Digest{blockdev.Sum(a.Blob)}
-	img, err := s.OpenImageFor(t.Context(), "p", req)
+	img, err := s.FetchIndexesFor(t.Context(), "p", req)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,7 +282,7 @@ func TestAllOrNothing(t *testing.T) {
 	f.SetBlob("app", blockdev.Sum(bad.Blob), damaged)
 	clock := newClock()
 	s := start(t, clock.use)
-	img, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
+	img, err := s.FetchIndexesFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
 	wantErr(t, err, blockdev.ErrCorrupt, "app:v1", blockdev.Sum(bad.Blob).String())
 	if img != nil {
 		t.Error("an image with an error")
@@ -292,7 +292,7 @@ func TestAllOrNothing(t *testing.T) {
 	}
 	f.SetBlob("app", blockdev.Sum(bad.Blob), bad.Blob)
 	clock.pass(time.Minute + time.Second)
-	if img, err = s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", nobody)); err != nil {
+	if img, err = s.FetchIndexesFor(t.Context(), "p", request(f.Target, "app:v1", nobody)); err != nil {
 		t.Fatal(err)
 	}
 	wantImage(t, s, img, good, bad)
@@ -314,7 +314,7 @@ func TestRefusedLayerIsNotFetchedEachTime(t *testing.T) {
 	clock := newClock()
 	s := start(t, clock.use)
 	for range 60 { // minutes
-		_, err := s.OpenImageFor(t.Context(), "p", request(reg.Target, "app:v1", nobody))
+		_, err := s.FetchIndexesFor(t.Context(), "p", request(reg.Target, "app:v1", nobody))
 		if !errors.Is(err, blockdev.ErrCorrupt) {
 			t.Fatal(err)
 		}
@@ -342,14 +342,14 @@ func TestImpatient(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	failed := make(chan error, 1)
 	go func() {
-		_, err := s.OpenImageFor(ctx, "p", request(f.Target, "app:v1", nobody))
+		_, err := s.FetchIndexesFor(ctx, "p", request(f.Target, "app:v1", nobody))
 		failed <- err
 	}()
 	<-reached
 	cancel()
 	wantErr(t, <-failed, context.Canceled, "app:v1")
 	close(goOn)
-	img, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
+	img, err := s.FetchIndexesFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -378,7 +378,7 @@ func TestCloseEndsWork(t *testing.T) {
 	}
 	failed := make(chan error, 1)
 	go func() {
-		_, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
+		_, err := s.FetchIndexesFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
 		failed <- err
 	}()
 	<-reached
@@ -386,7 +386,7 @@ func TestCloseEndsWork(t *testing.T) {
 		t.Error(err)
 	}
 	wantErr(t, <-failed, blockdev.ErrUnavailable, "app:v1", "stopping")
-	_, err = s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
+	_, err = s.FetchIndexesFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
 	wantErr(t, err, blockdev.ErrUnavailable, "stopping")
 }
 
@@ -440,7 +440,7 @@ func TestRestartGoesOn(t *testing.T) {
 		return false
 	})
 	s = start(t, at(cfg.Dir))
-	img, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
+	img, err := s.FetchIndexesFor(t.Context(), "p", request(f.Target, "app:v1", nobody))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -35,11 +35,11 @@ func (l link) Status() error {
 	return nil
 }
 
-func (l link) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
+func (l link) FetchIndexes(ctx context.Context, req image.Request) (*image.Image, error) {
 	if l.cut.Load() {
 		return nil, errCut
 	}
-	return l.to.Load().OpenImageFor(ctx, l.from.String(), req)
+	return l.to.Load().FetchIndexesFor(ctx, l.from.String(), req)
 }
 
 func (l link) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
@@ -140,7 +140,7 @@ func TestSiblings(t *testing.T) {
 			c := startCluster(t, n)
 			layers := c.someLayers(t)
 			reg.Push(t, "team/app", "v1", layers...)
-			img, err := c.s[0].OpenImageFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody))
+			img, err := c.s[0].FetchIndexesFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -159,7 +159,7 @@ func TestSiblings(t *testing.T) {
 			// Any one of them may go: the others have all of it.
 			c.cut[0].Store(true)
 			reg.Forget()
-			img, err = c.s[1].OpenImageFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody))
+			img, err = c.s[1].FetchIndexesFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -180,7 +180,7 @@ func TestSiblingsAtOnce(t *testing.T) {
 	ended := make(chan error)
 	for i := range 9 {
 		go func() {
-			_, err := c.s[i%3].OpenImageFor(t.Context(), fmt.Sprint("node", i), request(reg.Target, "team/app:v1", nobody))
+			_, err := c.s[i%3].FetchIndexesFor(t.Context(), fmt.Sprint("node", i), request(reg.Target, "team/app:v1", nobody))
 			ended <- err
 		}()
 	}
@@ -201,7 +201,7 @@ func TestOwnerGone(t *testing.T) {
 	layers := c.someLayers(t)
 	reg.Push(t, "team/app", "v1", layers...)
 	c.cut[1].Store(true)
-	img, err := c.s[0].OpenImageFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody))
+	img, err := c.s[0].FetchIndexesFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -209,7 +209,7 @@ func TestOwnerGone(t *testing.T) {
 	// It is back, without anything: it gets its own from the other one.
 	c.cut[1].Store(false)
 	reg.Forget()
-	if img, err = c.s[1].OpenImageFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody)); err != nil {
+	if img, err = c.s[1].FetchIndexesFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody)); err != nil {
 		t.Fatal(err)
 	}
 	wantImage(t, c.s[1], img, layers...)
@@ -227,15 +227,15 @@ func TestSiblingsAccess(t *testing.T) {
 	reg.Push(t, "team/app", "v1", layers...)
 	reg.SetAuth(registrytest.Basic, users, onlyAliceReads)
 	req := request(reg.Target, "team/app:v1", alice)
-	if _, err := c.s[0].OpenImageFor(t.Context(), "node", req); err != nil {
+	if _, err := c.s[0].FetchIndexesFor(t.Context(), "node", req); err != nil {
 		t.Fatal(err)
 	}
 	for i := range c.s {
-		_, err := c.s[i].OpenImageFor(t.Context(), "other", request(reg.Target, "team/app:v1", nobody))
+		_, err := c.s[i].FetchIndexesFor(t.Context(), "other", request(reg.Target, "team/app:v1", nobody))
 		wantErr(t, err, blockdev.ErrUnauthorized)
 	}
 	req.Only = []blockdev.Digest{blockdev.Sum(layers[0].Blob)}
-	_, err := c.s[0].OpenImageFor(t.Context(), "node", req)
+	_, err := c.s[0].FetchIndexesFor(t.Context(), "node", req)
 	wantErr(t, err, blockdev.ErrUnauthorized, "only supernodes")
 }
 
@@ -259,7 +259,7 @@ func TestReplicateToOwner(t *testing.T) {
 		return false
 	})
 	c.cut[1].Store(true)
-	if _, err := c.s[0].OpenImageFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody)); err != nil {
+	if _, err := c.s[0].FetchIndexesFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody)); err != nil {
 		t.Fatal(err)
 	}
 	c.stored(t, 1, l)
@@ -277,7 +277,7 @@ func TestSetSiblings(t *testing.T) {
 	reg.Push(t, "team/app", "v1", ref...)
 	open := func(i, times int) {
 		t.Helper()
-		img, err := c.s[i].OpenImageFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody))
+		img, err := c.s[i].FetchIndexesFor(t.Context(), "node", request(reg.Target, "team/app:v1", nobody))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -291,7 +291,7 @@ func TestSetSiblings(t *testing.T) {
 	open(0, 1)
 	req := request(reg.Target, "team/app:v1", nobody)
 	req.Only = []blockdev.Digest{blockdev.Sum(ref[0].Blob)}
-	_, err := c.s[0].OpenImageFor(t.Context(), c.ids[1].String(), req)
+	_, err := c.s[0].FetchIndexesFor(t.Context(), c.ids[1].String(), req)
 	wantErr(t, err, blockdev.ErrUnauthorized, "only supernodes")
 	for i := range c.s {
 		c.s[i].SetSiblings(c.known[i])

@@ -64,7 +64,7 @@ func TestQuotaHoldsAllTogether(t *testing.T) {
 	for i := range images {
 		work.Go(func() {
 			for {
-				_, err := s.OpenImage(t.Context(), request(f.Target, fmt.Sprintf("app%d:v1", i), nobody))
+				_, err := s.FetchIndexes(t.Context(), request(f.Target, fmt.Sprintf("app%d:v1", i), nobody))
 				if err == nil {
 					return
 				}
@@ -97,7 +97,7 @@ func TestLeasesYield(t *testing.T) {
 	const images = 12
 	for i := range images {
 		f.Push(t, fmt.Sprintf("app%d", i), "v1", registrytest.GzipLayer(t, "f", 6<<20, uint64(i)), registrytest.GzipLayer(t, "g", 1<<20, uint64(100+i)))
-		if _, err := s.OpenImage(t.Context(), request(f.Target, fmt.Sprintf("app%d:v1", i), nobody)); err != nil {
+		if _, err := s.FetchIndexes(t.Context(), request(f.Target, fmt.Sprintf("app%d:v1", i), nobody)); err != nil {
 			t.Fatalf("image %d, with leases on all before it: %v", i, err)
 		}
 	}
@@ -114,7 +114,7 @@ func TestLeasesYield(t *testing.T) {
 		layers = append(layers, registrytest.GzipLayer(t, "f", 6<<20, uint64(1000+i)))
 	}
 	f.Push(t, "huge", "v1", layers...)
-	if _, err := s.OpenImage(t.Context(), request(f.Target, "huge:v1", nobody)); !errors.Is(err, blockdev.ErrNoSpace) {
+	if _, err := s.FetchIndexes(t.Context(), request(f.Target, "huge:v1", nobody)); !errors.Is(err, blockdev.ErrNoSpace) {
 		t.Errorf("an image that is larger than the store: %v", err)
 	}
 }

@@ -26,7 +26,7 @@ func TestPinned(t *testing.T) {
 	reqA, reqB := request(f.Target, "a:v1", nobody), request(f.Target, "b:v1", nobody)
 	wantErr(t, s.Stock().Pin(t.Context(), reqA), blockdev.ErrNotFound, "shoal prefetch")
 	for _, req := range []image.Request{reqA, reqB} {
-		if _, err := s.OpenImage(t.Context(), req); err != nil {
+		if _, err := s.FetchIndexes(t.Context(), req); err != nil {
 			t.Fatal(err)
 		}
 		if err := s.Stock().Pin(t.Context(), req); err != nil {

@@ -72,13 +72,13 @@ func TestForeignLayer(t *testing.T) {
 				s = start(t)
 			} else {
 				s = start(t, change)
-				if _, err := s.OpenImageFor(t.Context(), "alice", request(f.Target, "private/app:v1", alice)); err != nil {
+				if _, err := s.FetchIndexesFor(t.Context(), "alice", request(f.Target, "private/app:v1", alice)); err != nil {
 					t.Fatal(err)
 				}
 			}
 			for _, repo := range []string{"mallory/x", "mallory/y", "mallory/z"} {
 				for _, peer := range []string{"mallory", "alice"} { // also on a node that has it
-					_, err := s.OpenImageFor(t.Context(), peer, request(f.Target, repo+":v1", nobody))
+					_, err := s.FetchIndexesFor(t.Context(), peer, request(f.Target, repo+":v1", nobody))
 					wantErr(t, err, blockdev.ErrNotFound, repo)
 					if repo == "mallory/y" {
 						silent(t, err, secret.DiffID.String())
@@ -102,14 +102,14 @@ func TestForeignLayer(t *testing.T) {
 		})
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			if _, err := s.OpenImageFor(t.Context(), "alice", waiting.request(request(f.Target, "private/app:v1", alice))); err != nil {
+			if _, err := s.FetchIndexesFor(t.Context(), "alice", waiting.request(request(f.Target, "private/app:v1", alice))); err != nil {
 				t.Error(err)
 			}
 		})
 		<-began
 		for _, repo := range []string{"mallory/x", "mallory/y"} {
 			wg.Go(func() {
-				_, err := s.OpenImageFor(t.Context(), "mallory", waiting.request(request(f.Target, repo+":v1", nobody)))
+				_, err := s.FetchIndexesFor(t.Context(), "mallory", waiting.request(request(f.Target, repo+":v1", nobody)))
 				wantErr(t, err, blockdev.ErrNotFound, repo)
 				silent(t, err)
 			})
@@ -158,14 +158,14 @@ func TestRepositoryShowsLayer(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "data")
 			t.Run("asked", func(t *testing.T) {
 				s := start(t, at(dir))
-				if _, err := s.OpenImageFor(t.Context(), "p", request(f.Target, "library/base:v1", nobody)); err != nil {
+				if _, err := s.FetchIndexesFor(t.Context(), "p", request(f.Target, "library/base:v1", nobody)); err != nil {
 					t.Fatal(err)
 				}
 				f.Forget()
 				var wg sync.WaitGroup
 				for i := range 20 {
 					wg.Go(func() {
-						img, err := s.OpenImageFor(t.Context(), fmt.Sprint("node", i), request(f.Target, "private/app:v1", alice))
+						img, err := s.FetchIndexesFor(t.Context(), fmt.Sprint("node", i), request(f.Target, "private/app:v1", alice))
 						if err != nil {
 							t.Error(err)
 							return
@@ -185,7 +185,7 @@ func TestRepositoryShowsLayer(t *testing.T) {
 			t.Run("remembered", func(t *testing.T) {
 				s := start(t, at(dir))
 				f.Forget()
-				if _, err := s.OpenImageFor(t.Context(), "q", request(f.Target, "private/app:v1", alice)); err != nil {
+				if _, err := s.FetchIndexesFor(t.Context(), "q", request(f.Target, "private/app:v1", alice)); err != nil {
 					t.Fatal(err)
 				}
 				if r := f.Requests(blob); len(r) != 0 {
@@ -205,13 +205,13 @@ func TestHostOrigin(t *testing.T) {
 	listing(t, f, "mallory/x", secret)
 	tenants(f)
 	s := start(t)
-	if _, err := s.OpenImageFor(t.Context(), "alice", request(f.Target, "private/app:v1", alice)); err != nil {
+	if _, err := s.FetchIndexesFor(t.Context(), "alice", request(f.Target, "private/app:v1", alice)); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.store.AddOrigin(blockdev.Sum(secret.Blob), f.Host); err != nil {
 		t.Fatal(err)
 	}
-	_, err := s.OpenImageFor(t.Context(), "mallory", request(f.Target, "mallory/x:v1", nobody))
+	_, err := s.FetchIndexesFor(t.Context(), "mallory", request(f.Target, "mallory/x:v1", nobody))
 	wantErr(t, err, blockdev.ErrNotFound, "mallory/x")
 }
 
@@ -235,11 +235,11 @@ func TestWrongSizeIsOnesOwnFault(t *testing.T) {
 	var logs logBuffer
 	s := start(t, func(c *Config) { c.Log = slog.New(slog.NewTextHandler(&logs, nil)) })
 	for range 2 {
-		_, err = s.OpenImageFor(t.Context(), "mallory", request(f.Target, "mallory/x:v1", nobody))
+		_, err = s.FetchIndexesFor(t.Context(), "mallory", request(f.Target, "mallory/x:v1", nobody))
 		wantErr(t, err, blockdev.ErrCorrupt, "mallory/x:v1")
 		silent(t, err)
 	}
-	img, err := s.OpenImageFor(t.Context(), "alice", request(f.Target, "private/base:v1", alice))
+	img, err := s.FetchIndexesFor(t.Context(), "alice", request(f.Target, "private/base:v1", alice))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -270,14 +270,14 @@ func TestRefusedDoNotCrowdOut(t *testing.T) {
 	var wg sync.WaitGroup
 	for i := range many {
 		wg.Go(func() {
-			_, err := s.OpenImageFor(t.Context(), "mallory", waiting.request(request(f.Target, fmt.Sprintf("mallory/x%d:v1", i), nobody)))
+			_, err := s.FetchIndexesFor(t.Context(), "mallory", waiting.request(request(f.Target, fmt.Sprintf("mallory/x%d:v1", i), nobody)))
 			wantErr(t, err, blockdev.ErrNotFound, fmt.Sprint("mallory/x", i))
 			silent(t, err)
 		})
 	}
 	waiting.wait(many)
 	wg.Go(func() {
-		if _, err := s.OpenImageFor(t.Context(), "alice", waiting.request(request(f.Target, "private/app:v1", alice))); err != nil {
+		if _, err := s.FetchIndexesFor(t.Context(), "alice", waiting.request(request(f.Target, "private/app:v1", alice))); err != nil {
 			t.Error(err)
 		}
 	})
@@ -297,7 +297,7 @@ func TestRateLimitIsNoOutage(t *testing.T) {
 		c.AccessTTL, c.AccessGrace, c.Registry.HostsTTL = time.Nanosecond, 24*time.Hour, time.Nanosecond // tokens are kept as long
 	})
 	open := func(peer, ref string, c image.Credential) error {
-		_, err := s.OpenImageFor(t.Context(), peer, request(f.Target, ref, c))
+		_, err := s.FetchIndexesFor(t.Context(), peer, request(f.Target, ref, c))
 		return err
 	}
 	for ref, c := range map[string]image.Credential{"private/app:v1": alice, "open/app:v1": nobody} {
@@ -364,7 +364,7 @@ func TestPlainStorageShowsNothing(t *testing.T) {
 	}
 	s := start(t, func(c *Config) { c.HostDirs = []string{dirs} })
 	open := func(repo string) error {
-		img, err := s.OpenImage(t.Context(), image.Request{Ref: "registry.example/" + repo + ":v1", Platform: amd64})
+		img, err := s.FetchIndexes(t.Context(), image.Request{Ref: "registry.example/" + repo + ":v1", Platform: amd64})
 		if err == nil {
 			wantImage(t, s, img, base)
 		}

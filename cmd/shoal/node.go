@@ -91,8 +91,8 @@ type explained struct {
 	credentials *credentials.DockerConfig
 }
 
-func (e explained) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
-	im, err := e.upstream.OpenImage(ctx, req)
+func (e explained) FetchIndexes(ctx context.Context, req image.Request) (*image.Image, error) {
+	im, err := e.upstream.FetchIndexes(ctx, req)
 	return im, e.credentials.Explain(err)
 }
 
@@ -414,7 +414,7 @@ func (d *nodeDaemon) warm(ctx context.Context, ref string, event func(control.Ev
 	if err != nil {
 		return err
 	}
-	im, err := d.up.OpenImage(ctx, image.Request{Ref: ref, Platform: platform(), Credential: cred, Progress: layerEvents(event)})
+	im, err := d.up.FetchIndexes(ctx, image.Request{Ref: ref, Platform: platform(), Credential: cred, Progress: layerEvents(event)})
 	if err != nil {
 		return err
 	}

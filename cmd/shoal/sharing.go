@@ -65,9 +65,9 @@ func (r *remote) Fetch(ctx context.Context, req blockdev.Request, deliver blockd
 	return r.swarm.Fetch(ctx, req, deliver)
 }
 
-// OpenImage implements image.Source.
-func (r *remote) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
-	return r.swarm.OpenImage(ctx, req)
+// FetchIndexes implements image.Source.
+func (r *remote) FetchIndexes(ctx context.Context, req image.Request) (*image.Image, error) {
+	return r.swarm.FetchIndexes(ctx, req)
 }
 
 func (r *remote) Close() error {

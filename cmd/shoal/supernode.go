@@ -247,7 +247,7 @@ func (d *supernodeDaemon) Prefetch(ctx context.Context, req control.PrefetchRequ
 	if err != nil {
 		return err
 	}
-	_, err = d.s.OpenImage(ctx, image.Request{Ref: ref, Credential: cred, Platform: platform(), Progress: layerEvents(event)})
+	_, err = d.s.FetchIndexes(ctx, image.Request{Ref: ref, Credential: cred, Platform: platform(), Progress: layerEvents(event)})
 	return d.credentials.Explain(err)
 }
 

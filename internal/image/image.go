@@ -46,12 +46,12 @@ type Request struct {
 	// that have it. To a peer an answer may then name these (Image.Relays).
 	Relay bool
 	// Admit, if not nil, is called with the bytes of indexes that the image has before they
-	// are taken into memory. It must not wait, and may be called more than once. OpenImage
+	// are taken into memory. It must not wait, and may be called more than once. FetchIndexes
 	// ends with its error, which it wraps.
 	Admit func(bytes int64) error
 	// Progress, if not nil, is called with how far the layers are while the answer is
 	// waited for. Calls come one at a time and must not block; none comes after
-	// OpenImage has returned.
+	// FetchIndexes has returned.
 	Progress func(Progress)
 	// Alive, if not nil, is called when the source gives a sign that it is at work. It
 	// must not block.
@@ -103,9 +103,9 @@ type Relay struct {
 
 // Source is where indexes come from: a supernode.
 type Source interface {
-	// OpenImage returns the indexes of all layers, or none of them. Its errors
+	// FetchIndexes returns the indexes of all layers, or none of them. Its errors
 	// wrap blockdev.ErrNotFound, ErrUnauthorized, ErrUnsupported, ErrUnavailable,
 	// ErrCorrupt, ErrNoSpace or the context's error, and name the image and the
 	// cause.
-	OpenImage(ctx context.Context, req Request) (*Image, error)
+	FetchIndexes(ctx context.Context, req Request) (*Image, error)
 }

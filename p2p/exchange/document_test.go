@@ -198,7 +198,7 @@ func TestProgress(t *testing.T) {
 			close(heard)
 		}
 	}
-	if _, err := c.OpenImage(t.Context(), req); err != nil {
+	if _, err := c.FetchIndexes(t.Context(), req); err != nil {
 		t.Fatal(err)
 	}
 	want := map[blockdev.Digest]image.Progress{
@@ -208,7 +208,7 @@ func TestProgress(t *testing.T) {
 	if !reflect.DeepEqual(last, want) {
 		t.Errorf("heard %v", last)
 	}
-	if _, err := c.OpenImage(t.Context(), testRequest()); err != nil {
+	if _, err := c.FetchIndexes(t.Context(), testRequest()); err != nil {
 		t.Error(err)
 	}
 }

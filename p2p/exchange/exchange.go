@@ -60,10 +60,10 @@ type Chunks interface {
 
 // Images is where a server's indexes come from.
 type Images interface {
-	// OpenImageFor is image.Source's OpenImage on behalf of a peer,
+	// FetchIndexesFor is image.Source's FetchIndexes on behalf of a peer,
 	// whose ID has been proven. It may take as long as fetching the image
 	// takes; ctx ends when the peer is gone.
-	OpenImageFor(ctx context.Context, peer string, req image.Request) (*image.Image, error)
+	FetchIndexesFor(ctx context.Context, peer string, req image.Request) (*image.Image, error)
 }
 
 // Documents is where a server's manifests and configs come from.

@@ -321,7 +321,7 @@ func TestServerRestarts(t *testing.T) {
 	if err := fetch(); !errors.Is(err, blockdev.ErrUnavailable) || !strings.Contains(err.Error(), port) {
 		t.Fatalf("server gone: %v, want ErrUnavailable and the address", err)
 	}
-	if _, err := c.OpenImage(t.Context(), image.Request{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnavailable) || !strings.Contains(err.Error(), "r/a:1") {
+	if _, err := c.FetchIndexes(t.Context(), image.Request{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnavailable) || !strings.Contains(err.Error(), "r/a:1") {
 		t.Fatalf("server gone: %v, want ErrUnavailable and the image", err)
 	}
 	var serving atomic.Bool
@@ -333,7 +333,7 @@ func TestServerRestarts(t *testing.T) {
 	}
 	opened := make(chan error)
 	go func() {
-		_, err := c.OpenImage(t.Context(), testRequest())
+		_, err := c.FetchIndexes(t.Context(), testRequest())
 		opened <- err
 	}()
 	h = newHost(t, key, "127.0.0.1:"+port)

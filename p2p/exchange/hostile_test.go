@@ -220,7 +220,7 @@ func TestHostileIndexServer(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			client := liar(t, IndexProtocol, Options{}, c.write, false)
-			img, err := client.OpenImage(t.Context(), image.Request{Ref: "r/a:1"})
+			img, err := client.FetchIndexes(t.Context(), image.Request{Ref: "r/a:1"})
 			if !errors.Is(err, c.want) || img != nil {
 				t.Errorf("%v, want %v", err, c.want)
 			}
@@ -229,7 +229,7 @@ func TestHostileIndexServer(t *testing.T) {
 	t.Run("no room", func(t *testing.T) {
 		full := errors.New("full")
 		client := liar(t, IndexProtocol, Options{}, sends(encode(t, header(5, 7))), true)
-		img, err := client.OpenImage(t.Context(), image.Request{Ref: "r/a:1", Admit: func(n int64) error {
+		img, err := client.FetchIndexes(t.Context(), image.Request{Ref: "r/a:1", Admit: func(n int64) error {
 			if n != 12 {
 				t.Errorf("room for %d bytes is asked for, want 12", n)
 			}
@@ -241,7 +241,7 @@ func TestHostileIndexServer(t *testing.T) {
 	})
 	t.Run("silent", func(t *testing.T) {
 		client := liar(t, IndexProtocol, Options{ImageTimeout: 200 * time.Millisecond}, sends(encode(t, header(5))), true)
-		if _, err := client.OpenImage(t.Context(), image.Request{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnavailable) {
+		if _, err := client.FetchIndexes(t.Context(), image.Request{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnavailable) {
 			t.Errorf("%v", err)
 		}
 	})
@@ -256,7 +256,7 @@ func TestUnknownProtocol(t *testing.T) {
 	if err := c.Fetch(t.Context(), request(blockdev.Demand, chunks), discard); !errors.Is(err, blockdev.ErrUnavailable) || !strings.Contains(err.Error(), "another version of shoal") {
 		t.Errorf("%v", err)
 	}
-	if _, err := c.OpenImage(t.Context(), image.Request{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnavailable) || !strings.Contains(err.Error(), "another version of shoal") {
+	if _, err := c.FetchIndexes(t.Context(), image.Request{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnavailable) || !strings.Contains(err.Error(), "another version of shoal") {
 		t.Errorf("%v", err)
 	}
 }

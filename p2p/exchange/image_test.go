@@ -22,7 +22,7 @@ import (
 // imagesFunc is an Images made of a function.
 type imagesFunc func(ctx context.Context, peer string, req image.Request) (*image.Image, error)
 
-func (f imagesFunc) OpenImageFor(ctx context.Context, peer string, req image.Request) (*image.Image, error) {
+func (f imagesFunc) FetchIndexesFor(ctx context.Context, peer string, req image.Request) (*image.Image, error) {
 	return f(ctx, peer, req)
 }
 
@@ -55,7 +55,7 @@ func testRequest() image.Request {
 	}
 }
 
-func TestOpenImage(t *testing.T) {
+func TestFetchIndexes(t *testing.T) {
 	h := newHost(t, nil, loopback)
 	var gotPeer string
 	var gotReq image.Request
@@ -64,7 +64,7 @@ func TestOpenImage(t *testing.T) {
 		return testImage(), nil
 	})})
 	c := newClient(t, h, Options{})
-	img, err := c.OpenImage(t.Context(), testRequest())
+	img, err := c.FetchIndexes(t.Context(), testRequest())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,18 +96,18 @@ func TestOpenRelayedImage(t *testing.T) {
 	c := newClient(t, h, Options{})
 	req := testRequest()
 	req.Relay = true
-	img, err := c.OpenImage(t.Context(), req)
+	img, err := c.FetchIndexes(t.Context(), req)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !reflect.DeepEqual(img, want) {
 		t.Errorf("the image has changed on the way: %+v", img)
 	}
-	if _, err := c.OpenImage(t.Context(), testRequest()); !errors.Is(err, blockdev.ErrCorrupt) {
+	if _, err := c.FetchIndexes(t.Context(), testRequest()); !errors.Is(err, blockdev.ErrCorrupt) {
 		t.Errorf("relays that were not asked for: %v", err)
 	}
 	want.Relays = nil
-	if _, err := c.OpenImage(t.Context(), req); !errors.Is(err, blockdev.ErrCorrupt) {
+	if _, err := c.FetchIndexes(t.Context(), req); !errors.Is(err, blockdev.ErrCorrupt) {
 		t.Errorf("an index that nobody has: %v", err)
 	}
 }
@@ -118,13 +118,13 @@ func TestOpenEmptyImage(t *testing.T) {
 	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, image.Request) (*image.Image, error) {
 		return &image.Image{}, nil
 	})})
-	img, err := newClient(t, h, Options{}).OpenImage(t.Context(), testRequest())
+	img, err := newClient(t, h, Options{}).FetchIndexes(t.Context(), testRequest())
 	if err != nil || len(img.Layers) != 0 {
 		t.Fatalf("%+v, %v", img, err)
 	}
 }
 
-func TestOpenImageErrors(t *testing.T) {
+func TestFetchIndexesErrors(t *testing.T) {
 	h := newHost(t, nil, loopback)
 	var fail error
 	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, image.Request) (*image.Image, error) {
@@ -135,7 +135,7 @@ func TestOpenImageErrors(t *testing.T) {
 		blockdev.ErrNotFound, blockdev.ErrUnauthorized, blockdev.ErrUnsupported, blockdev.ErrUnavailable, blockdev.ErrCorrupt, blockdev.ErrNoSpace,
 	} {
 		fail = fmt.Errorf("registry says no\n: %w", want)
-		_, err := c.OpenImage(t.Context(), testRequest())
+		_, err := c.FetchIndexes(t.Context(), testRequest())
 		if !errors.Is(err, want) {
 			t.Errorf("%v came as %v", want, err)
 		}
@@ -145,14 +145,14 @@ func TestOpenImageErrors(t *testing.T) {
 			}
 		}
 	}
-	if _, err := c.OpenImage(t.Context(), image.Request{}); !errors.Is(err, blockdev.ErrUnsupported) {
+	if _, err := c.FetchIndexes(t.Context(), image.Request{}); !errors.Is(err, blockdev.ErrUnsupported) {
 		t.Errorf("no reference: %v", err)
 	}
 }
 
 // A server that needs its time says so; the client waits longer than it would
 // for a silent one. When the client gives up, so does the server.
-func TestOpenImageTakesLong(t *testing.T) {
+func TestFetchIndexesTakesLong(t *testing.T) {
 	h := newHost(t, nil, loopback)
 	ended := make(chan error, 1)
 	release := make(chan struct{})
@@ -172,7 +172,7 @@ func TestOpenImageTakesLong(t *testing.T) {
 	c := newClient(t, h, Options{ImageTimeout: time.Second})
 	ctx, cancel := context.WithTimeout(t.Context(), 2500*time.Millisecond)
 	defer cancel()
-	_, err := c.OpenImage(ctx, testRequest())
+	_, err := c.FetchIndexes(ctx, testRequest())
 	if !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("%v, want the context's error", err)
 	}
@@ -180,7 +180,7 @@ func TestOpenImageTakesLong(t *testing.T) {
 		t.Errorf("the server's work ended with %v", err)
 	}
 	close(release)
-	if _, err := c.OpenImage(t.Context(), testRequest()); err != nil {
+	if _, err := c.FetchIndexes(t.Context(), testRequest()); err != nil {
 		t.Error(err)
 	}
 }
@@ -204,12 +204,12 @@ func TestImageLimits(t *testing.T) {
 	var only atomic.Bool
 	only.Store(true)
 	c, patient := newClient(t, h, Options{}), newClient(t, h, Options{Patient: true, Only: only.Load})
-	if _, err := c.OpenImage(t.Context(), image.Request{Ref: "many/layers"}); !errors.Is(err, blockdev.ErrUnsupported) {
+	if _, err := c.FetchIndexes(t.Context(), image.Request{Ref: "many/layers"}); !errors.Is(err, blockdev.ErrUnsupported) {
 		t.Errorf("too many layers: %v", err)
 	}
 	done := make(chan error, 2)
 	go func() {
-		_, err := c.OpenImage(t.Context(), image.Request{Ref: "a"})
+		_, err := c.FetchIndexes(t.Context(), image.Request{Ref: "a"})
 		done <- err
 	}()
 	select {
@@ -217,22 +217,22 @@ func TestImageLimits(t *testing.T) {
 	case err := <-done:
 		t.Fatal(err)
 	}
-	if _, err := c.OpenImage(t.Context(), image.Request{Ref: "b"}); !errors.Is(err, wire.ErrBusy) {
+	if _, err := c.FetchIndexes(t.Context(), image.Request{Ref: "b"}); !errors.Is(err, wire.ErrBusy) {
 		t.Errorf("over the limit: %v", err)
 	}
 	// Who is patient waits for as long as its context lasts.
 	ctx, cancel := context.WithTimeout(t.Context(), 4*minBusy)
 	defer cancel()
-	if _, err := patient.OpenImage(ctx, image.Request{Ref: "b"}); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, wire.ErrBusy) {
+	if _, err := patient.FetchIndexes(ctx, image.Request{Ref: "b"}); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, wire.ErrBusy) {
 		t.Errorf("over the limit until the end: %v", err)
 	}
 	only.Store(false) // there is another one to ask now
-	if _, err := patient.OpenImage(t.Context(), image.Request{Ref: "b"}); !errors.Is(err, wire.ErrBusy) {
+	if _, err := patient.FetchIndexes(t.Context(), image.Request{Ref: "b"}); !errors.Is(err, wire.ErrBusy) {
 		t.Errorf("over the limit, with another server to ask: %v", err)
 	}
 	only.Store(true)
 	go func() {
-		_, err := patient.OpenImage(t.Context(), image.Request{Ref: "b"})
+		_, err := patient.FetchIndexes(t.Context(), image.Request{Ref: "b"})
 		done <- err
 	}()
 	close(release)
@@ -265,14 +265,14 @@ func TestImageWaitsTakeNoPlace(t *testing.T) {
 	var wg sync.WaitGroup
 	for range waiting {
 		wg.Go(func() {
-			if _, err := c.OpenImage(t.Context(), image.Request{Ref: "slow"}); err != nil {
+			if _, err := c.FetchIndexes(t.Context(), image.Request{Ref: "slow"}); err != nil {
 				t.Error(err)
 			}
 		})
 	}
 	entered.Wait()
 	for range 3 {
-		if _, err := c.OpenImage(t.Context(), image.Request{Ref: "stored"}); err != nil {
+		if _, err := c.FetchIndexes(t.Context(), image.Request{Ref: "stored"}); err != nil {
 			t.Errorf("while others wait: %v", err)
 		}
 	}
@@ -290,7 +290,7 @@ func TestLargeIndex(t *testing.T) {
 	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, image.Request) (*image.Image, error) {
 		return &image.Image{Layers: []image.Layer{{Index: want}}}, nil
 	})})
-	img, err := newClient(t, h, Options{}).OpenImage(t.Context(), testRequest())
+	img, err := newClient(t, h, Options{}).FetchIndexes(t.Context(), testRequest())
 	if err != nil || !bytes.Equal(img.Layers[0].Index, want) {
 		t.Fatalf("%v", err)
 	}

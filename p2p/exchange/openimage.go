@@ -15,18 +15,18 @@ import (
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
-// OpenImage implements image.Source. It may take as long as the server
+// FetchIndexes implements image.Source. It may take as long as the server
 // needs to fetch the image; the server gives a sign of life every few seconds,
 // so that a dead one is found out, and ctx bounds the whole.
-func (c *Client) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
-	img, err := c.openImage(ctx, &req)
+func (c *Client) FetchIndexes(ctx context.Context, req image.Request) (*image.Image, error) {
+	img, err := c.fetchIndexes(ctx, &req)
 	if err != nil {
 		return nil, fmt.Errorf("image %.200q: %w", req.Ref, c.explain(err))
 	}
 	return img, nil
 }
 
-func (c *Client) openImage(ctx context.Context, req *image.Request) (*image.Image, error) {
+func (c *Client) fetchIndexes(ctx context.Context, req *image.Request) (*image.Image, error) {
 	msg, err := wire.NewIndexRequest(req)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", blockdev.ErrUnsupported, err)

@@ -162,7 +162,7 @@ func TestImageProfiles(t *testing.T) {
 	img.Layers[2].Profile = blockdev.Profile{{Chunk: 0, Rank: 0}}
 	newServer(t, h, ServerConfig{Images: imagesFunc(func(context.Context, string, image.Request) (*image.Image, error) { return img, nil })})
 	c := newClient(t, h, Options{})
-	got, err := c.OpenImage(t.Context(), testRequest())
+	got, err := c.FetchIndexes(t.Context(), testRequest())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -180,7 +180,7 @@ func TestImageProfiles(t *testing.T) {
 	for i := range 60 {
 		img.Layers = append(img.Layers, image.Layer{Digest: blockdev.Sum([]byte{byte(i)}), Index: []byte{1}, Profile: long})
 	}
-	got, err = c.OpenImage(t.Context(), testRequest())
+	got, err = c.FetchIndexes(t.Context(), testRequest())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -195,7 +195,7 @@ func TestImageProfiles(t *testing.T) {
 	bad := &wire.IndexFrame{Part: &wire.IndexFrame_Header{Header: &wire.ImageHeader{Manifest: make([]byte, 32), Layers: []*wire.LayerHeader{
 		{Digest: make([]byte, 32), DiffId: make([]byte, 32), IndexLength: 1, Profile: []byte{0x80}},
 	}}}}
-	if _, err := liar(t, IndexProtocol, Options{}, sends(encode(t, bad)), false).OpenImage(t.Context(), testRequest()); !errors.Is(err, blockdev.ErrCorrupt) {
+	if _, err := liar(t, IndexProtocol, Options{}, sends(encode(t, bad)), false).FetchIndexes(t.Context(), testRequest()); !errors.Is(err, blockdev.ErrCorrupt) {
 		t.Errorf("a broken profile: %v", err)
 	}
 }

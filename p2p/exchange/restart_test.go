@@ -122,7 +122,7 @@ func TestFirstSign(t *testing.T) {
 		"image": func(c *Client, alive func()) error {
 			req := testRequest()
 			req.Alive = alive
-			_, err := c.OpenImage(t.Context(), req)
+			_, err := c.FetchIndexes(t.Context(), req)
 			return err
 		},
 		"document": func(c *Client, alive func()) error {

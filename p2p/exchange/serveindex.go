@@ -65,7 +65,7 @@ func (a *indexAnswer) open(from string, req *image.Request, progress bool) (img 
 	}
 	said := time.Now()
 	err = a.await(interval, func(ctx context.Context) {
-		if img, failed = a.s.cfg.Images.OpenImageFor(ctx, from, *req); failed != nil {
+		if img, failed = a.s.cfg.Images.FetchIndexesFor(ctx, from, *req); failed != nil {
 			return
 		}
 		if failed = a.s.sending.Acquire(ctx, 1); failed == nil {

@@ -22,11 +22,11 @@ type images struct {
 	store Store
 }
 
-// OpenImageFor implements exchange.Images: of the image with the request's Manifest
+// FetchIndexesFor implements exchange.Images: of the image with the request's Manifest
 // it gives the layer whose DiffID is in Only: one, so that a request costs one
 // index of memory. A node in the image's group has been given it before; a node that is
 // not hears blockdev.ErrNotFound, as for what is not here.
-func (im *images) OpenImageFor(ctx context.Context, from string, req image.Request) (*image.Image, error) {
+func (im *images) FetchIndexesFor(ctx context.Context, from string, req image.Request) (*image.Image, error) {
 	id, err := peer.Decode(from)
 	if err != nil {
 		return nil, fmt.Errorf("peer %q: %w", from, err)

@@ -28,13 +28,13 @@ const (
 	connectRelay = 500 * time.Millisecond
 )
 
-// OpenImage implements image.Source: the indexes come from the supernode, or, if
+// FetchIndexes implements image.Source: the indexes come from the supernode, or, if
 // the request says so, from nodes that it names, which are asked one after the other. What these send is
 // checked against the supernode's word, and what none of them has the supernode gives.
 // Errors are the supernode's.
-func (s *Swarm) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
+func (s *Swarm) FetchIndexes(ctx context.Context, req image.Request) (*image.Image, error) {
 	req.Relay = req.Relay && s.cfg.Enter != nil
-	img, err := s.cfg.Supernode.OpenImage(ctx, req)
+	img, err := s.cfg.Supernode.FetchIndexes(ctx, req)
 	if err != nil || !req.Relay {
 		return img, err
 	}
@@ -63,7 +63,7 @@ func (s *Swarm) OpenImage(ctx context.Context, req image.Request) (*image.Image,
 	})
 	if err != nil && ctx.Err() == nil {
 		req.Relay = false
-		img, err = s.cfg.Supernode.OpenImage(ctx, req)
+		img, err = s.cfg.Supernode.FetchIndexes(ctx, req)
 	}
 	if err != nil {
 		leave()
@@ -151,7 +151,7 @@ func (s *Swarm) fromRelay(ctx context.Context, img *image.Image, from peer.AddrI
 		if l.IndexSize == 0 {
 			continue
 		}
-		got, err := c.OpenImage(ctx, image.Request{Ref: img.Ref, Manifest: img.Manifest, Only: []blockdev.Digest{l.DiffID}, Stored: true, Admit: exactly(l)})
+		got, err := c.FetchIndexes(ctx, image.Request{Ref: img.Ref, Manifest: img.Manifest, Only: []blockdev.Digest{l.DiffID}, Stored: true, Admit: exactly(l)})
 		if err != nil {
 			return err
 		}

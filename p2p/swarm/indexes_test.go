@@ -35,13 +35,13 @@ func relayAt(t *testing.T, h lphost.Host) image.Relay {
 }
 
 func (w *world) open(ctx context.Context, n *node) (*image.Image, error) {
-	return n.swarm.OpenImage(ctx, image.Request{Ref: "registry.example/app:v1", Relay: true})
+	return n.swarm.FetchIndexes(ctx, image.Request{Ref: "registry.example/app:v1", Relay: true})
 }
 
 // imagesFunc is an exchange.Images made of a function.
 type imagesFunc func(context.Context, string, image.Request) (*image.Image, error)
 
-func (f imagesFunc) OpenImageFor(ctx context.Context, from string, req image.Request) (*image.Image, error) {
+func (f imagesFunc) FetchIndexesFor(ctx context.Context, from string, req image.Request) (*image.Image, error) {
 	return f(ctx, from, req)
 }
 

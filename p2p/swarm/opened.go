@@ -31,7 +31,7 @@ type opening struct {
 	index []byte        // nil: it did not come, or there was no room
 }
 
-// openings are those that one call of OpenImage brings.
+// openings are those that one call of FetchIndexes brings.
 type openings map[blockdev.Digest]*opening
 
 // begin notes that the image's indexes are on their way.

@@ -78,8 +78,8 @@ func (w *world) Fetch(ctx context.Context, req blockdev.Request, deliver blockde
 	})
 }
 
-// OpenImage is the supernode, too. It names relays to whom it may.
-func (w *world) OpenImage(_ context.Context, req image.Request) (*image.Image, error) {
+// FetchIndexes is the supernode, too. It names relays to whom it may.
+func (w *world) FetchIndexes(_ context.Context, req image.Request) (*image.Image, error) {
 	if w.down.Load() {
 		return nil, fmt.Errorf("supernode: %w", blockdev.ErrUnavailable)
 	}

@@ -222,7 +222,7 @@ func TestImageHangs(t *testing.T) {
 			do    func(*Uplink) error
 		}{
 			{"image", imageHedge, func(u *Uplink) error {
-				_, err := u.OpenImage(t.Context(), image.Request{Manifest: key})
+				_, err := u.FetchIndexes(t.Context(), image.Request{Manifest: key})
 				return err
 			}},
 			{"document", documentHedge, func(u *Uplink) error {
@@ -266,7 +266,7 @@ func TestBusy(t *testing.T) {
 		s[0].image = fmt.Errorf("no place: %w", wire.ErrBusy)
 		req := image.Request{Manifest: key}
 		began := time.Now()
-		if _, err := u.OpenImage(t.Context(), req); err != nil || time.Since(began) != 0 {
+		if _, err := u.FetchIndexes(t.Context(), req); err != nil || time.Since(began) != 0 {
 			t.Errorf("%v after %v, though the second one is idle", err, time.Since(began))
 		}
 		var tries atomic.Int64
@@ -276,13 +276,13 @@ func TestBusy(t *testing.T) {
 			}
 			return nil
 		}
-		if _, err := u.OpenImage(t.Context(), req); err != nil || tries.Load() != 4 {
+		if _, err := u.FetchIndexes(t.Context(), req); err != nil || tries.Load() != 4 {
 			t.Errorf("%v, asked %d times", err, tries.Load())
 		}
 		s[0].image, s[1].image, s[1].hangs = wire.ErrBusy, wire.ErrBusy, nil
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		if _, err := u.OpenImage(ctx, req); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, wire.ErrBusy) {
+		if _, err := u.FetchIndexes(ctx, req); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, wire.ErrBusy) {
 			t.Errorf("all are busy: %v", err)
 		}
 	})

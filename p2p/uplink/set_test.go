@@ -101,7 +101,7 @@ func TestSetOne(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := u.OpenImage(t.Context(), image.Request{Manifest: key}); err != nil {
+		if _, err := u.FetchIndexes(t.Context(), image.Request{Manifest: key}); err != nil {
 			t.Fatal(err)
 		}
 		done := make(chan time.Duration)

@@ -184,8 +184,8 @@ func imageKey(ref string, manifest blockdev.Digest) blockdev.Digest {
 	return blockdev.Sum([]byte(ref))
 }
 
-// OpenImage implements image.Source.
-func (u *Uplink) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
+// FetchIndexes implements image.Source.
+func (u *Uplink) FetchIndexes(ctx context.Context, req image.Request) (*image.Image, error) {
 	var got answered[*image.Image]
 	var turn sync.Mutex // one call of Progress at a time
 	progress, alive := req.Progress, req.Alive
@@ -199,7 +199,7 @@ func (u *Uplink) OpenImage(ctx context.Context, req image.Request) (*image.Image
 				progress(p)
 			}
 		}
-		img, err := s.OpenImage(ctx, req)
+		img, err := s.FetchIndexes(ctx, req)
 		if err == nil && got.take(img) {
 			u.note(img, s)
 		}

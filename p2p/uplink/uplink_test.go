@@ -65,7 +65,7 @@ func (f *fake) begin(ctx context.Context, alive func()) error {
 	return nil
 }
 
-func (f *fake) OpenImage(ctx context.Context, req image.Request) (*image.Image, error) {
+func (f *fake) FetchIndexes(ctx context.Context, req image.Request) (*image.Image, error) {
 	if err := f.begin(ctx, req.Alive); err != nil {
 		return nil, err
 	}
@@ -221,11 +221,11 @@ func TestDeliverFails(t *testing.T) {
 	}
 }
 
-func TestOpenImage(t *testing.T) {
+func TestFetchIndexes(t *testing.T) {
 	u, s := newUplink(t, 2)
 	req := image.Request{Manifest: key}
 	s[0].image = errGone
-	if _, err := u.OpenImage(t.Context(), req); err != nil || s[1].asked != 1 {
+	if _, err := u.FetchIndexes(t.Context(), req); err != nil || s[1].asked != 1 {
 		t.Errorf("%v, the second was asked %d times", err, s[1].asked)
 	}
 	// Who has given out the image is told what was read of it.
@@ -233,7 +233,7 @@ func TestOpenImage(t *testing.T) {
 		t.Errorf("%v, told %d and %d", err, len(s[0].told), len(s[1].told))
 	}
 	s[0].image = fmt.Errorf("no: %w", blockdev.ErrUnauthorized)
-	if _, err := u.OpenImage(t.Context(), req); !errors.Is(err, blockdev.ErrUnauthorized) || s[1].asked != 1 {
+	if _, err := u.FetchIndexes(t.Context(), req); !errors.Is(err, blockdev.ErrUnauthorized) || s[1].asked != 1 {
 		t.Errorf("%v, the second was asked %d times: a no is final", err, s[1].asked)
 	}
 }

@@ -20,7 +20,7 @@ import (
 // It is not trusted: what it says is proven against the DiffID.
 type Holder interface {
 	blockdev.Source
-	// OpenImage returns the indexes of those layers of the request's Manifest whose
+	// FetchIndexes returns the indexes of those layers of the request's Manifest whose
 	// DiffIDs are in Only. It gets no credential.
 	image.Source
 	Close() error
@@ -101,7 +101,7 @@ func (l *Layers) restoreFrom(ctx context.Context, r Request, h Holder) error {
 	defer cancel()
 	ask, stop := context.WithTimeout(ctx, askTimeout)
 	defer stop()
-	img, err := h.OpenImage(ask, image.Request{Ref: r.Manifest.Ref, Manifest: r.Manifest.Digest, Only: []blockdev.Digest{r.Layer.DiffID}, Stored: true})
+	img, err := h.FetchIndexes(ask, image.Request{Ref: r.Manifest.Ref, Manifest: r.Manifest.Digest, Only: []blockdev.Digest{r.Layer.DiffID}, Stored: true})
 	if err != nil {
 		return err
 	}

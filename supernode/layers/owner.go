@@ -98,7 +98,7 @@ func (l *Layers) replicate(r Request, sibs siblings, order []peer.ID) {
 	a, err := l.begin(key, outlives, func(ctx context.Context, _ *progress) error {
 		asking, cancel := context.WithTimeout(ctx, replicateTimeout)
 		defer cancel()
-		_, err := sibs[next].OpenImage(asking, l.layerRequest(r, false))
+		_, err := sibs[next].FetchIndexes(asking, l.layerRequest(r, false))
 		if err != nil && ctx.Err() == nil {
 			l.cfg.Log.Warn("another supernode could not copy a layer; only this supernode has it", "layer", r.Layer.Digest, "error", err)
 		}

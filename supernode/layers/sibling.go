@@ -85,7 +85,7 @@ func (l *Layers) copyFrom(ctx context.Context, r Request, id peer.ID, sib Siblin
 		defer cancel()
 	}
 	r.Watch = nil // it outlives who waits
-	img, err := sib.OpenImage(ask, l.layerRequest(r, stored))
+	img, err := sib.FetchIndexes(ask, l.layerRequest(r, stored))
 	if err != nil {
 		return err
 	}

@@ -175,7 +175,7 @@ func (z *sizing) measureImages(ctx context.Context) (err error) {
 	known := map[blockdev.Digest]bool{}
 	for _, name := range z.images {
 		say("%s is ingested", name)
-		im, err := client.OpenImage(ctx, image.Request{Ref: r.Addr + "/" + name + ":v1",
+		im, err := client.FetchIndexes(ctx, image.Request{Ref: r.Addr + "/" + name + ":v1",
 			Platform: image.Platform{OS: runtime.GOOS, Architecture: runtime.GOARCH}})
 		if err != nil {
 			return err
