@@ -97,8 +97,8 @@ func TestNoToken(t *testing.T) {
 	chunk := aChunk(t, s.node, diff)
 
 	get := func(c *client, to peer.AddrInfo) map[string]error {
-		index := must(wire.NewIndexRequest(&image.Request{Ref: ref}))(t)
-		_, indexErr := c.ask(t, to, exchange.IndexProtocol, index)
+		index := must(wire.NewImageRequest(&image.Request{Ref: ref}))(t)
+		_, indexErr := c.ask(t, to, exchange.ImageProtocol, index)
 		_, chunkErr := c.ask(t, to, exchange.ChunkProtocol, &wire.ChunkRequest{Diff: diff[:], Digests: chunk[:]})
 		group := must(blockdev.ParseDigest(im.Manifest.String()))(t)
 		b, listErr := c.ask(t, to, members.Protocol, &wire.MemberRequest{Part: &wire.MemberRequest_Join{

@@ -146,8 +146,8 @@ func NewClient(h host.Host, info peer.AddrInfo, opts Options) (*Client, error) {
 	c.startup = newLane(h, info.ID, ChunkProtocol, opts.Startup)
 	c.pre = newLane(h, info.ID, ChunkProtocol, opts.Prefetch)
 	c.forward = newLane(h, info.ID, ChunkProtocol, opts.Forwards)
-	c.images = newLane(h, info.ID, IndexProtocol, opts.Images)
-	c.docs = newLane(h, info.ID, ManifestProtocol, opts.Documents)
+	c.images = newLane(h, info.ID, ImageProtocol, opts.Images)
+	c.docs = newLane(h, info.ID, DocumentProtocol, opts.Documents)
 	c.reports = newLane(h, info.ID, ProfileProtocol, 1)
 	c.keeper = newKeeper(h, info, opts, c.expire)
 	return c, nil

@@ -21,7 +21,7 @@ func (c *Client) Document(ctx context.Context, req image.DocumentRequest) (*imag
 }
 
 func (c *Client) openDocument(ctx context.Context, req *image.DocumentRequest) (*image.Document, error) {
-	msg, err := wire.NewManifestRequest(req)
+	msg, err := wire.NewDocumentRequest(req)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", blockdev.ErrUnsupported, err)
 	}
@@ -57,31 +57,31 @@ func (a *documentReader) read() (_ *image.Document, err error) {
 		if err := a.st.SetReadDeadline(time.Now().Add(a.c.silence(a.begun))); err != nil {
 			return nil, err
 		}
-		if a.buf, err = wire.ReadFrame(a.st.r, wire.MaxManifestFrame, a.buf); err != nil {
+		if a.buf, err = wire.ReadFrame(a.st.r, wire.MaxDocumentFrame, a.buf); err != nil {
 			return nil, err
 		}
 		a.begun = true
 		if a.alive != nil {
 			a.alive()
 		}
-		frame, err := wire.ParseManifestFrame(a.buf)
+		frame, err := wire.ParseDocumentFrame(a.buf)
 		if err != nil {
 			return nil, err
 		}
 		switch p := frame.Part.(type) {
-		case *wire.ManifestFrame_Header:
+		case *wire.DocumentFrame_Header:
 			if a.doc != nil {
 				return nil, fmt.Errorf("second header: %w", blockdev.ErrCorrupt)
 			}
 			h := p.Header
 			a.doc = &image.Document{Digest: blockdev.Digest(h.Digest), MediaType: h.MediaType, Size: h.Size}
-		case *wire.ManifestFrame_Data:
+		case *wire.DocumentFrame_Data:
 			// Grown as bytes come: a size that is only claimed costs nothing.
 			if a.doc == nil || a.head || int64(len(a.doc.Data)+len(p.Data)) > a.doc.Size {
 				return nil, fmt.Errorf("more data than the header says: %w", blockdev.ErrCorrupt)
 			}
 			a.doc.Data = append(a.doc.Data, p.Data...)
-		case *wire.ManifestFrame_Error:
+		case *wire.DocumentFrame_Error:
 			return nil, p.Error.Err()
 		default: // working, or a part of a later version
 			a.idle++

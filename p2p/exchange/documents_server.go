@@ -11,16 +11,16 @@ import (
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
-// serveDocument answers the one request of a manifest stream.
-func (s *Server) serveDocument(st network.Stream) error {
+// serveDocuments answers the one request of a manifest stream.
+func (s *Server) serveDocuments(st network.Stream) error {
 	w := documentAnswer{answer{s: s, st: st}}
-	b, err := w.request(wire.MaxManifestRequest)
+	b, err := w.request(wire.MaxDocumentRequest)
 	if isEnd(err) {
 		return nil
 	} else if err != nil {
 		return err
 	}
-	req, err := wire.ParseManifestRequest(b)
+	req, err := wire.ParseDocumentRequest(b)
 	if err != nil {
 		return w.fail(invalid(err))
 	}
@@ -34,7 +34,7 @@ func (s *Server) serveDocument(st network.Stream) error {
 	err = w.await(s.cfg.Limits.WorkingInterval, func(ctx context.Context) {
 		doc, failed = s.cfg.Documents.DocumentFor(ctx, st.Conn().RemotePeer().String(), *req)
 	}, func(bool) error {
-		return w.write(&wire.ManifestFrame{Part: &wire.ManifestFrame_Working{Working: &wire.Working{}}})
+		return w.write(&wire.DocumentFrame{Part: &wire.DocumentFrame_Working{Working: &wire.Working{}}})
 	})
 	if err != nil {
 		s.stats.request(documents, context.Canceled)
@@ -57,7 +57,7 @@ func (s *Server) serveDocument(st network.Stream) error {
 type documentAnswer struct{ answer }
 
 func (a *documentAnswer) fail(e *wire.Error) error {
-	return a.last(&wire.ManifestFrame{Part: &wire.ManifestFrame_Error{Error: e}})
+	return a.last(&wire.DocumentFrame{Part: &wire.DocumentFrame_Error{Error: e}})
 }
 
 // document writes header and data.
@@ -66,7 +66,7 @@ func (a *documentAnswer) document(doc *image.Document) error {
 		a.done()
 	}
 	header := &wire.DocumentHeader{Digest: doc.Digest[:], MediaType: doc.MediaType, Size: doc.Size}
-	if err := a.write(&wire.ManifestFrame{Part: &wire.ManifestFrame_Header{Header: header}}); err != nil {
+	if err := a.write(&wire.DocumentFrame{Part: &wire.DocumentFrame_Header{Header: header}}); err != nil {
 		return err
 	}
 	for b := doc.Data; len(b) > 0; {
@@ -74,7 +74,7 @@ func (a *documentAnswer) document(doc *image.Document) error {
 		if n == len(b) {
 			a.done()
 		}
-		if err := a.write(&wire.ManifestFrame{Part: &wire.ManifestFrame_Data{Data: b[:n]}}); err != nil {
+		if err := a.write(&wire.DocumentFrame{Part: &wire.DocumentFrame_Data{Data: b[:n]}}); err != nil {
 			return err
 		}
 		a.s.stats.bytes[documents].Add(float64(n))

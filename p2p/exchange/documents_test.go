@@ -129,11 +129,11 @@ func TestDocumentWaits(t *testing.T) {
 }
 
 func TestHostileDocumentServer(t *testing.T) {
-	header := func(size int64) *wire.ManifestFrame {
-		return &wire.ManifestFrame{Part: &wire.ManifestFrame_Header{Header: &wire.DocumentHeader{Digest: make([]byte, 32), Size: size}}}
+	header := func(size int64) *wire.DocumentFrame {
+		return &wire.DocumentFrame{Part: &wire.DocumentFrame_Header{Header: &wire.DocumentHeader{Digest: make([]byte, 32), Size: size}}}
 	}
-	data := func(n int) *wire.ManifestFrame {
-		return &wire.ManifestFrame{Part: &wire.ManifestFrame_Data{Data: make([]byte, n)}}
+	data := func(n int) *wire.DocumentFrame {
+		return &wire.DocumentFrame{Part: &wire.DocumentFrame_Data{Data: make([]byte, n)}}
 	}
 	for _, c := range []struct {
 		name  string
@@ -150,7 +150,7 @@ func TestHostileDocumentServer(t *testing.T) {
 		{"claims too much", sends(encode(t, header(image.MaxDocument+1))), false, blockdev.ErrCorrupt},
 		{"negative", sends(encode(t, header(-1))), true, blockdev.ErrCorrupt},
 		{"endless working", func(w io.Writer) error {
-			for b := encode(t, &wire.ManifestFrame{Part: &wire.ManifestFrame_Working{Working: &wire.Working{}}}); ; {
+			for b := encode(t, &wire.DocumentFrame{Part: &wire.DocumentFrame_Working{Working: &wire.Working{}}}); ; {
 				if _, err := w.Write(b); err != nil {
 					return err
 				}
@@ -158,7 +158,7 @@ func TestHostileDocumentServer(t *testing.T) {
 		}, false, blockdev.ErrCorrupt},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			client := liar(t, ManifestProtocol, Options{}, c.write, false)
+			client := liar(t, DocumentProtocol, Options{}, c.write, false)
 			doc, err := client.Document(t.Context(), image.DocumentRequest{Ref: "r/a:1", Head: c.head})
 			if !errors.Is(err, c.want) || doc != nil {
 				t.Errorf("%v, want %v", err, c.want)

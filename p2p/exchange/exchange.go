@@ -15,9 +15,11 @@ import (
 // Protocol IDs. An incompatible change gets the next number; servers may offer
 // several.
 const (
-	ChunkProtocol    = "/shoal/chunk/1"
-	IndexProtocol    = "/shoal/index/1"
-	ManifestProtocol = "/shoal/manifest/1"
+	ChunkProtocol = "/shoal/chunk/1"
+	// ImageProtocol and DocumentProtocol keep the words that they had at first: an ID that
+	// changes is another protocol.
+	ImageProtocol    = "/shoal/index/1"
+	DocumentProtocol = "/shoal/manifest/1"
 	// ProfileProtocol carries what nodes have learned of starts.
 	ProfileProtocol = "/shoal/profile/1"
 )

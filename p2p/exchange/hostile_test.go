@@ -40,7 +40,7 @@ func liar(t *testing.T, p protocol.ID, o Options, write func(io.Writer) error, s
 	t.Helper()
 	h := newHost(t, nil, loopback)
 	h.SetStreamHandler(p, func(s network.Stream) {
-		if _, err := wire.ReadFrame(bufio.NewReader(s), wire.MaxIndexRequest, nil); err != nil {
+		if _, err := wire.ReadFrame(bufio.NewReader(s), wire.MaxImageRequest, nil); err != nil {
 			_ = s.Reset()
 			return
 		}
@@ -177,18 +177,18 @@ func TestStalledServer(t *testing.T) {
 
 func TestHostileIndexServer(t *testing.T) {
 	d := make([]byte, 32)
-	header := func(lengths ...int64) *wire.IndexFrame {
+	header := func(lengths ...int64) *wire.ImageFrame {
 		h := &wire.ImageHeader{Manifest: d}
 		for _, n := range lengths {
 			h.Layers = append(h.Layers, &wire.LayerHeader{Digest: d, DiffId: d, Size: 1, IndexLength: n})
 		}
-		return &wire.IndexFrame{Part: &wire.IndexFrame_Header{Header: h}}
+		return &wire.ImageFrame{Part: &wire.ImageFrame_Header{Header: h}}
 	}
-	part := func(layer, n int) *wire.IndexFrame {
-		return &wire.IndexFrame{Part: &wire.IndexFrame_Data{Data: &wire.IndexData{Layer: uint32(layer), Data: make([]byte, n)}}}
+	part := func(layer, n int) *wire.ImageFrame {
+		return &wire.ImageFrame{Part: &wire.ImageFrame_Data{Data: &wire.IndexData{Layer: uint32(layer), Data: make([]byte, n)}}}
 	}
-	end := &wire.IndexFrame{Part: &wire.IndexFrame_End{End: &wire.End{}}}
-	working := &wire.IndexFrame{Part: &wire.IndexFrame_Working{Working: &wire.Working{}}}
+	end := &wire.ImageFrame{Part: &wire.ImageFrame_End{End: &wire.End{}}}
+	working := &wire.ImageFrame{Part: &wire.ImageFrame_Working{Working: &wire.Working{}}}
 	for _, c := range []struct {
 		name  string
 		write func(io.Writer) error
@@ -219,7 +219,7 @@ func TestHostileIndexServer(t *testing.T) {
 		}, blockdev.ErrCorrupt},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			client := liar(t, IndexProtocol, Options{}, c.write, false)
+			client := liar(t, ImageProtocol, Options{}, c.write, false)
 			img, err := client.FetchIndexes(t.Context(), image.Request{Ref: "r/a:1"})
 			if !errors.Is(err, c.want) || img != nil {
 				t.Errorf("%v, want %v", err, c.want)
@@ -228,7 +228,7 @@ func TestHostileIndexServer(t *testing.T) {
 	}
 	t.Run("no room", func(t *testing.T) {
 		full := errors.New("full")
-		client := liar(t, IndexProtocol, Options{}, sends(encode(t, header(5, 7))), true)
+		client := liar(t, ImageProtocol, Options{}, sends(encode(t, header(5, 7))), true)
 		img, err := client.FetchIndexes(t.Context(), image.Request{Ref: "r/a:1", Admit: func(n int64) error {
 			if n != 12 {
 				t.Errorf("room for %d bytes is asked for, want 12", n)
@@ -240,7 +240,7 @@ func TestHostileIndexServer(t *testing.T) {
 		}
 	})
 	t.Run("silent", func(t *testing.T) {
-		client := liar(t, IndexProtocol, Options{ImageTimeout: 200 * time.Millisecond}, sends(encode(t, header(5))), true)
+		client := liar(t, ImageProtocol, Options{ImageTimeout: 200 * time.Millisecond}, sends(encode(t, header(5))), true)
 		if _, err := client.FetchIndexes(t.Context(), image.Request{Ref: "r/a:1"}); !errors.Is(err, blockdev.ErrUnavailable) {
 			t.Errorf("%v", err)
 		}
@@ -298,7 +298,7 @@ func TestHostileClients(t *testing.T) {
 		all.Digests = append(all.Digests, c.Digest[:]...)
 	}
 	// The server's answer to what breaks the rules says so.
-	for _, p := range []protocol.ID{ChunkProtocol, IndexProtocol} {
+	for _, p := range []protocol.ID{ChunkProtocol, ImageProtocol} {
 		raw := dial(t, info, p)
 		if _, err := raw.Write(encode(t, &wire.ChunkRequest{Diff: []byte("short")})); err != nil {
 			t.Fatal(err)
@@ -323,7 +323,7 @@ func TestHostileClients(t *testing.T) {
 		"more than allowed": encode(t, &wire.ChunkRequest{Diff: make([]byte, 32), Digests: make([]byte, 32*(wire.MaxDigests+1))}),
 	} {
 		t.Run(name, func(t *testing.T) {
-			for _, p := range []protocol.ID{ChunkProtocol, IndexProtocol} {
+			for _, p := range []protocol.ID{ChunkProtocol, ImageProtocol} {
 				raw := dial(t, info, p)
 				// The server may have reset it before all is written.
 				_, _ = raw.Write(b)

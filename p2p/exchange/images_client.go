@@ -27,7 +27,7 @@ func (c *Client) FetchIndexes(ctx context.Context, req image.Request) (*image.Im
 }
 
 func (c *Client) fetchIndexes(ctx context.Context, req *image.Request) (*image.Image, error) {
-	msg, err := wire.NewIndexRequest(req)
+	msg, err := wire.NewImageRequest(req)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", blockdev.ErrUnsupported, err)
 	}
@@ -154,27 +154,27 @@ func (a *imageAnswer) read() (_ *image.Image, err error) {
 		if err := a.st.SetReadDeadline(time.Now().Add(a.c.silence(a.begun))); err != nil {
 			return nil, err
 		}
-		if a.buf, err = wire.ReadFrame(a.st.r, wire.MaxIndexFrame, a.buf); err != nil {
+		if a.buf, err = wire.ReadFrame(a.st.r, wire.MaxImageFrame, a.buf); err != nil {
 			return nil, err
 		}
 		a.begun = true
 		if a.req.Alive != nil {
 			a.req.Alive()
 		}
-		frame, err := wire.ParseIndexFrame(a.buf)
+		frame, err := wire.ParseImageFrame(a.buf)
 		if err != nil {
 			return nil, err
 		}
 		switch p := frame.Part.(type) {
-		case *wire.IndexFrame_Header:
+		case *wire.ImageFrame_Header:
 			err = a.header(p.Header)
-		case *wire.IndexFrame_Data:
+		case *wire.ImageFrame_Data:
 			err = a.data(p.Data)
-		case *wire.IndexFrame_End:
+		case *wire.ImageFrame_End:
 			return a.img, a.end()
-		case *wire.IndexFrame_Error:
+		case *wire.ImageFrame_Error:
 			return nil, p.Error.Err()
-		case *wire.IndexFrame_Working:
+		case *wire.ImageFrame_Working:
 			a.progress(p.Working)
 			err = a.nothing()
 		default: // a part of a later version
@@ -271,7 +271,7 @@ func (a *imageAnswer) data(d *wire.IndexData) error {
 		return fmt.Errorf("layer %d: more than the %d bytes of index that were announced: %w", a.layer, a.lengths[a.layer], blockdev.ErrCorrupt)
 	}
 	if l.Index == nil {
-		l.Index = d.Data // ParseIndexFrame made it; nobody else has it
+		l.Index = d.Data // ParseImageFrame made it; nobody else has it
 	} else {
 		l.Index = append(l.Index, d.Data...)
 	}

@@ -14,16 +14,16 @@ import (
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
-// serveIndex answers the one request of an index stream.
-func (s *Server) serveIndex(st network.Stream) error {
+// serveImages answers the one request of an index stream.
+func (s *Server) serveImages(st network.Stream) error {
 	w := indexAnswer{answer{s: s, st: st}}
-	b, err := w.request(wire.MaxIndexRequest)
+	b, err := w.request(wire.MaxImageRequest)
 	if isEnd(err) {
 		return nil
 	} else if err != nil {
 		return err
 	}
-	req, progress, err := wire.ParseIndexRequest(b)
+	req, progress, err := wire.ParseImageRequest(b)
 	if err != nil {
 		return w.fail(invalid(err))
 	}
@@ -50,7 +50,7 @@ func (s *Server) serveIndex(st network.Stream) error {
 type indexAnswer struct{ answer }
 
 func (a *indexAnswer) fail(e *wire.Error) error {
-	return a.last(&wire.IndexFrame{Part: &wire.IndexFrame_Error{Error: e}})
+	return a.last(&wire.ImageFrame{Part: &wire.ImageFrame_Error{Error: e}})
 }
 
 // open asks for the image, and for a place to send it: a client that waits for an image
@@ -78,7 +78,7 @@ func (a *indexAnswer) open(from string, req *image.Request, progress bool) (img 
 			return nil
 		}
 		said = time.Now()
-		return a.write(&wire.IndexFrame{Part: &wire.IndexFrame_Working{Working: wire.NewWorking(layers)}})
+		return a.write(&wire.ImageFrame{Part: &wire.ImageFrame_Working{Working: wire.NewWorking(layers)}})
 	})
 	if err != nil {
 		return nil, context.Canceled, err
@@ -135,21 +135,21 @@ func (a *indexAnswer) image(img *image.Image) error {
 		}
 		header.Layers = append(header.Layers, h)
 	}
-	if err := a.write(&wire.IndexFrame{Part: &wire.IndexFrame_Header{Header: header}}); err != nil {
+	if err := a.write(&wire.ImageFrame{Part: &wire.ImageFrame_Header{Header: header}}); err != nil {
 		return err
 	}
 	for i := range img.Layers {
 		for b := img.Layers[i].Index; len(b) > 0; {
 			n := min(len(b), wire.MaxIndexData)
 			part := &wire.IndexData{Layer: uint32(i), Data: b[:n]}
-			if err := a.write(&wire.IndexFrame{Part: &wire.IndexFrame_Data{Data: part}}); err != nil {
+			if err := a.write(&wire.ImageFrame{Part: &wire.ImageFrame_Data{Data: part}}); err != nil {
 				return err
 			}
 			a.s.stats.bytes[images].Add(float64(n))
 			b = b[n:]
 		}
 	}
-	return a.last(&wire.IndexFrame{Part: &wire.IndexFrame_End{End: &wire.End{}}})
+	return a.last(&wire.ImageFrame{Part: &wire.ImageFrame_End{End: &wire.End{}}})
 }
 
 // checkImage finds what a client would refuse.

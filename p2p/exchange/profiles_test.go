@@ -192,10 +192,10 @@ func TestImageProfiles(t *testing.T) {
 		t.Errorf("%d of %d long profiles came", n, len(got.Layers))
 	}
 
-	bad := &wire.IndexFrame{Part: &wire.IndexFrame_Header{Header: &wire.ImageHeader{Manifest: make([]byte, 32), Layers: []*wire.LayerHeader{
+	bad := &wire.ImageFrame{Part: &wire.ImageFrame_Header{Header: &wire.ImageHeader{Manifest: make([]byte, 32), Layers: []*wire.LayerHeader{
 		{Digest: make([]byte, 32), DiffId: make([]byte, 32), IndexLength: 1, Profile: []byte{0x80}},
 	}}}}
-	if _, err := liar(t, IndexProtocol, Options{}, sends(encode(t, bad)), false).FetchIndexes(t.Context(), testRequest()); !errors.Is(err, blockdev.ErrCorrupt) {
+	if _, err := liar(t, ImageProtocol, Options{}, sends(encode(t, bad)), false).FetchIndexes(t.Context(), testRequest()); !errors.Is(err, blockdev.ErrCorrupt) {
 		t.Errorf("a broken profile: %v", err)
 	}
 }

@@ -137,7 +137,7 @@ func TestFirstSign(t *testing.T) {
 		}
 	}
 	mute := newHost(t, nil, loopback)
-	for _, p := range []protocol.ID{IndexProtocol, ManifestProtocol} {
+	for _, p := range []protocol.ID{ImageProtocol, DocumentProtocol} {
 		mute.SetStreamHandler(p, func(network.Stream) {})
 	}
 	c = newClient(t, mute, Options{FirstSign: 100 * time.Millisecond, ImageTimeout: time.Hour})

@@ -163,10 +163,10 @@ func NewServer(h host.Host, cfg ServerConfig) (*Server, error) {
 		h.SetStreamHandler(ChunkProtocol, s.handler(s.serveChunks))
 	}
 	if cfg.Images != nil {
-		h.SetStreamHandler(IndexProtocol, s.handler(s.serveIndex))
+		h.SetStreamHandler(ImageProtocol, s.handler(s.serveImages))
 	}
 	if cfg.Documents != nil {
-		h.SetStreamHandler(ManifestProtocol, s.handler(s.serveDocument))
+		h.SetStreamHandler(DocumentProtocol, s.handler(s.serveDocuments))
 	}
 	if cfg.Profiles != nil {
 		h.SetStreamHandler(ProfileProtocol, s.handler(s.serveProfiles))
@@ -184,10 +184,10 @@ func (s *Server) Close() error {
 		s.host.RemoveStreamHandler(ChunkProtocol)
 	}
 	if s.cfg.Images != nil {
-		s.host.RemoveStreamHandler(IndexProtocol)
+		s.host.RemoveStreamHandler(ImageProtocol)
 	}
 	if s.cfg.Documents != nil {
-		s.host.RemoveStreamHandler(ManifestProtocol)
+		s.host.RemoveStreamHandler(DocumentProtocol)
 	}
 	if s.cfg.Profiles != nil {
 		s.host.RemoveStreamHandler(ProfileProtocol)

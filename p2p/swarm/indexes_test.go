@@ -77,7 +77,7 @@ func TestIndexFromRelay(t *testing.T) {
 		t.Fatal(err)
 	}
 	silent := w.impostor(nil)
-	silent.SetStreamHandler(exchange.IndexProtocol, func(st network.Stream) { _ = st.Reset() })
+	silent.SetStreamHandler(exchange.ImageProtocol, func(st network.Stream) { _ = st.Reset() })
 	liar := w.impostor(nil)
 	server, err := exchange.NewServer(liar, exchange.ServerConfig{Images: imagesFunc(func(_ context.Context, _ string, req image.Request) (*image.Image, error) {
 		return &image.Image{Ref: req.Ref, Layers: []image.Layer{{DiffID: req.Only[0], Index: append(bytes.Clone(w.enc[1:]), 0)}}}, nil

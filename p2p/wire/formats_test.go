@@ -117,23 +117,23 @@ func TestFormatsPage(t *testing.T) {
 	}
 
 	r = example("wire-manifest-request")
-	if b, err = ReadFrame(r, MaxManifestRequest, nil); err != nil {
+	if b, err = ReadFrame(r, MaxDocumentRequest, nil); err != nil {
 		t.Fatal(err)
 	}
-	doc, err := ParseManifestRequest(b)
+	doc, err := ParseDocumentRequest(b)
 	if err != nil || !reflect.DeepEqual(*doc, image.DocumentRequest{Ref: "r.io/a:1"}) || r.Buffered() > 0 {
 		t.Errorf("the page's manifest request is %+v, %v, and %d bytes more", doc, err, r.Buffered())
 	}
 	r = example("wire-manifest-answer")
-	for i, want := range []*ManifestFrame{
-		{Part: &ManifestFrame_Header{Header: &DocumentHeader{Digest: sum([]byte("{}")), MediaType: "t/s", Size: 2}}},
-		{Part: &ManifestFrame_Data{Data: []byte("{}")}},
+	for i, want := range []*DocumentFrame{
+		{Part: &DocumentFrame_Header{Header: &DocumentHeader{Digest: sum([]byte("{}")), MediaType: "t/s", Size: 2}}},
+		{Part: &DocumentFrame_Data{Data: []byte("{}")}},
 	} {
-		b, err := ReadFrame(r, MaxManifestFrame, nil)
+		b, err := ReadFrame(r, MaxDocumentFrame, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if f, err := ParseManifestFrame(b); err != nil || !proto.Equal(f, want) {
+		if f, err := ParseDocumentFrame(b); err != nil || !proto.Equal(f, want) {
 			t.Errorf("frame %d of the page's manifest answer is %v, %v; want %v", i, f, err, want)
 		}
 	}

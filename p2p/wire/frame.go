@@ -18,7 +18,7 @@ const (
 	MaxDigests = 256
 	// MaxHops bounds ChunkRequest.hops. Nodes stop forwarding long before.
 	MaxHops = 255
-	// MaxHave is how many layers one IndexRequest may name as known.
+	// MaxHave is how many layers one ImageRequest may name as known.
 	MaxHave = 1024
 	// MaxLayers is how many layers an ImageHeader may list.
 	MaxLayers = 1024
@@ -40,12 +40,12 @@ const (
 	// slack leaves room in each message for fields of later versions.
 	slack = 4 << 10
 
-	// MaxChunkRequest, MaxChunkFrame, MaxIndexRequest and MaxIndexFrame bound
+	// MaxChunkRequest, MaxChunkFrame, MaxImageRequest and MaxImageFrame bound
 	// the messages of these names.
 	MaxChunkRequest = (MaxDigests+2)*32 + slack
 	MaxChunkFrame   = blockdev.MaxChunk + slack
-	MaxIndexRequest = MaxRef + 3*MaxPlatform + 2*MaxCredential + 2*MaxHave*32 + slack
-	MaxIndexFrame   = MaxIndexData + slack
+	MaxImageRequest = MaxRef + 3*MaxPlatform + 2*MaxCredential + 2*MaxHave*32 + slack
+	MaxImageFrame   = MaxIndexData + slack
 )
 
 // Reader is what messages are read from: a *bufio.Reader, for example.

@@ -117,36 +117,36 @@ func FuzzChunkFrame(f *testing.F) {
 	})
 }
 
-func FuzzIndexRequest(f *testing.F) {
-	seed(f, &IndexRequest{Ref: "a", Manifest: digests(1), Platform: &Platform{Os: "linux"}, Credential: &Credential{Secret: "x"}, Have: digests(2), Relay: true},
-		&IndexRequest{}, &IndexRequest{Ref: "a", Have: digests(MaxHave + 1)})
+func FuzzImageRequest(f *testing.F) {
+	seed(f, &ImageRequest{Ref: "a", Manifest: digests(1), Platform: &Platform{Os: "linux"}, Credential: &Credential{Secret: "x"}, Have: digests(2), Relay: true},
+		&ImageRequest{}, &ImageRequest{Ref: "a", Have: digests(MaxHave + 1)})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		req, _, err := ParseIndexRequest(b)
+		req, _, err := ParseImageRequest(b)
 		if err != nil {
 			if !errors.Is(err, blockdev.ErrCorrupt) {
 				t.Fatal(err)
 			}
 			return
 		}
-		if _, err := NewIndexRequest(req); err != nil {
+		if _, err := NewImageRequest(req); err != nil {
 			t.Fatalf("read, but not to be written: %v", err)
 		}
 	})
 }
 
-func FuzzIndexFrame(f *testing.F) {
+func FuzzImageFrame(f *testing.F) {
 	layer := &LayerHeader{Digest: digests(1), Size: 5, DiffId: digests(1), IndexLength: 7}
-	seed(f, &IndexFrame{Part: &IndexFrame_Working{}},
-		&IndexFrame{Part: &IndexFrame_Working{Working: NewWorking([]image.Progress{{Stage: image.StageFetching, Done: 1, Total: 2}})}},
-		&IndexFrame{Part: &IndexFrame_Header{Header: &ImageHeader{Manifest: digests(1), Layers: []*LayerHeader{layer, layer}}}},
-		&IndexFrame{Part: &IndexFrame_Header{Header: &ImageHeader{Manifest: digests(1),
+	seed(f, &ImageFrame{Part: &ImageFrame_Working{}},
+		&ImageFrame{Part: &ImageFrame_Working{Working: NewWorking([]image.Progress{{Stage: image.StageFetching, Done: 1, Total: 2}})}},
+		&ImageFrame{Part: &ImageFrame_Header{Header: &ImageHeader{Manifest: digests(1), Layers: []*LayerHeader{layer, layer}}}},
+		&ImageFrame{Part: &ImageFrame_Header{Header: &ImageHeader{Manifest: digests(1),
 			Relays: []*Relay{{Key: digests(1), Addrs: [][]byte{{127, 0, 0, 1, 0, 9}}}},
 			Layers: []*LayerHeader{{Digest: digests(1), DiffId: digests(1), IndexLength: 7, IndexDigest: digests(1)}}}}},
-		&IndexFrame{Part: &IndexFrame_Data{Data: &IndexData{Layer: 1, Data: []byte("abc")}}},
-		&IndexFrame{Part: &IndexFrame_End{}},
-		&IndexFrame{Part: &IndexFrame_Error{Error: &Error{Code: Code_CODE_BUSY, Text: "later"}}})
+		&ImageFrame{Part: &ImageFrame_Data{Data: &IndexData{Layer: 1, Data: []byte("abc")}}},
+		&ImageFrame{Part: &ImageFrame_End{}},
+		&ImageFrame{Part: &ImageFrame_Error{Error: &Error{Code: Code_CODE_BUSY, Text: "later"}}})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		m, err := ParseIndexFrame(b)
+		m, err := ParseImageFrame(b)
 		if err != nil {
 			if !errors.Is(err, blockdev.ErrCorrupt) {
 				t.Fatal(err)
@@ -175,32 +175,32 @@ func checkProgress(t *testing.T, w *Working) {
 	}
 }
 
-func FuzzManifestRequest(f *testing.F) {
-	seed(f, &ManifestRequest{Ref: "a/b:1", Kind: 1, Head: true, Credential: &Credential{Username: "u", Secret: "x"}},
-		&ManifestRequest{}, &ManifestRequest{Ref: "a", Kind: 7})
+func FuzzDocumentRequest(f *testing.F) {
+	seed(f, &DocumentRequest{Ref: "a/b:1", Kind: 1, Head: true, Credential: &Credential{Username: "u", Secret: "x"}},
+		&DocumentRequest{}, &DocumentRequest{Ref: "a", Kind: 7})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		req, err := ParseManifestRequest(b)
+		req, err := ParseDocumentRequest(b)
 		if err != nil {
 			if !errors.Is(err, blockdev.ErrCorrupt) {
 				t.Fatal(err)
 			}
 			return
 		}
-		if _, err := NewManifestRequest(req); err != nil {
+		if _, err := NewDocumentRequest(req); err != nil {
 			t.Fatalf("read, but not to be written: %v", err)
 		}
 	})
 }
 
-func FuzzManifestFrame(f *testing.F) {
-	seed(f, &ManifestFrame{Part: &ManifestFrame_Working{}},
-		&ManifestFrame{Part: &ManifestFrame_Header{Header: &DocumentHeader{Digest: digests(1), MediaType: "application/json", Size: 3}}},
-		&ManifestFrame{Part: &ManifestFrame_Header{Header: &DocumentHeader{Digest: digests(1), MediaType: "a\nb"}}},
-		&ManifestFrame{Part: &ManifestFrame_Header{Header: &DocumentHeader{Digest: digests(1), Size: image.MaxDocument + 1}}},
-		&ManifestFrame{Part: &ManifestFrame_Data{Data: []byte("{}")}},
-		&ManifestFrame{Part: &ManifestFrame_Error{Error: &Error{Code: Code_CODE_NOT_FOUND, Text: "gone"}}})
+func FuzzDocumentFrame(f *testing.F) {
+	seed(f, &DocumentFrame{Part: &DocumentFrame_Working{}},
+		&DocumentFrame{Part: &DocumentFrame_Header{Header: &DocumentHeader{Digest: digests(1), MediaType: "application/json", Size: 3}}},
+		&DocumentFrame{Part: &DocumentFrame_Header{Header: &DocumentHeader{Digest: digests(1), MediaType: "a\nb"}}},
+		&DocumentFrame{Part: &DocumentFrame_Header{Header: &DocumentHeader{Digest: digests(1), Size: image.MaxDocument + 1}}},
+		&DocumentFrame{Part: &DocumentFrame_Data{Data: []byte("{}")}},
+		&DocumentFrame{Part: &DocumentFrame_Error{Error: &Error{Code: Code_CODE_NOT_FOUND, Text: "gone"}}})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		m, err := ParseManifestFrame(b)
+		m, err := ParseDocumentFrame(b)
 		if err != nil {
 			if !errors.Is(err, blockdev.ErrCorrupt) {
 				t.Fatal(err)

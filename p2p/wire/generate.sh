@@ -2,7 +2,7 @@
 # Generates *.pb.go. Needs protoc (Debian: protobuf-compiler). protoc-gen-go is
 # built from the version of google.golang.org/protobuf that go.mod pins, so
 # generated code and runtime always fit. Files are named by their path from the
-# top: names are global to a program, and another module has a manifest.proto.
+# top: names are global to a program, and another module may have a file of that name.
 set -eu
 cd "$(dirname "$0")/../.."
 tools=$(mktemp -d)

@@ -41,9 +41,9 @@ func (x *ChunkRequest) Digest(i int) blockdev.Digest {
 	return blockdev.Digest(x.GetDigests()[i*digestLen : (i+1)*digestLen])
 }
 
-// NewIndexRequest puts req into a message. An error names what is too long.
-func NewIndexRequest(req *image.Request) (*IndexRequest, error) {
-	m := &IndexRequest{
+// NewImageRequest puts req into a message. An error names what is too long.
+func NewImageRequest(req *image.Request) (*ImageRequest, error) {
+	m := &ImageRequest{
 		Ref: req.Ref,
 		Platform: &Platform{
 			Os:           req.Platform.OS,
@@ -63,21 +63,21 @@ func NewIndexRequest(req *image.Request) (*IndexRequest, error) {
 		m.Only = append(m.Only, d[:]...)
 	}
 	m.Stored, m.Relay = req.Stored, req.Relay
-	if err := checkIndexRequest(m); err != nil {
+	if err := checkImageRequest(m); err != nil {
 		return nil, err
 	}
 	return m, nil
 }
 
-// ParseIndexRequest reads and checks an IndexRequest, and says whether the client
+// ParseImageRequest reads and checks an ImageRequest, and says whether the client
 // wants to hear of progress. Errors wrap blockdev.ErrCorrupt; they never hold the
 // credential.
-func ParseIndexRequest(b []byte) (_ *image.Request, progress bool, _ error) {
-	m := &IndexRequest{}
+func ParseImageRequest(b []byte) (_ *image.Request, progress bool, _ error) {
+	m := &ImageRequest{}
 	if err := proto.Unmarshal(b, m); err != nil {
 		return nil, false, corrupt("index request", err)
 	}
-	if err := checkIndexRequest(m); err != nil {
+	if err := checkImageRequest(m); err != nil {
 		return nil, false, corrupt("index request", err)
 	}
 	p, c := m.GetPlatform(), m.GetCredential()
@@ -103,7 +103,7 @@ func ParseIndexRequest(b []byte) (_ *image.Request, progress bool, _ error) {
 	return req, m.Progress, nil
 }
 
-func checkIndexRequest(m *IndexRequest) error {
+func checkImageRequest(m *ImageRequest) error {
 	p, c := m.GetPlatform(), m.GetCredential()
 	switch {
 	case m.Ref == "":
@@ -124,24 +124,24 @@ func checkIndexRequest(m *IndexRequest) error {
 	return nil
 }
 
-// ParseIndexFrame reads and checks an IndexFrame: a header's digests and counts,
+// ParseImageFrame reads and checks an ImageFrame: a header's digests and counts,
 // that data is 1 to MaxIndexData bytes. A part that this version does not know
 // gives a frame without part, to be skipped. Errors wrap blockdev.ErrCorrupt.
-func ParseIndexFrame(b []byte) (*IndexFrame, error) {
-	m := &IndexFrame{}
+func ParseImageFrame(b []byte) (*ImageFrame, error) {
+	m := &ImageFrame{}
 	if err := proto.Unmarshal(b, m); err != nil {
 		return nil, corrupt("index frame", err)
 	}
 	switch p := m.Part.(type) {
-	case *IndexFrame_Header:
+	case *ImageFrame_Header:
 		if err := checkHeader(p.Header); err != nil {
 			return nil, corrupt("index frame", err)
 		}
-	case *IndexFrame_Data:
+	case *ImageFrame_Data:
 		if n := len(p.Data.GetData()); n == 0 || n > MaxIndexData {
 			return nil, corrupt("index frame", fmt.Errorf("%d bytes of data, not 1 to %d", n, MaxIndexData))
 		}
-	case *IndexFrame_Working:
+	case *ImageFrame_Working:
 		if err := checkWorking(p.Working); err != nil {
 			return nil, corrupt("index frame", err)
 		}

@@ -380,8 +380,8 @@ func (x *ChunkFrame) GetEnd() bool {
 	return false
 }
 
-// IndexRequest asks for the indexes of an image.
-type IndexRequest struct {
+// ImageRequest asks for the indexes of an image.
+type ImageRequest struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	Ref        string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
 	Manifest   []byte                 `protobuf:"bytes,2,opt,name=manifest,proto3" json:"manifest,omitempty"` // digest of the manifest, 32 bytes; empty: what ref names now
@@ -397,20 +397,20 @@ type IndexRequest struct {
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *IndexRequest) Reset() {
-	*x = IndexRequest{}
+func (x *ImageRequest) Reset() {
+	*x = ImageRequest{}
 	mi := &file_p2p_wire_wire_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *IndexRequest) String() string {
+func (x *ImageRequest) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*IndexRequest) ProtoMessage() {}
+func (*ImageRequest) ProtoMessage() {}
 
-func (x *IndexRequest) ProtoReflect() protoreflect.Message {
+func (x *ImageRequest) ProtoReflect() protoreflect.Message {
 	mi := &file_p2p_wire_wire_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -422,68 +422,68 @@ func (x *IndexRequest) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use IndexRequest.ProtoReflect.Descriptor instead.
-func (*IndexRequest) Descriptor() ([]byte, []int) {
+// Deprecated: Use ImageRequest.ProtoReflect.Descriptor instead.
+func (*ImageRequest) Descriptor() ([]byte, []int) {
 	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{3}
 }
 
-func (x *IndexRequest) GetRef() string {
+func (x *ImageRequest) GetRef() string {
 	if x != nil {
 		return x.Ref
 	}
 	return ""
 }
 
-func (x *IndexRequest) GetManifest() []byte {
+func (x *ImageRequest) GetManifest() []byte {
 	if x != nil {
 		return x.Manifest
 	}
 	return nil
 }
 
-func (x *IndexRequest) GetPlatform() *Platform {
+func (x *ImageRequest) GetPlatform() *Platform {
 	if x != nil {
 		return x.Platform
 	}
 	return nil
 }
 
-func (x *IndexRequest) GetCredential() *Credential {
+func (x *ImageRequest) GetCredential() *Credential {
 	if x != nil {
 		return x.Credential
 	}
 	return nil
 }
 
-func (x *IndexRequest) GetHave() []byte {
+func (x *ImageRequest) GetHave() []byte {
 	if x != nil {
 		return x.Have
 	}
 	return nil
 }
 
-func (x *IndexRequest) GetProgress() bool {
+func (x *ImageRequest) GetProgress() bool {
 	if x != nil {
 		return x.Progress
 	}
 	return false
 }
 
-func (x *IndexRequest) GetOnly() []byte {
+func (x *ImageRequest) GetOnly() []byte {
 	if x != nil {
 		return x.Only
 	}
 	return nil
 }
 
-func (x *IndexRequest) GetStored() bool {
+func (x *ImageRequest) GetStored() bool {
 	if x != nil {
 		return x.Stored
 	}
 	return false
 }
 
-func (x *IndexRequest) GetRelay() bool {
+func (x *ImageRequest) GetRelay() bool {
 	if x != nil {
 		return x.Relay
 	}
@@ -602,36 +602,36 @@ func (x *Credential) GetSecret() string {
 	return ""
 }
 
-// IndexFrame is one part of the answer to an IndexRequest: any number of
+// ImageFrame is one part of the answer to an ImageRequest: any number of
 // working, then header, then data, then end; or error at any place, as the last.
-type IndexFrame struct {
+type ImageFrame struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Part:
 	//
-	//	*IndexFrame_Working
-	//	*IndexFrame_Header
-	//	*IndexFrame_Data
-	//	*IndexFrame_End
-	//	*IndexFrame_Error
-	Part          isIndexFrame_Part `protobuf_oneof:"part"`
+	//	*ImageFrame_Working
+	//	*ImageFrame_Header
+	//	*ImageFrame_Data
+	//	*ImageFrame_End
+	//	*ImageFrame_Error
+	Part          isImageFrame_Part `protobuf_oneof:"part"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *IndexFrame) Reset() {
-	*x = IndexFrame{}
+func (x *ImageFrame) Reset() {
+	*x = ImageFrame{}
 	mi := &file_p2p_wire_wire_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *IndexFrame) String() string {
+func (x *ImageFrame) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*IndexFrame) ProtoMessage() {}
+func (*ImageFrame) ProtoMessage() {}
 
-func (x *IndexFrame) ProtoReflect() protoreflect.Message {
+func (x *ImageFrame) ProtoReflect() protoreflect.Message {
 	mi := &file_p2p_wire_wire_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -643,96 +643,96 @@ func (x *IndexFrame) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use IndexFrame.ProtoReflect.Descriptor instead.
-func (*IndexFrame) Descriptor() ([]byte, []int) {
+// Deprecated: Use ImageFrame.ProtoReflect.Descriptor instead.
+func (*ImageFrame) Descriptor() ([]byte, []int) {
 	return file_p2p_wire_wire_proto_rawDescGZIP(), []int{6}
 }
 
-func (x *IndexFrame) GetPart() isIndexFrame_Part {
+func (x *ImageFrame) GetPart() isImageFrame_Part {
 	if x != nil {
 		return x.Part
 	}
 	return nil
 }
 
-func (x *IndexFrame) GetWorking() *Working {
+func (x *ImageFrame) GetWorking() *Working {
 	if x != nil {
-		if x, ok := x.Part.(*IndexFrame_Working); ok {
+		if x, ok := x.Part.(*ImageFrame_Working); ok {
 			return x.Working
 		}
 	}
 	return nil
 }
 
-func (x *IndexFrame) GetHeader() *ImageHeader {
+func (x *ImageFrame) GetHeader() *ImageHeader {
 	if x != nil {
-		if x, ok := x.Part.(*IndexFrame_Header); ok {
+		if x, ok := x.Part.(*ImageFrame_Header); ok {
 			return x.Header
 		}
 	}
 	return nil
 }
 
-func (x *IndexFrame) GetData() *IndexData {
+func (x *ImageFrame) GetData() *IndexData {
 	if x != nil {
-		if x, ok := x.Part.(*IndexFrame_Data); ok {
+		if x, ok := x.Part.(*ImageFrame_Data); ok {
 			return x.Data
 		}
 	}
 	return nil
 }
 
-func (x *IndexFrame) GetEnd() *End {
+func (x *ImageFrame) GetEnd() *End {
 	if x != nil {
-		if x, ok := x.Part.(*IndexFrame_End); ok {
+		if x, ok := x.Part.(*ImageFrame_End); ok {
 			return x.End
 		}
 	}
 	return nil
 }
 
-func (x *IndexFrame) GetError() *Error {
+func (x *ImageFrame) GetError() *Error {
 	if x != nil {
-		if x, ok := x.Part.(*IndexFrame_Error); ok {
+		if x, ok := x.Part.(*ImageFrame_Error); ok {
 			return x.Error
 		}
 	}
 	return nil
 }
 
-type isIndexFrame_Part interface {
-	isIndexFrame_Part()
+type isImageFrame_Part interface {
+	isImageFrame_Part()
 }
 
-type IndexFrame_Working struct {
+type ImageFrame_Working struct {
 	Working *Working `protobuf:"bytes,1,opt,name=working,proto3,oneof"`
 }
 
-type IndexFrame_Header struct {
+type ImageFrame_Header struct {
 	Header *ImageHeader `protobuf:"bytes,2,opt,name=header,proto3,oneof"`
 }
 
-type IndexFrame_Data struct {
+type ImageFrame_Data struct {
 	Data *IndexData `protobuf:"bytes,3,opt,name=data,proto3,oneof"`
 }
 
-type IndexFrame_End struct {
+type ImageFrame_End struct {
 	End *End `protobuf:"bytes,4,opt,name=end,proto3,oneof"`
 }
 
-type IndexFrame_Error struct {
+type ImageFrame_Error struct {
 	Error *Error `protobuf:"bytes,5,opt,name=error,proto3,oneof"`
 }
 
-func (*IndexFrame_Working) isIndexFrame_Part() {}
+func (*ImageFrame_Working) isImageFrame_Part() {}
 
-func (*IndexFrame_Header) isIndexFrame_Part() {}
+func (*ImageFrame_Header) isImageFrame_Part() {}
 
-func (*IndexFrame_Data) isIndexFrame_Part() {}
+func (*ImageFrame_Data) isImageFrame_Part() {}
 
-func (*IndexFrame_End) isIndexFrame_Part() {}
+func (*ImageFrame_End) isImageFrame_Part() {}
 
-func (*IndexFrame_Error) isIndexFrame_Part() {}
+func (*ImageFrame_Error) isImageFrame_Part() {}
 
 // Working is sent every few seconds while there is nothing else to send, and to
 // whom has asked for progress, when there is some.
@@ -1168,7 +1168,7 @@ const file_p2p_wire_wire_proto_rawDesc = "" +
 	"\x06length\x18\x04 \x01(\rR\x06length\x12*\n" +
 	"\x05error\x18\x05 \x01(\v2\x14.shoal.wire.v1.ErrorR\x05error\x12\x10\n" +
 	"\x03end\x18\x06 \x01(\bR\x03end\"\x9e\x02\n" +
-	"\fIndexRequest\x12\x10\n" +
+	"\fImageRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x1a\n" +
 	"\bmanifest\x18\x02 \x01(\fR\bmanifest\x123\n" +
 	"\bplatform\x18\x03 \x01(\v2\x17.shoal.wire.v1.PlatformR\bplatform\x129\n" +
@@ -1189,7 +1189,7 @@ const file_p2p_wire_wire_proto_rawDesc = "" +
 	"\busername\x18\x01 \x01(\tR\busername\x12\x16\n" +
 	"\x06secret\x18\x02 \x01(\tR\x06secret\"\x84\x02\n" +
 	"\n" +
-	"IndexFrame\x122\n" +
+	"ImageFrame\x122\n" +
 	"\aworking\x18\x01 \x01(\v2\x16.shoal.wire.v1.WorkingH\x00R\aworking\x124\n" +
 	"\x06header\x18\x02 \x01(\v2\x1a.shoal.wire.v1.ImageHeaderH\x00R\x06header\x12.\n" +
 	"\x04data\x18\x03 \x01(\v2\x18.shoal.wire.v1.IndexDataH\x00R\x04data\x12&\n" +
@@ -1258,10 +1258,10 @@ var file_p2p_wire_wire_proto_goTypes = []any{
 	(*Error)(nil),         // 2: shoal.wire.v1.Error
 	(*ChunkRequest)(nil),  // 3: shoal.wire.v1.ChunkRequest
 	(*ChunkFrame)(nil),    // 4: shoal.wire.v1.ChunkFrame
-	(*IndexRequest)(nil),  // 5: shoal.wire.v1.IndexRequest
+	(*ImageRequest)(nil),  // 5: shoal.wire.v1.ImageRequest
 	(*Platform)(nil),      // 6: shoal.wire.v1.Platform
 	(*Credential)(nil),    // 7: shoal.wire.v1.Credential
-	(*IndexFrame)(nil),    // 8: shoal.wire.v1.IndexFrame
+	(*ImageFrame)(nil),    // 8: shoal.wire.v1.ImageFrame
 	(*Working)(nil),       // 9: shoal.wire.v1.Working
 	(*LayerProgress)(nil), // 10: shoal.wire.v1.LayerProgress
 	(*ImageHeader)(nil),   // 11: shoal.wire.v1.ImageHeader
@@ -1274,13 +1274,13 @@ var file_p2p_wire_wire_proto_depIdxs = []int32{
 	1,  // 0: shoal.wire.v1.Error.code:type_name -> shoal.wire.v1.Code
 	0,  // 1: shoal.wire.v1.ChunkRequest.priority:type_name -> shoal.wire.v1.Priority
 	2,  // 2: shoal.wire.v1.ChunkFrame.error:type_name -> shoal.wire.v1.Error
-	6,  // 3: shoal.wire.v1.IndexRequest.platform:type_name -> shoal.wire.v1.Platform
-	7,  // 4: shoal.wire.v1.IndexRequest.credential:type_name -> shoal.wire.v1.Credential
-	9,  // 5: shoal.wire.v1.IndexFrame.working:type_name -> shoal.wire.v1.Working
-	11, // 6: shoal.wire.v1.IndexFrame.header:type_name -> shoal.wire.v1.ImageHeader
-	14, // 7: shoal.wire.v1.IndexFrame.data:type_name -> shoal.wire.v1.IndexData
-	15, // 8: shoal.wire.v1.IndexFrame.end:type_name -> shoal.wire.v1.End
-	2,  // 9: shoal.wire.v1.IndexFrame.error:type_name -> shoal.wire.v1.Error
+	6,  // 3: shoal.wire.v1.ImageRequest.platform:type_name -> shoal.wire.v1.Platform
+	7,  // 4: shoal.wire.v1.ImageRequest.credential:type_name -> shoal.wire.v1.Credential
+	9,  // 5: shoal.wire.v1.ImageFrame.working:type_name -> shoal.wire.v1.Working
+	11, // 6: shoal.wire.v1.ImageFrame.header:type_name -> shoal.wire.v1.ImageHeader
+	14, // 7: shoal.wire.v1.ImageFrame.data:type_name -> shoal.wire.v1.IndexData
+	15, // 8: shoal.wire.v1.ImageFrame.end:type_name -> shoal.wire.v1.End
+	2,  // 9: shoal.wire.v1.ImageFrame.error:type_name -> shoal.wire.v1.Error
 	10, // 10: shoal.wire.v1.Working.layers:type_name -> shoal.wire.v1.LayerProgress
 	13, // 11: shoal.wire.v1.ImageHeader.layers:type_name -> shoal.wire.v1.LayerHeader
 	12, // 12: shoal.wire.v1.ImageHeader.relays:type_name -> shoal.wire.v1.Relay
@@ -1297,11 +1297,11 @@ func file_p2p_wire_wire_proto_init() {
 		return
 	}
 	file_p2p_wire_wire_proto_msgTypes[6].OneofWrappers = []any{
-		(*IndexFrame_Working)(nil),
-		(*IndexFrame_Header)(nil),
-		(*IndexFrame_Data)(nil),
-		(*IndexFrame_End)(nil),
-		(*IndexFrame_Error)(nil),
+		(*ImageFrame_Working)(nil),
+		(*ImageFrame_Header)(nil),
+		(*ImageFrame_Data)(nil),
+		(*ImageFrame_End)(nil),
+		(*ImageFrame_Error)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{

@@ -28,19 +28,19 @@ func frameOf(t testing.TB, m proto.Message) []byte {
 }
 
 func TestReadFrame(t *testing.T) {
-	msg := frameOf(t, &IndexRequest{Ref: "docker.io/library/redis:7"})
+	msg := frameOf(t, &ImageRequest{Ref: "docker.io/library/redis:7"})
 	r := bufio.NewReader(bytes.NewReader(append(msg, msg...)))
 	for range 2 {
-		b, err := ReadFrame(r, MaxIndexRequest, nil)
+		b, err := ReadFrame(r, MaxImageRequest, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		req, _, err := ParseIndexRequest(b)
+		req, _, err := ParseImageRequest(b)
 		if err != nil || req.Ref != "docker.io/library/redis:7" {
 			t.Fatalf("%v, %v", req, err)
 		}
 	}
-	if _, err := ReadFrame(r, MaxIndexRequest, nil); !errors.Is(err, io.EOF) || errors.Is(err, blockdev.ErrCorrupt) {
+	if _, err := ReadFrame(r, MaxImageRequest, nil); !errors.Is(err, io.EOF) || errors.Is(err, blockdev.ErrCorrupt) {
 		t.Fatalf("at the end: %v, want io.EOF", err)
 	}
 	for _, c := range []struct {
@@ -147,15 +147,15 @@ func TestUnknownFieldsAreIgnored(t *testing.T) {
 	if err := ParseChunkFrame(marshal(&ChunkFrame{Index: 3, Data: []byte{1}, Length: 1}), &f); err != nil || f.Index != 3 {
 		t.Errorf("chunk frame: %+v, %v", f, err)
 	}
-	if _, _, err := ParseIndexRequest(marshal(&IndexRequest{Ref: "a"})); err != nil {
+	if _, _, err := ParseImageRequest(marshal(&ImageRequest{Ref: "a"})); err != nil {
 		t.Errorf("index request: %v", err)
 	}
-	if m, err := ParseIndexFrame(extra); err != nil || m.Part != nil {
+	if m, err := ParseImageFrame(extra); err != nil || m.Part != nil {
 		t.Errorf("index frame with an unknown part: %v, %v", m, err)
 	}
 }
 
-func TestIndexRequestRoundTrip(t *testing.T) {
+func TestImageRequestRoundTrip(t *testing.T) {
 	for _, want := range []image.Request{
 		{Ref: "docker.io/library/redis:7"},
 		{
@@ -166,7 +166,7 @@ func TestIndexRequestRoundTrip(t *testing.T) {
 			Have:       []blockdev.Digest{blockdev.Sum([]byte("1")), blockdev.Sum([]byte("2"))},
 		},
 	} {
-		m, err := NewIndexRequest(&want)
+		m, err := NewImageRequest(&want)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -174,7 +174,7 @@ func TestIndexRequestRoundTrip(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, _, err := ParseIndexRequest(b)
+		got, _, err := ParseImageRequest(b)
 		if err != nil || !reflect.DeepEqual(*got, want) {
 			t.Fatalf("got %+v, %v; want %+v", got, err, want)
 		}
@@ -191,7 +191,7 @@ func TestRequestsRefused(t *testing.T) {
 		"long credential": {Ref: "a", Credential: image.Credential{Secret: secret}},
 		"too many known":  {Ref: "a", Have: make([]blockdev.Digest, MaxHave+1)},
 	} {
-		_, err := NewIndexRequest(&req)
+		_, err := NewImageRequest(&req)
 		if err == nil {
 			t.Errorf("%s: accepted", name)
 		} else if strings.Contains(err.Error(), "s3cret") {
@@ -228,8 +228,8 @@ func TestRequestsRefused(t *testing.T) {
 	for range MaxLayers {
 		header.Layers = append(header.Layers, &LayerHeader{Digest: d, DiffId: d, Size: 1 << 62, IndexLength: 1 << 62})
 	}
-	if n := proto.Size(&IndexFrame{Part: &IndexFrame_Header{Header: header}}); n > MaxIndexFrame {
-		t.Errorf("largest header: %d bytes > %d", n, MaxIndexFrame)
+	if n := proto.Size(&ImageFrame{Part: &ImageFrame_Header{Header: header}}); n > MaxImageFrame {
+		t.Errorf("largest header: %d bytes > %d", n, MaxImageFrame)
 	}
 }
 

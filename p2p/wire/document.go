@@ -13,34 +13,34 @@ const (
 	// MaxMediaType is the longest DocumentHeader.media_type (RFC 6838, 4.2: type
 	// and subtype have at most 127 characters each).
 	MaxMediaType = 255
-	// MaxManifestRequest and MaxManifestFrame bound the messages of these names.
-	MaxManifestRequest = MaxRef + 2*MaxCredential + slack
-	MaxManifestFrame   = MaxIndexData + slack
+	// MaxDocumentRequest and MaxDocumentFrame bound the messages of these names.
+	MaxDocumentRequest = MaxRef + 2*MaxCredential + slack
+	MaxDocumentFrame   = MaxIndexData + slack
 )
 
-// NewManifestRequest puts req into a message. An error names what is too long.
-func NewManifestRequest(req *image.DocumentRequest) (*ManifestRequest, error) {
-	m := &ManifestRequest{
+// NewDocumentRequest puts req into a message. An error names what is too long.
+func NewDocumentRequest(req *image.DocumentRequest) (*DocumentRequest, error) {
+	m := &DocumentRequest{
 		Ref: req.Ref, Head: req.Head,
 		Credential: &Credential{Username: req.Credential.Username, Secret: req.Credential.Secret},
 	}
 	if req.Kind == image.ConfigDocument {
 		m.Kind = DocumentKind_DOCUMENT_KIND_CONFIG
 	}
-	if err := checkManifestRequest(m); err != nil {
+	if err := checkDocumentRequest(m); err != nil {
 		return nil, err
 	}
 	return m, nil
 }
 
-// ParseManifestRequest reads and checks a ManifestRequest. Errors wrap
+// ParseDocumentRequest reads and checks a DocumentRequest. Errors wrap
 // blockdev.ErrCorrupt; they never hold the credential.
-func ParseManifestRequest(b []byte) (*image.DocumentRequest, error) {
-	m := &ManifestRequest{}
+func ParseDocumentRequest(b []byte) (*image.DocumentRequest, error) {
+	m := &DocumentRequest{}
 	if err := proto.Unmarshal(b, m); err != nil {
 		return nil, corrupt("manifest request", err)
 	}
-	if err := checkManifestRequest(m); err != nil {
+	if err := checkDocumentRequest(m); err != nil {
 		return nil, corrupt("manifest request", err)
 	}
 	c := m.GetCredential()
@@ -54,7 +54,7 @@ func ParseManifestRequest(b []byte) (*image.DocumentRequest, error) {
 	return req, nil
 }
 
-func checkManifestRequest(m *ManifestRequest) error {
+func checkDocumentRequest(m *DocumentRequest) error {
 	c := m.GetCredential()
 	switch {
 	case m.Ref == "":
@@ -69,16 +69,16 @@ func checkManifestRequest(m *ManifestRequest) error {
 	return nil
 }
 
-// ParseManifestFrame reads and checks a ManifestFrame: the header's fields, that
+// ParseDocumentFrame reads and checks a DocumentFrame: the header's fields, that
 // data is 1 to MaxIndexData bytes. A part that this version does not know gives a
 // frame without part, to be skipped. Errors wrap blockdev.ErrCorrupt.
-func ParseManifestFrame(b []byte) (*ManifestFrame, error) {
-	m := &ManifestFrame{}
+func ParseDocumentFrame(b []byte) (*DocumentFrame, error) {
+	m := &DocumentFrame{}
 	if err := proto.Unmarshal(b, m); err != nil {
 		return nil, corrupt("manifest frame", err)
 	}
 	switch p := m.Part.(type) {
-	case *ManifestFrame_Header:
+	case *DocumentFrame_Header:
 		h := p.Header
 		switch {
 		case len(h.GetDigest()) != digestLen:
@@ -88,11 +88,11 @@ func ParseManifestFrame(b []byte) (*ManifestFrame, error) {
 		case h.GetSize() < 0 || h.GetSize() > image.MaxDocument:
 			return nil, corrupt("manifest frame", fmt.Errorf("document of %d bytes, not 0 to %d", h.GetSize(), image.MaxDocument))
 		}
-	case *ManifestFrame_Data:
+	case *DocumentFrame_Data:
 		if n := len(p.Data); n == 0 || n > MaxIndexData {
 			return nil, corrupt("manifest frame", fmt.Errorf("%d bytes of data, not 1 to %d", n, MaxIndexData))
 		}
-	case *ManifestFrame_Working:
+	case *DocumentFrame_Working:
 		if err := checkWorking(p.Working); err != nil {
 			return nil, corrupt("manifest frame", err)
 		}

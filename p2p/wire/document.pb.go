@@ -5,7 +5,7 @@
 // versions:
 // 	protoc-gen-go v1.36.12
 // 	protoc        v3.21.12
-// source: p2p/wire/manifest.proto
+// source: p2p/wire/document.proto
 
 package wire
 
@@ -55,11 +55,11 @@ func (x DocumentKind) String() string {
 }
 
 func (DocumentKind) Descriptor() protoreflect.EnumDescriptor {
-	return file_p2p_wire_manifest_proto_enumTypes[0].Descriptor()
+	return file_p2p_wire_document_proto_enumTypes[0].Descriptor()
 }
 
 func (DocumentKind) Type() protoreflect.EnumType {
-	return &file_p2p_wire_manifest_proto_enumTypes[0]
+	return &file_p2p_wire_document_proto_enumTypes[0]
 }
 
 func (x DocumentKind) Number() protoreflect.EnumNumber {
@@ -68,11 +68,11 @@ func (x DocumentKind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use DocumentKind.Descriptor instead.
 func (DocumentKind) EnumDescriptor() ([]byte, []int) {
-	return file_p2p_wire_manifest_proto_rawDescGZIP(), []int{0}
+	return file_p2p_wire_document_proto_rawDescGZIP(), []int{0}
 }
 
-// ManifestRequest asks for one document.
-type ManifestRequest struct {
+// DocumentRequest asks for one document.
+type DocumentRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"` // host/repository:tag or host/repository@sha256:...
 	Kind          DocumentKind           `protobuf:"varint,2,opt,name=kind,proto3,enum=shoal.wire.v1.DocumentKind" json:"kind,omitempty"`
@@ -82,21 +82,21 @@ type ManifestRequest struct {
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *ManifestRequest) Reset() {
-	*x = ManifestRequest{}
-	mi := &file_p2p_wire_manifest_proto_msgTypes[0]
+func (x *DocumentRequest) Reset() {
+	*x = DocumentRequest{}
+	mi := &file_p2p_wire_document_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *ManifestRequest) String() string {
+func (x *DocumentRequest) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*ManifestRequest) ProtoMessage() {}
+func (*DocumentRequest) ProtoMessage() {}
 
-func (x *ManifestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_manifest_proto_msgTypes[0]
+func (x *DocumentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_wire_document_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -107,70 +107,70 @@ func (x *ManifestRequest) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use ManifestRequest.ProtoReflect.Descriptor instead.
-func (*ManifestRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_manifest_proto_rawDescGZIP(), []int{0}
+// Deprecated: Use DocumentRequest.ProtoReflect.Descriptor instead.
+func (*DocumentRequest) Descriptor() ([]byte, []int) {
+	return file_p2p_wire_document_proto_rawDescGZIP(), []int{0}
 }
 
-func (x *ManifestRequest) GetRef() string {
+func (x *DocumentRequest) GetRef() string {
 	if x != nil {
 		return x.Ref
 	}
 	return ""
 }
 
-func (x *ManifestRequest) GetKind() DocumentKind {
+func (x *DocumentRequest) GetKind() DocumentKind {
 	if x != nil {
 		return x.Kind
 	}
 	return DocumentKind_DOCUMENT_KIND_MANIFEST
 }
 
-func (x *ManifestRequest) GetHead() bool {
+func (x *DocumentRequest) GetHead() bool {
 	if x != nil {
 		return x.Head
 	}
 	return false
 }
 
-func (x *ManifestRequest) GetCredential() *Credential {
+func (x *DocumentRequest) GetCredential() *Credential {
 	if x != nil {
 		return x.Credential
 	}
 	return nil
 }
 
-// ManifestFrame is one part of the answer to a ManifestRequest: any number of
+// DocumentFrame is one part of the answer to a DocumentRequest: any number of
 // working, then header, then data until all bytes are there; or error at any
 // place, as the last.
-type ManifestFrame struct {
+type DocumentFrame struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Part:
 	//
-	//	*ManifestFrame_Working
-	//	*ManifestFrame_Header
-	//	*ManifestFrame_Data
-	//	*ManifestFrame_Error
-	Part          isManifestFrame_Part `protobuf_oneof:"part"`
+	//	*DocumentFrame_Working
+	//	*DocumentFrame_Header
+	//	*DocumentFrame_Data
+	//	*DocumentFrame_Error
+	Part          isDocumentFrame_Part `protobuf_oneof:"part"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *ManifestFrame) Reset() {
-	*x = ManifestFrame{}
-	mi := &file_p2p_wire_manifest_proto_msgTypes[1]
+func (x *DocumentFrame) Reset() {
+	*x = DocumentFrame{}
+	mi := &file_p2p_wire_document_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *ManifestFrame) String() string {
+func (x *DocumentFrame) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*ManifestFrame) ProtoMessage() {}
+func (*DocumentFrame) ProtoMessage() {}
 
-func (x *ManifestFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_manifest_proto_msgTypes[1]
+func (x *DocumentFrame) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_wire_document_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -181,81 +181,81 @@ func (x *ManifestFrame) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use ManifestFrame.ProtoReflect.Descriptor instead.
-func (*ManifestFrame) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_manifest_proto_rawDescGZIP(), []int{1}
+// Deprecated: Use DocumentFrame.ProtoReflect.Descriptor instead.
+func (*DocumentFrame) Descriptor() ([]byte, []int) {
+	return file_p2p_wire_document_proto_rawDescGZIP(), []int{1}
 }
 
-func (x *ManifestFrame) GetPart() isManifestFrame_Part {
+func (x *DocumentFrame) GetPart() isDocumentFrame_Part {
 	if x != nil {
 		return x.Part
 	}
 	return nil
 }
 
-func (x *ManifestFrame) GetWorking() *Working {
+func (x *DocumentFrame) GetWorking() *Working {
 	if x != nil {
-		if x, ok := x.Part.(*ManifestFrame_Working); ok {
+		if x, ok := x.Part.(*DocumentFrame_Working); ok {
 			return x.Working
 		}
 	}
 	return nil
 }
 
-func (x *ManifestFrame) GetHeader() *DocumentHeader {
+func (x *DocumentFrame) GetHeader() *DocumentHeader {
 	if x != nil {
-		if x, ok := x.Part.(*ManifestFrame_Header); ok {
+		if x, ok := x.Part.(*DocumentFrame_Header); ok {
 			return x.Header
 		}
 	}
 	return nil
 }
 
-func (x *ManifestFrame) GetData() []byte {
+func (x *DocumentFrame) GetData() []byte {
 	if x != nil {
-		if x, ok := x.Part.(*ManifestFrame_Data); ok {
+		if x, ok := x.Part.(*DocumentFrame_Data); ok {
 			return x.Data
 		}
 	}
 	return nil
 }
 
-func (x *ManifestFrame) GetError() *Error {
+func (x *DocumentFrame) GetError() *Error {
 	if x != nil {
-		if x, ok := x.Part.(*ManifestFrame_Error); ok {
+		if x, ok := x.Part.(*DocumentFrame_Error); ok {
 			return x.Error
 		}
 	}
 	return nil
 }
 
-type isManifestFrame_Part interface {
-	isManifestFrame_Part()
+type isDocumentFrame_Part interface {
+	isDocumentFrame_Part()
 }
 
-type ManifestFrame_Working struct {
+type DocumentFrame_Working struct {
 	Working *Working `protobuf:"bytes,1,opt,name=working,proto3,oneof"`
 }
 
-type ManifestFrame_Header struct {
+type DocumentFrame_Header struct {
 	Header *DocumentHeader `protobuf:"bytes,2,opt,name=header,proto3,oneof"`
 }
 
-type ManifestFrame_Data struct {
+type DocumentFrame_Data struct {
 	Data []byte `protobuf:"bytes,3,opt,name=data,proto3,oneof"` // the next 1 byte to 1 MiB
 }
 
-type ManifestFrame_Error struct {
+type DocumentFrame_Error struct {
 	Error *Error `protobuf:"bytes,4,opt,name=error,proto3,oneof"`
 }
 
-func (*ManifestFrame_Working) isManifestFrame_Part() {}
+func (*DocumentFrame_Working) isDocumentFrame_Part() {}
 
-func (*ManifestFrame_Header) isManifestFrame_Part() {}
+func (*DocumentFrame_Header) isDocumentFrame_Part() {}
 
-func (*ManifestFrame_Data) isManifestFrame_Part() {}
+func (*DocumentFrame_Data) isDocumentFrame_Part() {}
 
-func (*ManifestFrame_Error) isManifestFrame_Part() {}
+func (*DocumentFrame_Error) isDocumentFrame_Part() {}
 
 type DocumentHeader struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -268,7 +268,7 @@ type DocumentHeader struct {
 
 func (x *DocumentHeader) Reset() {
 	*x = DocumentHeader{}
-	mi := &file_p2p_wire_manifest_proto_msgTypes[2]
+	mi := &file_p2p_wire_document_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -280,7 +280,7 @@ func (x *DocumentHeader) String() string {
 func (*DocumentHeader) ProtoMessage() {}
 
 func (x *DocumentHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_wire_manifest_proto_msgTypes[2]
+	mi := &file_p2p_wire_document_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -293,7 +293,7 @@ func (x *DocumentHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DocumentHeader.ProtoReflect.Descriptor instead.
 func (*DocumentHeader) Descriptor() ([]byte, []int) {
-	return file_p2p_wire_manifest_proto_rawDescGZIP(), []int{2}
+	return file_p2p_wire_document_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *DocumentHeader) GetDigest() []byte {
@@ -317,19 +317,19 @@ func (x *DocumentHeader) GetSize() int64 {
 	return 0
 }
 
-var File_p2p_wire_manifest_proto protoreflect.FileDescriptor
+var File_p2p_wire_document_proto protoreflect.FileDescriptor
 
-const file_p2p_wire_manifest_proto_rawDesc = "" +
+const file_p2p_wire_document_proto_rawDesc = "" +
 	"\n" +
-	"\x17p2p/wire/manifest.proto\x12\rshoal.wire.v1\x1a\x13p2p/wire/wire.proto\"\xa3\x01\n" +
-	"\x0fManifestRequest\x12\x10\n" +
+	"\x17p2p/wire/document.proto\x12\rshoal.wire.v1\x1a\x13p2p/wire/wire.proto\"\xa3\x01\n" +
+	"\x0fDocumentRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12/\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1b.shoal.wire.v1.DocumentKindR\x04kind\x12\x12\n" +
 	"\x04head\x18\x03 \x01(\bR\x04head\x129\n" +
 	"\n" +
 	"credential\x18\x04 \x01(\v2\x19.shoal.wire.v1.CredentialR\n" +
 	"credential\"\xc8\x01\n" +
-	"\rManifestFrame\x122\n" +
+	"\rDocumentFrame\x122\n" +
 	"\aworking\x18\x01 \x01(\v2\x16.shoal.wire.v1.WorkingH\x00R\aworking\x127\n" +
 	"\x06header\x18\x02 \x01(\v2\x1d.shoal.wire.v1.DocumentHeaderH\x00R\x06header\x12\x14\n" +
 	"\x04data\x18\x03 \x01(\fH\x00R\x04data\x12,\n" +
@@ -345,34 +345,34 @@ const file_p2p_wire_manifest_proto_rawDesc = "" +
 	"\x14DOCUMENT_KIND_CONFIG\x10\x01B#Z!github.com/shoalfs/shoal/p2p/wireb\x06proto3"
 
 var (
-	file_p2p_wire_manifest_proto_rawDescOnce sync.Once
-	file_p2p_wire_manifest_proto_rawDescData []byte
+	file_p2p_wire_document_proto_rawDescOnce sync.Once
+	file_p2p_wire_document_proto_rawDescData []byte
 )
 
-func file_p2p_wire_manifest_proto_rawDescGZIP() []byte {
-	file_p2p_wire_manifest_proto_rawDescOnce.Do(func() {
-		file_p2p_wire_manifest_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_p2p_wire_manifest_proto_rawDesc), len(file_p2p_wire_manifest_proto_rawDesc)))
+func file_p2p_wire_document_proto_rawDescGZIP() []byte {
+	file_p2p_wire_document_proto_rawDescOnce.Do(func() {
+		file_p2p_wire_document_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_p2p_wire_document_proto_rawDesc), len(file_p2p_wire_document_proto_rawDesc)))
 	})
-	return file_p2p_wire_manifest_proto_rawDescData
+	return file_p2p_wire_document_proto_rawDescData
 }
 
-var file_p2p_wire_manifest_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_p2p_wire_manifest_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
-var file_p2p_wire_manifest_proto_goTypes = []any{
+var file_p2p_wire_document_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_p2p_wire_document_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
+var file_p2p_wire_document_proto_goTypes = []any{
 	(DocumentKind)(0),       // 0: shoal.wire.v1.DocumentKind
-	(*ManifestRequest)(nil), // 1: shoal.wire.v1.ManifestRequest
-	(*ManifestFrame)(nil),   // 2: shoal.wire.v1.ManifestFrame
+	(*DocumentRequest)(nil), // 1: shoal.wire.v1.DocumentRequest
+	(*DocumentFrame)(nil),   // 2: shoal.wire.v1.DocumentFrame
 	(*DocumentHeader)(nil),  // 3: shoal.wire.v1.DocumentHeader
 	(*Credential)(nil),      // 4: shoal.wire.v1.Credential
 	(*Working)(nil),         // 5: shoal.wire.v1.Working
 	(*Error)(nil),           // 6: shoal.wire.v1.Error
 }
-var file_p2p_wire_manifest_proto_depIdxs = []int32{
-	0, // 0: shoal.wire.v1.ManifestRequest.kind:type_name -> shoal.wire.v1.DocumentKind
-	4, // 1: shoal.wire.v1.ManifestRequest.credential:type_name -> shoal.wire.v1.Credential
-	5, // 2: shoal.wire.v1.ManifestFrame.working:type_name -> shoal.wire.v1.Working
-	3, // 3: shoal.wire.v1.ManifestFrame.header:type_name -> shoal.wire.v1.DocumentHeader
-	6, // 4: shoal.wire.v1.ManifestFrame.error:type_name -> shoal.wire.v1.Error
+var file_p2p_wire_document_proto_depIdxs = []int32{
+	0, // 0: shoal.wire.v1.DocumentRequest.kind:type_name -> shoal.wire.v1.DocumentKind
+	4, // 1: shoal.wire.v1.DocumentRequest.credential:type_name -> shoal.wire.v1.Credential
+	5, // 2: shoal.wire.v1.DocumentFrame.working:type_name -> shoal.wire.v1.Working
+	3, // 3: shoal.wire.v1.DocumentFrame.header:type_name -> shoal.wire.v1.DocumentHeader
+	6, // 4: shoal.wire.v1.DocumentFrame.error:type_name -> shoal.wire.v1.Error
 	5, // [5:5] is the sub-list for method output_type
 	5, // [5:5] is the sub-list for method input_type
 	5, // [5:5] is the sub-list for extension type_name
@@ -380,34 +380,34 @@ var file_p2p_wire_manifest_proto_depIdxs = []int32{
 	0, // [0:5] is the sub-list for field type_name
 }
 
-func init() { file_p2p_wire_manifest_proto_init() }
-func file_p2p_wire_manifest_proto_init() {
-	if File_p2p_wire_manifest_proto != nil {
+func init() { file_p2p_wire_document_proto_init() }
+func file_p2p_wire_document_proto_init() {
+	if File_p2p_wire_document_proto != nil {
 		return
 	}
 	file_p2p_wire_wire_proto_init()
-	file_p2p_wire_manifest_proto_msgTypes[1].OneofWrappers = []any{
-		(*ManifestFrame_Working)(nil),
-		(*ManifestFrame_Header)(nil),
-		(*ManifestFrame_Data)(nil),
-		(*ManifestFrame_Error)(nil),
+	file_p2p_wire_document_proto_msgTypes[1].OneofWrappers = []any{
+		(*DocumentFrame_Working)(nil),
+		(*DocumentFrame_Header)(nil),
+		(*DocumentFrame_Data)(nil),
+		(*DocumentFrame_Error)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
-			RawDescriptor: unsafe.Slice(unsafe.StringData(file_p2p_wire_manifest_proto_rawDesc), len(file_p2p_wire_manifest_proto_rawDesc)),
+			RawDescriptor: unsafe.Slice(unsafe.StringData(file_p2p_wire_document_proto_rawDesc), len(file_p2p_wire_document_proto_rawDesc)),
 			NumEnums:      1,
 			NumMessages:   3,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
-		GoTypes:           file_p2p_wire_manifest_proto_goTypes,
-		DependencyIndexes: file_p2p_wire_manifest_proto_depIdxs,
-		EnumInfos:         file_p2p_wire_manifest_proto_enumTypes,
-		MessageInfos:      file_p2p_wire_manifest_proto_msgTypes,
+		GoTypes:           file_p2p_wire_document_proto_goTypes,
+		DependencyIndexes: file_p2p_wire_document_proto_depIdxs,
+		EnumInfos:         file_p2p_wire_document_proto_enumTypes,
+		MessageInfos:      file_p2p_wire_document_proto_msgTypes,
 	}.Build()
-	File_p2p_wire_manifest_proto = out.File
-	file_p2p_wire_manifest_proto_goTypes = nil
-	file_p2p_wire_manifest_proto_depIdxs = nil
+	File_p2p_wire_document_proto = out.File
+	file_p2p_wire_document_proto_goTypes = nil
+	file_p2p_wire_document_proto_depIdxs = nil
 }
