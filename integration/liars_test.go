@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	libp2p "github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -59,7 +59,7 @@ func (l *liar) Chunk(ctx context.Context, d blockdev.Digest) (exchange.Encoded, 
 }
 
 // member makes a host of this process that has joined the supernode, and a client.
-func member(t *testing.T, s *site) (*members.Node, libp2p.Host, *exchange.Client) {
+func member(t *testing.T, s *site) (*members.Node, libp2phost.Host, *exchange.Client) {
 	super := must(host.ParseAddr(s.supernode.Address))(t)
 	token := func() (string, error) {
 		list, err := members.ReadTokens(s.TokenFile())

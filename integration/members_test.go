@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
-	libp2p "github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
@@ -32,7 +32,7 @@ import (
 // client is a node that keeps to no rules: a host without guard, and messages
 // written by hand.
 type client struct {
-	libp2p.Host
+	libp2phost.Host
 	id peer.ID
 }
 

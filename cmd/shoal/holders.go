@@ -4,7 +4,7 @@ import (
 	"context"
 	"log/slog"
 
-	libp2p "github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 
@@ -17,7 +17,7 @@ import (
 
 // holders finds nodes that have an image, for a supernode that has lost it.
 type holders struct {
-	host libp2p.Host
+	host libp2phost.Host
 	list *roster.List
 	log  *slog.Logger
 }

@@ -10,7 +10,7 @@ import (
 	"path/filepath"
 	"sync"
 
-	libp2p "github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -26,7 +26,7 @@ import (
 
 // membership is a node's host, and what it knows of its supernodes and groups.
 type membership struct {
-	host       libp2p.Host
+	host       libp2phost.Host
 	node       *members.Node
 	supernodes []peer.AddrInfo // at its start
 

@@ -4,7 +4,7 @@ import (
 	"log/slog"
 	"time"
 
-	libp2p "github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
@@ -49,7 +49,7 @@ type siblings struct {
 	all  clients
 }
 
-func newSiblings(h libp2p.Host, log *slog.Logger) *siblings {
+func newSiblings(h libp2phost.Host, log *slog.Logger) *siblings {
 	return &siblings{open: func(info peer.AddrInfo) (*exchange.Client, error) {
 		return exchange.NewClient(h, info, exchange.Options{FirstSign: siblingSign, Log: log})
 	}}

@@ -7,7 +7,7 @@ import (
 	"log/slog"
 	"time"
 
-	"github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/multiformats/go-multistream"
@@ -133,7 +133,7 @@ var (
 
 // NewClient returns a Client of the server at info (host.ParseAddr reads one
 // from a config) and begins to connect. Close it before h.
-func NewClient(h host.Host, info peer.AddrInfo, opts Options) (*Client, error) {
+func NewClient(h libp2phost.Host, info peer.AddrInfo, opts Options) (*Client, error) {
 	opts.setDefaults()
 	if info.ID == "" || len(info.Addrs) == 0 {
 		return nil, fmt.Errorf("%s: no peer ID or no address", opts.Name)

@@ -14,7 +14,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/libp2p/go-libp2p/core/crypto"
-	lphost "github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
@@ -28,7 +28,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func newHost(t testing.TB, key crypto.PrivKey, listen ...string) lphost.Host {
+func newHost(t testing.TB, key crypto.PrivKey, listen ...string) libp2phost.Host {
 	t.Helper()
 	if key == nil {
 		var err error
@@ -46,7 +46,7 @@ func newHost(t testing.TB, key crypto.PrivKey, listen ...string) lphost.Host {
 
 const loopback = "127.0.0.1:0"
 
-func newServer(t testing.TB, h lphost.Host, c ServerConfig) *Server {
+func newServer(t testing.TB, h libp2phost.Host, c ServerConfig) *Server {
 	t.Helper()
 	s, err := NewServer(h, c)
 	if err != nil {
@@ -56,7 +56,7 @@ func newServer(t testing.TB, h lphost.Host, c ServerConfig) *Server {
 	return s
 }
 
-func newClient(t testing.TB, server lphost.Host, o Options) *Client {
+func newClient(t testing.TB, server libp2phost.Host, o Options) *Client {
 	t.Helper()
 	c, err := NewClient(newHost(t, nil), peer.AddrInfo{ID: server.ID(), Addrs: server.Addrs()}, o)
 	if err != nil {

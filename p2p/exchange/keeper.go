@@ -8,10 +8,10 @@ import (
 	"sync"
 	"time"
 
-	"github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
-	"github.com/libp2p/go-libp2p/p2p/net/swarm"
+	libp2pswarm "github.com/libp2p/go-libp2p/p2p/net/swarm"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -29,7 +29,7 @@ const (
 // keeper keeps a connection to one peer. One goroutine dials; everybody else
 // asks it for the state.
 type keeper struct {
-	host   host.Host
+	host   libp2phost.Host
 	info   peer.AddrInfo
 	opts   *Options
 	expire func(before time.Time) // called now and then
@@ -47,7 +47,7 @@ type keeper struct {
 	dialing chan struct{} // closed at the end of the attempt; nil if there is none
 }
 
-func newKeeper(h host.Host, info peer.AddrInfo, opts Options, expire func(time.Time)) *keeper {
+func newKeeper(h libp2phost.Host, info peer.AddrInfo, opts Options, expire func(time.Time)) *keeper {
 	k := &keeper{
 		host: h, info: info, opts: &opts, expire: expire,
 		look: make(chan struct{}, 1), wanted: make(chan struct{}, 1), done: make(chan struct{}), dialing: make(chan struct{}),
@@ -157,7 +157,9 @@ func (k *keeper) dial() error {
 	defer cancel()
 	// libp2p keeps off a peer for 5 s and more after a failed dial. This
 	// keeper has its own back-off.
-	if s, ok := k.host.Network().(interface{ Backoff() *swarm.DialBackoff }); ok {
+	if s, ok := k.host.Network().(interface {
+		Backoff() *libp2pswarm.DialBackoff
+	}); ok {
 		s.Backoff().Clear(k.info.ID)
 	}
 	err := k.host.Connect(ctx, k.info)

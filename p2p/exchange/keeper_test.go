@@ -9,7 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	lphost "github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
@@ -20,7 +20,7 @@ import (
 // slowLook is a host on which the first to see that there is no connection is held up
 // before he goes on, as the scheduler may do at any time.
 type slowLook struct {
-	lphost.Host
+	libp2phost.Host
 	hold atomic.Bool
 	held chan struct{} // closed: somebody is held up
 	free chan struct{} // closed: he goes on

@@ -7,7 +7,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
@@ -29,7 +29,7 @@ const readBuffer = 2 << 10
 
 // lane is a client's streams of one kind.
 type lane struct {
-	host  host.Host
+	host  libp2phost.Host
 	peer  peer.ID
 	proto protocol.ID
 	slots chan struct{} // one for each request under way
@@ -50,7 +50,7 @@ type stream struct {
 	send  deadline  // for what it takes
 }
 
-func newLane(h host.Host, p peer.ID, proto protocol.ID, limit int) *lane {
+func newLane(h libp2phost.Host, p peer.ID, proto protocol.ID, limit int) *lane {
 	return &lane{host: h, peer: p, proto: proto, slots: make(chan struct{}, limit), busy: make(map[*stream]struct{})}
 }
 

@@ -9,7 +9,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/semaphore"
@@ -114,7 +114,7 @@ type ServerConfig struct {
 
 // Server answers requests for chunks, indexes and manifests on a host.
 type Server struct {
-	host   host.Host
+	host   libp2phost.Host
 	cfg    ServerConfig
 	log    *slog.Logger
 	ctx    context.Context // ends with Close
@@ -137,7 +137,7 @@ type Server struct {
 }
 
 // NewServer starts to serve on h. Close it before h.
-func NewServer(h host.Host, cfg ServerConfig) (*Server, error) {
+func NewServer(h libp2phost.Host, cfg ServerConfig) (*Server, error) {
 	defaults.Log(&cfg.Log)
 	cfg.Limits.setDefaults()
 	admit := newAdmission(&cfg.Limits)

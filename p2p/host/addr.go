@@ -8,7 +8,7 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 )
@@ -60,7 +60,7 @@ func FormatAddr(id peer.ID, addr ma.Multiaddr) (string, error) {
 
 // Addrs returns the lines that an operator pastes into a node's config, one for
 // each address that h can be reached at; what other machines can reach first.
-func Addrs(h host.Host) []string {
+func Addrs(h libp2phost.Host) []string {
 	var remote, local []string
 	for _, a := range h.Addrs() {
 		line, err := FormatAddr(h.ID(), a)

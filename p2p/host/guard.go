@@ -5,7 +5,7 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/control"
-	"github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
@@ -30,7 +30,7 @@ const guardWait = 3 * time.Second
 // guarded is a host all of whose stream handlers ask the guard first. What
 // libp2p itself answers (identify) it does not see.
 type guarded struct {
-	host.Host
+	libp2phost.Host
 	guard Guard
 }
 

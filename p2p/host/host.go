@@ -11,10 +11,10 @@ import (
 
 	"github.com/libp2p/go-libp2p"
 	"github.com/libp2p/go-libp2p/core/crypto"
-	"github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
-	"github.com/libp2p/go-libp2p/p2p/net/swarm"
+	libp2pswarm "github.com/libp2p/go-libp2p/p2p/net/swarm"
 	tls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
 	ma "github.com/multiformats/go-multiaddr"
@@ -53,7 +53,7 @@ type Config struct {
 }
 
 // New makes a host and listens. Close it after use.
-func New(c Config) (host.Host, error) {
+func New(c Config) (libp2phost.Host, error) {
 	if c.Key == nil {
 		return nil, errors.New("p2p host: no identity")
 	}
@@ -77,7 +77,7 @@ func New(c Config) (host.Host, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("p2p host: connection manager: %w", err), rm.Close())
 	}
-	var made atomic.Pointer[host.Host] // once there is one
+	var made atomic.Pointer[libp2phost.Host] // once there is one
 	var reach reach
 	opts := []libp2p.Option{
 		libp2p.Identity(c.Key),
@@ -95,7 +95,7 @@ func New(c Config) (host.Host, error) {
 		libp2p.WithDialTimeout(dialTimeout),
 		// All addresses of a peer are dialed at once, of both families: there are few,
 		// and one whose packets are dropped must not hold up the others.
-		libp2p.SwarmOpts(swarm.WithDialRanker(swarm.NoDelayDialRanker)),
+		libp2p.SwarmOpts(libp2pswarm.WithDialRanker(libp2pswarm.NoDelayDialRanker)),
 		libp2p.AddrsFactory(func(addrs []ma.Multiaddr) []ma.Multiaddr {
 			if h := made.Load(); h != nil {
 				return reach.others(*h, addrs)
@@ -129,7 +129,7 @@ func New(c Config) (host.Host, error) {
 
 // Listen has a host listen on a further address, in the form of Config.Listen. It may be
 // called again after an error: what could be listened on then still is.
-func Listen(h host.Host, addr string) error {
+func Listen(h libp2phost.Host, addr string) error {
 	must, may, err := listenAddrs(addr)
 	if err != nil {
 		return fmt.Errorf("p2p host: %w", err)

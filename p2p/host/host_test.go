@@ -13,7 +13,7 @@ import (
 	"testing"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
-	lphost "github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
@@ -23,7 +23,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func newHost(t *testing.T, c Config) lphost.Host {
+func newHost(t *testing.T, c Config) libp2phost.Host {
 	t.Helper()
 	if c.Key == nil {
 		key, _, err := crypto.GenerateEd25519Key(rand.Reader)

@@ -9,7 +9,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 )
@@ -26,7 +26,7 @@ const reachTime = 5 * time.Second
 
 // others removes addresses from those that listening on all addresses stands for: such
 // as mean nothing to other machines. What h, if it is there yet, listens on by name stays.
-func (r *reach) others(h host.Host, addrs []ma.Multiaddr) []ma.Multiaddr {
+func (r *reach) others(h libp2phost.Host, addrs []ma.Multiaddr) []ma.Multiaddr {
 	r.mu.Lock()
 	if r.inner == nil || time.Since(r.at) >= reachTime {
 		_, r.inner = interfaces()
@@ -205,7 +205,7 @@ func addrPort(a ma.Multiaddr) (netip.AddrPort, bool) {
 // and then others of the same interface, which may be of the other family. An address
 // of another interface is another network's, which they may not be in. A host that
 // listens on certain addresses alone is told of as it listens.
-func Toward(h host.Host, local ma.Multiaddr) []netip.AddrPort {
+func Toward(h libp2phost.Host, local ma.Multiaddr) []netip.AddrPort {
 	var out []netip.AddrPort
 	add := func(ap netip.AddrPort) {
 		if ap.Port() != 0 && !slices.Contains(out, ap) {

@@ -11,7 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -70,7 +70,7 @@ type Node struct {
 	ctx      context.Context // ends with Close
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
-	host     host.Host // set by Start
+	host     libp2phost.Host // set by Start
 	complete atomic.Pointer[func(blockdev.Digest) bool]
 	quiet    quiet.Quiet
 	answered atomic.Bool // a supernode has let this node in
@@ -126,7 +126,7 @@ func New(c Config) (*Node, error) {
 }
 
 // Start joins the supernodes on h, which n guards. Call it once.
-func (n *Node) Start(h host.Host) error {
+func (n *Node) Start(h libp2phost.Host) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.super[h.ID()] != nil {
@@ -140,7 +140,7 @@ func (n *Node) Start(h host.Host) error {
 	return nil
 }
 
-func ownIdentity(h host.Host) error {
+func ownIdentity(h libp2phost.Host) error {
 	return fmt.Errorf("supernode %s: that is this machine's own identity", h.ID())
 }
 

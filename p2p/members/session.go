@@ -14,7 +14,7 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
-	"github.com/libp2p/go-libp2p/p2p/net/swarm"
+	libp2pswarm "github.com/libp2p/go-libp2p/p2p/net/swarm"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/p2p/host"
@@ -212,7 +212,9 @@ func (s *session) join() (_ network.Stream, _ *bufio.Reader, lease time.Duration
 	h := s.n.host
 	// libp2p keeps off a peer for 5 s and more after a failed dial; there is a
 	// back-off here.
-	if nw, ok := h.Network().(interface{ Backoff() *swarm.DialBackoff }); ok {
+	if nw, ok := h.Network().(interface {
+		Backoff() *libp2pswarm.DialBackoff
+	}); ok {
 		nw.Backoff().Clear(s.info.ID)
 	}
 	if err := h.Connect(ctx, s.info); err != nil && h.Network().Connectedness(s.info.ID) != network.Connected {

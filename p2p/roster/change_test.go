@@ -7,7 +7,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 
-	phost "github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/host"
 )
 
 // TestSupernodesChange: while nodes run, a second supernode is added, and the first one
@@ -121,7 +121,7 @@ func TestTrust(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	good, err := phost.ID(newKey(t))
+	good, err := host.ID(newKey(t))
 	if err != nil {
 		t.Fatal(err)
 	}

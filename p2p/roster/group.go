@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
-	phost "github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/roster/cells"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
@@ -151,7 +151,7 @@ func (l *List) leaveLocked(m *member, id blockdev.Digest) {
 func (l *List) common(m *member, key wire.Key) (joined []byte) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	other := l.members[phost.FromKey(key)]
+	other := l.members[host.FromKey(key)]
 	if other == nil {
 		return nil
 	}

@@ -11,13 +11,13 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
-	"github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
-	phost "github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
 )
 
@@ -41,7 +41,7 @@ func newKey(t testing.TB) crypto.PrivKey {
 // super is a supernode as far as membership goes.
 type super struct {
 	*List
-	host      host.Host
+	host      libp2phost.Host
 	tokenFile string
 	reg       *prometheus.Registry
 }
@@ -75,7 +75,7 @@ func newSuper(t testing.TB, change func(*Config)) *super {
 	if s.List, err = New(c); err != nil {
 		t.Fatal(err)
 	}
-	if s.host, err = phost.New(phost.Config{Key: c.Key, Listen: []string{"127.0.0.1:0"}, Guard: s.List}); err != nil {
+	if s.host, err = host.New(host.Config{Key: c.Key, Listen: []string{"127.0.0.1:0"}, Guard: s.List}); err != nil {
 		t.Fatal(err)
 	}
 	s.Start(s.host)
@@ -109,7 +109,7 @@ func testLog(t testing.TB, name string) *slog.Logger {
 // aNode is a node as far as membership goes.
 type aNode struct {
 	*members.Node
-	host host.Host
+	host libp2phost.Host
 	key  crypto.PrivKey
 }
 
@@ -132,7 +132,7 @@ func nodeWith(t testing.TB, key crypto.PrivKey, change func(*members.Config), su
 	if n.Node, err = members.New(c); err != nil {
 		t.Fatal(err)
 	}
-	if n.host, err = phost.New(phost.Config{Key: key, Listen: []string{"127.0.0.1:0"}, Guard: n.Node}); err != nil {
+	if n.host, err = host.New(host.Config{Key: key, Listen: []string{"127.0.0.1:0"}, Guard: n.Node}); err != nil {
 		t.Fatal(err)
 	}
 	if err := n.Start(n.host); err != nil {
@@ -184,7 +184,7 @@ func (n *aNode) knows(t testing.TB, manifest blockdev.Digest, want ...*aNode) {
 // echo serves a protocol that says one byte to whoever may open it.
 const echo = "/test/echo/1"
 
-func serveEcho(h host.Host) {
+func serveEcho(h libp2phost.Host) {
 	h.SetStreamHandler(echo, func(st network.Stream) {
 		_, _ = st.Write([]byte{1})
 		_ = st.Close()
@@ -192,7 +192,7 @@ func serveEcho(h host.Host) {
 }
 
 // canSpeak says whether from gets an answer of to's echo.
-func canSpeak(from host.Host, to host.Host) bool {
+func canSpeak(from libp2phost.Host, to libp2phost.Host) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	if err := from.Connect(ctx, peer.AddrInfo{ID: to.ID(), Addrs: to.Addrs()}); err != nil {

@@ -11,14 +11,14 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
-	"github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/internal/quiet"
-	phost "github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
 	"github.com/shoalfs/shoal/p2p/roster/cells"
 	"github.com/shoalfs/shoal/p2p/wire"
@@ -57,7 +57,7 @@ type List struct {
 	siblings atomic.Pointer[map[peer.ID]bool] // replaced, and never changed
 	metrics  *metrics
 	quiet    quiet.Quiet
-	host     host.Host
+	host     libp2phost.Host
 	ctx      context.Context // ends with Close
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
@@ -139,7 +139,7 @@ func New(c Config) (*List, error) {
 func (l *List) TokenFile() string { return l.tokens.path }
 
 // Start serves the membership protocol on h, which l guards. Call it once.
-func (l *List) Start(h host.Host) {
+func (l *List) Start(h libp2phost.Host) {
 	l.host = h
 	h.SetStreamHandler(members.Protocol, l.serve)
 	l.wg.Go(l.push)
@@ -173,7 +173,7 @@ func (l *List) Grant(id string, manifest blockdev.Digest, origin string) ([]byte
 	if err != nil {
 		return nil, fmt.Errorf("grant for %q: %w", id, err)
 	}
-	key, ok := phost.Key(p)
+	key, ok := host.Key(p)
 	if !ok {
 		return nil, fmt.Errorf("grant for %s, whose key is not Ed25519", p)
 	}

@@ -14,7 +14,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
-	phost "github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
 	"github.com/shoalfs/shoal/p2p/route"
 )
@@ -108,7 +108,7 @@ func TestStranger(t *testing.T) {
 	if !canSpeak(n.host, s.host) {
 		t.Error("a member gets no answer from the supernode")
 	}
-	h, err := phost.New(phost.Config{Key: newKey(t)})
+	h, err := host.New(host.Config{Key: newKey(t)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -147,7 +147,7 @@ func TestNodeGuard(t *testing.T) {
 	if err := h.Close(); err != nil {
 		t.Fatal(err)
 	}
-	raw, err := phost.New(phost.Config{Key: c.key})
+	raw, err := host.New(host.Config{Key: c.key})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -387,7 +387,7 @@ func TestSupernodeRestart(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h, err := phost.New(phost.Config{Key: key, Listen: []string{"127.0.0.1:" + port}, Guard: l})
+	h, err := host.New(host.Config{Key: key, Listen: []string{"127.0.0.1:" + port}, Guard: l})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -409,7 +409,7 @@ func TestFailover(t *testing.T) {
 	keys := []crypto.PrivKey{newKey(t), newKey(t)}
 	var supers []*super
 	for i := range keys {
-		other, err := phost.ID(keys[1-i])
+		other, err := host.ID(keys[1-i])
 		if err != nil {
 			t.Fatal(err)
 		}

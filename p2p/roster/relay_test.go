@@ -7,7 +7,7 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/peer"
 
-	phost "github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
 )
 
@@ -15,7 +15,7 @@ import (
 func (s *super) named(ctx context.Context, n *aNode) []peer.ID {
 	var ids []peer.ID
 	for _, r := range s.Relays(ctx, n.id().String(), theImage) {
-		ids = append(ids, phost.FromKey(r.Key))
+		ids = append(ids, host.FromKey(r.Key))
 	}
 	return ids
 }

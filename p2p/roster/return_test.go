@@ -10,7 +10,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 
 	"github.com/shoalfs/shoal/blockdev"
-	phost "github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
@@ -76,7 +76,7 @@ func TestRestartIsNoHerd(t *testing.T) {
 	if again.List, err = New(Config{Dir: t.TempDir(), TokenFile: s.tokenFile, Key: key, Lease: 30 * time.Second, Registerer: s.reg}); err != nil {
 		t.Fatal(err)
 	}
-	if again.host, err = phost.New(phost.Config{Key: key, Listen: []string{"127.0.0.1:" + port}, Guard: again.List}); err != nil {
+	if again.host, err = host.New(host.Config{Key: key, Listen: []string{"127.0.0.1:" + port}, Guard: again.List}); err != nil {
 		t.Fatal(err)
 	}
 	again.Start(again.host)
@@ -134,7 +134,7 @@ func TestReturnOfEarlierVersion(t *testing.T) {
 	other := newNode(t, nil, s)
 	ready(t, other, s)
 	other.has(t, s, theImage)
-	h, err := phost.New(phost.Config{Key: newKey(t), Listen: []string{"127.0.0.1:0"}})
+	h, err := host.New(host.Config{Key: newKey(t), Listen: []string{"127.0.0.1:0"}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,7 +15,7 @@ import (
 	manet "github.com/multiformats/go-multiaddr/net"
 
 	"github.com/shoalfs/shoal/blockdev"
-	phost "github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/roster/cells"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
@@ -213,7 +213,7 @@ func (l *List) hello(st network.Stream, r *bufio.Reader) (*member, error) {
 // judge says whether a peer is let in, and fills in m.
 func (l *List) judge(m *member, h *wire.Hello) error {
 	var ok bool
-	if m.key, ok = phost.Key(m.id); !ok {
+	if m.key, ok = host.Key(m.id); !ok {
 		return fmt.Errorf("an identity is an Ed25519 key: %w", blockdev.ErrUnsupported)
 	}
 	if l.revoked.has(m.id) {

@@ -9,7 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	lphost "github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	manet "github.com/multiformats/go-multiaddr/net"
@@ -21,7 +21,7 @@ import (
 )
 
 // relayAt is how the supernode names a host.
-func relayAt(t *testing.T, h lphost.Host) image.Relay {
+func relayAt(t *testing.T, h libp2phost.Host) image.Relay {
 	t.Helper()
 	key, ok := host.Key(h.ID())
 	if !ok {

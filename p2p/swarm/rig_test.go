@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
-	lphost "github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/prometheus/client_golang/prometheus"
@@ -138,7 +138,7 @@ func (w *world) Allowed(_ context.Context, group blockdev.Digest, id peer.ID) er
 }
 
 // join adds a peer to the view.
-func (w *world) join(h lphost.Host, zone string) {
+func (w *world) join(h libp2phost.Host, zone string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	v := *w.view
@@ -155,7 +155,7 @@ func (w *world) join(h lphost.Host, zone string) {
 
 // node is a node as cmd/shoal puts it together.
 type node struct {
-	host   lphost.Host
+	host   libp2phost.Host
 	swarm  *Swarm
 	cache  *cache.Cache
 	diff   *cache.Diff
@@ -181,7 +181,7 @@ func (l *logBuffer) count(s string) int {
 	return bytes.Count(l.b.Bytes(), []byte(s))
 }
 
-func newHost(t testing.TB) lphost.Host {
+func newHost(t testing.TB) libp2phost.Host {
 	t.Helper()
 	key, _, err := crypto.GenerateEd25519Key(rand.Reader)
 	if err != nil {
@@ -289,7 +289,7 @@ func (n *node) metric(t testing.TB, name, label string) (v float64) {
 }
 
 // impostor is a member whose chunk protocol is serve.
-func (w *world) impostor(serve func(network.Stream)) lphost.Host {
+func (w *world) impostor(serve func(network.Stream)) libp2phost.Host {
 	h := newHost(w.t)
 	if serve != nil {
 		h.SetStreamHandler(exchange.ChunkProtocol, func(st network.Stream) {

@@ -7,7 +7,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -45,7 +45,7 @@ type Supernode interface {
 // Config of a Swarm. Host, Groups and Supernode are required; what else is zero
 // gets its default.
 type Config struct {
-	Host      host.Host
+	Host      libp2phost.Host
 	Groups    Groups
 	Supernode Supernode
 	// Enter makes this node a member of an image's group, and has it know nodes there

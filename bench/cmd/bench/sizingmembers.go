@@ -13,14 +13,14 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
-	"github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/integration/lab"
-	phost "github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
 	"github.com/shoalfs/shoal/p2p/roster"
 	"github.com/shoalfs/shoal/p2p/wire"
@@ -91,7 +91,7 @@ func (z *sizing) addNodes(ctx context.Context, row string, s *lab.Supernode) (by
 // granter returns what makes grants as the supernode in a directory makes them, with its
 // identity: so nodes join groups of images that need not exist.
 func (z *sizing) granter(supernode string) (*roster.List, error) {
-	key, err := phost.LoadIdentity(z.Path(supernode, "identity"))
+	key, err := host.LoadIdentity(z.Path(supernode, "identity"))
 	if err != nil {
 		return nil, err
 	}
@@ -107,7 +107,7 @@ type crowd []*crowdNode
 
 // connect has the nodes connect and join, some at a time.
 func (z *sizing) connect(ctx context.Context, s *lab.Supernode) (crowd, error) {
-	info, err := phost.ParseAddr(s.Address)
+	info, err := host.ParseAddr(s.Address)
 	if err != nil {
 		return nil, err
 	}
@@ -184,7 +184,7 @@ func (c crowd) close() error {
 
 // crowdNode is a node as a supernode sees it.
 type crowdNode struct {
-	host    host.Host
+	host    libp2phost.Host
 	stream  network.Stream
 	welcome chan struct{} // an answer to a renewal
 	done    chan struct{} // closed by close
@@ -200,7 +200,7 @@ func connectNode(ctx context.Context, info peer.AddrInfo, token string, i int) (
 	if err != nil {
 		return nil, err
 	}
-	h, err := phost.New(phost.Config{Key: key, MaxPeers: 4})
+	h, err := host.New(host.Config{Key: key, MaxPeers: 4})
 	if err != nil {
 		return nil, err
 	}

@@ -17,7 +17,7 @@ import (
 	"github.com/shoalfs/shoal/integration/lab"
 	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/exchange"
-	phost "github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
@@ -162,7 +162,7 @@ func (z *sizing) measureImages(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	info, err := phost.ParseAddr(s.Address)
+	info, err := host.ParseAddr(s.Address)
 	if err != nil {
 		return err
 	}
