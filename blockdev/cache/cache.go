@@ -78,7 +78,7 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 			cfg: cfg, boot: presence.HashBoot(cfg.bootID),
 			demand: turns.New(cfg.DemandBytes, 0), held: turns.New(heldBytes, 0),
 			decoding: semaphore.NewWeighted(cfg.IndexBytes),
-			pace:     prefetch.New(cfg.Quiet, cfg.GiveWay, cfg.Window, cfg.PrefetchRate),
+			pace:     prefetch.New(cfg.Quiet, cfg.GiveWay, cfg.Inflight, cfg.PrefetchRate),
 			kicked:   make(chan struct{}, 1),
 		},
 		lock:   lock,

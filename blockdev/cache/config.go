@@ -45,11 +45,11 @@ type Config struct {
 	MaxReadAhead int64
 	// RequestBytes is about how much one request to Source asks for (a chunk more
 	// or less, and read-ahead comes on top), prefetch apart: its requests are a part
-	// of Window. Default 1 MiB.
+	// of Inflight. Default 1 MiB.
 	RequestBytes int64
-	// Window, if not nil, says how many bytes prefetch may have asked for and not got
+	// Inflight, if not nil, says how many bytes prefetch may have asked for and not got
 	// yet, in the whole Cache. Default: 4 MiB.
-	Window func() int64
+	Inflight func() int64
 	// PrefetchRate bounds what prefetch gets from Source, in bytes a second over the
 	// whole Cache, but for diffs that a caller waits for (Hurry). 0: no bound.
 	PrefetchRate int64
@@ -103,8 +103,8 @@ func (c *Config) setDefaults() error {
 	def(&c.ReadAhead, 256<<10)
 	def(&c.RequestBytes, 1<<20)
 	def(&c.PrefetchIdle, time.Minute)
-	if c.Window == nil {
-		c.Window = func() int64 { return 4 << 20 }
+	if c.Inflight == nil {
+		c.Inflight = func() int64 { return 4 << 20 }
 	}
 	def(&c.DemandBytes, 64<<20)
 	def(&c.IndexBytes, 128<<20)

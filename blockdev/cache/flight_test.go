@@ -309,7 +309,7 @@ func TestPrefetchIsNotStarved(t *testing.T) {
 // chunk leaves room for the next ones.
 func TestPrefetchWindowIsBounded(t *testing.T) {
 	const size = 3 << 20
-	r := newRig(t, 12<<20, func(c *Config) { c.Window = func() int64 { return size } })
+	r := newRig(t, 12<<20, func(c *Config) { c.Inflight = func() int64 { return size } })
 	var now, most, requests atomic.Int64
 	stuck, done := make(chan struct{}), make(chan struct{})
 	r.source(func(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {

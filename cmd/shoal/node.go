@@ -126,7 +126,7 @@ func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, err
 		Cache: cache.Config{
 			Timeout:      time.Duration(c.ReadTimeout),
 			PrefetchRate: int64(c.PrefetchRate),
-			Quota:        int64(c.CacheQuota), MakeRoom: late.evict, Window: late.window,
+			Quota:        int64(c.CacheQuota), MakeRoom: late.evict, Inflight: late.inflight,
 		},
 	})
 	if err != nil {

@@ -30,13 +30,13 @@ const keepFrames = 16 << 20
 
 // intake is what all that a node gets from others goes through.
 type intake struct {
-	window   *exchange.Window
+	window   *exchange.LinkWindow
 	download *pace.Pacer
 	frames   *exchange.Frames // nil: this node passes nothing on
 }
 
 func newIntake(c *config.Node) intake {
-	in := intake{window: exchange.NewWindow(), download: pace.New(int64(c.MaxDownload))}
+	in := intake{window: exchange.NewLinkWindow(), download: pace.New(int64(c.MaxDownload))}
 	if len(c.Listen) > 0 {
 		in.frames = exchange.NewFrames(keepFrames)
 	}

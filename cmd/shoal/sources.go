@@ -47,16 +47,16 @@ type parts struct {
 	swarm atomic.Pointer[swarm.Swarm]
 }
 
-// window is cache.Config.Window.
-func (p *parts) window() int64 {
+// inflight is cache.Config.Inflight.
+func (p *parts) inflight() int64 {
 	if s := p.swarm.Load(); s != nil {
-		return s.Window()
+		return s.Inflight()
 	}
-	return aloneWindow
+	return aloneInflight
 }
 
-// aloneWindow is how many bytes of prefetch are under way where there are no peers.
-const aloneWindow = 4 << 20
+// aloneInflight is how many bytes of prefetch are under way where there are no peers.
+const aloneInflight = 4 << 20
 
 // evict is cache.Config.MakeRoom.
 func (p *parts) evict(ctx context.Context) bool {

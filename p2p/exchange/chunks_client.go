@@ -81,7 +81,7 @@ type fetch struct {
 	failed  func(i int, err error)
 	msg     wire.ChunkRequest
 
-	window   *Window // of prefetch, or of startup chunks; nil: nothing to wait for
+	window   *LinkWindow // of prefetch, or of startup chunks; nil: nothing to wait for
 	priority blockdev.Priority
 	forward  bool // prefetch for another node
 

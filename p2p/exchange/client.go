@@ -40,7 +40,7 @@ type Options struct {
 	Peer bool
 	// Window bounds the bytes that prefetches have under way. The clients of one
 	// machine share one; nil: this client gets its own.
-	Window *Window
+	Window *LinkWindow
 	// Download is the budget for chunks, shared by the clients of one machine;
 	// nil: no limit.
 	Download *pace.Pacer
@@ -97,7 +97,7 @@ func (o *Options) setDefaults() {
 	defaults.Positive(&o.DialTimeout, 3*time.Second)
 	defaults.Positive(&o.MaxBackoff, 2*time.Second)
 	if o.Window == nil {
-		o.Window = NewWindow()
+		o.Window = NewLinkWindow()
 	}
 	defaults.Log(&o.Log)
 }
@@ -116,10 +116,10 @@ type Client struct {
 	images  *lane
 	docs    *lane
 	reports *lane
-	window  *Window
+	window  *LinkWindow
 	// starting is the window of chunks by a startup profile. It is bounded, but not
 	// closed by demand reads: who starts is about to need these as well.
-	starting *Window
+	starting *LinkWindow
 	zstd     decoder
 	buffers  Buffers
 }
@@ -141,7 +141,7 @@ func NewClient(h libp2phost.Host, info peer.AddrInfo, opts Options) (*Client, er
 	if info.ID == h.ID() {
 		return nil, fmt.Errorf("%s %s: that is this machine's own identity", opts.Name, info.ID)
 	}
-	c := &Client{opts: opts, name: opts.Name + " " + info.ID.String(), window: opts.Window, starting: NewWindow()}
+	c := &Client{opts: opts, name: opts.Name + " " + info.ID.String(), window: opts.Window, starting: NewLinkWindow()}
 	c.demand = newLane(h, info.ID, ChunkProtocol, opts.Demand)
 	c.startup = newLane(h, info.ID, ChunkProtocol, opts.Startup)
 	c.pre = newLane(h, info.ID, ChunkProtocol, opts.Prefetch)

@@ -88,7 +88,7 @@ func TestGoneForLong(t *testing.T) {
 	c := &Client{keeper: k, opts: Options{Away: 10 * time.Second, Restart: time.Second}}
 	k.opts = &c.opts
 	c.demand = newLane(k.host, "nobody", ChunkProtocol, 1)
-	c.window, c.starting = NewWindow(), NewWindow()
+	c.window, c.starting = NewLinkWindow(), NewLinkWindow()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	if err := c.Fetch(ctx, request(blockdev.Demand, chunks), discard); err == nil || ctx.Err() != nil {

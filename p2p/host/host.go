@@ -39,10 +39,10 @@ type Config struct {
 	Listen []string
 	// MaxPeers is how many peers may be connected at once; 0: DefaultMaxPeers.
 	MaxPeers int
-	// Window is how many bytes may be under way to this host on one stream;
-	// 0: DefaultWindow. Prefetch from far away is faster with more: two streams
+	// StreamWindow is how many bytes may be under way to this host on one stream;
+	// 0: DefaultStreamWindow. Prefetch from far away is faster with more: two streams
 	// carry at most two windows per round trip.
-	Window int
+	StreamWindow int
 	// Guard, if not nil, decides who may connect, and asks for each stream
 	// before its handler sees it, for each package's handlers.
 	Guard Guard
@@ -63,13 +63,13 @@ func New(c Config) (libp2phost.Host, error) {
 	if c.MaxPeers < 0 {
 		return nil, fmt.Errorf("p2p host: at most %d peers", c.MaxPeers)
 	}
-	if c.Window == 0 {
-		c.Window = DefaultWindow
+	if c.StreamWindow == 0 {
+		c.StreamWindow = DefaultStreamWindow
 	}
-	if c.Window < minWindow || c.Window > maxWindow {
-		return nil, fmt.Errorf("p2p host: window of %d bytes, not %d to %d", c.Window, minWindow, maxWindow)
+	if c.StreamWindow < minStreamWindow || c.StreamWindow > maxStreamWindow {
+		return nil, fmt.Errorf("p2p host: window of %d bytes, not %d to %d", c.StreamWindow, minStreamWindow, maxStreamWindow)
 	}
-	rm, err := resourceManager(c.MaxPeers, c.Window, c.Registerer != nil)
+	rm, err := resourceManager(c.MaxPeers, c.StreamWindow, c.Registerer != nil)
 	if err != nil {
 		return nil, fmt.Errorf("p2p host: resource manager: %w", err)
 	}
@@ -84,7 +84,7 @@ func New(c Config) (libp2phost.Host, error) {
 		libp2p.NoListenAddrs, // below, one by one: libp2p is content if any of them works
 		libp2p.Transport(tcp.NewTCPTransport, tcp.DisableReuseport(), tcp.WithConnectionTimeout(tcpTimeout)),
 		libp2p.Security(tls.ID, tls.New),
-		libp2p.Muxer(yamux.ID, muxer(c.Window)),
+		libp2p.Muxer(yamux.ID, muxer(c.StreamWindow)),
 		libp2p.ResourceManager(rm),
 		libp2p.ConnectionManager(cm),
 		libp2p.UserAgent(c.UserAgent),

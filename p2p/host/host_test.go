@@ -105,7 +105,7 @@ func TestListen(t *testing.T) {
 			_ = h.Close()
 		}
 	}
-	for name, c := range map[string]Config{"peers": {Key: key, MaxPeers: -1}, "window": {Key: key, Window: 1}} {
+	for name, c := range map[string]Config{"peers": {Key: key, MaxPeers: -1}, "window": {Key: key, StreamWindow: 1}} {
 		if h, err := New(c); err == nil {
 			t.Errorf("%s: accepted", name)
 			_ = h.Close()
@@ -227,7 +227,7 @@ func TestIdentityFileDamaged(t *testing.T) {
 // A rack of 1,000 nodes behind one address connects at once, and each opens
 // streams; one peer alone has a limit.
 func TestLimits(t *testing.T) {
-	rm, err := resourceManager(DefaultMaxPeers, DefaultWindow, false)
+	rm, err := resourceManager(DefaultMaxPeers, DefaultStreamWindow, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -257,7 +257,7 @@ func TestLimits(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		return errors.Join(s.SetProtocol("/shoal/chunk/1"), s.ReserveMemory(minWindow, network.ReservationPriorityAlways))
+		return errors.Join(s.SetProtocol("/shoal/chunk/1"), s.ReserveMemory(minStreamWindow, network.ReservationPriorityAlways))
 	}
 	for i, p := range peers {
 		for range 8 {

@@ -25,16 +25,16 @@ const (
 	// streamsPerPeerMean bounds all peers together. Most are idle at any time.
 	streamsPerPeerMean = 32
 
-	// minWindow is the smallest receive window that yamux knows, per stream.
-	minWindow = 256 << 10
-	maxWindow = 64 << 20
-	// DefaultWindow is how much may be under way on one stream. What is under
+	// minStreamWindow is the smallest receive window that yamux knows, per stream.
+	minStreamWindow = 256 << 10
+	maxStreamWindow = 64 << 20
+	// DefaultStreamWindow is how much may be under way on one stream. What is under
 	// way for prefetches is in front of a demand read on the same connection,
 	// so it is no larger than throughput asks for. Measured on a link of
 	// 1 Gbit/s, 64 KiB demand reads under prefetch on 2 streams, p50: 3.0 ms
 	// with 256 KiB, 8.3 ms with windows that grow to 1 MiB; alone 0.7 ms. On
 	// loopback larger windows save no processor time.
-	DefaultWindow = minWindow
+	DefaultStreamWindow = minStreamWindow
 
 	// keepAlive is how often an otherwise silent connection is tested, and
 	// writeTimeout how long the answer, or a write, may take. Their sum is
@@ -48,7 +48,7 @@ const (
 
 func muxer(window int) *yamux.Transport {
 	c := *yamux.DefaultTransport.Config() // unbuffered over TLS, streams limited by the resource manager
-	c.InitialStreamWindowSize = minWindow
+	c.InitialStreamWindowSize = minStreamWindow
 	c.MaxStreamWindowSize = uint32(window)
 	c.KeepAliveInterval = keepAlive
 	c.ConnectionWriteTimeout = writeTimeout
@@ -67,7 +67,7 @@ func resourceManager(maxPeers, window int, metrics bool) (network.ResourceManage
 	// counts promises; it restates the limit of streams, with some room for
 	// windows that grow.
 	memory := func(streams int) rcmgr.LimitVal64 {
-		return rcmgr.LimitVal64(streams)*minWindow + 64*rcmgr.LimitVal64(window)
+		return rcmgr.LimitVal64(streams)*minStreamWindow + 64*rcmgr.LimitVal64(window)
 	}
 	all := rcmgr.ResourceLimits{
 		Conns: rcmgr.LimitVal(2 * conns), ConnsInbound: rcmgr.LimitVal(conns), ConnsOutbound: rcmgr.LimitVal(conns),
@@ -95,7 +95,7 @@ func resourceManager(maxPeers, window int, metrics bool) (network.ResourceManage
 		ProtocolPeerDefault: onePeer,
 		PeerDefault:         onePeer,
 		Conn:                rcmgr.ResourceLimits{Conns: 1, ConnsInbound: 1, ConnsOutbound: 1, FD: 1, Memory: onePeer.Memory},
-		Stream:              rcmgr.ResourceLimits{Streams: 1, StreamsInbound: 1, StreamsOutbound: 1, Memory: rcmgr.LimitVal64(minWindow + window)},
+		Stream:              rcmgr.ResourceLimits{Streams: 1, StreamsInbound: 1, StreamsOutbound: 1, Memory: rcmgr.LimitVal64(minStreamWindow + window)},
 	}.Build(rcmgr.InfiniteLimits)
 	opts := []rcmgr.Option{
 		rcmgr.WithLimitPerSubnet(

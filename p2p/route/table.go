@@ -148,19 +148,19 @@ func (t *Table) Levels() int {
 // How many bytes a node should have asked for and not got yet, for each level of the
 // trees that they come through, and for how many levels at least.
 const (
-	windowPerLevel = 2 << 20
-	windowLevels   = 2
+	inflightPerLevel = 2 << 20
+	inflightLevels   = 2
 )
 
-// Window is how many bytes of prefetch a node should have asked for and not got yet:
+// Inflight is how many bytes of prefetch a node should have asked for and not got yet:
 // where a tree has many levels, a chunk is on its way for longer, and so more of them
 // have to be. A nil Table (no peers are known) has the least window.
-func (t *Table) Window() int64 {
-	levels := windowLevels
+func (t *Table) Inflight() int64 {
+	levels := inflightLevels
 	if t != nil {
 		levels = max(levels, t.Levels())
 	}
-	return int64(levels) * windowPerLevel
+	return int64(levels) * inflightPerLevel
 }
 
 // Len is how many members and gateways there are.

@@ -147,7 +147,7 @@ func (f *search) ask(chunks []int) {
 		return
 	}
 	now := time.Now()
-	batches := make(map[sort]*batch, 4)
+	batches := make(map[batchKey]*batch, 4)
 	for _, i := range chunks {
 		w := &f.want[i]
 		f.mu.Lock()
@@ -172,24 +172,24 @@ func (f *search) ask(chunks []int) {
 	f.send(batches)
 }
 
-// sort is what chunks of one batch have in common.
-type sort struct {
+// batchKey is what chunks of one batch have in common.
+type batchKey struct {
 	index int // of the target
 	hops  int
 }
 
-func (f *search) add(batches map[sort]*batch, t route.Target, i int) {
-	b := batches[sort{t.Index, t.Hops}]
+func (f *search) add(batches map[batchKey]*batch, t route.Target, i int) {
+	b := batches[batchKey{t.Index, t.Hops}]
 	if b == nil {
 		b = &batch{f: f, target: t}
-		batches[sort{t.Index, t.Hops}] = b
+		batches[batchKey{t.Index, t.Hops}] = b
 	}
 	b.chunks = append(b.chunks, i)
 }
 
 // send starts batches. A peer that has failed, and was well never since, is asked
 // together with somebody else: nobody waits to see whether it is back.
-func (f *search) send(batches map[sort]*batch) {
+func (f *search) send(batches map[batchKey]*batch) {
 	for _, b := range batches {
 		b.start()
 		if b.target.Kind == route.Peer && f.demand() && f.s.book.Doubtful(b.target.ID) {
@@ -290,7 +290,7 @@ var (
 // hedge asks somebody else for what a slow batch still owes, or, with doubt, one to a
 // peer that may not answer: that is for no more than it takes to find out.
 func (f *search) hedge(b *batch, doubt bool) {
-	batches := make(map[sort]*batch, 4)
+	batches := make(map[batchKey]*batch, 4)
 	for _, i := range b.chunks {
 		w := &f.want[i]
 		f.mu.Lock()

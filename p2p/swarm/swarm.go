@@ -56,7 +56,7 @@ type Config struct {
 	Zone, Rack string
 	// Window and Download bound what comes in (exchange.Options); Supernode's
 	// client should have the same.
-	Window   *exchange.Window
+	Window   *exchange.LinkWindow
 	Download *pace.Pacer
 	// Frames are the chunks that came a moment ago, to be passed on as they came;
 	// Supernode's client should have the same. nil: everything is sent raw.
@@ -104,7 +104,7 @@ func New(c Config) (*Swarm, error) {
 	}
 	defaults.Log(&c.Log)
 	if c.Window == nil {
-		c.Window = exchange.NewWindow()
+		c.Window = exchange.NewLinkWindow()
 	}
 	defaults.Positive(&c.MaxPeers, 128)
 	defaults.Positive(&c.IdlePeer, time.Minute)
@@ -135,16 +135,16 @@ func (s *Swarm) Close() error {
 	return nil
 }
 
-// Window is how many bytes of prefetch this node should have asked for and not got
+// Inflight is how many bytes of prefetch this node should have asked for and not got
 // yet: what its deepest group wants (route.Table.Window).
-func (s *Swarm) Window() int64 {
-	window := (*route.Table)(nil).Window()
+func (s *Swarm) Inflight() int64 {
+	most := (*route.Table)(nil).Inflight()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, g := range s.groups {
-		window = max(window, g.Table().Window())
+		most = max(most, g.Table().Inflight())
 	}
-	return window
+	return most
 }
 
 func (s *Swarm) now() time.Duration { return time.Since(s.began) }

@@ -70,7 +70,7 @@ func TestWaitUntil(t *testing.T) {
 }
 
 // More is under way where trees have more levels.
-func TestWindow(t *testing.T) {
+func TestInflight(t *testing.T) {
 	w := newWorld(t, 1<<20)
 	n := w.node(options{})
 	want := func(levels int64) {
@@ -78,7 +78,7 @@ func TestWindow(t *testing.T) {
 		if n.swarm.group(w.ix.DiffID) == nil {
 			t.Fatal("no group")
 		}
-		if got := n.swarm.Window(); got != levels*2<<20 {
+		if got := n.swarm.Inflight(); got != levels*2<<20 {
 			t.Errorf("%d members: %d bytes, not 2 MiB for each of %d levels", len(w.view.Members), got, levels)
 		}
 	}

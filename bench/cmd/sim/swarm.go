@@ -171,7 +171,7 @@ func (w *swarm) room(n *node) int32 {
 	if n.group != nil {
 		table = n.group.Table()
 	}
-	return int32(table.Window()/chunkSize) - n.own
+	return int32(table.Inflight()/chunkSize) - n.own
 }
 
 // prefetch asks for more until the window is full.

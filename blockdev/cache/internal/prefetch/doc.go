@@ -27,8 +27,8 @@
 //	here Trickle                            after GiveWay without quiet: the request takes a hundredth of
 //	                                        the link's time
 //	here Inflight                           waits for prefetch: bytes asked for and not here. How many may
-//	                                        be is Config.Window: 2 MiB for each level of the largest group's
-//	                                        tree (p2p/swarm Swarm.Window), 4 MiB where there are no peers
+//	                                        be is Config.Inflight: 2 MiB for each level of the largest group's
+//	                                        tree (p2p/swarm Swarm.Inflight), 4 MiB where there are no peers
 //
 // On the node, while the request goes out:
 //
@@ -37,7 +37,7 @@
 //	p2p/swarm firstView                     waits up to 500 ms, once for a group, for the list of its members
 //	p2p/exchange Options.Prefetch           streams of its own for each priority: demand waits for no stream
 //	                                        that prefetch has
-//	p2p/exchange Window                     bytes of prefetch on their way to this machine from all others;
+//	p2p/exchange LinkWindow                 bytes of prefetch on their way to this machine from all others;
 //	                                        finds the smallest size that costs no throughput. While there
 //	                                        are demand requests, and 50 ms after them: one chunk
 //	p2p/exchange Options.Download           max_download (package blockdev/pace): demand, startup, prefetch

@@ -5,9 +5,9 @@ import (
 	"sync"
 )
 
-// windowShare is which part of the window one request is for: a request is on its way
+// requestShare is which part of the window one request is for: a request is on its way
 // while the answers to the others come.
-const windowShare = 4
+const requestShare = 4
 
 // Inflight bounds what prefetch has under way in the whole Cache: bytes that were asked
 // for and have not come, chunk by chunk. The chunks of a request come from many
@@ -29,7 +29,7 @@ func newInflight(size func() int64) *Inflight {
 func (w *Inflight) room(ctx context.Context, limit int64) (int64, error) {
 	for {
 		size := w.Size()
-		n := min(limit, size/windowShare)
+		n := min(limit, size/requestShare)
 		w.mu.Lock()
 		ok, freed := w.used == 0 || w.used+n <= size, w.freed
 		w.mu.Unlock()

@@ -15,9 +15,9 @@ type Pace struct {
 	Arrivals Arrivals
 }
 
-// New makes a Pace of cache.Config's Quiet, GiveWay, Window and PrefetchRate.
-func New(quiet, giveWay time.Duration, window func() int64, rateLimit int64) *Pace {
-	return &Pace{Gate: Gate{quiet: quiet, giveWay: giveWay}, Inflight: newInflight(window), Rate: Rate{limit: rateLimit}}
+// New makes a Pace of cache.Config's Quiet, GiveWay, Inflight and PrefetchRate.
+func New(quiet, giveWay time.Duration, most func() int64, rateLimit int64) *Pace {
+	return &Pace{Gate: Gate{quiet: quiet, giveWay: giveWay}, Inflight: newInflight(most), Rate: Rate{limit: rateLimit}}
 }
 
 // Next waits until a request may be sent and returns for how many bytes. hurry: the

@@ -7,7 +7,7 @@ import (
 )
 
 const (
-	// minWindow and maxWindow bound what a Window lets be under way, in bytes.
+	// minWindow and maxWindow bound what a LinkWindow lets be under way, in bytes.
 	// On 1 Gbit/s the smaller is 2 ms of the link, and enough to keep it full
 	// where a server takes 1 ms to answer.
 	minWindow   = 256 << 10
@@ -32,13 +32,13 @@ const (
 	worthMore, worthLess = 1.15, 0.97
 )
 
-// Window bounds the bytes of prefetch that a machine has asked for and not got
+// LinkWindow bounds the bytes of prefetch that a machine has asked for and not got
 // yet, because these stand in front of a demand read on its way here: in the
 // server's socket, in a switch, on the wire. It is receiver-driven, since only
 // the receiver sees all senders, and finds its size by trial: the smallest that
 // does not cost throughput. While demand reads come it is one chunk. Clients of
 // one machine share one; its methods may be called from several goroutines.
-type Window struct {
+type LinkWindow struct {
 	mu     sync.Mutex
 	size   int64
 	used   int64
@@ -56,14 +56,14 @@ type turn struct {
 	granted chan struct{} // closed when its bytes are counted
 }
 
-// NewWindow returns a Window of the usual first size.
-func NewWindow() *Window {
-	return &Window{size: firstWindow, search: search{step: growing}}
+// NewLinkWindow returns a LinkWindow of the usual first size.
+func NewLinkWindow() *LinkWindow {
+	return &LinkWindow{size: firstWindow, search: search{step: growing}}
 }
 
 // Hurried says whether this machine has demand reads under way, or had a moment
 // ago.
-func (w *Window) Hurried() bool {
+func (w *LinkWindow) Hurried() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.hurried(time.Now())
@@ -71,7 +71,7 @@ func (w *Window) Hurried() bool {
 
 // share is how many bytes one request should ask for: a part of the window, so
 // that the next request is on its way while the answer to this one comes.
-func (w *Window) share() int64 {
+func (w *LinkWindow) share() int64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.hurried(time.Now()) {
@@ -81,13 +81,13 @@ func (w *Window) share() int64 {
 }
 
 // hurried says whether demand reads are under way or were a moment ago.
-func (w *Window) hurried(now time.Time) bool {
+func (w *LinkWindow) hurried(now time.Time) bool {
 	return w.demand > 0 || now.Sub(w.last) < recent
 }
 
 // fits says whether n more bytes may be under way. One request may always be,
 // however large, or nothing would ever come.
-func (w *Window) fits(n int64, patient bool, now time.Time) bool {
+func (w *LinkWindow) fits(n int64, patient bool, now time.Time) bool {
 	switch {
 	case w.demand > 0:
 		return w.used == 0 && !patient
@@ -98,7 +98,7 @@ func (w *Window) fits(n int64, patient bool, now time.Time) bool {
 }
 
 // try counts n bytes if they fit now.
-func (w *Window) try(n int64) bool {
+func (w *LinkWindow) try(n int64) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if len(w.queue) > 0 || !w.fits(n, true, time.Now()) {
@@ -110,14 +110,14 @@ func (w *Window) try(n int64) bool {
 }
 
 // add counts n bytes whether they fit or not.
-func (w *Window) add(n int64) {
+func (w *LinkWindow) add(n int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.used += n
 }
 
 // acquire waits until n bytes fit.
-func (w *Window) acquire(ctx context.Context, n int64) error {
+func (w *LinkWindow) acquire(ctx context.Context, n int64) error {
 	if w.try(n) {
 		return nil
 	}
@@ -145,7 +145,7 @@ func (w *Window) acquire(ctx context.Context, n int64) error {
 }
 
 // abandon takes t out of the queue, or gives back what it was granted.
-func (w *Window) abandon(t *turn) {
+func (w *LinkWindow) abandon(t *turn) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for i, q := range w.queue {
@@ -159,7 +159,7 @@ func (w *Window) abandon(t *turn) {
 }
 
 // grant lets those in that fit, in the order that they came in.
-func (w *Window) grant(now time.Time) {
+func (w *LinkWindow) grant(now time.Time) {
 	n := 0
 	for n < len(w.queue) && w.fits(w.queue[n].bytes, w.queue[n].patient, now) {
 		w.used += w.queue[n].bytes
@@ -173,7 +173,7 @@ func (w *Window) grant(now time.Time) {
 }
 
 // arrived takes n bytes out that have come.
-func (w *Window) arrived(n int64) {
+func (w *LinkWindow) arrived(n int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	now := time.Now()
@@ -187,25 +187,25 @@ func (w *Window) arrived(n int64) {
 }
 
 // release takes n bytes out that will not come.
-func (w *Window) release(n int64) {
+func (w *LinkWindow) release(n int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.free(n)
 }
 
-func (w *Window) free(n int64) {
+func (w *LinkWindow) free(n int64) {
 	w.used -= n
 	w.grant(time.Now())
 }
 
 // demandBegins and demandEnds bracket a demand request.
-func (w *Window) demandBegins() {
+func (w *LinkWindow) demandBegins() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.demand++
 }
 
-func (w *Window) demandEnds() {
+func (w *LinkWindow) demandEnds() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.demand--

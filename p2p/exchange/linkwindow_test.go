@@ -9,7 +9,7 @@ import (
 )
 
 func TestWindowBounds(t *testing.T) {
-	w := NewWindow()
+	w := NewLinkWindow()
 	if !w.try(firstWindow - 1) {
 		t.Fatal("an empty window has no room")
 	}
@@ -35,7 +35,7 @@ func TestWindowBounds(t *testing.T) {
 // Who came first goes first, also before those that could go at once.
 func TestWindowIsFair(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := NewWindow()
+		w := NewLinkWindow()
 		w.try(firstWindow)
 		order := make(chan int, 3)
 		for i := range 3 {
@@ -62,7 +62,7 @@ func TestWindowIsFair(t *testing.T) {
 
 func TestWindowAndDemand(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := NewWindow()
+		w := NewLinkWindow()
 		w.demandBegins()
 		begin := time.Now()
 		if w.try(1) {
