@@ -57,8 +57,3 @@ type DocumentSource interface {
 	// blob that no manifest has made known as a config is ErrNotFound.
 	Document(ctx context.Context, req DocumentRequest) (*Document, error)
 }
-
-// Via is the value of the HTTP header of this name in a supernode's requests to
-// registries (RFC 9110, 7.6.3). A node's mirror answers them 508, loop detected:
-// a supernode that reads the same hosts.toml as containerd finds the mirror there.
-const Via = "1.1 shoal"

@@ -140,7 +140,7 @@ func TestOwnMirror(t *testing.T) {
 	f.SetAuth(registrytest.Basic, users, onlyAlice)
 	own := registrytest.NewFake(t)
 	own.SetHook(func(w http.ResponseWriter, r *http.Request) bool {
-		if !strings.Contains(r.Header.Get("Via"), image.Via) {
+		if !strings.Contains(r.Header.Get("Via"), registry.Via) {
 			t.Errorf("%s %s does not say whose request it is", r.Method, r.URL)
 		}
 		registrytest.Fail(w, http.StatusLoopDetected, "UNSUPPORTED")

@@ -18,7 +18,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/internal/image"
 )
 
 const (
@@ -30,6 +29,11 @@ var (
 	errStalled = errors.New("the connection stalled")
 	errSlow    = errors.New("no complete answer in time")
 )
+
+// Via is the value of the HTTP header of this name in each request to a
+// registry (RFC 9110, 7.6.3). A node's mirror answers them 508, loop detected:
+// a supernode that reads the same hosts.toml as containerd finds the mirror there.
+const Via = "1.1 shoal"
 
 var acceptManifests = strings.Join([]string{
 	ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex,
@@ -59,7 +63,7 @@ func (t *transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	// Blobs are compressed as they are, offsets count their own bytes, and a
 	// second compression would let a small answer grow without bound.
 	out.Header.Set("Accept-Encoding", "identity")
-	out.Header.Add("Via", image.Via)
+	out.Header.Add("Via", Via)
 
 	timer := time.AfterFunc(t.stall, func() { cancel(errStalled) })
 	resp, err := t.base.RoundTrip(out)

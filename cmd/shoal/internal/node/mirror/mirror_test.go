@@ -20,6 +20,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/image"
+	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/snapshotter"
 )
 
@@ -211,7 +212,7 @@ func TestRefuses(t *testing.T) {
 	t.Run("a supernode's own request", func(t *testing.T) {
 		resp, body := do(t, never, "GET", "/v2/a/manifests/v1?ns=r.test", func(r *http.Request) {
 			r.Header.Add("Via", "1.1 proxy")
-			r.Header.Add("Via", image.Via)
+			r.Header.Add("Via", registry.Via)
 		})
 		wantProblem(t, resp, body, http.StatusLoopDetected, codeUnsupported)
 	})

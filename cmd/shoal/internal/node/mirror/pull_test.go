@@ -70,8 +70,8 @@ func (o *opener) told(call string) bool {
 	return false
 }
 
-// registry is a source with one private image: its index, manifest and config.
-type registry struct {
+// fakeRegistry is a source with one private image: its index, manifest and config.
+type fakeRegistry struct {
 	docs map[string][]byte // by the end of the reference
 	cred image.Credential
 
@@ -84,15 +84,15 @@ var (
 	imageIndex    = fmt.Appendf(nil, `{"schemaVersion":2,"manifests":[{"digest":%q}]}`, blockdev.Sum(imageManifest))
 )
 
-func newRegistry(cred image.Credential) *registry {
-	r := &registry{cred: cred, docs: map[string][]byte{":v1": imageIndex}}
+func newRegistry(cred image.Credential) *fakeRegistry {
+	r := &fakeRegistry{cred: cred, docs: map[string][]byte{":v1": imageIndex}}
 	for _, b := range [][]byte{imageConfig, imageManifest, imageIndex} {
 		r.docs["@"+blockdev.Sum(b).String()] = b
 	}
 	return r
 }
 
-func (r *registry) Document(_ context.Context, req image.DocumentRequest) (*image.Document, error) {
+func (r *fakeRegistry) Document(_ context.Context, req image.DocumentRequest) (*image.Document, error) {
 	if req.Credential != r.cred {
 		return nil, fmt.Errorf("%s: %w", req.Ref, blockdev.ErrUnauthorized)
 	}

@@ -7,7 +7,7 @@ import (
 	"strings"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/internal/image"
+	"github.com/shoalfs/shoal/internal/registry"
 )
 
 // what is asked for; these are values of a metric's label.
@@ -46,7 +46,7 @@ const maxRepo = 255
 
 // parse says what a request asks for. Errors are *problem.
 func parse(r *http.Request) (target, error) {
-	if strings.Contains(strings.Join(r.Header.Values("Via"), ","), image.Via) {
+	if strings.Contains(strings.Join(r.Header.Values("Via"), ","), registry.Via) {
 		return target{}, &problem{http.StatusLoopDetected, codeUnsupported, "a supernode asks the mirror that asks it: the supernode leaves this host out from now on"}
 	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
