@@ -166,8 +166,8 @@ func TestHolders(t *testing.T) {
 		})
 	}
 	// One that fails is followed by the next.
-	bad := &aHolder{t: t, has: had, ref: app, spoil: func(b []byte) []byte { b[0]++; return b }}
-	good := &aHolder{t: t, has: had, ref: app}
+	bad := &aHolder{t: t, has: had, image: app, spoil: func(b []byte) []byte { b[0]++; return b }}
+	good := &aHolder{t: t, has: had, image: app}
 	reg.Forget()
 	s := start(t, func(cfg *Config) {
 		cfg.Holders = func(blockdev.Digest, string, int) []layers.Holder { return []layers.Holder{bad, good} }
