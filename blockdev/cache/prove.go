@@ -88,7 +88,7 @@ func (d *Diff) Prove(ctx context.Context, hurry bool) error {
 		}
 		if own != nil {
 			d.own.Store(&ownTree{sum: sum})
-			d.c.cfg.Log.Warn("the index of a layer was made by another version of shoal, and this node's version makes another tree of the layer;  "+
+			d.c.cfg.Log.Warn("the index of a layer was made by another version of shoal, and this node's version makes another tree of the layer; "+
 				"containers that start from now on read this node's tree, and running containers keep the tree that they have", "diff", d.id, "builder", own.Builder)
 		}
 		d.proof.Store(int32(Proven))

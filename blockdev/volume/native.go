@@ -72,7 +72,7 @@ func (m *Manager) matchNow(v *volume) {
 	}
 	// A marker that stays has the next process do this again.
 	if err := m.unmark(v.id); err != nil {
-		m.cfg.Log.Warn("cannot clean up", "error", err)
+		m.cfg.Log.Warn("cannot remove the marker of a lazy mount; the next start changes the mount again", "error", err)
 	}
 }
 

@@ -160,7 +160,7 @@ func (m *Manager) sweep() error {
 				continue
 			}
 			if err := os.Remove(filepath.Join(m.root, sub, e.Name())); err != nil {
-				m.cfg.Log.Warn("cannot clean up", "error", err)
+				m.cfg.Log.Warn("cannot remove an unused mount point or marker", "error", err)
 			}
 		}
 	}

@@ -208,7 +208,7 @@ func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference,
 	}
 	switch out := registry.Outage(err); {
 	case out && (before || everybody):
-		a.cfg.Log.Warn("the registry does not answer; access that it granted before counts", "image", req.Ref, "peer", peer, "error", err)
+		a.cfg.Log.Warn("the registry is down; access that it granted before counts", "image", req.Ref, "peer", peer, "error", err)
 		a.setDown(ref, err)
 		return Verdict{Public: everybody, Stale: true}, nil
 	case limited && everybody:
