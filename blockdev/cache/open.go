@@ -42,7 +42,7 @@ func (c *Cache) openDiff(f folder) (*Diff, error) {
 
 // newDiff opens the files of a diff whose index has been read.
 func (c *Cache) newDiff(f folder, sum blockdev.Digest, ix *blockdev.Index, tab *table.Table) (*Diff, error) {
-	d := &Diff{heads: newHeaders(ix), scrubbed: newStamp(f.path(scrubFile)), prefetching: make(chan struct{}, 1), proving: make(chan struct{}, 1)}
+	d := &Diff{heads: newHeaders(ix), prefetching: make(chan struct{}, 1), proving: make(chan struct{}, 1)}
 	l := &d.local
 	*l = local{
 		folder: f, c: c.shared, sum: sum,
@@ -63,6 +63,7 @@ func (c *Cache) newDiff(f folder, sum blockdev.Digest, ix *blockdev.Index, tab *
 		return nil, err
 	}
 	d.flights = newFlights(l)
+	d.scrubbed = newStamp(l.path(scrubFile)) // which an unclean end has removed
 	return d, nil
 }
 
