@@ -227,11 +227,3 @@ func (m *Manager) tryKeep(ctx context.Context) error {
 	}
 	return m.cfg.Keep.Keep(keptFUSE, m.fuse)
 }
-
-// dropConnection undoes keepConnection.
-func (m *Manager) dropConnection() error {
-	if m.cfg.Keep == nil {
-		return nil
-	}
-	return errors.Join(m.cfg.Keep.Drop(keptFUSE), m.cfg.Keep.Drop(keptPending), m.cfg.Keep.Drop(keptInit))
-}

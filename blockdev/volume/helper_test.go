@@ -3,6 +3,7 @@ package volume
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -195,4 +196,35 @@ func (n *node) checkPart(l *layer, f *os.File, off int64, size int) {
 	if _, err := f.ReadAt(buf, off); err != nil && err != io.EOF || !bytes.Equal(buf, l.content[off:off+int64(size)]) {
 		n.t.Fatalf("read at %d: %v, or other bytes", off, err)
 	}
+}
+
+// UnmountAll unmounts every diff and the FUSE mount, and closes the Manager. A
+// diff that is in use stays mounted, and the error wraps mount.ErrBusy; if it
+// was lazy, the FUSE mount stays too, though no process serves it.
+func (m *Manager) UnmountAll(ctx context.Context) error {
+	m.mu.RLock()
+	vols := make([]*volume, 0, len(m.vols))
+	for _, v := range m.vols {
+		vols = append(vols, v)
+	}
+	m.mu.RUnlock()
+	var errs []error
+	for _, v := range vols {
+		if err := v.take(ctx); err != nil {
+			errs = append(errs, err)
+			break
+		}
+		errs = append(errs, m.unmount(v, false))
+		v.give()
+	}
+	errs = append(errs, mount.Unmount(filepath.Join(m.root, fuseDir)), m.dropConnection(), m.Close())
+	return errors.Join(errs...)
+}
+
+// dropConnection undoes keepConnection.
+func (m *Manager) dropConnection() error {
+	if m.cfg.Keep == nil {
+		return nil
+	}
+	return errors.Join(m.cfg.Keep.Drop(keptFUSE), m.cfg.Keep.Drop(keptPending), m.cfg.Keep.Drop(keptInit))
 }

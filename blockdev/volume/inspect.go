@@ -149,7 +149,7 @@ func (m *Manager) refetchAndWait(ctx context.Context, v *volume, in *cache.Inspe
 	if !repair {
 		return
 	}
-	if err := m.await(ctx, m.queue, v, func() {}); err != nil {
+	if err := m.queue.await(ctx, v, func() {}); err != nil {
 		f := &in.Findings[0] // Verify looks at the chunks first
 		f.Problem += fmt.Sprintf("; the chunks cannot be fetched now: %v", err)
 	}

@@ -194,38 +194,6 @@ func (m *Manager) serve(ctx context.Context, conn *connection) (err error) {
 	return nil
 }
 
-// Close ends prefetch and service, and leaves all mounts as they are (see the
-// package comment). It is to be called after the last use of the Manager.
-func (m *Manager) Close() error {
-	m.mu.Lock()
-	if m.closed {
-		m.mu.Unlock()
-		return nil
-	}
-	m.closed = true
-	vols := make([]*volume, 0, len(m.vols))
-	for _, v := range m.vols {
-		vols = append(vols, v)
-	}
-	m.mu.Unlock()
-	m.EndStartups()
-	m.queue.close(vols)
-	m.proofs.close(vols)
-	m.scrubs.close(vols)
-	m.chores.close()
-	// While reads are still answered: it can take a while.
-	m.cache.Sync(context.Background())
-	if m.stop != nil {
-		m.stop()
-		<-m.serveDone
-	}
-	var err error
-	if m.fuse != nil {
-		err = m.fuse.Close()
-	}
-	return errors.Join(err, m.cache.Close())
-}
-
 // Check asks the FUSE mount something, and returns when it has been answered: by
 // this process.
 func (m *Manager) Check(ctx context.Context) error {
@@ -240,29 +208,6 @@ func (m *Manager) Check(ctx context.Context) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-}
-
-// UnmountAll unmounts every diff and the FUSE mount, and closes the Manager. A
-// diff that is in use stays mounted, and the error wraps mount.ErrBusy; if it
-// was lazy, the FUSE mount stays too, though no process serves it.
-func (m *Manager) UnmountAll(ctx context.Context) error {
-	m.mu.RLock()
-	vols := make([]*volume, 0, len(m.vols))
-	for _, v := range m.vols {
-		vols = append(vols, v)
-	}
-	m.mu.RUnlock()
-	var errs []error
-	for _, v := range vols {
-		if err := v.take(ctx); err != nil {
-			errs = append(errs, err)
-			break
-		}
-		errs = append(errs, m.unmount(v, false))
-		v.give()
-	}
-	errs = append(errs, mount.Unmount(filepath.Join(m.root, fuseDir)), m.dropConnection(), m.Close())
-	return errors.Join(errs...)
 }
 
 // files shows the cache's diffs to FUSE. It is asked before there is a volume for

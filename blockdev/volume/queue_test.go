@@ -258,7 +258,7 @@ func TestPause(t *testing.T) {
 			t.Error("the attempt that ends was replaced")
 		}
 		waited := make(chan error, 1)
-		go func() { waited <- m.await(t.Context(), q, vols["running"], func() {}) }()
+		go func() { waited <- q.await(t.Context(), vols["running"], func() {}) }()
 		<-running.done
 		if <-queued.done; !errors.Is(running.err, errPaused) || !errors.Is(queued.err, errPaused) {
 			t.Errorf("paused attempts ended with %v and %v", running.err, queued.err)

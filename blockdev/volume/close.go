@@ -1,0 +1,38 @@
+package volume
+
+import (
+	"context"
+	"errors"
+)
+
+// Close ends prefetch and service, and leaves all mounts as they are (see the
+// package comment). It is to be called after the last use of the Manager.
+func (m *Manager) Close() error {
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		return nil
+	}
+	m.closed = true
+	vols := make([]*volume, 0, len(m.vols))
+	for _, v := range m.vols {
+		vols = append(vols, v)
+	}
+	m.mu.Unlock()
+	m.EndStartups()
+	m.queue.close(vols)
+	m.proofs.close(vols)
+	m.scrubs.close(vols)
+	m.chores.close()
+	// While reads are still answered: it can take a while.
+	m.cache.Sync(context.Background())
+	if m.stop != nil {
+		m.stop()
+		<-m.serveDone
+	}
+	var err error
+	if m.fuse != nil {
+		err = m.fuse.Close()
+	}
+	return errors.Join(err, m.cache.Close())
+}
