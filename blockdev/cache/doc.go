@@ -41,6 +41,19 @@
 //   - quarantined: that proof has failed. The diff stays, for containers that read it
 //     already; its index is refused from then on.
 //
+// # Inside
+//
+// Each of these knows those below it only:
+//
+//	Cache      the diffs of a node: open, add, remove
+//	Diff       one of them: reads, prefetch, startup, forwards, proof, scrub
+//	flights    what is under way for a diff and who waits for it; its own lock. group is the
+//	           flights of one request and its retries, request the request itself
+//	local      what is on disk of a diff, and which chunks that is
+//	shared     what all diffs have in common; folder: where a diff's files lie
+//	internal/  presence (the bitmap), table (the chunk table), prefetch (when it may ask, and
+//	           all else that holds it back), room (quota and disk), disk (the file system)
+//
 // # Invariants
 //
 //   - The bitmap never says present of bytes that are not there. A bit is set
