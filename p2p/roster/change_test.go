@@ -125,7 +125,7 @@ func TestTrust(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s.SetSiblings([]peer.ID{good, other}) == nil || s.isSibling(good) {
+	if s.SetSiblings([]peer.ID{good, other}) == nil || s.siblings.has(good) {
 		t.Error("it is taken for a supernode")
 	}
 }

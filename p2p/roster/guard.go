@@ -29,7 +29,7 @@ var cutOff = time.Time{}
 // Connect implements host.Guard. A revoked peer may connect as strangers may, to
 // be told so.
 func (l *List) Connect(id peer.ID, dir network.Direction) bool {
-	if dir == network.DirOutbound || l.isSibling(id) {
+	if dir == network.DirOutbound || l.siblings.has(id) {
 		return true
 	}
 	l.mu.Lock()
@@ -56,7 +56,7 @@ func (l *List) Stream(_ context.Context, id peer.ID, proto protocol.ID) error {
 		}
 		return errRevoked
 	}
-	if proto == members.Protocol || l.isSibling(id) {
+	if proto == members.Protocol || l.siblings.has(id) {
 		return nil
 	}
 	l.mu.Lock()
@@ -99,7 +99,7 @@ func (l *List) overdue(now time.Time) (ids []peer.ID) {
 	there := make(map[peer.ID]bool, len(connected))
 	for _, id := range connected {
 		there[id] = true
-		if l.members[id] != nil || l.isSibling(id) {
+		if l.members[id] != nil || l.siblings.has(id) {
 			delete(l.strangers, id)
 			continue
 		}

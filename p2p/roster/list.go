@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
@@ -54,7 +53,7 @@ type List struct {
 	tokens   *tokens
 	revoked  *revoked
 	granter  *granter
-	siblings atomic.Pointer[map[peer.ID]bool] // replaced, and never changed
+	siblings *siblings
 	metrics  *metrics
 	quiet    quiet.Quiet
 	host     libp2phost.Host
@@ -62,7 +61,6 @@ type List struct {
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
 	work     chan struct{} // capacity 1: a group is dirty
-	tell     chan struct{} // capacity 1: siblings are to hear of a revocation
 
 	mu        sync.Mutex
 	closed    bool
@@ -101,7 +99,6 @@ func New(c Config) (*List, error) {
 	l := &List{
 		cfg: c, log: c.Log,
 		work:      make(chan struct{}, 1),
-		tell:      make(chan struct{}, 1),
 		members:   map[peer.ID]*member{},
 		groups:    map[blockdev.Digest]*group{},
 		dirty:     map[*group]struct{}{},
@@ -125,6 +122,7 @@ func New(c Config) (*List, error) {
 	if l.granter, err = newGranter(c.Key); err != nil {
 		return nil, fmt.Errorf("supernode: %w", err)
 	}
+	l.siblings = newSiblings(l.revoked, l.cutOff, l.log)
 	if err := l.SetSiblings(c.Siblings); err != nil {
 		return nil, fmt.Errorf("supernode: %w", err)
 	}
@@ -144,8 +142,7 @@ func (l *List) Start(h libp2phost.Host) {
 	h.SetStreamHandler(members.Protocol, l.serve)
 	l.wg.Go(l.push)
 	l.wg.Go(l.sweep)
-	h.SetStreamHandler(revokedProtocol, l.serveRevoked)
-	l.wg.Go(l.tellSiblings)
+	l.siblings.start(h)
 }
 
 // Close ends all memberships. Close it before the host.
@@ -153,7 +150,6 @@ func (l *List) Close() error {
 	l.cancel()
 	if l.host != nil {
 		l.host.RemoveStreamHandler(members.Protocol)
-		l.host.RemoveStreamHandler(revokedProtocol)
 	}
 	l.mu.Lock()
 	l.closed = true
@@ -161,8 +157,19 @@ func (l *List) Close() error {
 		l.removeLocked(m)
 	}
 	l.mu.Unlock()
+	l.siblings.close()
 	l.wg.Wait()
 	l.metrics.Unregister()
+	return nil
+}
+
+// SetSiblings changes the list of the other supernodes. Those that are left out may not
+// connect any more without joining, and grants that they give do not count.
+func (l *List) SetSiblings(ids []peer.ID) error {
+	if err := l.granter.trust(ids); err != nil {
+		return err
+	}
+	l.siblings.set(ids)
 	return nil
 }
 
@@ -301,14 +308,14 @@ func (l *List) Revoke(id string) error {
 	if err != nil {
 		return fmt.Errorf("%q is not a peer ID: `shoal members` lists them", id)
 	}
-	if l.isSibling(p) || p == l.hostID() {
+	if l.siblings.has(p) || p == l.hostID() {
 		return fmt.Errorf("%s is a supernode, not a node: remove it from the configs", p)
 	}
 	if err := l.revoked.set(p, true); err != nil {
 		return err
 	}
 	l.cutOff(p)
-	signal(l.tell)
+	signal(l.siblings.news)
 	return nil
 }
 
@@ -336,7 +343,7 @@ func (l *List) Allow(id string) error {
 	if err := l.revoked.set(p, false); err != nil {
 		return err
 	}
-	signal(l.tell)
+	signal(l.siblings.news)
 	return nil
 }
 

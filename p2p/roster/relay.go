@@ -104,7 +104,7 @@ func (l *List) relaysFor(p peer.ID, manifest blockdev.Digest, late bool) (found 
 // isHome says whether nodes that see all supernodes join the image's group here.
 func (l *List) isHome(manifest blockdev.Digest) bool {
 	all := []peer.ID{l.hostID()}
-	for id := range *l.siblings.Load() {
+	for id := range *l.siblings.ids.Load() {
 		all = append(all, id)
 	}
 	return route.Order(manifest, all)[0] == l.hostID()

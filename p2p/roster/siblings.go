@@ -6,8 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"sync"
+	"sync/atomic"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/multiformats/go-multistream"
@@ -27,21 +31,56 @@ const (
 	maxRevoked  = 16 << 20
 )
 
-// SetSiblings changes the list of the other supernodes. Those that are left out may not
-// connect any more without joining, and grants that they give do not count.
-func (l *List) SetSiblings(ids []peer.ID) error {
-	if err := l.granter.trust(ids); err != nil {
-		return err
+// siblings are the other supernodes of the datacenter. They and this one tell each other
+// which nodes are revoked.
+type siblings struct {
+	ids     atomic.Pointer[map[peer.ID]bool] // replaced, and never changed
+	news    chan struct{}                    // capacity 1: there is something to tell
+	revoked *revoked
+	cutOff  func(peer.ID) // ends the membership of a node that is revoked now
+	log     *slog.Logger
+
+	host   host.Host // set by start
+	ctx    context.Context
+	cancel context.CancelFunc
+	mu     sync.Mutex // for closed, and that wg grows no more after it is set
+	closed bool
+	wg     sync.WaitGroup
+}
+
+func newSiblings(revoked *revoked, cutOff func(peer.ID), log *slog.Logger) *siblings {
+	s := &siblings{news: make(chan struct{}, 1), revoked: revoked, cutOff: cutOff, log: log}
+	s.set(nil)
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	return s
+}
+
+func (s *siblings) start(h host.Host) {
+	s.host = h
+	h.SetStreamHandler(revokedProtocol, s.serve)
+	s.wg.Go(s.tellAll)
+}
+
+func (s *siblings) close() {
+	s.cancel()
+	if s.host != nil {
+		s.host.RemoveStreamHandler(revokedProtocol)
 	}
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.wg.Wait()
+}
+
+func (s *siblings) set(ids []peer.ID) {
 	all := map[peer.ID]bool{}
 	for _, id := range ids {
 		all[id] = true
 	}
-	l.siblings.Store(&all)
-	return nil
+	s.ids.Store(&all)
 }
 
-func (l *List) isSibling(id peer.ID) bool { return (*l.siblings.Load())[id] }
+func (s *siblings) has(id peer.ID) bool { return (*s.ids.Load())[id] }
 
 // told is what a sibling has been told: on which connection, so that one that was
 // away is told again, and what.
@@ -50,47 +89,47 @@ type told struct {
 	version uint64
 }
 
-// tellSiblings exchanges revocations with each sibling: when there are new ones, and when
+// tellAll exchanges revocations with each sibling: when there are new ones, and when
 // it has come back.
-func (l *List) tellSiblings() {
+func (s *siblings) tellAll() {
 	t := time.NewTicker(tellInterval)
 	defer t.Stop()
 	last := map[peer.ID]told{}
 	for {
-		for id := range *l.siblings.Load() {
-			conns := l.host.Network().ConnsToPeer(id)
+		for id := range *s.ids.Load() {
+			conns := s.host.Network().ConnsToPeer(id)
 			if len(conns) == 0 {
 				continue
 			}
-			_, version := l.revoked.all()
+			_, version := s.revoked.all()
 			now := told{conns[0].ID(), version}
 			if last[id] == now {
 				continue
 			}
-			err := l.tellSibling(id)
+			err := s.tellOne(id)
 			switch {
 			case err == nil:
 				last[id] = now
 			case errors.As(err, new(multistream.ErrNotSupported[string])):
-				l.log.Warn("a supernode of an older version cannot learn of revoked nodes; revoke them there, too", "supernode", id)
+				s.log.Warn("a supernode of an older version cannot learn of revoked nodes; revoke them there, too", "supernode", id)
 				last[id] = now
-			case l.ctx.Err() == nil:
-				l.log.Debug("cannot exchange revocations; trying again", "supernode", id, "error", err)
+			case s.ctx.Err() == nil:
+				s.log.Debug("cannot exchange revocations; trying again", "supernode", id, "error", err)
 			}
 		}
 		select {
-		case <-l.ctx.Done():
+		case <-s.ctx.Done():
 			return
-		case <-l.tell:
+		case <-s.news:
 		case <-t.C:
 		}
 	}
 }
 
-func (l *List) tellSibling(id peer.ID) error {
-	ctx, cancel := context.WithTimeout(network.WithNoDial(l.ctx, "told when it is there"), tellTimeout)
+func (s *siblings) tellOne(id peer.ID) error {
+	ctx, cancel := context.WithTimeout(network.WithNoDial(s.ctx, "told when it is there"), tellTimeout)
 	defer cancel()
-	st, err := l.host.NewStream(ctx, id, revokedProtocol)
+	st, err := s.host.NewStream(ctx, id, revokedProtocol)
 	if err != nil {
 		return err
 	}
@@ -98,49 +137,49 @@ func (l *List) tellSibling(id peer.ID) error {
 	if err := st.SetDeadline(time.Now().Add(tellTimeout)); err != nil {
 		return err
 	}
-	return errors.Join(l.sendRevoked(st), l.takeRevoked(st, id))
+	return errors.Join(s.send(st), s.take(st, id))
 }
 
-// serveRevoked is the other end of tellSibling.
-func (l *List) serveRevoked(st network.Stream) {
+// serve is the other end of tellOne.
+func (s *siblings) serve(st network.Stream) {
 	id := st.Conn().RemotePeer()
-	l.mu.Lock()
-	ok := l.isSibling(id) && !l.closed
+	s.mu.Lock()
+	ok := s.has(id) && !s.closed
 	if ok {
-		l.wg.Add(1)
+		s.wg.Add(1)
 	}
-	l.mu.Unlock()
+	s.mu.Unlock()
 	if !ok {
 		_ = st.Reset()
 		return
 	}
-	defer l.wg.Done()
-	stop := context.AfterFunc(l.ctx, func() { _ = st.Reset() })
+	defer s.wg.Done()
+	stop := context.AfterFunc(s.ctx, func() { _ = st.Reset() })
 	defer stop()
 	err := st.SetDeadline(time.Now().Add(tellTimeout))
 	if err == nil {
-		err = l.takeRevoked(st, id)
+		err = s.take(st, id)
 	}
 	if err == nil {
-		err = l.sendRevoked(st)
+		err = s.send(st)
 	}
 	if err != nil {
-		l.log.Warn("cannot exchange revocations", "supernode", id, "error", err)
+		s.log.Warn("cannot exchange revocations", "supernode", id, "error", err)
 		_ = st.Reset()
 		return
 	}
 	_ = st.Close()
 }
 
-func (l *List) sendRevoked(st network.Stream) error {
-	all, _ := l.revoked.all()
+func (s *siblings) send(st network.Stream) error {
+	all, _ := s.revoked.all()
 	if err := json.NewEncoder(st).Encode(all); err != nil {
 		return err
 	}
 	return st.CloseWrite()
 }
 
-func (l *List) takeRevoked(st network.Stream, from peer.ID) error {
+func (s *siblings) take(st network.Stream, from peer.ID) error {
 	b, err := io.ReadAll(io.LimitReader(st, maxRevoked+1))
 	if err != nil {
 		return err
@@ -153,19 +192,19 @@ func (l *List) takeRevoked(st network.Stream, from peer.ID) error {
 		return fmt.Errorf("revocations: %w: %w", blockdev.ErrCorrupt, err)
 	}
 	for id := range theirs {
-		if l.isSibling(id) || id == l.hostID() {
+		if s.has(id) || id == s.host.ID() {
 			delete(theirs, id) // as Revoke refuses it
 		}
 	}
-	added, err := l.revoked.merge(theirs)
+	added, err := s.revoked.merge(theirs)
 	for _, id := range added {
 		if err == nil {
-			l.log.Info("a supernode says that a node is revoked", "node", id, "supernode", from)
-			l.cutOff(id)
+			s.log.Info("a supernode says that a node is revoked", "node", id, "supernode", from)
+			s.cutOff(id)
 		}
 	}
 	if len(added) > 0 {
-		signal(l.tell) // those that it cannot reach
+		signal(s.news) // those that it cannot reach
 	}
 	return err
 }
