@@ -18,6 +18,20 @@
 //   - Work gets a context of its own: an asker that leaves takes nothing from the
 //     others.
 //   - Nothing runs, and no timer is left, when Close returns.
+//
+// # Who waits in another way
+//
+// Each of these has a reason to share work without a Group:
+//
+//   - blockdev/cache: a request brings many chunks, so that none of them has work of its
+//     own, and a read of them allocates nothing.
+//   - blockdev/volume: what is waited for may be queued, paused or due to be tried again;
+//     the queue and not the callers begins it.
+//   - p2p/swarm: nodes wait for indexes that another call brings; asking begins nothing.
+//   - cmd/shoal/internal/node/direct: callers of one pass want different chunks of it,
+//     and get them one at a time.
+//   - snapshotter: the outcome is used after the work is done, and for a while counts for
+//     those that come later.
 package flight
 
 import (
