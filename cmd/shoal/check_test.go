@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -172,7 +171,7 @@ func TestCheckCancelled(t *testing.T) {
 	root, _ := nodeRoot(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := checkRoot(ctx, root, false, func(string) {}, slog.New(slog.NewTextHandler(io.Discard, nil))); !errors.Is(err, context.Canceled) {
+	if _, err := checkRoot(ctx, root, false, func(string) {}, slog.New(slog.DiscardHandler)); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v", err)
 	}
 }

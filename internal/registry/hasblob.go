@@ -104,7 +104,7 @@ func headAt(ctx context.Context, h docker.RegistryHost, ref Reference, d blockde
 		if resp.StatusCode < 300 {
 			return nil
 		}
-		answers = append(answers, resp)
+		answers = append(answers, resp) //nolint:bodyclose // it is closed above
 		if resp.StatusCode == http.StatusUnauthorized && len(answers) <= maxChallenges && h.Authorizer.AddResponses(ctx, answers) == nil {
 			continue
 		}
