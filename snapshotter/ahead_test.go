@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -52,7 +53,7 @@ func TestPullOfPrivateImage(t *testing.T) {
 		{"with the node's", false, tenant, true, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			n := newNode(t, func(cfg *Config) {
+			n := newNode(t, func(cfg *nodeConfig) {
 				cfg.Credentials, cfg.NodeCredentials = always(tenant), c.node
 			})
 			img := newImage("registry.test/x:1", threeLayers(t)...)
@@ -88,12 +89,12 @@ func (a always) Credential(context.Context, string) (image.Credential, error) {
 // Where snapshot annotations are off, a manifest's own reach the snapshotter, and may
 // name another tenant's image: nothing of it is opened.
 func TestSpoofedReferenceOpensNothing(t *testing.T) {
-	n := newNode(t, func(cfg *Config) { cfg.Credentials = always(tenant) })
+	n := newNode(t, func(cfg *nodeConfig) { cfg.Credentials = always(tenant) })
 	c := newContainerd(t, n)
 	_, _, secret := ociImage(t, "registry.test/secret:1", newLayer(t, file("secret")))
 	n.images.publish(secret)
 	n.images.private(tenant)
-	// Mallory knows DiffID and digests of the secret image, not its bytes.
+	// Mallory knows DiffID and digests of the secret testImage, not its bytes.
 	desc, blobs, _ := ociImage(t, "mallory.test/x:1", secret.layers[0])
 	var m ocispec.Manifest
 	check(t, json.Unmarshal(blobs[desc.Digest], &m))
@@ -134,7 +135,7 @@ func TestSpoofedReferenceOpensNothing(t *testing.T) {
 // The image is waited for at the mirror, not in Prepare, whoever leaves; and an eager
 // one until every byte is here.
 func TestOpenedAhead(t *testing.T) {
-	n := newNode(t, func(cfg *Config) {
+	n := newNode(t, func(cfg *nodeConfig) {
 		cfg.Policy = must(policy.New(policy.Rules{Eager: []string{"registry.test/eager"}, Lazy: []string{"*"}, Default: policy.All}))(t)
 	})
 	gate := make(chan struct{})
@@ -166,7 +167,7 @@ func TestOpenedAhead(t *testing.T) {
 // same is an annotation of a manifest: it opens no private image, also right after a
 // pull that may have it. A right is gone with the pull that has shown it.
 func TestNamesOfManifests(t *testing.T) {
-	n := newNode(t, func(cfg *Config) {})
+	n := newNode(t, func(cfg *nodeConfig) {})
 	begin := func(img testImage, cred image.Credential) {
 		n.Begin(repository(img), "1", img.manifest, cred)
 		n.Await(bg, repository(img), img.manifest)
@@ -194,32 +195,34 @@ func TestNamesOfManifests(t *testing.T) {
 	}
 
 	// In a namespace with names, a pull's right ends with the pull.
-	n = newNode(t, func(cfg *Config) {})
+	n = newNode(t, func(cfg *nodeConfig) {})
 	n.images.publish(secret)
 	n.images.private(tenant)
 	begin(secret, tenant)
 	if _, fetched, err := n.pull(bg, secret); err != nil || len(fetched) != 0 {
 		t.Fatalf("fetched %v, %v", fetched, err)
 	}
-	if _, ok := n.rights.find(openKey{name: "registry.test/secret", manifest: secret.manifest}, time.Now()); ok {
-		t.Error("the right outlives its pull")
+	check(t, n.Remove(bg, secret.chain(0)))
+	if _, fetched, err := n.pull(bg, secret); err != nil || len(fetched) != 1 {
+		t.Errorf("fetched %v, %v: the right outlives its pull", fetched, err)
 	}
 }
 
 // Images that another snapshotter of this machine pulls through the mirror are not
 // opened for ever.
-func TestNotClaimed(t *testing.T) {
-	n := newNode(t, func(cfg *Config) { cfg.PullIdle = 10 * time.Millisecond })
+func TestNotClaimed(t *testing.T) { synctest.Test(t, testNotClaimed) }
+
+func testNotClaimed(t *testing.T) {
+	n := newNode(t, func(cfg *nodeConfig) { cfg.PullIdle = 10 * time.Millisecond })
 	var last testImage
-	for i := range maxUnclaimed {
+	for i := range 3 {
 		last = newImage(fmt.Sprintf("registry.test/x%d:1", i), newLayer(t, file(fmt.Sprint(i))))
 		n.images.publish(last)
 		name := fmt.Sprintf("registry.test/x%d", i)
 		n.Begin(name, "1", last.manifest, image.Credential{})
 		n.Await(bg, name, last.manifest)
-		for !n.rights.elsewhere(name) {
-			time.Sleep(time.Millisecond)
-		}
+		time.Sleep(time.Second) // no Prepare comes
+		synctest.Wait()
 	}
 	asked := n.images.asked()
 	n.Begin("registry.test/new", "1", blockdev.Digest{1}, tenant)
@@ -231,7 +234,10 @@ func TestNotClaimed(t *testing.T) {
 	if _, fetched, err := n.pull(bg, last); err != nil || len(fetched) > 0 {
 		t.Errorf("fetched %v: %v", fetched, err)
 	}
-	if n.rights.elsewhere("registry.test/new") {
+	asked = n.images.asked()
+	n.Begin("registry.test/new", "1", blockdev.Digest{1}, tenant)
+	n.Await(bg, "registry.test/new", blockdev.Digest{1})
+	if n.images.asked() == asked {
 		t.Error("one image that was asked for changes nothing")
 	}
 }
@@ -239,7 +245,7 @@ func TestNotClaimed(t *testing.T) {
 // A pull's credential is kept for as long as its image needs a source, and what this
 // machine alone calls by a name is not asked of another one.
 func TestSourceCredential(t *testing.T) {
-	n := newNode(t, func(cfg *Config) {
+	n := newNode(t, func(cfg *nodeConfig) {
 		cfg.Remote, cfg.Credentials = true, always(image.Credential{Username: "node", Secret: "n"})
 	})
 	img := newImage("registry.test/x:1", newLayer(t, file("a")))

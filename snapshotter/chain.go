@@ -49,18 +49,22 @@ func readChain(ctx context.Context, name string) (links []link, err error) {
 	return links, nil
 }
 
-func (s *Snapshotter) chain(ctx context.Context, name string) (links []link, err error) {
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+// chain is readChain in a transaction of its own.
+func (m *metaStore) chain(ctx context.Context, name string) (links []link, err error) {
+	err = m.WithTransaction(ctx, false, func(ctx context.Context) error {
 		links, err = readChain(ctx, name)
 		return err
 	})
 	return links, err
 }
 
+// diffsOf returns the diffs of a chain, each once.
 func diffsOf(links []link) []blockdev.Digest {
 	var ids []blockdev.Digest
+	seen := make(map[blockdev.Digest]struct{}, len(links))
 	for _, l := range links {
-		if l.lazy {
+		if _, again := seen[l.diff]; l.lazy && !again {
+			seen[l.diff] = struct{}{}
 			ids = append(ids, l.diff)
 		}
 	}
@@ -117,21 +121,14 @@ func (s *Snapshotter) join(links []link, mounts map[blockdev.Digest]string) []st
 	return dirs
 }
 
+// mountAll mounts block images, and says where.
 func (s *Snapshotter) mountAll(ctx context.Context, ids []blockdev.Digest) (map[blockdev.Digest]string, error) {
-	mounts := make(map[blockdev.Digest]string, len(ids))
-	for _, id := range ids {
-		mounts[id] = ""
-	}
-	unique := make([]blockdev.Digest, 0, len(mounts))
-	for id := range mounts {
-		unique = append(unique, id)
-	}
-	dirs := make([]string, len(unique))
+	dirs := make([]string, len(ids))
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(mountWorkers)
-	for i, id := range unique {
+	for i, id := range ids {
 		g.Go(func() (err error) {
-			if dirs[i], err = s.mount(ctx, id); err != nil {
+			if dirs[i], err = s.images.Mount(ctx, id); err != nil {
 				err = classify(fmt.Errorf("mount diff %s: %w", id, err))
 			}
 			return err
@@ -140,14 +137,15 @@ func (s *Snapshotter) mountAll(ctx context.Context, ids []blockdev.Digest) (map[
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	for i, id := range unique {
+	mounts := make(map[blockdev.Digest]string, len(ids))
+	for i, id := range ids {
 		mounts[id] = dirs[i]
 	}
 	return mounts, nil
 }
 
 func (s *Snapshotter) remakeFixup(ctx context.Context, l link, lowers []string) error {
-	implied, err := s.records.implied(l.diff)
+	implied, err := s.images.Implied(l.diff)
 	if err != nil {
 		return classify(err)
 	}

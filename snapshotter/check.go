@@ -10,10 +10,9 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
-	bolt "go.etcd.io/bbolt"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/internal/boltcheck"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
 // Health is what a check of a snapshotter has looked at and found.
@@ -31,12 +30,12 @@ func (h *Health) add(where, repaired, format string, args ...any) {
 // Cleanup removes by itself is no finding.
 func (s *Snapshotter) Check(ctx context.Context, repair bool) (*Health, error) {
 	h := &Health{Databases: 2}
-	if err := boltcheck.Live(s.records.db, visitRecords); err != nil {
-		h.add(recordsFile, "", "%v: the next start of the node sets the file aside", err)
+	if err := s.images.Check(); err != nil {
+		h.add(images.File, "", "%v: the next start of the node sets the file aside", err)
 	}
 	before := &Health{}
 	// In the transaction that makes snapshots, so that none is seen half made.
-	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+	err := s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
 		ids, err := snapshotIDs(ctx)
 		if err != nil {
 			return err
@@ -80,15 +79,10 @@ func Inspect(ctx context.Context, root string, repair bool) (*Health, error) {
 	h := &Health{}
 	sound := true
 	for _, db := range []struct {
-		name  string
-		visit func(*bolt.Tx) error
-	}{{recordsFile, visitRecords}, {metadataFile, nil}} {
-		err := boltcheck.File(filepath.Join(root, db.name), db.visit)
-		if db.name == metadataFile && (err == nil || errors.Is(err, fs.ErrNotExist)) {
-			if lost := metadataLost(root); lost != nil {
-				err = lost
-			}
-		}
+		name    string
+		inspect func(root string) error
+	}{{images.File, images.Inspect}, {metadataFile, inspectMetadata}} {
+		err := db.inspect(root)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			continue

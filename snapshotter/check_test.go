@@ -10,6 +10,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/boltcheck"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
 // found says whether a finding's Where ends so.
@@ -86,9 +87,9 @@ func TestDamagedRecords(t *testing.T) {
 	top, _, err := n.pull(bg, used)
 	check(t, err)
 	n.stopped(func() {
-		check(t, os.WriteFile(filepath.Join(n.root, recordsFile), bytes.Repeat([]byte("garbage "), 4096), 0o600))
+		check(t, os.WriteFile(filepath.Join(n.root, images.File), bytes.Repeat([]byte("garbage "), 4096), 0o600))
 		h := must(Inspect(bg, n.root, true))(t)
-		if _, ok := found(h, recordsFile); !ok {
+		if _, ok := found(h, images.File); !ok {
 			t.Errorf("not found: %+v", h)
 		}
 	})
@@ -99,7 +100,7 @@ func TestDamagedRecords(t *testing.T) {
 			t.Error("a diff in use is gone")
 		}
 	}
-	if h := must(n.Check(bg, false))(t); len(h.Findings) != 1 || !strings.HasSuffix(h.Findings[0].Where, recordsFile+asideSuffix) {
+	if h := must(n.Check(bg, false))(t); len(h.Findings) != 1 || !strings.HasSuffix(h.Findings[0].Where, images.File+asideSuffix) {
 		t.Errorf("want what was set aside: %+v", h)
 	}
 }
@@ -138,7 +139,6 @@ func damageMetadata(t *testing.T, spoil func(path string) error) {
 			t.Errorf("check: %+v", h)
 		}
 	})
-	n.bg.Wait()
 	check(t, n.Cleanup(bg))
 	for _, l := range used.layers {
 		if !n.data.has(l) {

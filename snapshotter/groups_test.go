@@ -41,7 +41,7 @@ func (g *fakeGroups) in(manifest blockdev.Digest) bool {
 // a restart, with what the supernode gave it to join.
 func TestGroups(t *testing.T) {
 	g := &fakeGroups{}
-	with := func(g *fakeGroups) func(*Config) { return func(c *Config) { c.Groups = g } }
+	with := func(g *fakeGroups) func(*nodeConfig) { return func(c *nodeConfig) { c.Groups = g } }
 	n := newNode(t, with(g))
 	shared := newLayer(t, file("shared"))
 	a := newImage("registry.test/a:1", shared, newLayer(t, file("a")))
@@ -69,13 +69,15 @@ func TestGroups(t *testing.T) {
 	if g.in(a.manifest) || !g.in(b.manifest) {
 		t.Errorf("after the removal of one of two: %v", g.diffs)
 	}
-	kept := must(n.KeepImage(bg, a.ref, a.manifest))(t)
+	must(n.Keep(bg, a.ref, a.manifest))(t)
 	if !g.in(a.manifest) {
 		t.Error("a kept image is not shared")
 	}
-	check(t, n.ReleaseImage(bg, kept.Manifest))
+	if !n.Evict(bg) {
+		t.Error("a kept image is not evicted")
+	}
 	if g.in(a.manifest) {
-		t.Error("a released image is shared")
+		t.Error("an evicted image is shared")
 	}
 }
 
@@ -100,7 +102,7 @@ func (g *slowLeave) Leave(manifest blockdev.Digest) {
 func TestPulledWhileCleaningUp(t *testing.T) {
 	a, b := newImage("registry.test/a:1", newLayer(t, file("a"))), newImage("registry.test/b:1", newLayer(t, file("b")))
 	g := &slowLeave{slow: a.manifest, begun: make(chan struct{}), through: make(chan struct{})}
-	n := newNode(t, func(c *Config) { c.Groups = g })
+	n := newNode(t, func(c *nodeConfig) { c.Groups = g })
 	n.images.publish(a, b)
 	for _, img := range []testImage{a, b} {
 		top, _, err := n.pull(bg, img)
@@ -108,7 +110,7 @@ func TestPulledWhileCleaningUp(t *testing.T) {
 		check(t, n.Remove(bg, top))
 	}
 	cleaned := make(chan error, 1)
-	go func() { cleaned <- n.cleanup(bg) }()
+	go func() { cleaned <- n.Cleanup(bg) }()
 	<-g.begun
 	_, fetched, err := n.pull(bg, b)
 	check(t, err)

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -90,26 +91,40 @@ func rootOf(uidmap, gidmap string) (uid, gid int, err error) {
 	return uid, gid, nil
 }
 
-// idmap returns id-mapped, read-only clones of lower directories. They belong to
+// idmaps makes id-mapped clones of lower directories.
+type idmaps struct {
+	dirs
+	mu   sync.Mutex
+	busy map[string]struct{} // snapshot ids whose clones are being made
+	done *sync.Cond          // on mu
+}
+
+func newIDMaps(d dirs) *idmaps {
+	m := &idmaps{dirs: d, busy: make(map[string]struct{})}
+	m.done = sync.NewCond(&m.mu)
+	return m
+}
+
+// clone returns id-mapped, read-only clones of lower directories. They belong to
 // the snapshot with this id and stay mounted until its directory is removed.
-func (s *Snapshotter) idmap(id, uidmap, gidmap string, lowers []string) (_ []string, err error) {
-	s.mu.Lock()
+func (m *idmaps) clone(id, uidmap, gidmap string, lowers []string) (_ []string, err error) {
+	m.mu.Lock()
 	for {
-		if _, busy := s.idmapping[id]; !busy {
+		if _, busy := m.busy[id]; !busy {
 			break
 		}
-		s.idmapDone.Wait()
+		m.done.Wait()
 	}
-	s.idmapping[id] = struct{}{}
-	s.mu.Unlock()
+	m.busy[id] = struct{}{}
+	m.mu.Unlock()
 	defer func() {
-		s.mu.Lock()
-		delete(s.idmapping, id)
-		s.idmapDone.Broadcast()
-		s.mu.Unlock()
+		m.mu.Lock()
+		delete(m.busy, id)
+		m.done.Broadcast()
+		m.mu.Unlock()
 	}()
 
-	dir := s.clones(id)
+	dir := m.clones(id)
 	clones := make([]string, len(lowers))
 	complete := true
 	for i, lower := range lowers {
@@ -155,8 +170,6 @@ func cloned(lower, clone string) bool {
 	mounted, err := mountinfo.Mounted(clone)
 	return err == nil && mounted
 }
-
-func (s *Snapshotter) clones(id string) string { return filepath.Join(s.dir(id), "i") }
 
 // unmountClones unmounts whatever is mounted on the entries of dir.
 func unmountClones(dir string) error {

@@ -7,10 +7,10 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/pkg/reference"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
 const (
@@ -82,41 +82,20 @@ func guard(info, old snapshots.Info, fieldpaths []string) (snapshots.Info, []str
 	return info, kept
 }
 
-// want is what a Prepare's labels ask for.
-type want struct {
-	ref      string // image reference
-	name     string // host/repository
-	host     string // of the registry
-	manifest blockdev.Digest
-	chain    string // ChainID asked for
-	// layers are digests of layers that the image has; a hint that may be
-	// incomplete, since labels have a maximal length.
-	layers []blockdev.Digest
-}
-
-// key is that of the image's opening.
-func (w want) key() openKey {
-	if w.manifest == (blockdev.Digest{}) {
-		return openKey{name: w.name, ref: w.ref}
-	}
-	return openKey{name: w.name, manifest: w.manifest}
-}
-
 // parseWant reads the labels that pkg/snapshotters of containerd sets.
-func parseWant(labels map[string]string) (want, error) {
-	w := want{ref: labels[snapshotters.TargetRefLabel], chain: labels[labelRef]}
-	if w.ref == "" {
-		return w, fmt.Errorf("containerd has not said which image the layer belongs to: label %s is missing "+
+func parseWant(labels map[string]string) (images.Want, error) {
+	ref := labels[snapshotters.TargetRefLabel]
+	if ref == "" {
+		return images.Want{}, fmt.Errorf("containerd has not said which image the layer belongs to: label %s is missing "+
 			"(exports.enable_remote_snapshot_annotations and CRI's disable_snapshot_annotations decide about it)",
 			snapshotters.TargetRefLabel)
 	}
-	spec, err := reference.Parse(w.ref)
+	w, err := images.NewWant(ref, blockdev.Digest{})
 	if err != nil {
-		return w, fmt.Errorf("image reference %q: %w", w.ref, err)
+		return w, err
 	}
-	w.name, w.host = nameOf(spec), spec.Hostname()
 	if v := labels[snapshotters.TargetManifestDigestLabel]; v != "" {
-		if w.manifest, err = blockdev.ParseDigest(v); err != nil {
+		if w.Manifest, err = blockdev.ParseDigest(v); err != nil {
 			return w, fmt.Errorf("manifest: %w", err)
 		}
 	}
@@ -129,7 +108,7 @@ func parseWant(labels map[string]string) (want, error) {
 			if err != nil {
 				return w, fmt.Errorf("layer: %w", err)
 			}
-			w.layers = append(w.layers, d)
+			w.Layers = append(w.Layers, d) // labels have a maximal length
 		}
 	}
 	return w, nil

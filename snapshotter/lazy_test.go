@@ -174,7 +174,7 @@ func TestFallback(t *testing.T) {
 			if len(n.data.dirs) != 0 {
 				t.Errorf("diffs left behind: %v", n.data.dirs)
 			}
-			if d := must(n.records.diffs())(t); len(d) != 0 {
+			if d := n.recorded(); len(d) != 0 {
 				t.Errorf("records left behind: %v", d)
 			}
 		})
@@ -304,7 +304,7 @@ func TestSharedLayers(t *testing.T) {
 	if len(n.data.dirs) != 0 {
 		t.Errorf("diffs left: %v", n.data.dirs)
 	}
-	if d := must(n.records.diffs())(t); len(d) != 0 {
+	if d := n.recorded(); len(d) != 0 {
 		t.Errorf("records left: %v", d)
 	}
 	if list := must(n.Images(bg))(t); len(list) != 0 {
@@ -322,7 +322,7 @@ func TestHaveIsPerHost(t *testing.T) {
 	check(t, err)
 	b := newImage("two.test/a:1", ls...)
 	n.images.publish(b)
-	_, err = n.KeepImage(bg, b.ref, b.manifest)
+	_, err = n.Keep(bg, b.ref, b.manifest)
 	check(t, err)
 	if have := n.images.requests[1].Have; len(have) != 0 {
 		t.Errorf("another host is told about %v", have)

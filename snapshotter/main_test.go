@@ -2,6 +2,7 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -10,10 +11,15 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	bolt "go.etcd.io/bbolt"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
 func TestMain(m *testing.M) {
@@ -65,17 +71,20 @@ next:
 	return found
 }
 
-// node is a snapshotter under test with what it talks to.
+// node is a snapshotter under test, its catalogue, and what they talk to.
 type node struct {
 	*Snapshotter
+	*images.Catalogue
 	root   string
 	data   *fakeData
 	images *fakeImages
 	log    *logBuffer
 	t      testing.TB
+	// crashed, if not nil, changes what a kill has left.
+	crashed func()
 }
 
-func newNode(t testing.TB, change ...func(*Config)) *node {
+func newNode(t testing.TB, change ...func(*nodeConfig)) *node {
 	t.Helper()
 	needRoot(t)
 	dir := t.TempDir()
@@ -89,30 +98,75 @@ func newNode(t testing.TB, change ...func(*Config)) *node {
 	return n
 }
 
-func (n *node) start(change ...func(*Config)) {
+// nodeConfig is what a test may change.
+type nodeConfig struct {
+	images.Config
+	PrepareTimeout time.Duration
+}
+
+func (n *node) start(change ...func(*nodeConfig)) {
 	n.t.Helper()
-	cfg := Config{Root: n.root, Data: n.data, Images: n.images, Log: slog.New(slog.NewTextHandler(n.log, nil))}
+	cfg := nodeConfig{Config: images.Config{Root: n.root, Data: n.data, Images: n.images, Log: slog.New(slog.NewTextHandler(n.log, nil))}}
 	for _, c := range change {
 		c(&cfg)
 	}
-	s, err := New(cfg)
-	if err != nil {
+	var err error
+	if n.Snapshotter, n.Catalogue, err = open(cfg); err != nil {
 		n.t.Fatal(err)
 	}
-	n.Snapshotter = s
+}
+
+// open makes a snapshotter with its catalogue.
+func open(cfg nodeConfig) (*Snapshotter, *images.Catalogue, error) {
+	c, err := images.Open(cfg.Config)
+	if err != nil {
+		return nil, nil, err
+	}
+	s, err := New(Config{Root: cfg.Root, Images: c, PrepareTimeout: cfg.PrepareTimeout, Log: cfg.Log})
+	if err != nil {
+		return nil, nil, errors.Join(err, c.Close())
+	}
+	return s, c, nil
+}
+
+func (n *node) Close() error { return errors.Join(n.Snapshotter.Close(), n.Catalogue.Close()) }
+
+func (n *node) Cleanup(ctx context.Context) error { return n.Snapshotter.Cleanup(ctx) }
+
+func (n *node) Check(ctx context.Context, repair bool) (*Health, error) {
+	return n.Snapshotter.Check(ctx, repair)
+}
+
+// recorded returns the diffs on record: in shoal.db as a kill would leave it.
+func (n *node) recorded() (ids []blockdev.Digest) {
+	n.t.Helper()
+	path := filepath.Join(n.t.TempDir(), images.File)
+	check(n.t, os.WriteFile(path, []byte(read(n.t, n.root, images.File)), 0o600))
+	db := must(bolt.Open(path, 0o600, nil))(n.t)
+	check(n.t, db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket([]byte("diffs")).ForEach(func(id, _ []byte) error {
+			ids = append(ids, blockdev.Digest(id))
+			return nil
+		})
+	}))
+	check(n.t, db.Close())
+	return ids
 }
 
 // crash goes on with a copy of the directory as a kill would leave it, with a
 // snapshotter that was never told to end.
-func (n *node) crash(change ...func(*Config)) {
+func (n *node) crash(change ...func(*nodeConfig)) {
 	n.t.Helper()
-	old := n.Snapshotter
+	old := *n
 	n.t.Cleanup(func() { _ = old.Close() })
 	to := filepath.Join(filepath.Dir(n.root), "after-"+filepath.Base(n.root))
 	if err := copyTree(n.root, to); err != nil {
 		n.t.Fatal(err)
 	}
 	n.root = to
+	if n.crashed != nil {
+		n.crashed()
+	}
 	n.start(change...)
 }
 

@@ -9,7 +9,7 @@ import (
 )
 
 // withRules gives the node a policy.
-func withRules(t testing.TB, r policy.Rules) func(*Config) {
+func withRules(t testing.TB, r policy.Rules) func(*nodeConfig) {
 	t.Helper()
 	if r.Lazy == nil {
 		r.Lazy = []string{"*"}
@@ -18,7 +18,7 @@ func withRules(t testing.TB, r policy.Rules) func(*Config) {
 		r.Default = policy.All
 	}
 	p := must(policy.New(r))(t)
-	return func(c *Config) { c.Policy = p }
+	return func(c *nodeConfig) { c.Policy = p }
 }
 
 // An image that the config does not want to be lazy is unpacked without anybody
@@ -39,7 +39,7 @@ func TestNever(t *testing.T) {
 	if lines := n.log.lines(db.ref); len(lines) != 1 || !strings.Contains(lines[0], "images.never names it") || strings.Contains(lines[0], "WARN") {
 		t.Errorf("log: %q", lines)
 	}
-	if _, err := n.KeepImage(bg, db.ref, blockdev.Digest{}); err == nil || !strings.Contains(err.Error(), "images.never") {
+	if _, err := n.Keep(bg, db.ref, blockdev.Digest{}); err == nil || !strings.Contains(err.Error(), "images.never") {
 		t.Errorf("a prefetch of it to this node: %v", err)
 	}
 	if _, fetched, err = n.pull(bg, app); err != nil || len(fetched) != 0 {

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -18,7 +19,9 @@ import (
 
 // Concurrent Prepares of one image wait for one round trip, and a caller that goes
 // away does not end it: neither for the others, nor for the next pull.
-func TestSingleFlight(t *testing.T) {
+func TestSingleFlight(t *testing.T) { synctest.Test(t, testSingleFlight) }
+
+func testSingleFlight(t *testing.T) {
 	n := newNode(t)
 	img := newImage("registry.test/x:1", threeLayers(t)...)
 	n.images.publish(img)
@@ -35,31 +38,9 @@ func TestSingleFlight(t *testing.T) {
 			_, results[i] = n.Prepare(c, fmt.Sprintf("ns/%d/k", i), "", snapshots.WithLabels(img.labels(0)))
 		})
 	}
-	for { // all four are in
-		n.pulls.mu.Lock()
-		users := 0
-		for _, p := range n.pulls.m {
-			users = p.users
-		}
-		n.pulls.mu.Unlock()
-		if users == len(results) {
-			break
-		}
-		time.Sleep(time.Millisecond)
-	}
+	synctest.Wait() // all four are in
 	cancel()
-	for {
-		n.pulls.mu.Lock()
-		users := 0
-		for _, p := range n.pulls.m {
-			users = p.users
-		}
-		n.pulls.mu.Unlock()
-		if users == len(results)-1 {
-			break
-		}
-		time.Sleep(time.Millisecond)
-	}
+	synctest.Wait()
 	close(n.images.gate)
 	wg.Wait()
 	if !errors.Is(results[0], context.Canceled) {
@@ -96,8 +77,10 @@ func TestSingleFlight(t *testing.T) {
 
 // A Prepare does not wait for longer than PrepareTimeout; the pull is not lazy then,
 // all of it, and the next one is, without asking again.
-func TestPrepareTimeout(t *testing.T) {
-	n := newNode(t, func(c *Config) { c.PrepareTimeout = 30 * time.Millisecond })
+func TestPrepareTimeout(t *testing.T) { synctest.Test(t, testPrepareTimeout) }
+
+func testPrepareTimeout(t *testing.T) {
+	n := newNode(t, func(c *nodeConfig) { c.PrepareTimeout = 30 * time.Millisecond })
 	img := newImage("registry.test/x:1", threeLayers(t)...)
 	n.images.publish(img)
 	gate := make(chan struct{})
@@ -105,10 +88,7 @@ func TestPrepareTimeout(t *testing.T) {
 	opts := snapshots.WithLabels(img.labels(0))
 	must(n.Prepare(bg, "ns/1/a", "", opts))(t)
 	close(gate)
-	n.openings.mu.Lock()
-	o := n.openings.m[openKey{name: "registry.test/x", manifest: img.manifest}]
-	n.openings.mu.Unlock()
-	<-o.done
+	synctest.Wait() // it is open
 	check(t, n.Commit(bg, "ns/1/"+img.chain(0), "ns/1/a", opts))
 	if _, err := n.Prepare(bg, "ns/1/b", "ns/1/"+img.chain(0), snapshots.WithLabels(img.labels(1))); err != nil {
 		t.Errorf("second layer of a pull that is not lazy: %v", err)
@@ -124,7 +104,7 @@ func TestPrepareTimeout(t *testing.T) {
 }
 
 func TestIndexTimeout(t *testing.T) {
-	n := newNode(t, func(c *Config) { c.IndexTimeout = 10 * time.Millisecond })
+	n := newNode(t, func(c *nodeConfig) { c.IndexTimeout = 10 * time.Millisecond })
 	img := newImage("registry.test/x:1", threeLayers(t)...)
 	n.images.publish(img)
 	n.images.gate = make(chan struct{})
@@ -140,7 +120,7 @@ func TestIndexTimeout(t *testing.T) {
 
 // A pull that ends in the middle: what its later layers had opened goes.
 func TestAbandonedPull(t *testing.T) {
-	n := newNode(t, func(c *Config) { c.PullIdle = 50 * time.Millisecond })
+	n := newNode(t, func(c *nodeConfig) { c.PullIdle = 50 * time.Millisecond })
 	img := newImage("registry.test/x:1", threeLayers(t)...)
 	n.images.publish(img)
 	gone := make(chan blockdev.Digest, 3)
@@ -268,13 +248,12 @@ func TestKeep(t *testing.T) {
 	n := newNode(t)
 	img := newImage("registry.test/x:1", threeLayers(t)...)
 	n.images.publish(img)
-	kept := must(n.KeepImage(bg, img.ref, blockdev.Digest{}))(t)
+	kept := must(n.Keep(bg, img.ref, blockdev.Digest{}))(t)
 	if len(kept.Layers) != 3 || kept.Manifest != img.manifest || !kept.Kept {
 		t.Errorf("%+v", kept)
 	}
 	check(t, n.Cleanup(bg))
 	n.crash()
-	n.bg.Wait()
 	check(t, n.Cleanup(bg))
 	for _, l := range img.layers {
 		if !n.data.has(l) {
@@ -303,10 +282,9 @@ func TestKeep(t *testing.T) {
 		t.Error("diffs stay kept after their image was used and removed")
 	}
 
-	kept = must(n.KeepImage(bg, img.ref, img.manifest))(t)
-	check(t, n.ReleaseImage(bg, kept.Manifest))
-	if len(n.data.dirs) != 0 {
-		t.Error("released diffs stay")
+	must(n.Keep(bg, img.ref, img.manifest))(t)
+	if !n.Evict(bg) || len(n.data.dirs) != 0 {
+		t.Error("evicted diffs stay")
 	}
 }
 
@@ -322,10 +300,10 @@ func TestEvict(t *testing.T) {
 	}
 	_, _, err := n.pull(bg, imgs[0])
 	check(t, err)
-	must(n.KeepImage(bg, imgs[1].ref, blockdev.Digest{}))(t)
-	pinned := must(n.KeepImage(bg, imgs[2].ref, blockdev.Digest{}))(t)
-	must(n.KeepImage(bg, imgs[3].ref, blockdev.Digest{}))(t)
-	release := must(n.PinImage(bg, pinned))(t)
+	must(n.Keep(bg, imgs[1].ref, blockdev.Digest{}))(t)
+	pinned := must(n.Keep(bg, imgs[2].ref, blockdev.Digest{}))(t)
+	must(n.Keep(bg, imgs[3].ref, blockdev.Digest{}))(t)
+	release := must(n.Pin(bg, pinned))(t)
 	left := func(want ...int) {
 		t.Helper()
 		for i, img := range imgs {
@@ -369,10 +347,7 @@ func TestOrphans(t *testing.T) {
 	orphan := newLayer(t, file("orphan"))
 	must(n.data.AddChecked(bg, orphan.index, func(*blockdev.Index) error { return nil }))(t)
 	n.crash()
-	n.bg.Wait()
-	if n.data.has(orphan) {
-		t.Error("a diff that nothing names is still there")
-	}
+	waitFor(t, "a diff that nothing names is removed", func() bool { return !n.data.has(orphan) })
 	for _, l := range img.layers {
 		if !n.data.has(l) {
 			t.Error("a diff in use was removed")
@@ -389,7 +364,7 @@ func TestKeepShared(t *testing.T) {
 	n.images.publish(a, b)
 	_, _, err := n.pull(bg, a)
 	check(t, err)
-	must(n.KeepImage(bg, b.ref, b.manifest))(t)
+	must(n.Keep(bg, b.ref, b.manifest))(t)
 	check(t, n.Remove(bg, a.chain(0)))
 	check(t, n.Cleanup(bg))
 	for _, l := range ls {
@@ -402,7 +377,7 @@ func TestKeepShared(t *testing.T) {
 	_, _, err = n.pull(bg, b)
 	check(t, err)
 	// Keeping what is there as a whole keeps nothing.
-	if img := must(n.KeepImage(bg, b.ref, b.manifest))(t); img.Kept {
+	if img := must(n.Keep(bg, b.ref, b.manifest))(t); img.Kept {
 		t.Error("an image with snapshots is kept")
 	}
 	for i := 2; i >= 0; i-- {

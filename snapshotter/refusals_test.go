@@ -1,19 +1,16 @@
 package snapshotter
 
 import (
-	"context"
-	"fmt"
 	"strings"
 	"testing"
 	"time"
-	"unicode/utf8"
 
-	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/snapshotter/images"
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
 
 // TestRefusals: why an image is not lazy is remembered until it is, and counted by
-// its cause; what is remembered is bounded.
+// its cause.
 func TestRefusals(t *testing.T) {
 	n := newNode(t, withRules(t, policy.Rules{Never: []string{"registry.test/never"}}))
 	never := newImage("registry.test/never:1", newLayer(t, file("n")))
@@ -28,11 +25,11 @@ func TestRefusals(t *testing.T) {
 		}
 	}
 	list := n.Refusals()
-	if len(list) != 3 || list[0].Ref != never.ref || list[0].Cause != CauseConfig || list[2].Ref != gone.ref || list[2].Cause != CauseNotFound ||
+	if len(list) != 3 || list[0].Ref != never.ref || list[0].Cause != images.CauseConfig || list[2].Ref != gone.ref || list[2].Cause != images.CauseNotFound ||
 		!strings.Contains(list[0].Why, "images.never") || time.Since(list[2].At) > time.Minute {
 		t.Errorf("remembered: %+v", list)
 	}
-	if n.Refused(CauseConfig) != 1 || n.Refused(CauseNotFound) != 2 || n.Refused(CauseSlow) != 0 {
+	if n.Refused(images.CauseConfig) != 1 || n.Refused(images.CauseNotFound) != 2 || n.Refused(images.CauseSlow) != 0 {
 		t.Error("the causes are not counted, or more than once for an image of several layers")
 	}
 
@@ -57,27 +54,6 @@ func TestRefusals(t *testing.T) {
 	for _, r := range n.Refusals() {
 		if r.Ref == app.ref {
 			t.Errorf("an image that is lazy is listed: %+v", r)
-		}
-	}
-
-	var r refusals
-	for i := range 3 * maxRefusals {
-		r.add(fmt.Sprint(i), CauseOther, strings.Repeat("ä", maxWhy))
-	}
-	if len(r.list) != maxRefusals || r.list[0].Ref != fmt.Sprint(2*maxRefusals) || len(r.list[0].Why) > maxWhy+4 || !utf8.ValidString(r.list[0].Why) {
-		t.Errorf("%d are remembered, from %s on, of %d bytes", len(r.list), r.list[0].Ref, len(r.list[0].Why))
-	}
-}
-
-// TestCauses: errors of opening an image have their class, whatever wraps them.
-func TestCauses(t *testing.T) {
-	for err, want := range map[error]Cause{
-		blockdev.ErrUnavailable: CauseUnavailable, blockdev.ErrUnauthorized: CauseUnauthorized, blockdev.ErrNotFound: CauseNotFound,
-		blockdev.ErrCorrupt: CauseCorrupt, blockdev.ErrQuarantined: CauseCorrupt, blockdev.ErrNoSpace: CauseNoSpace,
-		blockdev.ErrUnsupported: CauseUnsupported, context.DeadlineExceeded: CauseSlow, errSlow: CauseSlow, refused("x"): CauseConfig, errClosing: CauseOther,
-	} {
-		if got := causeOf(fmt.Errorf("image x: %w", err)); got != want {
-			t.Errorf("%v: %s, want %s", err, got, want)
 		}
 	}
 }

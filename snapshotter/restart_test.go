@@ -7,11 +7,14 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	bolt "go.etcd.io/bbolt"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
 // After a kill everything is as it was, and what was half done is gone.
@@ -33,21 +36,25 @@ func TestCrash(t *testing.T) {
 	}
 	// A diff that was going to be added, and never was.
 	lost := blockdev.Sum([]byte("lost"))
-	check(t, n.records.intend([]blockdev.Digest{lost}))
+	n.crashed = func() {
+		db := must(bolt.Open(filepath.Join(n.root, images.File), 0o600, nil))(t)
+		check(t, db.Update(func(tx *bolt.Tx) error { return tx.Bucket([]byte("diffs")).Put(lost[:], []byte("{}")) }))
+		check(t, db.Close())
+	}
 	n.data.prefetched = nil
 
 	n.crash()
-	n.bg.Wait()
-	if n.data.has(half.layers[1]) || !n.data.has(half.layers[0]) {
-		t.Error("want the diff that no snapshot uses gone, and the other there")
+	waitFor(t, "what nothing uses is removed", func() bool {
+		left := must(os.ReadDir(n.scratch()))(t)
+		return !n.data.has(half.layers[1]) && len(n.recorded()) == 4 && len(left) == 0
+	})
+	if !n.data.has(half.layers[0]) {
+		t.Error("a diff of a pull under way is gone")
 	}
 	for _, l := range used.layers {
 		if !n.data.has(l) {
 			t.Error("a diff in use is gone")
 		}
-	}
-	if d := must(n.records.diffs())(t); len(d) != 4 {
-		t.Errorf("%d diffs on record, want 4", len(d))
 	}
 	for _, d := range []string{"s/999", "l/999", "scratch/fixup-1", "scratch/gone-1"} {
 		if _, err := os.Lstat(filepath.Join(n.root, d)); !errors.Is(err, os.ErrNotExist) {
@@ -99,10 +106,7 @@ func TestMountFailsAtStart(t *testing.T) {
 		}
 	}
 	n.crash()
-	n.bg.Wait()
-	if len(n.log.lines("cannot mount the layers", "snapshot=c1", "no loop device")) != 1 {
-		t.Errorf("log:\n%s", n.log.b.String())
-	}
+	waitFor(t, "the log says what cannot be mounted", func() bool { return len(n.log.lines("cannot mount the layers", "snapshot=c1", "no loop device")) == 1 })
 	if _, err := n.Mounts(bg, "c1"); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "no loop device") {
 		t.Errorf("Mounts: %v", err)
 	}
@@ -113,7 +117,9 @@ func TestMountFailsAtStart(t *testing.T) {
 }
 
 // Diffs that the data path has lost are fetched again when they are needed.
-func TestLostDiffs(t *testing.T) {
+func TestLostDiffs(t *testing.T) { synctest.Test(t, testLostDiffs) }
+
+func testLostDiffs(t *testing.T) {
 	n := newNode(t)
 	img := newImage("registry.test/x:1", threeLayers(t)...)
 	n.images.publish(img)
@@ -126,11 +132,7 @@ func TestLostDiffs(t *testing.T) {
 	if _, err := n.Prepare(bg, "c", top); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), img.ref) {
 		t.Errorf("with the supernode gone: %v", err)
 	}
-	for busy := true; busy; { // the other layers' attempts are over
-		n.mu.Lock()
-		busy = len(n.recoveries) > 0
-		n.mu.Unlock()
-	}
+	synctest.Wait() // the other layers' attempts are over
 	if _, err := n.Stat(bg, "c"); !errdefs.IsNotFound(err) {
 		t.Errorf("snapshot was made: %v", err)
 	}
@@ -145,17 +147,26 @@ func TestLostDiffs(t *testing.T) {
 // A second process on the same directory is refused.
 func TestTwoProcesses(t *testing.T) {
 	n := newNode(t)
-	if _, err := New(Config{Root: n.root, Data: n.data}); err == nil || !strings.Contains(err.Error(), "another process") {
-		t.Errorf("second New: %v", err)
+	if _, err := images.Open(images.Config{Root: n.root, Data: n.data}); err == nil || !strings.Contains(err.Error(), "another process") {
+		t.Errorf("second Open: %v", err)
 	}
 }
 
 func TestConfig(t *testing.T) {
 	data := &fakeData{}
-	for want, cfg := range map[string]Config{
+	for want, cfg := range map[string]images.Config{
 		"Root": {Root: "relative", Data: data},
 		"Data": {Root: "/x"},
 		"must": {Root: "/x", Data: data, IndexTimeout: -1},
+	} {
+		if _, err := images.Open(cfg); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v: %v", cfg, err)
+		}
+	}
+	for want, cfg := range map[string]Config{
+		"Root":   {Root: "relative", Images: &images.Catalogue{}},
+		"Images": {Root: "/x"},
+		"must":   {Root: "/x", Images: &images.Catalogue{}, PrepareTimeout: -1},
 	} {
 		if _, err := New(cfg); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%+v: %v", cfg, err)

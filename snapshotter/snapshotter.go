@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -18,48 +17,27 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/snapshotter/policy"
+	"github.com/shoalfs/shoal/internal/tasks"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
 // Snapshotter implements containerd's snapshots.Snapshotter and snapshots.Cleaner.
 // Methods return errors of the errdefs classes.
 type Snapshotter struct {
-	cfg      Config
-	log      *slog.Logger
-	ms       *storage.MetaStore
-	records  *records
-	refs     refs
-	openings openings
-	rights   rights
-	pulls    pulls
-	wishes   *wishes
-	policy   atomic.Pointer[policy.Policy]
-	refusals refusals
-	room     *indexRoom
-	options  []string // overlayfs' for every mount
+	cfg    Config
+	log    *slog.Logger
+	images *images.Catalogue
+	meta   *metaStore
+	dirs
+	idmaps  *idmaps
+	options []string // overlayfs' for every mount
 
-	base   context.Context // ends with Close
-	cancel context.CancelFunc
-	bg     sync.WaitGroup
-	// watching are the goroutines that look at wishes and credentials until the end.
-	watching sync.WaitGroup
+	tasks    *tasks.Group
+	cleaning chan struct{} // held by who cleans up
 	closed   sync.Once
-	// closeErr is that of the first Close.
-	closeErr error
+	closeErr error // that of the first Close
 
-	// recovering is held by who fetches lost indexes.
-	recovering chan struct{}
-	recoveries map[blockdev.Digest]*recovery // under mu
-	cleaning   chan struct{}                 // held by who cleans up
-	rewarmings map[string]*rewarming         // under mu; by image
-
-	saidUnknown atomic.Int64 // Unix nanoseconds; see unknown
-
-	mu         sync.Mutex
-	unlabelled string              // last ChainID asked for without an image's name
-	idmapping  map[string]struct{} // snapshot ids whose clones are being made
-	idmapDone  *sync.Cond          // on mu
-
+	unknown  unknown
 	remapped sync.Once // for explainRemapped
 }
 
@@ -68,22 +46,18 @@ var (
 	_ snapshots.Cleaner     = (*Snapshotter)(nil)
 )
 
-// SetPolicy changes Config.Policy, for pulls and containers that begin from now on.
-func (s *Snapshotter) SetPolicy(p *policy.Policy) { s.policy.Store(p) }
-
 // New opens a snapshotter, puts right what an earlier process has left half done,
-// and starts to mount, in the background, what active snapshots use. The caller
-// must Close it.
-func New(cfg Config) (_ *Snapshotter, err error) {
+// starts the catalogue of images, and begins to mount, in the background, what active
+// snapshots use. The caller must Close it, before the catalogue.
+func New(cfg Config) (*Snapshotter, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
-	s := &Snapshotter{cfg: cfg, log: cfg.Log, idmapping: make(map[string]struct{}), recovering: make(chan struct{}, 1), cleaning: make(chan struct{}, 1),
-		recoveries: make(map[blockdev.Digest]*recovery), rewarmings: make(map[string]*rewarming)}
-	s.policy.Store(cfg.Policy)
-	s.wishes = newWishes(cfg.Data, cfg.Root, cfg.PrefetchAfterExit)
-	s.idmapDone = sync.NewCond(&s.mu)
-	s.room = newIndexRoom(smallIndexes, roomForSmall, roomForLarge)
+	s := &Snapshotter{
+		cfg: cfg, log: cfg.Log, images: cfg.Images, dirs: dirs{cfg.Root, cfg.Log}, tasks: tasks.New(), cleaning: make(chan struct{}, 1),
+		unknown: unknown{log: cfg.Log},
+	}
+	s.idmaps = newIDMaps(s.dirs)
 	for _, dir := range []string{"", "s", "scratch", "l"} {
 		if err := os.MkdirAll(filepath.Join(cfg.Root, dir), 0o700); err != nil {
 			return nil, err
@@ -102,28 +76,12 @@ func New(cfg Config) (_ *Snapshotter, err error) {
 	if s.stableInodes() {
 		s.options = append(s.options, "xino=on")
 	}
-	if err := s.openDatabases(); err != nil {
+	var err error
+	if s.meta, err = openMetadata(cfg.Root, s.log); err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			_ = s.records.close()
-		}
-	}()
-	s.base, s.cancel = context.WithCancel(context.Background())
-	s.openings.base, s.openings.timeout, s.openings.idle = s.base, cfg.IndexTimeout, cfg.PullIdle
-	s.openings.ended = func(ctx context.Context, o *opening) {
-		if !o.claimed {
-			s.notClaimed(o)
-		}
-		s.sweep(ctx)
-	}
-	s.pulls.openings, s.pulls.idle = &s.openings, cfg.PullIdle
 	if err := s.start(); err != nil {
-		s.cancel()
-		s.bg.Wait()
-		s.watching.Wait()
-		return nil, errors.Join(err, s.ms.Close())
+		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
 }
@@ -157,34 +115,28 @@ func (s *Snapshotter) stableInodes() bool {
 	return true
 }
 
-// Close ends background work and pulls that wait for indexes. What is mounted
-// stays mounted. A second call does nothing.
+// Close ends background work and calls that wait. What is mounted stays mounted. A
+// second call does nothing.
 func (s *Snapshotter) Close() error {
 	s.closed.Do(func() {
-		s.mu.Lock()
-		s.cancel() // nobody adds to bg from here on
-		s.mu.Unlock()
-		s.pulls.close()
-		s.openings.close()
-		s.bg.Wait()
-		s.watching.Wait()
-		s.closeErr = errors.Join(s.ms.Close(), s.records.close())
+		s.tasks.Close()
+		s.closeErr = s.meta.Close()
 	})
 	return s.closeErr
 }
 
 // Stat returns the info of a snapshot.
 func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+	err = s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
 		_, info, _, err = storage.GetInfo(ctx, key)
 		return err
 	})
-	return info, s.unknown(key, err)
+	return info, s.unknown.explain(key, err)
 }
 
 // Update changes labels. Those that make a snapshot a lazy one stay as they are.
 func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (updated snapshots.Info, err error) {
-	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+	err = s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
 		_, old, _, err := storage.GetInfo(ctx, info.Name)
 		if err != nil {
 			return err
@@ -205,7 +157,7 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 		id   string
 		info snapshots.Info
 	)
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+	err = s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
 		id, info, usage, err = storage.GetInfo(ctx, key)
 		return err
 	})
@@ -222,8 +174,8 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 	if err != nil || !lazy {
 		return usage, err
 	}
-	bytes, inodes, err := s.cfg.Data.FullUse(diff)
-	if err != nil && !errors.Is(err, blockdev.ErrNotFound) {
+	bytes, inodes, err := s.images.FullUse(diff)
+	if err != nil {
 		return usage, classify(err)
 	}
 	usage.Size += bytes
@@ -250,7 +202,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 		info  snapshots.Info
 		links []link
 	)
-	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+	err := s.meta.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
 		if sn, err = storage.GetSnapshot(ctx, key); err != nil {
 			return err
 		}
@@ -261,7 +213,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 		return err
 	})
 	if err != nil {
-		return nil, s.unknown(key, err)
+		return nil, s.unknown.explain(key, err)
 	}
 	ctx, cancel := s.limit(ctx)
 	defer cancel()
@@ -283,7 +235,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		return err
 	}
 	var id string
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+	err = s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
 		id, _, _, err = storage.GetInfo(ctx, key)
 		return err
 	})
@@ -295,14 +247,14 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	limited, cancel := s.limit(ctx)
 	defer cancel()
 	usage, err := fs.DiskUsage(limited, s.upper(id))
-	if err != nil && errors.Is(context.Cause(limited), errSlow) {
+	if err != nil && errors.Is(context.Cause(limited), images.ErrSlow) {
 		s.log.Warn("the size of a snapshot is not known: counting its files took longer than containerd may wait", "snapshot", name, "limit", s.cfg.PrepareTimeout)
 		err, usage = nil, fs.Usage{}
 	}
 	if err != nil {
 		return err
 	}
-	return s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+	return s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
 		_, err := storage.CommitActive(ctx, key, name, snapshots.Usage(usage), replace(info))
 		return err
 	})
@@ -316,7 +268,7 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 		diff blockdev.Digest
 		lazy bool
 	)
-	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+	err := s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {
 		_, info, _, err := storage.GetInfo(ctx, key)
 		if err != nil {
 			return err
@@ -330,24 +282,19 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 	if err != nil {
 		return err
 	}
-	s.wishes.end(key)
+	s.images.ContainerEnds(key)
 	if lazy {
-		s.refs.dropSnapshot(diff)
+		s.images.DropSnapshot(diff)
 	}
 	return err
 }
 
 // Walk calls fn for all snapshots that match the filters.
 func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
-	return s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+	return s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
 		return storage.WalkInfo(ctx, fn, filters...)
 	})
 }
-
-func (s *Snapshotter) dir(id string) string   { return filepath.Join(s.cfg.Root, "s", id) }
-func (s *Snapshotter) scratch() string        { return filepath.Join(s.cfg.Root, "scratch") }
-func (s *Snapshotter) upper(id string) string { return filepath.Join(s.dir(id), "fs") }
-func (s *Snapshotter) work(id string) string  { return filepath.Join(s.dir(id), "work") }
 
 // replace sets all of info at once, as the labels of the caller have been sifted.
 func replace(info snapshots.Info) snapshots.Opt {
@@ -361,7 +308,7 @@ func replace(info snapshots.Info) snapshots.Opt {
 // snapshot is there.
 func classify(err error) error {
 	switch {
-	case errors.Is(err, errSlow):
+	case errors.Is(err, images.ErrSlow):
 		return fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
 	case err == nil, errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err

@@ -50,7 +50,7 @@ func (h *hangingData) Remove(ctx context.Context, id blockdev.Digest) error {
 
 func newHangingNode(t *testing.T) (*node, *hangingData) {
 	var h *hangingData
-	n := newNode(t, func(c *Config) {
+	n := newNode(t, func(c *nodeConfig) {
 		h = &hangingData{fakeData: c.Data.(*fakeData), gate: make(chan struct{}), entered: make(chan struct{})}
 		c.Data, c.PrepareTimeout = h, 300*time.Millisecond
 	})
@@ -135,7 +135,7 @@ func TestCleanupReturns(t *testing.T) {
 // A container whose layer's index was lost, and does not come, is not waited for;
 // when it has come, the container starts.
 func TestLostIndexReturns(t *testing.T) {
-	n := newNode(t, func(c *Config) { c.PrepareTimeout = 50 * time.Millisecond })
+	n := newNode(t, func(c *nodeConfig) { c.PrepareTimeout = 50 * time.Millisecond })
 	img := newImage("registry.test/x:1", newLayer(t, file("a")))
 	n.images.publish(img)
 	top, _, err := n.pull(bg, img)

@@ -2,6 +2,7 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"net"
 	"path/filepath"
 	"testing"
@@ -12,6 +13,8 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
 // suiteName is overlayfs' as far as the suite is concerned: renaming a directory of
@@ -21,11 +24,11 @@ const suiteName = "overlayfs"
 func TestSuite(t *testing.T) {
 	needRoot(t)
 	testsuite.SnapshotterSuite(t, suiteName, func(_ context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		s, err := New(Config{Root: filepath.Join(root, "snap"), Data: newFakeData(t, filepath.Join(root, "data"))})
+		s, c, err := open(nodeConfig{Config: images.Config{Root: filepath.Join(root, "snap"), Data: newFakeData(t, filepath.Join(root, "data"))}})
 		if err != nil {
 			return nil, nil, err
 		}
-		return s, s.Close, nil
+		return s, func() error { return errors.Join(s.Close(), c.Close()) }, nil
 	})
 }
 
@@ -33,12 +36,12 @@ func TestSuite(t *testing.T) {
 func TestSuiteProxy(t *testing.T) {
 	needRoot(t)
 	testsuite.SnapshotterSuite(t, suiteName, func(_ context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		s, err := New(Config{Root: filepath.Join(root, "snap"), Data: newFakeData(t, filepath.Join(root, "data"))})
+		s, c, err := open(nodeConfig{Config: images.Config{Root: filepath.Join(root, "snap"), Data: newFakeData(t, filepath.Join(root, "data"))}})
 		if err != nil {
 			return nil, nil, err
 		}
 		client, stop, err := serve(filepath.Join(root, "sock"), s)
-		return client, func() error { stop(); return s.Close() }, err
+		return client, func() error { stop(); return errors.Join(s.Close(), c.Close()) }, err
 	})
 }
 

@@ -21,7 +21,7 @@ import (
 	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
-	"github.com/shoalfs/shoal/snapshotter"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
 // membership is a node's host, and what it knows of its supernodes and groups.
@@ -114,9 +114,9 @@ func (m *membership) watch(vols *volume.Manager) {
 	})
 }
 
-// groups is what the snapshotter tells of its images; nil where there are no
+// groups is what the catalogue tells of its images; nil where there are no
 // groups.
-func (m *membership) groups() snapshotter.Groups {
+func (m *membership) groups() images.Groups {
 	if m == nil {
 		return nil
 	}
@@ -134,10 +134,10 @@ func (m *membership) enter(img *image.Image, at []peer.AddrInfo) func() {
 
 type groups struct{ node *members.Node }
 
-// Join implements snapshotter.Groups.
+// Join implements images.Groups.
 func (g groups) Join(manifest blockdev.Digest, diffs []blockdev.Digest, grant []byte) {
 	g.node.Join(members.Image{Manifest: manifest, Diffs: diffs, Grant: grant})
 }
 
-// Leave implements snapshotter.Groups.
+// Leave implements images.Groups.
 func (g groups) Leave(manifest blockdev.Digest) { g.node.Leave(manifest) }

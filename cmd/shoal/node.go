@@ -27,6 +27,7 @@ import (
 	"github.com/shoalfs/shoal/internal/registry/credentials"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/snapshotter"
+	"github.com/shoalfs/shoal/snapshotter/images"
 	"github.com/shoalfs/shoal/supernode"
 )
 
@@ -113,7 +114,7 @@ func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, err
 	if err := os.MkdirAll(c.Root, 0o700); err != nil {
 		return fmt.Errorf("root: %w", err)
 	}
-	images, err := c.Policy()
+	policy, err := c.Policy()
 	if err != nil {
 		return err
 	}
@@ -178,36 +179,41 @@ func runNode(ctx context.Context, c *config.Node, load func() (*config.Node, err
 	}
 	defer func() { err = errors.Join(err, stopSharing()) }()
 
-	sn, err := snapshotter.New(snapshotter.Config{
+	catalogue, err := images.Open(images.Config{
 		Root: c.Root, Data: vols, Images: up,
 		Credentials: keychain, NodeCredentials: c.NodeCredentialsForPulls, Remote: remoteSupernode(c), Platform: platform(),
-		Policy:            images,
+		Policy:            policy,
 		PrefetchAfterPull: c.PrefetchAfterPull, PrefetchAfterExit: c.PrefetchAfterExit,
 		Groups:       membership.groups(),
-		IndexTimeout: time.Duration(c.IndexTimeout), PrepareTimeout: time.Duration(c.PrepareTimeout), Log: log,
+		IndexTimeout: time.Duration(c.IndexTimeout), Log: log,
 	})
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, catalogue.Close()) }()
+	late.images.Store(catalogue)
+	sn, err := snapshotter.New(snapshotter.Config{Root: c.Root, Images: catalogue, PrepareTimeout: time.Duration(c.PrepareTimeout), Log: log})
+	if err != nil {
+		return err
+	}
 	defer func() { err = errors.Join(err, sn.Close()) }()
-	late.sn.Store(sn)
 
-	registryMirror, listenMirror, err := newMirror(c, plain, sn, keychain, store, log, metrics)
+	registryMirror, listenMirror, err := newMirror(c, plain, catalogue, keychain, store, log, metrics)
 	if err != nil {
 		return err
 	}
 	embedded, _ := plain.(*supernode.Supernode)
 	reload.on(func(c *config.Node) error { return setLevel(level, c.Log.Level) }, "log.level")
 	reload.on(func(c *config.Node) error {
-		images, err := c.Policy()
+		policy, err := c.Policy()
 		if err == nil {
-			sn.SetPolicy(images)
+			catalogue.SetPolicy(policy)
 		}
 		return err
 	}, "images.lazy", "images.never", "images.eager", "images.prefetch", "prefetch")
 	reload.on(func(c *config.Node) error { vols.SetPrefetchRate(int64(c.PrefetchRate)); return nil }, "prefetch_rate")
 	reloadUpstream(reload, c, plain)
-	d := &nodeDaemon{reloader: reload, vols: vols, sn: sn, up: up, embedded: embedded, credentials: keychain, supernodes: supernodeNames(plain)}
+	d := &nodeDaemon{reloader: reload, vols: vols, sn: sn, images: catalogue, up: up, embedded: embedded, credentials: keychain, supernodes: supernodeNames(plain)}
 	metrics.MustRegister(append(d.collectors(), reads)...)
 	calls, err := timeCalls(metrics)
 	if err != nil {
@@ -319,6 +325,7 @@ type nodeDaemon struct {
 	*reloader[*config.Node]
 	vols        *volume.Manager
 	sn          *snapshotter.Snapshotter
+	images      *images.Catalogue
 	up          upstream
 	embedded    *supernode.Supernode // nil: the node uses others
 	credentials *credentials.DockerConfig
@@ -326,7 +333,7 @@ type nodeDaemon struct {
 }
 
 func (d *nodeDaemon) Status(ctx context.Context) (*control.Status, error) {
-	images, err := d.sn.Images(ctx)
+	list, err := d.images.Images(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -335,7 +342,7 @@ func (d *nodeDaemon) Status(ctx context.Context) (*control.Status, error) {
 		return nil, err
 	}
 	st := &control.Status{Version: version, Role: "node", Supernodes: d.supernodes(), Images: []control.Image{}}
-	for _, im := range images {
+	for _, im := range list {
 		ci := control.Image{Ref: im.Ref, Layers: []control.Layer{}}
 		for _, l := range im.Layers {
 			cl := d.layer(l.DiffID)
@@ -345,7 +352,7 @@ func (d *nodeDaemon) Status(ctx context.Context) (*control.Status, error) {
 		ci.Sum()
 		st.Images = append(st.Images, ci)
 	}
-	for _, r := range d.sn.Refusals() {
+	for _, r := range d.images.Refusals() {
 		st.NotLazy = append(st.NotLazy, control.NotLazy{Ref: r.Ref, Cause: string(r.Cause), Why: r.Why, At: r.At})
 	}
 	return st, nil
@@ -382,11 +389,11 @@ func (d *nodeDaemon) Prefetch(ctx context.Context, req control.PrefetchRequest, 
 	if !req.Local {
 		return d.warm(ctx, ref, event)
 	}
-	im, err := d.sn.KeepImage(ctx, ref, blockdev.Digest{})
+	im, err := d.images.Keep(ctx, ref, blockdev.Digest{})
 	if err != nil {
 		return err
 	}
-	release, err := d.sn.PinImage(ctx, im)
+	release, err := d.images.Pin(ctx, im)
 	if err != nil {
 		return err
 	}

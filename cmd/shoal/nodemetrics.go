@@ -13,7 +13,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/blockdev/volume"
 	"github.com/shoalfs/shoal/internal/metric"
-	"github.com/shoalfs/shoal/snapshotter"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
 // collectors are the node's own metrics, read off the volumes when asked for.
@@ -100,32 +100,32 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 			map[string]func() blockdev.Use{
 				"demand":    use(func(u volume.Uses) blockdev.Use { return u.DemandBytes }),
 				"unwritten": use(func(u volume.Uses) blockdev.Use { return u.HeldBytes }),
-				"indexes":   func() blockdev.Use { return d.sn.IndexRoom() },
+				"indexes":   func() blockdev.Use { return d.images.IndexRoom() },
 			}))
 	for _, complete := range []bool{true, false} {
 		state := map[bool]string{true: "complete", false: "incomplete"}[complete]
 		all = append(all, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "shoal_node_images", Help: "Lazy and kept images, by whether all of their bytes are on this node.", ConstLabels: prometheus.Labels{"state": state},
-		}, func() float64 { return d.images(complete) }))
+		}, func() float64 { return d.countImages(complete) }))
 	}
-	for _, c := range snapshotter.Causes {
+	for _, c := range images.Causes {
 		all = append(all, prometheus.NewCounterFunc(prometheus.CounterOpts{
 			Name: "shoal_node_not_lazy_total", Help: "Pulls of images that are not lazy, by cause; shoal status names the images.",
 			ConstLabels: prometheus.Labels{"cause": string(c)},
-		}, func() float64 { return float64(d.sn.Refused(c)) }))
+		}, func() float64 { return float64(d.images.Refused(c)) }))
 	}
 	return all
 }
 
-// images counts those of which everything is here, or those of which it is not.
-func (d *nodeDaemon) images(complete bool) float64 {
-	list, err := d.sn.Images(context.Background())
+// countImages counts those of which everything is here, or those of which it is not.
+func (d *nodeDaemon) countImages(complete bool) float64 {
+	list, err := d.images.Images(context.Background())
 	if err != nil {
 		return math.NaN()
 	}
 	n := 0
 	for _, im := range list {
-		missing := slices.ContainsFunc(im.Layers, func(l snapshotter.Layer) bool {
+		missing := slices.ContainsFunc(im.Layers, func(l images.Layer) bool {
 			s, ok := d.vols.Stat(l.DiffID)
 			return !ok || !s.Complete
 		})

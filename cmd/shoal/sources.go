@@ -20,7 +20,7 @@ import (
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/credentials"
 	"github.com/shoalfs/shoal/p2p/swarm"
-	"github.com/shoalfs/shoal/snapshotter"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
 const (
@@ -42,9 +42,9 @@ func readPatience(c *config.Node) time.Duration {
 // parts are those parts of a node that others, which are made before them, call
 // back.
 type parts struct {
-	sn    atomic.Pointer[snapshotter.Snapshotter]
-	vols  atomic.Pointer[volume.Manager]
-	swarm atomic.Pointer[swarm.Swarm]
+	images atomic.Pointer[images.Catalogue]
+	vols   atomic.Pointer[volume.Manager]
+	swarm  atomic.Pointer[swarm.Swarm]
 }
 
 // inflight is cache.Config.Inflight.
@@ -60,22 +60,22 @@ const aloneInflight = 4 << 20
 
 // evict is cache.Config.MakeRoom.
 func (p *parts) evict(ctx context.Context) bool {
-	sn := p.sn.Load()
-	return sn != nil && sn.Evict(ctx)
+	c := p.images.Load()
+	return c != nil && c.Evict(ctx)
 }
 
 // describe is volume.Config.Describe.
 func (p *parts) describe(diff blockdev.Digest) []any {
-	if sn := p.sn.Load(); sn != nil {
-		return sn.Describe(diff)
+	if c := p.images.Load(); c != nil {
+		return c.Describe(diff)
 	}
 	return nil
 }
 
 // rewarm is chain.Step.Heal of the supernode.
 func (p *parts) rewarm(ctx context.Context, diff blockdev.Digest) error {
-	if sn := p.sn.Load(); sn != nil {
-		return sn.Rewarm(ctx, diff)
+	if c := p.images.Load(); c != nil {
+		return c.Rewarm(ctx, diff)
 	}
 	return errStarting
 }
@@ -84,11 +84,11 @@ var errStarting = errors.New("the node is still starting")
 
 // layers is direct.Config.Layers.
 func (p *parts) layers(_ context.Context, diff blockdev.Digest) ([]direct.Layer, error) {
-	sn := p.sn.Load()
-	if sn == nil {
+	c := p.images.Load()
+	if c == nil {
 		return nil, errStarting
 	}
-	found, err := sn.Origins(diff)
+	found, err := c.Origins(diff)
 	var layers []direct.Layer
 	for _, o := range found {
 		layers = append(layers, direct.Layer{Ref: o.Ref, Manifest: o.Manifest, Digest: o.Digest, Size: o.Size})
@@ -165,8 +165,8 @@ func (s *sources) Close() error { return errors.Join(s.direct.Close(), s.client.
 
 // credential is what a registry is asked with for bytes of an image that is here.
 func (p *parts) credential(ctx context.Context, ref string) (image.Credential, error) {
-	if sn := p.sn.Load(); sn != nil {
-		return sn.SourceCredential(ctx, ref)
+	if c := p.images.Load(); c != nil {
+		return c.SourceCredential(ctx, ref)
 	}
 	return image.Credential{}, errStarting
 }

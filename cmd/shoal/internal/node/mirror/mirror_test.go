@@ -21,10 +21,10 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/registry"
-	"github.com/shoalfs/shoal/snapshotter"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
-var _ Opener = (*snapshotter.Snapshotter)(nil)
+var _ Opener = (*images.Catalogue)(nil)
 
 // source is a image.DocumentSource made of a function.
 type source func(ctx context.Context, req image.DocumentRequest) (*image.Document, error)

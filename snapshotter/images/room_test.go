@@ -1,4 +1,4 @@
-package snapshotter
+package images
 
 import (
 	"context"
@@ -65,22 +65,22 @@ func (s *slowIndexes) count(change func()) {
 }
 
 // pullIndexes is the part of open that needs room, with a second for the rest.
-func pullIndexes(s *Snapshotter, ref string) error {
+func pullIndexes(op *opener, ref string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
-	at := place{room: s.room}
+	at := place{room: op.room}
 	defer at.leave()
-	_, err := s.indexes(ctx, image.Request{Ref: ref}, &at)
+	_, err := op.indexes(ctx, image.Request{Ref: ref}, &at)
 	if err == nil {
 		time.Sleep(time.Second) // it is added
-		s.cfg.Images.(*slowIndexes).gone(ref)
+		op.cfg.Images.(*slowIndexes).gone(ref)
 	}
 	return err
 }
 
-func newSlowIndexes(sizes map[string][]int64) (*slowIndexes, *Snapshotter) {
+func newSlowIndexes(sizes map[string][]int64) (*slowIndexes, *opener) {
 	src := &slowIndexes{sizes: sizes, sent: map[string]int64{}, asked: map[string]int{}}
-	return src, &Snapshotter{cfg: Config{Images: src}, room: newIndexRoom(10, 40, 100)}
+	return src, &opener{cfg: &Config{Images: src}, room: newIndexRoom(10, 40, 100)}
 }
 
 // All pulls together have no more encoded indexes in memory than there is room for;
@@ -93,11 +93,11 @@ func TestIndexRoom(t *testing.T) {
 			sizes[fmt.Sprint("large", i)] = []int64{30}
 			sizes[fmt.Sprint("grows", i)] = []int64{5, 20, 60, 90}
 		}
-		src, s := newSlowIndexes(sizes)
+		src, op := newSlowIndexes(sizes)
 		var wg sync.WaitGroup
 		for ref := range sizes {
 			wg.Go(func() {
-				if err := pullIndexes(s, ref); err != nil {
+				if err := pullIndexes(op, ref); err != nil {
 					t.Errorf("%s: %v", ref, err)
 				}
 			})
@@ -112,10 +112,10 @@ func TestIndexRoom(t *testing.T) {
 			}
 		}
 		delete(sizes, "huge")
-		src, s = newSlowIndexes(sizes)
+		src, op = newSlowIndexes(sizes)
 		for ref := range sizes {
 			wg.Go(func() {
-				if err := pullIndexes(s, ref); err != nil {
+				if err := pullIndexes(op, ref); err != nil {
 					t.Errorf("%s: %v", ref, err)
 				}
 			})
@@ -124,7 +124,7 @@ func TestIndexRoom(t *testing.T) {
 		if src.most > 140 {
 			t.Errorf("%d bytes at a time, want 140 at the most", src.most)
 		}
-		if u := s.room.use(); u.Used != 0 || u.Waiting != 0 || u.Capacity != 140 {
+		if u := op.room.use(); u.Used != 0 || u.Waiting != 0 || u.Capacity != 140 {
 			t.Errorf("left in use: %+v", u)
 		}
 	})
@@ -134,26 +134,26 @@ func TestIndexRoom(t *testing.T) {
 // most. Whoever waits can leave.
 func TestIndexRoomHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		src, s := newSlowIndexes(map[string][]int64{"hangs": {100}, "small": {10}, "large": {60}})
+		src, op := newSlowIndexes(map[string][]int64{"hangs": {100}, "small": {10}, "large": {60}})
 		src.hangs = "hangs"
 		began := time.Now()
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			if err := pullIndexes(s, "hangs"); !errors.Is(err, context.DeadlineExceeded) {
+			if err := pullIndexes(op, "hangs"); !errors.Is(err, context.DeadlineExceeded) {
 				t.Error(err)
 			}
 		})
 		synctest.Wait()
-		if err := pullIndexes(s, "small"); err != nil || time.Since(began) > 2*time.Second {
+		if err := pullIndexes(op, "small"); err != nil || time.Since(began) > 2*time.Second {
 			t.Errorf("small: %v after %v", err, time.Since(began))
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		left := place{room: s.room}
-		if _, err := s.indexes(ctx, image.Request{Ref: "large"}, &left); !errors.Is(err, context.DeadlineExceeded) || left.held != 0 {
+		left := place{room: op.room}
+		if _, err := op.indexes(ctx, image.Request{Ref: "large"}, &left); !errors.Is(err, context.DeadlineExceeded) || left.held != 0 {
 			t.Errorf("left: %v, holds %d", err, left.held)
 		}
-		if err := pullIndexes(s, "large"); err != nil {
+		if err := pullIndexes(op, "large"); err != nil {
 			t.Errorf("large: %v", err)
 		}
 		if d := time.Since(began); d > 5*time.Minute+3*time.Second {

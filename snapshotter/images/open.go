@@ -1,12 +1,15 @@
-package snapshotter
+package images
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
+	"sync/atomic"
 	"time"
 
+	"github.com/containerd/containerd/v2/pkg/reference"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	"golang.org/x/sync/errgroup"
@@ -25,16 +28,55 @@ const (
 	openWorkers = 4
 )
 
-// openImage is an image all of whose diffs have been added and mounted.
-type openImage struct {
-	imageRecord
-	chains  []string // ChainID of each layer
-	private bool     // it was opened with a credential
-	release func()   // ends the hold on the diffs
+// Want is an image that is asked for.
+type Want struct {
+	Ref      string // image reference
+	Name     string // host/repository, with the host in lower case
+	Host     string // of the registry
+	Manifest blockdev.Digest
+	// Layers are digests of layers that the image has; a hint that may be incomplete.
+	Layers []blockdev.Digest
 }
 
-// position of the layer with this ChainID; -1: there is none.
-func (o *openImage) position(chain string) int { return slices.Index(o.chains, chain) }
+// NewWant returns what a reference asks for. The manifest may be zero.
+func NewWant(ref string, manifest blockdev.Digest) (Want, error) {
+	w := Want{Ref: ref, Manifest: manifest}
+	spec, err := reference.Parse(ref)
+	if err != nil {
+		return w, fmt.Errorf("image reference %q: %w", ref, err)
+	}
+	host, repo, _ := strings.Cut(spec.Locator, "/")
+	w.Name, w.Host = strings.ToLower(host)+"/"+repo, spec.Hostname()
+	return w, nil
+}
+
+// key is that of the image's opening.
+func (w Want) key() openKey {
+	if w.Manifest == (blockdev.Digest{}) {
+		return openKey{name: w.Name, ref: w.Ref}
+	}
+	return openKey{name: w.Name, manifest: w.Manifest}
+}
+
+// Opened is an image all of whose diffs have been added and mounted.
+type Opened struct {
+	imageRecord
+	// Chains are the ChainIDs of the layers.
+	Chains  []string
+	private bool   // it was opened with a credential
+	release func() // ends the hold on the diffs
+}
+
+// opener opens images: it gets their indexes and mounts their diffs.
+type opener struct {
+	cfg     *Config
+	policy  *atomic.Pointer[policy.Policy]
+	records *records
+	refs    *refs
+	groups  groups
+	rights  *rights
+	room    *indexRoom
+}
 
 // refused says which rule of the config keeps an image from being lazy.
 type refused string
@@ -43,18 +85,18 @@ func (r refused) Error() string { return string(r) }
 
 // open gets the indexes of the wanted image and mounts its diffs. On an error
 // nothing is held, and the diffs that were added are unused.
-func (s *Snapshotter) open(ctx context.Context, w want, cred image.Credential) (_ *openImage, err error) {
-	if why := s.policy.Load().NotLazy(w.ref); why != "" {
+func (op *opener) open(ctx context.Context, w Want, cred image.Credential) (_ *Opened, err error) {
+	if why := op.policy.Load().NotLazy(w.Ref); why != "" {
 		return nil, refused(why)
 	}
-	if s.cfg.Images == nil {
+	if op.cfg.Images == nil {
 		return nil, fmt.Errorf("no supernode is configured: %w", blockdev.ErrUnavailable)
 	}
-	if why := s.local(w); why != "" {
+	if why := op.local(w); why != "" {
 		return nil, refused(why)
 	}
-	req := image.Request{Ref: w.ref, Manifest: w.manifest, Platform: s.cfg.Platform, Relay: true, Credential: cred}
-	have, releaseHave, err := s.have(ctx, w)
+	req := image.Request{Ref: w.Ref, Manifest: w.Manifest, Platform: op.cfg.Platform, Relay: true, Credential: cred}
+	have, releaseHave, err := op.have(ctx, w)
 	if err != nil {
 		return nil, err
 	}
@@ -64,26 +106,26 @@ func (s *Snapshotter) open(ctx context.Context, w want, cred image.Credential) (
 	}
 
 	began := time.Now()
-	at := place{room: s.room}
+	at := place{room: op.room}
 	defer at.leave() // after add, which is the last that needs the indexes
-	img, err := s.indexes(ctx, req, &at)
+	img, err := op.indexes(ctx, req, &at)
 	if err != nil {
 		return nil, err
 	}
-	o, err := s.check(w, img, have)
+	o, err := op.check(w, img, have)
 	if err != nil {
 		// Images may have joined its group already.
-		return nil, errors.Join(err, s.leaveUnopened(img.Manifest))
+		return nil, errors.Join(err, op.groups.unopened(img.Manifest))
 	}
-	if err := s.add(ctx, o, img); err != nil {
+	if err := op.add(ctx, o, img); err != nil {
 		return nil, err
 	}
 	o.private = cred != (image.Credential{})
-	s.rights.keep(w.name, cred)
-	if s.policy.Load().Prefetch(w.ref) != policy.None {
-		s.fetchStartup(img)
+	op.rights.keep(w.Name, cred)
+	if op.policy.Load().Prefetch(w.Ref) != policy.None {
+		op.fetchStartup(img)
 	}
-	s.log.Info("image is lazy", "image", w.ref, "manifest", o.Manifest, "layers", len(o.Layers),
+	op.cfg.Log.Info("image is lazy", "image", w.Ref, "manifest", o.Manifest, "layers", len(o.Layers),
 		"known", len(have), "took", time.Since(began).Round(time.Millisecond))
 	return o, nil
 }
@@ -91,10 +133,10 @@ func (s *Snapshotter) open(ctx context.Context, w want, cred image.Credential) (
 // indexes gets an image once there is room for its indexes. How much that takes the
 // supernode says first; a request that finds no room ends, so that it holds nothing at
 // the supernode while it waits, and is sent again.
-func (s *Snapshotter) indexes(ctx context.Context, req image.Request, at *place) (*image.Image, error) {
+func (op *opener) indexes(ctx context.Context, req image.Request, at *place) (*image.Image, error) {
 	req.Admit = at.admit
 	for {
-		img, err := s.cfg.Images.FetchIndexes(ctx, req)
+		img, err := op.cfg.Images.FetchIndexes(ctx, req)
 		if !errors.Is(err, errNoRoom) {
 			return img, err
 		}
@@ -104,9 +146,15 @@ func (s *Snapshotter) indexes(ctx context.Context, req image.Request, at *place)
 	}
 }
 
+// again is the request for an image that is on this node already.
+func (op *opener) again(ctx context.Context, ref string, manifest blockdev.Digest) (image.Request, error) {
+	cred, err := op.rights.source(ctx, ref)
+	return image.Request{Ref: ref, Manifest: manifest, Platform: op.cfg.Platform, Credential: cred}, err
+}
+
 // have finds the wanted layers whose index is here already, and holds their diffs.
-func (s *Snapshotter) have(ctx context.Context, w want) (map[blockdev.Digest]blockdev.Digest, func(), error) {
-	have, err := s.records.have(w.host, w.layers)
+func (op *opener) have(ctx context.Context, w Want) (map[blockdev.Digest]blockdev.Digest, func(), error) {
+	have, err := op.records.have(w.Host, w.Layers)
 	if err != nil || len(have) == 0 {
 		return nil, func() {}, err
 	}
@@ -114,18 +162,18 @@ func (s *Snapshotter) have(ctx context.Context, w want) (map[blockdev.Digest]blo
 	for _, id := range have {
 		ids = append(ids, id)
 	}
-	release, err := s.refs.hold(ctx, ids...)
+	release, err := op.refs.hold(ctx, ids...)
 	if err != nil {
 		return nil, nil, err
 	}
 	// What was being removed when hold began to wait is gone now.
-	have, err = s.records.have(w.host, w.layers)
+	have, err = op.records.have(w.Host, w.Layers)
 	if err != nil {
 		release()
 		return nil, nil, err
 	}
 	for layer, id := range have {
-		if !s.cfg.Data.Has(id) {
+		if !op.cfg.Data.Has(id) {
 			delete(have, layer)
 		}
 	}
@@ -134,12 +182,12 @@ func (s *Snapshotter) have(ctx context.Context, w want) (map[blockdev.Digest]blo
 
 // check refuses an image that is not what was asked for, or that cannot be proven
 // to be it. Everything in img comes from another machine.
-func (s *Snapshotter) check(w want, img *image.Image, have map[blockdev.Digest]blockdev.Digest) (*openImage, error) {
+func (op *opener) check(w Want, img *image.Image, have map[blockdev.Digest]blockdev.Digest) (*Opened, error) {
 	if n := len(img.Layers); n == 0 || n > maxLayers {
 		return nil, fmt.Errorf("image has %d layers, 1 to %d can be mounted: %w", n, maxLayers, blockdev.ErrUnsupported)
 	}
-	o := &openImage{imageRecord: imageRecord{
-		Ref: w.ref, Host: w.host, Manifest: img.Manifest, Opened: time.Now().UTC(), Grant: img.Grant,
+	o := &Opened{imageRecord: imageRecord{
+		Ref: w.Ref, Host: w.Host, Manifest: img.Manifest, Opened: time.Now().UTC(), Grant: img.Grant,
 	}}
 	diffs := make([]digest.Digest, len(img.Layers))
 	for i, l := range img.Layers {
@@ -152,14 +200,14 @@ func (s *Snapshotter) check(w want, img *image.Image, have map[blockdev.Digest]b
 		}
 	}
 	for _, c := range identity.ChainIDs(diffs) {
-		o.chains = append(o.chains, c.String())
+		o.Chains = append(o.Chains, c.String())
 	}
-	o.Top = o.chains[len(o.chains)-1]
+	o.Top = o.Chains[len(o.Chains)-1]
 	return o, nil
 }
 
 // add hands the image's indexes to the data path and mounts all of its diffs.
-func (s *Snapshotter) add(ctx context.Context, o *openImage, img *image.Image) (err error) {
+func (op *opener) add(ctx context.Context, o *Opened, img *image.Image) (err error) {
 	// A layer can occur twice in an image.
 	indexes := make(map[blockdev.Digest][]byte)
 	var ids []blockdev.Digest
@@ -171,7 +219,7 @@ func (s *Snapshotter) add(ctx context.Context, o *openImage, img *image.Image) (
 			indexes[l.DiffID] = l.Index
 		}
 	}
-	release, err := s.refs.hold(ctx, ids...)
+	release, err := op.refs.hold(ctx, ids...)
 	if err != nil {
 		return err
 	}
@@ -180,14 +228,14 @@ func (s *Snapshotter) add(ctx context.Context, o *openImage, img *image.Image) (
 			release()
 		}
 	}()
-	if err := s.records.intend(ids); err != nil {
+	if err := op.records.intend(ids); err != nil {
 		return err
 	}
 	// Now, so that who else has the image is known by the time that prefetch begins.
-	s.joinGroup(&o.imageRecord)
+	op.groups.join(&o.imageRecord)
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, s.leaveUnopened(o.Manifest))
+			err = errors.Join(err, op.groups.unopened(o.Manifest))
 		}
 	}()
 
@@ -197,13 +245,13 @@ func (s *Snapshotter) add(ctx context.Context, o *openImage, img *image.Image) (
 	for i, id := range ids {
 		g.Go(func() (err error) {
 			if enc := indexes[id]; enc != nil {
-				if implied[i], err = s.addIndex(gctx, id, enc); err != nil {
+				if implied[i], err = op.addIndex(gctx, id, enc); err != nil {
 					return err
 				}
 			}
 			// Mounting now shows what this machine cannot do while there is still an
 			// ordinary way to the image.
-			if _, err := s.cfg.Data.Mount(gctx, id); err != nil {
+			if _, err := op.cfg.Data.Mount(gctx, id); err != nil {
 				return fmt.Errorf("mount diff %s: %w", id, err)
 			}
 			return nil
@@ -218,7 +266,7 @@ func (s *Snapshotter) add(ctx context.Context, o *openImage, img *image.Image) (
 			fresh[id] = implied[i]
 		}
 	}
-	if err := s.records.opened(o.imageRecord, fresh); err != nil {
+	if err := op.records.opened(o.imageRecord, fresh); err != nil {
 		return err
 	}
 	o.release = release
@@ -227,7 +275,7 @@ func (s *Snapshotter) add(ctx context.Context, o *openImage, img *image.Image) (
 
 // fetchStartup has the data path fetch, from now on and not when the container
 // begins to wait for it, what earlier starts of the image have read.
-func (s *Snapshotter) fetchStartup(img *image.Image) {
+func (op *opener) fetchStartup(img *image.Image) {
 	var profiles []blockdev.DiffProfile
 	for i, l := range img.Layers {
 		again := slices.ContainsFunc(img.Layers[:i], func(o image.Layer) bool { return o.DiffID == l.DiffID })
@@ -236,14 +284,29 @@ func (s *Snapshotter) fetchStartup(img *image.Image) {
 		}
 	}
 	if len(profiles) > 0 {
-		s.cfg.Data.FetchStartup(profiles)
+		op.cfg.Data.FetchStartup(profiles)
 	}
+}
+
+// fetchAll returns when every byte of an image is here and proven. An error is that of
+// layer; the rest is being fetched then.
+func (op *opener) fetchAll(ctx context.Context, o *Opened) (layer blockdev.Digest, err error) {
+	// All at once, so that the link is never idle at the end of a layer.
+	for _, l := range o.Layers {
+		op.cfg.Data.Prefetch(l.DiffID)
+	}
+	for _, l := range o.Layers {
+		if err := op.cfg.Data.PrefetchWait(ctx, l.DiffID, nil); err != nil {
+			return l.Digest, err
+		}
+	}
+	return layer, nil
 }
 
 // addIndex adds one index that must be that of diff id, and returns its implied
 // directories.
-func (s *Snapshotter) addIndex(ctx context.Context, id blockdev.Digest, enc []byte) (implied []string, err error) {
-	got, err := s.cfg.Data.AddChecked(ctx, enc, func(ix *blockdev.Index) error {
+func (op *opener) addIndex(ctx context.Context, id blockdev.Digest, enc []byte) (implied []string, err error) {
+	got, err := op.cfg.Data.AddChecked(ctx, enc, func(ix *blockdev.Index) error {
 		if ix.DiffID != id {
 			return fmt.Errorf("index of diff %s is that of %s: %w", id, ix.DiffID, blockdev.ErrCorrupt)
 		}
@@ -257,6 +320,14 @@ func (s *Snapshotter) addIndex(ctx context.Context, id blockdev.Digest, enc []by
 		return nil, fmt.Errorf("data path took diff %s for %s: %w", id, got, blockdev.ErrCorrupt)
 	}
 	return implied, nil
+}
+
+// local says why an image cannot be asked of a supernode on another machine.
+func (op *opener) local(w Want) string {
+	if op.cfg.Remote && policy.LocalHost(w.Host) {
+		return fmt.Sprintf("%s is a name that only this machine knows, and the supernode runs on another machine", w.Host)
+	}
+	return ""
 }
 
 // answered says whether an error is the answer of a supernode, or of the registry

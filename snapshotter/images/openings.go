@@ -1,4 +1,4 @@
-package snapshotter
+package images
 
 import (
 	"context"
@@ -24,7 +24,7 @@ type opening struct {
 	key    openKey
 	done   chan struct{} // closed when image and err are set
 	cancel context.CancelFunc
-	image  *openImage
+	image  *Opened
 	err    error
 	cred   image.Credential // with which it is opened
 	// ahead: it was begun before the first Prepare, so that its failure counts for
@@ -37,10 +37,10 @@ type opening struct {
 	timer   *time.Timer // ends a result that nobody uses
 }
 
-// opener opens an image.
-type opener struct {
+// attempt is what opens an image.
+type attempt struct {
 	cred image.Credential // what it does so with
-	open func(context.Context) (*openImage, error)
+	open func(context.Context) (*Opened, error)
 }
 
 // failureTTL is for how long a Prepare takes the failure of an opening that was
@@ -63,14 +63,14 @@ type openings struct {
 	ended func(ctx context.Context, o *opening)
 }
 
-// join returns the opening for key, begun by open if there is none. ahead: for a
+// join returns the opening for key, begun by try if there is none. ahead: for a
 // Prepare that is still to come, so one that has failed is begun again. Every join
 // needs a leave.
-func (os *openings) join(key openKey, ahead bool, open opener) *opening {
+func (os *openings) join(key openKey, ahead bool, try attempt) *opening {
 	os.mu.Lock()
 	defer os.mu.Unlock()
 	if os.closed {
-		o := &opening{done: make(chan struct{}), err: errClosing, users: 1}
+		o := &opening{done: make(chan struct{}), err: ErrClosed, users: 1}
 		close(o.done)
 		return o
 	}
@@ -80,7 +80,7 @@ func (os *openings) join(key openKey, ahead bool, open opener) *opening {
 		o = nil
 	}
 	if o == nil {
-		o = os.startLocked(key, ahead, open)
+		o = os.startLocked(key, ahead, try)
 	}
 	o.claimed = o.claimed || !ahead
 	os.useLocked(o)
@@ -116,19 +116,19 @@ func (o *opening) failed() bool {
 	}
 }
 
-func (os *openings) startLocked(key openKey, ahead bool, open opener) *opening {
+func (os *openings) startLocked(key openKey, ahead bool, try attempt) *opening {
 	ctx, cancel := context.WithTimeout(os.base, os.timeout)
-	o := &opening{key: key, ahead: ahead, cred: open.cred, done: make(chan struct{}), cancel: cancel}
+	o := &opening{key: key, ahead: ahead, cred: try.cred, done: make(chan struct{}), cancel: cancel}
 	if os.m == nil {
 		os.m = make(map[openKey]*opening)
 	}
 	os.m[key] = o
 	os.flights.Go(func() {
 		defer cancel()
-		img, err := open.open(ctx)
+		image, err := try.open(ctx)
 		os.mu.Lock()
 		defer os.mu.Unlock()
-		o.image, o.err = img, err
+		o.image, o.err = image, err
 		close(o.done)
 		switch {
 		case err != nil && !ahead:

@@ -1,9 +1,11 @@
-package snapshotter
+package images
 
 import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -11,6 +13,7 @@ import (
 	bolterrors "go.etcd.io/bbolt/errors"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/boltcheck"
 )
 
 // records is shoal.db: what this node knows about diffs, layers and images
@@ -58,9 +61,11 @@ type imageRecord struct {
 func (r *imageRecord) diffs() []blockdev.Digest {
 	ids := make([]blockdev.Digest, 0, len(r.Layers))
 	for _, l := range r.Layers {
-		ids = append(ids, l.DiffID)
+		if !slices.Contains(ids, l.DiffID) {
+			ids = append(ids, l.DiffID)
+		}
 	}
-	return unique(ids)
+	return ids
 }
 
 func (r *imageRecord) key() []byte { return append(slices.Clone(r.Manifest[:]), r.Ref...) }
@@ -90,7 +95,21 @@ var (
 	bucketImages = []byte("images")
 )
 
-func openRecords(path string) (*records, error) {
+// File is the name of the records' file below Config.Root.
+const File = "shoal.db"
+
+// openRecords opens the records. If they are damaged, they are set aside, loudly, and new
+// ones begun.
+func openRecords(root string, log *slog.Logger) (*records, error) {
+	path := filepath.Join(root, File)
+	if err := Inspect(root); errors.Is(err, blockdev.ErrCorrupt) {
+		aside, aerr := boltcheck.SetAside(path)
+		if aerr != nil {
+			return nil, aerr
+		}
+		log.Error("the records of images are damaged and were set aside; layers on disk are found again, "+
+			"but images are not listed, and lost layers are not fetched again, until you pull the images again", "aside", aside, "error", err)
+	}
 	// A second process on the same directory must fail, not hang.
 	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: 5 * time.Second, FreelistType: bolt.FreelistMapType})
 	if errors.Is(err, bolterrors.ErrTimeout) {
@@ -157,14 +176,32 @@ func (r *records) intend(ids []blockdev.Digest) error {
 	})
 }
 
-// adopt lists a diff that is there without a record.
-func (r *records) adopt(id blockdev.Digest, implied []string) error {
-	return r.db.Update(func(tx *bolt.Tx) error {
-		if _, ok, err := getDiff(tx, id); ok || err != nil {
+// adoptAll lists diffs that the data path has and no record names, since the records
+// were lost.
+func (r *records) adoptAll(data Data, log *slog.Logger) error {
+	listed, err := r.diffs()
+	if err != nil {
+		return err
+	}
+	known := make(map[blockdev.Digest]bool, len(listed))
+	for _, id := range listed {
+		known[id] = true
+	}
+	for _, id := range data.Diffs() {
+		if known[id] {
+			continue
+		}
+		implied, err := data.Implied(id)
+		if err != nil {
+			log.Warn("cannot list a layer on disk", "diff", id, "error", err)
+			continue
+		}
+		err = r.db.Update(func(tx *bolt.Tx) error { return putDiff(tx, id, diffRecord{Added: true, Implied: implied}) })
+		if err != nil {
 			return err
 		}
-		return putDiff(tx, id, diffRecord{Added: true, Implied: implied})
-	})
+	}
+	return nil
 }
 
 // opened stores an image all of whose diffs have been added. implied has an entry

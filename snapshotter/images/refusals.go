@@ -1,8 +1,9 @@
-package snapshotter
+package images
 
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync"
@@ -35,13 +36,13 @@ var Causes = []Cause{
 	CauseUnsupported, CauseCorrupt, CauseNoSpace, CauseOrder, CauseOther,
 }
 
-// causeOf finds the class of an error of opening an image.
-func causeOf(err error) Cause {
+// CauseOf finds the class of an error of opening an image.
+func CauseOf(err error) Cause {
 	for _, c := range []struct {
 		is    error
 		cause Cause
 	}{
-		{errSlow, CauseSlow},
+		{ErrSlow, CauseSlow},
 		{context.DeadlineExceeded, CauseSlow},
 		{blockdev.ErrUnauthorized, CauseUnauthorized},
 		{blockdev.ErrNotFound, CauseNotFound},
@@ -78,9 +79,28 @@ const (
 
 // refusals remembers them, each image once.
 type refusals struct {
+	log   *slog.Logger
 	mu    sync.Mutex
 	list  []Refusal // the newest last
 	count map[Cause]int64
+	// unlabelled is the last ChainID that was asked for without an image's name.
+	unlabelled string
+}
+
+// lowest notes a layer without its image's name, and reports whether it is not on top of
+// the last one of these.
+func (r *refusals) lowest(chain, below string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	above := below != "" && r.unlabelled == below
+	r.unlabelled = chain
+	return !above
+}
+
+// warn adds one, and writes the line that says why an image is not lazy.
+func (r *refusals) warn(ref string, cause Cause, why string, attr ...any) {
+	r.add(ref, cause, why)
+	r.log.Warn("image is not lazy; containerd unpacks it", append([]any{"image", ref, "error", why}, attr...)...)
 }
 
 func (r *refusals) add(ref string, cause Cause, why string) {
@@ -110,18 +130,14 @@ func (r *refusals) forgetLocked(ref string) {
 	r.list = slices.DeleteFunc(r.list, func(o Refusal) bool { return o.Ref == ref })
 }
 
-// Refusals returns the images that were not lazy when they were pulled, the newest
-// pull last: some of them, if there were many. They are forgotten when the node
-// ends.
-func (s *Snapshotter) Refusals() []Refusal {
-	s.refusals.mu.Lock()
-	defer s.refusals.mu.Unlock()
-	return slices.Clone(s.refusals.list)
+func (r *refusals) all() []Refusal {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.list)
 }
 
-// Refused returns how many pulls were not lazy for a cause.
-func (s *Snapshotter) Refused(c Cause) int64 {
-	s.refusals.mu.Lock()
-	defer s.refusals.mu.Unlock()
-	return s.refusals.count[c]
+func (r *refusals) counted(c Cause) int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.count[c]
 }

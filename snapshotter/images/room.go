@@ -1,4 +1,4 @@
-package snapshotter
+package images
 
 import (
 	"context"
@@ -79,10 +79,6 @@ func (p *place) hold(n int64) {
 func (r *indexRoom) use() blockdev.Use {
 	return blockdev.Use{Used: r.held.Load(), Waiting: r.waiting.Load(), Capacity: r.forSmall + r.forLarge}
 }
-
-// IndexRoom returns the memory for encoded indexes of pulls: bytes, and how many
-// openings wait for some.
-func (s *Snapshotter) IndexRoom() blockdev.Use { return s.room.use() }
 
 // wait returns when there is room for what admit has refused.
 func (p *place) wait(ctx context.Context) error {
