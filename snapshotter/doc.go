@@ -8,25 +8,19 @@
 // containerd's overlayfs snapshotter does.
 //
 // When containerd is about to unpack a layer it calls Prepare with the label
-// containerd.io/snapshot.ref, the ChainID that the layer will have. The first
-// such call of a pull fetches the indexes of the whole image in one round trip
-// (image.Source), hands them to the data path (Data), which mounts each
-// diff, and commits the layer as a snapshot that holds nothing but the DiffID.
-// The answer is AlreadyExists, and containerd skips the download.
+// containerd.io/snapshot.ref, the ChainID that the layer will have. This package asks
+// the node's catalogue of images (package images), which opens the whole image at the
+// first such call of a pull, and commits the layer as a snapshot that holds nothing but
+// the DiffID. The answer is AlreadyExists, and containerd skips the download.
 //
 // # Invariants
 //
-//   - All layers of an image are lazy or none is: every index is added and every
-//     diff mounted before the first layer is answered. What was decided holds for
-//     the rest of the pull. An image that is not lazy is unpacked by containerd in
-//     the ordinary way, and one log line names the image and the cause.
 //   - A DiffID is believed only if the ChainID that it gives is the one containerd
 //     computed from the image config it has verified.
 //   - Which diff a snapshot stands for is recorded in the snapshot's own labels, in
 //     the transaction that creates it. Clients cannot set or change these labels.
-//   - A diff is in use while a snapshot names it, a pull that opened it is under
-//     way, or it is kept (Keep). A diff in use is never removed from the data path;
-//     one that is not is removed by the next Cleanup, or at the next start.
+//   - The catalogue counts a snapshot's use of a diff before the snapshot can be seen,
+//     and until it is gone.
 //   - Everything else on disk can be lost at any moment (kill, power) and is put
 //     right at the next start: directories without a snapshot, diffs without use.
 //
@@ -35,7 +29,7 @@
 // The data path may have the same Root, with other names.
 //
 //	metadata.db   snapshots: containerd's core/snapshots/storage
-//	shoal.db      diffs, layers and images that this node has the indexes of
+//	shoal.db      the catalogue of images
 //	s/<id>/fs     an ordinary snapshot's directory, or a lazy one's fix-ups
 //	s/<id>/work   overlayfs work directory of an active snapshot
 //	s/<id>/i/<n>  id-mapped clones of lower directories, where asked for

@@ -295,19 +295,31 @@ func (r *records) implied(id blockdev.Digest) (dirs []string, err error) {
 	return dirs, err
 }
 
-// keep marks an image as kept; false: it was before.
-func (r *records) keep(img *imageRecord) (changed bool, err error) {
-	err = r.db.Update(func(tx *bolt.Tx) error {
+// change has f change the record of an image, if there is one (ok), and stores it if f
+// says so.
+func (r *records) change(img *imageRecord, f func(rec *imageRecord, ok bool) (store bool, err error)) error {
+	return r.db.Update(func(tx *bolt.Tx) error {
 		b := tx.Bucket(bucketImages)
 		rec, ok, err := getImage(b, img.key())
-		if err == nil && !ok {
-			err = fmt.Errorf("image %s: %w", img.Ref, blockdev.ErrNotFound)
-		}
-		if err != nil || rec.Kept {
+		if err != nil {
 			return err
 		}
-		changed, rec.Kept = true, true
+		if store, err := f(&rec, ok); err != nil || !store {
+			return err
+		}
 		return putImage(b, rec)
+	})
+}
+
+// keep marks an image as kept; false: it was before.
+func (r *records) keep(img *imageRecord) (changed bool, err error) {
+	err = r.change(img, func(rec *imageRecord, ok bool) (bool, error) {
+		if !ok {
+			return false, fmt.Errorf("image %s: %w", img.Ref, blockdev.ErrNotFound)
+		}
+		changed = !rec.Kept
+		rec.Kept = true
+		return changed, nil
 	})
 	return changed, err
 }
@@ -315,31 +327,22 @@ func (r *records) keep(img *imageRecord) (changed bool, err error) {
 // followed takes imageRecord.Unfollowed back. An image that is not listed any more is
 // no error.
 func (r *records) followed(img *imageRecord) error {
-	return r.db.Update(func(tx *bolt.Tx) error {
-		b := tx.Bucket(bucketImages)
-		rec, ok, err := getImage(b, img.key())
-		if err != nil || !ok || !rec.Unfollowed {
-			return err
-		}
+	return r.change(img, func(rec *imageRecord, ok bool) (bool, error) {
+		unfollowed := ok && rec.Unfollowed
 		rec.Unfollowed = false
-		return putImage(b, rec)
+		return unfollowed, nil
 	})
 }
 
 // pulled notes that all layers of an image are snapshots now, and sets Unfollowed. A
 // record that was dropped since is written again.
 func (r *records) pulled(img imageRecord, unfollowed bool) error {
-	return r.db.Update(func(tx *bolt.Tx) error {
-		b := tx.Bucket(bucketImages)
-		rec, ok, err := getImage(b, img.key())
-		if err != nil {
-			return err
-		}
+	return r.change(&img, func(rec *imageRecord, ok bool) (bool, error) {
 		if !ok {
-			rec = img
+			*rec = img
 		}
 		rec.Pulled, rec.Unfollowed = true, unfollowed
-		return putImage(b, rec)
+		return true, nil
 	})
 }
 
