@@ -9,6 +9,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/index"
+	"github.com/shoalfs/shoal/internal/defaults"
 )
 
 // Config of a Cache. Root, Source and Log are required; what else is zero gets
@@ -99,26 +100,26 @@ func (c *Config) setDefaults() error {
 	if c.Root == "" || c.Source == nil || c.Log == nil {
 		return errors.New("cache: Root, Source and Log must be set")
 	}
-	def(&c.Timeout, 30*time.Second)
-	def(&c.ReadAhead, 256<<10)
-	def(&c.RequestBytes, 1<<20)
-	def(&c.PrefetchIdle, time.Minute)
+	defaults.Set(&c.Timeout, 30*time.Second)
+	defaults.Set(&c.ReadAhead, 256<<10)
+	defaults.Set(&c.RequestBytes, 1<<20)
+	defaults.Set(&c.PrefetchIdle, time.Minute)
 	if c.Inflight == nil {
 		c.Inflight = func() int64 { return 4 << 20 }
 	}
-	def(&c.DemandBytes, 64<<20)
-	def(&c.IndexBytes, 128<<20)
-	def(&c.MaxTree, 64<<20)
-	def(&c.MaxIndex, 256<<20)
-	def(&c.Quiet, 500*time.Millisecond)
-	def(&c.GiveWay, time.Second)
-	def(&c.Promote, 50*time.Millisecond)
-	def(&c.SyncBytes, 32<<20)
-	def(&c.SyncInterval, 5*time.Second)
+	defaults.Set(&c.DemandBytes, 64<<20)
+	defaults.Set(&c.IndexBytes, 128<<20)
+	defaults.Set(&c.MaxTree, 64<<20)
+	defaults.Set(&c.MaxIndex, 256<<20)
+	defaults.Set(&c.Quiet, 500*time.Millisecond)
+	defaults.Set(&c.GiveWay, time.Second)
+	defaults.Set(&c.Promote, 50*time.Millisecond)
+	defaults.Set(&c.SyncBytes, 32<<20)
+	defaults.Set(&c.SyncInterval, 5*time.Second)
 	if c.decode == nil {
 		c.decode = index.Decode
 	}
-	def(&c.MaxReadAhead, 4<<20)
+	defaults.Set(&c.MaxReadAhead, 4<<20)
 	c.ReadAhead = max(c.ReadAhead, 0)
 	c.MaxReadAhead = max(c.MaxReadAhead, c.ReadAhead)
 	if c.Quota < 0 || c.PrefetchRate < 0 || c.Timeout < 0 || c.RequestBytes < 0 || c.PrefetchIdle < 0 || c.IndexBytes < 0 || c.MaxTree < 0 || c.MaxIndex < 0 || c.Quiet < 0 || c.GiveWay < 0 ||
@@ -129,11 +130,4 @@ func (c *Config) setDefaults() error {
 		return fmt.Errorf("cache: DemandBytes is %d, but one demand request may take %d (RequestBytes, MaxReadAhead and two chunks)", c.DemandBytes, least)
 	}
 	return nil
-}
-
-func def[T comparable](v *T, d T) {
-	var zero T
-	if *v == zero {
-		*v = d
-	}
 }
