@@ -35,7 +35,7 @@ func withScanner(diff []byte, o Options, f func(*scanner) error) error {
 	}
 	done := make(chan error, 3)
 	go func() { done <- in.read(bytes.NewReader(diff)) }()
-	go func() { _, err := in.hash(); done <- err }()
+	go func() { in.hash(); done <- nil }()
 	go func() { done <- out.work() }()
 	err = f(&scanner{in: in, out: out, tree: newTree(o), maxInline: o.MaxInline})
 	close(out.jobs)

@@ -117,13 +117,13 @@ func (in *input) release(b *block) {
 }
 
 // hash is the goroutine that computes the DiffID.
-func (in *input) hash() (blockdev.Digest, error) {
+func (in *input) hash() blockdev.Digest {
 	h := sha256.New()
 	for b := range in.sums {
 		h.Write(b.data) // a hash.Hash never fails
 		in.release(b)
 	}
-	return blockdev.Digest(h.Sum(nil)), nil
+	return blockdev.Digest(h.Sum(nil))
 }
 
 // next returns the bytes to come, at most n of them and at least one. consume

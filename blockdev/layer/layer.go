@@ -103,9 +103,8 @@ func Build(ctx context.Context, r io.Reader, put Put, o Options) (*blockdev.Inde
 
 	group.Go(func() error { return in.read(r) })
 	start(func() error {
-		var err error
-		diffID, err = in.hash()
-		return err
+		diffID = in.hash()
+		return nil
 	})
 	for range o.Workers {
 		start(out.work)
