@@ -16,7 +16,7 @@ import (
 )
 
 const (
-	maxMethods = 107
+	maxMethods = 81
 	maxFields  = 31
 )
 
