@@ -57,7 +57,7 @@ type race struct {
 
 	left    []Supernode // to be asked yet
 	running int
-	first   error // of the one that was there first: it says most
+	first   error // of the one that was there first, or that sent wrong bytes: it says most
 	busy    error // of the first that had too much to do
 
 	mu      sync.Mutex
@@ -82,7 +82,7 @@ var errGivenUp = fmt.Errorf("no sign of life: %w", blockdev.ErrUnavailable)
 // race asks supernodes in this order until one has done what is asked: the next one
 // when one fails, or is silent for too long. The others are cancelled then, and have
 // ended when race returns. Its error says whether all have too much to do, or else is
-// that of the first one.
+// that of the first one, or of the first one that has sent wrong bytes.
 func (u *Uplink) race(ctx context.Context, order []Supernode, w way, do ask) error {
 	ctx, cancel := context.WithCancel(ctx)
 	r := &race{u: u, way: w, ask: do, ctx: ctx, ends: make(chan *runner, len(order)), left: order}
@@ -121,7 +121,7 @@ func (u *Uplink) race(ctx context.Context, order []Supernode, w way, do ask) err
 
 // failed keeps the error that says most.
 func (r *race) failed(err error) {
-	if r.first == nil {
+	if r.first == nil || errors.Is(err, blockdev.ErrCorrupt) && !errors.Is(r.first, blockdev.ErrCorrupt) {
 		r.first = err
 	}
 	if r.busy == nil && errors.Is(err, wire.ErrBusy) {
