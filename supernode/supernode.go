@@ -125,6 +125,17 @@ type Supernode struct {
 	closers  closers
 }
 
+var (
+	_ blockdev.Source      = (*Supernode)(nil)
+	_ blockdev.ProfileSink = (*Supernode)(nil)
+	_ image.Source         = (*Supernode)(nil)
+	_ image.DocumentSource = (*Supernode)(nil)
+	_ exchange.Chunks      = (*Supernode)(nil)
+	_ exchange.Images      = (*Supernode)(nil)
+	_ exchange.Documents   = (*Supernode)(nil)
+	_ exchange.Profiles    = (*Supernode)(nil)
+)
+
 // What a server of p2p/exchange serves nodes from, and what the process that the
 // supernode lives in has of it.
 var (

@@ -1,8 +1,10 @@
 // Package blockdevtest checks implementations of blockdev's contracts, and
 // holds stand-ins for them that other packages' tests use.
 //
-//   - TestSource is the conformance suite of blockdev.Source. Every Source of
-//     the project runs it: Memory here, the libp2p client, the supernode.
+//   - TestSource is the conformance suite of blockdev.Source, and TestDiffSource the
+//     same for a Source that makes its chunks itself. Every Source of the project runs
+//     one of them: Memory here, the chain, the libp2p client, several supernodes as
+//     one, the swarm, the supernode, and a node that reads a layer from its registry.
 //   - Memory is a Source in memory that passes the suite.
 //   - SourceFunc makes a Source of a function, for faults.
 //   - Diff makes a diff of random content with its chunk table.

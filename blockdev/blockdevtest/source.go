@@ -16,10 +16,24 @@ import (
 // bytes of one. What it needs to clean up, it registers with t.Cleanup.
 type NewSource func(t *testing.T, data [][]byte) blockdev.Source
 
+// NewDiff returns a Source that has one diff, of size bytes or somewhat more and of
+// content that is a function of seed, and the diff's DiffID and chunks. What it needs to
+// clean up, it registers with t.Cleanup.
+type NewDiff func(t *testing.T, seed uint64, size int) (src blockdev.Source, diff blockdev.Digest, chunks []blockdev.Chunk)
+
 // TestSource checks that a Source keeps the contract of blockdev.Source.
 func TestSource(t *testing.T, open NewSource) {
-	t.Run("Delivers", func(t *testing.T) { testDelivers(t, open) })
+	TestDiffSource(t, func(t *testing.T, seed uint64, size int) (blockdev.Source, blockdev.Digest, []blockdev.Chunk) {
+		ix, data := Diff(seed, size)
+		return open(t, split(data, ix.Chunks)), ix.DiffID, ix.Chunks
+	})
 	t.Run("Sizes", func(t *testing.T) { testSizes(t, open) })
+}
+
+// TestDiffSource is TestSource for a Source that cannot be given chunks of any bytes and
+// size, since it makes them itself of a layer.
+func TestDiffSource(t *testing.T, open NewDiff) {
+	t.Run("Delivers", func(t *testing.T) { testDelivers(t, open) })
 	t.Run("Empty", func(t *testing.T) { testEmpty(t, open) })
 	t.Run("SameChunkTwice", func(t *testing.T) { testSameChunkTwice(t, open) })
 	t.Run("NotFound", func(t *testing.T) { testNotFound(t, open) })
@@ -35,14 +49,15 @@ func TestSource(t *testing.T, open NewSource) {
 // bytes, a valid number, once each, one call at a time, none after Fetch.
 type collector struct {
 	t        *testing.T
+	diff     blockdev.Digest
 	chunks   []blockdev.Chunk
 	got      []int // deliveries of chunk i
 	inside   atomic.Bool
 	returned atomic.Bool
 }
 
-func newCollector(t *testing.T, chunks []blockdev.Chunk) *collector {
-	return &collector{t: t, chunks: chunks, got: make([]int, len(chunks))}
+func newCollector(t *testing.T, diff blockdev.Digest, chunks []blockdev.Chunk) *collector {
+	return &collector{t: t, diff: diff, chunks: chunks, got: make([]int, len(chunks))}
 }
 
 func (c *collector) deliver(i int, data []byte) error {
@@ -76,7 +91,7 @@ func (c *collector) delivered() (n int) {
 // fetch runs one request through the collector.
 func (c *collector) fetch(ctx context.Context, src blockdev.Source, prio blockdev.Priority) error {
 	defer c.returned.Store(true)
-	return src.Fetch(ctx, blockdev.Request{Diff: testDiffID, Priority: prio, Chunks: c.chunks}, c.deliver)
+	return src.Fetch(ctx, blockdev.Request{Diff: c.diff, Priority: prio, Chunks: c.chunks}, c.deliver)
 }
 
 var testDiffID = blockdev.Sum([]byte("blockdevtest"))
@@ -89,18 +104,11 @@ func split(data []byte, chunks []blockdev.Chunk) [][]byte {
 	return out
 }
 
-// fixture is a Source with a random diff's chunks.
-func fixture(t *testing.T, open NewSource, seed uint64, size int) (blockdev.Source, []blockdev.Chunk) {
-	t.Helper()
-	ix, data := Diff(seed, size)
-	return open(t, split(data, ix.Chunks)), ix.Chunks
-}
-
-func testDelivers(t *testing.T, open NewSource) {
-	src, chunks := fixture(t, open, 1, 4<<20)
+func testDelivers(t *testing.T, open NewDiff) {
+	src, diff, chunks := open(t, 1, 4<<20)
 	for _, prio := range []blockdev.Priority{blockdev.Demand, blockdev.Prefetch} {
 		for _, part := range [][]blockdev.Chunk{chunks, chunks[:1], chunks[3:9]} {
-			c := newCollector(t, part)
+			c := newCollector(t, diff, part)
 			if err := c.fetch(t.Context(), src, prio); err != nil {
 				t.Fatalf("fetch of %d chunks: %v", len(part), err)
 			}
@@ -125,7 +133,7 @@ func testSizes(t *testing.T, open NewSource) {
 		off += int64(len(data))
 	}
 	src := open(t, all)
-	c := newCollector(t, chunks)
+	c := newCollector(t, testDiffID, chunks)
 	if err := c.fetch(t.Context(), src, blockdev.Demand); err != nil {
 		t.Fatal(err)
 	}
@@ -134,19 +142,19 @@ func testSizes(t *testing.T, open NewSource) {
 	}
 }
 
-func testEmpty(t *testing.T, open NewSource) {
-	src, _ := fixture(t, open, 2, 1<<20)
-	c := newCollector(t, nil)
+func testEmpty(t *testing.T, open NewDiff) {
+	src, diff, _ := open(t, 2, 1<<20)
+	c := newCollector(t, diff, nil)
 	if err := c.fetch(t.Context(), src, blockdev.Demand); err != nil {
 		t.Fatalf("request for no chunks: %v", err)
 	}
 }
 
 // testSameChunkTwice: a diff may hold the same bytes in several places.
-func testSameChunkTwice(t *testing.T, open NewSource) {
-	src, chunks := fixture(t, open, 3, 1<<20)
+func testSameChunkTwice(t *testing.T, open NewDiff) {
+	src, diff, chunks := open(t, 3, 1<<20)
 	again := []blockdev.Chunk{chunks[0], chunks[1], chunks[0], chunks[0]}
-	c := newCollector(t, again)
+	c := newCollector(t, diff, again)
 	if err := c.fetch(t.Context(), src, blockdev.Demand); err != nil {
 		t.Fatal(err)
 	}
@@ -155,29 +163,29 @@ func testSameChunkTwice(t *testing.T, open NewSource) {
 	}
 }
 
-func testNotFound(t *testing.T, open NewSource) {
-	src, chunks := fixture(t, open, 4, 1<<20)
+func testNotFound(t *testing.T, open NewDiff) {
+	src, diff, chunks := open(t, 4, 1<<20)
 	unknown := blockdev.Chunk{Length: 20000, Digest: blockdev.Sum([]byte("no source has this"))}
 	for _, ask := range [][]blockdev.Chunk{{unknown}, {unknown, chunks[0]}, {chunks[0], unknown, chunks[1]}} {
-		c := newCollector(t, ask)
+		c := newCollector(t, diff, ask)
 		err := c.fetch(t.Context(), src, blockdev.Demand)
 		if !errors.Is(err, blockdev.ErrNotFound) {
 			t.Fatalf("fetch of an unknown chunk: %v, want ErrNotFound", err)
 		}
 	}
 	// The Source is none the worse for it.
-	c := newCollector(t, chunks)
+	c := newCollector(t, diff, chunks)
 	if err := c.fetch(t.Context(), src, blockdev.Demand); err != nil {
 		t.Fatalf("fetch after ErrNotFound: %v", err)
 	}
 }
 
-func testDeliverFails(t *testing.T, open NewSource) {
-	src, chunks := fixture(t, open, 5, 8<<20)
+func testDeliverFails(t *testing.T, open NewDiff) {
+	src, diff, chunks := open(t, 5, 8<<20)
 	stop := errors.New("the disk is on fire")
 	for _, after := range []int{0, 1, 5} {
 		calls := 0
-		err := src.Fetch(t.Context(), blockdev.Request{Diff: testDiffID, Priority: blockdev.Demand, Chunks: chunks},
+		err := src.Fetch(t.Context(), blockdev.Request{Diff: diff, Priority: blockdev.Demand, Chunks: chunks},
 			func(int, []byte) error {
 				if calls++; calls > after {
 					return stop
@@ -191,7 +199,7 @@ func testDeliverFails(t *testing.T, open NewSource) {
 			t.Fatalf("deliver was called %d more times after it had ended the request", calls-after-1)
 		}
 	}
-	c := newCollector(t, chunks)
+	c := newCollector(t, diff, chunks)
 	if err := c.fetch(t.Context(), src, blockdev.Demand); err != nil {
 		t.Fatalf("fetch after a request that deliver ended: %v", err)
 	}
@@ -199,11 +207,11 @@ func testDeliverFails(t *testing.T, open NewSource) {
 
 // testDeliverFindsCorrupt: the Source may deliver that chunk again from
 // elsewhere, and then the request is a success, or end with ErrCorrupt.
-func testDeliverFindsCorrupt(t *testing.T, open NewSource) {
-	src, chunks := fixture(t, open, 6, 1<<20)
+func testDeliverFindsCorrupt(t *testing.T, open NewDiff) {
+	src, diff, chunks := open(t, 6, 1<<20)
 	got := make([]bool, len(chunks))
 	var refused bool
-	err := src.Fetch(t.Context(), blockdev.Request{Diff: testDiffID, Priority: blockdev.Demand, Chunks: chunks},
+	err := src.Fetch(t.Context(), blockdev.Request{Diff: diff, Priority: blockdev.Demand, Chunks: chunks},
 		func(i int, data []byte) error {
 			if !refused && i == 2 {
 				refused = true
@@ -226,11 +234,11 @@ func testDeliverFindsCorrupt(t *testing.T, open NewSource) {
 	}
 }
 
-func testCancelledBefore(t *testing.T, open NewSource) {
-	src, chunks := fixture(t, open, 7, 1<<20)
+func testCancelledBefore(t *testing.T, open NewDiff) {
+	src, diff, chunks := open(t, 7, 1<<20)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	c := newCollector(t, chunks)
+	c := newCollector(t, diff, chunks)
 	if err := c.fetch(ctx, src, blockdev.Demand); !errors.Is(err, context.Canceled) {
 		t.Fatalf("fetch with a cancelled context: %v", err)
 	}
@@ -238,15 +246,15 @@ func testCancelledBefore(t *testing.T, open NewSource) {
 
 // testCancelledWithin cancels from inside deliver, so that the request is
 // certainly under way, and has more chunks than fit in any pipe between.
-func testCancelledWithin(t *testing.T, open NewSource) {
-	src, chunks := fixture(t, open, 8, 32<<20)
+func testCancelledWithin(t *testing.T, open NewDiff) {
+	src, diff, chunks := open(t, 8, 32<<20)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	c := newCollector(t, chunks)
+	c := newCollector(t, diff, chunks)
 	var calls int
 	err := func() error {
 		defer c.returned.Store(true)
-		return src.Fetch(ctx, blockdev.Request{Diff: testDiffID, Priority: blockdev.Prefetch, Chunks: chunks},
+		return src.Fetch(ctx, blockdev.Request{Diff: diff, Priority: blockdev.Prefetch, Chunks: chunks},
 			func(i int, data []byte) error {
 				if calls++; calls == 2 {
 					cancel()
@@ -257,7 +265,7 @@ func testCancelledWithin(t *testing.T, open NewSource) {
 	if !errors.Is(err, context.Canceled) {
 		t.Fatalf("fetch cancelled on the way: %v, want context.Canceled (%d of %d chunks came)", err, calls, len(chunks))
 	}
-	c = newCollector(t, chunks[:3])
+	c = newCollector(t, diff, chunks[:3])
 	if err := c.fetch(t.Context(), src, blockdev.Demand); err != nil {
 		t.Fatalf("fetch after a cancelled one: %v", err)
 	}
@@ -265,19 +273,19 @@ func testCancelledWithin(t *testing.T, open NewSource) {
 
 // testKeepsNothing overwrites the request's slice as soon as Fetch is back; the
 // race detector sees a Source that still reads it.
-func testKeepsNothing(t *testing.T, open NewSource) {
-	src, chunks := fixture(t, open, 9, 2<<20)
+func testKeepsNothing(t *testing.T, open NewDiff) {
+	src, diff, chunks := open(t, 9, 2<<20)
 	for range 4 {
 		mine := append([]blockdev.Chunk(nil), chunks...)
-		if err := newCollector(t, mine).fetch(t.Context(), src, blockdev.Demand); err != nil {
+		if err := newCollector(t, diff, mine).fetch(t.Context(), src, blockdev.Demand); err != nil {
 			t.Fatal(err)
 		}
 		clear(mine)
 	}
 }
 
-func testConcurrent(t *testing.T, open NewSource) {
-	src, chunks := fixture(t, open, 10, 4<<20)
+func testConcurrent(t *testing.T, open NewDiff) {
+	src, diff, chunks := open(t, 10, 4<<20)
 	var wg sync.WaitGroup
 	for g := range 16 {
 		wg.Go(func() {
@@ -288,7 +296,7 @@ func testConcurrent(t *testing.T, open NewSource) {
 				if g%2 == 0 {
 					prio = blockdev.Prefetch
 				}
-				c := newCollector(t, part)
+				c := newCollector(t, diff, part)
 				if err := c.fetch(t.Context(), src, prio); err != nil {
 					t.Errorf("reader %d: %v", g, err)
 				} else if n := c.delivered(); n != len(part) {

@@ -52,6 +52,8 @@ type Chain struct {
 	steps []*step
 }
 
+var _ blockdev.Source = (*Chain)(nil)
+
 // step is a Step with what is known of it.
 type step struct {
 	Step

@@ -16,6 +16,8 @@ import (
 	"github.com/shoalfs/shoal/p2p/wire"
 )
 
+var _ host.Guard = (*Node)(nil)
+
 const (
 	// maxStrangers bounds how many peers may be connected that this node does
 	// not know (yet): after a burst of joins, all of a cell.

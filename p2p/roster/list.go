@@ -72,6 +72,8 @@ type List struct {
 	relays    map[relayKey]*relays
 }
 
+var _ host.Guard = (*List)(nil)
+
 // member is a node that was let in. List.mu guards what changes.
 type member struct {
 	id       peer.ID

@@ -57,8 +57,13 @@ type world struct {
 }
 
 func newWorld(t testing.TB, size int) *world {
-	w := &world{t: t, addrs: map[peer.ID]peer.AddrInfo{}, bar: map[peer.ID]bool{}, view: &route.View{Group: theGroup, Version: 1}}
-	w.ix, w.data = blockdevtest.Diff(7, size)
+	ix, data := blockdevtest.Diff(7, size)
+	return newWorldOf(t, ix, data)
+}
+
+// newWorldOf is newWorld with a diff of the caller's.
+func newWorldOf(t testing.TB, ix *blockdev.Index, data []byte) *world {
+	w := &world{t: t, ix: ix, data: data, addrs: map[peer.ID]peer.AddrInfo{}, bar: map[peer.ID]bool{}, view: &route.View{Group: theGroup, Version: 1}}
 	w.mem.PutDiff(w.ix, w.data)
 	var err error
 	if w.enc, err = index.Encode(w.ix); err != nil {

@@ -20,6 +20,13 @@ type Store interface {
 	Forward(diff blockdev.Digest, prio blockdev.Priority, hops int, digests []blockdev.Digest) (*cache.Forward, error)
 }
 
+var (
+	_ Store             = (*cache.Cache)(nil)
+	_ exchange.Provider = (*provider)(nil)
+	_ exchange.Answer   = (*answer)(nil)
+	_ exchange.Images   = (*images)(nil)
+)
+
 // Provider returns what answers other nodes out of store.
 func (s *Swarm) Provider(store Store) exchange.Provider { return &provider{s, store} }
 

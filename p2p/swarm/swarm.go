@@ -36,6 +36,11 @@ type Groups interface {
 	Allowed(ctx context.Context, group blockdev.Digest, id peer.ID) error
 }
 
+var (
+	_ blockdev.Source = (*Swarm)(nil)
+	_ image.Source    = (*Swarm)(nil)
+)
+
 // Supernode is asked last for chunks, and first for images.
 type Supernode interface {
 	blockdev.Source

@@ -8,6 +8,9 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/p2p/exchange"
+	"github.com/shoalfs/shoal/p2p/exchange/exchangetest"
+	"github.com/shoalfs/shoal/p2p/route"
 )
 
 func TestSource(t *testing.T) {
@@ -164,5 +167,26 @@ func TestFrom(t *testing.T) {
 	got := fetch(b)
 	if got[blockdev.FromPeer] == 0 || got[blockdev.FromPeer]+got[blockdev.FromSupernode] != len(w.ix.Chunks) {
 		t.Errorf("beside one that has all: %v of %d chunks", got, len(w.ix.Chunks))
+	}
+}
+
+// TestProvider runs the conformance suite of exchange.Provider: for a node that has all
+// of the diff, and for one that has to ask others.
+func TestProvider(t *testing.T) {
+	for name, complete := range map[string]bool{"complete": true, "empty": false} {
+		t.Run(name, func(t *testing.T) {
+			exchangetest.TestProvider(t, func(t *testing.T, ix *blockdev.Index, data []byte) (exchange.Provider, exchange.Query) {
+				w := newWorldOf(t, ix, data)
+				n, other := w.node(options{}), w.node(options{})
+				q := exchange.Query{From: other.host.ID(), Group: theGroup, Diff: ix.DiffID}
+				if complete {
+					if err := n.diff.Prefetch(t.Context()); err != nil {
+						t.Fatal(err)
+					}
+					q.Hops = route.MaxHops // nobody else is asked
+				}
+				return n.swarm.Provider(n.cache), q
+			})
+		})
 	}
 }

@@ -12,9 +12,14 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/blockdevtest"
 	"github.com/shoalfs/shoal/internal/image"
+	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/route"
 )
+
+// The daemons give an Uplink clients.
+var _ Supernode = (*exchange.Client)(nil)
 
 // fake is a supernode that has some chunks.
 type fake struct {
@@ -165,6 +170,46 @@ func fetchAll(t *testing.T, u *Uplink, list []blockdev.Chunk) ([]int, error) {
 		return nil
 	})
 	return got, err
+}
+
+// stored is a fake that has its chunks in memory.
+type stored struct {
+	*fake
+	mem blockdevtest.Memory
+}
+
+func (s *stored) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
+	return s.mem.Fetch(ctx, req, deliver)
+}
+
+// TestSource runs the conformance suite of blockdev.Source: each supernode has its part
+// of the chunks, or all have all.
+func TestSource(t *testing.T) {
+	for name, has := range map[string]func(super, chunk int) bool{
+		"all have all":      func(int, int) bool { return true },
+		"each has its part": func(super, chunk int) bool { return chunk%3 == super },
+	} {
+		t.Run(name, func(t *testing.T) {
+			blockdevtest.TestSource(t, func(t *testing.T, data [][]byte) blockdev.Source {
+				supers := map[peer.ID]Supernode{}
+				for i := range 3 {
+					s := &stored{fake: &fake{}}
+					for k, b := range data {
+						if has(i, k) {
+							s.mem.Put(b)
+						}
+					}
+					supers[peer.ID(fmt.Sprint("super", i))] = s
+				}
+				u, err := New(supers)
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { _ = u.Close() })
+				return u
+			})
+		})
+	}
 }
 
 func TestFetch(t *testing.T) {

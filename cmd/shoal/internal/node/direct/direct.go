@@ -64,6 +64,8 @@ type Source struct {
 	passes map[blockdev.Digest]*pass
 }
 
+var _ blockdev.Source = (*Source)(nil)
+
 var errClosed = fmt.Errorf("it is closed: %w", blockdev.ErrUnavailable)
 
 // New returns a Source. Close it.

@@ -124,6 +124,14 @@ func bigLayer(t *testing.T) *registry {
 		blockdevtest.File{Name: "b", Data: bytes.Repeat([]byte("text "), 20_000)}, blockdevtest.File{Name: "c", Data: blockdevtest.Bytes(2, 1<<19)})
 }
 
+// TestSource runs the conformance suite of blockdev.Source.
+func TestSource(t *testing.T) {
+	blockdevtest.TestDiffSource(t, func(t *testing.T, seed uint64, size int) (blockdev.Source, blockdev.Digest, []blockdev.Chunk) {
+		r := newRegistry(t, blockdevtest.File{Name: "a", Data: blockdevtest.Bytes(seed, size)})
+		return r.source(nil), r.built.Index.DiffID, r.built.Index.Chunks
+	})
+}
+
 // TestFetch: all of a layer comes, chunks and header pieces, in one pass.
 func TestFetch(t *testing.T) {
 	r := bigLayer(t)
