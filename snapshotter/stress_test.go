@@ -2,6 +2,7 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -43,9 +44,11 @@ func testStress(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	// What a worker may meet because another has removed a snapshot.
+	// What a worker may meet because another has removed a snapshot, or its diff after
+	// the chain was read.
 	gone := func(err error) bool {
-		return errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) || errdefs.IsAlreadyExists(err)
+		return errors.Is(err, os.ErrNotExist) || errors.Is(err, blockdev.ErrNotFound) ||
+			errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) || errdefs.IsAlreadyExists(err)
 	}
 	var wg sync.WaitGroup
 	for w := range 8 {

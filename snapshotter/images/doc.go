@@ -23,7 +23,7 @@
 //     way, or it is kept. A diff in use is never removed from the data path; one that
 //     is not is removed by the next Cleanup, or at the next start.
 //   - A diff is on record before the data path has it, so none is there that is not
-//     listed. Records that are lost are made anew from what is there.
+//     listed. Lost records are made again from the diffs that are there.
 //   - A private image is opened only for a pull that has shown a credential for it, or
 //     by Config.NodeCredentials: a name can come from anybody's manifest.
 //   - No lock is held while anybody waits, or during I/O.
