@@ -271,7 +271,7 @@ func previousBuild(t *testing.T, l *lab.Lab) string {
 		rev, err = git("-C", top, "rev-list", "-n", "1", "--skip=1", "HEAD", "--", "cmd", "blockdev", "snapshotter", "supernode", "p2p")
 	}
 	if err == nil {
-		_, err = git("-C", top, "cat-file", "-e", rev+":cmd/shoal/restart.go") // it can take over
+		_, err = git("-C", top, "cat-file", "-e", rev+":cmd/shoal/internal/fdstore/fdstore.go") // it can take over
 	}
 	if err != nil || rev == "" {
 		t.Skip("the history is cut off before the previous version: fetch all of it")

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -112,16 +113,14 @@ func startLiar(t *testing.T, s *site, ref, lie string) *liar {
 	}))
 	l := &liar{lie: lie, lengths: map[blockdev.Digest]uint32{}}
 	noError(t, l.learn(im))
-	diffs := map[blockdev.Digest]bool{}
-	group := members.Image{Manifest: im.Manifest, Grant: im.Grant}
+	var diffs []blockdev.Digest
 	for _, layer := range im.Layers {
-		group.Diffs = append(group.Diffs, layer.DiffID)
-		diffs[layer.DiffID] = true
+		diffs = append(diffs, layer.DiffID)
 	}
 	server := must(exchange.NewServer(h, exchange.ServerConfig{Chunks: l}))(t)
 	t.Cleanup(func() { noError(t, server.Close()) })
-	node.Watch(func(d blockdev.Digest) bool { return diffs[d] })
-	node.Join(group)
+	node.Watch(func(d blockdev.Digest) bool { return slices.Contains(diffs, d) })
+	node.Join(im.Manifest, diffs, im.Grant)
 	noError(t, lab.WaitFor(ctx, "the liar in the group", 20*time.Second, func() error {
 		n, err := s.supernode.Metric(ctx, "shoal_supernode_groups")
 		if err == nil && n < 1 {

@@ -86,6 +86,28 @@ func (a always) Credential(context.Context, string) (image.Credential, error) {
 	return image.Credential(a), nil
 }
 
+func (always) Explain(err error) error { return err }
+
+// broken are a node's credentials that cannot be read.
+type broken struct{}
+
+func (broken) Credential(context.Context, string) (image.Credential, error) {
+	return image.Credential{}, nil
+}
+
+func (broken) Explain(err error) error { return fmt.Errorf("%w (config.json is broken)", err) }
+
+// Where access is denied, the error says what is wrong with the node's credentials.
+func TestDeniedIsExplained(t *testing.T) {
+	n := newNode(t, func(cfg *nodeConfig) { cfg.Credentials = broken{} })
+	img := newImage("registry.test/x:1", newLayer(t, file("a")))
+	n.images.publish(img)
+	n.images.private(tenant)
+	if _, err := n.Keep(bg, img.ref, img.manifest); err == nil || !strings.Contains(err.Error(), "config.json is broken") {
+		t.Errorf("%v", err)
+	}
+}
+
 // Where snapshot annotations are off, a manifest's own reach the snapshotter, and may
 // name another tenant's image: nothing of it is opened.
 func TestSpoofedReferenceOpensNothing(t *testing.T) {

@@ -29,7 +29,8 @@ func TestVolumes(t *testing.T) {
 	snapshottertest.TestData(t, func(t *testing.T, layers ...*blockdevtest.Layer) (images.Data, [][]byte) {
 		src := &blockdevtest.Memory{}
 		root := filepath.Join(t.TempDir(), "volumes")
-		vols := must(volume.Open(bg, volume.Config{Root: root, Source: src, ReadTimeout: time.Minute, Log: slog.New(slog.NewTextHandler(t.Output(), nil))}))(t)
+		vols := must(volume.Open(bg, volume.Config{Root: root, ReadTimeout: time.Minute, Log: slog.New(slog.NewTextHandler(t.Output(), nil))}))(t)
+		check(t, vols.Attach(volume.Upstream{Source: src}))
 		t.Cleanup(func() {
 			check(t, vols.Close())
 			left := must(mount.List(root))(t) // what containers would go on reading

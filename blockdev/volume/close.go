@@ -19,7 +19,7 @@ func (m *Manager) Close() error {
 		vols = append(vols, v)
 	}
 	m.mu.Unlock()
-	m.EndStartups()
+	m.startups.close()
 	m.queue.close(vols)
 	m.proofs.close(vols)
 	m.scrubs.close(vols)

@@ -36,6 +36,8 @@
 // # Invariants
 //
 //   - One process per Root; the cache's lock guarantees that.
+//   - A read that misses bytes waits until there is a source (Attach). If one fails after
+//     Detach, it is not answered: the next process has it.
 //   - Each operation on a volume that does I/O holds the volume's turn, and no
 //     lock. Other volumes, and reads of this one, go on.
 //   - Close leaves mounts as they are. Native ones go on working without any

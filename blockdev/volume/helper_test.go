@@ -106,19 +106,25 @@ type node struct {
 	root string
 	src  *source
 	cfg  Config
+	up   Upstream
 }
 
-func newNode(t testing.TB, change func(*Config)) *node {
+// newNode opens a Manager and attaches src, or what upstream makes of that.
+func newNode(t testing.TB, change func(*Config), upstream ...func(*Upstream)) *node {
 	t.Helper()
 	needRoot(t)
 	n := &node{t: t, root: filepath.Join(t.TempDir(), testRoot), src: &source{}}
 	n.cfg = Config{
-		Root: n.root, Source: n.src, ReadTimeout: 10 * time.Second,
+		Root: n.root, ReadTimeout: 10 * time.Second,
 		Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})),
 	}
 	n.cfg.Cache.Timeout = 5 * time.Second
 	if change != nil {
 		change(&n.cfg)
+	}
+	n.up.Source = n.src
+	for _, change := range upstream {
+		change(&n.up)
 	}
 	n.open()
 	t.Cleanup(func() {
@@ -143,6 +149,9 @@ func (n *node) open() {
 		n.t.Fatal(err)
 	}
 	n.Manager = m
+	if err := m.Attach(n.up); err != nil {
+		n.t.Fatal(err)
+	}
 }
 
 // restart is what a new process does after the old one has gone.

@@ -60,10 +60,8 @@ func TestHungImageStallsNobody(t *testing.T) {
 	const readers = 500
 	hung, complete, missing, fresh := newLayer(t, 1, 100<<20), newLayer(t, 2, 3<<20), newLayer(t, 3, 3<<20), newLayer(t, 4, 3<<20)
 	src := &gatedSource{diff: hung.id, open: make(chan struct{})}
-	n := newNode(t, func(c *Config) {
-		src.Source = c.Source
-		c.Source, c.ReadTimeout, c.Cache.Timeout = src, time.Hour, time.Hour
-	})
+	n := newNode(t, func(c *Config) { c.ReadTimeout, c.Cache.Timeout = time.Hour, time.Hour },
+		func(u *Upstream) { src.Source, u.Source = u.Source, src })
 	n.add(complete)
 	completeDir := n.mountDir(complete)
 	if err := n.PrefetchWait(t.Context(), complete.id, nil); err != nil {

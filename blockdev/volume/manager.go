@@ -16,28 +16,19 @@ import (
 	"github.com/shoalfs/shoal/blockdev/mount"
 )
 
-// Config of a Manager. Root, Source and Log are required; the zero value of the
-// rest means its default.
+// Config of a Manager. Root is required; the zero value of the rest means its default.
 type Config struct {
 	// Root is the directory of everything that a Manager keeps. It is made if it
 	// is not there, for root only. No commas.
 	Root string
-	// Source is where missing chunks come from.
-	Source blockdev.Source
-	// Profiles takes what containers have read at their start; nil: it is not
-	// recorded.
-	Profiles blockdev.ProfileSink
 	// Log takes warnings and errors.
 	Log *slog.Logger
-	// Cache is the configuration of the local diffs; its Root, Source and Log are
-	// set from those above.
+	// Cache is the configuration of the local diffs; its Root and Log are set from those
+	// above, its Source, Inflight and MakeRoom are the Upstream's.
 	Cache cache.Config
 	// ReadTimeout bounds how long a process may wait for missing bytes, before it
 	// gets EIO. Default: that of package fusefs.
 	ReadTimeout time.Duration
-	// Describe returns what an operator calls a diff, as attributes of log lines;
-	// nil: there is no other name.
-	Describe func(blockdev.Digest) []any
 	// Observe is fusefs.Options.Observe; nil: reads are not observed.
 	Observe func(from blockdev.Origin, took time.Duration)
 	// PrefetchDiffs is how many diffs are prefetched at a time. Default 2.
@@ -56,6 +47,7 @@ type Config struct {
 type Manager struct {
 	cfg      Config
 	root     string // absolute, without symbolic links
+	late     *late
 	cache    *cache.Cache
 	queue    *queue // prefetches
 	proofs   *queue

@@ -30,10 +30,11 @@ const (
 // Keeper has its descriptor: reads that waited for the new process are answered. Otherwise
 // these are detached and mounted again at the same places, and a container on them gets
 // I/O errors. Mounts and mount points of diffs that are not there any more are
-// removed. It fails if another process has Root open.
+// removed. It fails if another process has Root open. Reads of what is here are answered
+// from now on; those that miss bytes wait for Attach.
 func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
-	if cfg.Root == "" || cfg.Source == nil {
-		return nil, errors.New("volume: Root and Source must be set")
+	if cfg.Root == "" {
+		return nil, errors.New("volume: Root must be set")
 	}
 	defaults.Log(&cfg.Log)
 	defaults.Positive(&cfg.PrefetchDiffs, 2)
@@ -45,6 +46,7 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 	m := &Manager{
 		cfg:      cfg,
 		root:     root,
+		late:     newLate(),
 		startups: newTasks(),
 		chores:   newTasks(),
 		vols:     make(map[blockdev.Digest]*volume),
@@ -52,7 +54,8 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 		left:     make(map[blockdev.Digest]leftMount),
 	}
 	cc := cfg.Cache
-	cc.Root, cc.Source, cc.Log = root, cfg.Source, cfg.Log
+	cc.Root, cc.Log = root, cfg.Log
+	cc.Source, cc.Inflight, cc.MakeRoom = m.late, m.late.inflight, m.late.makeRoom
 	cc.Damaged = m.damaged // not before there are reads, and they go through m
 	c, err := cache.Open(ctx, cc)
 	if err != nil {
@@ -172,7 +175,7 @@ func (m *Manager) serve(ctx context.Context, conn *connection) (err error) {
 	}
 	m.fuse = conn.fd
 	m.server, err = fusefs.New(conn.fd, files{m}, fusefs.Options{
-		Log: m.cfg.Log, ReadTimeout: m.cfg.ReadTimeout, Describe: m.cfg.Describe, Observe: m.cfg.Observe, Init: conn.init, Pending: conn.pending,
+		Log: m.cfg.Log, ReadTimeout: m.cfg.ReadTimeout, Describe: m.late.describe, Observe: m.cfg.Observe, Init: conn.init, Pending: conn.pending,
 	})
 	if err != nil {
 		return err

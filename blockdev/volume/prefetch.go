@@ -32,7 +32,7 @@ func (m *Manager) newPrefetchQueue() *queue {
 }
 
 // ContainerStarts says that a container on these diffs is about to start: prefetch
-// waits for it, and its first reads are recorded (Config.Profiles).
+// waits for it, and its first reads are recorded (Upstream.Profiles).
 func (m *Manager) ContainerStarts(ids ...blockdev.Digest) {
 	m.cache.ExpectDemand()
 	m.record(m.known(ids))

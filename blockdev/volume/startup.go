@@ -66,11 +66,6 @@ func (s *tasks) close() {
 	s.wg.Wait()
 }
 
-// EndStartups ends startup fetches and recordings for good, and reports what was
-// recorded so far. Close does the same; call it before, if Config.Profiles does not
-// outlive the Manager.
-func (m *Manager) EndStartups() { m.startups.close() }
-
 // FetchStartup begins to fetch what containers of an image are known to read in
 // their first seconds, in that order, and returns at once. Profiles are not
 // trusted: diffs and chunks that are not there are passed over, and the number
@@ -150,7 +145,7 @@ func (m *Manager) startupLine(profiles []blockdev.DiffProfile) []startupRequest 
 // that nothing has read since they were mounted, and reports it: a diff whose
 // pages EROFS has already would only show what others have not read before.
 func (m *Manager) record(vols []*volume) {
-	if m.cfg.Profiles == nil {
+	if up := m.late.now(); up.Source != nil && up.Profiles == nil {
 		return
 	}
 	var diffs []*cache.Diff
@@ -188,7 +183,7 @@ func (m *Manager) record(vols []*volume) {
 		// Also when the node stops: what was learned is for others.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(m.startups.ctx), reportTimeout)
 		defer cancel()
-		if err := m.cfg.Profiles.ReportProfiles(ctx, profiles); err != nil {
+		if err := m.late.report(ctx, profiles); err != nil {
 			m.cfg.Log.Info("cannot report which chunks a container read at its start; the startup profile does not learn from this start", "error", err)
 		}
 	})

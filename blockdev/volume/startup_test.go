@@ -34,11 +34,10 @@ func (s *sink) ReportProfiles(_ context.Context, p []blockdev.DiffProfile) error
 func TestLearnedStart(t *testing.T) {
 	learned := &sink{}
 	first := newNode(t, func(c *Config) {
-		c.Profiles = learned
 		c.Cache.ReadAhead = -1
 		c.Cache.Quiet = 1 << 40 // no prefetch during this test
 		c.Cache.GiveWay = 1 << 40
-	})
+	}, func(u *Upstream) { u.Profiles = learned })
 	l, unread := newLayer(t, 1, 4<<20), newLayer(t, 2, 1<<20)
 	first.add(l)
 	first.add(unread)
@@ -92,7 +91,7 @@ func TestLearnedStart(t *testing.T) {
 // TestReportFails: nobody takes the report; nothing else comes of it.
 func TestReportFails(t *testing.T) {
 	learned := &sink{fail: errors.New("no")}
-	n := newNode(t, func(c *Config) { c.Profiles = learned })
+	n := newNode(t, nil, func(u *Upstream) { u.Profiles = learned })
 	l := newLayer(t, 1, 1<<20)
 	n.add(l)
 	dir := n.mountDir(l)

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/blockdevtest"
 	"github.com/shoalfs/shoal/blockdev/mount"
 )
 
@@ -309,14 +310,15 @@ func TestStopsPrefetch(t *testing.T) {
 	l := newLayer(t, 15, 1<<20)
 	n.add(l)
 	entered := make(chan struct{}, 16)
-	m, err := Open(ctx, Config{
-		Root: filepath.Join(t.TempDir(), testRoot), Log: n.cfg.Log,
-		Source: fetchFunc(func(ctx context.Context, _ blockdev.Request, _ blockdev.Deliver) error {
-			entered <- struct{}{}
-			<-ctx.Done()
-			return context.Cause(ctx)
-		}),
-	})
+	m, err := Open(ctx, Config{Root: filepath.Join(t.TempDir(), testRoot), Log: n.cfg.Log})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = m.Attach(Upstream{Source: blockdevtest.SourceFunc(func(ctx context.Context, _ blockdev.Request, _ blockdev.Deliver) error {
+		entered <- struct{}{}
+		<-ctx.Done()
+		return context.Cause(ctx)
+	})})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -339,17 +341,10 @@ func TestStopsPrefetch(t *testing.T) {
 	}
 }
 
-type fetchFunc func(context.Context, blockdev.Request, blockdev.Deliver) error
-
-func (f fetchFunc) Fetch(ctx context.Context, r blockdev.Request, d blockdev.Deliver) error {
-	return f(ctx, r, d)
-}
-
 func TestOpenErrors(t *testing.T) {
 	for name, c := range map[string]Config{
-		"no root":   {Source: &source{}},
-		"no source": {Root: t.TempDir()},
-		"comma":     {Root: filepath.Join(t.TempDir(), "a,b"), Source: &source{}},
+		"no root": {},
+		"comma":   {Root: filepath.Join(t.TempDir(), "a,b")},
 	} {
 		if m, err := Open(ctx, c); err == nil {
 			t.Errorf("%s: opened", name)

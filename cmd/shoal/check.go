@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,8 +14,13 @@ import (
 	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 
+	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/node"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/super"
+	"github.com/shoalfs/shoal/internal/boltcheck"
 )
 
 // Exit statuses of shoal check, besides 0 (clean) and 1 (it could not be checked).
@@ -164,6 +170,33 @@ func writeReport(w io.Writer, r *control.CheckReport, repair bool) error {
 		fmt.Fprintln(w, r.Result)
 	}
 	return nil
+}
+
+// checkRoot checks the data directory of a daemon that does not run.
+func checkRoot(ctx context.Context, root string, repair bool, progress func(string), log *slog.Logger) (*control.CheckReport, error) {
+	root, err := filepath.EvalSymlinks(root)
+	if err != nil {
+		return nil, err
+	}
+	r := &control.CheckReport{Root: root, Findings: []blockdev.Finding{}}
+	switch {
+	case isDir(root, "diffs"):
+		r.Role = "node"
+		err = node.CheckRoot(ctx, r, root, repair, progress, log)
+	case isDir(root, "store"):
+		r.Role = "supernode"
+		err = super.CheckRoot(ctx, r, root, repair, progress, log)
+	default:
+		return nil, fmt.Errorf("%s has neither the directory diffs of a node nor the directory store of a supernode: is it the right directory?", root)
+	}
+	if errors.Is(err, cache.ErrInUse) || errors.Is(err, boltcheck.ErrInUse) {
+		return nil, fmt.Errorf("%s: a daemon uses it: check it through the daemon, without --root (with --control if its socket is not the default one): %w", root, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	r.Judge(repair)
+	return r, nil
 }
 
 // isDir says whether there is such a directory.

@@ -16,6 +16,7 @@ import (
 
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/node/metrics"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/node/mirror"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
@@ -153,7 +154,7 @@ func metricTable(t *testing.T, register func(*testing.T, prometheus.Registerer))
 	return "| metric | labels | |\n|---|---|---|\n" + strings.Join(n.rows, "")
 }
 
-// nodeMetrics registers what runNode does for a node with a supernode elsewhere.
+// nodeMetrics registers what node.Open does for a node with a supernode elsewhere.
 func nodeMetrics(t *testing.T, r prometheus.Registerer) {
 	r.MustRegister(daemon.NewMetrics("v", "node"))
 	if _, err := daemon.NewPorts(slog.New(slog.DiscardHandler), r); err != nil {
@@ -189,11 +190,7 @@ func nodeMetrics(t *testing.T, r prometheus.Registerer) {
 		t.Fatal(err)
 	}
 	defer server.Close()
-	r.MustRegister(append((&nodeDaemon{}).collectors(), newReadSeconds())...)
-	if _, err := timeCalls(r); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := registryBytes(r); err != nil {
+	if err := metrics.New().Register(r, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := mirror.New(mirror.Config{Registerer: r}); err != nil {
@@ -201,7 +198,7 @@ func nodeMetrics(t *testing.T, r prometheus.Registerer) {
 	}
 }
 
-// supernodeMetrics registers what runSupernode does.
+// supernodeMetrics registers what super.Open does.
 func supernodeMetrics(t *testing.T, r prometheus.Registerer) {
 	r.MustRegister(daemon.NewMetrics("v", "supernode"))
 	if _, err := daemon.NewPorts(slog.New(slog.DiscardHandler), r); err != nil {

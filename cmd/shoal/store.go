@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"strings"
@@ -11,10 +10,8 @@ import (
 	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 
-	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
-	"github.com/shoalfs/shoal/internal/image"
 )
 
 func newStoreCommand() *cobra.Command {
@@ -109,61 +106,4 @@ func writeStored(w io.Writer, layers []control.StoredLayer) error {
 		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\n", l.Layer, units.BytesSize(float64(l.Size)), l.Used.UTC().Format(time.DateTime), pinned, several(l.Images), several(l.Origins))
 	}
 	return tw.Flush()
-}
-
-// Stored implements control.StoreKeeper.
-func (d *supernodeDaemon) Stored() []control.StoredLayer {
-	out := []control.StoredLayer{}
-	for _, l := range d.s.Stock().Layers() {
-		out = append(out, control.StoredLayer{Layer: l.Layer.String(), DiffID: l.DiffID.String(), Size: l.Size, Used: l.Used,
-			Pinned: l.Pinned, Images: append([]string{}, l.Images...), Origins: append([]string{}, l.Origins...)})
-	}
-	return out
-}
-
-// image is what an operator names.
-func (d *supernodeDaemon) image(ctx context.Context, name string) (image.Request, error) {
-	ref, err := normalize(name)
-	if err != nil {
-		return image.Request{}, err
-	}
-	cred, err := d.credentials.Credential(ctx, ref)
-	return image.Request{Ref: ref, Credential: cred, Platform: platform()}, err
-}
-
-// Remove implements control.StoreKeeper.
-func (d *supernodeDaemon) Remove(ctx context.Context, what string) ([]string, error) {
-	var gone []blockdev.Digest
-	digest, err := blockdev.ParseDigest(what)
-	if err == nil {
-		gone, err = d.s.Stock().RemoveDigest(digest)
-	} else {
-		var req image.Request
-		if req, err = d.image(ctx, what); err == nil {
-			gone, err = d.s.Stock().Remove(ctx, req)
-		}
-	}
-	layers := []string{}
-	for _, l := range gone {
-		layers = append(layers, l.String())
-	}
-	return layers, err
-}
-
-// Pin implements control.StoreKeeper.
-func (d *supernodeDaemon) Pin(ctx context.Context, name string) error {
-	req, err := d.image(ctx, name)
-	if err != nil {
-		return err
-	}
-	return d.s.Stock().Pin(ctx, req)
-}
-
-// Unpin implements control.StoreKeeper.
-func (d *supernodeDaemon) Unpin(name string) error {
-	ref, err := normalize(name)
-	if err != nil {
-		return err
-	}
-	return d.s.Stock().Unpin(ref)
 }

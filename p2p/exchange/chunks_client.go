@@ -25,7 +25,7 @@ type Via struct {
 // Fetch implements blockdev.Source. Chunks that the server does not have do not
 // keep it from delivering the others.
 func (c *Client) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
-	return c.FetchVia(ctx, Via{}, req, deliver)
+	return c.FetchVia(ctx, c.opts.Via, req, deliver)
 }
 
 // FetchVia is Fetch for requests from node to node.

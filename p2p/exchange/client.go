@@ -38,15 +38,9 @@ type Options struct {
 	// other nor for the window: the caller bounds them. It is one of many: only the
 	// first attempt to connect is waited for.
 	Peer bool
-	// Window bounds the bytes that prefetches have under way. The clients of one
-	// machine share one; nil: this client gets its own.
-	Window *LinkWindow
-	// Download is the budget for chunks, shared by the clients of one machine;
-	// nil: no limit.
-	Download *pace.Pacer
-	// Frames, if not nil, is given the chunks that come compressed, once Deliver
-	// has returned nil for them.
-	Frames *Frames
+	Intake
+	// Via is what Fetch asks by; zero: as of a supernode.
+	Via Via
 	// Raw asks for chunks without compression.
 	Raw bool
 	// DemandTimeout and PrefetchTimeout are how long the server may take for
@@ -80,6 +74,18 @@ type Options struct {
 	// this machine in. Requests wait for it.
 	Ready func(context.Context) error
 	Log   *slog.Logger // nil: no log
+}
+
+// Intake is what all chunks that come to one machine go through: its clients share it.
+type Intake struct {
+	// Window bounds the bytes that prefetches have under way; nil: each client gets its
+	// own.
+	Window *LinkWindow
+	// Download is the budget for chunks; nil: no limit.
+	Download *pace.Pacer
+	// Frames, if not nil, is given the chunks that come compressed, once Deliver
+	// has returned nil for them.
+	Frames *Frames
 }
 
 func (o *Options) setDefaults() {

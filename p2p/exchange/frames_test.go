@@ -94,7 +94,7 @@ func TestClientFrames(t *testing.T) {
 	h := newHost(t, nil, loopback)
 	newServer(t, h, ServerConfig{Chunks: st})
 	f := NewFrames(1 << 20)
-	c := newClient(t, h, Options{Frames: f})
+	c := newClient(t, h, Options{Intake: Intake{Frames: f}})
 	if err := c.Fetch(t.Context(), request(blockdev.Prefetch, chunks[:1]), discard); err != nil {
 		t.Fatal(err)
 	}

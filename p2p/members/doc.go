@@ -26,7 +26,7 @@
 //	n, err := members.New(members.Config{...})
 //	h, err := host.New(host.Config{Guard: n, ...})
 //	n.Start(h)
-//	n.Join(members.Image{Manifest: ..., Diffs: ..., Grant: ...}) // at pull, and at start
+//	n.Join(manifest, diffs, grant)           // at pull, and at start
 //	for _, g := range n.Groups(diff) {       // groups of images here that have diff
 //		view := n.View(g)                // for route.NewTable
 //		info, ok := n.Addrs(peer)        // to dial the peer that route has chosen

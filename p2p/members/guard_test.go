@@ -12,6 +12,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
@@ -62,14 +63,14 @@ func TestGroupsOfDiff(t *testing.T) {
 			t.Errorf("groups of diff %d: %v, want %v", diff[1], got, groups)
 		}
 	}
-	a.Join(Image{Manifest: m(1), Diffs: []blockdev.Digest{d(1), d(2), d(1)}})
-	a.Join(Image{Manifest: m(2), Diffs: []blockdev.Digest{d(1)}})
+	a.Join(m(1), []blockdev.Digest{d(1), d(2), d(1)}, nil)
+	a.Join(m(2), []blockdev.Digest{d(1)}, nil)
 	want(d(1), m(1), m(2))
 	want(d(2), m(1))
 	want(d(3))
 	a.groups[m(2)].members = map[peer.ID]*entry{"x": {}} // most members first
 	want(d(1), m(2), m(1))
-	a.Join(Image{Manifest: m(1), Diffs: []blockdev.Digest{d(3)}})
+	a.Join(m(1), []blockdev.Digest{d(3)}, nil)
 	want(d(1), m(2))
 	want(d(2))
 	want(d(3), m(1))
@@ -208,7 +209,7 @@ func TestEnterWhileAsking(t *testing.T) {
 		began := time.Now()
 		first := a.allowed(ctx, g1, p)
 		a.says(1, pKey) // the other one is still being asked
-		leave := a.Enter(Image{Manifest: g2}, []peer.AddrInfo{{ID: p}})
+		leave := a.Enter(&image.Image{Manifest: g2}, []peer.AddrInfo{{ID: p}})
 		defer leave()
 		if err := a.Allowed(ctx, g2, p); err != nil {
 			t.Errorf("a peer that a supernode has named: %v", err)

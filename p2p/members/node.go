@@ -17,6 +17,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/defaults"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/quiet"
 	"github.com/shoalfs/shoal/p2p/wire"
 )
@@ -48,16 +49,6 @@ type Config struct {
 	Log      *slog.Logger // nil: no log
 	// Registerer, if not nil, takes the metrics.
 	Registerer prometheus.Registerer
-}
-
-// Image is an image whose indexes this node has.
-type Image struct {
-	// Manifest is its digest, and the name of its group.
-	Manifest blockdev.Digest
-	// Diffs are those of its layers.
-	Diffs []blockdev.Digest
-	// Grant came with the indexes (image.Image.Grant).
-	Grant []byte
 }
 
 // Node is a node's membership. It implements host.Guard. It may be used from
@@ -186,21 +177,26 @@ func (n *Node) Answered() error {
 
 // Join makes this node a member of an image's group. It returns at once; the
 // view comes later, and again after supernodes have been away. Joining a group
-// that this node is in already replaces diffs and grant.
-func (n *Node) Join(im Image) {
+// that this node is in already replaces diffs, those of the image's layers, and grant,
+// which came with the indexes (image.Image.Grant).
+func (n *Node) Join(manifest blockdev.Digest, diffs []blockdev.Digest, grant []byte) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.joinLocked(im)
+	n.joinLocked(manifest, diffs, grant)
 }
 
 // Enter is Join for an image whose indexes these peers have, which a supernode has
 // named: this node may connect to them, although its views do not have them yet. leave
 // takes it back, unless this node was in the group before.
-func (n *Node) Enter(im Image, peers []peer.AddrInfo) (leave func()) {
+func (n *Node) Enter(im *image.Image, peers []peer.AddrInfo) (leave func()) {
+	diffs := make([]blockdev.Digest, len(im.Layers))
+	for i, l := range im.Layers {
+		diffs[i] = l.DiffID
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	before := n.groups[im.Manifest] != nil
-	n.joinLocked(im)
+	n.joinLocked(im.Manifest, diffs, im.Grant)
 	for _, p := range peers {
 		n.enterLocked(p.ID, im.Manifest, time.Now())
 	}
@@ -211,19 +207,19 @@ func (n *Node) Enter(im Image, peers []peer.AddrInfo) (leave func()) {
 	}
 }
 
-func (n *Node) joinLocked(im Image) {
-	g := n.groups[im.Manifest]
+func (n *Node) joinLocked(manifest blockdev.Digest, diffs []blockdev.Digest, grant []byte) {
+	g := n.groups[manifest]
 	if g == nil {
 		if len(n.groups) >= wire.MaxGroups {
-			n.log.Warn("this node is in too many groups; the chunks of this image come from the supernode only", "manifest", im.Manifest, "groups", len(n.groups))
+			n.log.Warn("this node is in too many groups; the chunks of this image come from the supernode only", "manifest", manifest, "groups", len(n.groups))
 			return
 		}
-		g = &group{id: im.Manifest}
-		n.groups[im.Manifest] = g
+		g = &group{id: manifest}
+		n.groups[manifest] = g
 	}
-	again := g.home != nil && g.refused && string(g.grant) != string(im.Grant)
-	n.setDiffsLocked(g, im.Diffs)
-	g.grant = im.Grant
+	again := g.home != nil && g.refused && string(g.grant) != string(grant)
+	n.setDiffsLocked(g, diffs)
+	g.grant = grant
 	if again {
 		g.refused = false
 		g.home.want(g.id, true)

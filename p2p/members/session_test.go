@@ -89,7 +89,7 @@ func TestUnavailableIsNoRefusal(t *testing.T) {
 			}
 		}
 	}
-	n.Join(Image{Manifest: image})
+	n.Join(image, nil, nil)
 	until("a view", func() bool { return n.View(image) != nil })
 	for _, c := range []struct {
 		says error

@@ -157,7 +157,7 @@ func (n *aNode) has(t testing.TB, s *super, manifest blockdev.Digest) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.Join(members.Image{Manifest: manifest, Diffs: []blockdev.Digest{manifest}, Grant: grant})
+	n.Join(manifest, []blockdev.Digest{manifest}, grant)
 }
 
 // knows waits until n's view of the group has these members and no others.

@@ -354,7 +354,7 @@ func TestGrants(t *testing.T) {
 	}
 	for name, grant := range map[string][]byte{"none": nil, "another node's": stolen, "another supernode's": elsewhere} {
 		refused := s.metric(t, "shoal_supernode_groups_refused_total")
-		b.Join(members.Image{Manifest: theImage, Grant: grant})
+		b.Join(theImage, nil, grant)
 		eventually(t, name+" is refused", func() bool { return s.metric(t, "shoal_supernode_groups_refused_total") > refused })
 		if b.View(theImage) != nil {
 			t.Errorf("with the grant %s b sees the group", name)

@@ -7,6 +7,7 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/peer"
 
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"
 )
@@ -122,7 +123,7 @@ func TestEnter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	leave := b.Enter(members.Image{Manifest: theImage, Grant: grant}, []peer.AddrInfo{{ID: a.id()}})
+	leave := b.Enter(&image.Image{Manifest: theImage, Grant: grant}, []peer.AddrInfo{{ID: a.id()}})
 	if !canSpeak(b.host, a.host) {
 		t.Error("the named node does not answer")
 	}
@@ -130,7 +131,7 @@ func TestEnter(t *testing.T) {
 	leave()
 	a.knows(t, theImage, a)
 	// Who was in the group before stays in it.
-	a.Enter(members.Image{Manifest: theImage, Grant: grant}, nil)()
+	a.Enter(&image.Image{Manifest: theImage, Grant: grant}, nil)()
 	if a.View(theImage) == nil {
 		t.Error("a has left the group")
 	}

@@ -55,7 +55,7 @@ func (b *batch) fetch() error {
 	}
 	s := b.f.s
 	if b.target.Kind == route.Supernode {
-		return s.cfg.Supernode.Fetch(b.ctx, req, b.deliver)
+		return s.Supernode.Fetch(b.ctx, req, b.deliver)
 	}
 	c, err := s.pool.get(b.target.ID)
 	if err != nil {

@@ -56,12 +56,12 @@ func TestPassOn(t *testing.T) {
 	t.Cleanup(func() { _ = server.Close() })
 	for range 4 {
 		n := w.node(options{frames: exchange.NewFrames(16 << 20)})
-		c, err := exchange.NewClient(n.host, peer.AddrInfo{ID: super.ID(), Addrs: super.Addrs()}, exchange.Options{Frames: n.swarm.cfg.Frames})
+		c, err := exchange.NewClient(n.host, peer.AddrInfo{ID: super.ID(), Addrs: super.Addrs()}, exchange.Options{Intake: n.swarm.cfg.Intake})
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = c.Close() })
-		n.swarm.cfg.Supernode = c
+		n.swarm.Supernode = c
 	}
 	w.connect()
 	var wg sync.WaitGroup

@@ -34,7 +34,7 @@ const (
 // Errors are the supernode's.
 func (s *Swarm) FetchIndexes(ctx context.Context, req image.Request) (*image.Image, error) {
 	req.Relay = req.Relay && s.cfg.Enter != nil
-	img, err := s.cfg.Supernode.FetchIndexes(ctx, req)
+	img, err := s.Supernode.FetchIndexes(ctx, req)
 	if err != nil || !req.Relay {
 		return img, err
 	}
@@ -63,7 +63,7 @@ func (s *Swarm) FetchIndexes(ctx context.Context, req image.Request) (*image.Ima
 	})
 	if err != nil && ctx.Err() == nil {
 		req.Relay = false
-		img, err = s.cfg.Supernode.FetchIndexes(ctx, req)
+		img, err = s.Supernode.FetchIndexes(ctx, req)
 	}
 	if err != nil {
 		leave()

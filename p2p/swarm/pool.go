@@ -94,10 +94,9 @@ func (p *pool) at(info peer.AddrInfo) (*pooled, error) {
 		return nil, fmt.Errorf("%d peers are being asked already: %w", len(p.clients), wire.ErrBusy)
 	}
 	c, err := exchange.NewClient(p.cfg.Host, info, exchange.Options{
-		Name: "peer", Frames: p.cfg.Frames,
+		Name: "peer", Intake: p.cfg.Intake,
 		Demand: peerDemand, Startup: peerStartup, Prefetch: peerPrefetch, Forwards: peerForwards, Peer: true,
 		DemandTimeout: demandPeer, PrefetchTimeout: prefetchPeer, DialTimeout: dialPeer, MaxBackoff: dialAgain, FirstSign: signPeer,
-		Window: p.cfg.Window, Download: p.cfg.Download,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", blockdev.ErrUnavailable, err)

@@ -36,6 +36,9 @@ var theGroup = blockdev.Sum([]byte("manifest"))
 
 // world is some nodes of one group, and a supernode that has everything.
 type world struct {
+	image.DocumentSource // not asked
+	blockdev.ProfileSink // not told
+
 	t     testing.TB
 	ix    *blockdev.Index
 	data  []byte
@@ -158,7 +161,7 @@ func (w *world) join(h libp2phost.Host, zone string) {
 	w.addrs[h.ID()] = peer.AddrInfo{ID: h.ID(), Addrs: h.Addrs()}
 }
 
-// node is a node as cmd/shoal puts it together.
+// node is a node as cmd/shoal/internal/node puts it together.
 type node struct {
 	host   libp2phost.Host
 	swarm  *Swarm
@@ -214,7 +217,7 @@ func (w *world) node(o options) *node {
 	n := &node{host: newHost(w.t), reg: prometheus.NewRegistry(), log: &logBuffer{}}
 	log := slog.New(slog.NewTextHandler(io.MultiWriter(n.log), nil))
 	var err error
-	if n.swarm, err = New(Config{Host: n.host, Groups: w, Supernode: w, Enter: w.enter, Zone: o.zone, Frames: o.frames, Log: log, Registerer: n.reg}); err != nil {
+	if n.swarm, err = New(Config{Host: n.host, Groups: w, Supernode: w, Enter: w.enter, Zone: o.zone, Intake: exchange.Intake{Frames: o.frames}, Log: log, Registerer: n.reg}); err != nil {
 		w.t.Fatal(err)
 	}
 	if o.quiet == 0 {

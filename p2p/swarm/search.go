@@ -19,7 +19,7 @@ func (s *Swarm) Fetch(ctx context.Context, req blockdev.Request, deliver blockde
 		g = s.awaitGroup(ctx, req.Diff)
 	}
 	if g == nil || len(req.Chunks) == 0 {
-		return s.cfg.Supernode.Fetch(ctx, req, func(i int, data []byte) error {
+		return s.Supernode.Fetch(ctx, req, func(i int, data []byte) error {
 			req.Comes(blockdev.FromSupernode)
 			err := deliver(i, data)
 			if err == nil {

@@ -63,7 +63,7 @@ func (p *provider) Provide(ctx context.Context, q *exchange.Query) (exchange.Ans
 		// itself.
 		return &answer{s: p.s, q: q, f: f, absent: errNotHere}, nil
 	}
-	if q.Priority == blockdev.Prefetch && p.s.cfg.Window.Hurried() {
+	if q.Priority == blockdev.Prefetch && p.s.cfg.Intake.Window.Hurried() {
 		// Readers here wait for this node's link; who does not wait may ask
 		// somebody else.
 		return &answer{s: p.s, q: q, f: f, absent: errReaders}, nil
@@ -93,7 +93,7 @@ func (a *answer) Chunk(ctx context.Context, i int) (exchange.Encoded, error) {
 	}
 	// A caller that has waited finds it there: it is kept before it is delivered.
 	if a.f.Has(i) {
-		if e, ok := a.s.cfg.Frames.Get(ctx, a.q.Digests[i]); ok {
+		if e, ok := a.s.cfg.Intake.Frames.Get(ctx, a.q.Digests[i]); ok {
 			return e, nil
 		}
 	}

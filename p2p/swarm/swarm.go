@@ -12,7 +12,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/blockdev/pace"
 	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/p2p/exchange"
@@ -41,10 +40,13 @@ var (
 	_ image.Source    = (*Swarm)(nil)
 )
 
-// Supernode is asked last for chunks, and first for images.
+// Supernode is asked last for chunks, first for images, and alone for documents and with
+// profiles.
 type Supernode interface {
 	blockdev.Source
 	image.Source
+	image.DocumentSource
+	blockdev.ProfileSink
 }
 
 // Config of a Swarm. Host, Groups and Supernode are required; what else is zero
@@ -59,13 +61,9 @@ type Config struct {
 	Enter func(img *image.Image, at []peer.AddrInfo) (leave func())
 	// Zone and Rack are where this node is.
 	Zone, Rack string
-	// Window and Download bound what comes in (exchange.Options); Supernode's
-	// client should have the same.
-	Window   *exchange.LinkWindow
-	Download *pace.Pacer
-	// Frames are the chunks that came a moment ago, to be passed on as they came;
-	// Supernode's client should have the same. nil: everything is sent raw.
-	Frames *exchange.Frames
+	// Intake is what chunks that come go through; Supernode's client should have the same.
+	// Frames are passed on as they came; nil: everything is sent raw.
+	Intake exchange.Intake
 	// MaxPeers is how many peers may be connected for asking at a time: 128.
 	// The peer that was asked longest ago makes room.
 	MaxPeers int
@@ -76,9 +74,10 @@ type Config struct {
 	Registerer prometheus.Registerer
 }
 
-// Swarm gets chunks from other nodes and gives chunks to them. It may be used from
-// several goroutines.
+// Swarm gets chunks from other nodes and gives chunks to them. What nodes do not give,
+// documents above all, is its Supernode's. It may be used from several goroutines.
 type Swarm struct {
+	Supernode
 	cfg     Config
 	log     *slog.Logger
 	self    route.Member
@@ -108,13 +107,13 @@ func New(c Config) (*Swarm, error) {
 		return nil, errors.New("swarm: Host, Groups and Supernode must be set")
 	}
 	defaults.Log(&c.Log)
-	if c.Window == nil {
-		c.Window = exchange.NewLinkWindow()
+	if c.Intake.Window == nil {
+		c.Intake.Window = exchange.NewLinkWindow()
 	}
 	defaults.Positive(&c.MaxPeers, 128)
 	defaults.Positive(&c.IdlePeer, time.Minute)
 	s := &Swarm{
-		cfg: c, log: c.Log,
+		Supernode: c.Supernode, cfg: c, log: c.Log,
 		self:   route.Member{ID: string(c.Host.ID()), Zone: c.Zone, Rack: c.Rack},
 		book:   route.NewBook(route.BookOptions{}),
 		began:  time.Now(),

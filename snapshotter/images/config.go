@@ -68,6 +68,9 @@ type Prefetcher interface {
 // reference. No credential is the zero value and no error.
 type Credentials interface {
 	Credential(ctx context.Context, ref string) (image.Credential, error)
+	// Explain adds to an error that wraps blockdev.ErrUnauthorized why there was no
+	// credential, if one should have been; other errors come back as they are.
+	Explain(err error) error
 }
 
 // Config is what Open needs.

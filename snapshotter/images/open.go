@@ -138,7 +138,7 @@ func (op *opener) indexes(ctx context.Context, req image.Request, at *place) (*i
 	for {
 		img, err := op.cfg.Images.FetchIndexes(ctx, req)
 		if !errors.Is(err, errNoRoom) {
-			return img, err
+			return img, op.explain(err)
 		}
 		if err := at.wait(ctx); err != nil {
 			return nil, err
@@ -150,6 +150,14 @@ func (op *opener) indexes(ctx context.Context, req image.Request, at *place) (*i
 func (op *opener) again(ctx context.Context, ref string, manifest blockdev.Digest) (image.Request, error) {
 	cred, err := op.rights.source(ctx, ref)
 	return image.Request{Ref: ref, Manifest: manifest, Platform: op.cfg.Platform, Credential: cred}, err
+}
+
+// explain is Credentials.Explain, if the node has credentials.
+func (op *opener) explain(err error) error {
+	if op.cfg.Credentials == nil {
+		return err
+	}
+	return op.cfg.Credentials.Explain(err)
 }
 
 // have finds the wanted layers whose index is here already, and holds their diffs.

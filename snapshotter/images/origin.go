@@ -134,5 +134,5 @@ func (rs *rewarmings) ask(ctx context.Context, o Origin) error {
 		req.Have = append(req.Have, l.Digest) // the indexes are here
 	}
 	_, err = rs.opener.cfg.Images.FetchIndexes(ctx, req)
-	return err
+	return rs.opener.explain(err)
 }

@@ -20,6 +20,8 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // Status is what `shoal status` shows. Sizes are bytes.
@@ -98,6 +100,13 @@ type Event struct {
 	// Finished is set in the last event; Error says why the request failed.
 	Finished bool   `json:"finished,omitempty"`
 	Error    string `json:"error,omitempty"`
+}
+
+// LayerEvents makes a layer's progress an Event.
+func LayerEvents(event func(Event)) func(image.Progress) {
+	return func(p image.Progress) {
+		event(Event{Layer: p.Layer.String(), Stage: string(p.Stage), Done: p.Done, Total: p.Total})
+	}
 }
 
 // Daemon is what the socket gives access to.

@@ -88,9 +88,9 @@ func (p *Port) Listener(ctx context.Context) (net.Listener, error) {
 
 // ServeHTTP answers on a port until ctx ends, however often it has to be bound. A
 // client may take ten seconds for a request's header, and two minutes for the whole
-// exchange. A nil Port serves nothing.
+// exchange.
 func (p *Port) ServeHTTP(ctx context.Context, h http.Handler) {
-	for p != nil {
+	for {
 		ln, err := p.Listener(ctx)
 		if err != nil {
 			return

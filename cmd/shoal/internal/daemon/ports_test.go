@@ -92,5 +92,4 @@ func TestPorts(t *testing.T) {
 	ctx, end = context.WithCancel(t.Context())
 	end()
 	never.ServeHTTP(ctx, nil)
-	(*Port)(nil).ServeHTTP(t.Context(), nil)
 }

@@ -12,27 +12,18 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/defaults"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
-// Layer is a layer that a diff is known to be the content of.
-type Layer struct {
-	// Ref is an image that has it, Manifest the digest of that image's manifest.
-	Ref      string
-	Manifest blockdev.Digest
-	// Digest and Size (bytes) are those of the compressed blob.
-	Digest blockdev.Digest
-	Size   int64
-}
-
-// Config of a Source. Layers and Open are required; what else is zero gets its
+// Config of a Source. Origins and Open are required; what else is zero gets its
 // default.
 type Config struct {
-	// Layers returns the layers that have a diff, best first; an error or none if
+	// Origins returns the layers that have a diff, best first; an error or none if
 	// there is no such.
-	Layers func(ctx context.Context, diff blockdev.Digest) ([]Layer, error)
+	Origins func(diff blockdev.Digest) ([]images.Origin, error)
 	// Open opens a layer's blob at offset (0..Size). ctx ends the reading, too.
 	// Errors wrap those of blockdev.
-	Open func(ctx context.Context, l Layer, offset int64) (io.ReadCloser, error)
+	Open func(ctx context.Context, l images.Origin, offset int64) (io.ReadCloser, error)
 	// Keep is offered every chunk and piece of a diff that no read has asked for. It
 	// must not keep data, and may be called from several goroutines.
 	Keep func(diff, chunk blockdev.Digest, data []byte)
@@ -70,8 +61,8 @@ var errClosed = fmt.Errorf("it is closed: %w", blockdev.ErrUnavailable)
 
 // New returns a Source. Close it.
 func New(cfg Config) (*Source, error) {
-	if cfg.Layers == nil || cfg.Open == nil {
-		return nil, errors.New("direct: Layers and Open are required")
+	if cfg.Origins == nil || cfg.Open == nil {
+		return nil, errors.New("direct: Origins and Open are required")
 	}
 	defaults.Positive(&cfg.Passes, 3)
 	defaults.Positive(&cfg.Linger, 3*time.Second)

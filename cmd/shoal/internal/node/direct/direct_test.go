@@ -18,6 +18,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -26,7 +27,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 type registry struct {
 	t     *testing.T
 	built *blockdevtest.Layer
-	layer Layer
+	layer images.Origin
 	gz    []byte
 
 	mu     sync.Mutex
@@ -51,24 +52,24 @@ func newRegistry(t *testing.T, files ...blockdevtest.File) *registry {
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	return &registry{t: t, built: l, gz: b.Bytes(), layer: Layer{Ref: "registry.test/app:v1", Digest: blockdev.Sum(b.Bytes()), Size: int64(b.Len())}}
+	return &registry{t: t, built: l, gz: b.Bytes(), layer: images.Origin{Ref: "registry.test/app:v1", Layer: images.Layer{Digest: blockdev.Sum(b.Bytes()), Size: int64(b.Len())}}}
 }
 
-func (r *registry) layers(_ context.Context, diff blockdev.Digest) ([]Layer, error) {
+func (r *registry) layers(diff blockdev.Digest) ([]images.Origin, error) {
 	if diff != r.built.Index.DiffID {
 		return nil, nil
 	}
-	return []Layer{r.layer}, nil
+	return []images.Origin{r.layer}, nil
 }
 
-func (r *registry) open(_ context.Context, l Layer, offset int64) (io.ReadCloser, error) {
+func (r *registry) open(_ context.Context, l images.Origin, offset int64) (io.ReadCloser, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.opened = append(r.opened, offset)
 	if r.err != nil {
 		return nil, r.err
 	}
-	if l != r.layer {
+	if l.Ref != r.layer.Ref || l.Layer != r.layer.Layer {
 		r.t.Errorf("opened %+v", l)
 	}
 	var src io.Reader = bytes.NewReader(r.gz[offset:])
@@ -90,7 +91,7 @@ func (w writer) Write(b []byte) (int, error) { w(b); return len(b), nil }
 
 func (r *registry) source(change func(*Config)) *Source {
 	r.t.Helper()
-	cfg := Config{Layers: r.layers, Open: r.open, BackOff: time.Millisecond}
+	cfg := Config{Origins: r.layers, Open: r.open, BackOff: time.Millisecond}
 	if change != nil {
 		change(&cfg)
 	}
@@ -271,7 +272,7 @@ func TestHostile(t *testing.T) {
 			r.gz = c.gz
 			r.wrap = func(io.Reader) io.Reader { return nil }
 			s := r.source(func(cfg *Config) {
-				cfg.Open = func(_ context.Context, _ Layer, off int64) (io.ReadCloser, error) {
+				cfg.Open = func(_ context.Context, _ images.Origin, off int64) (io.ReadCloser, error) {
 					return io.NopCloser(bytes.NewReader(c.gz[min(off, int64(len(c.gz))):])), nil
 				}
 			})
@@ -297,7 +298,7 @@ func TestEnds(t *testing.T) {
 	asked := make(chan struct{}, 10)
 	s := r.source(func(c *Config) {
 		c.Linger = time.Millisecond
-		c.Open = func(ctx context.Context, _ Layer, _ int64) (io.ReadCloser, error) {
+		c.Open = func(ctx context.Context, _ images.Origin, _ int64) (io.ReadCloser, error) {
 			asked <- struct{}{}
 			<-ctx.Done()
 			return nil, ctx.Err()
@@ -321,7 +322,7 @@ func TestEnds(t *testing.T) {
 	}
 	r.built.Index.DiffID = blockdev.Sum([]byte("another"))
 	s = r.source(func(c *Config) {
-		c.Layers = func(context.Context, blockdev.Digest) ([]Layer, error) { return nil, nil }
+		c.Origins = func(blockdev.Digest) ([]images.Origin, error) { return nil, nil }
 	})
 	if err := r.fetch(t.Context(), s, 0, 1); !errors.Is(err, blockdev.ErrNotFound) {
 		t.Errorf("unknown diff: %v", err)

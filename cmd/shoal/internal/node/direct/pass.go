@@ -9,6 +9,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/layer"
 	"github.com/shoalfs/shoal/internal/blob"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
 var (
@@ -34,7 +35,7 @@ type pass struct {
 	done   chan struct{} // closed when err is set
 	err    error         // nil: all of the layer has gone by
 
-	layer  Layer // that is being read
+	layer  images.Origin // that is being read
 	begun  bool
 	over   bool
 	bytes  int64 // uncompressed, that have gone by
@@ -104,7 +105,7 @@ func (p *pass) through() error {
 	case <-p.ctx.Done():
 		return context.Cause(p.ctx)
 	}
-	layers, err := s.cfg.Layers(p.ctx, p.diff)
+	layers, err := s.cfg.Origins(p.diff)
 	if err != nil {
 		return fmt.Errorf("which image has diff %s: %w", p.diff, err)
 	}
@@ -122,7 +123,7 @@ func (p *pass) through() error {
 	return err
 }
 
-func (p *pass) read(l Layer) error {
+func (p *pass) read(l images.Origin) error {
 	r := &stream{p: p, l: l}
 	defer r.close()
 	// Close also ends a Read that does not look at the context.

@@ -9,13 +9,14 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
 // stream reads a layer's compressed bytes, and connects again where a connection
 // ends early.
 type stream struct {
 	p    *pass
-	l    Layer
+	l    images.Origin
 	at   int64
 	vain int // connections in a row that brought nothing
 

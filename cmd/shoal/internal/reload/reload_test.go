@@ -1,4 +1,4 @@
-package main
+package reload
 
 import (
 	"errors"
@@ -14,9 +14,9 @@ import (
 func TestReloader(t *testing.T) {
 	running, next := config.DefaultSupernode(), config.DefaultSupernode()
 	var loadErr, applyErr error
-	r := newReloader(running, func() (*config.Supernode, error) { return next, loadErr }, slog.New(slog.DiscardHandler))
+	r := New(running, func() (*config.Supernode, error) { return next, loadErr }, slog.New(slog.DiscardHandler))
 	applied := 0
-	r.on(func(*config.Supernode) error { applied++; return applyErr }, "registry.allowed", "registry.trusted")
+	r.On(func(*config.Supernode) error { applied++; return applyErr }, "registry.allowed", "registry.trusted")
 	want := func(when string, calls int, changed, restart []string, fails bool) {
 		t.Helper()
 		done, err := r.Reload()
@@ -38,7 +38,7 @@ func TestReloader(t *testing.T) {
 	want("again", 2, nil, []string{"root"}, false)
 	next.Root = running.Root
 	want("back", 2, nil, nil, false)
-	next.Registry.Allowed, applyErr = []string{"*"}, errRestart
+	next.Registry.Allowed, applyErr = []string{"*"}, ErrRestart
 	want("not while it runs", 3, nil, []string{"registry.allowed"}, false)
 }
 
@@ -53,25 +53,6 @@ func TestReloadKeys(t *testing.T) {
 	for _, key := range []string{"log.level", "registry.allowed", "registry.max_download", "max_upload", "siblings"} {
 		if _, ok := config.Values(config.DefaultSupernode())[key]; !ok {
 			t.Errorf("a supernode has no key %s", key)
-		}
-	}
-}
-
-// TestSupernodesNeedRestart: while a node runs, it cannot learn that its supernode is on
-// another machine or on its own, nor whether it embeds one.
-func TestSupernodesNeedRestart(t *testing.T) {
-	const id = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN@"
-	for _, c := range []struct{ running, next []string }{
-		{[]string{id + "10.0.0.5:7700"}, []string{id + "127.0.0.1:7700"}},
-		{[]string{id + "localhost:7700"}, []string{id + "10.0.0.5:7700"}},
-		{[]string{id + "10.0.0.5:7700"}, []string{}},
-	} {
-		running, next := config.DefaultNode(), config.DefaultNode()
-		running.Supernodes, next.Supernodes = c.running, c.next
-		r := newReloader(running, func() (*config.Node, error) { return next, nil }, slog.New(slog.DiscardHandler))
-		reloadSupernodes(r, nil, remoteSupernode(running))
-		if done, err := r.Reload(); err != nil || !slices.Equal(done.Restart, []string{"supernodes"}) || len(done.Changed) > 0 {
-			t.Errorf("%v: %+v, %v", c, done, err)
 		}
 	}
 }

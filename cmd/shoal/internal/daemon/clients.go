@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"errors"
@@ -10,19 +10,19 @@ import (
 	"github.com/shoalfs/shoal/p2p/exchange"
 )
 
-// clients are connections to supernodes, by their IDs.
-type clients map[peer.ID]*exchange.Client
+// Clients are connections to supernodes, by their IDs.
+type Clients map[peer.ID]*exchange.Client
 
-// with returns a client of each of these supernodes: the one that there is, if the addresses
+// With returns a client of each of these supernodes: the one that there is, if the addresses
 // are the same, or a new one.
-func (cs clients) with(infos []peer.AddrInfo, open func(peer.AddrInfo) (*exchange.Client, error)) (clients, error) {
-	now := clients{}
+func (cs Clients) With(infos []peer.AddrInfo, open func(peer.AddrInfo) (*exchange.Client, error)) (Clients, error) {
+	now := Clients{}
 	for _, info := range infos {
 		c := cs[info.ID]
 		if c == nil || !slices.EqualFunc(c.Server().Addrs, info.Addrs, ma.Multiaddr.Equal) {
 			var err error
 			if c, err = open(info); err != nil {
-				return nil, errors.Join(err, now.closeBut(cs))
+				return nil, errors.Join(err, now.CloseBut(cs))
 			}
 		}
 		now[info.ID] = c
@@ -30,8 +30,8 @@ func (cs clients) with(infos []peer.AddrInfo, open func(peer.AddrInfo) (*exchang
 	return now, nil
 }
 
-// closeBut closes those that are not among others.
-func (cs clients) closeBut(others clients) error {
+// CloseBut closes those that are not among others.
+func (cs Clients) CloseBut(others Clients) error {
 	var errs []error
 	for id, c := range cs {
 		if others[id] != c {

@@ -1,4 +1,5 @@
-package main
+// Package metrics is what a node counts beside its parts, which count for themselves.
+package metrics
 
 import (
 	"context"
@@ -16,25 +17,47 @@ import (
 	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
-// collectors are the node's own metrics, read off the volumes when asked for.
-func (d *nodeDaemon) collectors() []prometheus.Collector {
+// Metrics count before they are registered.
+type Metrics struct {
+	reads    *reads
+	calls    *calls
+	received prometheus.Counter
+}
+
+// New returns Metrics that are all zero.
+func New() *Metrics {
+	return &Metrics{reads: newReads(), calls: newCalls(), received: metric.Counter(
+		"shoal_node_registry_bytes_total", "Bytes that this node has received from registries when it read layers itself.")}
+}
+
+// Received counts bytes that a registry has sent.
+func (m *Metrics) Received(n int64) { m.received.Add(float64(n)) }
+
+// Register registers all of it, and what is read off vols and c at each scrape.
+func (m *Metrics) Register(reg prometheus.Registerer, vols *volume.Manager, c *images.Catalogue) error {
+	set := metric.Set{Registerer: reg}
+	return set.Register(append(collectors(vols, c), m.reads, m.calls.seconds, m.calls.longest, m.received)...)
+}
+
+// collectors are the metrics that are read off volumes and catalogue.
+func collectors(vols *volume.Manager, c *images.Catalogue) []prometheus.Collector {
 	counter := func(name, help string, labels prometheus.Labels, value func(cache.Stats) float64) prometheus.Collector {
 		return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help, ConstLabels: labels},
-			func() float64 { return value(d.vols.Counters()) })
+			func() float64 { return value(vols.Counters()) })
 	}
 	usage := func(name, help string, value func(cache.Stats) float64) prometheus.Collector {
-		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return value(d.vols.Counters()) })
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return value(vols.Counters()) })
 	}
 	waiting := func(age time.Duration) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "shoal_node_reads_in_flight", Help: "Reads that wait for bytes now, and have waited for at least age.",
 			ConstLabels: prometheus.Labels{"age": fmt.Sprintf("%.0fs", age.Seconds())},
-		}, func() float64 { return float64(d.vols.Waiting(age)[0]) })
+		}, func() float64 { return float64(vols.Waiting(age)[0]) })
 	}
 	gauge := func(name, help string, value func(volume.Stat) float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 {
 			var sum float64
-			for _, s := range d.vols.Stats() {
+			for _, s := range vols.Stats() {
 				sum += value(s)
 			}
 			return sum
@@ -45,12 +68,12 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 			Name: "shoal_node_lazy_mounts", Help: "Layers that are mounted through FUSE, by whether containers use them.",
 			ConstLabels: prometheus.Labels{"users": users},
 		}, func() float64 {
-			read, err := d.vols.LazyUsers()
+			read, err := vols.LazyUsers()
 			if err != nil {
 				return math.NaN()
 			}
 			var sum float64
-			for _, s := range d.vols.Stats() {
+			for _, s := range vols.Stats() {
 				sum += b2f(counts(s.Dir != "" && s.Lazy, read[s.ID]))
 			}
 			return sum
@@ -67,7 +90,7 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 		counter("shoal_node_demand_waits_total", "Reads that had to wait for bytes.", nil, func(s cache.Stats) float64 { return float64(s.Missed) }),
 		counter("shoal_node_demand_wait_seconds_total", "Total time of the reads that had to wait for bytes.", nil, func(s cache.Stats) float64 { return s.Waited.Seconds() }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "shoal_node_demand_failures_total", Help: "Reads that failed because bytes did not come."},
-			func() float64 { return float64(d.vols.FailedReads()) }),
+			func() float64 { return float64(vols.FailedReads()) }),
 		counter("shoal_node_corrupt_chunks_total", "Chunks that came with wrong bytes and were not used.", nil, func(s cache.Stats) float64 { return float64(s.CorruptChunks) }),
 		counter("shoal_node_damaged_chunks_total", "Chunks that were found wrong or unreadable on this disk.", nil, func(s cache.Stats) float64 { return float64(s.DamagedChunks) }),
 		counter(proofs, proofsHelp, prometheus.Labels{"outcome": "proven"}, func(s cache.Stats) float64 { return float64(s.Proven) }),
@@ -85,7 +108,7 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 		lazy("none", func(lazy bool, users int) bool { return lazy && users == 0 }),
 	}
 	use := func(of func(volume.Uses) blockdev.Use) func() blockdev.Use {
-		return func() blockdev.Use { return of(d.vols.Uses()) }
+		return func() blockdev.Use { return of(vols.Uses()) }
 	}
 	all = append(all,
 		metric.Uses("shoal_node_places", "Limited work: reads that wait for bytes, readers that fetch bytes for them, layers that are prefetched, proven and scrubbed.",
@@ -100,33 +123,33 @@ func (d *nodeDaemon) collectors() []prometheus.Collector {
 			map[string]func() blockdev.Use{
 				"demand":    use(func(u volume.Uses) blockdev.Use { return u.DemandBytes }),
 				"unwritten": use(func(u volume.Uses) blockdev.Use { return u.HeldBytes }),
-				"indexes":   func() blockdev.Use { return d.images.IndexRoom() },
+				"indexes":   func() blockdev.Use { return c.IndexRoom() },
 			}))
 	for _, complete := range []bool{true, false} {
 		state := map[bool]string{true: "complete", false: "incomplete"}[complete]
 		all = append(all, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "shoal_node_images", Help: "Lazy and kept images, by whether all of their bytes are on this node.", ConstLabels: prometheus.Labels{"state": state},
-		}, func() float64 { return d.countImages(complete) }))
+		}, func() float64 { return countImages(vols, c, complete) }))
 	}
-	for _, c := range images.Causes {
+	for _, cause := range images.Causes {
 		all = append(all, prometheus.NewCounterFunc(prometheus.CounterOpts{
 			Name: "shoal_node_not_lazy_total", Help: "Pulls of images that are not lazy, by cause; shoal status names the images.",
-			ConstLabels: prometheus.Labels{"cause": string(c)},
-		}, func() float64 { return float64(d.images.Refused(c)) }))
+			ConstLabels: prometheus.Labels{"cause": string(cause)},
+		}, func() float64 { return float64(c.Refused(cause)) }))
 	}
 	return all
 }
 
 // countImages counts those of which everything is here, or those of which it is not.
-func (d *nodeDaemon) countImages(complete bool) float64 {
-	list, err := d.images.Images(context.Background())
+func countImages(vols *volume.Manager, c *images.Catalogue, complete bool) float64 {
+	list, err := c.Images(context.Background())
 	if err != nil {
 		return math.NaN()
 	}
 	n := 0
 	for _, im := range list {
 		missing := slices.ContainsFunc(im.Layers, func(l images.Layer) bool {
-			s, ok := d.vols.Stat(l.DiffID)
+			s, ok := vols.Stat(l.DiffID)
 			return !ok || !s.Complete
 		})
 		if missing != complete {

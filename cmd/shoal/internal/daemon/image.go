@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"fmt"
@@ -9,9 +9,9 @@ import (
 	"github.com/shoalfs/shoal/internal/image"
 )
 
-// normalize turns "redis" into "docker.io/library/redis:latest", as containerd's
+// Normalize turns "redis" into "docker.io/library/redis:latest", as containerd's
 // clients do before they pull.
-func normalize(ref string) (string, error) {
+func Normalize(ref string) (string, error) {
 	named, err := reference.ParseDockerRef(ref)
 	if err != nil {
 		return "", fmt.Errorf("%q is not an image reference: %w", ref, err)
@@ -19,8 +19,8 @@ func normalize(ref string) (string, error) {
 	return named.String(), nil
 }
 
-// platform is this machine's, which is chosen from multi-platform images.
-func platform() image.Platform {
+// Platform is this machine's, which is chosen from multi-platform images.
+func Platform() image.Platform {
 	p := platforms.DefaultSpec()
 	return image.Platform{OS: p.OS, Architecture: p.Architecture, Variant: p.Variant}
 }

@@ -1,4 +1,4 @@
-package main
+package super
 
 import (
 	"log/slog"
@@ -8,10 +8,9 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
-	"github.com/shoalfs/shoal/p2p/roster"
-	"github.com/shoalfs/shoal/supernode"
 	"github.com/shoalfs/shoal/supernode/layers"
 )
 
@@ -46,7 +45,7 @@ const siblingSign = 6 * time.Second
 // siblings are the other supernodes as a supernode asks them.
 type siblings struct {
 	open func(peer.AddrInfo) (*exchange.Client, error)
-	all  clients
+	all  daemon.Clients
 }
 
 func newSiblings(h libp2phost.Host, log *slog.Logger) *siblings {
@@ -58,7 +57,7 @@ func newSiblings(h libp2phost.Host, log *slog.Logger) *siblings {
 // change makes these the siblings: use is told of them, and those that are left out are
 // closed then. With an error of opening one nothing changes.
 func (s *siblings) change(infos []peer.AddrInfo, use func(map[peer.ID]layers.Sibling)) error {
-	now, err := s.all.with(infos, s.open)
+	now, err := s.all.With(infos, s.open)
 	if err != nil {
 		return err
 	}
@@ -69,21 +68,21 @@ func (s *siblings) change(infos []peer.AddrInfo, use func(map[peer.ID]layers.Sib
 	use(list)
 	before := s.all
 	s.all = now
-	return before.closeBut(now)
+	return before.CloseBut(now)
 }
 
-func (s *siblings) close() error { return s.all.closeBut(nil) }
+func (s *siblings) close() error { return s.all.CloseBut(nil) }
 
 // reloadSiblings adds what a supernode does when its config names other siblings.
-func reloadSiblings(reload *reloader[*config.Supernode], self peer.ID, sibs *siblings, list *roster.List, s *supernode.Supernode) {
-	reload.on(func(c *config.Supernode) error {
+func (d *Daemon) reloadSiblings(self peer.ID, sibs *siblings) {
+	d.reload.On(func(c *config.Supernode) error {
 		infos, err := parseSiblings(c.Siblings, self)
 		if err != nil {
 			return err
 		}
-		if err := list.SetSiblings(peerIDs(infos)); err != nil {
+		if err := d.list.SetSiblings(peerIDs(infos)); err != nil {
 			return err
 		}
-		return sibs.change(infos, s.SetSiblings)
+		return sibs.change(infos, d.super.SetSiblings)
 	}, "siblings")
 }

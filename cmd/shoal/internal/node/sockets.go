@@ -1,16 +1,13 @@
-package main
+package node
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"net"
 	"os"
-	"sync"
 
-	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
@@ -119,62 +116,4 @@ func adopt(f *os.File, s socket) (net.Listener, error) {
 		return nil, errors.Join(err, ln.Close())
 	}
 	return ln, nil
-}
-
-// lateSource is a Source that is there before what it asks. A request that comes
-// before waits; and one that fails because the source is being closed waits, too,
-// so that no reader gets an error that the next process would not give him.
-type lateSource struct {
-	src   chunksAndProfiles // valid once begun is closed
-	begun chan struct{}
-	ended chan struct{}
-	once  sync.Once
-}
-
-// chunksAndProfiles is what a node's volumes ask of its upstream.
-type chunksAndProfiles interface {
-	blockdev.Source
-	blockdev.ProfileSink
-}
-
-func newLateSource() *lateSource {
-	return &lateSource{begun: make(chan struct{}), ended: make(chan struct{})}
-}
-
-func (l *lateSource) set(src chunksAndProfiles) {
-	l.src = src
-	close(l.begun)
-}
-
-// end says that the source is about to be closed.
-func (l *lateSource) end() { l.once.Do(func() { close(l.ended) }) }
-
-// ReportProfiles is that of the source.
-func (l *lateSource) ReportProfiles(ctx context.Context, profiles []blockdev.DiffProfile) error {
-	select {
-	case <-l.begun:
-		return l.src.ReportProfiles(ctx, profiles)
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-}
-
-// Fetch is that of the source.
-func (l *lateSource) Fetch(ctx context.Context, req blockdev.Request, deliver blockdev.Deliver) error {
-	select {
-	case <-l.begun:
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-	err := l.src.Fetch(ctx, req, deliver)
-	if err == nil {
-		return nil
-	}
-	select {
-	case <-l.ended:
-		<-ctx.Done()
-		return context.Cause(ctx)
-	default:
-		return err
-	}
 }

@@ -1,4 +1,4 @@
-package main
+package metrics
 
 import (
 	"context"
@@ -39,20 +39,26 @@ func (l *longest) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// timeCalls measures containerd's calls to the snapshotter: containerd holds a lock
-// over most of them, and everything else waits for who waits for that.
-func timeCalls(reg prometheus.Registerer) (grpc.ServerOption, error) {
-	seconds := prometheus.NewHistogramVec(prometheus.HistogramOpts{
-		Name: "shoal_node_snapshots_seconds", Help: "Time that containerd's calls to the snapshotter took, by method. None should take 3 seconds.",
-		Buckets: []float64{.001, .003, .01, .03, .1, .3, 1, 2, 3, 4, 6, 10, 30, 60, 120, 300},
-	}, []string{"method"})
-	most := &longest{m: map[string]time.Duration{}, desc: prometheus.NewDesc("shoal_node_snapshots_longest_seconds",
-		"The longest of containerd's calls to the snapshotter since the node was started, by method.", []string{"method"}, nil)}
-	for _, c := range []prometheus.Collector{seconds, most} {
-		if err := reg.Register(c); err != nil {
-			return nil, err
-		}
+// calls are containerd's calls to the snapshotter.
+type calls struct {
+	seconds *prometheus.HistogramVec
+	longest *longest
+}
+
+func newCalls() *calls {
+	return &calls{
+		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "shoal_node_snapshots_seconds", Help: "Time that containerd's calls to the snapshotter took, by method. None should take 3 seconds.",
+			Buckets: []float64{.001, .003, .01, .03, .1, .3, 1, 2, 3, 4, 6, 10, 30, 60, 120, 300},
+		}, []string{"method"}),
+		longest: &longest{m: map[string]time.Duration{}, desc: prometheus.NewDesc("shoal_node_snapshots_longest_seconds",
+			"The longest of containerd's calls to the snapshotter since the node was started, by method.", []string{"method"}, nil)},
 	}
+}
+
+// Calls has a server measure containerd's calls to the snapshotter: containerd holds a
+// lock over most of them, and everything else waits for who waits for that.
+func (m *Metrics) Calls() grpc.ServerOption {
 	return grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 		if !strings.HasPrefix(info.FullMethod, snapshotsService) {
 			return handle(ctx, req)
@@ -60,8 +66,8 @@ func timeCalls(reg prometheus.Registerer) (grpc.ServerOption, error) {
 		began := time.Now()
 		resp, err := handle(ctx, req)
 		method, took := path.Base(info.FullMethod), time.Since(began)
-		seconds.WithLabelValues(method).Observe(took.Seconds())
-		most.note(method, took)
+		m.calls.seconds.WithLabelValues(method).Observe(took.Seconds())
+		m.calls.longest.note(method, took)
 		return resp, err
-	}), nil
+	})
 }

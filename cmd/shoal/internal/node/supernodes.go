@@ -1,4 +1,4 @@
-package main
+package node
 
 import (
 	"context"
@@ -6,11 +6,15 @@ import (
 	"sync/atomic"
 	"time"
 
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/reload"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
+	"github.com/shoalfs/shoal/p2p/members"
 	"github.com/shoalfs/shoal/p2p/uplink"
 )
 
@@ -22,33 +26,37 @@ const supernodeRestart = 3 * time.Second
 // links are a node's connections to its supernodes.
 type links struct {
 	*uplink.Uplink
-	membership *membership
-	opts       exchange.Options // of each connection
-	only       atomic.Bool      // there is one supernode; if not, the next one takes over
-	all        clients
-	infos      []peer.AddrInfo
-	names      atomic.Pointer[[]string] // as in the config
+	host  libp2phost.Host
+	node  *members.Node
+	opts  exchange.Options // of each connection
+	only  atomic.Bool      // there is one supernode; if not, the next one takes over
+	all   daemon.Clients
+	infos []peer.AddrInfo
+	names atomic.Pointer[[]string] // as in the config
 }
 
-func openLinks(c *config.Node, m *membership, opts exchange.Options) (*links, error) {
-	l := &links{membership: m, opts: opts, infos: m.supernodes}
+func openLinks(c *config.Node, h libp2phost.Host, node *members.Node, opts exchange.Options) (*links, error) {
+	infos, err := parseSupernodes(c.Supernodes)
+	if err != nil {
+		return nil, err
+	}
+	l := &links{host: h, node: node, opts: opts, infos: infos}
 	l.opts.Restart, l.opts.Patient, l.opts.Only = supernodeRestart, true, l.only.Load
 	l.only.Store(len(l.infos) == 1)
 	l.names.Store(&c.Supernodes)
-	var err error
-	if l.all, err = l.all.with(l.infos, l.open); err != nil {
+	if l.all, err = l.all.With(l.infos, l.open); err != nil {
 		return nil, err
 	}
-	if l.Uplink, err = uplink.New(l.all.supernodes()); err != nil {
-		return nil, errors.Join(err, l.all.closeBut(nil))
+	if l.Uplink, err = uplink.New(supernodes(l.all)); err != nil {
+		return nil, errors.Join(err, l.all.CloseBut(nil))
 	}
 	return l, nil
 }
 
 func (l *links) open(info peer.AddrInfo) (*exchange.Client, error) {
 	opts := l.opts
-	opts.Ready = func(ctx context.Context) error { return l.membership.node.Ready(ctx, info.ID) }
-	return exchange.NewClient(l.membership.host, info, opts)
+	opts.Ready = func(ctx context.Context) error { return l.node.Ready(ctx, info.ID) }
+	return exchange.NewClient(l.host, info, opts)
 }
 
 // change has the node use the supernodes that its config names now. With an error of
@@ -59,17 +67,17 @@ func (l *links) change(c *config.Node) error {
 		return err
 	}
 	// First: this node may connect to its supernodes alone.
-	if err := l.membership.node.SetSupernodes(infos); err != nil {
+	if err := l.node.SetSupernodes(infos); err != nil {
 		return err
 	}
-	now, err := l.all.with(infos, l.open)
+	now, err := l.all.With(infos, l.open)
 	if err != nil {
-		return errors.Join(err, l.membership.node.SetSupernodes(l.infos))
+		return errors.Join(err, l.node.SetSupernodes(l.infos))
 	}
 	l.only.Store(len(infos) == 1)
 	l.names.Store(&c.Supernodes)
 	l.all, l.infos = now, infos
-	return l.Set(now.supernodes())
+	return l.Set(supernodes(now))
 }
 
 func parseSupernodes(list []string) (infos []peer.AddrInfo, err error) {
@@ -83,7 +91,7 @@ func parseSupernodes(list []string) (infos []peer.AddrInfo, err error) {
 	return infos, nil
 }
 
-func (cs clients) supernodes() map[peer.ID]uplink.Supernode {
+func supernodes(cs daemon.Clients) map[peer.ID]uplink.Supernode {
 	list := make(map[peer.ID]uplink.Supernode, len(cs))
 	for id, c := range cs {
 		list[id] = c
@@ -93,10 +101,10 @@ func (cs clients) supernodes() map[peer.ID]uplink.Supernode {
 
 // reloadSupernodes adds what a node does when its config names other supernodes. Whether it
 // has any, and whether one of them is on another machine, is decided at its start.
-func reloadSupernodes(reload *reloader[*config.Node], l *links, remote bool) {
-	reload.on(func(c *config.Node) error {
-		if len(c.Supernodes) == 0 || remoteSupernode(c) != remote {
-			return errRestart
+func reloadSupernodes(r *reload.Reloader[*config.Node], l *links, away bool) {
+	r.On(func(c *config.Node) error {
+		if len(c.Supernodes) == 0 || elsewhere(c) != away {
+			return reload.ErrRestart
 		}
 		return l.change(c)
 	}, "supernodes")

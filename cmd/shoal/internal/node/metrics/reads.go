@@ -1,4 +1,4 @@
-package main
+package metrics
 
 import (
 	"time"
@@ -8,14 +8,14 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 )
 
-// readSeconds is a histogram of reads through FUSE by where their bytes were.
-type readSeconds struct {
+// reads is a histogram of reads through FUSE by where their bytes were.
+type reads struct {
 	*prometheus.HistogramVec
 	by [blockdev.Origins]prometheus.Observer
 }
 
-func newReadSeconds() *readSeconds {
-	r := &readSeconds{HistogramVec: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+func newReads() *reads {
+	r := &reads{HistogramVec: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Name:    "shoal_node_read_seconds",
 		Help:    "Time from when the kernel gives out a read of a lazy image until its answer, by the farthest source of its bytes: local, peer, supernode, registry.",
 		Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
@@ -26,7 +26,7 @@ func newReadSeconds() *readSeconds {
 	return r
 }
 
-// observe is volume.Config.Observe.
-func (r *readSeconds) observe(from blockdev.Origin, took time.Duration) {
-	r.by[from].Observe(took.Seconds())
+// Read counts a read through FUSE: volume.Config.Observe.
+func (m *Metrics) Read(from blockdev.Origin, took time.Duration) {
+	m.reads.by[from].Observe(took.Seconds())
 }

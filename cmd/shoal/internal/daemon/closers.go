@@ -1,0 +1,19 @@
+package daemon
+
+import "errors"
+
+// Closers end what a daemon is made of, in the reverse of the order in which it was made.
+type Closers []func() error
+
+// Add is called when a part has been made.
+func (c *Closers) Add(end func() error) { *c = append(*c, end) }
+
+// Close ends all parts. A second call does nothing.
+func (c *Closers) Close() error {
+	var errs []error
+	for i := len(*c) - 1; i >= 0; i-- {
+		errs = append(errs, (*c)[i]())
+	}
+	*c = nil
+	return errors.Join(errs...)
+}
