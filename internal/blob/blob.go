@@ -125,7 +125,4 @@ func (t *Tar) Trailing() bool {
 }
 
 // Close frees the decompressor.
-func (t *Tar) Close() error {
-	t.close()
-	return nil
-}
+func (t *Tar) Close() { t.close() }

@@ -17,6 +17,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/layer"
 	"github.com/shoalfs/shoal/internal/blob"
 	"github.com/shoalfs/shoal/internal/flight"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
@@ -30,7 +31,7 @@ type arrival struct {
 	// if the flight fails.
 	rec store.LayerRecord
 
-	stage             atomic.Int32
+	stage             atomic.Value // image.Stage
 	fetched, unpacked atomic.Int64
 	told              atomic.Int64 // fetched and unpacked bytes when news was told last
 	news              flight.Progress[Progress]
@@ -50,14 +51,22 @@ type opening struct {
 
 func (f *arrival) progress() Progress {
 	return Progress{
-		Layer: f.l.Digest, Stage: Stage(f.stage.Load()),
+		Layer: f.l.Digest, Stage: f.at(),
 		Fetched: f.fetched.Load(), Total: f.l.Size, Unpacked: f.unpacked.Load(),
 	}
 }
 
+// at is where the layer is.
+func (f *arrival) at() image.Stage {
+	if s, ok := f.stage.Load().(image.Stage); ok {
+		return s
+	}
+	return image.StageWaiting
+}
+
 // to notes where the layer is.
-func (f *arrival) to(s Stage) {
-	f.stage.Store(int32(s))
+func (f *arrival) to(s image.Stage) {
+	f.stage.Store(s)
 	f.tell()
 }
 
@@ -116,7 +125,7 @@ func (f *arrival) run(ctx context.Context) error {
 	err := f.fly(ctx)
 	switch {
 	case err == nil:
-		f.to(StageStored)
+		f.to(image.StageStored)
 		f.in.stats.ingested.Add(1)
 	case ctx.Err() != nil:
 		err = context.Cause(ctx)
@@ -144,7 +153,7 @@ func (f *arrival) through(ctx context.Context, sf *spoolFile, pieced *bool) erro
 	f.fetched.Store(sf.length)
 	f.unpacked.Store(0)
 	f.told.Store(0)
-	f.to(StageFetching)
+	f.to(image.StageFetching)
 	f.in.stats.resumed.Add(sf.length)
 
 	t := newTail(sf.f, sf.length)
@@ -161,7 +170,7 @@ func (f *arrival) through(ctx context.Context, sf *spoolFile, pieced *bool) erro
 		}}
 		fetchErr = fe.run(gctx)
 		*pieced = *pieced || fe.broke
-		if f.stage.CompareAndSwap(int32(StageFetching), int32(StageUnpacking)) {
+		if f.stage.CompareAndSwap(image.StageFetching, image.StageUnpacking) {
 			f.tell()
 		}
 		return fetchErr
@@ -178,7 +187,7 @@ func (f *arrival) through(ctx context.Context, sf *spoolFile, pieced *bool) erro
 	if !f.claimed(ix.DiffID) {
 		return claim(f.l, ix.DiffID)
 	}
-	f.to(StageStoring)
+	f.to(image.StageStoring)
 	enc, err := index.Encode(ix)
 	if err != nil {
 		return err

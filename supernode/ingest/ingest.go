@@ -14,6 +14,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/layer"
 	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/internal/flight"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/supernode/slots"
 	"github.com/shoalfs/shoal/supernode/store"
 )
@@ -191,27 +192,12 @@ func (in *Ingester) expireSpool() {
 	}
 }
 
-// Stage is where a layer is on its way into the store.
-type Stage int32
-
-// The stages, in order. Fetching and unpacking go side by side; StageFetching
-// lasts until the last byte has come.
-const (
-	StageWaiting Stage = iota // for a place, or for room in the spool
-	StageFetching
-	StageUnpacking
-	StageStoring
-	StageStored
-)
-
-func (s Stage) String() string {
-	return [...]string{"waiting", "fetching", "unpacking", "storing", "stored"}[s]
-}
-
 // Progress is how far a layer is.
 type Progress struct {
 	Layer blockdev.Digest
-	Stage Stage
+	// Stage is one from waiting (for a place, or for room in the spool) to stored. Fetching
+	// and unpacking go side by side; image.StageFetching lasts until the last byte has come.
+	Stage image.Stage
 	// Fetched of Total compressed bytes are here, Unpacked uncompressed bytes
 	// have been read from them.
 	Fetched, Total, Unpacked int64

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
@@ -34,7 +35,7 @@ func TestFormats(t *testing.T) {
 				if err != nil || rec.DiffID != l.DiffID {
 					t.Fatal(rec, err)
 				}
-				if last != (Progress{Layer: l.Digest, Stage: StageStored, Fetched: l.Size, Total: l.Size, Unpacked: int64(len(diff))}) {
+				if last != (Progress{Layer: l.Digest, Stage: image.StageStored, Fetched: l.Size, Total: l.Size, Unpacked: int64(len(diff))}) {
 					t.Errorf("last progress %+v", last)
 				}
 				checkStored(t, f.st, l, diff)

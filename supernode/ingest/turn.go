@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/supernode/slots"
 )
 
@@ -20,7 +21,7 @@ func (f *arrival) fly(ctx context.Context) error {
 		if ctx.Err() != nil || !errors.Is(err, errYielded) {
 			return err
 		}
-		f.to(StageWaiting)
+		f.to(image.StageWaiting)
 		f.in.stats.yields.Add(1)
 		f.in.cfg.Log.Warn("a registry sends a layer slowly while other layers wait; the download goes on after them", "image", f.l.Ref,
 			"layer", f.l.Digest, "at", f.fetched.Load(), "size", f.l.Size)
@@ -99,7 +100,7 @@ func (f *arrival) pace(ctx context.Context, turn int, end context.CancelCauseFun
 				return
 			}
 			now := f.fetched.Load()
-			slow := Stage(f.stage.Load()) == StageFetching && float64(now-before) < float64(f.in.cfg.LeastRate)*window.Seconds()
+			slow := f.at() == image.StageFetching && float64(now-before) < float64(f.in.cfg.LeastRate)*window.Seconds()
 			if slow && (places.Waiting() > 0 || f.in.spool.waiting.Load() > 0) {
 				end(errYielded)
 				return

@@ -23,8 +23,8 @@ func (l *Layers) fromRegistry(ctx context.Context, r Request) (store.LayerRecord
 	var report func(ingest.Progress)
 	if r.Watch != nil {
 		report = func(p ingest.Progress) {
-			if p.Stage != ingest.StageStored { // it is not handed out yet
-				r.Watch(image.Progress{Layer: d.Digest, Done: p.Fetched, Total: d.Size, Stage: image.Stage(p.Stage.String())})
+			if p.Stage != image.StageStored { // it is not handed out yet
+				r.Watch(image.Progress{Layer: d.Digest, Done: p.Fetched, Total: d.Size, Stage: p.Stage})
 			}
 		}
 	}
