@@ -190,8 +190,10 @@ func (g *group) get() error {
 			return context.Cause(d.life)
 		}
 		if g.promote() {
-			// Nobody waits for those that are left out here.
-			g.keepAwaited(errPromoted)
+			// No read waits for those that are left out here.
+			if g.keepAwaited(errPromoted); len(g.todo) == 0 {
+				return nil // the reads that hurried it have left since
+			}
 			try = -1
 			continue
 		}

@@ -87,6 +87,9 @@ func (t *Turns) try(l *line, n int64) bool {
 // Try takes n for a key if that needs no waiting, and says whether it did. The caller
 // gives them back by Give.
 func (t *Turns) Try(key blockdev.Digest, n int64) bool {
+	if n == 0 {
+		return true
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.try(t.of(key), n) // no line is left over: a key that has nothing may take
@@ -95,6 +98,9 @@ func (t *Turns) Try(key blockdev.Digest, n int64) bool {
 // Take takes n for a key and returns when it has them, and whether it had to wait. The
 // caller gives them back by Give.
 func (t *Turns) Take(key blockdev.Digest, n int64) (waited bool) {
+	if n == 0 {
+		return false // nothing holds no line open: another's Give may end it
+	}
 	t.mu.Lock()
 	l := t.of(key)
 	if t.try(l, n) {
@@ -112,6 +118,10 @@ func (t *Turns) Take(key blockdev.Digest, n int64) (waited bool) {
 // caller's goroutine, or in that of the caller that gives back. start must not wait and must
 // not use t. All that it starts gives back by Give.
 func (t *Turns) Start(key blockdev.Digest, n int64, start func()) {
+	if n == 0 {
+		start()
+		return
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	l := t.of(key)
@@ -144,6 +154,9 @@ func (t *Turns) Use() blockdev.Use {
 
 // Give gives back n that a key has taken, and grants what fits now.
 func (t *Turns) Give(key blockdev.Digest, n int64) {
+	if n == 0 {
+		return
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	l := t.keys[key]

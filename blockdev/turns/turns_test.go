@@ -134,3 +134,18 @@ func TestEverybodyIsServed(t *testing.T) {
 		t.Fatalf("%d keys, %d units, %d lines are left over", len(tn.keys), tn.used, len(tn.waiting))
 	}
 }
+
+// TestNothing: who takes nothing gives back nothing, also when the others of the key have
+// given back all.
+func TestNothing(t *testing.T) {
+	u, key := New(10, 2), blockdev.Sum([]byte("a"))
+	if u.Take(key, 0) || !u.Try(key, 0) {
+		t.Error("nothing waits")
+	}
+	u.Take(key, 5)
+	u.Give(key, 5)
+	u.Give(key, 0)
+	if n := u.Keys(); n != 0 {
+		t.Errorf("%d keys are left", n)
+	}
+}

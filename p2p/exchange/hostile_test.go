@@ -103,7 +103,7 @@ func TestHostileChunkServer(t *testing.T) {
 		{"nothing", sends(nil), 0, blockdev.ErrUnavailable, ""},
 		{"cut", sends(encode(t, good(0))[:100]), 0, blockdev.ErrUnavailable, ""},
 		{"beyond the last", sends(encode(t, &wire.ChunkFrame{Index: 2, Data: data[0], Length: 5000})), 0, blockdev.ErrCorrupt, "chunk 2, which"},
-		{"another's length", sends(encode(t, &wire.ChunkFrame{Index: 1, Data: data[0], Length: 5000})), 0, blockdev.ErrCorrupt, "the index says 6000"},
+		{"another's length", sends(encode(t, &wire.ChunkFrame{Index: 1, Data: data[0], Length: 5000})), 0, blockdev.ErrCorrupt, "its index says 6000"},
 		{"twice", sends(encode(t, good(0), good(0))), 1, blockdev.ErrCorrupt, "chunk 0, which"},
 		{"one too many", sends(encode(t, good(0), good(1), good(1))), 2, blockdev.ErrCorrupt, ""},
 		{"endless chunks", endless(encode(t, good(0))), 1, blockdev.ErrCorrupt, ""},
@@ -115,7 +115,7 @@ func TestHostileChunkServer(t *testing.T) {
 			return err
 		}, 0, blockdev.ErrCorrupt, "at most"},
 		{"end too early", sends(encode(t, good(0), end)), 1, blockdev.ErrCorrupt, "after 1 of 2"},
-		{"another length", sends(encode(t, &wire.ChunkFrame{Data: data[0][:4999], Length: 4999})), 0, blockdev.ErrCorrupt, "the index says 5000"},
+		{"another length", sends(encode(t, &wire.ChunkFrame{Data: data[0][:4999], Length: 4999})), 0, blockdev.ErrCorrupt, "its index says 5000"},
 		{"larger than asked for", sends(encode(t, &wire.ChunkFrame{Data: make([]byte, blockdev.MaxChunk), Length: blockdev.MaxChunk})), 0, blockdev.ErrCorrupt, ""},
 		{"zstd: garbage", sends(encode(t, &wire.ChunkFrame{Data: data[0], Zstd: true, Length: 5000})), 0, blockdev.ErrCorrupt, "zstd"},
 		{"zstd: shorter", sends(encode(t, &wire.ChunkFrame{Data: squeeze(data[0][:4000]), Zstd: true, Length: 5000})), 0, blockdev.ErrCorrupt, "zstd"},
