@@ -42,8 +42,9 @@ const (
 	keptInit = "fuse-init"
 )
 
-// connection is a FUSE connection that another process has mounted.
-type connection struct {
+// keptConnection is a FUSE connection, which another process has mounted or this one just
+// now.
+type keptConnection struct {
 	fd      *os.File
 	init    []byte   // fusefs.Options.Init
 	pending *os.File // fusefs.Options.Pending; nil: requests are not noted
@@ -77,68 +78,68 @@ func decodeConnection(b []byte) (major, minor int, init []byte, err error) {
 	return major, minor, init, fusefs.CheckInit(init)
 }
 
-// adoptConnection returns the connection of an earlier process, if it was kept
+// adopt returns the connection of an earlier process, if it was kept
 // and is what is mounted; else nil, and the log says why if that is not as usual.
-func (m *Manager) adoptConnection(left []mount.Info) *connection {
-	if m.cfg.Keep == nil {
+func (c *connection) adopt(left []mount.Info) *keptConnection {
+	if c.cfg.Keep == nil {
 		return nil
 	}
-	fd := m.cfg.Keep.Take(keptFUSE)
+	fd := c.cfg.Keep.Take(keptFUSE)
 	if fd == nil {
 		return nil
 	}
-	init, err := m.checkConnection(fd, left)
+	init, err := c.checkKept(fd, left)
 	if err != nil {
-		m.cfg.Log.Warn("cannot take over the stored FUSE connection; a new one is made", "error", err)
+		c.cfg.Log.Warn("cannot take over the stored FUSE connection; a new one is made", "error", err)
 		_ = fd.Close() // nothing was written
 		return nil
 	}
-	m.widen(init, left)
-	return &connection{fd, init, m.adoptPending()}
+	c.widen(init, left)
+	return &keptConnection{fd, init, c.adoptPending()}
 }
 
 // widen gives an adopted connection the limits of this version.
-func (m *Manager) widen(init []byte, left []mount.Info) {
-	top, _ := m.fuseMount(left)
+func (c *connection) widen(init []byte, left []mount.Info) {
+	top, _ := fuseMount(c.root, left)
 	if err := fusefs.Widen(init, uint32(top.Minor)); err != nil {
-		m.cfg.Log.Warn("the FUSE connection was opened by an earlier version and keeps its limits: if many reads wait for bytes, then all other reads wait, too; a restart of this machine ends this",
+		c.cfg.Log.Warn("the FUSE connection was opened by an earlier version and keeps its limits: if many reads wait for bytes, then all other reads wait, too; a restart of this machine ends this",
 			"error", err)
 	}
 }
 
 // adoptPending returns the table of requests that the earlier process has worked
 // on, or keeps a new one.
-func (m *Manager) adoptPending() *os.File {
-	f := m.cfg.Keep.Take(keptPending)
+func (c *connection) adoptPending() *os.File {
+	f := c.cfg.Keep.Take(keptPending)
 	if f != nil {
 		err := fusefs.CheckPending(f)
 		if err == nil {
 			return f
 		}
-		m.cfg.Log.Warn("cannot read the record of pending requests that the last process left; a new record is begun", "error", err)
+		c.cfg.Log.Warn("cannot read the record of pending requests that the last process left; a new record is begun", "error", err)
 		_ = f.Close() // nothing was written
 	}
-	f, err := m.keepPending()
+	f, err := c.keepPending()
 	if err != nil {
-		m.cfg.Log.Error("cannot record pending requests: if this process ends, a kernel before Linux 6.9 forgets them", "error", err)
+		c.cfg.Log.Error("cannot record pending requests: if this process ends, a kernel before Linux 6.9 forgets them", "error", err)
 	}
 	return f
 }
 
 // keepPending makes a table of requests and has it kept.
-func (m *Manager) keepPending() (*os.File, error) {
+func (c *connection) keepPending() (*os.File, error) {
 	f, err := fusefs.NewPending()
 	if err != nil {
 		return nil, err
 	}
-	if err := m.cfg.Keep.Keep(keptPending, f); err != nil {
+	if err := c.cfg.Keep.Keep(keptPending, f); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
 }
 
-func (m *Manager) checkConnection(fd *os.File, left []mount.Info) (init []byte, err error) {
-	record := m.cfg.Keep.Take(keptInit)
+func (c *connection) checkKept(fd *os.File, left []mount.Info) (init []byte, err error) {
+	record := c.cfg.Keep.Take(keptInit)
 	if record == nil {
 		return nil, errors.New("its record was not stored")
 	}
@@ -154,17 +155,17 @@ func (m *Manager) checkConnection(fd *os.File, left []mount.Info) (init []byte, 
 	if !fusefs.Alive(fd) {
 		return nil, errors.New("it was aborted, or its mount is gone")
 	}
-	top, ok := m.fuseMount(left)
+	top, ok := fuseMount(c.root, left)
 	if !ok || top.Major != major || top.Minor != minor {
-		return nil, fmt.Errorf("it is not what is mounted at %s", filepath.Join(m.root, fuseDir))
+		return nil, fmt.Errorf("it is not what is mounted at %s", filepath.Join(c.root, fuseDir))
 	}
 	return init, nil
 }
 
 // fuseMount finds the FUSE mount that is seen, which is the last one.
-func (m *Manager) fuseMount(mounts []mount.Info) (top mount.Info, ok bool) {
+func fuseMount(root string, mounts []mount.Info) (top mount.Info, ok bool) {
 	for _, i := range mounts {
-		if i.Type == fusefs.FSType && i.Dir == filepath.Join(m.root, fuseDir) {
+		if i.Type == fusefs.FSType && i.Dir == filepath.Join(root, fuseDir) {
 			top, ok = i, true
 		}
 	}
@@ -172,14 +173,14 @@ func (m *Manager) fuseMount(mounts []mount.Info) (top mount.Info, ok bool) {
 }
 
 // resume has answered what the last process has not.
-func (m *Manager) resume() error {
-	switch err := m.server.Resume(); {
+func (c *connection) resume() error {
+	switch err := c.server.Resume(); {
 	case errors.Is(err, blockdev.ErrUnsupported):
-		m.cfg.Log.Warn("reads that were under way when the last process ended get no answer; restart the containers that hang", "error", err)
+		c.cfg.Log.Warn("reads that were under way when the last process ended get no answer; restart the containers that hang", "error", err)
 	case err != nil:
 		return err
 	}
-	m.cfg.Log.Info("lazy mounts of the last process taken over")
+	c.cfg.Log.Info("lazy mounts of the last process taken over")
 	return nil
 }
 
@@ -187,31 +188,31 @@ func (m *Manager) resume() error {
 // when mount(2) returns.
 const initTimeout = 10 * time.Second
 
-// keepConnection has a new connection kept, before anything is mounted over it.
+// keep has a new connection kept, before anything is mounted over it.
 // Without it all works, until this process ends.
-func (m *Manager) keepConnection(ctx context.Context) {
-	if m.cfg.Keep == nil {
+func (c *connection) keep(ctx context.Context) {
+	if c.cfg.Keep == nil {
 		return
 	}
-	if err := m.tryKeep(ctx); err != nil {
-		m.cfg.Log.Error("cannot store the FUSE descriptor: if this process ends, containers on lazy mounts get I/O errors", "error", err)
+	if err := c.tryKeep(ctx); err != nil {
+		c.cfg.Log.Error("cannot store the FUSE descriptor: if this process ends, containers on lazy mounts get I/O errors", "error", err)
 	}
 }
 
-func (m *Manager) tryKeep(ctx context.Context) error {
+func (c *connection) tryKeep(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, initTimeout)
 	defer cancel()
-	init, err := m.server.Init(ctx)
+	init, err := c.server.Init(ctx)
 	if err != nil {
 		return err
 	}
-	mounts, err := m.leftMounts()
+	mounts, err := leftMounts(c.root)
 	if err != nil {
 		return err
 	}
-	i, ok := m.fuseMount(mounts)
+	i, ok := fuseMount(c.root, mounts)
 	if !ok {
-		return fmt.Errorf("%s is not mounted any more", filepath.Join(m.root, fuseDir))
+		return fmt.Errorf("%s is not mounted any more", filepath.Join(c.root, fuseDir))
 	}
 	fd, err := unix.MemfdCreate("shoal-fuse-init", unix.MFD_CLOEXEC)
 	if err != nil {
@@ -222,8 +223,8 @@ func (m *Manager) tryKeep(ctx context.Context) error {
 	if _, err := record.Write(encodeConnection(i, init)); err != nil {
 		return err
 	}
-	if err := m.cfg.Keep.Keep(keptInit, record); err != nil {
+	if err := c.cfg.Keep.Keep(keptInit, record); err != nil {
 		return err
 	}
-	return m.cfg.Keep.Keep(keptFUSE, m.fuse)
+	return c.cfg.Keep.Keep(keptFUSE, c.fuse)
 }

@@ -26,13 +26,5 @@ func (m *Manager) Close() error {
 	m.chores.close()
 	// While reads are still answered: it can take a while.
 	m.cache.Sync(context.Background())
-	if m.stop != nil {
-		m.stop()
-		<-m.serveDone
-	}
-	var err error
-	if m.fuse != nil {
-		err = m.fuse.Close()
-	}
-	return errors.Join(err, m.cache.Close())
+	return errors.Join(m.conn.close(), m.cache.Close())
 }

@@ -230,7 +230,7 @@ func (m *Manager) UnmountAll(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// dropConnection undoes keepConnection.
+// dropConnection undoes connection.keep.
 func (m *Manager) dropConnection() error {
 	if m.cfg.Keep == nil {
 		return nil

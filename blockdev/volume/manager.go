@@ -12,7 +12,6 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache"
-	"github.com/shoalfs/shoal/blockdev/fusefs"
 	"github.com/shoalfs/shoal/blockdev/mount"
 )
 
@@ -49,6 +48,7 @@ type Manager struct {
 	root     string // absolute, without symbolic links
 	late     *late
 	cache    *cache.Cache
+	conn     *connection
 	queue    *queue // prefetches
 	proofs   *queue
 	scrubs   *queue
@@ -56,11 +56,6 @@ type Manager struct {
 	chores   *tasks // what else runs in the background
 	// unsupported is why this kernel cannot show block images as they are; nil: it can.
 	unsupported error
-
-	fuse      *os.File
-	server    *fusefs.Server
-	stop      context.CancelFunc
-	serveDone chan struct{}
 
 	mu    sync.RWMutex // guards the maps; never held across I/O
 	vols  map[blockdev.Digest]*volume

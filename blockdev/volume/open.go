@@ -8,8 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/blockdev/fusefs"
@@ -57,6 +55,7 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 	cc.Root, cc.Log = root, cfg.Log
 	cc.Source, cc.Inflight, cc.MakeRoom = m.late, m.late.inflight, m.late.makeRoom
 	cc.Damaged = m.damaged // not before there are reads, and they go through m
+	m.conn = newConnection(cfg, root, m.late.describe)
 	c, err := cache.Open(ctx, cc)
 	if err != nil {
 		return nil, err
@@ -68,14 +67,14 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 			err = errors.Join(err, m.Close())
 		}
 	}()
-	left, err := m.leftMounts()
+	left, err := leftMounts(root)
 	if err != nil {
 		return nil, err
 	}
-	conn := m.adoptConnection(left)
-	if conn != nil {
+	kept := m.conn.adopt(left)
+	if kept != nil {
 		// Somebody waits for it. The rest takes its time.
-		if err := m.serve(ctx, conn); err != nil {
+		if err := m.conn.serve(ctx, files{m}, kept); err != nil {
 			return nil, err
 		}
 	}
@@ -84,12 +83,12 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 			return nil, err
 		}
 	}
-	again, err := m.takeOver(left, conn != nil)
+	again, err := m.takeOver(left, kept != nil)
 	if err != nil {
 		return nil, err
 	}
-	if conn == nil {
-		if err := m.serve(ctx, nil); err != nil {
+	if kept == nil {
+		if err := m.conn.serve(ctx, files{m}, nil); err != nil {
 			return nil, err
 		}
 	}
@@ -153,64 +152,6 @@ func makeRoot(dir string) (string, error) {
 		}
 	}
 	return root, nil
-}
-
-// serve answers an adopted connection, or mounts FUSE and answers that.
-func (m *Manager) serve(ctx context.Context, conn *connection) (err error) {
-	adopted := conn != nil
-	if !adopted {
-		fd, err := fusefs.Mount(filepath.Join(m.root, fuseDir))
-		if err != nil {
-			return err
-		}
-		conn = &connection{fd: fd}
-		if m.cfg.Keep != nil {
-			// Kept before the descriptor is. Where it cannot be, that cannot be, too, and
-			// keepConnection says so.
-			conn.pending, _ = m.keepPending()
-		}
-	}
-	if conn.pending != nil {
-		defer func() { _ = conn.pending.Close() }() // mapped, and kept
-	}
-	m.fuse = conn.fd
-	m.server, err = fusefs.New(conn.fd, files{m}, fusefs.Options{
-		Log: m.cfg.Log, ReadTimeout: m.cfg.ReadTimeout, Describe: m.late.describe, Observe: m.cfg.Observe, Init: conn.init, Pending: conn.pending,
-	})
-	if err != nil {
-		return err
-	}
-	life, stop := context.WithCancel(context.Background())
-	m.stop, m.serveDone = stop, make(chan struct{})
-	go func() {
-		defer close(m.serveDone)
-		if err := m.server.Serve(life); err != nil {
-			m.cfg.Log.Error("the FUSE server ended: lazy images cannot be read; restart the node", "error", err)
-		} else if life.Err() == nil {
-			m.cfg.Log.Error("the FUSE mount is gone: lazy images cannot be read; restart the node")
-		}
-	}()
-	if adopted {
-		return m.resume()
-	}
-	m.keepConnection(ctx)
-	return nil
-}
-
-// Check asks the FUSE mount something, and returns when it has been answered: by
-// this process.
-func (m *Manager) Check(ctx context.Context) error {
-	done := make(chan error, 1)
-	go func() {
-		var st unix.Statfs_t
-		done <- unix.Statfs(filepath.Join(m.root, fuseDir), &st)
-	}()
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
 }
 
 // files shows the cache's diffs to FUSE. It is asked before there is a volume for

@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"context"
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -65,10 +66,14 @@ func (m *Manager) Counters() cache.Stats { return m.cache.Stats() }
 
 // Waiting returns, for each of ages, how many reads wait for missing bytes and have
 // done so for at least that long.
-func (m *Manager) Waiting(ages ...time.Duration) []int { return m.server.Waiting(ages...) }
+func (m *Manager) Waiting(ages ...time.Duration) []int { return m.conn.server.Waiting(ages...) }
 
 // FailedReads returns how many reads through FUSE were answered with EIO.
-func (m *Manager) FailedReads() int64 { return m.server.Failed() }
+func (m *Manager) FailedReads() int64 { return m.conn.server.Failed() }
+
+// Check asks the FUSE mount something, and returns when it has been answered: by
+// this process.
+func (m *Manager) Check(ctx context.Context) error { return m.conn.check(ctx) }
 
 // Uses are the limited things of a Manager.
 type Uses struct {
@@ -83,7 +88,7 @@ type Uses struct {
 
 // Uses returns how much of each is in use now.
 func (m *Manager) Uses() (u Uses) {
-	u.Reads, u.Readers = m.server.Uses()
+	u.Reads, u.Readers = m.conn.server.Uses()
 	u.Prefetches, u.Proofs, u.Scrubs = m.queue.use(), m.proofs.use(), m.scrubs.use()
 	u.DemandBytes, u.HeldBytes = m.cache.Uses()
 	return u

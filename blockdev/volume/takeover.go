@@ -13,9 +13,9 @@ import (
 )
 
 // leftMounts lists the mounts that an earlier process left.
-func (m *Manager) leftMounts() (found []mount.Info, err error) {
+func leftMounts(root string) (found []mount.Info, err error) {
 	for _, sub := range []string{fuseDir, mountsDir} {
-		in, err := mount.List(filepath.Join(m.root, sub))
+		in, err := mount.List(filepath.Join(root, sub))
 		if err != nil {
 			return nil, err
 		}
