@@ -27,7 +27,7 @@ func (m *Manager) damaged(id blockdev.Digest) {
 	// asks again, and the chunk is fetched then. Wrong bytes may go to it until the
 	// chunk is known to be damaged, and so until now; also to a read under way.
 	if v.setStale() {
-		m.chores.run(func() { m.refresh(v) })
+		m.chores.run(func() { m.mounts.refresh(v) })
 	}
 }
 
@@ -40,7 +40,7 @@ func (m *Manager) refetch(v *volume) {
 // refresh has the kernel forget what it has cached of mounts whose bytes were put
 // right beneath them: of the mount that is there, and of those that it has replaced
 // and containers still use. Pages that are mapped stay.
-func (m *Manager) refresh(v *volume) {
+func (m *mounter) refresh(v *volume) {
 	dir, stale := v.takeStale()
 	if !stale || dir == "" {
 		return
@@ -54,7 +54,7 @@ func (m *Manager) refresh(v *volume) {
 	for _, d := range dirs {
 		errs = append(errs, forget(d))
 	}
-	m.cfg.Log.Warn("a mounted layer had damaged bytes, and the kernel reads them again; restart programs that may have read the damaged bytes", "diff", v.id, "error", errors.Join(errs...))
+	m.log.Warn("a mounted layer had damaged bytes, and the kernel reads them again; restart programs that may have read the damaged bytes", "diff", v.id, "error", errors.Join(errs...))
 }
 
 // forget drops the pages of all files below dir from the page cache. A container may

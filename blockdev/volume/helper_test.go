@@ -223,7 +223,7 @@ func (m *Manager) UnmountAll(ctx context.Context) error {
 			errs = append(errs, err)
 			break
 		}
-		errs = append(errs, m.unmount(v, false))
+		errs = append(errs, m.mounts.unmount(v, false))
 		v.give()
 	}
 	errs = append(errs, mount.Unmount(filepath.Join(m.root, fuseDir)), m.dropConnection(), m.Close())

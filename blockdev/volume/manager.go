@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -49,17 +47,15 @@ type Manager struct {
 	late     *late
 	cache    *cache.Cache
 	conn     *connection
+	mounts   *mounter
 	queue    *queue // prefetches
 	proofs   *queue
 	scrubs   *queue
 	startups *tasks
 	chores   *tasks // what else runs in the background
-	// unsupported is why this kernel cannot show block images as they are; nil: it can.
-	unsupported error
 
-	mu    sync.RWMutex // guards the maps; never held across I/O
-	vols  map[blockdev.Digest]*volume
-	names map[string]blockdev.Digest
+	mu   sync.RWMutex // guards the maps; never held across I/O
+	vols map[blockdev.Digest]*volume
 	// left are mounts of diffs that could not be opened yet.
 	left   map[blockdev.Digest]leftMount
 	closed bool
@@ -99,7 +95,7 @@ func (m *Manager) add(ctx context.Context, add func() (*cache.Diff, error)) (blo
 		}
 		if _, _, gone := v.mounted(); !gone {
 			m.cfg.Log.Error("the files of a mounted diff were removed; the diff is unmounted", "diff", v.id)
-			err = m.unmount(v, true)
+			err = m.mounts.unmount(v, true)
 			m.forget(v)
 		}
 		v.give()
@@ -133,15 +129,11 @@ func (m *Manager) forget(v *volume) {
 	v.mu.Lock()
 	v.gone = true
 	v.mu.Unlock()
+	m.mounts.forget(v.id) // before somebody can make a new volume of the diff
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.vols[v.id] == v {
 		delete(m.vols, v.id)
-	}
-	for name, owner := range m.names {
-		if owner == v.id {
-			delete(m.names, name)
-		}
 	}
 }
 
@@ -201,40 +193,10 @@ func (m *Manager) Mount(ctx context.Context, id blockdev.Digest) (dir string, er
 	case gone:
 		return "", fmt.Errorf("diff %s on this node: %w (just removed)", id, blockdev.ErrNotFound)
 	case dir != "":
-		m.matchNow(v)
+		m.mounts.matchNow(v)
 		return dir, nil
 	}
-	return m.mount(v)
-}
-
-// mount does it. The caller has the volume's turn.
-func (m *Manager) mount(v *volume) (string, error) {
-	if m.unsupported != nil {
-		return "", fmt.Errorf("diff %s: %w", v.id, m.unsupported)
-	}
-	name, err := m.name(v.id)
-	if err != nil {
-		return "", err
-	}
-	dir := filepath.Join(m.root, mountsDir, name)
-	if err := mount.MkdirMountpoint(dir); err != nil {
-		return "", err
-	}
-	lazy, data := false, v.diff.DataPath()
-	if !v.diff.Complete() {
-		lazy, data = true, m.fusePath(v.id)
-		if err := m.mark(v.id); err != nil {
-			return "", err
-		}
-	} else if err := m.unmark(v.id); err != nil {
-		return "", err
-	}
-	meta := v.diff.MetaPath()
-	if _, err := mount.Mount(meta, data, dir, mount.Options{Loop: m.cfg.Loop}); err != nil {
-		return "", fmt.Errorf("diff %s: %w", v.id, errors.Join(err, m.unmark(v.id)))
-	}
-	v.setMounted(dir, meta, lazy)
-	return dir, nil
+	return m.mounts.mount(v)
 }
 
 // Remove unmounts a diff, stops its prefetch and frees its bytes. It is the
@@ -261,7 +223,7 @@ func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
 	}
 	// From here on it is not to be left half done: the next caller would find a
 	// layer without its mount, or the other way round.
-	if err = m.unmount(v, true); err == nil {
+	if err = m.mounts.unmount(v, true); err == nil {
 		err = m.cache.Remove(context.WithoutCancel(ctx), id)
 	}
 	if d, ok := m.cache.Get(id); ok && diff(d) == v.diff {
@@ -279,7 +241,7 @@ func (m *Manager) removeUnopened(ctx context.Context, id blockdev.Digest) error 
 	delete(m.left, id)
 	m.mu.Unlock()
 	if ok {
-		if err := errors.Join(mount.Detach(i.dir), m.unmark(id)); err != nil {
+		if err := errors.Join(mount.Detach(i.dir), m.mounts.unmark(id)); err != nil {
 			return fmt.Errorf("diff %s: %w", id, err)
 		}
 	}
@@ -302,47 +264,6 @@ func (m *Manager) allowWork(v *volume) {
 	for _, q := range []*queue{m.queue, m.proofs, m.scrubs} {
 		q.allow(v)
 	}
-}
-
-// unmount takes the volume's mount away, also one in use if detach is set. The
-// caller has the volume's turn.
-func (m *Manager) unmount(v *volume, detach bool) error {
-	dir, _, _ := v.mounted()
-	if dir == "" {
-		return nil
-	}
-	err := mount.Unmount(dir)
-	if errors.Is(err, mount.ErrBusy) && detach {
-		m.cfg.Log.Warn("a removed diff is still in use; its mount is detached, and programs that use it may get I/O errors", "diff", v.id, "dir", dir)
-		err = mount.Detach(dir)
-	}
-	if err != nil {
-		return fmt.Errorf("diff %s: %w", v.id, err)
-	}
-	v.setMounted("", "", false)
-	if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
-		m.cfg.Log.Warn("cannot remove a mount point", "dir", dir, "error", err)
-	}
-	return m.unmark(v.id)
-}
-
-// nameDigits is the length of a mount point's name.
-const nameDigits = 12
-
-// name gives a diff a mount point's name: the first digits of its DiffID that
-// are not another diff's name.
-func (m *Manager) name(id blockdev.Digest) (string, error) {
-	hex := id.Hex()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for i := 0; i+nameDigits <= len(hex); i += nameDigits {
-		name := hex[i : i+nameDigits]
-		if owner, taken := m.names[name]; !taken || owner == id {
-			m.names[name] = id
-			return name, nil
-		}
-	}
-	return "", fmt.Errorf("diff %s: other diffs use each name that its mount point could have", id)
 }
 
 // Implied returns the directories that a diff's index implies; see blockdev.Index.

@@ -27,7 +27,7 @@ func (v *volume) matches() bool {
 // match mounts a volume again, at the same place, if it is not mounted as it should
 // be. What is mounted over the old mount, and files that are open in it, go on with
 // it.
-func (m *Manager) match(ctx context.Context, v *volume) {
+func (m *mounter) match(ctx context.Context, v *volume) {
 	if v.matches() {
 		return
 	}
@@ -40,7 +40,7 @@ func (m *Manager) match(ctx context.Context, v *volume) {
 
 // matchNow is match for who has the volume's turn. An error leaves the mount as it
 // was, which can be read, too.
-func (m *Manager) matchNow(v *volume) {
+func (m *mounter) matchNow(v *volume) {
 	if v.matches() {
 		return
 	}
@@ -63,7 +63,7 @@ func (m *Manager) matchNow(v *volume) {
 		}
 	}
 	if err != nil {
-		m.cfg.Log.Warn("cannot change the mount of a layer; the layer stays mounted as it is, and the node tries again", "diff", v.id, "lazy", wasLazy, "error", err)
+		m.log.Warn("cannot change the mount of a layer; the layer stays mounted as it is, and the node tries again", "diff", v.id, "lazy", wasLazy, "error", err)
 		return
 	}
 	v.setMounted(dir, meta, lazy)
@@ -72,7 +72,7 @@ func (m *Manager) matchNow(v *volume) {
 	}
 	// A marker that stays has the next process do this again.
 	if err := m.unmark(v.id); err != nil {
-		m.cfg.Log.Warn("cannot remove the marker of a lazy mount; the next start changes the mount again", "error", err)
+		m.log.Warn("cannot remove the marker of a lazy mount; the next start changes the mount again", "error", err)
 	}
 }
 
@@ -89,17 +89,13 @@ func switchLoop(from, to string) error {
 	return err
 }
 
-func (m *Manager) fusePath(id blockdev.Digest) string {
-	return filepath.Join(m.root, fuseDir, id.Hex())
-}
-
 // matcher looks after all mounts: at once, for those that were adopted, and then for
 // those that could not be mounted again.
-func (m *Manager) matcher(ctx context.Context) {
+func (m *mounter) matcher(ctx context.Context, volumes func() []*volume) {
 	t := time.NewTicker(matchInterval)
 	defer t.Stop()
 	for {
-		for _, v := range m.volumes() {
+		for _, v := range volumes() {
 			m.match(ctx, v)
 		}
 		select {

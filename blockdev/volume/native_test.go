@@ -94,7 +94,7 @@ func TestNativeWhenComplete(t *testing.T) {
 			defer inside.Close()
 			n.checkPart(l, inside, 0, 100_000)
 			if loop {
-				n.checkDirect(l, map[string]string{n.fusePath(l.id): "1", n.diffFile(l, "meta"): "0"})
+				n.checkDirect(l, map[string]string{n.mounts.fusePath(l.id): "1", n.diffFile(l, "meta"): "0"})
 			}
 			if got := n.lazyUsers(l); got != 1 {
 				t.Errorf("%d containers on a lazy mount, want 1", got)
@@ -123,7 +123,7 @@ func TestNativeWhenComplete(t *testing.T) {
 			if got := n.lazyUsers(l); got != want {
 				t.Errorf("%d containers read through FUSE, want %d", got, want)
 			}
-			if n.marked(l.id) {
+			if n.mounts.marked(l.id) {
 				t.Error("still marked as lazy")
 			}
 			found, err := mount.List(filepath.Join(n.root, mountsDir))
@@ -172,12 +172,12 @@ func TestNativeAfterCrash(t *testing.T) {
 	n.mountDir(l)
 	for name, leave := range map[string]func() error{
 		"both are mounted": func() error {
-			_, err := mount.Mount(n.diffFile(l, "meta"), n.fusePath(l.id), dir, mount.Options{})
-			return errors.Join(err, n.mark(l.id))
+			_, err := mount.Mount(n.diffFile(l, "meta"), n.mounts.fusePath(l.id), dir, mount.Options{})
+			return errors.Join(err, n.mounts.mark(l.id))
 		},
-		"the marker is left": func() error { return n.mark(l.id) },
+		"the marker is left": func() error { return n.mounts.mark(l.id) },
 		"it has not begun": func() error {
-			return errors.Join(n.mark(l.id), mount.Replace(n.diffFile(l, "meta"), n.fusePath(l.id), dir, mount.Options{}))
+			return errors.Join(n.mounts.mark(l.id), mount.Replace(n.diffFile(l, "meta"), n.mounts.fusePath(l.id), dir, mount.Options{}))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -187,7 +187,7 @@ func TestNativeAfterCrash(t *testing.T) {
 			c := newContainer(t, dir)
 			defer c.end()
 			n.restart()
-			n.eventually("it is native", func() bool { return !n.stat(l).Lazy && !n.marked(l.id) })
+			n.eventually("it is native", func() bool { return !n.stat(l).Lazy && !n.mounts.marked(l.id) })
 			if found, err := mount.List(filepath.Join(n.root, mountsDir)); err != nil || len(found) != 1 || found[0].Dir != dir {
 				t.Errorf("mounts: %+v, %v", found, err)
 			}
@@ -237,10 +237,10 @@ func TestLostLoop(t *testing.T) {
 	}
 	n.mountDir(l)
 	// As if it had ended just before it switched the device.
-	if _, err := mount.Switch(n.diffFile(l, "data"), n.fusePath(l.id)); err != nil {
+	if _, err := mount.Switch(n.diffFile(l, "data"), n.mounts.fusePath(l.id)); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.mark(l.id); err != nil {
+	if err := n.mounts.mark(l.id); err != nil {
 		t.Fatal(err)
 	}
 	c := newContainer(t, dir)

@@ -45,10 +45,10 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 		cfg:      cfg,
 		root:     root,
 		late:     newLate(),
+		mounts:   newMounter(cfg, root),
 		startups: newTasks(),
 		chores:   newTasks(),
 		vols:     make(map[blockdev.Digest]*volume),
-		names:    make(map[string]blockdev.Digest),
 		left:     make(map[blockdev.Digest]leftMount),
 	}
 	cc := cfg.Cache
@@ -92,7 +92,7 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 			return nil, err
 		}
 	}
-	m.probe()
+	m.mounts.probe()
 	for _, v := range again {
 		// One that cannot be mounted now is reported, and tried again when it is
 		// asked for. The others are not to suffer.
@@ -113,19 +113,8 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 	if cfg.ScrubInterval > 0 {
 		m.scrubs.tasks.Go(func() { m.scrubber(m.scrubs.ctx) })
 	}
-	m.chores.run(func() { m.matcher(m.chores.ctx) })
+	m.chores.run(func() { m.mounts.matcher(m.chores.ctx, m.volumes) })
 	return m, nil
-}
-
-// probe finds out whether this kernel shows block images as they are.
-func (m *Manager) probe() {
-	err := mount.Probe(filepath.Join(m.root, probeDir), mount.Options{Loop: m.cfg.Loop})
-	if errors.Is(err, blockdev.ErrUnsupported) {
-		m.unsupported = err
-		m.cfg.Log.Error("this kernel cannot serve images lazily; containerd unpacks them", "error", err)
-	} else if err != nil {
-		m.cfg.Log.Warn("cannot test whether this kernel can serve images lazily; shoal assumes that it can", "error", err)
-	}
 }
 
 // makeRoot makes the directories, and returns Root as mountinfo will show it.

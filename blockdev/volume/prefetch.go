@@ -18,8 +18,8 @@ func (m *Manager) newPrefetchQueue() *queue {
 		final: func(error) bool { return false },
 		ended: func(v *volume, err error) {
 			if err == nil {
-				m.refresh(v)
-				m.match(m.queue.ctx, v)
+				m.mounts.refresh(v)
+				m.mounts.match(m.queue.ctx, v)
 				m.prove(v)
 				if v.diff.Completed() && !v.diff.Complete() {
 					m.refetch(v) // damage was found just before the attempt ended

@@ -1,13 +1,11 @@
 package volume
 
 import (
-	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
-	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/fusefs"
 	"github.com/shoalfs/shoal/blockdev/mount"
 )
@@ -53,9 +51,9 @@ func (m *Manager) takeOver(found []mount.Info, adopted bool) (again []*volume, e
 			continue
 		}
 		dir, _, _ := v.mounted()
-		lazy := m.marked(v.id)
-		if dir == "" && m.usable(v, i, lazy, adopted) {
-			m.setName(i.Dir, v.id)
+		lazy := m.mounts.marked(v.id)
+		if dir == "" && m.mounts.usable(v, i, lazy, adopted) {
+			m.mounts.setName(i.Dir, v.id)
 			v.setMounted(i.Dir, i.Source, lazy)
 			continue
 		}
@@ -67,7 +65,7 @@ func (m *Manager) takeOver(found []mount.Info, adopted bool) (again []*volume, e
 		}
 		if dir == "" && !slices.Contains(again, v) {
 			// Where it was is where containerd may have been told that it is.
-			m.setName(i.Dir, v.id)
+			m.mounts.setName(i.Dir, v.id)
 			again = append(again, v)
 		}
 	}
@@ -76,20 +74,6 @@ func (m *Manager) takeOver(found []mount.Info, adopted bool) (again []*volume, e
 			"mounts", lost)
 	}
 	return again, nil
-}
-
-// usable reports whether a mount that an earlier process left can stay.
-func (m *Manager) usable(v *volume, i mount.Info, lazy, adopted bool) bool {
-	if !lazy {
-		// If it was complete and is not, that mount is as good as any to those who have
-		// it, and gets its bytes back beneath.
-		return v.diff.Completed()
-	}
-	if adopted {
-		return true
-	}
-	// Loop devices can do without the connection that is lost, if all is here.
-	return i.Kind == mount.Loop && v.diff.Complete() && switchLoop(m.fusePath(v.id), v.diff.DataPath()) == nil
 }
 
 // leave keeps a mount for when its diff, which cannot be opened now, can be.
@@ -101,24 +85,17 @@ func (m *Manager) leave(i mount.Info, adopted bool) bool {
 		if filepath.Join(m.root, "diffs", id.Hex()) != filepath.Dir(i.Source) {
 			continue
 		}
-		lazy := m.marked(id)
+		lazy := m.mounts.marked(id)
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		if m.vols[id] != nil || lazy && !adopted {
 			return false
 		}
-		m.names[filepath.Base(i.Dir)] = id
+		m.mounts.setName(i.Dir, id)
 		m.left[id] = leftMount{i.Dir, i.Source, lazy}
 		return true
 	}
 	return false
-}
-
-// setName notes that the mount point dir is a diff's.
-func (m *Manager) setName(dir string, id blockdev.Digest) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.names[filepath.Base(dir)] = id
 }
 
 // source returns the volume that a mount shows, or nil if it is no mount of a
@@ -165,30 +142,4 @@ func (m *Manager) sweep() error {
 		}
 	}
 	return nil
-}
-
-func (m *Manager) markPath(id blockdev.Digest) string {
-	return filepath.Join(m.root, lazyDir, id.Hex())
-}
-
-// mark notes that a diff may be mounted lazily. It need not survive a power
-// loss, since mounts do not either.
-func (m *Manager) mark(id blockdev.Digest) error {
-	f, err := os.OpenFile(m.markPath(id), os.O_CREATE|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	return f.Close()
-}
-
-func (m *Manager) unmark(id blockdev.Digest) error {
-	if err := os.Remove(m.markPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	return nil
-}
-
-func (m *Manager) marked(id blockdev.Digest) bool {
-	_, err := os.Lstat(m.markPath(id))
-	return err == nil
 }

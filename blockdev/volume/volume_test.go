@@ -368,7 +368,7 @@ func TestBadIndex(t *testing.T) {
 
 // TestNames: diffs whose names begin alike get different mount points.
 func TestNames(t *testing.T) {
-	m := &Manager{names: make(map[string]blockdev.Digest)}
+	m := newMounter(Config{}, "")
 	seen := map[string]bool{}
 	for i := range 5 {
 		var id blockdev.Digest
