@@ -20,9 +20,7 @@ func (m *Manager) Close() error {
 	}
 	m.mu.Unlock()
 	m.startups.close()
-	m.queue.close(vols)
-	m.proofs.close(vols)
-	m.scrubs.close(vols)
+	m.queues.close(vols)
 	m.chores.close()
 	// While reads are still answered: it can take a while.
 	m.cache.Sync(context.Background())

@@ -20,7 +20,7 @@ func (m *Manager) damaged(id blockdev.Digest) {
 		return // it is being removed, or this process ends: the next one sees it
 	}
 	if v.diff.Completed() {
-		m.refetch(v)
+		m.queues.refetch(v)
 		return
 	}
 	// Never complete, so mounted lazily: once the kernel has forgotten what it read, it
@@ -29,12 +29,6 @@ func (m *Manager) damaged(id blockdev.Digest) {
 	if v.setStale() {
 		m.chores.run(func() { m.mounts.refresh(v) })
 	}
-}
-
-// refetch brings back what was found damaged.
-func (m *Manager) refetch(v *volume) {
-	v.setStale()
-	_, _ = m.queue.add(v, false) // refused: it is being removed, or closed
 }
 
 // refresh has the kernel forget what it has cached of mounts whose bytes were put

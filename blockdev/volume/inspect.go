@@ -112,7 +112,7 @@ func (m *Manager) Verify(ctx context.Context, repair bool, progress func(id bloc
 			return nil, 0, err
 		}
 		if len(in.Findings) > 0 {
-			m.refetchAndWait(ctx, v, in, repair)
+			m.queues.refetchAndWait(ctx, v, in, repair)
 		}
 		sum.Diffs += in.Diffs
 		sum.Complete += in.Complete
@@ -137,20 +137,4 @@ func (m *Manager) owns(i mount.Info) bool {
 	}
 	now, err := mount.List(i.Dir)
 	return err != nil || len(now) == 0 || now[len(now)-1].Source != i.Source
-}
-
-// refetchAndWait brings back what Verify has dropped, which is done in any case;
-// with repair it is waited for.
-func (m *Manager) refetchAndWait(ctx context.Context, v *volume, in *cache.Inspection, repair bool) {
-	if in.DamagedChunks == 0 {
-		return
-	}
-	m.refetch(v)
-	if !repair {
-		return
-	}
-	if err := m.queue.await(ctx, v, func() {}); err != nil {
-		f := &in.Findings[0] // Verify looks at the chunks first
-		f.Problem += fmt.Sprintf("; the chunks cannot be fetched now: %v", err)
-	}
 }

@@ -48,9 +48,7 @@ type Manager struct {
 	cache    *cache.Cache
 	conn     *connection
 	mounts   *mounter
-	queue    *queue // prefetches
-	proofs   *queue
-	scrubs   *queue
+	queues   *queues
 	startups *tasks
 	chores   *tasks // what else runs in the background
 
@@ -218,7 +216,7 @@ func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
 	if _, _, gone := v.mounted(); gone {
 		return nil
 	}
-	if err := m.stopWork(ctx, v); err != nil {
+	if err := m.queues.stop(ctx, v); err != nil {
 		return err
 	}
 	// From here on it is not to be left half done: the next caller would find a
@@ -227,7 +225,7 @@ func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
 		err = m.cache.Remove(context.WithoutCancel(ctx), id)
 	}
 	if d, ok := m.cache.Get(id); ok && diff(d) == v.diff {
-		m.allowWork(v)
+		m.queues.allow(v)
 		return err
 	}
 	m.forget(v) // also if files could not be deleted: they go at the next start
@@ -246,24 +244,6 @@ func (m *Manager) removeUnopened(ctx context.Context, id blockdev.Digest) error 
 		}
 	}
 	return m.cache.Remove(ctx, id)
-}
-
-// stopWork keeps all queues off a volume, or none.
-func (m *Manager) stopWork(ctx context.Context, v *volume) error {
-	for _, q := range []*queue{m.queue, m.proofs, m.scrubs} {
-		if err := q.drop(ctx, v); err != nil {
-			m.allowWork(v)
-			return err
-		}
-	}
-	return nil
-}
-
-// allowWork undoes stopWork.
-func (m *Manager) allowWork(v *volume) {
-	for _, q := range []*queue{m.queue, m.proofs, m.scrubs} {
-		q.allow(v)
-	}
 }
 
 // Implied returns the directories that a diff's index implies; see blockdev.Index.

@@ -61,7 +61,7 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 		return nil, err
 	}
 	m.cache = c
-	m.queue, m.proofs, m.scrubs = m.newPrefetchQueue(), m.newProofQueue(), m.newScrubQueue()
+	m.queues = newQueues(cfg, m.mounts)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())
@@ -102,16 +102,16 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 	}
 	for _, v := range m.volumes() {
 		if v.diff.Complete() {
-			m.prove(v)
+			m.queues.prove(v)
 		} else if v.diff.Completed() {
-			m.refetch(v) // the last process has found damage, and did not get to it
+			m.queues.refetch(v) // the last process has found damage, and did not get to it
 		}
 	}
 	if err := m.sweep(); err != nil {
 		return nil, err
 	}
 	if cfg.ScrubInterval > 0 {
-		m.scrubs.tasks.Go(func() { m.scrubber(m.scrubs.ctx) })
+		m.queues.scrubs.tasks.Go(func() { m.queues.scrubber(cfg.ScrubInterval, m.volumes) })
 	}
 	m.chores.run(func() { m.mounts.matcher(m.chores.ctx, m.volumes) })
 	return m, nil

@@ -8,29 +8,6 @@ import (
 	"github.com/shoalfs/shoal/blockdev/cache"
 )
 
-// newPrefetchQueue makes the queue that fetches diffs.
-func (m *Manager) newPrefetchQueue() *queue {
-	return newQueue(m.cfg.Log, m.cfg.PrefetchDiffs, task{
-		name:  "prefetch",
-		note:  func(v *volume) *fetchState { return &v.fetch },
-		do:    func(ctx context.Context, v *volume, _ bool) error { return v.diff.Prefetch(ctx) },
-		hold:  func() bool { return false },
-		final: func(error) bool { return false },
-		ended: func(v *volume, err error) {
-			if err == nil {
-				m.mounts.refresh(v)
-				m.mounts.match(m.queue.ctx, v)
-				m.prove(v)
-				if v.diff.Completed() && !v.diff.Complete() {
-					m.refetch(v) // damage was found just before the attempt ended
-				}
-			}
-			m.proofs.kick() // they wait until nothing is being fetched
-			m.scrubs.kick()
-		},
-	})
-}
-
 // ContainerStarts says that a container on these diffs is about to start: prefetch
 // waits for it, and its first reads are recorded (Upstream.Profiles).
 func (m *Manager) ContainerStarts(ids ...blockdev.Digest) {
@@ -55,7 +32,7 @@ func (m *Manager) known(ids []blockdev.Digest) (vols []*volume) {
 func (m *Manager) Prefetch(ids ...blockdev.Digest) {
 	for _, v := range m.known(ids) {
 		if !v.diff.Complete() {
-			_, _ = m.queue.add(v, false) // refused: it is being removed, or closed
+			_, _ = m.queues.prefetches.add(v, false) // refused: it is being removed, or closed
 		}
 	}
 }
@@ -69,7 +46,7 @@ func (m *Manager) StopPrefetch(ids ...blockdev.Digest) {
 		stale := v.stale
 		v.mu.Unlock()
 		if !stale {
-			m.queue.pause(v)
+			m.queues.prefetches.pause(v)
 		}
 	}
 }
@@ -100,7 +77,7 @@ func (m *Manager) PrefetchWait(ctx context.Context, id blockdev.Digest, progress
 	}
 	for {
 		if !v.diff.Complete() {
-			if err := m.queue.await(ctx, v, report); err != nil {
+			if err := m.queues.prefetches.await(ctx, v, report); err != nil {
 				return err
 			}
 		}
@@ -109,7 +86,7 @@ func (m *Manager) PrefetchWait(ctx context.Context, id blockdev.Digest, progress
 			return nil
 		}
 		// Damage that the proof finds is fetched again.
-		err := m.proofs.await(ctx, v, report)
+		err := m.queues.proofs.await(ctx, v, report)
 		if err != nil && !errors.Is(err, cache.ErrIncomplete) && !errors.Is(err, cache.ErrDamaged) {
 			return err
 		}

@@ -26,7 +26,7 @@ func (n *node) waitProof(l *layer, want cache.ProofState) {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	a, err := n.proofs.add(v, false)
+	a, err := n.queues.proofs.add(v, false)
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -216,7 +216,7 @@ func TestScrub(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, err := n.scrubs.add(v, false)
+	a, err := n.queues.scrubs.add(v, false)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -56,9 +56,9 @@ func (d *fakeDiff) Prefetch(ctx context.Context) error { return d.prefetch(ctx) 
 
 // testQueues are queues without anything else of a Manager.
 func testQueues(most int) (prefetches, proofs *queue) {
-	m := &Manager{cfg: Config{Log: slog.New(slog.DiscardHandler), PrefetchDiffs: most}}
-	m.queue, m.proofs, m.scrubs = m.newPrefetchQueue(), m.newProofQueue(), m.newScrubQueue()
-	return m.queue, m.proofs
+	cfg := Config{Log: slog.New(slog.DiscardHandler), PrefetchDiffs: most}
+	q := newQueues(cfg, newMounter(cfg, ""))
+	return q.prefetches, q.proofs
 }
 
 func (d *fakeDiff) FetchStartup(_ context.Context, chunks []uint32) error { return d.startup(chunks) }
@@ -237,7 +237,6 @@ func TestPause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &script{fail: map[string]int{"failing": 1}}
 		q, proofs := testQueues(1)
-		m := &Manager{queue: q, proofs: proofs}
 		vols := map[string]*volume{}
 		add := func(name string) *attempt {
 			if vols[name] == nil {
@@ -288,6 +287,5 @@ func TestPause(t *testing.T) {
 		}
 		q.close(nil)
 		proofs.close(nil)
-		m.queue = nil
 	})
 }

@@ -56,7 +56,7 @@ func (m *Manager) FullUse(id blockdev.Digest) (bytes, inodes int64, err error) {
 
 func (m *Manager) stat(v *volume) Stat {
 	d := v.diff.Stat()
-	s := Stat{ID: v.id, Local: d.BytesPresent, Total: d.Bytes, Complete: d.Complete, Prefetch: m.queue.state(v), Proof: d.Proof}
+	s := Stat{ID: v.id, Local: d.BytesPresent, Total: d.Bytes, Complete: d.Complete, Prefetch: m.queues.prefetches.state(v), Proof: d.Proof}
 	s.Dir, s.Lazy, _ = v.mounted()
 	return s
 }
@@ -89,7 +89,7 @@ type Uses struct {
 // Uses returns how much of each is in use now.
 func (m *Manager) Uses() (u Uses) {
 	u.Reads, u.Readers = m.conn.server.Uses()
-	u.Prefetches, u.Proofs, u.Scrubs = m.queue.use(), m.proofs.use(), m.scrubs.use()
+	u.Prefetches, u.Proofs, u.Scrubs = m.queues.prefetches.use(), m.queues.proofs.use(), m.queues.scrubs.use()
 	u.DemandBytes, u.HeldBytes = m.cache.Uses()
 	return u
 }

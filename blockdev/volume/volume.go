@@ -51,9 +51,9 @@ type volume struct {
 	// started: a container has begun to read since it was mounted.
 	started bool
 
-	fetch fetchState // guarded by the lock of Manager.queue
-	proof fetchState // guarded by the lock of Manager.proofs
-	scrub fetchState // guarded by the lock of Manager.scrubs
+	fetch fetchState // guarded by the lock of queues.prefetches
+	proof fetchState // guarded by the lock of queues.proofs
+	scrub fetchState // guarded by the lock of queues.scrubs
 }
 
 // take waits for the volume's turn. The caller gives it back with give.
