@@ -49,7 +49,7 @@ type Manager struct {
 	conn     *connection
 	mounts   *mounter
 	queues   *queues
-	startups *tasks
+	startups *startups
 	chores   *tasks // what else runs in the background
 
 	mu   sync.RWMutex // guards the maps; never held across I/O

@@ -42,15 +42,15 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 		return nil, fmt.Errorf("volumes at %s: %w", cfg.Root, err)
 	}
 	m := &Manager{
-		cfg:      cfg,
-		root:     root,
-		late:     newLate(),
-		mounts:   newMounter(cfg, root),
-		startups: newTasks(),
-		chores:   newTasks(),
-		vols:     make(map[blockdev.Digest]*volume),
-		left:     make(map[blockdev.Digest]leftMount),
+		cfg:    cfg,
+		root:   root,
+		late:   newLate(),
+		mounts: newMounter(cfg, root),
+		chores: newTasks(),
+		vols:   make(map[blockdev.Digest]*volume),
+		left:   make(map[blockdev.Digest]leftMount),
 	}
+	m.startups = newStartups(cfg.Log, m.late)
 	cc := cfg.Cache
 	cc.Root, cc.Log = root, cfg.Log
 	cc.Source, cc.Inflight, cc.MakeRoom = m.late, m.late.inflight, m.late.makeRoom

@@ -12,7 +12,7 @@ import (
 // waits for it, and its first reads are recorded (Upstream.Profiles).
 func (m *Manager) ContainerStarts(ids ...blockdev.Digest) {
 	m.cache.ExpectDemand()
-	m.record(m.known(ids))
+	m.startups.record(m.known(ids))
 }
 
 // known returns the volumes of those diffs that are there.

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"log/slog"
 	"slices"
 	"sync"
 	"time"
@@ -71,19 +72,34 @@ func (s *tasks) close() {
 // trusted: diffs and chunks that are not there are passed over, and the number
 // of chunks is bounded. What cannot be fetched is left to reads and prefetch.
 func (m *Manager) FetchStartup(profiles []blockdev.DiffProfile) {
-	line := m.startupLine(profiles)
+	m.startups.fetch(startupLine(profiles, m.volume))
+}
+
+// startups are the fetches and the recordings of what containers read at their start.
+type startups struct {
+	*tasks
+	log  *slog.Logger
+	late *late // takes what was recorded
+}
+
+func newStartups(log *slog.Logger, late *late) *startups {
+	return &startups{newTasks(), log, late}
+}
+
+// fetch begins to make these requests, in this order.
+func (s *startups) fetch(line []startupRequest) {
 	if len(line) == 0 {
 		return
 	}
-	m.startups.run(func() {
+	s.run(func() {
 		var workers sync.WaitGroup
 		work := make(chan startupRequest)
 		for range startupRequests {
 			workers.Go(func() {
 				for r := range work {
-					err := r.v.diff.FetchStartup(m.startups.ctx, r.chunks)
-					if err != nil && m.startups.ctx.Err() == nil && !errors.Is(err, cache.ErrRemoved) {
-						m.cfg.Log.Info("cannot fetch startup chunks; they are fetched when a container reads them", "error", err)
+					err := r.v.diff.FetchStartup(s.ctx, r.chunks)
+					if err != nil && s.ctx.Err() == nil && !errors.Is(err, cache.ErrRemoved) {
+						s.log.Info("cannot fetch startup chunks; they are fetched when a container reads them", "error", err)
 					}
 				}
 			})
@@ -93,7 +109,7 @@ func (m *Manager) FetchStartup(profiles []blockdev.DiffProfile) {
 		for _, r := range line {
 			select {
 			case work <- r:
-			case <-m.startups.ctx.Done():
+			case <-s.ctx.Done():
 				return
 			}
 		}
@@ -108,14 +124,14 @@ type startupRequest struct {
 
 // startupLine makes requests of profiles: windows of the image's chunks by rank,
 // each sorted by diff.
-func (m *Manager) startupLine(profiles []blockdev.DiffProfile) []startupRequest {
+func startupLine(profiles []blockdev.DiffProfile, find func(blockdev.Digest) (*volume, error)) []startupRequest {
 	type row struct {
 		v *volume
 		blockdev.Touch
 	}
 	var rows []row
 	for _, p := range profiles {
-		v, err := m.volume(p.Diff)
+		v, err := find(p.Diff)
 		if err != nil || v.diff.Complete() {
 			continue
 		}
@@ -144,8 +160,8 @@ func (m *Manager) startupLine(profiles []blockdev.DiffProfile) []startupRequest 
 // record notes what the container that is about to start reads of those diffs
 // that nothing has read since they were mounted, and reports it: a diff whose
 // pages EROFS has already would only show what others have not read before.
-func (m *Manager) record(vols []*volume) {
-	if up := m.late.now(); up.Source != nil && up.Profiles == nil {
+func (s *startups) record(vols []*volume) {
+	if up := s.late.now(); up.Source != nil && up.Profiles == nil {
 		return
 	}
 	var diffs []*cache.Diff
@@ -160,7 +176,7 @@ func (m *Manager) record(vols []*volume) {
 	}
 	// From here on, not from whenever the task is let run: the first reads count.
 	r := cache.Record(diffs...)
-	m.startups.run(func() {
+	s.run(func() {
 		began := time.Now()
 		tick := time.NewTicker(recordUntilQuiet / 5)
 		defer tick.Stop()
@@ -169,7 +185,7 @@ func (m *Manager) record(vols []*volume) {
 			case now := <-tick.C:
 				last := r.Last()
 				done = now.Sub(began) >= recordAtMost || (!last.IsZero() && now.Sub(last) >= recordUntilQuiet)
-			case <-m.startups.ctx.Done():
+			case <-s.ctx.Done():
 				done = true
 			}
 		}
@@ -181,10 +197,10 @@ func (m *Manager) record(vols []*volume) {
 			return
 		}
 		// Also when the node stops: what was learned is for others.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(m.startups.ctx), reportTimeout)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), reportTimeout)
 		defer cancel()
-		if err := m.late.report(ctx, profiles); err != nil {
-			m.cfg.Log.Info("cannot report which chunks a container read at its start; the startup profile does not learn from this start", "error", err)
+		if err := s.late.report(ctx, profiles); err != nil {
+			s.log.Info("cannot report which chunks a container read at its start; the startup profile does not learn from this start", "error", err)
 		}
 	})
 }

@@ -123,7 +123,7 @@ func TestStartupLine(t *testing.T) {
 	}
 	var got []string
 	var chunks [][]uint32
-	for _, r := range m.startupLine([]blockdev.DiffProfile{{Diff: id("c"), Profile: a}, {Diff: id("a"), Profile: a}, {Diff: id("b"), Profile: b}}) {
+	for _, r := range startupLine([]blockdev.DiffProfile{{Diff: id("c"), Profile: a}, {Diff: id("a"), Profile: a}, {Diff: id("b"), Profile: b}}, m.volume) {
 		got = append(got, names[r.v])
 		chunks = append(chunks, r.chunks)
 	}
@@ -138,7 +138,7 @@ func TestStartupLine(t *testing.T) {
 		many = append(many, blockdev.Touch{Chunk: i, Rank: i})
 	}
 	n := 0
-	for _, r := range m.startupLine([]blockdev.DiffProfile{{Diff: id("a"), Profile: many}, {Diff: id("b"), Profile: many}, {Diff: id("a"), Profile: many}}) {
+	for _, r := range startupLine([]blockdev.DiffProfile{{Diff: id("a"), Profile: many}, {Diff: id("b"), Profile: many}, {Diff: id("a"), Profile: many}}, m.volume) {
 		n += len(r.chunks)
 	}
 	if n != maxStartup {
@@ -149,7 +149,7 @@ func TestStartupLine(t *testing.T) {
 // TestStartupEndsWithTheManager: fetches that are under way do not keep it from
 // closing, and what fails is left to reads.
 func TestStartupEndsWithTheManager(t *testing.T) {
-	s := newTasks()
+	s := newStartups(slog.New(slog.DiscardHandler), newLate())
 	m := &Manager{cache: new(cache.Cache), cfg: Config{Log: slog.New(slog.DiscardHandler)}, vols: map[blockdev.Digest]*volume{}, startups: s}
 	began := make(chan struct{}, 1)
 	d := &fakeDiff{name: "a"}

@@ -33,7 +33,7 @@ func TestLateSource(t *testing.T) {
 // and none once it is about to go away.
 func TestAttachDetach(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		m := &Manager{late: newLate(), startups: newTasks()}
+		m := &Manager{late: newLate(), startups: newStartups(nil, nil)}
 		down := errors.New("down")
 		fetch := func() (end context.CancelCauseFunc, ended chan error) {
 			ctx, end := context.WithCancelCause(t.Context())

@@ -16,7 +16,7 @@ import (
 )
 
 const (
-	maxMethods = 81
+	maxMethods = 45
 	maxFields  = 31
 )
 
