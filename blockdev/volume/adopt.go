@@ -42,8 +42,8 @@ const (
 	keptInit = "fuse-init"
 )
 
-// keptConnection is a FUSE connection, which another process has mounted or this one just
-// now.
+// keptConnection is what serve begins with: a FUSE connection that an earlier process has
+// mounted, or this one just now.
 type keptConnection struct {
 	fd      *os.File
 	init    []byte   // fusefs.Options.Init

@@ -9,6 +9,13 @@
 //     in it.
 //   - lazy: mounted through FUSE, as long as bytes are missing.
 //
+// # Parts
+//
+// A Manager knows which volumes there are, and what is to be done with each. Its parts do
+// it: connection (the FUSE mount and what answers it), mounter (mounts, mount points,
+// markers), queues (prefetches, proofs, scrubs) and startups (what containers read at
+// their start).
+//
 // # Lazy until complete, native from then on
 //
 // When a diff is complete, a native mount takes the place of the lazy one, in one step

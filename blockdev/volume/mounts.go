@@ -13,8 +13,8 @@ import (
 )
 
 // mounter makes, changes and takes away the mounts of volumes: each at a mount point of
-// its own name, and with a marker for as long as it is, or may be, lazy. It takes its lock
-// with the Manager's held, never the other way round.
+// its own name, and with a marker for as long as it is, or may be, lazy. Its lock may be
+// taken while the Manager's is held, never the other way round.
 type mounter struct {
 	root string
 	log  *slog.Logger
@@ -42,7 +42,8 @@ func (m *mounter) probe() {
 	}
 }
 
-// mount does it. The caller has the volume's turn.
+// mount mounts a volume that is not mounted, and returns where. The caller has the
+// volume's turn.
 func (m *mounter) mount(v *volume) (string, error) {
 	if m.unsupported != nil {
 		return "", fmt.Errorf("diff %s: %w", v.id, m.unsupported)
