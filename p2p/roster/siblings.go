@@ -11,7 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/libp2p/go-libp2p/core/host"
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/multiformats/go-multistream"
@@ -40,7 +40,7 @@ type siblings struct {
 	cutOff  func(peer.ID) // ends the membership of a node that is revoked now
 	log     *slog.Logger
 
-	host   host.Host // set by start
+	host   libp2phost.Host // set by start
 	ctx    context.Context
 	cancel context.CancelFunc
 	mu     sync.Mutex // for closed, and that wg grows no more after it is set
@@ -55,7 +55,7 @@ func newSiblings(revoked *revoked, cutOff func(peer.ID), log *slog.Logger) *sibl
 	return s
 }
 
-func (s *siblings) start(h host.Host) {
+func (s *siblings) start(h libp2phost.Host) {
 	s.host = h
 	h.SetStreamHandler(revokedProtocol, s.serve)
 	s.wg.Go(s.tellAll)
