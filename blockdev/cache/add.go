@@ -175,7 +175,7 @@ func (c *Cache) Remove(ctx context.Context, id blockdev.Digest) error {
 	}
 	if d == nil {
 		defer release()
-		return c.removeUnopened(id)
+		return c.deleteUnopened(id)
 	}
 	trash, err := c.discard(d.dir)
 	if err != nil {
@@ -207,9 +207,23 @@ func (c *Cache) Remove(ctx context.Context, id blockdev.Digest) error {
 	return nil
 }
 
-// removeUnopened removes what is there of a diff that could not be opened. The
+// RemoveUnopened is Remove for a diff that is not open. A diff that has been added or
+// opened by now stays, and opened is true.
+func (c *Cache) RemoveUnopened(ctx context.Context, id blockdev.Digest) (opened bool, err error) {
+	d, release, err := c.reserve(ctx, id)
+	if err != nil {
+		return false, fmt.Errorf("remove diff %v: %w", id, err)
+	}
+	defer release()
+	if d != nil {
+		return true, nil
+	}
+	return false, c.deleteUnopened(id)
+}
+
+// deleteUnopened deletes what is there of a diff that could not be opened. The
 // caller has reserved it.
-func (c *Cache) removeUnopened(id blockdev.Digest) error {
+func (c *Cache) deleteUnopened(id blockdev.Digest) error {
 	c.mu.Lock()
 	_, ok := c.found[id]
 	c.mu.Unlock()

@@ -204,9 +204,14 @@ func (m *Manager) Mount(ctx context.Context, id blockdev.Digest) (dir string, er
 // stopped, the diff stays; later than that, it goes.
 func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
 	v, err := m.volume(id)
-	if errors.Is(err, blockdev.ErrNotFound) {
-		return m.removeUnopened(ctx, id)
-	} else if err != nil {
+	for errors.Is(err, blockdev.ErrNotFound) {
+		opened, rerr := m.removeUnopened(ctx, id)
+		if rerr != nil || !opened {
+			return rerr
+		}
+		v, err = m.volume(id) // added or opened in between, and perhaps mounted
+	}
+	if err != nil {
 		return err
 	}
 	if err := v.take(ctx); err != nil {
@@ -232,18 +237,19 @@ func (m *Manager) Remove(ctx context.Context, id blockdev.Digest) error {
 	return err
 }
 
-// removeUnopened removes a diff that could not be opened, if there is one.
-func (m *Manager) removeUnopened(ctx context.Context, id blockdev.Digest) error {
+// removeUnopened removes a diff that could not be opened, if there is one. It returns
+// true, and removes nothing, if the diff is open by now.
+func (m *Manager) removeUnopened(ctx context.Context, id blockdev.Digest) (opened bool, err error) {
 	m.mu.Lock()
 	i, ok := m.left[id]
 	delete(m.left, id)
 	m.mu.Unlock()
 	if ok {
 		if err := errors.Join(mount.Detach(i.dir), m.mounts.unmark(id)); err != nil {
-			return fmt.Errorf("diff %s: %w", id, err)
+			return false, fmt.Errorf("diff %s: %w", id, err)
 		}
 	}
-	return m.cache.Remove(ctx, id)
+	return m.cache.RemoveUnopened(ctx, id)
 }
 
 // Implied returns the directories that a diff's index implies; see blockdev.Index.
