@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -71,8 +72,11 @@ func CheckRoot(ctx context.Context, r *control.CheckReport, root string, repair 
 	}
 	addHealth(r, h)
 	embedded := filepath.Join(root, embeddedDir)
-	if _, err := os.Stat(filepath.Join(embedded, "store")); err != nil {
-		return nil //nolint:nilerr // this node embeds none
+	switch _, err := os.Stat(filepath.Join(embedded, "store")); {
+	case errors.Is(err, os.ErrNotExist):
+		return nil // this node embeds none
+	case err != nil:
+		return err
 	}
 	return super.CheckRoot(ctx, r, embedded, repair, progress, log)
 }
