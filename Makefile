@@ -29,6 +29,7 @@ test: setup build ## everything: unit, conformance, race detector, real containe
 	$(GO) test -race -timeout 20m ./...
 	cd integration && SHOAL_BIN=$(BIN) $(GO) test -count=1 -timeout 30m ./...
 	cd bench && $(GO) test -count=1 ./...
+	cd deploy/release && $(GO) test -count=1 ./...
 
 .PHONY: test-unit
 test-unit: ## the tests of the product module alone, without the race detector
@@ -50,6 +51,7 @@ lint: $(BIN)/golangci-lint $(BIN)/deadcode ## golangci-lint with the rules of .g
 	$(BIN)/golangci-lint run ./...
 	cd integration && $(BIN)/golangci-lint run --config ../.golangci.yml ./...
 	cd bench && $(BIN)/golangci-lint run --config ../.golangci.yml ./...
+	cd deploy/release && $(BIN)/golangci-lint run --config ../../.golangci.yml ./...
 	@# What lives in a ...test package is there for tests.
 	dead="$$($(BIN)/deadcode ./... | grep -vE '^[^:]*test/')"; [ -z "$$dead" ] || { echo "$$dead" >&2; exit 1; }
 
@@ -93,6 +95,12 @@ images: setup ## build the ten real images that tests and benchmarks use
 	bench/images/build.sh public
 
 ##
+.PHONY: image
+PLATFORMS ?= linux/amd64,linux/arm64
+image: ## the container image, an OCI layout -> dist/shoal-image.tar (PLATFORMS=linux/amd64 for one alone)
+	cd deploy/release && $(GO) run . image --version '$(VERSION)' --platforms '$(PLATFORMS)'
+
+##
 .PHONY: setup
 setup: ## install what tests, demo and benchmarks need (as root; Debian packages, two versions of containerd, runc)
 	integration/setup.sh $(BIN)
@@ -108,4 +116,4 @@ generate: ## generated code: protobuf messages
 
 .PHONY: clean
 clean: ## remove what was built (not the cache of images and tools)
-	rm -rf $(BIN) bench/out
+	rm -rf $(BIN) dist bench/out
