@@ -32,10 +32,16 @@ func TestContainerImage(t *testing.T) {
 		t.Error("the pushed image is not lazy")
 	}
 	for snapshotter, ref := range map[string]string{"overlayfs": imported, "shoal": pushed} {
-		// ctr adds these arguments to the image's entry point.
-		out := must(s.Ctr(ctx, "run", "--rm", "--snapshotter", snapshotter, ref, filepath.Base(s.Dir)+"-"+snapshotter, "version"))(t)
-		if !strings.HasPrefix(out, "shoal v1.2.3 ") {
+		run := func(args ...string) string {
+			id := filepath.Base(s.Dir) + "-" + snapshotter
+			return must(s.Ctr(ctx, append([]string{"run", "--rm", "--snapshotter", snapshotter, ref, id}, args...)...))(t)
+		}
+		// Without arguments, the entry point shows its help.
+		if out := run(); !strings.Contains(out, "Usage:\n  shoal") {
 			t.Errorf("%s: the container prints %q", snapshotter, out)
+		}
+		if out := run("/usr/local/bin/shoal", "version"); !strings.HasPrefix(out, "shoal v1.2.3 ") {
+			t.Errorf("%s: shoal version prints %q", snapshotter, out)
 		}
 	}
 	for _, d := range must(lab.Differences(s.mountImage(t, "overlayfs", imported), s.mountImage(t, "shoal", pushed), nil))(t) {

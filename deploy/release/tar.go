@@ -62,7 +62,7 @@ func writeEntry(tw *tar.Writer, at time.Time, e entry) error {
 
 // writeTarGz is writeTar, compressed.
 func writeTarGz(w io.Writer, at time.Time, entries []entry) error {
-	gz, err := gzip.NewWriterLevel(w, gzip.BestCompression)
+	gz, err := gzip.NewWriterLevel(w, gzip.DefaultCompression)
 	if err != nil {
 		return err
 	}
