@@ -17,10 +17,10 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
-	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/node"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/super"
 	"github.com/shoalfs/shoal/internal/boltcheck"
+	"github.com/shoalfs/shoal/internal/control"
 )
 
 // Exit statuses of shoal check, besides 0 (clean) and 1 (it could not be checked).

@@ -11,7 +11,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
+	"github.com/shoalfs/shoal/internal/control"
 )
 
 // fakeDaemon answers with what it holds.

@@ -10,8 +10,8 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/blockdev/volume"
-	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/super"
+	"github.com/shoalfs/shoal/internal/control"
 	"github.com/shoalfs/shoal/snapshotter"
 )
 

@@ -15,7 +15,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/chain"
 	"github.com/shoalfs/shoal/blockdev/pace"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
-	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
+	"github.com/shoalfs/shoal/internal/control"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/members"

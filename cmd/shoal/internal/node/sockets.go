@@ -8,9 +8,9 @@ import (
 	"net"
 	"os"
 
-	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
+	"github.com/shoalfs/shoal/internal/control"
 )
 
 // Names of a node's sockets in the descriptor store.

@@ -15,7 +15,7 @@ import (
 	"syscall"
 
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
-	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
+	"github.com/shoalfs/shoal/internal/control"
 )
 
 // ErrRestart is returned by what On was given if this value needs a restart.

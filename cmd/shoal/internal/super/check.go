@@ -5,7 +5,7 @@ import (
 	"log/slog"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
+	"github.com/shoalfs/shoal/internal/control"
 	"github.com/shoalfs/shoal/supernode"
 	"github.com/shoalfs/shoal/supernode/store"
 )

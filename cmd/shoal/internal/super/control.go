@@ -5,8 +5,8 @@ import (
 	"errors"
 
 	"github.com/shoalfs/shoal/blockdev"
-	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
+	"github.com/shoalfs/shoal/internal/control"
 	"github.com/shoalfs/shoal/internal/image"
 )
 

@@ -17,9 +17,9 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev/pace"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
-	"github.com/shoalfs/shoal/cmd/shoal/internal/control"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/reload"
+	"github.com/shoalfs/shoal/internal/control"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/credentials"
 	"github.com/shoalfs/shoal/p2p/exchange"
