@@ -1,7 +1,9 @@
 package snapshotter
 
 import (
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -12,7 +14,18 @@ import (
 // TestRefusals: why an image is not lazy is remembered until it is, and counted by
 // its cause.
 func TestRefusals(t *testing.T) {
-	n := newNode(t, withRules(t, policy.Rules{Never: []string{"registry.test/never"}}))
+	var mu sync.Mutex
+	var pulled []string
+	n := newNode(t, withRules(t, policy.Rules{Never: []string{"registry.test/never"}}), func(c *nodeConfig) {
+		c.Pulled = func(ref string, why *images.Refusal) {
+			mu.Lock()
+			defer mu.Unlock()
+			if why != nil {
+				ref += " " + string(why.Cause)
+			}
+			pulled = append(pulled, ref)
+		}
+	})
 	never := newImage("registry.test/never:1", newLayer(t, file("n")))
 	app := newImage("registry.test/app:1", threeLayers(t)...)
 	gone := newImage("registry.test/gone:1", newLayer(t, file("g")))
@@ -32,6 +45,12 @@ func TestRefusals(t *testing.T) {
 	if n.Refused(images.CauseConfig) != 1 || n.Refused(images.CauseNotFound) != 2 || n.Refused(images.CauseSlow) != 0 {
 		t.Error("the causes are not counted, or more than once for an image of several layers")
 	}
+
+	mu.Lock()
+	if want := []string{never.ref + " config", app.ref + " not_found", gone.ref + " not_found"}; !slices.Equal(pulled, want) {
+		t.Errorf("observed %q, want %q", pulled, want)
+	}
+	mu.Unlock()
 
 	// One that has become lazy is not listed any more; it is counted all the same.
 	for i := 2; i >= 0; i-- {
@@ -55,6 +74,11 @@ func TestRefusals(t *testing.T) {
 		if r.Ref == app.ref {
 			t.Errorf("an image that is lazy is listed: %+v", r)
 		}
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if last := pulled[len(pulled)-1]; last != app.ref {
+		t.Errorf("observed %q at last, want that %s is lazy", last, app.ref)
 	}
 }
 

@@ -89,6 +89,9 @@ type Config struct {
 	// SyncInterval is how long a written chunk stays unsynced at most, but for
 	// a busy disk. Default 5 s.
 	SyncInterval time.Duration
+	// Distrusted is called when an index was put under quarantine, with the error of
+	// Diff.Distrust. It does not wait. Default: no call.
+	Distrusted func(id blockdev.Digest, why error)
 
 	// bootID names this boot of the kernel; tests give their own.
 	bootID string
@@ -116,6 +119,9 @@ func (c *Config) setDefaults() error {
 	defaults.Set(&c.Promote, 50*time.Millisecond)
 	defaults.Set(&c.SyncBytes, 32<<20)
 	defaults.Set(&c.SyncInterval, 5*time.Second)
+	if c.Distrusted == nil {
+		c.Distrusted = func(blockdev.Digest, error) {}
+	}
 	if c.decode == nil {
 		c.decode = index.Decode
 	}

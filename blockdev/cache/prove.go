@@ -112,6 +112,7 @@ func (d *Diff) distrust(cause error) error {
 	if werr != nil {
 		d.c.cfg.Log.Error("cannot record that an index is quarantined; after a restart the node must find the fault again", "diff", d.id, "error", werr)
 	}
+	d.c.cfg.Distrusted(d.id, err)
 	return err
 }
 

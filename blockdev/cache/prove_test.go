@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -174,6 +175,14 @@ func TestQuarantine(t *testing.T) {
 	lie := func(ix *blockdev.Index) { ix.Meta[1<<10] ^= 1 }
 	r, l := newProofRig(t, lie)
 	bad := encode(t, r.ix)
+	var told []blockdev.Digest
+	r.cfg.Distrusted = func(id blockdev.Digest, why error) {
+		told = append(told, id)
+		if !errors.Is(why, blockdev.ErrQuarantined) {
+			t.Errorf("observed: %v", why)
+		}
+	}
+	r.reopen()
 	check := func(when string) {
 		t.Helper()
 		err := r.d.Distrust()
@@ -199,6 +208,9 @@ func TestQuarantine(t *testing.T) {
 	check("at once")
 	if n := r.log.count("the index is quarantined"); n != 1 {
 		t.Errorf("%d log lines about it, want 1", n)
+	}
+	if !slices.Equal(told, []blockdev.Digest{r.d.id}) {
+		t.Errorf("observed: %v", told)
 	}
 	if r.Stats().Quarantined != 1 {
 		t.Errorf("counted %d times", r.Stats().Quarantined)

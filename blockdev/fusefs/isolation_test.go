@@ -196,6 +196,13 @@ func TestLineIsShared(t *testing.T) {
 // had no goroutine until then.
 func TestDeadlineInLine(t *testing.T) {
 	s := lineServer(t)
+	var told atomic.Int64
+	s.opts.Failed = func(id blockdev.Digest, why error) {
+		if id != idA || !errors.Is(why, errTimeout) {
+			t.Errorf("observed: %v, %v", id, why)
+		}
+		told.Add(1)
+	}
 	hung := &memFile{data: make([]byte, 4096), await: func(ctx context.Context, _ int64) error {
 		<-ctx.Done()
 		return context.Cause(ctx)
@@ -212,8 +219,8 @@ func TestDeadlineInLine(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 	})
-	if f := s.Failed(); f != reads {
-		t.Errorf("%d reads failed, want %d", f, reads)
+	if f := s.Failed(); f != reads || told.Load() != reads {
+		t.Errorf("%d reads failed and %d were observed, want %d", f, told.Load(), reads)
 	}
 	s.slow.stop()
 }

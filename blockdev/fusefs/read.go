@@ -228,6 +228,7 @@ func (s *Server) fail(unique uint64, errno unix.Errno) {
 func (s *Server) failRead(id blockdev.Digest, r readIn, err error) {
 	s.fail(r.unique, unix.EIO)
 	s.failed.Add(1)
+	s.opts.Failed(id, err)
 	others, ok := s.failures.next(time.Now())
 	if !ok {
 		return

@@ -42,6 +42,9 @@ type Options struct {
 	// this server. It is called from many goroutines and does not wait. Default: no
 	// call.
 	Observe func(from blockdev.Origin, took time.Duration)
+	// Failed is called for each read that was answered with EIO, and why. It is called from
+	// many goroutines and does not wait. Default: no call.
+	Failed func(id blockdev.Digest, why error)
 	// Init is what Server.Init returned on a connection that another server has
 	// answered before. Empty: the kernel will send FUSE_INIT.
 	Init []byte
@@ -65,6 +68,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.Observe == nil {
 		o.Observe = func(blockdev.Origin, time.Duration) {}
+	}
+	if o.Failed == nil {
+		o.Failed = func(blockdev.Digest, error) {}
 	}
 	defaults.Positive(&o.ReadTimeout, time.Minute)
 }

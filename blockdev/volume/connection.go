@@ -49,7 +49,7 @@ func (c *connection) serve(ctx context.Context, shown files, kept *keptConnectio
 	}
 	c.fuse = kept.fd
 	c.server, err = fusefs.New(kept.fd, shown, fusefs.Options{
-		Log: c.cfg.Log, ReadTimeout: c.cfg.ReadTimeout, Describe: c.describe, Observe: c.cfg.Observe, Init: kept.init, Pending: kept.pending,
+		Log: c.cfg.Log, ReadTimeout: c.cfg.ReadTimeout, Describe: c.describe, Observe: c.cfg.Observe, Failed: c.cfg.ReadFailed, Init: kept.init, Pending: kept.pending,
 	})
 	if err != nil {
 		return err

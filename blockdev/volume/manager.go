@@ -28,6 +28,8 @@ type Config struct {
 	ReadTimeout time.Duration
 	// Observe is fusefs.Options.Observe; nil: reads are not observed.
 	Observe func(from blockdev.Origin, took time.Duration)
+	// ReadFailed is fusefs.Options.Failed; nil: failed reads are not observed.
+	ReadFailed func(id blockdev.Digest, why error)
 	// PrefetchDiffs is how many diffs are prefetched at a time. Default 2.
 	PrefetchDiffs int
 	// ScrubInterval is how often everything that is here is read and checked, slowly.

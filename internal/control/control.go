@@ -162,6 +162,7 @@ func ServeOn(ctx context.Context, ln net.Listener, d Daemon) error {
 	serveMembers(mux, d)
 	serveReload(mux, d)
 	serveStore(mux, d)
+	serveState(mux, d)
 	mux.HandleFunc("POST /v1/check", func(w http.ResponseWriter, r *http.Request) { serveCheck(d, w, r) })
 	// Profiles of a running daemon, for root alone as everything here.
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)

@@ -98,6 +98,7 @@ func Open(cfg Config) (*Catalogue, error) {
 		return nil, err
 	}
 	c.refusals.log = c.log
+	c.refusals.added = func(r Refusal) { c.cfg.Pulled(r.Ref, &r) }
 	c.groups = groups{cfg.Groups, c.records}
 	c.rights = rights{own: cfg.Credentials, ownForPulls: cfg.NodeCredentials}
 	c.opener = &opener{cfg: &c.cfg, policy: &c.policy, records: c.records, refs: &c.refs, groups: c.groups, rights: &c.rights, room: c.room}

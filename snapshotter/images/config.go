@@ -110,6 +110,9 @@ type Config struct {
 	// PullIdle is for how long after its last Prepare a pull's decision stands, and
 	// the indexes it has opened are kept for layers still to come. 0: 15 minutes.
 	PullIdle time.Duration
+	// Pulled is called for each pull of an image: with nil if it is lazy now, or with why it
+	// is not. It does not wait. nil: no call.
+	Pulled func(ref string, why *Refusal)
 	// Log takes all messages; nil: none.
 	Log *slog.Logger
 }
@@ -126,6 +129,9 @@ func (c *Config) setDefaults() error {
 	}
 	defaults.Set(&c.IndexTimeout, 5*time.Minute)
 	defaults.Set(&c.PullIdle, 15*time.Minute)
+	if c.Pulled == nil {
+		c.Pulled = func(string, *Refusal) {}
+	}
 	defaults.Log(&c.Log)
 	return nil
 }

@@ -124,6 +124,7 @@ func (p *Pull) Done(o *Opened) {
 			"image", rec.Ref, "error", err)
 	}
 	c.refusals.forget(rec.Ref)
+	c.cfg.Pulled(rec.Ref, nil)
 	c.rights.drop(p.want.key()) // the next pull shows its own
 	unfollowed := c.wantedWhole(rec.Ref)
 	if err := c.records.pulled(rec, unfollowed); err != nil {

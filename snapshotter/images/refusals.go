@@ -80,6 +80,7 @@ const (
 // refusals remembers them, each image once.
 type refusals struct {
 	log   *slog.Logger
+	added func(Refusal)
 	mu    sync.Mutex
 	list  []Refusal // the newest last
 	count map[Cause]int64
@@ -107,14 +108,20 @@ func (r *refusals) add(ref string, cause Cause, why string) {
 	if len(why) > maxWhy {
 		why = strings.ToValidUTF8(why[:maxWhy], "") + " ..."
 	}
+	o := Refusal{Ref: ref, Cause: cause, Why: why, At: time.Now().UTC()}
+	r.put(o)
+	r.added(o)
+}
+
+func (r *refusals) put(o Refusal) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.count == nil {
 		r.count = make(map[Cause]int64)
 	}
-	r.count[cause]++
-	r.forgetLocked(ref)
-	r.list = append(r.list, Refusal{Ref: ref, Cause: cause, Why: why, At: time.Now().UTC()})
+	r.count[o.Cause]++
+	r.forgetLocked(o.Ref)
+	r.list = append(r.list, o)
 	if n := len(r.list) - maxRefusals; n > 0 {
 		r.list = slices.Delete(r.list, 0, n)
 	}

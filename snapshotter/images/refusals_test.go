@@ -12,7 +12,7 @@ import (
 
 // TestRefusalsAreBounded: the newest are remembered, and not more of one than its bound.
 func TestRefusalsAreBounded(t *testing.T) {
-	var r refusals
+	r := refusals{added: func(Refusal) {}}
 	for i := range 3 * maxRefusals {
 		r.add(fmt.Sprint(i), CauseOther, strings.Repeat("ä", maxWhy))
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/node/metrics"
+	"github.com/shoalfs/shoal/cmd/shoal/internal/node/notices"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/reload"
 	"github.com/shoalfs/shoal/internal/control"
 	"github.com/shoalfs/shoal/internal/registry/credentials"
@@ -55,6 +56,7 @@ type Daemon struct {
 	up       upstream
 	images   *images.Catalogue
 	sn       *snapshotter.Snapshotter
+	notices  *notices.Notices
 	// mirror answers at mirror_address, on what listenMirror returns.
 	mirror       http.Handler
 	listenMirror func() (net.Listener, error)
@@ -64,7 +66,7 @@ type Daemon struct {
 // Open makes all parts of a node; the package comment says in which order. Containers
 // read from then on. Close it, also if Serve has ended.
 func Open(ctx context.Context, cfg Config) (*Daemon, error) {
-	d := &Daemon{cfg: cfg, log: cfg.Log, metrics: metrics.New()}
+	d := &Daemon{cfg: cfg, log: cfg.Log, metrics: metrics.New(), notices: notices.New()}
 	d.reload = reload.New(cfg.Node, cfg.Load, d.log)
 	for _, open := range []func(context.Context) error{
 		d.openVolumes, d.openPorts, d.openUpstream, d.openImages, d.attach, d.openSnapshotter, d.openMirror, d.count,
@@ -90,12 +92,13 @@ func (d *Daemon) openVolumes(ctx context.Context) (err error) {
 		scrub = -1
 	}
 	d.vols, err = volume.Open(ctx, volume.Config{
-		Root: d.cfg.Root, Log: d.log, Keep: d.cfg.Store, Observe: d.metrics.Read,
+		Root: d.cfg.Root, Log: d.log, Keep: d.cfg.Store, Observe: d.metrics.Read, ReadFailed: d.readFailed,
 		ReadTimeout: time.Duration(d.cfg.ReadTimeout), ScrubInterval: scrub, Loop: d.cfg.Mount == config.MountLoop,
 		Cache: cache.Config{
 			Timeout:      time.Duration(d.cfg.ReadTimeout),
 			PrefetchRate: int64(d.cfg.PrefetchRate),
 			Quota:        int64(d.cfg.CacheQuota),
+			Distrusted:   d.distrusted,
 		},
 	})
 	if err != nil {
@@ -137,7 +140,7 @@ func (d *Daemon) openImages(ctx context.Context) error {
 		Root: d.cfg.Root, Data: d.vols, Images: d.up.source, Groups: d.up.groups, Policy: policy,
 		Credentials: d.keychain, NodeCredentials: d.cfg.NodeCredentialsForPulls, Remote: elsewhere(d.cfg.Node), Platform: daemon.Platform(),
 		PrefetchAfterPull: d.cfg.PrefetchAfterPull, PrefetchAfterExit: d.cfg.PrefetchAfterExit,
-		IndexTimeout: time.Duration(d.cfg.IndexTimeout), Log: d.log,
+		IndexTimeout: time.Duration(d.cfg.IndexTimeout), Pulled: d.pulled, Log: d.log,
 	})
 	if err != nil {
 		return err

@@ -5,6 +5,7 @@ import (
 	"path"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -43,6 +44,7 @@ func (l *longest) Collect(ch chan<- prometheus.Metric) {
 type calls struct {
 	seconds *prometheus.HistogramVec
 	longest *longest
+	last    atomic.Int64 // Unix nanoseconds
 }
 
 func newCalls() *calls {
@@ -64,10 +66,19 @@ func (m *Metrics) Calls() grpc.ServerOption {
 			return handle(ctx, req)
 		}
 		began := time.Now()
+		m.calls.last.Store(began.UnixNano())
 		resp, err := handle(ctx, req)
 		method, took := path.Base(info.FullMethod), time.Since(began)
 		m.calls.seconds.WithLabelValues(method).Observe(took.Seconds())
 		m.calls.longest.note(method, took)
 		return resp, err
 	})
+}
+
+// Called returns when containerd has called the snapshotter last; zero: not yet.
+func (m *Metrics) Called() time.Time {
+	if n := m.calls.last.Load(); n != 0 {
+		return time.Unix(0, n)
+	}
+	return time.Time{}
 }
