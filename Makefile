@@ -20,6 +20,10 @@ help: ## list the targets
 build: ## build bin/shoal
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/shoal ./cmd/shoal
 
+.PHONY: build-kube
+build-kube: ## build bin/shoal-kube, which has Kubernetes' client in it
+	cd cmd/shoal-kube && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/shoal-kube .
+
 .PHONY: demo
 demo: setup build ## the whole story in one table: a real image, pulled and started lazily (DEMO_IMAGE= takes another)
 	cd bench && $(GO) run ./cmd/bench demo $(if $(DEMO_IMAGE),--image '$(DEMO_IMAGE)') --bin $(BIN)
@@ -30,6 +34,7 @@ test: setup build ## everything: unit, conformance, race detector, real containe
 	cd integration && SHOAL_BIN=$(BIN) $(GO) test -count=1 -timeout 30m ./...
 	cd bench && $(GO) test -count=1 ./...
 	cd deploy/release && $(GO) test -count=1 ./...
+	cd cmd/shoal-kube && CGO_ENABLED=0 $(GO) test -count=1 ./...
 
 .PHONY: test-unit
 test-unit: ## the tests of the product module alone, without the race detector
@@ -52,6 +57,7 @@ lint: $(BIN)/golangci-lint $(BIN)/deadcode ## golangci-lint with the rules of .g
 	cd integration && $(BIN)/golangci-lint run --config ../.golangci.yml ./...
 	cd bench && $(BIN)/golangci-lint run --config ../.golangci.yml ./...
 	cd deploy/release && $(BIN)/golangci-lint run --config ../../.golangci.yml ./...
+	cd cmd/shoal-kube && CGO_ENABLED=0 $(BIN)/golangci-lint run --config ../../.golangci.yml ./...
 	@# What lives in a ...test package is there for tests.
 	dead="$$($(BIN)/deadcode ./... | grep -vE '^[^:]*test/')"; [ -z "$$dead" ] || { echo "$$dead" >&2; exit 1; }
 

@@ -1,0 +1,52 @@
+// Command shoal-kube is what shoal has beside Kubernetes: it runs in pods of the chart,
+// and knows the API server. The node's own program (shoal) does not. Each subcommand has
+// its own file; this one only puts them together.
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"k8s.io/klog/v2"
+)
+
+// version is set by the linker (Makefile).
+var version = "unknown"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := newCommand().ExecuteContext(ctx)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "shoal-kube:", err)
+		os.Exit(1)
+	}
+}
+
+func newCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "shoal-kube",
+		Short: "Show Kubernetes what shoal does on a node",
+		Long: `shoal-kube is the part of shoal that knows Kubernetes. The chart runs it; its
+commands work by hand, too.`,
+		Version:       version,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	cmd.AddCommand(
+		newWatchCommand(),
+	)
+	return cmd
+}
+
+// newLogger makes the logger that everything writes to, client-go as well.
+func newLogger() *slog.Logger {
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	klog.SetSlogLogger(log)
+	return log
+}
