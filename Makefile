@@ -96,6 +96,13 @@ DRILLS ?= TestDrill
 drill: setup build ## break one thing at a time under real containers, ROUNDS kills (300; fewer of what takes longer) -> bench/out/drill.json
 	cd integration && SHOAL_BIN=$(BIN) SHOAL_ROUNDS=$(ROUNDS) SHOAL_DRILL_OUT=$(CURDIR)/bench/out $(GO) test -v -count=1 -timeout 5h -run '$(DRILLS)' .
 
+.PHONY: k8s kubernetes
+KILLS ?= 50
+k8s: setup build kubernetes ## the tests on a real Kubernetes, with KILLS kills (50); its programs are built once (8 minutes, 4 GB of disk while it lasts) -> bench/out/k8s.json
+	cd integration && SHOAL_BIN=$(BIN) SHOAL_ROUNDS=$(KILLS) SHOAL_K8S_OUT=$(CURDIR)/bench/out $(GO) test -tags kubernetes -v -count=1 -timeout 2h ./kubernetes
+kubernetes: ## what `make k8s` needs: Kubernetes, etcd, CNI plugins and runc, from the Go module proxy, kept in the cache
+	integration/kubernetes/setup.sh $(BIN)
+
 .PHONY: images
 images: setup ## build the ten real images that tests and benchmarks use
 	bench/images/build.sh public

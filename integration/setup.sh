@@ -33,23 +33,7 @@ if [ ${#missing[@]} -gt 0 ]; then
   apt-get install -y -qq --no-install-recommends "${missing[@]}"
 fi
 
-cache=${SHOAL_CACHE:-$HOME/.cache/shoal}
-
-# build DIR MODULE PROGRAM... builds programs of MODULE in the version that
-# tools/DIR/go.mod pins, once, and sets built to their directory in the cache.
-# BUILD_FLAGS are for go build; SUFFIX tells apart what other flags were used for.
-build() {
-  local dir=$here/tools/$1 module=$2 version; shift 2
-  version=$(cd "$dir" && go list -m -f '{{.Version}}' "$module")
-  built=$cache/$(basename "${module%/v2}")-$version${SUFFIX:-}
-  if [ ! -e "$built/$(basename "$1")" ]; then
-    echo "setup: building $(basename "$1") $version (a few minutes, once)"
-    mkdir -p "$built.$$"
-    (cd "$dir" && go build -ldflags '-s -w' ${BUILD_FLAGS:-} -o "$built.$$/" "$@")
-    rm -rf "$built"
-    mv "$built.$$" "$built"
-  fi
-}
+. "$here/tools/build.sh"
 
 mkdir -p "$bin"
 c=github.com/containerd/containerd/v2

@@ -134,6 +134,33 @@ func (b *Box) Write(path, content string) error {
 	return os.WriteFile(p, []byte(content), 0o600)
 }
 
+// StartKeptNode starts `shoal keep -- shoal node` in the box, with the config at
+// /etc/shoal/node.toml and what `shoal config default node` has for paths and ports.
+func (b *Box) StartKeptNode(ctx context.Context) (*Node, error) {
+	n := &Node{
+		Socket: "/run/shoal/shoal.sock", Control: b.Path("/run/shoal/control.sock"), Root: b.Path("/var/lib/shoal"),
+		Metrics: "127.0.0.1:7702", Mirror: "127.0.0.1:7704", MirrorCA: "/var/lib/shoal/mirror-ca.pem", lab: b.Lab,
+	}
+	shoal, err := b.Lab.program("shoal")
+	if err != nil {
+		return nil, err
+	}
+	if n.Process, err = b.Lab.Start(b.Name+"-node", shoal, nil, "keep", "--", shoal, "node"); err != nil {
+		return nil, err
+	}
+	return n, n.waitUp(ctx)
+}
+
+// CRI returns clients of a containerd in the box that listens at the default path and
+// logs to this file. Nothing is sent until it is used.
+func (b *Box) CRI(log string) (*CRI, error) {
+	c, err := b.Lab.newCRI(b.Path("/run/containerd/containerd.sock"), log)
+	if err == nil {
+		b.Lab.OnClose(c.conn.Close)
+	}
+	return c, err
+}
+
 // inBox runs f on a thread that is in the box, and lets the thread end with it. What f
 // starts is in the box for good.
 func inBox(box *os.File, f func() error) error {

@@ -47,7 +47,7 @@ func (l *Lab) StartContainerd(ctx context.Context, name string, o ContainerdOpti
 		return nil, err
 	}
 	if o.CRI != nil {
-		l.OnClose(l.removeCgroup)
+		l.OnClose(l.RemoveCgroup)
 	}
 	if err := c.serve(ctx, name); err != nil {
 		return nil, err

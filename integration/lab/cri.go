@@ -29,12 +29,21 @@ func (c *Containerd) dialCRI(ctx context.Context) error {
 	if c.CRI != nil {
 		return c.waitCRI(ctx)
 	}
-	conn, err := grpc.NewClient("unix://"+c.Address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	cri, err := c.lab.newCRI(c.Address, c.Log)
 	if err != nil {
 		return err
 	}
-	c.CRI = &CRI{Runtime: runtimeapi.NewRuntimeServiceClient(conn), Image: runtimeapi.NewImageServiceClient(conn), conn: conn, lab: c.lab, log: c.Log}
+	c.CRI = cri
 	return c.waitCRI(ctx)
+}
+
+// newCRI makes clients of the containerd at a socket, with that log.
+func (l *Lab) newCRI(address, log string) (*CRI, error) {
+	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, err
+	}
+	return &CRI{Runtime: runtimeapi.NewRuntimeServiceClient(conn), Image: runtimeapi.NewImageServiceClient(conn), conn: conn, lab: l, log: log}, nil
 }
 
 // waitCRI waits until pods can be run.
@@ -226,9 +235,42 @@ func (c *CRI) stopPods() error {
 // cgroup is what the lab's pods are below.
 func (l *Lab) cgroup() string { return "/" + filepath.Base(l.Dir) }
 
-// removeCgroup removes what pods have left of it. Who has just ended may be in it
-// for a moment longer.
-func (l *Lab) removeCgroup() error {
+// NewCgroup makes a cgroup of this name below the lab's, in all hierarchies, and returns
+// what kubelet calls it. RemoveCgroup removes it.
+func (l *Lab) NewCgroup(name string) (string, error) {
+	hierarchies := []string{"/sys/fs/cgroup"}
+	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err != nil { // version 1
+		var err error
+		if hierarchies, err = filepath.Glob("/sys/fs/cgroup/*"); err != nil {
+			return "", err
+		}
+	}
+	for _, h := range hierarchies {
+		above := h
+		for _, elem := range []string{l.cgroup(), name} {
+			dir := filepath.Join(above, elem)
+			if err := os.MkdirAll(dir, 0o755); err != nil {
+				return "", err
+			}
+			// A cpuset of version 1 has no processors at first, and nothing can be put into it.
+			for _, f := range []string{"cpuset.cpus", "cpuset.mems"} {
+				b, err := os.ReadFile(filepath.Join(above, f))
+				if err != nil || len(hierarchies) == 1 {
+					continue // not this hierarchy
+				}
+				if err := os.WriteFile(filepath.Join(dir, f), b, 0); err != nil {
+					return "", err
+				}
+			}
+			above = dir
+		}
+	}
+	return filepath.Join(l.cgroup(), name), nil
+}
+
+// RemoveCgroup removes what pods have left of the lab's cgroup. Processes that have just
+// ended may be in it for a moment longer.
+func (l *Lab) RemoveCgroup() error {
 	return WaitFor(context.Background(), "removal of cgroup "+l.cgroup(), 20*time.Second, func() error {
 		var errs []error
 		for _, pattern := range []string{"/sys/fs/cgroup/*", "/sys/fs/cgroup"} { // version 1, version 2

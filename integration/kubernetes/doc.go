@@ -1,0 +1,5 @@
+// Package kubernetes has the tests that run on a real Kubernetes: a control plane and
+// nodes in boxes (lab/cluster), half of them on shoal, half of them on overlayfs.
+// `make k8s` runs them; they have the build tag kubernetes, since Kubernetes has to be
+// built for them first (setup.sh).
+package kubernetes
