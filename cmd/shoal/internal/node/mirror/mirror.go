@@ -345,7 +345,9 @@ func refusal(r *http.Request, err error) *challenge {
 	case errors.As(err, new(*problem)):
 		return nil
 	case errors.Is(err, blockdev.ErrUnauthorized):
-		why = "insufficient_scope" // as registries say it
+		// If the registry's token server refuses the pull, too, then containerd shows this text
+		// and not the registry's answer.
+		why = quotable(err.Error())
 	case errors.Is(err, blockdev.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		why = "shoal's mirror leaves this to the registry, because its supernode has no answer"
 	default:
@@ -392,6 +394,19 @@ func (m *Mirror) fail(w http.ResponseWriter, r *http.Request, err error) int {
 	w.WriteHeader(p.status)
 	_, _ = w.Write(body) // who asked may have gone
 	return p.status
+}
+
+// quotable is a text as it may stand between quotes in a header.
+func quotable(s string) string {
+	return clip(strings.Map(func(r rune) rune {
+		switch {
+		case r == '"' || r == '\\':
+			return '\''
+		case r < ' ' || r > '~':
+			return ' '
+		}
+		return r
+	}, s))
 }
 
 func clip(s string) string { return s[:min(len(s), 300)] }

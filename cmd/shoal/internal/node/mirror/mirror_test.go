@@ -248,6 +248,9 @@ func TestErrors(t *testing.T) {
 		if v := resp.Header.Get("WWW-Authenticate"); c.status == 401 && !strings.Contains(v, `error="`) {
 			t.Errorf("%v: containerd would ask for one more token: %s", c.err, v)
 		}
+		if v, want := resp.Header.Get("WWW-Authenticate"), `error="the 'cause': `; errors.Is(c.err, blockdev.ErrUnauthorized) && !strings.Contains(v, want) {
+			t.Errorf("containerd would not show the registry's refusal: got %s, want %s", v, want)
+		}
 	}
 }
 
