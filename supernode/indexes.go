@@ -3,13 +3,11 @@ package supernode
 import (
 	"context"
 	"fmt"
-	"math"
 	"sync"
-
-	"github.com/hashicorp/golang-lru/v2/simplelru"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/flight"
+	"github.com/shoalfs/shoal/internal/lru"
 )
 
 // maxIndexes bounds the encoded indexes that are kept in memory, in bytes.
@@ -25,7 +23,7 @@ type indexes struct {
 	limit   int
 
 	mu    sync.Mutex
-	lru   *simplelru.LRU[blockdev.Digest, *encoded]
+	lru   *lru.Map[blockdev.Digest, *encoded]
 	bytes int
 }
 
@@ -38,8 +36,7 @@ type encoded struct {
 
 func newIndexes(read func(context.Context, blockdev.Digest) ([]byte, error), touch func(blockdev.Digest) bool) *indexes {
 	x := &indexes{read: read, touch: touch, reading: flight.New[blockdev.Digest, *encoded](flight.Policy{}, errStopping), limit: maxIndexes}
-	// Bounded by bytes alone; it fails for a size of 0.
-	x.lru, _ = simplelru.NewLRU(math.MaxInt, func(_ blockdev.Digest, e *encoded) { x.bytes -= len(e.data) })
+	x.lru = lru.Unbounded(func(_ blockdev.Digest, e *encoded) { x.bytes -= len(e.data) }) // but by bytes
 	return x
 }
 

@@ -4,16 +4,15 @@ import (
 	"slices"
 	"sync"
 
-	"github.com/hashicorp/golang-lru/v2/simplelru"
-
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/lru"
 	"github.com/shoalfs/shoal/internal/registry"
 )
 
 // seen remembers the images that were asked for last.
 type seen struct {
 	mu  sync.Mutex
-	lru *simplelru.LRU[seenID, *registry.Manifest]
+	lru *lru.Map[seenID, *registry.Manifest]
 }
 
 const maxSeen = 1000
@@ -24,8 +23,7 @@ type seenID struct {
 }
 
 func newSeen() *seen {
-	lru, _ := simplelru.NewLRU[seenID, *registry.Manifest](maxSeen, nil) // fails for a size of 0
-	return &seen{lru: lru}
+	return &seen{lru: lru.New[seenID, *registry.Manifest](maxSeen)}
 }
 
 func (s *seen) add(m *registry.Manifest) {

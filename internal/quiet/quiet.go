@@ -6,6 +6,8 @@ package quiet
 import (
 	"sync"
 	"time"
+
+	"github.com/shoalfs/shoal/internal/lru"
 )
 
 const (
@@ -21,7 +23,7 @@ const (
 // several goroutines.
 type Quiet struct {
 	mu    sync.Mutex
-	names map[name]*said
+	names *lru.Map[name, *said]
 	kinds map[string]*window
 }
 
@@ -46,10 +48,10 @@ func (q *Quiet) Say(kind, who string, now time.Time) (others int, say bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.names == nil {
-		q.names, q.kinds = map[name]*said{}, map[string]*window{}
+		q.names, q.kinds = lru.New[name, *said](maxNames), map[string]*window{}
 	}
 	key := name{kind, who}
-	s := q.names[key]
+	s, _ := q.names.Peek(key)
 	if s != nil && now.Sub(s.at) < every {
 		s.others++
 		return 0, false
@@ -71,9 +73,6 @@ func (q *Quiet) Say(kind, who string, now time.Time) (others int, say bool) {
 	if s != nil {
 		others += s.others
 	}
-	if len(q.names) >= maxNames {
-		clear(q.names)
-	}
-	q.names[key] = &said{at: now}
+	q.names.Add(key, &said{at: now})
 	return others, true
 }

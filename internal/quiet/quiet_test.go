@@ -39,8 +39,8 @@ func TestNamesAreFree(t *testing.T) {
 	if missing := names - lines - left; missing < 0 || missing > names/10 {
 		t.Errorf("%d lines say that %d were left out, of %d", lines, left, names)
 	}
-	if len(q.names) > maxNames {
-		t.Errorf("%d names are remembered", len(q.names))
+	if q.names.Len() > maxNames {
+		t.Errorf("%d names are remembered", q.names.Len())
 	}
 	if _, say := q.Say("token", "0", now.Add(10*time.Minute)); !say {
 		t.Error("another kind is not said")

@@ -92,12 +92,7 @@ func mirrorName(h docker.RegistryHost, ref Reference) string {
 func (c *Client) firstTime(host string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.told[host] {
-		return false
-	}
-	if len(c.told) >= maxSessions {
-		clear(c.told)
-	}
-	c.told[host] = true
-	return true
+	known := c.told.Contains(host)
+	c.told.Add(host, struct{}{})
+	return !known
 }

@@ -6,14 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"math"
 	"os"
 	"path/filepath"
 	"sort"
 	"sync"
 	"time"
 
-	"github.com/hashicorp/golang-lru/v2/simplelru"
+	"github.com/shoalfs/shoal/internal/lru"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -29,7 +28,7 @@ type cache struct {
 	most  int   // files
 
 	mu    sync.Mutex
-	files *simplelru.LRU[string, int64] // file names, and the bytes that they take of the disk
+	files *lru.Map[string, int64] // file names, and the bytes that they take of the disk
 	bytes int64
 }
 
@@ -52,8 +51,7 @@ func openCache(dir string, limit int64) (*cache, error) {
 		return nil, err
 	}
 	c := &cache{dir: dir, limit: limit, most: maxFiles}
-	// most is less and bounds them; it fails for a size of 0.
-	c.files, _ = simplelru.NewLRU(math.MaxInt, func(_ string, size int64) { c.bytes -= size })
+	c.files = lru.Unbounded(func(_ string, size int64) { c.bytes -= size }) // add bounds it
 	var infos []fs.FileInfo
 	for _, e := range entries {
 		fi, err := e.Info()

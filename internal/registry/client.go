@@ -15,7 +15,6 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 	ctrlog "github.com/containerd/log"
-	"github.com/hashicorp/golang-lru/v2/simplelru"
 	"github.com/sirupsen/logrus"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -23,6 +22,7 @@ import (
 	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/internal/flight"
 	"github.com/shoalfs/shoal/internal/image"
+	"github.com/shoalfs/shoal/internal/lru"
 	"github.com/shoalfs/shoal/internal/pattern"
 )
 
@@ -69,10 +69,10 @@ type Client struct {
 	allowed atomic.Pointer[pattern.Repositories]
 
 	mu       sync.Mutex
-	hosts    *simplelru.LRU[string, *hostSet] // by Reference.Host
-	sessions *simplelru.LRU[sessionKey, *session]
-	down     *simplelru.LRU[string, time.Time] // host -> not to be asked for fresher tags before
-	told     map[string]bool                   // hosts of which the log says that they may not be asked
+	hosts    *lru.Map[string, *hostSet] // by Reference.Host
+	sessions *lru.Map[sessionKey, *session]
+	down     *lru.Map[string, time.Time] // host -> not to be asked for fresher tags before
+	told     *lru.Map[string, struct{}]  // hosts of which the log says that they may not be asked
 	closed   bool
 }
 
@@ -111,11 +111,9 @@ func New(cfg Config) (*Client, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
-	c := &Client{cfg: cfg, log: cfg.Log, asking: flight.New[string, *question](flight.Policy{Outlives: true}, errClosed), told: map[string]bool{}}
-	// They fail for a size of 0.
-	c.hosts, _ = simplelru.NewLRU(maxSessions, func(_ string, set *hostSet) { set.closeIdle() })
-	c.sessions, _ = simplelru.NewLRU[sessionKey, *session](maxSessions, nil)
-	c.down, _ = simplelru.NewLRU[string, time.Time](maxSessions, nil)
+	c := &Client{cfg: cfg, log: cfg.Log, asking: flight.New[string, *question](flight.Policy{Outlives: true}, errClosed),
+		hosts:    lru.NewEvict(maxSessions, func(_ string, set *hostSet) { set.closeIdle() }),
+		sessions: lru.New[sessionKey, *session](maxSessions), down: lru.New[string, time.Time](maxSessions), told: lru.New[string, struct{}](maxSessions)}
 	c.allowed.Store(cfg.Allowed)
 	// containerd logs URLs with their queries, through logrus and by default to
 	// stderr. Only what it says about hosts.toml files is of use here.

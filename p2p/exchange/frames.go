@@ -6,6 +6,7 @@ import (
 	"sync"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/lru"
 )
 
 // Frames keeps chunks as they came, compressed, for a while, so that a node can
@@ -19,9 +20,8 @@ import (
 type Frames struct {
 	mu    sync.Mutex
 	limit int64 // bytes
-	size  int64 // of what is in order
-	kept  map[blockdev.Digest]*frame
-	order []*frame // the oldest first; also those that were wrong
+	size  int64 // of what is kept
+	kept  *lru.Map[blockdev.Digest, *frame]
 }
 
 // frame is the one zstd frame of a chunk.
@@ -48,7 +48,9 @@ func NewFrames(limit int64) *Frames {
 	if limit <= 0 {
 		return nil
 	}
-	return &Frames{limit: limit, kept: make(map[blockdev.Digest]*frame)}
+	f := &Frames{limit: limit}
+	f.kept = lru.Unbounded(func(_ blockdev.Digest, fr *frame) { f.size -= fr.bytes() })
+	return f
 }
 
 // offer keeps a copy of a chunk's frame, of which nobody knows yet whether it is
@@ -59,32 +61,20 @@ func (f *Frames) offer(d blockdev.Digest, data []byte, length int) *frame {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.kept[d] != nil {
+	if f.kept.Contains(d) {
 		return nil
 	}
 	fr := &frame{digest: d, data: bytes.Clone(data), length: uint32(length)}
-	f.kept[d] = fr
-	f.order = append(f.order, fr)
+	f.kept.Add(d, fr)
 	f.size += fr.bytes()
 	for f.size > f.limit {
-		oldest := f.order[0]
-		f.order[0] = nil
-		f.order = f.order[1:]
-		f.size -= oldest.bytes()
-		f.forget(oldest)
+		f.kept.RemoveOldest()
 	}
 	return fr
 }
 
 // bytes is about what the frame takes of memory.
 func (f *frame) bytes() int64 { return int64(len(f.data)) + 256 }
-
-// forget has nobody find the frame any more.
-func (f *Frames) forget(fr *frame) {
-	if f.kept[fr.digest] == fr {
-		delete(f.kept, fr.digest)
-	}
-}
 
 // settle says whether the bytes of a frame that offer has returned are right.
 func (f *Frames) settle(fr *frame, ok bool) {
@@ -96,7 +86,9 @@ func (f *Frames) settle(fr *frame, ok bool) {
 	fr.state = right
 	if !ok {
 		fr.state = wrong
-		f.forget(fr)
+		if now, _ := f.kept.Peek(fr.digest); now == fr {
+			f.kept.Remove(fr.digest)
+		}
 	}
 	if fr.judge != nil {
 		close(fr.judge)
@@ -110,7 +102,7 @@ func (f *Frames) Get(ctx context.Context, d blockdev.Digest) (Encoded, bool) {
 		return Encoded{}, false
 	}
 	f.mu.Lock()
-	fr := f.kept[d]
+	fr, _ := f.kept.Peek(d) // the oldest go first, however often they are asked for
 	if fr != nil && fr.state == unjudged {
 		if fr.judge == nil {
 			fr.judge = make(chan struct{})

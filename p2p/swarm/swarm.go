@@ -14,6 +14,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/internal/image"
+	"github.com/shoalfs/shoal/internal/lru"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/route"
 )
@@ -89,9 +90,9 @@ type Swarm struct {
 	opened  opened
 
 	mu     sync.Mutex
-	groups map[blockdev.Digest]*group
-	begun  map[blockdev.Digest]time.Time // since when the first view of a group is awaited
-	told   map[peer.ID]route.Outcome     // peers whose trouble is in the log
+	groups *lru.Map[blockdev.Digest, *group]
+	begun  *lru.Map[blockdev.Digest, time.Time] // since when the first view of a group is awaited
+	told   *lru.Map[peer.ID, struct{}]          // peers whose trouble is in the log
 }
 
 // group is a route.Group and the view that it was made of.
@@ -117,9 +118,9 @@ func New(c Config) (*Swarm, error) {
 		self:   route.Member{ID: string(c.Host.ID()), Zone: c.Zone, Rack: c.Rack},
 		book:   route.NewBook(route.BookOptions{}),
 		began:  time.Now(),
-		groups: make(map[blockdev.Digest]*group),
-		begun:  make(map[blockdev.Digest]time.Time),
-		told:   make(map[peer.ID]route.Outcome),
+		groups: lru.New[blockdev.Digest, *group](maxGroups), // of images that are gone, mostly
+		begun:  lru.New[blockdev.Digest, time.Time](maxGroups),
+		told:   lru.New[peer.ID, struct{}](maxTold),
 		opened: opened{m: make(map[blockdev.Digest]*opening)},
 	}
 	s.pool = newPool(&s.cfg)
@@ -145,7 +146,7 @@ func (s *Swarm) Inflight() int64 {
 	most := (*route.Table)(nil).Inflight()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, g := range s.groups {
+	for _, g := range s.groups.Values() {
 		most = max(most, g.Table().Inflight())
 	}
 	return most
@@ -162,7 +163,7 @@ func (s *Swarm) group(diff blockdev.Digest) *group {
 			continue
 		}
 		s.mu.Lock()
-		g := s.groups[id]
+		g, _ := s.groups.Get(id)
 		s.mu.Unlock()
 		if g != nil && g.view == v {
 			return g
@@ -174,10 +175,7 @@ func (s *Swarm) group(diff blockdev.Digest) *group {
 		}
 		g = &group{Group: route.NewGroup(s.self, t, s.book), id: id, view: v}
 		s.mu.Lock()
-		if len(s.groups) >= maxGroups {
-			clear(s.groups) // of images that are gone, mostly; made again when needed
-		}
-		s.groups[id] = g
+		s.groups.Add(id, g)
 		s.mu.Unlock()
 		return g
 	}
@@ -223,13 +221,10 @@ func (s *Swarm) awaitGroup(ctx context.Context, diff blockdev.Digest) *group {
 func (s *Swarm) beginning(id blockdev.Digest) time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	t, ok := s.begun[id]
+	t, ok := s.begun.Get(id)
 	if !ok {
-		if len(s.begun) >= maxGroups {
-			clear(s.begun)
-		}
 		t = time.Now()
-		s.begun[id] = t
+		s.begun.Add(id, t)
 	}
 	return t
 }
@@ -258,13 +253,8 @@ func (s *Swarm) report(g *group, a *route.Ask, t route.Target, o route.Outcome, 
 	}
 	id := peer.ID(t.ID)
 	s.mu.Lock()
-	_, known := s.told[id]
-	if !known {
-		if len(s.told) >= maxTold {
-			clear(s.told)
-		}
-		s.told[id] = o
-	}
+	known := s.told.Contains(id)
+	s.told.Add(id, struct{}{})
 	s.mu.Unlock()
 	if known {
 		return
@@ -279,14 +269,8 @@ func (s *Swarm) report(g *group, a *route.Ask, t route.Target, o route.Outcome, 
 // well is called when a peer has sent a right chunk.
 func (s *Swarm) well(t route.Target) {
 	s.mu.Lock()
-	none := len(s.told) == 0
-	s.mu.Unlock()
-	if none {
-		return
-	}
-	s.mu.Lock()
-	delete(s.told, peer.ID(t.ID))
-	s.mu.Unlock()
+	defer s.mu.Unlock()
+	s.told.Remove(peer.ID(t.ID))
 }
 
 // maxTold bounds the peers that are remembered as logged.

@@ -10,6 +10,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/lru"
 	"github.com/shoalfs/shoal/p2p/route"
 )
 
@@ -96,7 +97,7 @@ func TestFirstView(t *testing.T) {
 		groups := &lateView{changed: make(chan struct{})}
 		s := &Swarm{
 			cfg: Config{Groups: groups}, book: route.NewBook(route.BookOptions{}),
-			groups: map[blockdev.Digest]*group{}, begun: map[blockdev.Digest]time.Time{},
+			groups: lru.New[blockdev.Digest, *group](maxGroups), begun: lru.New[blockdev.Digest, time.Time](maxGroups),
 		}
 		waited := func(diff blockdev.Digest, ctx context.Context) (*group, time.Duration) {
 			began := time.Now()

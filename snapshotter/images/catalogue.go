@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/lru"
 	"github.com/shoalfs/shoal/internal/tasks"
 	"github.com/shoalfs/shoal/snapshotter/policy"
 )
@@ -100,7 +101,8 @@ func Open(cfg Config) (*Catalogue, error) {
 	c.refusals.log = c.log
 	c.refusals.added = func(r Refusal) { c.cfg.Pulled(r.Ref, &r) }
 	c.groups = groups{cfg.Groups, c.records}
-	c.rights = rights{own: cfg.Credentials, ownForPulls: cfg.NodeCredentials}
+	c.rights = rights{own: cfg.Credentials, ownForPulls: cfg.NodeCredentials,
+		m: lru.New[openKey, right](maxRights), unclaimed: lru.New[string, struct{}](maxRights)}
 	c.opener = &opener{cfg: &c.cfg, policy: &c.policy, records: c.records, refs: &c.refs, groups: c.groups, rights: &c.rights, room: c.room}
 	c.recoveries, c.rewarmings = newRecoveries(c.opener), newRewarmings(c.opener)
 	c.wishes = newWishes(cfg.Data, cfg.PrefetchAfterExit)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/image"
+	"github.com/shoalfs/shoal/internal/lru"
 )
 
 const (
@@ -39,13 +40,13 @@ type rights struct {
 	ownForPulls bool        // Config.NodeCredentials
 
 	mu sync.Mutex
-	m  map[openKey]right
+	m  *lru.Map[openKey, right]
 	// keys are the credentials that have opened images, by repository, for as long
 	// as these need sources.
 	keys map[string]image.Credential
 	// unclaimed are repositories whose last image was opened and not asked for; row
 	// is how many there were since one was.
-	unclaimed map[string]struct{}
+	unclaimed *lru.Map[string, struct{}]
 	row       int
 	// distrusts are containerd's namespaces in which a layer was asked for without the
 	// name of its image, and until when that counts. There containerd does not write the
@@ -57,29 +58,15 @@ type rights struct {
 func (r *rights) show(key openKey, cred image.Credential, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.m == nil {
-		r.m = make(map[openKey]right)
-	}
-	if len(r.m) >= maxRights {
-		for k, old := range r.m {
-			if !now.Before(old.until) || len(r.m) >= maxRights {
-				delete(r.m, k)
-			}
-		}
-	}
-	r.m[key] = right{cred, now.Add(rightLife)}
+	r.m.Add(key, right{cred, now.Add(rightLife)})
 }
 
 // find returns the credential that was shown for an image.
 func (r *rights) find(key openKey, now time.Time) (image.Credential, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	v, ok := r.m[key]
-	if ok && !now.Before(v.until) {
-		delete(r.m, key)
-		ok = false
-	}
-	if !ok {
+	v, ok := r.m.Peek(key)
+	if !ok || !now.Before(v.until) {
 		return image.Credential{}, false
 	}
 	return v.cred, true
@@ -89,7 +76,7 @@ func (r *rights) find(key openKey, now time.Time) (image.Credential, bool) {
 func (r *rights) drop(key openKey) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	delete(r.m, key)
+	r.m.Remove(key)
 }
 
 // distrust notes that a namespace does not name its images.
@@ -113,7 +100,7 @@ func (r *rights) distrusted(namespace string, now time.Time) bool {
 func (r *rights) claim(name string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	delete(r.unclaimed, name)
+	r.unclaimed.Remove(name)
 	r.row = 0
 }
 
@@ -121,10 +108,7 @@ func (r *rights) claim(name string) {
 func (r *rights) disclaim(name string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.unclaimed == nil || len(r.unclaimed) >= maxRights {
-		r.unclaimed = make(map[string]struct{})
-	}
-	r.unclaimed[name] = struct{}{}
+	r.unclaimed.Add(name, struct{}{})
 	r.row++
 }
 
@@ -132,8 +116,7 @@ func (r *rights) disclaim(name string) {
 func (r *rights) elsewhere(name string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	_, before := r.unclaimed[name]
-	return before || r.row >= maxUnclaimed
+	return r.unclaimed.Contains(name) || r.row >= maxUnclaimed
 }
 
 func (r *rights) keep(name string, cred image.Credential) {

@@ -15,8 +15,8 @@ import (
 	"github.com/shoalfs/shoal/internal/boltcheck"
 	"github.com/shoalfs/shoal/internal/flight"
 	"github.com/shoalfs/shoal/internal/image"
+	"github.com/shoalfs/shoal/internal/lru"
 	"github.com/shoalfs/shoal/internal/registry"
-	"github.com/shoalfs/shoal/supernode/internal/bounded"
 )
 
 // Checker asks a registry whether a credential may pull; nil means yes.
@@ -51,16 +51,16 @@ type Access struct {
 	stop, done chan struct{}                    // of flush
 
 	mu      sync.Mutex
-	failed  error               // of the last write
-	yes     map[grant]time.Time // until when
-	no      map[string]time.Time
-	down    map[string]time.Time   // registry host, or repository -> not asked before
-	limited map[string]time.Time   // public repository -> not asked before
-	seen    map[graceKey]time.Time // last access, on disk or in pending
-	pending map[graceKey]int64     // Unix seconds to write; 0: delete
+	failed  error                      // of the last write
+	yes     *lru.Map[grant, time.Time] // until when
+	no      *lru.Map[string, time.Time]
+	down    *lru.Map[string, time.Time]   // registry host, or repository -> not asked before
+	limited *lru.Map[string, time.Time]   // public repository -> not asked before
+	seen    *lru.Map[graceKey, time.Time] // last access, on disk or in pending; the oldest makes room
+	pending map[graceKey]int64            // Unix seconds to write; 0: delete
 
 	salt      []byte
-	stretched map[string]stretched // by the hash of a credential
+	stretched *lru.Map[string, string] // what lasts of a credential, hashed slowly, by its fast hash
 }
 
 // errClosed is the end of questions that run when Close is called.
@@ -109,8 +109,10 @@ func Open(cfg Config) (*Access, error) {
 	}
 	a := &Access{cfg: cfg, db: db, stop: make(chan struct{}), done: make(chan struct{}),
 		asking: flight.New[string, *question](flight.Policy{Outlives: true}, errClosed),
-		yes:    map[grant]time.Time{}, no: map[string]time.Time{}, down: map[string]time.Time{}, limited: map[string]time.Time{},
-		seen: map[graceKey]time.Time{}, pending: map[graceKey]int64{}, stretched: map[string]stretched{}}
+		yes:    lru.New[grant, time.Time](maxAnswers), no: lru.New[string, time.Time](maxAnswers),
+		down: lru.New[string, time.Time](maxAnswers), limited: lru.New[string, time.Time](maxAnswers),
+		pending: map[graceKey]int64{}, stretched: lru.New[string, string](maxStretched)}
+	a.seen = lru.NewEvict(maxAnswers, func(k graceKey, _ time.Time) { a.pending[k] = 0 })
 	if err := a.load(); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", file, err), db.Close())
 	}
@@ -161,9 +163,9 @@ func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference,
 	withCred := g.cred != ""
 	now := a.cfg.Now()
 	a.mu.Lock()
-	public := now.Before(a.yes[grant{repo, ""}])
-	everybody := a.counts(a.seen[publicKey(repo)], now)
-	limitedStill := now.Before(a.limited[repo])
+	public := still(a.yes, grant{repo, ""}, now)
+	everybody := a.before(publicKey(repo), now)
+	limitedStill := still(a.limited, repo, now)
 	a.mu.Unlock()
 	switch {
 	case public:
@@ -173,10 +175,10 @@ func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference,
 	}
 	mine := a.key(peer, repo, a.lasting(g.cred, req.Credential))
 	a.mu.Lock()
-	own := withCred && now.Before(a.yes[g])
-	notPublic := now.Before(a.no[repo])
-	before := withCred && a.counts(a.seen[mine], now)
-	isDown := now.Before(a.down[ref.Host]) || now.Before(a.down[repo])
+	own := withCred && still(a.yes, g, now)
+	notPublic := still(a.no, repo, now)
+	before := withCred && a.before(mine, now)
+	isDown := still(a.down, ref.Host, now) || still(a.down, repo, now)
 	a.mu.Unlock()
 	switch {
 	case own:
@@ -227,8 +229,7 @@ func (a *Access) leaveAlone(repo string, err error) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	bounded.MakeRoom(a.limited, maxAnswers)
-	a.limited[repo] = a.cfg.Now().Add(min(wait, a.cfg.TTL))
+	a.limited.Add(repo, a.cfg.Now().Add(min(wait, a.cfg.TTL)))
 }
 
 // setDown keeps others from waiting for a registry that does not answer, or for a
@@ -241,8 +242,7 @@ func (a *Access) setDown(ref registry.Reference, err error) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	bounded.MakeRoom(a.down, maxAnswers)
-	a.down[what] = a.cfg.Now().Add(downTTL)
+	a.down.Add(what, a.cfg.Now().Add(downTTL))
 }
 
 // ask asks the registry, once for all who want to know the same at the same time.
@@ -294,7 +294,13 @@ func (a *Access) ask(ctx context.Context, g grant, ref registry.Reference, req i
 func (a *Access) answered(g grant) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.cfg.Now().Before(a.yes[g])
+	return still(a.yes, g, a.cfg.Now())
+}
+
+// still says whether the time of a key is not over.
+func still[K comparable](m *lru.Map[K, time.Time], k K, now time.Time) bool {
+	until, _ := m.Peek(k)
+	return now.Before(until)
 }
 
 // tooLate has a "no" that is still to come count for a peer that does not wait for it.
@@ -311,7 +317,7 @@ func (a *Access) tooLate(f *question, mine *graceKey) {
 func (a *Access) forgetRefusedLocked(f *question) {
 	if errors.Is(f.err, blockdev.ErrUnauthorized) || errors.Is(f.err, blockdev.ErrNotFound) {
 		for _, k := range f.late {
-			a.forgetLocked(k)
+			a.seen.Remove(k)
 		}
 	}
 }
@@ -325,19 +331,17 @@ func (a *Access) answer(f *question, g grant, host string, err error) {
 	a.forgetRefusedLocked(f)
 	switch {
 	case err == nil:
-		bounded.MakeRoom(a.yes, maxAnswers)
-		a.yes[g] = now.Add(a.cfg.TTL)
+		a.yes.Add(g, now.Add(a.cfg.TTL))
 		if g.cred == "" {
 			a.noteLocked(publicKey(g.repo), now)
 		}
-		delete(a.down, host)
-		delete(a.down, g.repo)
+		a.down.Remove(host)
+		a.down.Remove(g.repo)
 	case errors.Is(err, blockdev.ErrUnauthorized):
-		delete(a.yes, g)
+		a.yes.Remove(g)
 		if g.cred == "" {
-			bounded.MakeRoom(a.no, maxAnswers)
-			a.no[g.repo] = now.Add(min(negativeTTL, a.cfg.TTL))
-			a.forgetLocked(publicKey(g.repo))
+			a.no.Add(g.repo, now.Add(min(negativeTTL, a.cfg.TTL)))
+			a.seen.Remove(publicKey(g.repo))
 		}
 	}
 }

@@ -428,7 +428,7 @@ func TestForgets(t *testing.T) {
 	if err := e.write(); err != nil {
 		t.Fatal(err)
 	}
-	if n := stored(); n != 0 || len(e.seen) != 0 {
-		t.Errorf("%d keys on disk and %d in memory after the grace", n, len(e.seen))
+	if n := stored(); n != 0 || e.seen.Len() != 0 {
+		t.Errorf("%d keys on disk and %d in memory after the grace", n, e.seen.Len())
 	}
 }

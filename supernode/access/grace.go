@@ -7,13 +7,14 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"go.etcd.io/bbolt"
 	bberrors "go.etcd.io/bbolt/errors"
 
 	"github.com/shoalfs/shoal/internal/image"
-	"github.com/shoalfs/shoal/supernode/internal/bounded"
 )
 
 const (
@@ -28,12 +29,6 @@ const (
 // renewed are user names whose password is a token that nodes get again within
 // hours (ECR, Google, Azure, identity tokens). An outage may last longer.
 var renewed = map[string]bool{"AWS": true, "oauth2accesstoken": true, "00000000-0000-0000-0000-000000000000": true, "<token>": true}
-
-// stretched is what lasts of a credential, hashed slowly.
-type stretched struct {
-	id  string
-	use time.Time
-}
 
 // graceKey names a peer, a repository and a credential.
 type graceKey [sha256.Size]byte
@@ -68,17 +63,21 @@ func (a *Access) load() error {
 			return err
 		}
 		var old [][]byte
+		found := map[graceKey]time.Time{}
 		err = b.ForEach(func(k, v []byte) error {
-			if len(k) == len(graceKey{}) && len(v) == 8 && len(a.seen) < maxAnswers {
+			if len(k) == len(graceKey{}) && len(v) == 8 {
 				at := time.Unix(int64(binary.BigEndian.Uint64(v)), 0)
 				if a.counts(at, a.cfg.Now()) {
-					a.seen[graceKey(k)] = at
+					found[graceKey(k)] = at
 					return nil
 				}
 			}
 			old = append(old, append([]byte(nil), k...))
 			return nil
 		})
+		for _, k := range slices.SortedFunc(maps.Keys(found), func(x, y graceKey) int { return found[x].Compare(found[y]) }) {
+			a.seen.Add(k, found[k])
+		}
 		for _, k := range old {
 			err = errors.Join(err, b.Delete(k))
 		}
@@ -155,31 +154,22 @@ func (a *Access) lasting(hash string, c image.Credential) string {
 	if renewed[c.Username] {
 		return "user " + c.Username
 	}
-	now := a.cfg.Now()
 	a.mu.Lock()
-	st, ok := a.stretched[hash]
+	id, ok := a.stretched.Get(hash)
 	a.mu.Unlock()
-	if !ok {
-		b, err := pbkdf2.Key(sha256.New, hash, a.salt, stretchRounds, sha256.Size)
-		if err != nil {
-			// Only where FIPS 140 mode refuses the parameters. It counts for nobody then.
-			a.cfg.Log.Error("cannot hash a credential; it does not count while its registry is down", "error", err)
-			b = []byte(rand.Text())
-		}
-		st.id = string(b)
+	if ok {
+		return id
 	}
-	st.use = now
+	b, err := pbkdf2.Key(sha256.New, hash, a.salt, stretchRounds, sha256.Size)
+	if err != nil {
+		// Only where FIPS 140 mode refuses the parameters. It counts for nobody then.
+		a.cfg.Log.Error("cannot hash a credential; it does not count while its registry is down", "error", err)
+		b = []byte(rand.Text())
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if len(a.stretched) >= maxStretched {
-		for k, old := range a.stretched { // any of them; it is made again
-			if now.Sub(old.use) > a.cfg.TTL || len(a.stretched) >= maxStretched {
-				delete(a.stretched, k)
-			}
-		}
-	}
-	a.stretched[hash] = st
-	return st.id
+	a.stretched.Add(hash, string(b))
+	return string(b)
 }
 
 func (a *Access) key(peer, repo, credential string) graceKey {
@@ -197,6 +187,12 @@ func (a *Access) counts(at, now time.Time) bool {
 	return age >= -time.Minute && age < a.cfg.Grace
 }
 
+// before says whether there was an access that still counts.
+func (a *Access) before(k graceKey, now time.Time) bool {
+	at, _ := a.seen.Peek(k)
+	return a.counts(at, now)
+}
+
 func (a *Access) note(k graceKey, now time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -204,13 +200,10 @@ func (a *Access) note(k graceKey, now time.Time) {
 }
 
 func (a *Access) noteLocked(k graceKey, now time.Time) {
-	if old, ok := a.seen[k]; ok && now.Sub(old) < a.cfg.TTL && now.After(old) {
+	if old, ok := a.seen.Peek(k); ok && now.Sub(old) < a.cfg.TTL && now.After(old) {
 		return // fresh enough; spares the disk
 	}
-	for _, gone := range bounded.MakeRoom(a.seen, maxAnswers) {
-		a.pending[gone] = 0
-	}
-	a.seen[k] = now
+	a.seen.Add(k, now)
 	a.pending[k] = now.Unix()
 }
 
@@ -218,9 +211,9 @@ func (a *Access) noteLocked(k graceKey, now time.Time) {
 func (a *Access) sweep(now time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for k, at := range a.seen {
-		if !a.counts(at, now) {
-			a.forgetLocked(k)
+	for _, k := range a.seen.Keys() {
+		if !a.before(k, now) {
+			a.seen.Remove(k)
 		}
 	}
 }
@@ -229,12 +222,5 @@ func (a *Access) sweep(now time.Time) {
 func (a *Access) revoke(k graceKey) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.forgetLocked(k)
-}
-
-func (a *Access) forgetLocked(k graceKey) {
-	if _, ok := a.seen[k]; ok {
-		delete(a.seen, k)
-		a.pending[k] = 0
-	}
+	a.seen.Remove(k)
 }

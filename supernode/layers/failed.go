@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/lru"
 )
 
 // failures remembers layers that cannot be had however often one tries, so that
@@ -15,7 +16,7 @@ type failures struct {
 	now func() time.Time
 
 	mu   sync.Mutex
-	errs map[string]failure
+	errs *lru.Map[string, failure]
 }
 
 type failure struct {
@@ -57,21 +58,14 @@ func (f *failures) note(key string, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	now := f.now()
-	old, again := f.errs[key]
+	old, again := f.errs.Get(key)
 	switch {
 	case again && !now.After(old.until):
 		return
 	case again && !old.over(now):
 		ttl = min(max(2*old.ttl, ttl), most)
 	}
-	if len(f.errs) >= maxFailures && !again {
-		for k, e := range f.errs {
-			if e.over(now) || len(f.errs) >= maxFailures {
-				delete(f.errs, k)
-			}
-		}
-	}
-	f.errs[key] = failure{err, now.Add(ttl), ttl}
+	f.errs.Add(key, failure{err, now.Add(ttl), ttl})
 }
 
 // over says that a failure is not even history any more.
@@ -81,7 +75,7 @@ func (e failure) over(now time.Time) bool { return now.After(e.until.Add(failure
 func (f *failures) recall(key string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	e, ok := f.errs[key]
+	e, ok := f.errs.Get(key)
 	if !ok || f.now().After(e.until) {
 		return nil
 	}
@@ -92,5 +86,5 @@ func (f *failures) recall(key string) error {
 func (f *failures) worked(key string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	delete(f.errs, key)
+	f.errs.Remove(key)
 }

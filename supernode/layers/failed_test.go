@@ -6,13 +6,14 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/lru"
 )
 
 // TestFailures: what fails again is left alone for longer each time, whoever and however
 // many say that it has failed.
 func TestFailures(t *testing.T) {
 	now := time.Unix(1_800_000_000, 0)
-	f := failures{now: func() time.Time { return now }, errs: make(map[string]failure)}
+	f := failures{now: func() time.Time { return now }, errs: lru.New[string, failure](maxFailures)}
 	counts := func(key string) (ttl time.Duration) {
 		for at := now; ; at = at.Add(time.Second) {
 			if now.After(at) {
@@ -60,7 +61,7 @@ func TestFailures(t *testing.T) {
 	for i := range 2 * maxFailures {
 		f.note(fmt.Sprint(i), blockdev.ErrCorrupt)
 	}
-	if len(f.errs) > maxFailures {
-		t.Errorf("%d failures are remembered", len(f.errs))
+	if f.errs.Len() > maxFailures {
+		t.Errorf("%d failures are remembered", f.errs.Len())
 	}
 }

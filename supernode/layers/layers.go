@@ -16,6 +16,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/internal/flight"
 	"github.com/shoalfs/shoal/internal/image"
+	"github.com/shoalfs/shoal/internal/lru"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/access"
 	"github.com/shoalfs/shoal/supernode/ingest"
@@ -74,7 +75,7 @@ func New(cfg Config) (*Layers, error) {
 		cfg:       cfg,
 		trusted:   map[string]bool{},
 		flights:   flight.New[string, *progress](outlives, errClosed),
-		failed:    &failures{now: cfg.Now, errs: map[string]failure{}},
+		failed:    &failures{now: cfg.Now, errs: lru.New[string, failure](maxFailures)},
 		verifying: slots.New(cfg.Ingest.Parallel, hostsFactor*cfg.Ingest.Parallel),
 		restoring: slots.New(maxRestores, hostsFactor*maxRestores),
 	}

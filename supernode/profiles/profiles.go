@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,7 +19,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/profile"
 	"github.com/shoalfs/shoal/internal/boltcheck"
 	"github.com/shoalfs/shoal/internal/image"
-	"github.com/shoalfs/shoal/supernode/internal/bounded"
+	"github.com/shoalfs/shoal/internal/lru"
 )
 
 const (
@@ -44,8 +45,8 @@ type Profiles struct {
 	now func() time.Time
 
 	mu     sync.Mutex
-	handed map[handing]time.Time
-	last   map[blockdev.Digest]time.Time // of each diff's newest report
+	handed *lru.Map[handing, time.Time]
+	last   *lru.Map[blockdev.Digest, struct{}] // the diffs, by their newest report
 }
 
 // handing is an index that a peer was handed.
@@ -82,7 +83,7 @@ func Open(dir string, log *slog.Logger, now func() time.Time) (*Profiles, error)
 		now = time.Now
 	}
 	file := filepath.Join(dir, File)
-	p := &Profiles{log: log, now: now, handed: map[handing]time.Time{}, last: map[blockdev.Digest]time.Time{}}
+	p := &Profiles{log: log, now: now, handed: lru.New[handing, time.Time](maxHandings), last: lru.Unbounded[blockdev.Digest, struct{}](nil)}
 	err := p.open(file)
 	if !errors.Is(err, blockdev.ErrCorrupt) {
 		return p, err
@@ -114,12 +115,17 @@ func (p *Profiles) load() error {
 		if err != nil {
 			return err
 		}
-		return b.ForEach(func(k, v []byte) error {
+		newest := map[blockdev.Digest]time.Time{}
+		err = b.ForEach(func(k, v []byte) error {
 			if rec, ok := readProfile(v); ok && len(k) == len(blockdev.Digest{}) {
-				p.last[blockdev.Digest(k)] = rec.Reports[0].At
+				newest[blockdev.Digest(k)] = rec.Reports[0].At
 			}
 			return nil
 		})
+		for _, diff := range slices.SortedFunc(maps.Keys(newest), func(x, y blockdev.Digest) int { return newest[x].Compare(newest[y]) }) {
+			p.last.Add(diff, struct{}{})
+		}
+		return err
 	})
 }
 
@@ -139,8 +145,7 @@ func (p *Profiles) HandOut(peer string, img *image.Image) {
 	now := p.now()
 	p.mu.Lock()
 	for i := range img.Layers {
-		bounded.MakeRoom(p.handed, maxHandings)
-		p.handed[handing{peer, img.Layers[i].DiffID}] = now
+		p.handed.Add(handing{peer, img.Layers[i].DiffID}, now)
 	}
 	p.mu.Unlock()
 	err := p.db.View(func(tx *bbolt.Tx) error {
@@ -172,7 +177,7 @@ func (r *profileRecord) merged() blockdev.Profile {
 func (p *Profiles) mayReport(peer string, diff blockdev.Digest) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	at, ok := p.handed[handing{peer, diff}]
+	at, ok := p.handed.Peek(handing{peer, diff})
 	return ok && p.now().Sub(at) < handedOutFor
 }
 
@@ -240,7 +245,7 @@ func (p *Profiles) add(peer string, d blockdev.DiffProfile) error {
 	})
 	if err == nil {
 		p.mu.Lock()
-		p.last[d.Diff] = now
+		p.last.Add(d.Diff, struct{}{})
 		p.mu.Unlock()
 	}
 	return err
@@ -267,8 +272,9 @@ func (r *profileRecord) add(n report) bool {
 func (p *Profiles) surplus(diff blockdev.Digest) (old []blockdev.Digest) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if _, ok := p.last[diff]; ok {
-		return nil
+	for !p.last.Contains(diff) && p.last.Len() >= maxProfiles {
+		longest, _, _ := p.last.RemoveOldest()
+		old = append(old, longest)
 	}
-	return bounded.MakeRoom(p.last, maxProfiles)
+	return old
 }

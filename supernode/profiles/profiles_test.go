@@ -85,21 +85,23 @@ func TestBounded(t *testing.T) {
 	e := newEnv(t)
 	name := func(i uint32) blockdev.Digest { return blockdev.Sum(binary.LittleEndian.AppendUint32(nil, i)) }
 	for i := range uint32(maxProfiles) {
-		e.last[name(i)] = e.now.Add(time.Duration(i))
+		e.last.Add(name(i), struct{}{})
 	}
 	first := blockdev.DiffProfile{Diff: name(0), Profile: blockdev.Profile{{Chunk: 1}}}
 	if err := e.add("a", first); err != nil { // known already: nothing goes
 		t.Fatal(err)
 	}
-	e.last[name(0)] = e.now
 	if err := e.add("a", blockdev.DiffProfile{Diff: name(maxProfiles), Profile: blockdev.Profile{{Chunk: 1}}}); err != nil {
 		t.Fatal(err)
 	}
-	if n := len(e.last); n > maxProfiles*15/16 {
+	if n := e.last.Len(); n != maxProfiles {
 		t.Errorf("%d diffs are known", n)
 	}
-	if p := e.handedOut(t, name(0)); p != nil {
+	if e.last.Contains(name(1)) {
 		t.Error("the oldest is still there")
+	}
+	if p := e.handedOut(t, name(0)); p == nil {
+		t.Error("one that was reported on again is gone")
 	}
 	if p := e.handedOut(t, name(maxProfiles)); p == nil {
 		t.Error("the newest is not there")

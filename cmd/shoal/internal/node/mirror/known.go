@@ -6,11 +6,11 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
-	"github.com/hashicorp/golang-lru/v2/simplelru"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/image"
+	"github.com/shoalfs/shoal/internal/lru"
 )
 
 // maxKnown bounds each of known's maps.
@@ -26,15 +26,12 @@ type blobKey struct {
 // and which blobs are the configs of which manifests. Everything else is a layer.
 type known struct {
 	mu      sync.Mutex
-	tags    *simplelru.LRU[blobKey, string]
-	configs *simplelru.LRU[blobKey, blockdev.Digest] // -> manifest
+	tags    *lru.Map[blobKey, string]
+	configs *lru.Map[blobKey, blockdev.Digest] // -> manifest
 }
 
 func newKnown() *known {
-	k := &known{} // NewLRU fails for a size of 0
-	k.tags, _ = simplelru.NewLRU[blobKey, string](maxKnown, nil)
-	k.configs, _ = simplelru.NewLRU[blobKey, blockdev.Digest](maxKnown, nil)
-	return k
+	return &known{tags: lru.New[blobKey, string](maxKnown), configs: lru.New[blobKey, blockdev.Digest](maxKnown)}
 }
 
 // note takes in a document that a pull was given. manifest reports whether it is

@@ -9,9 +9,8 @@ import (
 	"sync"
 	"time"
 
-	"github.com/hashicorp/golang-lru/v2/simplelru"
-
 	"github.com/shoalfs/shoal/internal/image"
+	"github.com/shoalfs/shoal/internal/lru"
 )
 
 const (
@@ -28,12 +27,11 @@ const (
 // repository of one registry. They are in memory alone.
 type tokens struct {
 	mu sync.Mutex
-	m  *simplelru.LRU[string, grant]
+	m  *lru.Map[string, grant]
 }
 
 func newTokens() *tokens {
-	m, _ := simplelru.NewLRU[string, grant](maxTokens, nil) // fails for a size of 0
-	return &tokens{m: m}
+	return &tokens{m: lru.New[string, grant](maxTokens)}
 }
 
 type grant struct {
