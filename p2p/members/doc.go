@@ -21,19 +21,9 @@
 //   - stranger: a peer that has connected and is in no group of this node, as far
 //     as this node knows. Its streams wait until a supernode has said who it is.
 //
-// # How it is used
-//
-//	n, err := members.New(members.Config{...})
-//	h, err := host.New(host.Config{Guard: n, ...})
-//	n.Start(h)
-//	n.Join(manifest, diffs, grant)           // at pull, and at start
-//	for _, g := range n.Groups(diff) {       // groups of images here that have diff
-//		view := n.View(g)                // for route.NewTable
-//		info, ok := n.Addrs(peer)        // to dial the peer that route has chosen
-//	}
-//	err := n.Allowed(ctx, group, peer)       // may peer ask this node for chunks of group?
-//	err := n.Ready(ctx, supernode)           // wait until that supernode has let us in
-//	err := n.SetSupernodes(...)              // the config has changed
+// The Example of package roster shows both ends. Groups and View say whom to ask for chunks
+// of a diff, Addrs where to dial the peer that route has chosen, and Allowed whether a peer
+// may ask this node.
 //
 // # Invariants
 //

@@ -35,26 +35,7 @@
 //
 // # How it is used
 //
-// A node has one Book, its history with all peers, and for each image one Group
-// on top of it, made again (cheaply) when a new View comes:
-//
-//	book := route.NewBook(route.BookOptions{})
-//	table, err := route.NewTable(view)            // immutable, may be shared
-//	group := route.NewGroup(self, table, book)    // self is a route.Member
-//
-// A chunk is looked for with an Ask, which remembers the peers that were tried:
-//
-//	ask := route.NewAsk(chunk.Digest, priority, hops) // hops: of the request that is served; 0: own
-//	for {
-//		t := group.Next(&ask, now)
-//		switch t.Kind {
-//		case route.Peer:      // ask t.ID, with t.Hops in the request
-//		case route.Supernode: // ask the supernode
-//		case route.Later:     // all were busy: nothing before now+t.Wait
-//		case route.Nobody:    // the supernode failed too: give up
-//		}
-//		group.Report(&ask, t, outcome, now, took, bytes) // before the next call of Next
-//	}
+// The Example looks for a chunk.
 //
 // Batches: call Next for each chunk, then sort by Target.Index (-1: supernode)
 // and send one request to each. Requests that are served (hops > 0) are routed
@@ -69,7 +50,7 @@
 // bytes) and before the first is given up (Report with Slow, then Next).
 //
 // Prefetch takes the chunks in the image's order, the same on every node, and keeps
-// as many bytes asked for as Table.Window says.
+// as many bytes asked for as Table.Inflight says.
 //
 // # Invariants
 //
