@@ -111,7 +111,7 @@ func TestDocsWidth(t *testing.T) {
 	for _, p := range pages {
 		for i, l := range prose(readDoc(t, filepath.Base(p))) {
 			code, wide := strings.HasPrefix(l, "    "), len([]rune(l)) > docWidth
-			if wide && !code && !strings.HasPrefix(l, "|") && strings.Contains(strings.TrimSpace(l), " ") {
+			if wide && !code && !strings.HasPrefix(strings.TrimSpace(l), "|") && strings.Contains(strings.TrimSpace(l), " ") {
 				t.Errorf("%s:%d: a line of %d characters, and %d are the most:\n%s", p, i+1, len([]rune(l)), docWidth, l)
 			}
 		}
