@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -56,8 +55,8 @@ Exit status: 0 clean, 1 could not be checked, 2 damaged, 3 damaged and all of it
 repaired.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "table" && output != "json" {
-				return fmt.Errorf("--output is %q: it must be table or json", output)
+			if err := checkOutput(output); err != nil {
+				return err
 			}
 			if root != "" && socket != "" {
 				return errors.New("--root checks a directory without a daemon, --control asks a daemon: give one of the two")
@@ -72,7 +71,7 @@ repaired.`,
 	addControlFlag(cmd, &socket)
 	cmd.Flags().StringVar(&root, "root", "", "data directory of a node or supernode that does not run")
 	cmd.Flags().BoolVar(&repair, "repair", false, "repair what is damaged")
-	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	addOutputFlag(cmd, &output)
 	return cmd
 }
 
@@ -120,13 +119,8 @@ func defaultRoot() (string, error) {
 
 // showReport writes the report and turns it into an exit status.
 func showReport(w io.Writer, r *control.CheckReport, output string, repair bool) error {
-	if output == "json" {
-		enc := json.NewEncoder(w)
-		enc.SetIndent("", "  ")
-		if err := enc.Encode(r); err != nil {
-			return err
-		}
-	} else if err := writeReport(w, r, repair); err != nil {
+	err := show(w, output, r, func(w io.Writer, r *control.CheckReport) error { return writeReport(w, r, repair) })
+	if err != nil {
 		return err
 	}
 	switch r.Result {

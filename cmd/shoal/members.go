@@ -9,18 +9,12 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/internal/control"
 )
 
 func newMembersCommand() *cobra.Command {
-	var socket, output string
-	client := func() control.Client {
-		if socket == "" {
-			socket = config.DefaultSupernode().ControlAddress
-		}
-		return control.Client{Path: socket}
-	}
+	var client func() control.Client
+	var output string
 	cmd := &cobra.Command{
 		Use:   "members",
 		Short: "On a supernode: list its nodes, keep one out, or let it in again",
@@ -36,14 +30,9 @@ func newMembersCommand() *cobra.Command {
 			return show(cmd.OutOrStdout(), output, list, writeMembers)
 		},
 	}
-	cmd.PersistentFlags().StringVar(&socket, "control", "", "control socket of the supernode (default "+config.DefaultSupernode().ControlAddress+")")
-	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
-	oneID := func(cmd *cobra.Command, args []string) error {
-		if len(args) != 1 {
-			return fmt.Errorf("no node is given: name one ID, as `shoal members` lists it")
-		}
-		return nil
-	}
+	client = supernodeClient(cmd)
+	addOutputFlag(cmd, &output)
+	oneID := one("ID of a node, as `shoal members` lists it")
 	cmd.AddCommand(&cobra.Command{
 		Use:   "revoke ID",
 		Short: "End a node's membership, and refuse its identity from then on",

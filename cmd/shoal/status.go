@@ -35,8 +35,12 @@ func newStatusCommand() *cobra.Command {
 		},
 	}
 	addControlFlag(cmd, &socket)
-	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	addOutputFlag(cmd, &output)
 	return cmd
+}
+
+func addOutputFlag(cmd *cobra.Command, output *string) {
+	cmd.Flags().StringVarP(output, "output", "o", "table", "table or json")
 }
 
 // checkOutput refuses a value of --output that show does not know.
@@ -55,6 +59,25 @@ func show[T any](w io.Writer, output string, v T, table func(io.Writer, T) error
 		return enc.Encode(v)
 	}
 	return table(w, v)
+}
+
+// supernodeClient adds --control to a command for supernodes alone, and returns what makes a
+// client of the socket that it names.
+func supernodeClient(cmd *cobra.Command) func() control.Client {
+	socket := cmd.PersistentFlags().String("control", "", "control socket of the supernode (default "+config.DefaultSupernode().ControlAddress+")")
+	return func() control.Client {
+		return control.Client{Path: cmp.Or(*socket, config.DefaultSupernode().ControlAddress)}
+	}
+}
+
+// one wants one argument.
+func one(what string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) != 1 {
+			return fmt.Errorf("%d arguments are given: name one %s", len(args), what)
+		}
+		return nil
+	}
 }
 
 func addControlFlag(cmd *cobra.Command, socket *string) {

@@ -10,23 +10,16 @@ import (
 	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 
-	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/internal/control"
 )
 
 func newStoreCommand() *cobra.Command {
-	var socket, output string
-	client := func() control.Client {
-		if socket == "" {
-			socket = config.DefaultSupernode().ControlAddress
-		}
-		return control.Client{Path: socket}
-	}
+	var output string
 	cmd := &cobra.Command{
 		Use:   "store",
 		Short: "On a supernode: list what is stored, remove it, or keep it",
 	}
-	cmd.PersistentFlags().StringVar(&socket, "control", "", "control socket of the supernode (default "+config.DefaultSupernode().ControlAddress+")")
+	client := supernodeClient(cmd)
 	list := &cobra.Command{
 		Use:   "list",
 		Short: "List the stored layers, the largest first",
@@ -42,15 +35,7 @@ func newStoreCommand() *cobra.Command {
 			return show(cmd.OutOrStdout(), output, layers, writeStored)
 		},
 	}
-	list.Flags().StringVarP(&output, "output", "o", "table", "table or json")
-	one := func(what string) cobra.PositionalArgs {
-		return func(_ *cobra.Command, args []string) error {
-			if len(args) != 1 {
-				return fmt.Errorf("no argument is given: name one %s", what)
-			}
-			return nil
-		}
-	}
+	addOutputFlag(list, &output)
 	cmd.AddCommand(list, &cobra.Command{
 		Use:   "remove IMAGE|DIGEST",
 		Short: "Remove an image's layers that no other known image has, or one layer",

@@ -1,14 +1,8 @@
 package control
 
 import (
-	"bufio"
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
-	"net/http"
 
 	"github.com/shoalfs/shoal/blockdev"
 )
@@ -66,58 +60,20 @@ type checkEvent struct {
 	Error  string       `json:"error,omitempty"`
 }
 
-func serveCheck(d Daemon, w http.ResponseWriter, r *http.Request) {
-	var req CheckRequest
-	if err := json.NewDecoder(io.LimitReader(r.Body, 64<<10)).Decode(&req); err != nil {
-		http.Error(w, "request: "+err.Error(), http.StatusBadRequest)
-		return
-	}
-	w.Header().Set("Content-Type", "application/x-ndjson")
-	send := func(e checkEvent) {
-		_ = json.NewEncoder(w).Encode(e) // r.Context ends when the client goes away
-		_ = http.NewResponseController(w).Flush()
-	}
-	report, err := d.Check(r.Context(), req, func(what string) { send(checkEvent{What: what}) })
-	if err != nil {
-		send(checkEvent{Error: err.Error()})
-		return
-	}
-	send(checkEvent{Report: report})
-}
-
-// maxReportLine bounds one line of the answer, in bytes.
-const maxReportLine = 64 << 20
-
 // Check has the daemon check what it keeps, and reports what it looks at as it
 // goes.
-func (c Client) Check(ctx context.Context, req CheckRequest, event func(what string)) (*CheckReport, error) {
-	body, err := json.Marshal(req)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := c.do(ctx, http.MethodPost, "/v1/check", bytes.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	lines := bufio.NewScanner(resp.Body)
-	lines.Buffer(nil, maxReportLine)
-	for lines.Scan() {
-		var e checkEvent
-		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
-			return nil, fmt.Errorf("daemon's answer: %w", err)
-		}
+func (c Client) Check(ctx context.Context, req CheckRequest, event func(what string)) (report *CheckReport, err error) {
+	var failed error
+	err = events(ctx, c, "/v1/check", req, "the check did", func(e checkEvent) bool {
 		switch {
 		case e.Error != "":
-			return nil, errors.New(e.Error)
+			failed = errors.New(e.Error)
 		case e.Report != nil:
-			return e.Report, nil
+			report = e.Report
 		default:
 			event(e.What)
 		}
-	}
-	if ctx.Err() != nil {
-		return nil, ctx.Err()
-	}
-	return nil, fmt.Errorf("the daemon ended before the check did (%w): see its log", errors.Join(io.ErrUnexpectedEOF, lines.Err()))
+		return failed != nil || report != nil
+	})
+	return report, errors.Join(err, failed)
 }

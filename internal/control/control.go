@@ -135,35 +135,26 @@ func ServeOn(ctx context.Context, ln net.Listener, d Daemon) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
 		st, err := d.Status(r.Context())
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusInternalServerError)
-			return
-		}
-		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(st) // a client that went away needs no answer
+		answer(w, st, err, http.StatusInternalServerError)
 	})
-	mux.HandleFunc("POST /v1/prefetch", func(w http.ResponseWriter, r *http.Request) {
-		var req PrefetchRequest
-		if err := json.NewDecoder(io.LimitReader(r.Body, 64<<10)).Decode(&req); err != nil {
-			http.Error(w, "request: "+err.Error(), http.StatusBadRequest)
-			return
-		}
-		w.Header().Set("Content-Type", "application/x-ndjson")
-		send := func(e Event) {
-			_ = json.NewEncoder(w).Encode(e) // r.Context ends when the client goes away
-			_ = http.NewResponseController(w).Flush()
-		}
+	mux.HandleFunc("POST /v1/prefetch", stream(func(ctx context.Context, req PrefetchRequest, send func(Event)) Event {
 		last := Event{Finished: true}
-		if err := d.Prefetch(r.Context(), req, send); err != nil {
+		if err := d.Prefetch(ctx, req, send); err != nil {
 			last.Error = err.Error()
 		}
-		send(last)
-	})
+		return last
+	}))
+	mux.HandleFunc("POST /v1/check", stream(func(ctx context.Context, req CheckRequest, send func(checkEvent)) checkEvent {
+		report, err := d.Check(ctx, req, func(what string) { send(checkEvent{What: what}) })
+		if err != nil {
+			return checkEvent{Error: err.Error()}
+		}
+		return checkEvent{Report: report}
+	}))
 	serveMembers(mux, d)
 	serveReload(mux, d)
 	serveStore(mux, d)
 	serveState(mux, d)
-	mux.HandleFunc("POST /v1/check", func(w http.ResponseWriter, r *http.Request) { serveCheck(d, w, r) })
 	// Profiles of a running daemon, for root alone as everything here.
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
@@ -186,6 +177,49 @@ func ServeOn(ctx context.Context, ln net.Listener, d Daemon) error {
 		return fmt.Errorf("control socket %s: %w", ln.Addr(), err)
 	}
 	return nil
+}
+
+// answer writes v as JSON, or the error with its status.
+func answer(w http.ResponseWriter, v any, err error, status int) {
+	if err != nil {
+		http.Error(w, err.Error(), status)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(v) // a client that went away needs no answer
+}
+
+// maxRequest bounds a request, in bytes.
+const maxRequest = 64 << 10
+
+// change answers a request that changes something, and maybe a registry is asked.
+func change[Req, Resp any](do func(context.Context, Req) (Resp, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		var req Req
+		var resp Resp
+		err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&req)
+		if err == nil {
+			resp, err = do(r.Context(), req)
+		}
+		answer(w, resp, err, http.StatusBadRequest)
+	}
+}
+
+// stream answers with an event a line as the work goes on, and what do returns as the last.
+func stream[Req, Event any](do func(ctx context.Context, req Req, send func(Event)) Event) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		var req Req
+		if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(&req); err != nil {
+			http.Error(w, "request: "+err.Error(), http.StatusBadRequest)
+			return
+		}
+		w.Header().Set("Content-Type", "application/x-ndjson")
+		send := func(e Event) {
+			_ = json.NewEncoder(w).Encode(e) // r.Context ends when the client goes away
+			_ = http.NewResponseController(w).Flush()
+		}
+		send(do(r.Context(), req, send))
+	}
 }
 
 // stopTimeout is how long Serve waits for requests that were cancelled.
@@ -233,19 +267,57 @@ const (
 	answerTimeout = 10 * time.Second
 )
 
-// quickly makes a request that is answered at once, or never. read reads the answer.
-func (c Client) quickly(ctx context.Context, method, path string, body io.Reader, read func(io.Reader) error) error {
+// maxAnswer bounds an answer, or one event of it, in bytes: a report of a check is one.
+const maxAnswer = 64 << 20
+
+// quickly makes a request that is answered at once, or never.
+func quickly[T any](ctx context.Context, c Client, method, path string, req any) (T, error) {
 	err := fmt.Errorf("%w within %v at %s: the daemon hangs, or the machine is very busy; look at the daemon's log, and restart the daemon if this lasts", ErrSilent, answerTimeout, c.Path)
 	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, err)
 	defer cancel()
-	resp, rerr := c.do(ctx, method, path, body)
-	if rerr == nil {
-		rerr = errors.Join(read(resp.Body), resp.Body.Close())
+	v, aerr := ask[T](ctx, c, method, path, req)
+	if aerr != nil && context.Cause(ctx) == err { //nolint:errorlint // this very one
+		return v, err
 	}
-	if rerr != nil && context.Cause(ctx) == err { //nolint:errorlint // this very one
+	return v, aerr
+}
+
+// ask makes a request and reads the answer; req may be nil.
+func ask[T any](ctx context.Context, c Client, method, path string, req any) (v T, err error) {
+	resp, err := c.do(ctx, method, path, req)
+	if err != nil {
+		return v, err
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&v); err != nil {
+		return v, fmt.Errorf("daemon's answer: %w", err)
+	}
+	return v, nil
+}
+
+// events makes a request that stream answers, and calls event with each event until it says
+// that this one is the last. what says what has not happened if the last one is missing.
+func events[Event any](ctx context.Context, c Client, path string, req any, what string, event func(Event) (last bool)) error {
+	resp, err := c.do(ctx, http.MethodPost, path, req)
+	if err != nil {
 		return err
 	}
-	return rerr
+	defer resp.Body.Close()
+	lines := bufio.NewScanner(resp.Body)
+	lines.Buffer(nil, maxAnswer)
+	for lines.Scan() {
+		var e Event
+		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
+			return fmt.Errorf("daemon's answer: %w", err)
+		}
+		if event(e) {
+			return nil
+		}
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return fmt.Errorf("the daemon ended before %s (%w): see its log", what, errors.Join(io.ErrUnexpectedEOF, lines.Err()))
 }
 
 // ErrNoDaemon: no process serves the socket.
@@ -256,7 +328,11 @@ type Client struct {
 	Path string
 }
 
-func (c Client) do(ctx context.Context, method, path string, body io.Reader) (*http.Response, error) {
+func (c Client) do(ctx context.Context, method, path string, body any) (*http.Response, error) {
+	encoded, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
 	tr := &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -264,7 +340,7 @@ func (c Client) do(ctx context.Context, method, path string, body io.Reader) (*h
 			return d.DialContext(ctx, "unix", c.Path)
 		},
 	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://shoal"+path, body)
+	req, err := http.NewRequestWithContext(ctx, method, "http://shoal"+path, bytes.NewReader(encoded))
 	if err != nil {
 		return nil, err
 	}
@@ -288,47 +364,21 @@ func (c Client) do(ctx context.Context, method, path string, body io.Reader) (*h
 
 // Status asks for the daemon's Status.
 func (c Client) Status(ctx context.Context) (*Status, error) {
-	var st Status
-	err := c.quickly(ctx, http.MethodGet, "/v1/status", nil, func(r io.Reader) error {
-		if err := json.NewDecoder(r).Decode(&st); err != nil {
-			return fmt.Errorf("daemon's answer: %w", err)
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	return &st, nil
+	return quickly[*Status](ctx, c, http.MethodGet, "/v1/status", nil)
 }
 
 // Prefetch has the daemon do req, and reports as it goes. It returns nil only
 // when the daemon said that all of it is done.
 func (c Client) Prefetch(ctx context.Context, req PrefetchRequest, event func(Event)) error {
-	body, err := json.Marshal(req)
-	if err != nil {
-		return err
-	}
-	resp, err := c.do(ctx, http.MethodPost, "/v1/prefetch", bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	lines := bufio.NewScanner(resp.Body)
-	for lines.Scan() {
-		var e Event
-		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
-			return fmt.Errorf("daemon's answer: %w", err)
+	var failed error
+	err := events(ctx, c, "/v1/prefetch", req, "the image was complete", func(e Event) bool {
+		switch {
+		case !e.Finished:
+			event(e)
+		case e.Error != "":
+			failed = errors.New(e.Error)
 		}
-		if e.Finished {
-			if e.Error != "" {
-				return errors.New(e.Error)
-			}
-			return nil
-		}
-		event(e)
-	}
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	return fmt.Errorf("the daemon ended before the image was complete (%w): see its log", errors.Join(io.ErrUnexpectedEOF, lines.Err()))
+		return e.Finished
+	})
+	return errors.Join(err, failed)
 }

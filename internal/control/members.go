@@ -1,9 +1,8 @@
 package control
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 )
@@ -48,47 +47,31 @@ func serveMembers(mux *http.ServeMux, d Daemon) {
 		})
 		return
 	}
-	mux.HandleFunc("GET /v1/members", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(list.Members()) // a client that went away needs no answer
-	})
-	change := func(do func(string) error) http.HandlerFunc {
-		return func(w http.ResponseWriter, r *http.Request) {
-			var req memberRequest
-			err := json.NewDecoder(io.LimitReader(r.Body, 4<<10)).Decode(&req)
-			if err == nil {
-				err = do(req.ID)
-			}
-			if err != nil {
-				http.Error(w, err.Error(), http.StatusBadRequest)
-			}
-		}
+	mux.HandleFunc("GET /v1/members", func(w http.ResponseWriter, _ *http.Request) { answer(w, list.Members(), nil, 0) })
+	for name, do := range map[string]func(string) error{"revoke": list.Revoke, "allow": list.Allow} {
+		mux.HandleFunc("POST /v1/members/"+name, change(func(_ context.Context, req memberRequest) (struct{}, error) { return struct{}{}, do(req.ID) }))
 	}
-	mux.HandleFunc("POST /v1/members/revoke", change(list.Revoke))
-	mux.HandleFunc("POST /v1/members/allow", change(list.Allow))
 }
 
 // Members asks a supernode for its list.
 func (c Client) Members(ctx context.Context) ([]Member, error) {
-	var list []Member
-	err := c.quickly(ctx, http.MethodGet, "/v1/members", nil, func(r io.Reader) error { return json.NewDecoder(r).Decode(&list) })
-	return list, err
+	return quickly[[]Member](ctx, c, http.MethodGet, "/v1/members", nil)
 }
 
 // Revoke has a supernode end a node's membership for good.
 func (c Client) Revoke(ctx context.Context, id string) error {
-	return c.change(ctx, "/v1/members/revoke", id)
+	return c.changeMember(ctx, "revoke", id)
 }
 
 // Allow takes a Revoke back.
 func (c Client) Allow(ctx context.Context, id string) error {
-	return c.change(ctx, "/v1/members/allow", id)
+	return c.changeMember(ctx, "allow", id)
 }
 
-func (c Client) change(ctx context.Context, path, id string) error {
-	body, err := json.Marshal(memberRequest{id})
-	if err != nil {
-		return err
+func (c Client) changeMember(ctx context.Context, how, id string) error {
+	_, err := quickly[any](ctx, c, http.MethodPost, "/v1/members/"+how, memberRequest{id})
+	if errors.Is(err, io.EOF) { // a daemon of an earlier version answers nothing
+		return nil
 	}
-	return c.quickly(ctx, http.MethodPost, path, bytes.NewReader(body), func(io.Reader) error { return nil })
+	return err
 }

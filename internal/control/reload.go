@@ -2,8 +2,6 @@ package control
 
 import (
 	"context"
-	"encoding/json"
-	"io"
 	"net/http"
 )
 
@@ -27,21 +25,11 @@ func serveReload(mux *http.ServeMux, d Daemon) {
 	}
 	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, _ *http.Request) {
 		done, err := r.Reload()
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusBadRequest)
-			return
-		}
-		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(done) // a client that went away needs no answer
+		answer(w, done, err, http.StatusBadRequest)
 	})
 }
 
 // Reload has the daemon read its config again.
 func (c Client) Reload(ctx context.Context) (*Reloaded, error) {
-	var done Reloaded
-	err := c.quickly(ctx, http.MethodPost, "/v1/reload", nil, func(r io.Reader) error { return json.NewDecoder(r).Decode(&done) })
-	if err != nil {
-		return nil, err
-	}
-	return &done, nil
+	return quickly[*Reloaded](ctx, c, http.MethodPost, "/v1/reload", nil)
 }

@@ -2,9 +2,7 @@ package control
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"strconv"
 	"time"
@@ -75,26 +73,12 @@ func serveState(mux *http.ServeMux, d Daemon) {
 			http.Error(w, "request: after: "+err.Error(), http.StatusBadRequest)
 			return
 		}
-		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(n.State(after)) // a client that went away needs no answer
+		answer(w, n.State(after), nil, 0)
 	})
 }
-
-// maxState bounds an answer, in bytes.
-const maxState = 4 << 20
 
 // State asks a node how it does. after is Last of the answer before; 0: all notices that
 // it remembers.
 func (c Client) State(ctx context.Context, after uint64) (*State, error) {
-	var st State
-	err := c.quickly(ctx, http.MethodGet, fmt.Sprintf("/v1/state?after=%d", after), nil, func(r io.Reader) error {
-		if err := json.NewDecoder(io.LimitReader(r, maxState)).Decode(&st); err != nil {
-			return fmt.Errorf("daemon's answer: %w", err)
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	return &st, nil
+	return quickly[*State](ctx, c, http.MethodGet, fmt.Sprintf("/v1/state?after=%d", after), nil)
 }

@@ -1,10 +1,7 @@
 package control
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
-	"io"
 	"net/http"
 	"time"
 )
@@ -49,36 +46,19 @@ func serveStore(mux *http.ServeMux, d Daemon) {
 		})
 		return
 	}
-	answer := func(w http.ResponseWriter, v any) {
-		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(v) // a client that went away needs no answer
+	mux.HandleFunc("GET /v1/store/list", func(w http.ResponseWriter, _ *http.Request) { answer(w, k.Stored(), nil, 0) })
+	for name, do := range map[string]func(context.Context, string) ([]string, error){
+		"remove": k.Remove,
+		"pin":    func(ctx context.Context, ref string) ([]string, error) { return []string{}, k.Pin(ctx, ref) },
+		"unpin":  func(_ context.Context, ref string) ([]string, error) { return []string{}, k.Unpin(ref) },
+	} {
+		mux.HandleFunc("POST /v1/store/"+name, change(func(ctx context.Context, req storeRequest) ([]string, error) { return do(ctx, req.What) }))
 	}
-	mux.HandleFunc("GET /v1/store/list", func(w http.ResponseWriter, _ *http.Request) { answer(w, k.Stored()) })
-	change := func(do func(context.Context, string) ([]string, error)) http.HandlerFunc {
-		return func(w http.ResponseWriter, r *http.Request) {
-			var req storeRequest
-			err := json.NewDecoder(io.LimitReader(r.Body, 4<<10)).Decode(&req)
-			layers := []string{}
-			if err == nil {
-				layers, err = do(r.Context(), req.What)
-			}
-			if err != nil {
-				http.Error(w, err.Error(), http.StatusBadRequest)
-				return
-			}
-			answer(w, layers)
-		}
-	}
-	mux.HandleFunc("POST /v1/store/remove", change(k.Remove))
-	mux.HandleFunc("POST /v1/store/pin", change(func(ctx context.Context, ref string) ([]string, error) { return []string{}, k.Pin(ctx, ref) }))
-	mux.HandleFunc("POST /v1/store/unpin", change(func(_ context.Context, ref string) ([]string, error) { return []string{}, k.Unpin(ref) }))
 }
 
 // Stored asks a supernode for all layers in its store.
 func (c Client) Stored(ctx context.Context) ([]StoredLayer, error) {
-	var list []StoredLayer
-	err := c.quickly(ctx, http.MethodGet, "/v1/store/list", nil, func(r io.Reader) error { return json.NewDecoder(r).Decode(&list) })
-	return list, err
+	return quickly[[]StoredLayer](ctx, c, http.MethodGet, "/v1/store/list", nil)
 }
 
 // Remove has a supernode remove an image, or the layer or diff with a digest, from its
@@ -101,16 +81,5 @@ func (c Client) Unpin(ctx context.Context, ref string) error {
 
 // changeStore may ask a registry, so it waits for as long as ctx does.
 func (c Client) changeStore(ctx context.Context, how, what string) ([]string, error) {
-	body, err := json.Marshal(storeRequest{what})
-	if err != nil {
-		return nil, err
-	}
-	resp, err := c.do(ctx, http.MethodPost, "/v1/store/"+how, bytes.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	var layers []string
-	err = json.NewDecoder(resp.Body).Decode(&layers)
-	return layers, err
+	return ask[[]string](ctx, c, http.MethodPost, "/v1/store/"+how, storeRequest{what})
 }
