@@ -24,3 +24,28 @@ var (
 	// once all bytes were there. Nothing new is to read through it.
 	ErrQuarantined = errors.New("quarantined")
 )
+
+// kinds are these errors in a word. Of several that an error wraps, the first one counts.
+var kinds = []struct {
+	err  error
+	kind string
+}{
+	{ErrUnauthorized, "unauthorized"},
+	{ErrNotFound, "not_found"},
+	{ErrUnsupported, "unsupported"},
+	{ErrNoSpace, "no_space"},
+	{ErrQuarantined, "corrupt"},
+	{ErrCorrupt, "corrupt"},
+	{ErrUnavailable, "unavailable"},
+}
+
+// Kind returns which of these errors an error wraps, in a word for metrics and records, or
+// "" if it wraps none.
+func Kind(err error) string {
+	for _, k := range kinds {
+		if errors.Is(err, k.err) {
+			return k.kind
+		}
+	}
+	return ""
+}

@@ -22,7 +22,7 @@ type Stock struct {
 	store    *store.Store
 	indexes  *indexes
 	registry *registry.Client
-	requests *requests
+	requests requests
 	seen     *seen
 	pinned   *pinned
 }

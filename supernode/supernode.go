@@ -17,6 +17,7 @@ import (
 	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/pattern"
 	"github.com/shoalfs/shoal/internal/registry"
+	"github.com/shoalfs/shoal/internal/tasks"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/supernode/access"
 	"github.com/shoalfs/shoal/supernode/ingest"
@@ -121,20 +122,9 @@ type Supernode struct {
 	relays   func(ctx context.Context, peer string, manifest blockdev.Digest) []image.Relay
 	decoder  *decoder
 	metrics  *metrics
-	requests *requests
-	closers  closers
+	requests requests
+	closers  tasks.Closers
 }
-
-var (
-	_ blockdev.Source      = (*Supernode)(nil)
-	_ blockdev.ProfileSink = (*Supernode)(nil)
-	_ image.Source         = (*Supernode)(nil)
-	_ image.DocumentSource = (*Supernode)(nil)
-	_ exchange.Chunks      = (*Supernode)(nil)
-	_ exchange.Images      = (*Supernode)(nil)
-	_ exchange.Documents   = (*Supernode)(nil)
-	_ exchange.Profiles    = (*Supernode)(nil)
-)
 
 // What a server of p2p/exchange serves nodes from, and what the process that the
 // supernode lives in has of it.
@@ -158,7 +148,7 @@ func New(cfg Config) (*Supernode, error) {
 	if err := os.Mkdir(cfg.Dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return nil, fmt.Errorf("supernode: data directory: %w", err)
 	}
-	s := &Supernode{grant: cfg.Grant, relays: cfg.Relays, requests: newRequests()}
+	s := &Supernode{grant: cfg.Grant, relays: cfg.Relays, requests: requests{tasks.New()}}
 	if err := s.open(cfg); err != nil {
 		return nil, errors.Join(fmt.Errorf("supernode: %w", err), s.Close())
 	}
@@ -171,7 +161,7 @@ func (s *Supernode) open(cfg Config) error {
 	if s.decoder, err = newDecoder(); err != nil {
 		return err
 	}
-	s.closers.add(s.decoder.close)
+	s.closers.Add(s.decoder.close)
 	manifests := int64(maxManifests)
 	if cfg.Quota > 0 {
 		manifests = max(1, min(manifests, cfg.Quota/manifestShare))
@@ -179,17 +169,17 @@ func (s *Supernode) open(cfg Config) error {
 	quota := max(0, cfg.Quota-cfg.Quota/spoolShare-manifests)
 	// Before the store, which gives leases up when it is full of them.
 	leases := layers.NewLeases(cfg.Lease)
-	s.closers.add(leases.Close)
+	s.closers.Add(leases.Close)
 	if s.store, err = store.Open(store.Config{Dir: filepath.Join(cfg.Dir, "store"), Quota: quota, Yield: leases.Yield, Log: cfg.Log}); err != nil {
 		return err
 	}
-	s.closers.add(s.store.Close)
+	s.closers.Add(s.store.Close)
 	s.indexes = newIndexes(s.store.Index, s.store.Touch)
-	s.closers.add(s.indexes.close)
+	s.closers.Add(s.indexes.close)
 	if s.metrics, err = newMetrics(cfg.Registerer, s.store.Stats); err != nil {
 		return err
 	}
-	s.closers.add(func() error { s.metrics.Unregister(); return nil })
+	s.closers.Add(func() error { s.metrics.Unregister(); return nil })
 	rc := cfg.Registry
 	rc.HostDirs, rc.CacheDir, rc.CacheBytes = cfg.HostDirs, filepath.Join(cfg.Dir, "manifests"), manifests
 	rc.Allowed = cfg.Allowed
@@ -197,18 +187,18 @@ func (s *Supernode) open(cfg Config) error {
 	if s.registry, err = registry.New(rc); err != nil {
 		return err
 	}
-	s.closers.add(s.registry.Close)
+	s.closers.Add(s.registry.Close)
 	if s.stock, err = openStock(cfg.Dir, s); err != nil {
 		return err
 	}
 	if s.access, err = access.Open(access.Config{Dir: cfg.Dir, Registry: s.registry, TTL: cfg.AccessTTL, Grace: cfg.AccessGrace, Log: cfg.Log, Now: cfg.now}); err != nil {
 		return err
 	}
-	s.closers.add(s.access.Close)
+	s.closers.Add(s.access.Close)
 	if s.profiles, err = profiles.Open(cfg.Dir, cfg.Log, cfg.now); err != nil {
 		return err
 	}
-	s.closers.add(s.profiles.Close)
+	s.closers.Add(s.profiles.Close)
 	s.layers, err = layers.New(layers.Config{
 		Store: s.store, Registry: s.registry, Leases: leases, Trusted: cfg.TrustedRegistries,
 		Ingest: ingest.Config{SpoolDir: filepath.Join(cfg.Dir, "spool"), SpoolQuota: cfg.Quota / spoolShare, SpoolKey: "store.quota",
@@ -218,15 +208,15 @@ func (s *Supernode) open(cfg Config) error {
 	if err != nil {
 		return err
 	}
-	s.closers.add(s.layers.Close)
+	s.closers.Add(s.layers.Close)
 	return s.metrics.watch(s.layers, cfg.Registry.Download)
 }
 
 // Close ends running requests with blockdev.ErrUnavailable and running work (a
 // layer that is half fetched goes on after the next start), and closes the store.
 func (s *Supernode) Close() error {
-	s.requests.close()
-	return s.closers.close()
+	s.requests.Close()
+	return s.closers.Close()
 }
 
 // SetSiblings changes Config.Siblings for requests that begin from now on. What those that

@@ -19,9 +19,9 @@ func (m *Manager) Close() error {
 		vols = append(vols, v)
 	}
 	m.mu.Unlock()
-	m.startups.close()
+	m.startups.tasks.Close()
 	m.queues.close(vols)
-	m.chores.close()
+	m.chores.Close()
 	// While reads are still answered: it can take a while.
 	m.cache.Sync(context.Background())
 	return errors.Join(m.conn.close(), m.cache.Close())

@@ -27,7 +27,7 @@ func (m *Manager) damaged(id blockdev.Digest) {
 	// asks again, and the chunk is fetched then. Wrong bytes may go to it until the
 	// chunk is known to be damaged, and so until now; also to a read under way.
 	if v.setStale() {
-		m.chores.run(func() { m.mounts.refresh(v) })
+		m.chores.Run(func() { m.mounts.refresh(v) })
 	}
 }
 

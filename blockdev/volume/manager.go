@@ -11,6 +11,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache"
 	"github.com/shoalfs/shoal/blockdev/mount"
+	"github.com/shoalfs/shoal/internal/tasks"
 )
 
 // Config of a Manager. Root is required; the zero value of the rest means its default.
@@ -52,7 +53,7 @@ type Manager struct {
 	mounts   *mounter
 	queues   *queues
 	startups *startups
-	chores   *tasks // what else runs in the background
+	chores   *tasks.Group // what else runs in the background
 
 	mu   sync.RWMutex // guards the maps; never held across I/O
 	vols map[blockdev.Digest]*volume

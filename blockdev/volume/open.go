@@ -13,6 +13,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/fusefs"
 	"github.com/shoalfs/shoal/blockdev/mount"
 	"github.com/shoalfs/shoal/internal/defaults"
+	"github.com/shoalfs/shoal/internal/tasks"
 )
 
 // Directories below Root.
@@ -46,7 +47,7 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 		root:   root,
 		late:   newLate(),
 		mounts: newMounter(cfg, root),
-		chores: newTasks(),
+		chores: tasks.New(),
 		vols:   make(map[blockdev.Digest]*volume),
 		left:   make(map[blockdev.Digest]leftMount),
 	}
@@ -113,7 +114,7 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 	if cfg.ScrubInterval > 0 {
 		m.queues.scrubs.tasks.Go(func() { m.queues.scrubber(cfg.ScrubInterval, m.volumes) })
 	}
-	m.chores.run(func() { m.mounts.matcher(m.chores.ctx, m.volumes) })
+	m.chores.Run(func() { m.mounts.matcher(m.chores.Context(), m.volumes) })
 	return m, nil
 }
 

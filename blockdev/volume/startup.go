@@ -11,6 +11,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/cache"
+	"github.com/shoalfs/shoal/internal/tasks"
 )
 
 const (
@@ -33,40 +34,6 @@ const (
 	reportTimeout = 3 * time.Second
 )
 
-// tasks are what runs in the background and is in no queue: startup fetches and
-// recordings, and other things.
-type tasks struct {
-	ctx context.Context // ends with the Manager: it is its life, not a caller's
-	end context.CancelFunc
-	wg  sync.WaitGroup
-
-	mu     sync.Mutex
-	closed bool
-}
-
-func newTasks() *tasks {
-	ctx, end := context.WithCancel(context.Background())
-	return &tasks{ctx: ctx, end: end}
-}
-
-// run starts a task, unless close has begun.
-func (s *tasks) run(task func()) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.closed {
-		s.wg.Go(task)
-	}
-}
-
-// close ends all tasks and waits for them.
-func (s *tasks) close() {
-	s.mu.Lock()
-	s.closed = true
-	s.mu.Unlock()
-	s.end()
-	s.wg.Wait()
-}
-
 // FetchStartup begins to fetch what containers of an image are known to read in
 // their first seconds, in that order, and returns at once. Profiles are not
 // trusted: diffs and chunks that are not there are passed over, and the number
@@ -77,13 +44,13 @@ func (m *Manager) FetchStartup(profiles []blockdev.DiffProfile) {
 
 // startups are the fetches and the recordings of what containers read at their start.
 type startups struct {
-	*tasks
-	log  *slog.Logger
-	late *late // takes what was recorded
+	tasks *tasks.Group
+	log   *slog.Logger
+	late  *late // takes what was recorded
 }
 
 func newStartups(log *slog.Logger, late *late) *startups {
-	return &startups{newTasks(), log, late}
+	return &startups{tasks.New(), log, late}
 }
 
 // fetch begins to make these requests, in this order.
@@ -91,14 +58,14 @@ func (s *startups) fetch(line []startupRequest) {
 	if len(line) == 0 {
 		return
 	}
-	s.run(func() {
+	s.tasks.Run(func() {
 		var workers sync.WaitGroup
 		work := make(chan startupRequest)
 		for range startupRequests {
 			workers.Go(func() {
 				for r := range work {
-					err := r.v.diff.FetchStartup(s.ctx, r.chunks)
-					if err != nil && s.ctx.Err() == nil && !errors.Is(err, cache.ErrRemoved) {
+					err := r.v.diff.FetchStartup(s.tasks.Context(), r.chunks)
+					if err != nil && s.tasks.Context().Err() == nil && !errors.Is(err, cache.ErrRemoved) {
 						s.log.Info("cannot fetch startup chunks; they are fetched when a container reads them", "error", err)
 					}
 				}
@@ -109,7 +76,7 @@ func (s *startups) fetch(line []startupRequest) {
 		for _, r := range line {
 			select {
 			case work <- r:
-			case <-s.ctx.Done():
+			case <-s.tasks.Context().Done():
 				return
 			}
 		}
@@ -176,7 +143,7 @@ func (s *startups) record(vols []*volume) {
 	}
 	// From here on, not from whenever the task is let run: the first reads count.
 	r := cache.Record(diffs...)
-	s.run(func() {
+	s.tasks.Run(func() {
 		began := time.Now()
 		tick := time.NewTicker(recordUntilQuiet / 5)
 		defer tick.Stop()
@@ -185,7 +152,7 @@ func (s *startups) record(vols []*volume) {
 			case now := <-tick.C:
 				last := r.Last()
 				done = now.Sub(began) >= recordAtMost || (!last.IsZero() && now.Sub(last) >= recordUntilQuiet)
-			case <-s.ctx.Done():
+			case <-s.tasks.Context().Done():
 				done = true
 			}
 		}
@@ -197,7 +164,7 @@ func (s *startups) record(vols []*volume) {
 			return
 		}
 		// Also when the node stops: what was learned is for others.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), reportTimeout)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(s.tasks.Context()), reportTimeout)
 		defer cancel()
 		if err := s.late.report(ctx, profiles); err != nil {
 			s.log.Info("cannot report which chunks a container read at its start; the startup profile does not learn from this start", "error", err)

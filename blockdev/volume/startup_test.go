@@ -75,11 +75,12 @@ func TestLearnedStart(t *testing.T) {
 	hostile := blockdev.DiffProfile{Diff: blockdev.Sum([]byte("unknown")), Profile: blockdev.Profile{{Chunk: 1}}}
 	beyond := append(slices.Clone(profiles[0].Profile), blockdev.Touch{Chunk: 1 << 31, Rank: 1 << 31})
 	next.FetchStartup([]blockdev.DiffProfile{hostile, {Diff: l.id, Profile: beyond}})
-	next.startups.wg.Wait()
 	var want int64
 	for _, touch := range profiles[0].Profile {
 		want += int64(l.index.Chunks[touch.Chunk].Length)
 	}
+	next.eventually("the startup chunks are there", func() bool { return next.stat(l).Local >= want })
+	next.startups.tasks.Close()
 	if s := next.stat(l); s.Local != want {
 		t.Errorf("%d bytes are there before anybody has read, want %d", s.Local, want)
 	}
@@ -158,7 +159,7 @@ func TestStartupEndsWithTheManager(t *testing.T) {
 		case began <- struct{}{}:
 		default:
 		}
-		<-s.ctx.Done()
+		<-s.tasks.Context().Done()
 		return cache.ErrClosed
 	}
 	m.vols[d.ID()] = &volume{id: d.ID(), diff: d}
@@ -168,6 +169,6 @@ func TestStartupEndsWithTheManager(t *testing.T) {
 	}
 	m.FetchStartup([]blockdev.DiffProfile{{Diff: d.ID(), Profile: p}})
 	<-began
-	s.close()
+	s.tasks.Close()
 	m.FetchStartup([]blockdev.DiffProfile{{Diff: d.ID(), Profile: p}}) // after the end: nothing
 }

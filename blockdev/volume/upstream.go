@@ -43,7 +43,7 @@ func (m *Manager) Attach(u Upstream) error {
 // fails is not answered: who waits for it gets from the next process what that has, or
 // the error of its own deadline.
 func (m *Manager) Detach() {
-	m.startups.close()
+	m.startups.tasks.Close()
 	m.late.once.Do(func() { close(m.late.detached) })
 }
 

@@ -1,4 +1,5 @@
-// Package tasks runs what goes on in the background for as long as its owner lives.
+// Package tasks runs what goes on in the background for as long as its owner lives, and ends
+// what the owner is made of.
 package tasks
 
 import (
@@ -27,13 +28,25 @@ func (g *Group) Context() context.Context { return g.ctx }
 
 // Run begins a task; false: the owner has ended, and the task does not run.
 func (g *Group) Run(task func()) bool {
+	end, ok := g.Begin()
+	if ok {
+		go func() {
+			defer end()
+			task()
+		}()
+	}
+	return ok
+}
+
+// Begin is Run for a task that the caller runs itself, and whose end it says with end.
+func (g *Group) Begin() (end func(), ok bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.ctx.Err() != nil {
-		return false
+		return nil, false
 	}
-	g.wg.Go(task)
-	return true
+	g.wg.Add(1)
+	return g.wg.Done, true
 }
 
 // End ends Context. No task begins from then on. It does not wait.

@@ -1,6 +1,7 @@
 package images
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -38,28 +39,13 @@ var Causes = []Cause{
 
 // CauseOf finds the class of an error of opening an image.
 func CauseOf(err error) Cause {
-	for _, c := range []struct {
-		is    error
-		cause Cause
-	}{
-		{ErrSlow, CauseSlow},
-		{context.DeadlineExceeded, CauseSlow},
-		{blockdev.ErrUnauthorized, CauseUnauthorized},
-		{blockdev.ErrNotFound, CauseNotFound},
-		{blockdev.ErrUnsupported, CauseUnsupported},
-		{blockdev.ErrNoSpace, CauseNoSpace},
-		{blockdev.ErrQuarantined, CauseCorrupt},
-		{blockdev.ErrCorrupt, CauseCorrupt},
-		{blockdev.ErrUnavailable, CauseUnavailable},
-	} {
-		if errors.Is(err, c.is) {
-			return c.cause
-		}
-	}
-	if errors.As(err, new(refused)) {
+	switch {
+	case errors.Is(err, ErrSlow), errors.Is(err, context.DeadlineExceeded):
+		return CauseSlow
+	case errors.As(err, new(refused)):
 		return CauseConfig
 	}
-	return CauseOther
+	return cmp.Or(Cause(blockdev.Kind(err)), CauseOther)
 }
 
 // Refusal says of an image why it was not lazy when it was pulled last.

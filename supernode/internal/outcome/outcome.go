@@ -2,6 +2,7 @@
 package outcome
 
 import (
+	"cmp"
 	"context"
 	"errors"
 
@@ -25,18 +26,6 @@ func Of(err error) string {
 		return "canceled"
 	case registry.NotAllowed(err):
 		return "not_allowed"
-	case errors.Is(err, blockdev.ErrUnauthorized):
-		return "unauthorized"
-	case errors.Is(err, blockdev.ErrUnavailable):
-		return "unavailable"
-	case errors.Is(err, blockdev.ErrNoSpace):
-		return "no_space"
-	case errors.Is(err, blockdev.ErrCorrupt):
-		return "corrupt"
-	case errors.Is(err, blockdev.ErrUnsupported):
-		return "unsupported"
-	case errors.Is(err, blockdev.ErrNotFound):
-		return "not_found"
 	}
-	return "error"
+	return cmp.Or(blockdev.Kind(err), "error")
 }

@@ -25,6 +25,7 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/reload"
 	"github.com/shoalfs/shoal/internal/control"
 	"github.com/shoalfs/shoal/internal/registry/credentials"
+	"github.com/shoalfs/shoal/internal/tasks"
 	"github.com/shoalfs/shoal/snapshotter"
 	"github.com/shoalfs/shoal/snapshotter/images"
 )
@@ -60,7 +61,7 @@ type Daemon struct {
 	// mirror answers at mirror_address, on what listenMirror returns.
 	mirror       http.Handler
 	listenMirror func() (net.Listener, error)
-	closers      daemon.Closers
+	closers      tasks.Closers
 }
 
 // Open makes all parts of a node; the package comment says in which order. Containers

@@ -22,6 +22,7 @@ import (
 	"github.com/shoalfs/shoal/internal/control"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/credentials"
+	"github.com/shoalfs/shoal/internal/tasks"
 	"github.com/shoalfs/shoal/p2p/exchange"
 	"github.com/shoalfs/shoal/p2p/host"
 	"github.com/shoalfs/shoal/p2p/roster"
@@ -50,7 +51,7 @@ type Daemon struct {
 	reload *reload.Reloader[*config.Supernode]
 	// credentials are those of who runs a command on this machine.
 	credentials *credentials.DockerConfig
-	closers     daemon.Closers
+	closers     tasks.Closers
 }
 
 // Patience is how long a node waits at most for its supernodes to bring a chunk that

@@ -1,8 +1,11 @@
-package daemon
+package tasks
 
-import "errors"
+import (
+	"errors"
+	"slices"
+)
 
-// Closers end what a daemon is made of, in the reverse of the order in which it was made.
+// Closers end what an owner is made of, in the reverse of the order in which it was made.
 type Closers []func() error
 
 // Add is called when a part has been made.
@@ -11,8 +14,8 @@ func (c *Closers) Add(end func() error) { *c = append(*c, end) }
 // Close ends all parts. A second call does nothing.
 func (c *Closers) Close() error {
 	var errs []error
-	for i := len(*c) - 1; i >= 0; i-- {
-		errs = append(errs, (*c)[i]())
+	for _, end := range slices.Backward(*c) {
+		errs = append(errs, end())
 	}
 	*c = nil
 	return errors.Join(errs...)
