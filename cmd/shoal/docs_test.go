@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -233,13 +232,9 @@ func supernodeMetrics(t *testing.T, r prometheus.Registerer) {
 
 // TestDocsExamples: config files that the pages show are right.
 func TestDocsExamples(t *testing.T) {
-	pages, err := filepath.Glob(docs + "*.md")
-	if err != nil {
-		t.Fatal(err)
-	}
 	var shown [][]string
-	for _, p := range pages {
-		shown = append(shown, regexp.MustCompile("(?s)```toml (node|supernode)\n(.*?)```").FindAllStringSubmatch(readDoc(t, filepath.Base(p)), -1)...)
+	for _, p := range docPages(t) {
+		shown = append(shown, regexp.MustCompile("(?s)```toml (node|supernode)\n(.*?)```").FindAllStringSubmatch(readDoc(t, p), -1)...)
 	}
 	if len(shown) < 3 {
 		t.Errorf("%d examples found", len(shown))

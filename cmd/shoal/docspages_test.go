@@ -56,7 +56,7 @@ func headings(page string) map[string]bool {
 func TestDocsLinks(t *testing.T) {
 	root := filepath.Join(docs, "..")
 	var pages []string
-	for _, pattern := range []string{"*.md", "docs/*.md", "changelog/*.md", "changelog/*/*.md"} {
+	for _, pattern := range []string{"*.md", "docs/*.md", "docs/*/*.md", "changelog/*.md", "changelog/*/*.md"} {
 		found, err := filepath.Glob(filepath.Join(root, pattern))
 		if err != nil {
 			t.Fatal(err)
@@ -72,8 +72,8 @@ func TestDocsLinks(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if base := filepath.Base(p); filepath.Dir(p) == filepath.Join(root, "docs") && base != "README.md" && !strings.Contains(index, "]("+base+")") {
-			t.Errorf("docs/README.md does not list %s", base)
+		if page, ok := strings.CutPrefix(p, filepath.Join(root, "docs")+"/"); ok && page != "README.md" && !strings.Contains(index, "]("+page+")") {
+			t.Errorf("docs/README.md does not list %s", page)
 		}
 		for _, l := range prose(string(b)) {
 			for _, m := range docLink.FindAllStringSubmatch(docCode.ReplaceAllString(l, "``"), -1) {
@@ -101,15 +101,22 @@ func TestDocsLinks(t *testing.T) {
 	}
 }
 
+// docPages are all pages below docs/, named from there.
+func docPages(t *testing.T) []string {
+	t.Helper()
+	pages, err := fs.Glob(os.DirFS(docs), "*.md")
+	below, err2 := fs.Glob(os.DirFS(docs), "*/*.md")
+	if pages = append(pages, below...); err != nil || err2 != nil || len(pages) < 20 {
+		t.Fatalf("pages: %q, %v, %v", pages, err, err2)
+	}
+	return pages
+}
+
 // TestDocsWidth: prose in docs/ ends at column docWidth. Tables, code and single words may
 // be wider.
 func TestDocsWidth(t *testing.T) {
-	pages, err := filepath.Glob(docs + "*.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range pages {
-		for i, l := range prose(readDoc(t, filepath.Base(p))) {
+	for _, p := range docPages(t) {
+		for i, l := range prose(readDoc(t, p)) {
 			code, wide := strings.HasPrefix(l, "    "), len([]rune(l)) > docWidth
 			if wide && !code && !strings.HasPrefix(strings.TrimSpace(l), "|") && strings.Contains(strings.TrimSpace(l), " ") {
 				t.Errorf("%s:%d: a line of %d characters, and %d are the most:\n%s", p, i+1, len([]rune(l)), docWidth, l)

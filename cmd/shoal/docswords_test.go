@@ -5,7 +5,6 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -103,19 +102,11 @@ func TestDocsWords(t *testing.T) {
 	if texts < 1500 {
 		t.Errorf("%d texts found", texts)
 	}
-	pages, err := filepath.Glob(docs + "*.md")
-	if err != nil || len(pages) < 15 {
-		t.Fatalf("pages: %q, %v", pages, err)
-	}
-	for _, p := range append(pages, docs+"../README.md") {
+	for _, p := range append(docPages(t), "../README.md") {
 		if slices.Contains(exempt, filepath.Base(p)) {
 			continue
 		}
-		b, err := os.ReadFile(p)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for par := range strings.SplitSeq(docCode.ReplaceAllString(strings.Join(prose(string(b)), "\n"), ""), "\n\n") {
+		for par := range strings.SplitSeq(docCode.ReplaceAllString(strings.Join(prose(readDoc(t, p)), "\n"), ""), "\n\n") {
 			check(p, par)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -23,8 +24,8 @@ import (
 
 // installOptions are the flags of shoal install containerd.
 type installOptions struct {
-	config, node, program, service, address, to string
-	dryRun, restart, uninstall, force           bool
+	distribution, config, node, program, service, address, to string
+	dryRun, restart, uninstall, force                         bool
 }
 
 func newInstallCommand() *cobra.Command {
@@ -43,6 +44,11 @@ install adds are marked, all others stay as they are, and a copy of each file th
 was changed is kept beside it (.before-shoal). Start the node first: the mirror needs
 the certificate that the node makes at its first start.
 
+Some distributions of Kubernetes keep containerd's config elsewhere, or write it again
+at each start: k3s, RKE2, EKS, GKE, AKS, kind and others. Install recognizes them by
+their files and changes what lasts; --distribution says which one it is. Without
+--distribution, a --config means a containerd of no distribution.
+
 With --uninstall, every image that containerd has lazily is first fetched and unpacked
 for another snapshotter, the sandbox (pause) image too, so that pods go on starting.
 Then the marked lines are removed. Credentials for private images are taken from
@@ -56,14 +62,15 @@ What install cannot edit safely stays as it is, and the error names the lines to
 		RunE: func(cmd *cobra.Command, _ []string) error { return runInstall(cmd, o) },
 	}
 	f := containerd.Flags()
-	f.StringVar(&o.config, "config", "/etc/containerd/config.toml", "containerd's config file")
+	f.StringVar(&o.distribution, "distribution", "", "where containerd's files are: "+strings.Join(install.Names(), ", ")+"; if empty, then by what is on the disk")
+	f.StringVar(&o.config, "config", "", "containerd's config file; this flag and the next three have defaults by distribution")
 	f.StringVar(&o.node, "node-config", nodeConfigPath, "the node's config file; if it does not exist, the defaults")
-	f.StringVar(&o.program, "containerd", "containerd", "containerd's program, which shows its version and checks the new config")
-	f.StringVar(&o.address, "address", "/run/containerd/containerd.sock", "containerd's socket, for --uninstall")
-	f.StringVar(&o.service, "service", "containerd", "systemd's name of containerd, for --restart")
+	f.StringVar(&o.program, "containerd", "", "containerd's program, which shows its version and checks the new config")
+	f.StringVar(&o.address, "address", "", "containerd's socket, for --uninstall and --restart")
+	f.StringVar(&o.service, "service", "", "systemd's name of containerd, for --restart")
 	f.StringVar(&o.to, "snapshotter", "overlayfs", "the snapshotter that images are unpacked for with --uninstall")
 	f.BoolVar(&o.dryRun, "dry-run", false, "show what would change, and change nothing")
-	f.BoolVar(&o.restart, "restart", false, "restart containerd at the end; containers go on running")
+	f.BoolVar(&o.restart, "restart", false, "restart containerd at the end, if it does not run with this config yet; containers go on running")
 	f.BoolVar(&o.uninstall, "uninstall", false, "undo what install has done")
 	f.BoolVar(&o.force, "force", false, "with --uninstall: go on if images cannot be moved to the other snapshotter")
 	cmd.AddCommand(containerd)
@@ -80,22 +87,32 @@ func runInstall(cmd *cobra.Command, o installOptions) error {
 	if !c.MirrorPlainHTTP {
 		n.MirrorCA = filepath.Join(c.Root, mirror.CAFile)
 	}
+	h, err := o.host(n)
+	if err != nil {
+		return err
+	}
 	var plan install.Plan
-	var err error
 	if o.uninstall {
-		if err := moveImages(ctx, w, o, c); err != nil {
+		if err := moveImages(ctx, w, o, h, c); err != nil {
 			return err
 		}
-		plan, err = install.Remove(o.config, n)
+		plan, err = install.Remove(h, n)
 	} else {
-		var version int
-		if version, err = containerdVersion(ctx, o.program); err != nil {
+		var version install.Version
+		if version, err = containerdVersion(ctx, h.Program); err != nil {
 			return err
 		}
-		plan, err = install.Containerd(o.config, version, n)
+		var command []string
+		if command, err = o.again(cmd); err != nil {
+			return err
+		}
+		plan, err = install.Containerd(h, version, n, command...)
 	}
 	if err != nil {
 		return err
+	}
+	if h.Name != "" {
+		fmt.Fprintf(w, "distribution %s\n", h.Name)
 	}
 	for _, c := range plan.Changes {
 		fmt.Fprint(w, c)
@@ -107,52 +124,120 @@ func runInstall(cmd *cobra.Command, o installOptions) error {
 		fmt.Fprintln(w, "nothing to change")
 	}
 	if o.dryRun {
+		if s := h.Snippet(n); s != "" && !o.uninstall {
+			fmt.Fprintf(w, "%s", s)
+		}
 		return nil
 	}
 	if err := plan.Apply(); err != nil {
 		return err
 	}
 	if !o.uninstall {
-		if err := takenIn(ctx, o, plan); err != nil {
+		if err := takenIn(ctx, h, plan); err != nil {
 			return err
 		}
 	}
-	switch {
-	case o.restart:
-		if out, err := exec.CommandContext(ctx, "systemctl", "restart", o.service).CombinedOutput(); err != nil {
-			return fmt.Errorf("the files are written, but systemctl restart %s failed: %w: %s. Restart containerd by hand", o.service, err, bytes.TrimSpace(out))
-		}
-	case len(plan.Changes) > 0:
-		fmt.Fprintln(w, "Restart containerd to use the new config; containers go on running.")
+	return restart(ctx, w, o, h, plan)
+}
+
+// host is the machine that install runs on, with what flags say instead.
+func (o installOptions) host(n install.Node) (install.Host, error) {
+	name := o.distribution
+	if name == "" && o.config != "" {
+		name = "containerd"
 	}
+	h, err := install.Detect("/", name)
+	if err != nil {
+		return h, err
+	}
+	if err := h.Refused(n); err != nil {
+		return h, err
+	}
+	for _, f := range []struct {
+		flag string
+		to   *string
+	}{{o.config, &h.Config}, {o.program, &h.Program}, {o.address, &h.Socket}} {
+		if f.flag != "" {
+			*f.to = f.flag
+		}
+	}
+	if o.service != "" {
+		h.Services = []string{o.service}
+	}
+	return h, nil
+}
+
+// again is the command that makes the same changes at containerd's next start.
+func (o installOptions) again(cmd *cobra.Command) ([]string, error) {
+	program, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	command := []string{program, "install", "containerd"}
+	for _, name := range []string{"distribution", "config", "node-config", "containerd"} {
+		if f := cmd.Flag(name); f.Changed {
+			command = append(command, "--"+name+"="+f.Value.String())
+		}
+	}
+	return command, nil
+}
+
+// restart has containerd read its config, if it has not yet.
+func restart(ctx context.Context, w io.Writer, o installOptions, h install.Host, plan install.Plan) error {
+	changed := len(plan.Changes) > 0
+	switch {
+	case !o.restart && changed:
+		fmt.Fprintln(w, "Restart containerd to use the new config; containers go on running.")
+		return nil
+	case !o.restart:
+		return nil
+	case !changed && install.Runs(ctx, h.Socket, "shoal") == !o.uninstall:
+		fmt.Fprintln(w, "containerd runs with this config already, so it is not restarted")
+		return nil
+	}
+	service := h.Services[0]
+	for _, s := range h.Services[1:] {
+		if exec.CommandContext(ctx, "systemctl", "is-active", "--quiet", s).Run() == nil {
+			service = s
+		}
+	}
+	for _, args := range [][]string{{"daemon-reload"}, {"restart", service}} {
+		if out, err := exec.CommandContext(ctx, "systemctl", args...).CombinedOutput(); err != nil {
+			return fmt.Errorf("the files are written, but systemctl %s failed: %w: %s. Restart containerd by hand", strings.Join(args, " "), err, bytes.TrimSpace(out))
+		}
+	}
+	fmt.Fprintf(w, "%s is restarted\n", service)
 	return nil
 }
 
-// containerdVersion is the version of the config file that the program's config
-// default would have: 2 for containerd 1.x, 3 for 2.x.
-func containerdVersion(ctx context.Context, program string) (int, error) {
+// containerdVersion asks containerd's program for its version.
+func containerdVersion(ctx context.Context, program string) (v install.Version, err error) {
 	out, err := exec.CommandContext(ctx, program, "--version").Output()
 	if err != nil {
-		return 0, fmt.Errorf("%s --version: %w. Name containerd's program with --containerd", program, err)
+		return v, fmt.Errorf("%s --version: %w. Name containerd's program with --containerd", program, err)
 	}
-	if f := strings.Fields(string(out)); len(f) > 2 && strings.HasPrefix(strings.TrimPrefix(f[2], "v"), "1.") {
-		return 2, nil
+	f := strings.Fields(string(out))
+	if len(f) > 2 {
+		_, err = fmt.Sscanf(strings.TrimPrefix(f[2], "v"), "%d.%d", &v.Major, &v.Minor)
 	}
-	return 3, nil
+	if err != nil || v.Major == 0 {
+		return v, fmt.Errorf("%s --version says %q, which is not a version of containerd", program, bytes.TrimSpace(out))
+	}
+	return v, nil
 }
 
 // takenIn has containerd read its config, and takes the change back if containerd does not
 // like it or does not see it.
-func takenIn(ctx context.Context, o installOptions, plan install.Plan) error {
-	out, err := exec.CommandContext(ctx, o.program, "--config", o.config, "config", "dump").Output()
+func takenIn(ctx context.Context, h install.Host, plan install.Plan) error {
+	out, err := exec.CommandContext(ctx, h.Program, "--config", h.Config, "config", "dump").Output()
 	var failed *exec.ExitError
 	switch {
 	case errors.As(err, &failed):
-		err = fmt.Errorf("%s cannot read its config after the change: %w: %s", o.program, err, bytes.TrimSpace(failed.Stderr))
+		err = fmt.Errorf("%s cannot read its config after the change: %w: %s", h.Program, err, bytes.TrimSpace(failed.Stderr))
 	case err != nil:
-		err = fmt.Errorf("%s config dump: %w", o.program, err)
-	case !bytes.Contains(out, []byte("proxy_plugins.shoal")) || !bytes.Contains(bytes.ReplaceAll(out, []byte("'"), []byte(`"`)), []byte(`snapshotter = "shoal"`)):
-		err = fmt.Errorf("%s reads its config, but does not see shoal in it: another file that the config imports overrides it", o.program)
+		err = fmt.Errorf("%s config dump: %w", h.Program, err)
+	case !install.Sees(out):
+		err = fmt.Errorf("%s reads its config, but does not see shoal in it: another file that the config imports overrides it", h.Program)
 	default:
 		return nil
 	}
@@ -160,7 +245,7 @@ func takenIn(ctx context.Context, o installOptions, plan install.Plan) error {
 }
 
 // moveImages is the first part of --uninstall.
-func moveImages(ctx context.Context, w io.Writer, o installOptions, c *config.Node) error {
+func moveImages(ctx context.Context, w io.Writer, o installOptions, h install.Host, c *config.Node) error {
 	if o.dryRun {
 		fmt.Fprintf(w, "images that containerd has lazily would be fetched and unpacked for %s\n", o.to)
 		return nil
@@ -176,7 +261,7 @@ func moveImages(ctx context.Context, w io.Writer, o installOptions, c *config.No
 		}
 		return docker.NewResolver(docker.ResolverOptions{Hosts: dockerconfig.ConfigureHosts(ctx, hosts)}), nil
 	}
-	err := install.MoveImages(ctx, o.address, "shoal", o.to, resolver, func(namespace, image string, err error) {
+	err := install.MoveImages(ctx, h.Socket, "shoal", o.to, resolver, func(namespace, image string, err error) {
 		if err == nil {
 			fmt.Fprintf(w, "image %s (%s) is unpacked for %s\n", image, namespace, o.to)
 		}

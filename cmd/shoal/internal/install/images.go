@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/plugins"
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 )
@@ -16,14 +19,17 @@ import (
 // Resolver returns how the registry of an image is asked.
 type Resolver func(ctx context.Context, image string) (remotes.Resolver, error)
 
+// answer is how long containerd has for an answer.
+const answer = 10 * time.Second
+
 // MoveImages fetches the layers of every image that containerd, which listens at address,
 // has lazily, and unpacks the images for the snapshotter to. The images' names and digests
 // stay what they are, and so does what shoal has of them. done is called after each image.
 // MoveImages goes on after a failure; the error names all images that could not be moved.
 func MoveImages(ctx context.Context, address, from, to string, resolver Resolver, done func(namespace, image string, err error)) error {
-	c, err := containerd.New(address)
+	c, err := dial(address)
 	if err != nil {
-		return fmt.Errorf("containerd at %s: %w", address, err)
+		return fmt.Errorf("containerd at %s: %w. Start containerd, or name its socket with --address", address, err)
 	}
 	defer func() { _ = c.Close() }() // nothing is lost by it
 	spaces, err := c.NamespaceService().List(ctx)
@@ -49,6 +55,28 @@ func MoveImages(ctx context.Context, address, from, to string, resolver Resolver
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// dial does not wait for a socket that is not there.
+func dial(address string) (*containerd.Client, error) {
+	if _, err := os.Stat(address); err != nil {
+		return nil, err
+	}
+	return containerd.New(address, containerd.WithTimeout(answer))
+}
+
+// Runs says whether the containerd that listens at address has the snapshotter. It has not
+// if it does not answer.
+func Runs(ctx context.Context, address, snapshotter string) bool {
+	c, err := dial(address)
+	if err != nil {
+		return false
+	}
+	defer func() { _ = c.Close() }() // nothing is lost by it
+	ctx, cancel := context.WithTimeout(ctx, answer)
+	defer cancel()
+	r, err := c.IntrospectionService().Plugins(ctx, fmt.Sprintf("type==%s,id==%s", plugins.SnapshotPlugin, snapshotter))
+	return err == nil && len(r.GetPlugins()) > 0
 }
 
 // named returns one of all images with the same digest: one whose name says where its

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,8 +32,6 @@ const (
 	copySuffix = ".before-shoal"
 	// dropIn sorts after other files of its directory, so that it counts.
 	dropIn = "99-shoal.toml"
-	// certsDir is where containerd 2.x looks for hosts.toml files by itself.
-	certsDir = "/etc/containerd/certs.d"
 )
 
 // Node is what containerd has to know of a node.
@@ -55,40 +54,64 @@ type mainConfig struct {
 	Plugins map[string]map[string]any `toml:"plugins"`
 }
 
-// Containerd plans what containerd's config at path needs to use the node. A file that is
-// missing or empty gets the version ifMissing: 2 for containerd 1.x, 3 for 2.x. An error
-// wraps tomledit.ErrByHand if the operator has to edit a file.
-func Containerd(path string, ifMissing int, n Node) (Plan, error) {
-	p, text, c, err := read(path)
+// Version is containerd's.
+type Version struct{ Major, Minor int }
+
+// two says that it is containerd 2.x.
+func (v Version) two() bool { return v.Major >= 2 }
+
+// Containerd plans what containerd's config on the host needs to use the node. A config
+// file that is missing or empty gets version 3 for containerd 2.x, else 2. command makes
+// the same changes again; it is for the host's unit. An error wraps tomledit.ErrByHand if
+// the operator has to edit a file.
+func Containerd(h Host, v Version, n Node, command ...string) (Plan, error) {
+	p, text, c, err := read(h.Config)
 	if err != nil {
 		return p, err
 	}
-	version, head := c.Version, []tomledit.Table(nil)
+	head := []tomledit.Table(nil)
 	switch {
-	case version == 0 && len(bytes.TrimSpace(tomledit.Undo(text, mark))) == 0:
-		version, c.Version = ifMissing, ifMissing
-		keys := []tomledit.Key{{Name: "version", Value: fmt.Sprint(version)}}
-		if version >= 3 { // what containerd reads without a config file
+	case h.Generated && text == nil:
+		return p, fmt.Errorf("%s is not there: start %s first, it makes the file", h.Config, h.Name)
+	case c.Version == 0 && len(bytes.TrimSpace(tomledit.Undo(text, mark))) == 0:
+		c.Version = 2
+		if v.two() {
+			c.Version = 3
+		}
+		keys := []tomledit.Key{{Name: "version", Value: fmt.Sprint(c.Version)}}
+		if v.two() { // what containerd reads without a config file
 			keys = append(keys, tomledit.Key{Name: "imports", Value: `["/etc/containerd/conf.d/*.toml"]`})
 		}
 		head = []tomledit.Table{{Keys: keys}}
-	case version < 2:
+	case c.Version < 2:
 		return p, fmt.Errorf("%s is of version 1, which containerd 2.x does not read any more: "+
-			"run containerd config migrate, and install again", path)
+			"run containerd config migrate, and install again", h.Config)
 	}
-	certs, registry, err := c.registries()
-	if err != nil {
-		return p, fmt.Errorf("%s: %w", path, err)
+	if c.Version >= 3 { // no 1.x reads it
+		v.Major = max(v.Major, 2)
 	}
-	inMain, inDropIn := slices.Concat(head, c.wanted(n), registry), []tomledit.Table(nil)
-	dir := c.dropIns(path)
+	wanted, certs := c.wanted(n, v), ""
+	if n.Mirror != "" {
+		var registry []tomledit.Table
+		if certs, registry, err = c.registries(h, v); err != nil {
+			return p, fmt.Errorf("%s: %w", h.Config, err)
+		}
+		wanted = append(wanted, registry...)
+	}
+	dir := c.dropIns(h.Config)
+	if h.Generated && dir != h.dropIns() {
+		return p, byHand(h.Config, fmt.Errorf("%w: %s writes this file at each start, and the file does not import %s/*.toml. "+
+			"Upgrade %s, or, if you have a config-v3.toml.tmpl of your own, then add that import to it",
+			tomledit.ErrByHand, h.Name, h.dropIns(), h.Name), wanted)
+	}
+	inMain, inDropIn := slices.Concat(head, wanted), []tomledit.Table(nil)
 	if dir != "" {
-		inDropIn = append([]tomledit.Table{{Keys: []tomledit.Key{{Name: "version", Value: fmt.Sprint(version)}}}}, c.wanted(n)...)
+		inDropIn = append([]tomledit.Table{{Keys: []tomledit.Key{{Name: "version", Value: fmt.Sprint(c.Version)}}}}, wanted...)
 		inMain = nil
 	}
 	if c.has(transfer) {
 		inMain = append(inMain, unpack("shoal")) // arrays of a drop-in replace those of the file
-	} else if version >= 3 {
+	} else if v.two() {
 		// Naming one snapshotter replaces the default, so overlayfs is named, too.
 		both := []tomledit.Table{unpack("overlayfs"), unpack("shoal")}
 		if dir != "" {
@@ -97,7 +120,10 @@ func Containerd(path string, ifMissing int, n Node) (Plan, error) {
 			inMain = append(inMain, both...)
 		}
 	}
-	if err := p.edit(path, text, inMain); err != nil {
+	if h.Generated && len(inMain) > 0 {
+		return p, byHand(h.Config, fmt.Errorf("%w: %s writes this file at each start. Edit its template", tomledit.ErrByHand, h.Name), inMain)
+	}
+	if err := p.edit(h.Config, text, inMain); err != nil {
 		return p, err
 	}
 	if dir != "" {
@@ -110,21 +136,37 @@ func Containerd(path string, ifMissing int, n Node) (Plan, error) {
 			return p, err
 		}
 	}
+	if h.Unit != "" {
+		old, err := readFile(h.Unit)
+		if err != nil {
+			return p, err
+		}
+		p.add(h.Unit, old, h.unit(command))
+		p.Notes = append(p.Notes, fmt.Sprintf("%s writes %s again at each boot. By %s, each start of containerd makes the changes again.", h.Name, h.Config, h.Unit))
+	}
+	p.Notes = append(append(p.Notes, h.Notes...), c.handlers()...)
 	if n.Mirror == "" {
 		p.Notes = append(p.Notes, "The node's registry mirror is off (mirror_address): private images are not lazy, and pulls of new images wait only for prepare_timeout.")
 		return p, nil
 	}
-	return p, p.hosts(certs, n)
+	return p, p.hosts(h, certs, n)
 }
 
-// Remove plans how containerd's config at path comes to be as it was.
-func Remove(path string, n Node) (Plan, error) {
-	p, text, c, err := read(path)
+// Remove plans how containerd's config on the host comes to be as it was.
+func Remove(h Host, n Node) (Plan, error) {
+	p, text, c, err := read(h.Config)
 	if err != nil {
 		return p, err
 	}
-	p.undo(path, text)
-	if dir := c.dropIns(path); dir != "" {
+	p.undo(h.Config, text)
+	dirs := []string{c.dropIns(h.Config)}
+	if h.Generated { // also if the config has not been written since
+		dirs = []string{h.dropIns()}
+	}
+	for _, dir := range dirs {
+		if dir == "" {
+			continue
+		}
 		target := filepath.Join(dir, dropIn)
 		old, err := readFile(target)
 		if err != nil {
@@ -132,9 +174,16 @@ func Remove(path string, n Node) (Plan, error) {
 		}
 		p.undo(target, old)
 	}
-	certs, _, err := c.registries()
+	if h.Unit != "" {
+		if old, err := readFile(h.Unit); err != nil {
+			return p, err
+		} else if bytes.HasPrefix(old, []byte(unitHeader)) {
+			p.add(h.Unit, old, nil)
+		}
+	}
+	certs, _, err := c.registries(h, Version{})
 	if err != nil {
-		certs = certsDir
+		certs = h.certs()
 	}
 	target := filepath.Join(certs, "_default", "hosts.toml")
 	old, err := readFile(target)
@@ -145,11 +194,19 @@ func Remove(path string, n Node) (Plan, error) {
 	if n.Mirror != "" {
 		p.others(certs, n.Mirror, func(name string, has bool) {
 			if has {
-				p.Notes = append(p.Notes, fmt.Sprintf("%s names the node's mirror: remove that section by hand.", name))
+				p.Notes = append(p.Notes, fmt.Sprintf("%s names the node's mirror: remove that section by hand%s.", name, h.instead()))
 			}
 		})
 	}
 	return p, nil
+}
+
+// instead says where else the operator has to change a hosts.toml.
+func (h Host) instead() string {
+	if h.registries == "" {
+		return ""
+	}
+	return fmt.Sprintf(", in %s: %s writes hosts.toml files from it at each start", h.registries, h.Name)
 }
 
 // edit plans tables in a file; with none, that those of before go.
@@ -215,12 +272,57 @@ func (c mainConfig) dropIns(path string) string {
 	return ""
 }
 
-// images is the CRI plugin that has the settings of images.
-func (c mainConfig) images() []string {
-	if c.Version >= 3 {
-		return []string{"plugins", "io.containerd.cri.v1.images"}
+// Sees says whether a config, as containerd dumps it, has CRI use shoal.
+func Sees(dump []byte) bool {
+	var c struct {
+		mainConfig
+		Proxies map[string]any `toml:"proxy_plugins"`
 	}
-	return []string{"plugins", "io.containerd.grpc.v1.cri"}
+	if err := toml.Unmarshal(dump, &c); err != nil {
+		return false
+	}
+	t := table(c.Plugins[criPlugin], "containerd")
+	if c.Version >= 3 {
+		t = c.Plugins[imagesPlugin]
+	}
+	return c.Proxies["shoal"] != nil && t["snapshotter"] == "shoal" && t["disable_snapshot_annotations"] == false
+}
+
+const (
+	imagesPlugin  = "io.containerd.cri.v1.images"
+	runtimePlugin = "io.containerd.cri.v1.runtime"
+	criPlugin     = "io.containerd.grpc.v1.cri" // both of them, in containerd 1.x
+)
+
+// handlers has a note for each runtime handler with a snapshotter of its own.
+func (c mainConfig) handlers() (notes []string) {
+	for _, plugin := range []string{criPlugin, runtimePlugin} {
+		runtimes := table(c.Plugins[plugin], "containerd", "runtimes")
+		for _, name := range slices.Sorted(maps.Keys(runtimes)) {
+			if s, _ := table(runtimes, name)["snapshotter"].(string); s != "" && s != "shoal" {
+				notes = append(notes, fmt.Sprintf("The runtime handler %s has a snapshotter of its own, %s: its pods cannot use an image that is lazy.", name, s))
+			}
+		}
+	}
+	return notes
+}
+
+// images is the plugin of CRI that has the settings of images. containerd 2.x also reads
+// its own plugins in a file of version 2, but those of 1.x count before them, if there
+// are runtimes; without runtimes it leaves a snapshotter of 1.x out.
+func (c mainConfig) images(v Version) string {
+	if c.Version >= 3 || v.two() && table(c.Plugins[criPlugin], "containerd", "runtimes") == nil {
+		return imagesPlugin
+	}
+	return criPlugin
+}
+
+// table is the table at a path; nil: there is none.
+func table(t map[string]any, names ...string) map[string]any {
+	for _, name := range names {
+		t, _ = t[name].(map[string]any)
+	}
+	return t
 }
 
 // transfer is the plugin by which ctr and others pull.
@@ -240,12 +342,13 @@ func unpack(snapshotter string) tomledit.Table {
 }
 
 // wanted are the tables that containerd has to have, without those of the transfer service.
-func (c mainConfig) wanted(n Node) []tomledit.Table {
+func (c mainConfig) wanted(n Node, v Version) []tomledit.Table {
 	text := func(s string) string { return fmt.Sprintf("%q", s) }
-	cri, exports := c.images(), []tomledit.Key{{Name: "root", Value: text(n.Root)}}
-	if c.Version >= 3 {
+	cri, exports := []string{"plugins", c.images(v)}, []tomledit.Key{{Name: "root", Value: text(n.Root)}}
+	if v.two() {
 		exports = append(exports, tomledit.Key{Name: "enable_remote_snapshot_annotations", Value: `"true"`})
-	} else {
+	}
+	if cri[1] == criPlugin {
 		cri = append(cri, "containerd")
 	}
 	return []tomledit.Table{
@@ -259,26 +362,31 @@ func (c mainConfig) wanted(n Node) []tomledit.Table {
 
 // registries says where containerd looks for hosts.toml files, and which table it needs
 // to do so.
-func (c mainConfig) registries() (dir string, more []tomledit.Table, err error) {
-	path := append(c.images(), "registry")
-	registry, _ := c.Plugins[path[1]]["registry"].(map[string]any)
+func (c mainConfig) registries(h Host, v Version) (dir string, more []tomledit.Table, err error) {
+	plugin := c.images(v)
+	registry := table(c.Plugins[plugin], "registry")
+	for _, p := range []string{criPlugin, imagesPlugin} { // the first counts, also for containerd 2.x
+		if t := table(c.Plugins[p], "registry"); t != nil && registry == nil {
+			plugin, registry = p, t
+		}
+	}
 	if dir, _ := registry["config_path"].(string); dir != "" {
 		return filepath.SplitList(dir)[0], nil, nil
 	}
 	for _, k := range []string{"mirrors", "configs"} {
 		if m, _ := registry[k].(map[string]any); len(m) > 0 {
 			return "", nil, fmt.Errorf("%w: registries are configured by registry.%s, which excludes hosts.toml files. Move them to %s (containerd's docs/hosts.md), "+
-				"set registry.config_path, and install again; or set mirror_address = \"\" in the node's config to do without the mirror", tomledit.ErrByHand, k, certsDir)
+				"set registry.config_path, and install again; or set mirror_address = \"\" in the node's config to do without the mirror", tomledit.ErrByHand, k, h.certs())
 		}
 	}
-	if c.Version >= 3 {
-		return certsDir, nil, nil // where containerd 2.x looks by itself
+	if v.Major > 2 || v.Major == 2 && v.Minor >= 2 {
+		return h.certs(), nil, nil // where it looks by itself; 2.0 and 2.1 do not
 	}
-	return certsDir, []tomledit.Table{{Path: path, Keys: []tomledit.Key{{Name: "config_path", Value: fmt.Sprintf("%q", certsDir)}}}}, nil
+	return h.certs(), []tomledit.Table{{Path: []string{"plugins", plugin, "registry"}, Keys: []tomledit.Key{{Name: "config_path", Value: fmt.Sprintf("%q", h.certs())}}}}, nil
 }
 
 // hosts plans the hosts.toml that names the node's mirror for all registries.
-func (p *Plan) hosts(certs string, n Node) error {
+func (p *Plan) hosts(h Host, certs string, n Node) error {
 	target := filepath.Join(certs, "_default", "hosts.toml")
 	old, err := readFile(target)
 	if err != nil {
@@ -301,14 +409,14 @@ func (p *Plan) hosts(certs string, n Node) error {
 	delete(has.Host, url)
 	if len(has.Host) > 0 {
 		// Their order counts, and they have none once they have been read.
-		return byHand(target, fmt.Errorf("%w: it names other hosts, and the node's mirror has to be the first", tomledit.ErrByHand), []tomledit.Table{table})
+		return byHand(target, fmt.Errorf("%w: it names other hosts, and the node's mirror has to be the first%s", tomledit.ErrByHand, h.instead()), []tomledit.Table{table})
 	}
 	if err := p.edit(target, old, []tomledit.Table{table}); err != nil {
 		return err
 	}
 	p.others(certs, n.Mirror, func(name string, has bool) {
 		if !has {
-			p.Notes = append(p.Notes, fmt.Sprintf("%s is for one registry, and pulls from this registry do not ask the node's mirror. If they should, add these lines before its other [host] sections:\n%s", name, table))
+			p.Notes = append(p.Notes, fmt.Sprintf("%s is for one registry, and pulls from this registry do not ask the node's mirror. If they should, add these lines before its other [host] sections%s:\n%s", name, h.instead(), table))
 		}
 	})
 	return nil

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"errors"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/cmd/shoal/internal/tomledit"
 )
@@ -46,9 +48,15 @@ func (m *machine) put(name, text string) {
 
 // files are all that there is, but for copies.
 func (m *machine) files() map[string]string {
+	files := m.all()
+	maps.DeleteFunc(files, func(path, _ string) bool { return strings.HasSuffix(path, copySuffix) })
+	return files
+}
+
+func (m *machine) all() map[string]string {
 	files := map[string]string{}
 	err := filepath.WalkDir(m.dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() || strings.HasSuffix(path, copySuffix) {
+		if err != nil || d.IsDir() {
 			return err
 		}
 		b, err := os.ReadFile(path)
@@ -61,9 +69,12 @@ func (m *machine) files() map[string]string {
 	return files
 }
 
-func (m *machine) install(version int) Plan {
+// plain is a host of no distribution, with its config in the machine's directory.
+func (m *machine) plain() Host { return Host{Config: m.path("config.toml")} }
+
+func (m *machine) install(v Version) Plan {
 	m.t.Helper()
-	p, err := Containerd(m.path("config.toml"), version, m.node)
+	p, err := Containerd(m.plain(), v, m.node)
 	if err != nil {
 		m.t.Fatal(err)
 	}
@@ -75,7 +86,7 @@ func (m *machine) install(version int) Plan {
 
 func (m *machine) remove() {
 	m.t.Helper()
-	p, err := Remove(m.path("config.toml"), m.node)
+	p, err := Remove(m.plain(), m.node)
 	if err != nil {
 		m.t.Fatal(err)
 	}
@@ -100,9 +111,9 @@ func TestContainerd(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t, text)
 			before := m.files()
-			m.install(3)
+			m.install(Version{2, 2})
 			after := m.files()
-			if p := m.install(3); len(p.Changes) > 0 {
+			if p := m.install(Version{2, 2}); len(p.Changes) > 0 {
 				t.Errorf("a second time changes %v", p.Changes)
 			}
 			all := ""
@@ -138,18 +149,18 @@ func TestContainerd(t *testing.T) {
 
 // TestNoConfig: a machine without the file gets one, of containerd's version, and loses it.
 func TestNoConfig(t *testing.T) {
-	for version, want := range map[int]string{2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.images"} {
+	for version, want := range map[Version]string{{1, 7}: criPlugin, {2, 0}: imagesPlugin} {
 		m := newMachine(t, "")
-		p, err := Containerd(m.path("config.toml"), version, Node{Socket: "/s", Root: "/r"})
+		p, err := Containerd(m.plain(), version, Node{Socket: "/s", Root: "/r"})
 		if err != nil || len(p.Changes) != 1 || !bytes.Contains(p.Changes[0].New, []byte(want)) || len(p.Notes) != 1 {
-			t.Fatalf("version %d: %+v, %v", version, p, err)
+			t.Fatalf("%v: %+v, %v", version, p, err)
 		}
 		if err := p.Apply(); err != nil {
 			t.Fatal(err)
 		}
 		m.remove()
 		if _, err := os.Stat(m.path("config.toml")); !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("version %d: the file is left: %v", version, err)
+			t.Errorf("%v: the file is left: %v", version, err)
 		}
 	}
 }
@@ -170,7 +181,7 @@ func TestRefused(t *testing.T) {
 			if name == "no certificate yet" {
 				m.node.MirrorCA += "x"
 			}
-			p, err := Containerd(m.path("config.toml"), 2, m.node)
+			p, err := Containerd(m.plain(), Version{1, 7}, m.node)
 			if err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("%v does not say %q (%v)", err, c.want, p)
 			}
@@ -186,10 +197,10 @@ func TestOtherRegistries(t *testing.T) {
 	m := newMachine(t, "version = 3\n[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = 'DIR/certs.d'\n")
 	m.put("certs.d/docker.io/hosts.toml", "[host.'https://mirror.example.com']\n")
 	m.put("certs.d/quay.io/hosts.toml", "[host.'https://127.0.0.1:7704']\n")
-	if p := m.install(3); len(p.Notes) != 1 || !strings.Contains(p.Notes[0], "docker.io") || !strings.Contains(p.Notes[0], "mirror-ca.pem") {
+	if p := m.install(Version{2, 2}); len(p.Notes) != 1 || !strings.Contains(p.Notes[0], "docker.io") || !strings.Contains(p.Notes[0], "mirror-ca.pem") {
 		t.Errorf("notes %q", p.Notes)
 	}
-	p, err := Remove(m.path("config.toml"), m.node)
+	p, err := Remove(m.plain(), m.node)
 	if err != nil || len(p.Notes) != 1 || !strings.Contains(p.Notes[0], "quay.io") {
 		t.Errorf("notes %q, %v", p.Notes, err)
 	}
@@ -212,5 +223,70 @@ func TestApplyFails(t *testing.T) {
 	delete(after, m.path("file"))
 	if len(after) != len(before) || after[m.path("config.toml")] != before[m.path("config.toml")] {
 		t.Errorf("left: %v", after)
+	}
+}
+
+// TestFilesStay: a symbolic link stays one, and so do mode, owner and label; the copy has
+// them, too.
+func TestFilesStay(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give files away and label them")
+	}
+	m := newMachine(t, "")
+	const text = "version = 3\n[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = 'DIR/certs.d'\n"
+	m.put("real/config.toml", text)
+	for _, err := range []error{
+		os.Symlink("real/config.toml", m.path("config.toml")),
+		os.Chmod(m.path("real/config.toml"), 0o600),
+		os.Chown(m.path("real/config.toml"), 12, 34),
+		unix.Setxattr(m.path("real/config.toml"), selinux, []byte("system_u:object_r:container_config_t:s0\x00"), 0),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	check := func(path string) {
+		t.Helper()
+		var st unix.Stat_t
+		label := make([]byte, 64)
+		size, err := unix.Getxattr(path, selinux, label)
+		if err := errors.Join(err, unix.Stat(path, &st)); err != nil {
+			t.Fatal(err)
+		}
+		if st.Mode&0o777 != 0o600 || st.Uid != 12 || st.Gid != 34 || string(label[:size]) != "system_u:object_r:container_config_t:s0\x00" {
+			t.Errorf("%s: mode %o of %d:%d, %q", path, st.Mode, st.Uid, st.Gid, label[:size])
+		}
+	}
+	m.install(Version{2, 2})
+	check(m.path("real/config.toml"))
+	check(m.path("config.toml" + copySuffix))
+	if to, err := os.Readlink(m.path("config.toml")); err != nil || to != "real/config.toml" {
+		t.Errorf("the link is %q, %v", to, err)
+	}
+	m.remove()
+	check(m.path("real/config.toml"))
+	if _, err := os.Stat(m.path("config.toml" + copySuffix)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the copy is left: %v", err)
+	}
+
+	if err := errors.Join(os.Remove(m.path("real/config.toml")), (Change{Path: m.path("config.toml"), New: []byte("x")}).write()); err == nil || !strings.Contains(err.Error(), "symbolic link") {
+		t.Errorf("error %v", err)
+	}
+	if err := readOnly("/etc/x", &fs.PathError{Op: "open", Path: "/etc/x", Err: unix.EROFS}); !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), "is made from") {
+		t.Errorf("error %v", err)
+	}
+}
+
+// TestCopy: the copy is the file as it was before the last installation.
+func TestCopy(t *testing.T) {
+	m := newMachine(t, "version = 3\n[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = 'DIR/certs.d'\n")
+	m.install(Version{2, 2})
+	text := m.files()[m.path("config.toml")]
+	m.put("config.toml", "# mine\n"+text)
+	m.remove()
+	m.install(Version{2, 2})
+	m.install(Version{2, 2})
+	if b, err := os.ReadFile(m.path("config.toml" + copySuffix)); err != nil || !strings.HasPrefix(string(b), "# mine\nversion") || strings.Contains(string(b), mark) {
+		t.Errorf("%s, %v", b, err)
 	}
 }

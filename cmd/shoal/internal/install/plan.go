@@ -9,8 +9,10 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/containerd/continuity"
+	"golang.org/x/sys/unix"
 )
 
 // Change is a file that is to be written, made or removed.
@@ -34,9 +36,10 @@ func (c Change) String() string {
 	default:
 		fmt.Fprintf(&b, "file %s\n", c.Path)
 	}
+	whole := bytes.HasPrefix(c.New, []byte(unitHeader)) // all of it is shoal's
 	show := func(sign string, lines, others []byte) {
 		for line := range bytes.Lines(lines) {
-			if bytes.Contains(line, []byte(mark)) && !bytes.Contains(others, line) {
+			if (whole || bytes.Contains(line, []byte(mark))) && !bytes.Contains(others, line) {
 				fmt.Fprintf(&b, "  %s %s", sign, line)
 			}
 		}
@@ -83,30 +86,85 @@ func (p Plan) Undo() error {
 	return errors.Join(errs...)
 }
 
+// apply keeps a copy of a file that has nothing of shoal yet.
 func (c Change) apply() error {
-	if c.Old != nil && c.New != nil {
-		if _, err := os.Lstat(c.Path + copySuffix); errors.Is(err, fs.ErrNotExist) {
-			if err := (Change{Path: c.Path + copySuffix, New: c.Old}).write(); err != nil {
-				return err
-			}
+	if c.Old != nil && c.New != nil && !bytes.Contains(c.Old, []byte(mark)) {
+		if err := (Change{Path: c.Path + copySuffix, New: c.Old}).writeLike(c.Path); err != nil {
+			return err
 		}
 	}
 	return c.write()
 }
 
+// write gives the file its new contents, and removes the copy of a file that is what it was
+// again.
 func (c Change) write() error {
+	if err := c.writeLike(c.Path); err != nil {
+		return err
+	}
+	if old, err := os.ReadFile(c.Path + copySuffix); err == nil && bytes.Equal(old, c.New) {
+		return os.Remove(c.Path + copySuffix)
+	}
+	return nil
+}
+
+// selinux is the extended attribute that has the label of SELinux.
+const selinux = "security.selinux"
+
+// writeLike gives the file its new contents, with mode, owner and label of another one. A
+// symbolic link to the file stays.
+func (c Change) writeLike(other string) error {
 	if c.New == nil {
 		if err := os.Remove(c.Path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
+			return readOnly(c.Path, err)
 		}
 		return nil
 	}
-	mode := fs.FileMode(0o644)
-	if st, err := os.Stat(c.Path); err == nil {
-		mode = st.Mode().Perm()
-	}
-	if err := os.MkdirAll(filepath.Dir(c.Path), 0o755); err != nil {
+	path, err := filepath.EvalSymlinks(c.Path)
+	if errors.Is(err, fs.ErrNotExist) {
+		path = c.Path
+		if _, err := os.Lstat(path); err == nil {
+			return fmt.Errorf("%s is a symbolic link to a file that is not there", path)
+		}
+	} else if err != nil {
 		return err
 	}
-	return continuity.AtomicWriteFile(c.Path, c.New, mode)
+	mode, label := fs.FileMode(0o644), []byte(nil)
+	st, statErr := os.Stat(other)
+	if statErr == nil {
+		mode, label = st.Mode().Perm(), make([]byte, 256)
+		size, err := unix.Getxattr(other, selinux, label)
+		label = label[:max(size, 0)]
+		if err != nil && !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.ENOTSUP) {
+			return fmt.Errorf("label of %s: %w", other, err)
+		}
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return readOnly(path, err)
+	}
+	if err := continuity.AtomicWriteFile(path, c.New, mode); err != nil {
+		return readOnly(path, err)
+	}
+	if statErr != nil {
+		return nil
+	}
+	if sys, ok := st.Sys().(*syscall.Stat_t); ok {
+		if err := os.Chown(path, int(sys.Uid), int(sys.Gid)); err != nil {
+			return err
+		}
+	}
+	if len(label) > 0 {
+		if err := unix.Setxattr(path, selinux, label, 0); err != nil {
+			return fmt.Errorf("label of %s: %w", path, err)
+		}
+	}
+	return nil
+}
+
+// readOnly says what to do about a file system that cannot be written to.
+func readOnly(path string, err error) error {
+	if !errors.Is(err, unix.EROFS) {
+		return err
+	}
+	return fmt.Errorf("%w: add the lines of docs/containerd.md to what %s is made from", err, path)
 }
