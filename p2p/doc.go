@@ -6,8 +6,8 @@
 //   - wire: the messages (protobuf), their framing and limits, and error codes
 //   - host: the libp2p host: TCP, TLS 1.3 and yamux, an Ed25519 identity, limits
 //   - route: which peer to ask for a chunk (pure: no I/O, no clock)
-//   - members: a node's membership: joining supernodes, groups, who may connect
-//   - roster: a supernode's side of it: who may join, and which nodes learn of which
+//   - members: a node's membership: joining supernodes, groups, which peers may connect
+//   - roster: a supernode's side of it: which nodes may join, and which nodes learn of which
 //   - swarm: a node among others: it asks the peers that route names, and answers them
 //   - exchange: the chunk and the index protocol, server and client
 //   - uplink: several supernodes as one source

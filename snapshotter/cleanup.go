@@ -85,7 +85,7 @@ func (s *Snapshotter) survey(ctx context.Context) (trash []string, err error) {
 	return trash, err
 }
 
-// start derives who uses what from the metadata, and mounts in the background what
+// start derives the uses of diffs from the metadata, and mounts in the background what
 // active snapshots use.
 func (s *Snapshotter) start() error {
 	ctx := s.tasks.Context()

@@ -102,7 +102,7 @@ func makeDirs(dir string, kind snapshots.Kind, uid, gid int) error {
 	return os.Mkdir(filepath.Join(dir, "work"), 0o711)
 }
 
-// owner of a new snapshot's root: who is root in the id mapping, else the owner of
+// owner of a new snapshot's root: the user that is root in the id mapping, else the owner of
 // the parent's root; -1: nobody in particular.
 func owner(info snapshots.Info, lowers []string) (uid, gid int, err error) {
 	uidmap, gidmap := idmapLabels(info)

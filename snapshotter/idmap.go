@@ -55,7 +55,7 @@ func mappedRoot(mapping string) (int, error) {
 // chain again would give its files to nobody.
 //
 // That snapshot is an ordinary one, is not a layer of an image, and its root
-// belongs to who is root in the container. Where that is the machine's root, the
+// belongs to the user that is root in the container. Where that is the machine's root, the
 // owner tells nothing, and the chain is taken as not mapped.
 func remapped(links []link, lowers []string, uidmap, gidmap string) (bool, error) {
 	if len(links) == 0 || links[0].lazy || links[0].layer {

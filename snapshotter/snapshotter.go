@@ -33,7 +33,7 @@ type Snapshotter struct {
 	options []string // overlayfs' for every mount
 
 	tasks    *tasks.Group
-	cleaning chan struct{} // held by who cleans up
+	cleaning chan struct{} // held by the caller that cleans up
 	closed   sync.Once
 	closeErr error // that of the first Close
 

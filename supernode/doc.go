@@ -1,7 +1,7 @@
 // Package supernode is the datacenter's cache of images: it turns layers into indexes and
 // chunks, each once, and hands them to nodes that may have them.
 //
-//   - access: who may read what
+//   - access: which peer may read what
 //   - layers: how a layer gets here
 //   - profiles: what containers read at their start
 //   - ingest: a layer's stream -> checked, unpacked, chunked, stored
@@ -26,7 +26,7 @@
 //     out, by the same rule.
 //   - A peer that knows a chunk's SHA-256 may have the chunk: only indexes say them.
 //   - All indexes of an image are handed out, or none. Those that were asked for last stay in
-//     memory, once for all who ask, and may be given by nodes that have had them (relays) in
+//     memory, once for all that ask, and may be given by nodes that have had them (relays) in
 //     place of this supernode.
 //   - Credentials are kept in memory only, tokens for a minute, nothing of them
 //     on disk or in a log.

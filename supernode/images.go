@@ -29,7 +29,7 @@ const (
 
 // FetchIndexesFor is image.Source's FetchIndexes on behalf of a peer. It takes
 // as long as it takes to fetch what is not stored yet; if ctx ends before that,
-// the work goes on, for the next one who asks. Errors wrap those of blockdev or
+// the work goes on, for the next one that asks. Errors wrap those of blockdev or
 // the context's, and name the image and the cause.
 func (s *Supernode) FetchIndexesFor(ctx context.Context, peer string, req image.Request) (img *image.Image, err error) {
 	start := time.Now()

@@ -69,7 +69,7 @@ func (c *Cache) AddChecked(ctx context.Context, encodedIndex []byte, check func(
 		return nil, fmt.Errorf("add diff %v: its index has %d MiB of file names and attributes, and takes %d MiB of memory to read; a node takes at most %d and %d: %w",
 			info.DiffID, info.Tree>>20, info.Memory>>20, c.cfg.MaxTree>>20, c.cfg.MaxIndex>>20, blockdev.ErrUnsupported)
 	}
-	// Before there is memory for it: who has that waits for nobody else.
+	// Before there is memory for it: a caller that has it waits for no other.
 	d, release, err := c.reserve(ctx, info.DiffID)
 	if err != nil {
 		return nil, fmt.Errorf("add diff %v: %w", info.DiffID, err)

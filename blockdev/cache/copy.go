@@ -46,7 +46,7 @@ func (g *group) copyOne(f *flight, buf []byte) bool {
 		case err == nil:
 			d.c.stats.copied.Add(int64(len(buf)))
 			o.Drop(o.tab.Start(k), len(buf))
-			// The error of a full disk reaches who waits by the flight.
+			// The flight gives the error of a full disk to the reads that wait.
 			_ = g.settle(blockdev.Demand, f, buf)
 			return true
 		case errors.Is(err, os.ErrClosed):

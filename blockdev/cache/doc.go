@@ -47,7 +47,7 @@
 //
 //	Cache      the diffs of a node: open, add, remove
 //	Diff       one of them: reads, prefetch, startup, forwards, proof, scrub
-//	flights    what is under way for a diff and who waits for it; its own lock. group is the
+//	flights    what is under way for a diff and its waiters; its own lock. group is the
 //	           flights of one request and its retries, request the request itself
 //	local      what is on disk of a diff, and which chunks that is
 //	shared     what all diffs have in common; folder: where a diff's files lie

@@ -24,7 +24,7 @@ const (
 // long. It never reaches a caller.
 var errPromoted = errors.New("asked for again with demand priority")
 
-// flights is what is under way for one diff, and who waits for it.
+// flights is what is under way for one diff, and its waiters.
 type flights struct {
 	*local
 	reading prefetch.Reads // demand reads that wait

@@ -122,7 +122,7 @@ func (c *Cache) lookedAt() {
 func (c *Cache) doubtful() bool { return c.unclean && c.unopened() }
 
 // openNow opens a diff that was found, unless that has been done, or has failed a
-// moment ago; if somebody is at it, openNow waits for him.
+// moment ago; if another caller is at it, openNow waits for it.
 func (c *Cache) openNow(id blockdev.Digest) {
 	c.mu.Lock()
 	f, ok := c.found[id]

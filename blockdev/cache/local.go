@@ -13,7 +13,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev/cache/internal/table"
 )
 
-// Errors of those who need all bytes of a diff. Prefetch brings them back.
+// Errors of callers that need all bytes of a diff. Prefetch brings them back.
 var (
 	// ErrIncomplete: bytes are missing.
 	ErrIncomplete = errors.New("the diff is not complete on this disk")
@@ -102,7 +102,7 @@ func (d *local) readChunk(i int, buf []byte) error {
 	return nil
 }
 
-// verify is readChunk for one who reads everything: the chunk counts as checked, and its
+// verify is readChunk for a caller that reads everything: the chunk counts as checked, and its
 // pages need not stay.
 func (d *local) verify(i int, buf []byte) error {
 	if err := d.readChunk(i, buf); err != nil {

@@ -13,7 +13,7 @@ import (
 // A diff whose index another version of the builder has made may get a tree of its
 // own when it is proven: the one that this node makes. It lies beside the given one,
 // since mounts of that are in use, and since the given index is what other nodes are
-// given, who know its SHA-256.
+// given: their reader knows its SHA-256.
 // ownTree is the tree that a diff shows in place of the one that its index came with.
 type ownTree struct {
 	sum blockdev.Digest // of the file index.own

@@ -156,7 +156,7 @@ func (q *quarantine) putProven(f folder, index, own blockdev.Digest) error {
 	return durable.SyncDir(q.dir)
 }
 
-// why is the error for who wants to use a quarantined diff.
+// why is the error for callers that want to use a quarantined diff.
 func (q *quarantine) why(id blockdev.Digest) error {
 	q.mu.Lock()
 	rec := q.m[id]

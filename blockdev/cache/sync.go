@@ -26,7 +26,7 @@ func (d *local) sync(ctx context.Context) error {
 	return d.syncNow()
 }
 
-// syncNow is sync for who has the token.
+// syncNow is sync for the caller that has the token.
 func (d *local) syncNow() error {
 	if d.pres.BeginSync() {
 		err := disk.Sync(d.data)

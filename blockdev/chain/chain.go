@@ -150,7 +150,7 @@ func (c *Chain) Fetch(ctx context.Context, req blockdev.Request, deliver blockde
 	return &tried
 }
 
-// order is whom a request of this priority for chunks of this diff asks.
+// order is the sources that a request of this priority for chunks of this diff asks.
 func (c *Chain) order(prio blockdev.Priority, diff blockdev.Digest) []*step {
 	now := time.Now()
 	var first, last []*step

@@ -3,7 +3,7 @@
 // its DiffID. EROFS mounts name these files as their data device, so the kernel
 // asks this package for content and never for names, attributes or xattrs.
 //
-// # Who opens what
+// # What opens what
 //
 // Mount opens /dev/fuse and calls mount(2) itself, and New takes the descriptor
 // from its caller. The connection lives as long as a process holds the

@@ -161,7 +161,7 @@ func (w *worker) read(ctx context.Context, r readIn) {
 		s.failRead(id, r, err)
 		return
 	}
-	w.slot = next // that of the request belongs to who answers it, or stays for the next server
+	w.slot = next // that of the request belongs to the goroutine that answers it, or stays for the next server
 }
 
 // readLocal answers a read from a file that has all its bytes. It returns false

@@ -166,7 +166,7 @@ func number(b []byte) (int64, error) {
 
 // extents addresses the parts of a sparse file in the diff, where its data
 // starts at the 512-aligned byte at. It reports false if blocks cannot: the tar
-// was written by somebody who does not keep parts to whole blocks.
+// was written by a program that does not keep parts to whole blocks.
 func extents(parts []part, at, size int64) ([]erofs.Extent, bool) {
 	var ext []erofs.Extent
 	for i, p := range parts {

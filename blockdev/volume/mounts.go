@@ -135,7 +135,7 @@ func (m *mounter) forget(id blockdev.Digest) {
 // usable reports whether a mount that an earlier process left can stay.
 func (m *mounter) usable(v *volume, i mount.Info, lazy, adopted bool) bool {
 	if !lazy {
-		// If it was complete and is not, that mount is as good as any to those who have
+		// If it was complete and is not, that mount is as good as any to those that have
 		// it, and gets its bytes back beneath.
 		return v.diff.Completed()
 	}

@@ -38,7 +38,7 @@ func (m *mounter) match(ctx context.Context, v *volume) {
 	m.matchNow(v)
 }
 
-// matchNow is match for who has the volume's turn. An error leaves the mount as it
+// matchNow is match for the caller that has the volume's turn. An error leaves the mount as it
 // was, which can be read, too.
 func (m *mounter) matchNow(v *volume) {
 	if v.matches() {
@@ -56,7 +56,7 @@ func (m *mounter) matchNow(v *volume) {
 		switch loop, err = mountedByLoop(dir); {
 		case err != nil:
 		case loop && !outdated:
-			// Beneath all who use it.
+			// Beneath all that use it.
 			err = switchLoop(data[wasLazy], data[lazy])
 		default:
 			err = mount.Replace(meta, data[lazy], dir, mount.Options{Loop: loop})

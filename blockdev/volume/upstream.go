@@ -40,7 +40,7 @@ func (m *Manager) Attach(u Upstream) error {
 
 // Detach is to be called before what Attach was given is closed. Startup fetches and
 // recordings end for good, and what was recorded is reported. From then on a request that
-// fails is not answered: who waits for it gets from the next process what that has, or
+// fails is not answered: its reader gets from the next process what that has, or
 // the error of its own deadline.
 func (m *Manager) Detach() {
 	m.startups.tasks.Close()

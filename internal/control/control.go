@@ -163,7 +163,7 @@ func ServeOn(ctx context.Context, ln net.Listener, d Daemon) error {
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(stopped)
-		// The requests end with ctx. Who called Serve may close what d uses.
+		// The requests end with ctx. The caller of Serve may close what d uses.
 		wait, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 		defer cancel()
 		_ = srv.Shutdown(wait) // what is still there then is cut off

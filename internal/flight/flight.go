@@ -4,8 +4,8 @@
 // # Terms
 //
 //   - flight: work that runs, known by its key. A caller that asks for the same key joins
-//     it: the key is who may join, so it names all that the answer depends on.
-//   - asker: somebody who has joined a flight and has not left it.
+//     it: the key says which callers may join, so it names all that the answer depends on.
+//   - asker: a caller that has joined a flight and has not left it.
 //   - state: what a flight's work and its askers share. Its own lock guards what
 //     changes while the work runs; what the work sets before it returns may be
 //     read by everybody once the flight is done.
@@ -19,7 +19,7 @@
 //     others.
 //   - Nothing runs, and no timer is left, when Close returns.
 //
-// # Who waits in another way
+// # Callers that wait in another way
 //
 // Each of these has a reason to share work without a Group:
 //
@@ -85,7 +85,7 @@ type flight[S any] struct {
 }
 
 // New returns a Group. closed is the error of work that Close has ended, and of
-// those who come later.
+// those that come later.
 func New[K comparable, S any](p Policy, closed error) *Group[K, S] {
 	g := &Group[K, S]{policy: p, closed: closed, run: map[K]*flight[S]{}}
 	g.ctx, g.cancel = context.WithCancelCause(context.Background())
@@ -187,7 +187,7 @@ func (g *Group[K, S]) leave(key K, fl *flight[S]) {
 	})
 }
 
-// endLocked ends a flight without askers. Who comes from now on begins again.
+// endLocked ends a flight without askers. A caller that comes from now on begins again.
 func (g *Group[K, S]) endLocked(key K, fl *flight[S]) {
 	g.removeLocked(key, fl)
 	fl.cancel(ErrAlone)

@@ -11,6 +11,7 @@ import (
 	"go/token"
 	"io/fs"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 )
@@ -58,18 +59,20 @@ func receiver(e ast.Expr) string {
 	return "?"
 }
 
-func TestTypes(t *testing.T) {
+// files calls f with each file of the product that is not generated.
+func files(t *testing.T, f func(pkg string, fset *token.FileSet, file *ast.File)) {
+	t.Helper()
 	const root = "../.."
-	s := sizes{map[string]int{}, map[string]int{}}
 	for _, dir := range product {
 		err := filepath.WalkDir(filepath.Join(root, dir), func(path string, d fs.DirEntry, err error) error {
 			if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
 				return err
 			}
-			file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ParseComments|parser.SkipObjectResolution)
+			fset := token.NewFileSet()
+			file, err := parser.ParseFile(fset, path, nil, parser.ParseComments|parser.SkipObjectResolution)
 			if err == nil && !ast.IsGenerated(file) {
 				pkg, _ := filepath.Rel(root, filepath.Dir(path))
-				s.count(pkg, file)
+				f(pkg, fset, file)
 			}
 			return err
 		})
@@ -77,6 +80,32 @@ func TestTypes(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// freeRelative is a word that docs/style.md has a noun for: callers that, nodes that.
+var freeRelative = regexp.MustCompile(`\b(who|[Ww]hoever|[Ww]hom)\b|(^|[.:] )Who\b`)
+
+// TestComments: comments say which caller or which machine they speak of.
+func TestComments(t *testing.T) {
+	comments := 0
+	files(t, func(_ string, fset *token.FileSet, file *ast.File) {
+		for _, group := range file.Comments {
+			for _, c := range group.List {
+				comments++
+				if word := freeRelative.FindString(strings.TrimLeft(c.Text, "/ -")); word != "" {
+					t.Errorf("%s: %q: name what it stands for, as in \"callers that\"", fset.Position(c.Pos()), word)
+				}
+			}
+		}
+	})
+	if comments < 5000 {
+		t.Errorf("%d comments are found: is this the tree?", comments)
+	}
+}
+
+func TestTypes(t *testing.T) {
+	s := sizes{map[string]int{}, map[string]int{}}
+	files(t, func(pkg string, _ *token.FileSet, file *ast.File) { s.count(pkg, file) })
 	if len(s.methods) < 100 || len(s.fields) < 100 {
 		t.Fatalf("%d types with methods and %d structs are found: is this the tree?", len(s.methods), len(s.fields))
 	}

@@ -1,6 +1,6 @@
 // Package quiet keeps logs short where others decide how much there is to say: what
 // repeats is said once a minute, and there are a few lines a minute of each kind,
-// however many names those have who cause it.
+// however many names its causes have.
 package quiet
 
 import (

@@ -90,8 +90,8 @@ type question struct {
 	data   []byte
 }
 
-// ask joins the question key, or asks it; it goes on when those who asked leave. The
-// error of one who leaves is that of ctx, with its cause.
+// ask joins the question key, or asks it; it goes on when those that asked leave. The
+// error of one that leaves is that of ctx, with its cause.
 func (c *Client) ask(ctx context.Context, key string, ask func(context.Context, *question) error) (*question, error) {
 	a, err := c.asking.Join(key, func() (*question, flight.Work) {
 		f := new(question)

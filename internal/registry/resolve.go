@@ -160,7 +160,7 @@ func (q *query) tag(ctx context.Context) (d blockdev.Digest, kept bool, _ error)
 }
 
 // askTag asks the registry what the tag names, and keeps the answer. The error does
-// not name the image: others who ask call it by another name.
+// not name the image: others that ask call it by another name.
 func (q *query) askTag(ctx context.Context) (blockdev.Digest, error) {
 	f, err := q.c.ask(ctx, q.key("tag", q.ref.Tag), func(ctx context.Context, f *question) (err error) {
 		if f.digest, err = q.c.head(ctx, q.ref, "", blockdev.Digest{}, q.cred); err == nil {

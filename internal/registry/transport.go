@@ -48,7 +48,7 @@ type transport struct {
 	stall time.Duration
 	count func(n int64)     // received body bytes; may be nil
 	loop  func(host string) // is told of a node's mirror
-	plain func(host string) // is told who answers without TLS
+	plain func(host string) // learns which hosts answer without TLS
 }
 
 // RoundTrip implements http.RoundTripper.

@@ -124,7 +124,7 @@ type Client struct {
 	reports *lane
 	window  *LinkWindow
 	// starting is the window of chunks by a startup profile. It is bounded, but not
-	// closed by demand reads: who starts is about to need these as well.
+	// closed by demand reads: a container that starts is about to need these as well.
 	starting *LinkWindow
 	zstd     decoder
 	buffers  Buffers

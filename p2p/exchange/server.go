@@ -63,7 +63,7 @@ type Limits struct {
 	// DemandPause is how long a prefetch waits for the same peer's demand
 	// requests before it sends its next chunk anyway (50 ms).
 	DemandPause time.Duration
-	// StartupPause is the same for chunks by a startup profile (5 ms): whoever
+	// StartupPause is the same for chunks by a startup profile (5 ms): a container that
 	// starts is about to wait for these, too.
 	StartupPause time.Duration
 }

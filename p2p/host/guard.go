@@ -44,7 +44,7 @@ func (g *guarded) SetStreamHandlerMatch(p protocol.ID, match func(protocol.ID) b
 	g.Host.SetStreamHandlerMatch(p, match, g.handler(h))
 }
 
-// handler resets streams of those who may not have them.
+// handler resets streams of peers that may not have them.
 func (g *guarded) handler(h network.StreamHandler) network.StreamHandler {
 	return func(st network.Stream) {
 		ctx, cancel := context.WithTimeout(context.Background(), guardWait)

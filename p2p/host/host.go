@@ -43,7 +43,7 @@ type Config struct {
 	// 0: DefaultStreamWindow. Prefetch from far away is faster with more: two streams
 	// carry at most two windows per round trip.
 	StreamWindow int
-	// Guard, if not nil, decides who may connect, and asks for each stream
+	// Guard, if not nil, decides which peers may connect, and asks for each stream
 	// before its handler sees it, for each package's handlers.
 	Guard Guard
 	// Registerer, if not nil, takes libp2p's own metrics. There are many.

@@ -19,9 +19,9 @@
 //   - view: what this node knows of a group: all members of its own cell, a few
 //     (gateways) of each other cell. See package route.
 //   - stranger: a peer that has connected and is in no group of this node, as far
-//     as this node knows. Its streams wait until a supernode has said who it is.
+//     as this node knows. Its streams wait until a supernode has said whether it is a member.
 //
-// The Example of package roster shows both ends. Groups and View say whom to ask for chunks
+// The Example of package roster shows both ends. Groups and View say which peers to ask for chunks
 // of a diff, Addrs where to dial the peer that route has chosen, and Allowed whether a peer
 // may ask this node.
 //

@@ -177,7 +177,7 @@ func (g *group) remake() error {
 	return nil
 }
 
-// drop forgets who is in the group.
+// drop forgets the members of the group.
 func (g *group) drop() {
 	g.from, g.version, g.members, g.cells, g.gates, g.view, g.offered = nil, 0, nil, nil, nil, nil, offeredNothing
 }

@@ -115,7 +115,7 @@ func (n *Node) knowsLocked(group blockdev.Digest, id peer.ID, now time.Time) boo
 	return false
 }
 
-// askLocked has the supernodes asked who the peer is, unless they are being asked.
+// askLocked makes the session writers ask the supernodes about the peer, unless they are being asked.
 // With wait, they have said a moment ago that the peer is in other groups: call again
 // after that time. False: they have answered what was asked at since or later, or the
 // peer is known to be nobody, or there is no supernode to ask.

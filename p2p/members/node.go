@@ -243,7 +243,7 @@ func (n *Node) Leave(manifest blockdev.Digest) {
 	n.changedLocked()
 }
 
-// changedLocked wakes who waits for a change.
+// changedLocked wakes the callers that wait for a change.
 func (n *Node) changedLocked() {
 	close(n.changed)
 	n.changed = make(chan struct{})

@@ -45,7 +45,7 @@ type noToken struct{ error }
 func (e noToken) Unwrap() error { return e.error }
 
 // toldNo is a supernode's error: a refusal, unless it says that it cannot answer now, as
-// one does that is about to restart. That changes nothing about who is a member.
+// one does that is about to restart. That changes nothing about membership.
 func toldNo(err error) error {
 	if errors.Is(err, blockdev.ErrUnavailable) {
 		return err
@@ -96,7 +96,7 @@ func (s *session) run() {
 	n := s.n
 	watch := &network.NotifyBundle{ConnectedF: func(_ network.Network, c network.Conn) {
 		if c.RemotePeer() == s.info.ID {
-			signal(s.poke) // whoever dialed: joining must not wait
+			signal(s.poke) // whichever side dialed: joining must not wait
 		}
 	}}
 	n.host.Network().Notify(watch)
@@ -369,7 +369,7 @@ func (s *session) want(group blockdev.Digest, in bool) {
 	signal(s.wake)
 }
 
-// ask makes the writer ask who a peer is.
+// ask makes the writer ask about a peer.
 func (s *session) ask(key wire.Key) {
 	s.mu.Lock()
 	s.who = append(s.who, key)

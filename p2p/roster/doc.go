@@ -1,4 +1,4 @@
-// Package roster is a supernode's side of membership: who may talk to it, and
+// Package roster is a supernode's side of membership: which peers may talk to it, and
 // which nodes hold which image's indexes now. The node's side is p2p/members;
 // docs/formats.md, "/shoal/member/1", describes what is said.
 //

@@ -12,7 +12,7 @@ import (
 )
 
 // restoreQuiet is for how long nobody must have come back to a new group before those
-// that did are told who is in it. Nodes try again at least every 2 s after a restart.
+// that did learn its members. Nodes try again at least every 2 s after a restart.
 const restoreQuiet = 2500 * time.Millisecond
 
 // group is a group with what pushing needs.

@@ -22,7 +22,7 @@ const (
 	sweepEvery   = time.Second
 )
 
-// cutOff is when somebody became a stranger who was a member: long ago, so that
+// cutOff is when a peer that was a member became a stranger: long ago, so that
 // the next sweep ends the connection, with streams that were opened before.
 var cutOff = time.Time{}
 
@@ -69,7 +69,7 @@ func (l *List) Stream(_ context.Context, id peer.ID, proto protocol.ID) error {
 	return fmt.Errorf("%s has not joined: %w", id, blockdev.ErrUnauthorized)
 }
 
-// sweep disconnects who has not joined in time, and looks at the token file.
+// sweep disconnects peers that have not joined in time, and looks at the token file.
 func (l *List) sweep() {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -91,7 +91,7 @@ func (l *List) sweep() {
 	}
 }
 
-// overdue lists who is to be disconnected.
+// overdue lists the peers that are to be disconnected.
 func (l *List) overdue(now time.Time) (ids []peer.ID) {
 	connected := l.host.Network().Peers()
 	l.mu.Lock()

@@ -18,7 +18,7 @@ func (g *group) interval() time.Duration {
 	return min(pushEvery+time.Duration(g.Size()/20)*time.Millisecond, maxPushEvery)
 }
 
-// restored is when those that have come back to a new group are told who is in it.
+// restored is when members that have come back to a new group learn its members.
 func (g *group) restored(lease time.Duration) time.Time {
 	quiet := g.began
 	if g.back.After(quiet) {

@@ -16,7 +16,7 @@ import (
 
 const (
 	// relayDirect is how many members of a zone are given an image's indexes by the
-	// supernode in any case, and how many at a time. Who comes then waits for one of
+	// supernode in any case, and how many at a time. A node that comes then waits for one of
 	// them to have them.
 	relayDirect = 4
 	// relayChildren is how many others a member passes them on to: with two, all of
@@ -36,11 +36,11 @@ type relayKey struct {
 	zone     string
 }
 
-// relays says who gives an image's indexes to those of a zone who come next.
+// relays says which members give an image's indexes to those of a zone that come next.
 // List.mu guards it.
 type relays struct {
-	ready   []relay               // those who have them, in the order in which they got them
-	given   map[peer.ID]time.Time // who is being given them by the supernode, since when
+	ready   []relay               // those that have them, in the order in which they got them
+	given   map[peer.ID]time.Time // those that the supernode gives them to, since when
 	changed chan struct{}         // closed, and made again, when there is one more in ready
 }
 
@@ -83,7 +83,7 @@ func (l *List) relaysFor(p peer.ID, manifest blockdev.Digest, late bool) (found 
 	defer l.mu.Unlock()
 	m := l.members[p]
 	if m == nil || l.groups[manifest] == nil && !l.isHome(manifest) {
-		return nil, nil // who has the indexes joins the group elsewhere
+		return nil, nil // a node that has the indexes joins the group elsewhere
 	}
 	zone := l.groups[manifest].zone(m.zone)
 	r := l.relaysLocked(relayKey{manifest, zone})
@@ -143,7 +143,7 @@ func (r *relays) add(m *member) {
 	r.changed = make(chan struct{})
 }
 
-// take returns whom m may ask: the first that can be asked, and another one in case
+// take returns the relays that m may ask: the first that can be asked, and another one in case
 // that it does not answer.
 func (r *relays) take(l *List, m *member, manifest blockdev.Digest) (found []image.Relay) {
 	for len(r.ready) > 0 && l.overLocked(r.ready[0], manifest) { // the others wait for sweep
@@ -199,7 +199,7 @@ func (m *member) relay() image.Relay {
 	return r
 }
 
-// expire forgets who was given indexes and has not said that it has them.
+// expire forgets members that were given indexes and have not said that they have them.
 func (r *relays) expire(now time.Time) {
 	for id, at := range r.given {
 		if now.Sub(at) > relayWait {

@@ -42,7 +42,7 @@ type revocation struct {
 	In bool  `json:"revoked"`
 }
 
-// revocations are who was revoked or allowed again; in JSON, by their peer IDs as text.
+// revocations are the nodes that were revoked or allowed again; in JSON, by their peer IDs as text.
 type revocations map[peer.ID]revocation
 
 // MarshalJSON implements json.Marshaler.
@@ -128,7 +128,7 @@ func (r *revoked) loadChanges() error {
 	return nil
 }
 
-// all returns what was done about whom, and its version.
+// all returns what was done about which nodes, and its version.
 func (r *revoked) all() (revocations, uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -167,7 +167,7 @@ func (r *revoked) set(id peer.ID, in bool) error {
 	return r.change(revocations{id: {max(r.now().UnixNano(), before.At+1), in}})
 }
 
-// merge takes what a sibling knows, as far as it is later, and returns who is revoked
+// merge takes what a sibling knows, as far as it is later, and returns the nodes that are revoked
 // now and was not.
 func (r *revoked) merge(theirs revocations) (added []peer.ID, err error) {
 	r.changing.Lock()

@@ -229,7 +229,7 @@ func (l *List) judge(m *member, h *wire.Hello) error {
 	return nil
 }
 
-// refuse tells a peer why it is not let in, and an operator who it was.
+// refuse tells a peer why it is not let in, and an operator which peer it was.
 func (l *List) refuse(st network.Stream, m *member, err error) {
 	reason := "invalid"
 	switch {

@@ -19,7 +19,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 )
 
-// revokedProtocol is how supernodes tell each other who was revoked, or allowed again:
+// revokedProtocol is how supernodes tell each other which nodes were revoked, or allowed again:
 // each sends all that it knows, as JSON, and takes what is later.
 const revokedProtocol = "/shoal/revoked/1"
 

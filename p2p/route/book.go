@@ -125,8 +125,8 @@ func (g *Group) Report(a *Ask, t Target, o Outcome, now, took time.Duration, byt
 	case o == OK:
 		b.learn(a.demand, took, bytes)
 	case o == Slow && a.demand:
-		// How long it would have taken is not known, but that it is more: who
-		// learned only from what came in time would never wait for longer.
+		// How long it would have taken is not known, but that it is more: a
+		// Book that learned only from what came in time would never wait for longer.
 		b.demand.add(2 * took)
 	}
 	if t.Kind != Peer {
@@ -250,7 +250,7 @@ func (b *Book) letIn(now time.Duration) {
 	}
 }
 
-// forget drops everybody who is not out; if all are, those who are out, too: a
+// forget drops all peers that are not out; if all are, those that are out, too: a
 // bound on memory matters more than what is known about so many.
 func (b *Book) forget() {
 	for id, p := range b.peers {

@@ -160,7 +160,7 @@ func (g *Group) Next(a *Ask, now time.Duration) Target {
 }
 
 // exhausted is the answer when there is nobody left to try: if busy, some are
-// left who had no time, and a prefetch can wait for them.
+// left that had no time, and a prefetch can wait for them.
 func (g *Group) exhausted(a *Ask, busy bool) Target {
 	if busy && !a.demand && a.waits < maxWaits {
 		wait := busyWait << min(a.waits, 8)
@@ -182,7 +182,7 @@ func (g *Group) peer(a *Ask, i int) Target {
 	a.ntried++
 	t := Target{Kind: Peer, Index: i, ID: g.id(i), Hops: int(a.hops) + 1}
 	if i < len(g.t.view.Members) && rank(a.key, g.t.hash[i]) < rank(a.key, g.self) {
-		// One below, who would send the request back up.
+		// One below, which would send the request back up.
 		t.Hops = MaxHops
 	}
 	return t
@@ -193,7 +193,7 @@ func (g *Group) supernode(a *Ask) Target {
 	return Target{Kind: Supernode, Index: -1, Hops: min(int(a.hops)+1, MaxHops)}
 }
 
-// refresh leaves out those who are out now.
+// refresh leaves out those that are out now.
 func (g *Group) refresh(now time.Duration) {
 	g.book.letIn(now)
 	if g.gen == g.book.gen {
@@ -280,7 +280,7 @@ func (g *Group) parent(key Key) int {
 
 const maxCandidates = 24
 
-// candidates appends all who may be asked, in order.
+// candidates appends all members that may be asked, in order.
 func (g *Group) candidates(key Key, dst []int32) []int32 {
 	if s, i := g.above(key); i > 0 {
 		s = g.highest(s, i)
@@ -290,10 +290,10 @@ func (g *Group) candidates(key Key, dst []int32) []int32 {
 	return g.across(key, g.elder(key, dst))
 }
 
-// elder appends a member of the cell that may have what a root lacks: who has the
+// elder appends a member of the cell that may have what a root lacks: one that has the
 // whole image, else the next one below, which was the root if this node came
 // late. A root asks there before it asks outside of the cell, so that what those
-// who were there before it have does not come from the supernode again.
+// that were there before it have does not come from the supernode again.
 func (g *Group) elder(key Key, dst []int32) []int32 {
 	best, bestRank := -1, uint64(0)
 	if len(g.t.full) > 0 {

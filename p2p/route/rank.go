@@ -33,7 +33,7 @@ func mix(x uint64) uint64 {
 	return x ^ x>>33
 }
 
-// rank is the rank of who hashes to h for a chunk. It is one multiplication to
+// rank is the rank of the member that hashes to h for a chunk. It is one multiplication to
 // 128 bits, folded (as wyhash does), because it is computed for each member of a
 // cell and each chunk.
 func rank(key Key, h uint64) uint64 {
@@ -42,7 +42,7 @@ func rank(key Key, h uint64) uint64 {
 }
 
 // A packed rank has a rank in its upper bits and in its lower ones the index of
-// whom it belongs to, so that sorting needs no second array.
+// the member that it belongs to, so that sorting needs no second array.
 const (
 	indexBits = 16
 	indexMask = 1<<indexBits - 1

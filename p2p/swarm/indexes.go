@@ -69,7 +69,7 @@ func (s *Swarm) FetchIndexes(ctx context.Context, req image.Request) (*image.Ima
 		leave()
 		return nil, err
 	}
-	for i := range img.Layers { // for those who wait here in turn
+	for i := range img.Layers { // for those that wait here in turn
 		s.opened.set(own, img.Layers[i].DiffID, img.Layers[i].Index)
 	}
 	return img, nil
@@ -120,7 +120,7 @@ func relayOutcome(err error) route.Outcome {
 	return outcome(err)
 }
 
-// addrInfos is who relays are, and where they listen.
+// addrInfos is which peers relays are, and where they listen.
 func addrInfos(relays []image.Relay) (infos []peer.AddrInfo) {
 	for _, r := range relays {
 		info := peer.AddrInfo{ID: host.FromKey(r.Key)}

@@ -50,7 +50,7 @@ func (o *opened) begin(img *image.Image) openings {
 	return own
 }
 
-// set gives an index of begin's to those who wait for it.
+// set gives an index of begin's to those that wait for it.
 func (o *opened) set(own openings, diff blockdev.Digest, index []byte) {
 	e := own[diff]
 	if e == nil || index == nil {
@@ -74,7 +74,7 @@ func (o *opened) set(own openings, diff blockdev.Digest, index []byte) {
 	})
 }
 
-// end tells those who wait for what has not come.
+// end tells those that wait for what has not come.
 func (o *opened) end(own openings) {
 	o.mu.Lock()
 	defer o.mu.Unlock()

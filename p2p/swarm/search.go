@@ -141,7 +141,7 @@ func (f *search) failed() error {
 	return nil
 }
 
-// ask sends the chunks to whom route chooses.
+// ask sends the chunks to the machines that route chooses.
 func (f *search) ask(chunks []int) {
 	if len(chunks) == 0 {
 		return
@@ -260,7 +260,7 @@ func (f *search) patience(now time.Time) time.Duration {
 }
 
 // waitUntil is when a prefetch is given up of which something came last, by a peer that
-// was heard since. Who sends other chunks is well, and this one may be on its way
+// was heard since. A peer that sends other chunks is well, and this one may be on its way
 // through many nodes with full links, which to ask for it elsewhere would fill even
 // more. But somebody may also keep one chunk back for ever.
 func waitUntil(last, heard time.Time, giveUp time.Duration) time.Time {

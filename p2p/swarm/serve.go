@@ -45,7 +45,7 @@ func (p *provider) Provide(ctx context.Context, q *exchange.Query) (exchange.Ans
 		return nil, fmt.Errorf("not here: %w", blockdev.ErrNotFound)
 	}
 	if !slices.Contains(p.s.cfg.Groups.Groups(q.Diff), q.Group) {
-		// Who is in a group may ask for the chunks of its image, not for those of
+		// A member of a group may ask for the chunks of its image, not for those of
 		// whatever else is here.
 		return nil, fmt.Errorf("not here: %w", blockdev.ErrNotFound)
 	}
@@ -59,12 +59,12 @@ func (p *provider) Provide(ctx context.Context, q *exchange.Query) (exchange.Ans
 	}
 	if q.Hops >= route.MaxHops {
 		// The root of a tree asks those below it in this way. They may have asked
-		// for the same chunk, up to that root: who waited for them would wait for
+		// for the same chunk, up to that root: a request that waited for them would wait for
 		// itself.
 		return &answer{s: p.s, q: q, f: f, absent: errNotHere}, nil
 	}
 	if q.Priority == blockdev.Prefetch && p.s.cfg.Intake.Window.Hurried() {
-		// Readers here wait for this node's link; who does not wait may ask
+		// Readers here wait for this node's link; a caller that does not wait may ask
 		// somebody else.
 		return &answer{s: p.s, q: q, f: f, absent: errReaders}, nil
 	}

@@ -182,10 +182,10 @@ func (s *Swarm) group(diff blockdev.Digest) *group {
 	return nil
 }
 
-// firstView is how long prefetch waits, once for a group, to be told who else is
-// in it. Who is the first one hears that at once; when many nodes begin
-// together, what each gets until it knows of the others comes from the supernode
-// and through the zones' uplinks once for each. They hear of each other after
+// firstView is how long prefetch waits, once for a group, to learn which others are in
+// it. The first node learns at once that it is; when many nodes begin together, what each
+// gets until it knows of the others comes from the supernode and through the zones'
+// uplinks once for each. They learn of each other after
 // 100 ms, of many hundreds after 500 (p2p/roster).
 const firstView = 500 * time.Millisecond
 

@@ -36,7 +36,7 @@ const (
 
 // way is how to ask several supernodes.
 type way struct {
-	// after is how long nobody who is asked may give a sign of life before the next
+	// after is how long no supernode that is asked may give a sign of life before the next
 	// supernode is asked.
 	after time.Duration
 	// instead: those asked before are given up then.
@@ -150,7 +150,7 @@ func (r *race) start() {
 	}()
 }
 
-// alive notes a sign of life. Who was asked before and has given none is slow.
+// alive notes a sign of life. One that was asked before and has given none is slow.
 func (r *race) alive(e *runner) {
 	var slow []*runner
 	r.mu.Lock()
@@ -207,7 +207,7 @@ func (r *race) settle(e *runner) {
 	r.mu.Unlock()
 }
 
-// end cancels those who still run, and waits for them.
+// end cancels those that still run, and waits for them.
 func (r *race) end(cancel context.CancelFunc) {
 	cancel()
 	for ; r.running > 0; r.running-- {

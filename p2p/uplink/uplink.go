@@ -38,7 +38,7 @@ type Uplink struct {
 	pace
 
 	mu sync.Mutex
-	// from says who gave out a diff's index: who is told what containers read of
+	// from says which supernode gave out a diff's index: the one that learns what containers read of
 	// it, and hands that out with the image again.
 	from map[blockdev.Digest]Supernode
 }

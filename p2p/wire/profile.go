@@ -25,8 +25,8 @@ func NewProfileReport(p *blockdev.DiffProfile) *ProfileReport {
 	return &ProfileReport{Diff: p.Diff[:], Profile: profile.Append(nil, p.Profile)}
 }
 
-// ParseProfileReport reads and checks a ProfileReport, as far as one can who
-// does not know the diff. Errors wrap blockdev.ErrCorrupt.
+// ParseProfileReport reads and checks a ProfileReport, as far as a reader can
+// without the diff. Errors wrap blockdev.ErrCorrupt.
 func ParseProfileReport(b []byte) (*blockdev.DiffProfile, error) {
 	m := &ProfileReport{}
 	if err := proto.Unmarshal(b, m); err != nil {

@@ -58,7 +58,7 @@ type Snapshots interface {
 	Mounted() map[string]struct{}
 }
 
-// Catalogue is what this node knows of images: which are here, who uses their diffs,
+// Catalogue is what this node knows of images: which are here, what uses their diffs,
 // and how those that are asked for get here. It is safe for concurrent use.
 type Catalogue struct {
 	cfg        Config

@@ -1,4 +1,4 @@
-// Package images is a node's catalogue of images: which are here, who uses their diffs,
+// Package images is a node's catalogue of images: which are here, what uses their diffs,
 // and how those that are asked for get here. It knows containerd's snapshots only through
 // Snapshots.
 //

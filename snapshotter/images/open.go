@@ -239,7 +239,7 @@ func (op *opener) add(ctx context.Context, o *Opened, img *image.Image) (err err
 	if err := op.records.intend(ids); err != nil {
 		return err
 	}
-	// Now, so that who else has the image is known by the time that prefetch begins.
+	// Now, so that other nodes that have the image are known by the time that prefetch begins.
 	op.groups.join(&o.imageRecord)
 	defer func() {
 		if err != nil {

@@ -19,7 +19,7 @@ type openKey struct {
 
 // opening is one attempt to get the indexes of an image and to mount its diffs.
 // It ends with its result, with the snapshotter or after the time-out, and never
-// because those who wait for it have left.
+// because the callers that wait for it have left.
 type opening struct {
 	key    openKey
 	done   chan struct{} // closed when image and err are set

@@ -23,7 +23,7 @@ func newRecoveries(op *opener) *recoveries {
 
 // mount is Data.Mount. A diff that a snapshot stands for and the data path has not,
 // since its files were lost or damaged, is opened again from the supernode: that
-// goes on when ctx ends, for the next one who wants it.
+// goes on when ctx ends, for the next one that wants it.
 func (rs *recoveries) mount(ctx context.Context, id blockdev.Digest) (string, error) {
 	dir, err := rs.opener.cfg.Data.Mount(ctx, id)
 	if !errors.Is(err, blockdev.ErrNotFound) || rs.opener.cfg.Images == nil {

@@ -7,7 +7,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 )
 
-// refs counts who uses each diff. It is derived from the metadata at start and
+// refs counts the uses of each diff. It is derived from the metadata at start and
 // holds no lock while anybody waits or does I/O.
 type refs struct {
 	mu sync.Mutex
@@ -146,7 +146,7 @@ func (r *refs) startRemove(id blockdev.Digest) bool {
 	return true
 }
 
-// finishRemove lets those go on who wait for the diff. A diff that could not be
+// finishRemove lets callers go on that wait for the diff. A diff that could not be
 // removed stays listed as unused, to be tried again.
 func (r *refs) finishRemove(id blockdev.Digest, removed bool) {
 	r.mu.Lock()

@@ -21,7 +21,7 @@ const (
 	CauseConfig       Cause = "config"       // the node's config does not want it
 	CauseUnlabelled   Cause = "unlabelled"   // containerd has not said which image it is
 	CauseSlow         Cause = "slow"         // its indexes did not come in time
-	CauseUnavailable  Cause = "unavailable"  // nobody who has it answers
+	CauseUnavailable  Cause = "unavailable"  // no machine that has it answers
 	CauseUnauthorized Cause = "unauthorized" // the pull's credential does not open it
 	CauseNotFound     Cause = "not_found"    // its registry does not have it
 	CauseUnsupported  Cause = "unsupported"  // nothing that can be mounted here

@@ -47,7 +47,7 @@ func (r *indexRoom) of(n int64) (*semaphore.Weighted, int64) {
 }
 
 // place is what one opening holds of the room. An opening that has to wait for more gives back
-// what it has before: so each place is given back by somebody who waits for none.
+// what it has before: so each place is given back by a caller that waits for none.
 type place struct {
 	room *indexRoom
 	held int64

@@ -21,7 +21,7 @@ const (
 	pullPatience = 10 * time.Second
 )
 
-// wishes knows who wants which diffs whole, as the config says: containers that
+// wishes knows what wants which diffs whole, as the config says: containers that
 // run, and pulls that no container has followed. Nobody tells a snapshotter that a
 // container has ended, but its snapshot is not mounted any more then. Prefetch
 // that nobody wants ends.

@@ -72,7 +72,7 @@ type question struct {
 	late []graceKey // of peers that were not kept waiting
 }
 
-// grant is a repository and who may read it: the hash of a credential, or "" for
+// grant is a repository and what may read it: the hash of a credential, or "" for
 // everybody.
 type grant struct{ repo, cred string }
 
@@ -245,7 +245,7 @@ func (a *Access) setDown(ref registry.Reference, err error) {
 	a.down.Add(what, a.cfg.Now().Add(downTTL))
 }
 
-// ask asks the registry, once for all who want to know the same at the same time.
+// ask asks the registry, once for all callers that want to know the same at the same time.
 // With hurry nobody waits longer than graceWait; if the answer is no, mine is
 // forgotten then.
 func (a *Access) ask(ctx context.Context, g grant, ref registry.Reference, req image.Request, hurry bool, mine *graceKey) error {

@@ -1,4 +1,4 @@
-// Package access decides who may read a repository: callers that the repository's registry
+// Package access decides which peers may read a repository: callers that the repository's registry
 // lets in.
 //
 // # Terms

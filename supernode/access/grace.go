@@ -20,7 +20,7 @@ import (
 const (
 	flushEvery = time.Second
 	sweepEvery = time.Minute
-	// stretchRounds makes a guess at a password, by somebody who has the file,
+	// stretchRounds makes a guess at a password, by an attacker that has the file,
 	// cost some milliseconds.
 	stretchRounds = 1 << 14
 	maxStretched  = 1 << 12
@@ -41,7 +41,7 @@ var (
 	oldBucket = []byte("grace-1")
 )
 
-// load reads who had access, and drops what is too old to count.
+// load reads the accesses that were given, and drops what is too old to count.
 func (a *Access) load() error {
 	return a.db.Update(func(tx *bbolt.Tx) error {
 		if err := tx.DeleteBucket(oldBucket); err != nil && !errors.Is(err, bberrors.ErrBucketNotFound) {

@@ -38,12 +38,12 @@ type arrival struct {
 
 	mu      sync.Mutex
 	claims  []blockdev.Digest // DiffIDs that askers' configs say
-	opens   []opening         // of those who asked, each with its own credential
+	opens   []opening         // of the callers that asked, each with its own credential
 	shown   []string          // origins that have sent something
 	refused bool              // all of opens have failed: there is nothing to add to
 }
 
-// opening is how one of those who asked gets the layer.
+// opening is how one of the callers that asked gets the layer.
 type opening struct {
 	open   Open
 	origin string
@@ -249,7 +249,7 @@ func (f *arrival) claimed(diffID blockdev.Digest) bool {
 	return slices.Contains(f.claims, diffID)
 }
 
-// open asks with the credentials of those who wait, in the order in which they
+// open asks with the credentials of the callers that wait, in the order in which they
 // came, until one is let in.
 func (f *arrival) open(ctx context.Context, offset int64) (io.ReadCloser, error) {
 	for i := 0; ; i++ {

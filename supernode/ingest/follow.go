@@ -7,8 +7,8 @@ import (
 	"sync"
 )
 
-// tail is the part of a spool file that has arrived, between the one who writes
-// it and the one who reads it.
+// tail is the part of a spool file that has arrived, between the goroutine that writes
+// it and the one that reads it.
 type tail struct {
 	f *os.File
 

@@ -141,7 +141,7 @@ type Ingester struct {
 
 type flightKey struct {
 	layer blockdev.Digest
-	size  int64 // a wrong one is the fault of those alone who say it
+	size  int64 // a wrong one is the fault of those alone that say it
 	host  string
 }
 
@@ -206,7 +206,7 @@ type Progress struct {
 // Layer returns the layer's record, after ingesting the layer if the store does
 // not have it. watch, if not nil, is called with how far it is, at once and whenever some
 // more has come; it must not block. The record may have other origins than l.Origin, or another
-// DiffID, if the store had the layer or others asked for it, too: who may have it,
+// DiffID, if the store had the layer or others asked for it, too: which of them may have it,
 // and may know that the DiffID is another, is the caller's to decide.
 //
 // Errors name the layer, nothing of what others have asked for, and wrap blockdev.ErrCorrupt (digest, size,
@@ -253,7 +253,7 @@ func (in *Ingester) wait(ctx context.Context, a *flight.Asker[*arrival], l Layer
 	}
 	select {
 	case <-a.Done():
-		// Who asked with another DiffID than the layer has hears of it even if
+		// A caller that asked with another DiffID than the layer has learns of it even if
 		// the flight has failed for everybody. If it has not, there is a record.
 		if a.Err() != nil && f.rec.DiffID != (blockdev.Digest{}) {
 			if err := claim(l, f.rec.DiffID); err != nil {
@@ -269,7 +269,7 @@ func (in *Ingester) wait(ctx context.Context, a *flight.Asker[*arrival], l Layer
 // claim checks what an image config says about a layer's DiffID.
 func claim(l Layer, diffID blockdev.Digest) error {
 	if l.DiffID != diffID {
-		// What it is, is for those to know who may have the layer.
+		// What it is, is only for those to know that may have the layer.
 		return fmt.Errorf("the image config says that its DiffID is %s, and the layer has another: %w", l.DiffID, blockdev.ErrCorrupt)
 	}
 	return nil

@@ -59,7 +59,7 @@ func (f *arrival) turn(ctx context.Context, n int) error {
 }
 
 // board takes a place and room in the spool. It waits for the one without having the
-// other, so that nobody who lacks room keeps others from a place.
+// other, so that a layer that lacks room keeps no other from a place.
 func (f *arrival) board(ctx context.Context, rank int) (*spoolFile, func(), error) {
 	places := f.in.places(f.l.Size)
 	for {

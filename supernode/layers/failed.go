@@ -48,7 +48,7 @@ func failureTTL(err error) (first, most time.Duration) {
 	return 0, 0
 }
 
-// note remembers an error. Of all who have waited for the same attempt, the first to
+// note remembers an error. Of all callers that have waited for the same attempt, the first to
 // say so counts.
 func (f *failures) note(key string, err error) {
 	ttl, most := failureTTL(err)

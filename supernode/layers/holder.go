@@ -214,7 +214,7 @@ func fetchBatch(ctx context.Context, from blockdev.Source, diff blockdev.Digest,
 	return data, nil
 }
 
-// inOrder is an io.ReaderAt over chunks that come in their order, for who reads on
+// inOrder is an io.ReaderAt over chunks that come in their order, for a reader that reads on
 // from where they begin.
 type inOrder struct {
 	next  func() ([]byte, error)

@@ -183,7 +183,7 @@ var ErrGone = errors.New("the store removed it before the answer")
 // Ensure returns when the layer is stored, is what the image says it is, and
 // may be handed out on the word of the image's repository. It is leased then, and not
 // evicted in any case before release. If ctx ends, the work goes on, for the next one
-// who asks. Errors name the layer, and nothing that the image does not say itself.
+// that asks. Errors name the layer, and nothing that the image does not say itself.
 func (l *Layers) Ensure(ctx context.Context, r Request) (release func(), err error) {
 	id := r.Layer.Digest
 	for range maxTurns {
@@ -196,7 +196,7 @@ func (l *Layers) Ensure(ctx context.Context, r Request) (release func(), err err
 		}
 		if !provenFor(rec, r.Manifest) {
 			// Also whether the layer has the DiffID that the image says is told to
-			// those alone who may have it.
+			// those alone that may have it.
 			if err := l.prove(ctx, r); err == nil || errors.Is(err, ErrGone) {
 				continue
 			} else if ctx.Err() != nil {
@@ -227,14 +227,14 @@ func (l *Layers) fetch(ctx context.Context, r Request) (store.LayerRecord, error
 	return l.fromRegistry(ctx, r)
 }
 
-// progress is what those hear who watch a layer's verification.
+// progress is what callers learn that watch a layer's verification.
 type progress = flight.Progress[image.Progress]
 
 // outlives is for work that goes on if nobody waits: what has been fetched is of
 // use to the next one, and a node that has given up often asks again.
 var outlives = flight.Policy{Outlives: true}
 
-// once runs work for all who ask with the same key at the same time. watch, which
+// once runs work for all callers that ask with the same key at the same time. watch, which
 // may be nil, is told where the work is, first of all at once, and not any more
 // when once has returned.
 func (l *Layers) once(ctx context.Context, key string, p flight.Policy, watch func(image.Progress), work func(context.Context, *progress) error) error {

@@ -22,7 +22,7 @@ type Leases struct {
 type lease struct {
 	until   time.Time
 	release func()
-	users   int // who is collecting an image that the diff is part of
+	users   int // requests that collect an image that the diff is part of
 }
 
 // NewLeases returns leases for a term each, and ends them when it is over.

@@ -14,7 +14,7 @@ import (
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
-// order sorts all supernodes by whom a diff belongs to, the owner first.
+// order sorts all supernodes for a diff, its owner first.
 func (sibs siblings) order(self peer.ID, diff blockdev.Digest) []peer.ID {
 	ids := []peer.ID{self}
 	for id := range sibs {
@@ -46,7 +46,7 @@ func (l *Layers) obtain(ctx context.Context, r Request) (store.LayerRecord, erro
 		if from != "" && id != from {
 			continue // the sibling has found that one to be gone, or is to hear from it itself
 		}
-		// Who asks, and comes before this supernode, has the layer or nobody has.
+		// A supernode that asks, and comes before this one, has the layer or none has.
 		rec, err := l.copyLayer(ctx, r, id, sibs[id], id == from)
 		if err == nil || !elsewhere(ctx, err) {
 			return rec, err
@@ -93,7 +93,7 @@ func (l *Layers) replicate(r Request, sibs siblings, order []peer.ID) {
 	if next == "" {
 		return
 	}
-	r.Watch = nil // it outlives who waits
+	r.Watch = nil // it outlives the caller that waits
 	key := "replicate " + string(next) + " " + r.key() + " " + registry.CredentialHash(r.Credential)
 	a, err := l.begin(key, outlives, func(ctx context.Context, _ *progress) error {
 		asking, cancel := context.WithTimeout(ctx, replicateTimeout)

@@ -13,7 +13,7 @@ import (
 	"github.com/shoalfs/shoal/supernode/store"
 )
 
-// fromRegistry fetches and stores a layer, or joins those who do.
+// fromRegistry fetches and stores a layer, or joins those that do.
 func (l *Layers) fromRegistry(ctx context.Context, r Request) (store.LayerRecord, error) {
 	m, d := r.Manifest, r.Layer
 	key := r.key()

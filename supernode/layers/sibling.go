@@ -16,7 +16,7 @@ import (
 )
 
 // Sibling is another supernode of the same datacenter. It is trusted as this one
-// is: with credentials, with who may read what, and with which index belongs to
+// is: with credentials, with which node may read what, and with which index belongs to
 // which layer.
 type Sibling interface {
 	blockdev.Source
@@ -84,7 +84,7 @@ func (l *Layers) copyFrom(ctx context.Context, r Request, id peer.ID, sib Siblin
 		ask, cancel = context.WithTimeout(ctx, askTimeout)
 		defer cancel()
 	}
-	r.Watch = nil // it outlives who waits
+	r.Watch = nil // it outlives the caller that waits
 	img, err := sib.FetchIndexes(ask, l.layerRequest(r, stored))
 	if err != nil {
 		return err

@@ -31,7 +31,7 @@ const (
 	// maxProfiles bounds the diffs that there are profiles of; with three bytes a
 	// chunk and a few thousand chunks each, tens of megabytes.
 	maxProfiles = 4096
-	// maxHandings bounds what is kept of who was handed what.
+	// maxHandings bounds the record of which peer was handed what.
 	maxHandings = 1 << 16
 	// handedOutFor is for how long after a peer was handed an index it may report
 	// what was read of the diff.

@@ -1,12 +1,12 @@
 // Package slots bounds how much is done side by side without letting one origin
-// take others along: whoever is slow, or sends a byte now and then, keeps its own
+// hold up others: an origin that is slow, or sends a byte now and then, keeps its own
 // work waiting.
 //
 // # Invariants
 //
 //   - At most n pieces of work run, and one more for each key that has none
 //     running, up to most in all.
-//   - Who waits is served in the order of rank, and within a rank in that of coming,
+//   - Waiters are served in the order of rank, and within a rank in that of coming,
 //     but for those whose key has to wait anyway.
 //   - Waiting costs a goroutine and nothing else.
 package slots
@@ -106,7 +106,7 @@ func (s *Slots) putLocked(key string) {
 	s.grantLocked()
 }
 
-// grantLocked gives places to those who may have them now.
+// grantLocked gives places to the waiters that may have them now.
 func (s *Slots) grantLocked() {
 	s.queue = slices.DeleteFunc(s.queue, func(w *waiter) bool {
 		if s.used >= s.n && (s.byKey[w.key] > 0 || s.used >= s.most) {

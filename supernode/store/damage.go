@@ -17,7 +17,7 @@ import (
 // damageQueue collects damaged chunks, so that many of them at once, as when a
 // disk dies, are looked for in one pass over the reference lists.
 type damageQueue struct {
-	scan sync.Mutex // held by the one who scans; others wait, and find theirs done
+	scan sync.Mutex // held by the one caller that scans; others wait, and find theirs done
 
 	marks atomic.Int64 // goes up before any are marked
 
@@ -99,7 +99,7 @@ func (c *change) markDamaged(d blockdev.Digest, at extent) error {
 }
 
 // forgetLayers makes the layers of a diff unknown, so that they are ingested
-// again. The good chunks stay, for those who read them and for that ingest.
+// again. The good chunks stay, for callers that read them and for that ingest.
 func (s *Store) forgetLayers(id blockdev.Digest) {
 	layers := s.catalogue.forget(id)
 	if len(layers) == 0 {

@@ -30,7 +30,7 @@ type packs struct {
 	punched []extent // since the last change, which takes them out of bucket dead
 }
 
-// packFile is an open pack; users counts those who read from or write to it.
+// packFile is an open pack; users counts the callers that read from or write to it.
 type packFile struct {
 	f     *os.File
 	users int

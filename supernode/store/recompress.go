@@ -7,13 +7,13 @@ import (
 )
 
 const (
-	// defaultIdle is how long after the last ingest chunks are compressed: who has
-	// waited for it starts containers now, perhaps on this machine, and a processor
+	// defaultIdle is how long after the last ingest chunks are compressed: a node that
+	// has waited for it starts containers now, perhaps on this machine, and a processor
 	// that computes on one of its threads is slower on the other.
 	defaultIdle = 10 * time.Second
 	// servedPart of that is how long no chunk must have been served before.
 	servedPart = 10
-	// stepBytes of raw chunks are compressed between two looks at who is served.
+	// stepBytes of raw chunks are compressed between two looks at whether a node is served.
 	// On one core that takes about 50 ms.
 	stepBytes = 8 << 20
 	// runBytes of raw chunks go to one new pack: a sync and a transaction for

@@ -67,7 +67,7 @@ type chunkRecord struct {
 
 func (r chunkRecord) damaged() bool { return r.flags&flagDamaged != 0 }
 
-// manyRefs is the count of who cannot be counted: never zero before the recount.
+// manyRefs is the count of a chunk that cannot be counted: never zero before the recount.
 const manyRefs = 1 << 30
 
 // lostChunk takes the place of a record that cannot be read: a damaged chunk that lies

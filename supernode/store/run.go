@@ -133,7 +133,7 @@ func (r *run) do(t due, free int64) error {
 }
 
 // append adds b to the pack. It evicts nothing to get room: the room that it
-// needs is small, and what it makes is for those who would be evicted.
+// needs is small, and what it makes is for diffs that would be evicted.
 func (r *run) append(b []byte) (extent, error) {
 	need := int64(len(b))
 	if r.reserved == 0 {

@@ -60,10 +60,10 @@ type Store struct {
 	smaller   *recompressor
 	damage    damageQueue
 	stats     counters
-	// evicting is held (by sending) by the one who looks for room.
+	// evicting is held (by sending) by the one caller that looks for room.
 	evicting chan struct{}
 	// commit serialises publishing and removing, which change index.db and the
-	// catalogue together. Those who read, or put chunks, never take it.
+	// catalogue together. Callers that read, or put chunks, never take it.
 	commit sync.Mutex
 
 	stop chan struct{}

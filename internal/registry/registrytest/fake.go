@@ -99,7 +99,7 @@ func newFake() *Fake {
 // Close ends the server; the registry is down from then on.
 func (f *Fake) Close() { f.srv.CloseClientConnections(); f.srv.Close() }
 
-// SetAuth sets who may read what: the user is "" for anonymous requests.
+// SetAuth sets which user may read what: the user is "" for anonymous requests.
 // Pushing needs no permission.
 func (f *Fake) SetAuth(a Auth, users map[string]string, readable func(user, repo string) bool) {
 	f.mu.Lock()

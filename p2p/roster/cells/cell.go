@@ -109,7 +109,7 @@ func (g *Group[O]) merge(c *cell[O]) {
 }
 
 // gateways are the first few members on the ring of keys, from the slot's place on. So
-// they stay the same while others come and go, and who comes back finds them as they
+// they stay the same while others come and go, and a member that comes back finds them as they
 // were.
 func (c *cell[O]) gateways(slot, few int) []*Seat[O] {
 	n := len(c.ring)

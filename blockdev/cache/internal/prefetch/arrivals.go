@@ -17,7 +17,7 @@ type Arrivals struct {
 func (a *Arrivals) Note(now time.Time) { a.last.Store(now.UnixNano()) }
 
 // startupPatience is how many times Config.Promote a read waits for a startup
-// chunk at most: others may come while the one who owes this one is dead.
+// chunk at most: others may come while the machine that owes this one is dead.
 const startupPatience = 10
 
 // Patience returns how long a read that has waited since began goes on waiting

@@ -35,7 +35,7 @@ import (
 //
 // A record of zeros says that nothing is known of its chunks, which is how a new
 // file begins. The file has its full length from the start, and is written in
-// place, records one by one or several at once. Who reads it believes
+// place, records one by one or several at once. The reader believes
 //
 //   - nothing, if the header does not check out: every chunk is suspect;
 //   - nothing of a record that does not check out: its chunks are suspect;

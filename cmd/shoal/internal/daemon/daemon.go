@@ -44,7 +44,7 @@ func Metrics(metrics prometheus.Gatherer, state *State) http.Handler {
 				http.Error(w, err.Error(), http.StatusServiceUnavailable)
 				return
 			}
-			_, _ = w.Write([]byte("ok\n")) // who asked may have gone
+			_, _ = w.Write([]byte("ok\n")) // the client may have gone
 		})
 	}
 	return mux

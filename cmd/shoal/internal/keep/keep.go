@@ -13,8 +13,8 @@
 //   - The program is held open, so what is started again is what ran before,
 //     whatever has become of the file. Only Upgrade takes the file again; and if
 //     what is there does not get ready, the program before is started again.
-//   - The daemon outlives a keeper that is killed. It just has nobody then who
-//     would start it again.
+//   - The daemon outlives a keeper that is killed. But then no program
+//     starts it again.
 package keep
 
 import (

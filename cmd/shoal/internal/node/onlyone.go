@@ -89,7 +89,7 @@ func (o *onlyOne) admit(pid int32) error {
 	}
 	caller, err := o.look(pid)
 	if err != nil || !collects(caller.program) {
-		return nil //nolint:nilerr // who has ended does not see the answer
+		return nil //nolint:nilerr // a process that has ended does not see the answer
 	}
 	if o.pid != 0 {
 		if now, err := o.look(o.pid); err == nil && now == o.owner {

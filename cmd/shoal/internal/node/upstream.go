@@ -25,7 +25,7 @@ type upstream struct {
 	inflight func() int64
 	// groups is told which images are here; nil: nobody is.
 	groups images.Groups
-	// names says who the supernodes are.
+	// names says which the supernodes are.
 	names func() []string
 	// ready says why none of them has let this node in.
 	ready func() error

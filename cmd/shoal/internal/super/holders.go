@@ -17,7 +17,7 @@ func (d *Daemon) holders(manifest blockdev.Digest, origin string, n int) []layer
 	// supernode.
 	via := exchange.Via{Group: manifest, Hops: route.MaxHops}
 	for _, id := range d.list.Holders(manifest, origin, n) {
-		// The connection that it has made serves; who loses that is not asked.
+		// The connection that it has made serves; a node that loses that is not asked.
 		conns := d.host.Network().ConnsToPeer(id)
 		if len(conns) == 0 {
 			continue

@@ -49,7 +49,7 @@ type Daemon struct {
 	list   *roster.List
 	super  *supernode.Supernode
 	reload *reload.Reloader[*config.Supernode]
-	// credentials are those of who runs a command on this machine.
+	// credentials are those of the user that runs a command on this machine.
 	credentials *credentials.DockerConfig
 	closers     tasks.Closers
 }
@@ -94,7 +94,7 @@ func Reload[C any](r *reload.Reloader[C], prefix string, s *supernode.Supernode,
 
 // Open makes a supernode and what it needs, in this order: metrics, so that somebody sees
 // how far it is; the store and the list of members; the server; and the ports last, since
-// who can connect may ask. Close it, also if Serve has ended.
+// each peer that can connect may ask. Close it, also if Serve has ended.
 func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 	d := &Daemon{cfg: cfg, log: cfg.Log}
 	defer func() {

@@ -241,7 +241,7 @@ func (s *Source) expire(p *pass) {
 	}
 }
 
-// put takes a chunk that goes by, and hands it to those who wait for it.
+// put takes a chunk that goes by, and hands it to those that wait for it.
 func (p *pass) put(ctx context.Context, d blockdev.Digest, data []byte) error {
 	s := p.s
 	s.mu.Lock()

@@ -84,7 +84,7 @@ func (p *pass) run() {
 	if p.idle != nil {
 		p.idle.Stop()
 	}
-	// Who has come since the timer fired starts again.
+	// A caller that has come since the timer fired starts again.
 	if errors.Is(err, errIdle) {
 		err = errRestart
 	}
@@ -145,7 +145,7 @@ func (p *pass) name() string {
 	return fmt.Sprintf("image %s, layer %s", p.layer.Ref, p.layer.Digest)
 }
 
-// progress says how far a pass is, for the error of somebody who gives up.
+// progress says how far a pass is, for the error of a caller that gives up.
 func (p *pass) progress() string {
 	p.s.mu.Lock()
 	defer p.s.mu.Unlock()

@@ -59,7 +59,7 @@ func newCalls() *calls {
 }
 
 // Calls has a server measure containerd's calls to the snapshotter: containerd holds a
-// lock over most of them, and everything else waits for who waits for that.
+// lock over most of them, and everything else waits for the calls that wait for that.
 func (m *Metrics) Calls() grpc.ServerOption {
 	return grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 		if !strings.HasPrefix(info.FullMethod, snapshotsService) {

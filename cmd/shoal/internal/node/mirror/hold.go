@@ -57,7 +57,7 @@ func (m *Mirror) giveConfig(w http.ResponseWriter, r *http.Request, t target, do
 	select {
 	case <-ready:
 		w.WriteHeader(status)
-		_, _ = w.Write(rest) // who asked may have gone
+		_, _ = w.Write(rest) // the client may have gone
 		return
 	case <-time.After(m.pace / 2): // most are open already
 	}

@@ -134,7 +134,7 @@ func (m *Mirror) serve(w http.ResponseWriter, r *http.Request, kind *string) err
 	}
 	if t.what == ping {
 		w.Header().Set("Content-Type", "application/json")
-		_, _ = w.Write([]byte("{}")) // who asked may have gone
+		_, _ = w.Write([]byte("{}")) // the client may have gone
 		return nil
 	}
 	*kind = string(t.what)
@@ -231,7 +231,7 @@ func (m *Mirror) ask(ctx context.Context, host string, t target, head bool, cred
 	}
 	began := m.now()
 	done := make(chan answer, 1)
-	// Not the request's: who asked first may leave.
+	// Not the request's: the first client may leave.
 	qctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 	go func() {
 		defer func() { <-m.slots }()
@@ -392,7 +392,7 @@ func (m *Mirror) fail(w http.ResponseWriter, r *http.Request, err error) int {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(p.status)
-	_, _ = w.Write(body) // who asked may have gone
+	_, _ = w.Write(body) // the client may have gone
 	return p.status
 }
 
