@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -56,6 +58,59 @@ func TestImageFileSystem(t *testing.T) {
 			t.Errorf("kubelet hears of %s, which is %s (%v), want %s", at, real, err, s.node.Root)
 		}
 	})
+}
+
+// TestImageFileSystemIsDu: what kubelet learns of images, which containerd asks for once,
+// soon after the pull, is what they take of the disk when all of their bytes are there.
+func TestImageFileSystemIsDu(t *testing.T) {
+	s := newCRISite(t, pinned(t), "prefetch = \"none\"\n", nil)
+	ctx := t.Context()
+	pause := s.registry.Addr + "/pause:v1"
+	ref := s.push(t, "app", must(s.Guest())(t), layer(t, file("random", content(1, 48<<20))), layer(t, file("text", strings.Repeat("the same line\n", 1<<20)), file("small", "1")))
+	for _, r := range []string{pause, ref} {
+		noError(t, s.CRI.Pull(ctx, r, nil))
+	}
+	var bytes, inodes uint64
+	look := func() error {
+		fs, err := s.CRI.ImageFs(ctx)
+		bytes, inodes = fs.GetUsedBytes().GetValue(), fs.GetInodesUsed().GetValue()
+		return err
+	}
+	noError(t, lab.WaitFor(ctx, "the images in kubelet's figures", time.Minute, func() error {
+		before := bytes
+		if err := look(); err != nil {
+			return err
+		}
+		if bytes < 48<<20 || bytes != before {
+			return fmt.Errorf("%d bytes, and %d before", bytes, before)
+		}
+		time.Sleep(time.Second)
+		return nil
+	}))
+	for _, r := range []string{pause, ref} {
+		must(s.Run(ctx, "shoal", "prefetch", "--control", s.node.Control, "--local", r))(t)
+	}
+	first := bytes
+	noError(t, look())
+	if bytes != first {
+		t.Errorf("%d bytes now that all are there, and %d before", bytes, first)
+	}
+	var du, files uint64
+	noError(t, filepath.WalkDir(filepath.Join(s.node.Root, "diffs"), func(path string, _ fs.DirEntry, err error) error {
+		var st syscall.Stat_t
+		if err == nil {
+			err = syscall.Lstat(path, &st)
+		}
+		du, files = du+uint64(st.Blocks)*512, files+1
+		return err
+	}))
+	t.Logf("imageFs says %d bytes, du %d; %d inodes, and there are %d", bytes, du, inodes, files)
+	if off := math.Abs(float64(bytes)/float64(du) - 1); off > 0.05 {
+		t.Errorf("imageFs says %d bytes, and du %d: %.1f %% off", bytes, du, off*100)
+	}
+	if off := math.Abs(float64(inodes) - float64(files)); off > 0.1*float64(files) {
+		t.Errorf("imageFs says %d inodes, and there are %d", inodes, files)
+	}
 }
 
 // TestTwoRuntimeHandlers: an image that is lazy can be run by a runtime handler with
