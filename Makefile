@@ -34,7 +34,7 @@ test: setup build ## everything: unit, conformance, race detector, real containe
 	cd integration && SHOAL_BIN=$(BIN) $(GO) test -count=1 -timeout 30m ./...
 	cd bench && $(GO) test -count=1 ./...
 	cd deploy/release && $(GO) test -count=1 ./...
-	cd cmd/shoal-kube && CGO_ENABLED=0 $(GO) test -count=1 ./...
+	cd cmd/shoal-kube && SHOAL_BIN=$(BIN) CGO_ENABLED=0 $(GO) test -count=1 ./...
 
 .PHONY: test-unit
 test-unit: ## the tests of the product module alone, without the race detector
@@ -98,8 +98,9 @@ drill: setup build ## break one thing at a time under real containers, ROUNDS ki
 
 .PHONY: k8s kubernetes
 KILLS ?= 50
-k8s: setup build kubernetes ## the tests on a real Kubernetes, with KILLS kills (50); its programs are built once (8 minutes, 4 GB of disk while it lasts) -> bench/out/k8s.json
+k8s: setup build build-kube kubernetes ## the tests on a real Kubernetes, with KILLS kills (50); its programs are built once (8 minutes, 4 GB of disk while it lasts) -> bench/out/k8s.json
 	cd integration && SHOAL_BIN=$(BIN) SHOAL_ROUNDS=$(KILLS) SHOAL_K8S_OUT=$(CURDIR)/bench/out $(GO) test -tags kubernetes -v -count=1 -timeout 2h ./kubernetes
+	cd cmd/shoal-kube && SHOAL_BIN=$(BIN) CGO_ENABLED=0 $(GO) test -tags kubernetes -count=1 ./...
 kubernetes: ## what `make k8s` needs: Kubernetes, etcd, CNI plugins and runc, from the Go module proxy, kept in the cache
 	integration/kubernetes/setup.sh $(BIN)
 

@@ -140,7 +140,7 @@ func newNode(t *testing.T, a api) string {
 }
 
 // run watches until the test ends or stop is called.
-func run(t *testing.T, a api, node string, s *shoal, change func(*Config)) (stop func()) {
+func run(t *testing.T, a api, node string, s Shoal, change func(*Config)) (stop func()) {
 	t.Helper()
 	cfg := Defaults()
 	cfg.Client, cfg.Shoal, cfg.Node, cfg.Log = a.program, s, node, slog.New(slog.NewTextHandler(t.Output(), nil))
@@ -210,8 +210,8 @@ func waitTaint(t *testing.T, a api, node string, want bool) {
 	})
 }
 
-// down is what the client returns if no process serves the socket.
-var down = fmt.Errorf("%w at /run/shoal/control.sock", control.ErrNoDaemon)
+// errDown is what the client returns if no process serves the socket.
+var errDown = fmt.Errorf("%w at /run/shoal/control.sock", control.ErrNoDaemon)
 
 // testCondition: the condition says what is so, at once, and nothing is written if nothing
 // has changed.
@@ -234,7 +234,7 @@ func testCondition(t *testing.T, a api) {
 	if !strings.Contains(c.Message, "has let this node in") {
 		t.Errorf("%+v", c)
 	}
-	s.fail(down)
+	s.fail(errDown)
 	if d := says(t, a, node, corev1.ConditionFalse, ReasonNodeDown); !d.LastTransitionTime.Equal(&c.LastTransitionTime) {
 		t.Errorf("transition at %v, then at %v", c.LastTransitionTime, d.LastTransitionTime)
 	}
@@ -258,7 +258,7 @@ func testGrace(t *testing.T, a api) {
 	says(t, a, node, corev1.ConditionTrue, ReasonReady)
 	before := a.writes()
 	for range 5 {
-		s.fail(down)
+		s.fail(errDown)
 		s.asks(t)
 		s.up(nil)
 		s.asks(t)
@@ -276,7 +276,7 @@ func testRestart(t *testing.T, a api) {
 	stop := run(t, a, node, s, nil)
 	c := says(t, a, node, corev1.ConditionTrue, ReasonReady)
 	stop()
-	s.fail(down)
+	s.fail(errDown)
 	stop = run(t, a, node, s, func(c *Config) { c.Grace = time.Hour })
 	s.asks(t)
 	if d := says(t, a, node, corev1.ConditionTrue, ReasonReady); d.LastHeartbeatTime != c.LastHeartbeatTime {
@@ -300,7 +300,7 @@ func testRestart(t *testing.T, a api) {
 // testTaint: pods are kept off while they cannot start, and only then.
 func testTaint(t *testing.T, a api) {
 	node, s := newNode(t, a), newShoal()
-	s.fail(down)
+	s.fail(errDown)
 	run(t, a, node, s, func(c *Config) { c.Taint = true })
 	waitTaint(t, a, node, true)
 	s.up(nil)
@@ -321,7 +321,7 @@ func testTaint(t *testing.T, a api) {
 // testNoTaint: without the option no taint is touched.
 func testNoTaint(t *testing.T, a api) {
 	node, s := newNode(t, a), newShoal()
-	s.fail(down)
+	s.fail(errDown)
 	run(t, a, node, s, nil)
 	says(t, a, node, corev1.ConditionFalse, ReasonNodeDown)
 	s.asks(t)
@@ -455,7 +455,7 @@ func testClear(t *testing.T, a api) {
 	if err := Clear(t.Context(), a.program, node); err != nil {
 		t.Errorf("clear a node that has nothing: %v", err)
 	}
-	s.fail(down)
+	s.fail(errDown)
 	stop := run(t, a, node, s, func(c *Config) { c.Taint = true })
 	says(t, a, node, corev1.ConditionFalse, ReasonNodeDown)
 	waitTaint(t, a, node, true)

@@ -74,23 +74,20 @@ func judge(st *control.State, err error, now time.Time) verdict {
 // steady holds back verdicts that may pass by themselves.
 type steady struct {
 	grace time.Duration
-	// since is when verdicts began not to be good.
+	// since is when verdicts began to be others than what was said; zero: they are not.
 	since time.Time
 	said  *verdict
 }
 
-// next returns what there is to say after v; nil: nothing yet.
+// next returns what there is to say after v; nil: nothing yet. That all is well is said at
+// once, and anything else when it has not been as was said for the grace.
 func (s *steady) next(v verdict, now time.Time) *verdict {
-	if v.status == corev1.ConditionTrue {
-		s.since = time.Time{}
-		s.said = &v
-		return s.said
-	}
-	if s.since.IsZero() {
+	as := s.said != nil && v.same(*s.said)
+	if !as && s.since.IsZero() {
 		s.since = now
 	}
-	if now.Sub(s.since) >= s.grace {
-		s.said = &v
+	if as || v.status == corev1.ConditionTrue || now.Sub(s.since) >= s.grace {
+		s.said, s.since = &v, time.Time{}
 	}
 	return s.said
 }

@@ -29,7 +29,7 @@ func TestJudge(t *testing.T) {
 		{control.State{Called: calls, NoSupernode: strings.Repeat("x", 2*maxMessage)}, nil, corev1.ConditionFalse, ReasonNoSupernode, true},
 		{control.State{}, nil, corev1.ConditionFalse, ReasonContainerdSilent, true},
 		{control.State{Called: now.Add(-time.Hour), NoSupernode: "x"}, nil, corev1.ConditionFalse, ReasonContainerdSilent, true},
-		{control.State{}, down, corev1.ConditionFalse, ReasonNodeDown, false},
+		{control.State{}, errDown, corev1.ConditionFalse, ReasonNodeDown, false},
 		{control.State{}, fmt.Errorf("%w within 10s", control.ErrSilent), corev1.ConditionFalse, ReasonNodeSilent, false},
 		{control.State{}, fmt.Errorf("%w (%w)", control.ErrNoDaemon, fs.ErrPermission), corev1.ConditionUnknown, ReasonCannotAsk, false},
 		{control.State{}, errors.New("daemon: this is a supernode"), corev1.ConditionUnknown, ReasonCannotAsk, false},
@@ -47,7 +47,7 @@ func TestJudge(t *testing.T) {
 	}
 }
 
-// TestSteady: what is not good is said when it has lasted; what is good at once.
+// TestSteady: what is good is said at once, and what is not when it has lasted.
 func TestSteady(t *testing.T) {
 	s := steady{grace: 20 * time.Second}
 	start := time.Unix(1000, 0)
@@ -58,8 +58,8 @@ func TestSteady(t *testing.T) {
 		v    verdict
 		want *verdict
 	}{
-		{0, bad, nil}, {19, bad, nil}, {20, bad, &bad}, {21, other, &other}, {22, good, &good},
-		{23, bad, &good}, {30, good, &good}, {31, bad, &good}, {50, other, &good}, {51, bad, &bad},
+		{0, bad, nil}, {19, bad, nil}, {20, bad, &bad}, {21, other, &bad}, {30, bad, &bad}, {31, other, &bad}, {51, other, &other},
+		{52, good, &good}, {53, bad, &good}, {60, good, &good}, {61, bad, &good}, {80, other, &good}, {81, bad, &bad},
 	} {
 		got := s.next(c.v, start.Add(time.Duration(c.at)*time.Second))
 		if (got == nil) != (c.want == nil) || got != nil && *got != *c.want {
