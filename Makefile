@@ -29,9 +29,10 @@ demo: setup build ## the whole story in one table: a real image, pulled and star
 	cd bench && $(GO) run ./cmd/bench demo $(if $(DEMO_IMAGE),--image '$(DEMO_IMAGE)') --bin $(BIN)
 
 .PHONY: test
-test: setup build ## everything: unit, conformance, race detector, real containerd (as root)
+test: setup build kubernetes ## everything: unit, conformance, race detector, real containerd, real Kubernetes (as root)
 	$(GO) test -race -timeout 20m ./...
 	cd integration && SHOAL_BIN=$(BIN) $(GO) test -count=1 -timeout 30m ./...
+	cd integration && SHOAL_BIN=$(BIN) $(GO) test -tags kubernetes -count=1 -timeout 30m -skip '^TestMeasure' ./kubernetes
 	cd bench && $(GO) test -count=1 ./...
 	cd deploy/release && $(GO) test -count=1 ./...
 	cd cmd/shoal-kube && SHOAL_BIN=$(BIN) CGO_ENABLED=0 $(GO) test -count=1 ./...
@@ -98,10 +99,10 @@ drill: setup build ## break one thing at a time under real containers, ROUNDS ki
 
 .PHONY: k8s kubernetes
 KILLS ?= 50
-k8s: setup build build-kube kubernetes ## the tests on a real Kubernetes, with KILLS kills (50); its programs are built once (8 minutes, 4 GB of disk while it lasts) -> bench/out/k8s.json
+k8s: setup build build-kube kubernetes ## all tests on a real Kubernetes, those that measure, too, with KILLS kills (50) -> bench/out/k8s.json
 	cd integration && SHOAL_BIN=$(BIN) SHOAL_ROUNDS=$(KILLS) SHOAL_K8S_OUT=$(CURDIR)/bench/out $(GO) test -tags kubernetes -v -count=1 -timeout 2h ./kubernetes
 	cd cmd/shoal-kube && SHOAL_BIN=$(BIN) CGO_ENABLED=0 $(GO) test -tags kubernetes -count=1 ./...
-kubernetes: ## what `make k8s` needs: Kubernetes, etcd, CNI plugins and runc, from the Go module proxy, kept in the cache
+kubernetes: setup ## build Kubernetes, etcd, CNI plugins and runc from the Go module proxy, once (8 minutes, 4 GB of disk while it lasts)
 	integration/kubernetes/setup.sh $(BIN)
 
 .PHONY: images

@@ -9,9 +9,9 @@ import (
 	"github.com/shoalfs/shoal/integration/report"
 )
 
-// TestPodIsLazilyReady: a pod of a real image is ready with a lazy image, sooner than
+// TestMeasureReady: a pod of a real image is ready with a lazy image, sooner than
 // with overlayfs, and after a while all of the image is on the node.
-func TestPodIsLazilyReady(t *testing.T) {
+func TestMeasureReady(t *testing.T) {
 	s := newSite(t)
 	ctx := t.Context()
 	image := server(s.real, "python-django", "v1")

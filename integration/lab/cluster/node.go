@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
 	"github.com/shoalfs/shoal/integration/lab"
 )
 
@@ -103,10 +105,10 @@ func (c *Cluster) AddNode(ctx context.Context, name string, o NodeOptions) (*Nod
 	if err != nil {
 		return nil, err
 	}
-	if err := n.WaitContainerd(ctx); err != nil {
+	if n.CRI, err = n.Box.CRI(n.Containerd.Log); err != nil {
 		return nil, err
 	}
-	if n.CRI, err = n.Box.CRI(n.Containerd.Log); err != nil {
+	if err := n.WaitContainerd(ctx); err != nil {
 		return nil, err
 	}
 	if err := n.startKubelet(o); err != nil {
@@ -209,13 +211,13 @@ const mirror = `[host."https://127.0.0.1:7704"]
   capabilities = ["pull", "resolve"]
 `
 
-// WaitContainerd waits until containerd answers.
+// WaitContainerd waits until containerd answers kubelet, which ends if it does not.
 func (n *Node) WaitContainerd(ctx context.Context) error {
 	return lab.WaitFor(ctx, "containerd of "+n.Name, 3*time.Minute, func() error {
 		if err := n.Containerd.Alive(); err != nil {
 			return err
 		}
-		_, err := n.Ctr(ctx, "version")
+		_, err := n.CRI.Runtime.Version(ctx, &runtimeapi.VersionRequest{})
 		return err
 	})
 }
