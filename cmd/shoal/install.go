@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/remotes"
@@ -132,6 +133,7 @@ func runInstall(cmd *cobra.Command, o installOptions) error {
 	if err := plan.Apply(); err != nil {
 		return err
 	}
+	reload(ctx, w, h, plan)
 	if !o.uninstall {
 		if err := takenIn(ctx, h, plan); err != nil {
 			return err
@@ -150,7 +152,9 @@ func (o installOptions) host(n install.Node) (install.Host, error) {
 	if err != nil {
 		return h, err
 	}
-	if err := h.Refused(n); err != nil {
+	if err := h.Refused(n); err != nil && o.uninstall {
+		return h, fmt.Errorf("%w: remove shoal's lines where containerd's config is made from", install.ErrUnsupported)
+	} else if err != nil {
 		return h, err
 	}
 	for _, f := range []struct {
@@ -182,6 +186,26 @@ func (o installOptions) again(cmd *cobra.Command) ([]string, error) {
 	return command, nil
 }
 
+// reload has systemd read the settings of containerd's unit again, if they have changed:
+// otherwise the next start of containerd would do what the old ones say.
+func reload(ctx context.Context, w io.Writer, h install.Host, plan install.Plan) {
+	if !slices.ContainsFunc(plan.Changes, func(c install.Change) bool { return c.Path == h.Unit }) {
+		return
+	}
+	if err := systemctl(ctx, "daemon-reload"); err != nil {
+		fmt.Fprintf(w, "note: %v. Run it before containerd is restarted\n", err)
+	}
+}
+
+// systemctl runs systemctl. An error has what it says.
+func systemctl(ctx context.Context, args ...string) error {
+	out, err := exec.CommandContext(ctx, "systemctl", args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("systemctl %s: %w: %s", strings.Join(args, " "), err, bytes.TrimSpace(out))
+	}
+	return nil
+}
+
 // restart has containerd read its config, if it has not yet.
 func restart(ctx context.Context, w io.Writer, o installOptions, h install.Host, plan install.Plan) error {
 	changed := len(plan.Changes) > 0
@@ -197,14 +221,12 @@ func restart(ctx context.Context, w io.Writer, o installOptions, h install.Host,
 	}
 	service := h.Services[0]
 	for _, s := range h.Services[1:] {
-		if exec.CommandContext(ctx, "systemctl", "is-active", "--quiet", s).Run() == nil {
+		if systemctl(ctx, "is-active", "--quiet", s) == nil {
 			service = s
 		}
 	}
-	for _, args := range [][]string{{"daemon-reload"}, {"restart", service}} {
-		if out, err := exec.CommandContext(ctx, "systemctl", args...).CombinedOutput(); err != nil {
-			return fmt.Errorf("the files are written, but systemctl %s failed: %w: %s. Restart containerd by hand", strings.Join(args, " "), err, bytes.TrimSpace(out))
-		}
+	if err := systemctl(ctx, "restart", service); err != nil {
+		return fmt.Errorf("the files are written, but %w. Restart containerd by hand", err)
 	}
 	fmt.Fprintf(w, "%s is restarted\n", service)
 	return nil
