@@ -7,10 +7,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/shoalfs/shoal/integration/lab"
+	"github.com/shoalfs/shoal/internal/control"
 )
 
 // bin is where `make build` and `make setup` put the programs.
@@ -189,6 +191,24 @@ func (s *site) isLazy(t *testing.T, ctx context.Context, ref string) bool {
 		}
 	}
 	return false
+}
+
+// state is how the site's node does.
+func (s *site) state(t *testing.T) *control.State {
+	t.Helper()
+	return must(control.Client{Path: s.node.Control}.State(t.Context(), 0))(t)
+}
+
+// notice returns the newest notice of this kind about an image.
+func notice(t *testing.T, st *control.State, what control.What, ref string) control.Notice {
+	t.Helper()
+	for _, n := range slices.Backward(st.Notices) {
+		if n.What == what && slices.Contains(n.Refs, ref) {
+			return n
+		}
+	}
+	t.Errorf("no notice %s about %s: %+v", what, ref, st.Notices)
+	return control.Notice{}
 }
 
 func noError(t *testing.T, err error) {

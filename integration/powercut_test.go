@@ -17,6 +17,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/shoalfs/shoal/integration/lab"
+	"github.com/shoalfs/shoal/internal/control"
 )
 
 // imageFiles are files of an image that tests read back: content by path.
@@ -199,6 +200,7 @@ func TestQuarantine(t *testing.T) {
 	if n := bytes.Count(must(os.ReadFile(s.node.Log))(t), []byte("the index is quarantined")); n != 1 {
 		t.Errorf("%d lines in the log, want 1", n)
 	}
+	notice(t, s.state(t), control.Quarantined, ref)
 	if n := must(s.node.Metric(ctx, "shoal_node_quarantined_diffs"))(t); n != 1 {
 		t.Errorf("shoal_node_quarantined_diffs is %v", n)
 	}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/integration/lab"
+	"github.com/shoalfs/shoal/internal/control"
 )
 
 // noise is n bytes that do not compress.
@@ -171,6 +172,15 @@ func TestEverythingIsDown(t *testing.T) {
 	}
 	if n := s.nodeMetric(t, "shoal_node_demand_failures_total"); n == 0 {
 		t.Error("no failed read counted")
+	}
+	st := s.state(t)
+	if st.NoSupernode == "" || time.Since(st.Called) > time.Hour {
+		t.Errorf("the node says of itself: %+v", st)
+	}
+	notice(t, st, control.Lazy, good)
+	notice(t, st, control.Lazy, bad)
+	if n := notice(t, st, control.ReadFailed, bad); !strings.Contains(n.Why, "connection refused") || n.Layer == "" {
+		t.Errorf("the notice of the failed read: %+v", n)
 	}
 	if n := s.nodeMetric(t, `shoal_node_reads_in_flight`); n != 0 {
 		t.Errorf("%v reads are still in flight", n)

@@ -10,6 +10,7 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/shoalfs/shoal/internal/control"
 )
@@ -92,7 +93,7 @@ func users(n int, l control.Layer) control.Layer {
 
 func TestStatus(t *testing.T) {
 	d := &fakeDaemon{status: &control.Status{
-		Version: "v1.2", Role: "node", Supernodes: []string{"12D3@10.0.0.1:7700"},
+		Version: "v1.2", Role: "node", Supernodes: []string{"12D3@10.0.0.1:7700"}, NoSupernode: "connection refused\nmore", Called: time.Unix(1000, 0).UTC(),
 		Images: []control.Image{
 			{Ref: "docker.io/library/redis:7", Layers: []control.Layer{users(2, proof(layerOf(100e6, 100e6, "native"), "proven")), users(1, proof(layerOf(20e6, 20e6, "native"), "proven"))}},
 			{Ref: "r.example.com/app:v2", Layers: []control.Layer{layerOf(2e9, 2e9-1, "lazy"), proof(layerOf(1, 1, "native"), "proven"), layerOf(0, 0, "")}},
@@ -103,6 +104,7 @@ func TestStatus(t *testing.T) {
 	socket := d.start(t)
 	got, err := shoal(t, "status", "--control", socket)
 	want := `shoal v1.2, node, supernode 12D3@10.0.0.1:7700
+no supernode serves this node now: connection refused
 
 IMAGE                      LAYERS  SIZE   LOCAL  MOUNTED                       PROVEN
 docker.io/library/redis:7  2       120MB  100%   2 native (2 containers lazy)  yes

@@ -108,7 +108,11 @@ func writeStatus(w io.Writer, st *control.Status) error {
 	if len(st.Supernodes) > 0 {
 		fmt.Fprintf(w, ", supernode %s", strings.Join(st.Supernodes, ", "))
 	}
-	fmt.Fprint(w, "\n\n")
+	fmt.Fprint(w, "\n")
+	if why, _, _ := strings.Cut(st.NoSupernode, "\n"); why != "" {
+		fmt.Fprintf(w, "no supernode serves this node now: %s\n", why)
+	}
+	fmt.Fprintln(w)
 	if len(st.Images) == 0 {
 		fmt.Fprintln(w, "no images")
 	} else if err := writeImages(w, st); err != nil {

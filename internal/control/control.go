@@ -31,7 +31,10 @@ type Status struct {
 	Role string `json:"role"`
 	// Supernodes are the addresses a node asks; "embedded" if it asks itself.
 	Supernodes []string `json:"supernodes,omitempty"`
-	Images     []Image  `json:"images"`
+	// NoSupernode and Called are State's.
+	NoSupernode string    `json:"no_supernode,omitempty"`
+	Called      time.Time `json:"called,omitzero"`
+	Images      []Image   `json:"images"`
 	// NotLazy, on a node, are images that were not lazy when they were pulled, the
 	// newest pull last.
 	NotLazy []NotLazy `json:"not_lazy,omitempty"`

@@ -21,7 +21,10 @@ func (d *Daemon) Status(ctx context.Context) (*control.Status, error) {
 	if err != nil {
 		return nil, err
 	}
-	st := &control.Status{Version: d.cfg.Version, Role: "node", Supernodes: d.up.names(), Images: []control.Image{}}
+	st := &control.Status{
+		Version: d.cfg.Version, Role: "node", Supernodes: d.up.names(), NoSupernode: d.up.away(), Called: d.metrics.Called(),
+		Images: []control.Image{},
+	}
 	for _, im := range list {
 		ci := control.Image{Ref: im.Ref, Layers: []control.Layer{}}
 		for _, l := range im.Layers {
