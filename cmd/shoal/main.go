@@ -48,7 +48,7 @@ the rest follows in the background.`,
 		SilenceErrors: true,
 	}
 	cmd.AddCommand(newNodeCommand(), newSupernodeCommand(), newConfigCommand(), newInstallCommand(),
-		newKeepCommand(), newPrefetchCommand(), newStatusCommand(), newCheckCommand(), newMembersCommand(), newReloadCommand(), newStoreCommand(), newVersionCommand())
+		newKeepCommand(), newPrefetchCommand(), newStatusCommand(), newCheckCommand(), newMembersCommand(), newReloadCommand(), newStoreCommand(), newVersionCommand(), newManCommand())
 	return cmd
 }
 
