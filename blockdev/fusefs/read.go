@@ -203,7 +203,7 @@ func forget(local *os.File, off int64, n int) {
 	if err != nil {
 		return // closed
 	}
-	from := off &^ (pageSize - 1)
+	from := off &^ int64(os.Getpagesize()-1) // the kernel's pages, which arm64 has with 64 KiB, too
 	_ = conn.Control(func(fd uintptr) {
 		// Advice: nothing depends on it.
 		_ = unix.Fadvise(int(fd), from, off+int64(n)-from, unix.FADV_DONTNEED)
