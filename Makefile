@@ -62,6 +62,10 @@ lint: $(BIN)/golangci-lint $(BIN)/deadcode ## golangci-lint with the rules of .g
 	@# What lives in a ...test package is there for tests.
 	dead="$$($(BIN)/deadcode ./... | grep -vE '^[^:]*test/')"; [ -z "$$dead" ] || { echo "$$dead" >&2; exit 1; }
 
+.PHONY: test-arm64
+test-arm64: ## the arm64 program, and tests that mount nothing, under qemu, with pages of 64 KiB
+	./integration/arm64.sh
+
 .PHONY: fuzz
 FUZZTIME ?= 10m
 fuzz: ## every fuzz target for FUZZTIME (10m)
@@ -114,6 +118,14 @@ images: setup ## build the ten real images that tests and benchmarks use
 PLATFORMS ?= linux/amd64,linux/arm64
 image: ## the container image, an OCI layout -> dist/shoal-image.tar (PLATFORMS=linux/amd64 for one alone)
 	cd deploy/release && $(GO) run . image --version '$(VERSION)' --platforms '$(PLATFORMS)'
+
+.PHONY: release
+release: ## archives, packages, SBOMs, image, checksums of a tag -> dist/release (SNAPSHOT=1 for any commit)
+	cd deploy/release && $(GO) run . all --version '$(VERSION)' --platforms '$(PLATFORMS)' $(if $(SNAPSHOT),--snapshot)
+
+.PHONY: changelog
+changelog: ## move the changelog's fragments to CHANGELOG.md, for VERSION=vX.Y.Z
+	cd deploy/release && $(GO) run . changelog --version '$(VERSION)'
 
 ##
 .PHONY: setup

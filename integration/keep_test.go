@@ -255,7 +255,7 @@ func cutOff(err error) bool {
 }
 
 // previousBuild builds the program as it was before the last change to it, or at
-// the last tag.
+// the last release.
 func previousBuild(t *testing.T, l *lab.Lab) string {
 	t.Helper()
 	git := func(args ...string) (string, error) {
@@ -266,7 +266,7 @@ func previousBuild(t *testing.T, l *lab.Lab) string {
 	if err != nil {
 		t.Skip("not a git checkout: there is no previous version to build")
 	}
-	rev, err := git("describe", "--tags", "--abbrev=0", "HEAD^")
+	rev, err := git("describe", "--tags", "--abbrev=0", "--match=v[0-9]*", "--exclude=*-rc.*", "HEAD^")
 	if err != nil {
 		rev, err = git("-C", top, "rev-list", "-n", "1", "--skip=1", "HEAD", "--", "cmd", "blockdev", "snapshotter", "supernode", "p2p")
 	}

@@ -10,7 +10,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 # program:package
 want=(runc:runc docker-registry:docker-registry skopeo:skopeo mmdebstrap:mmdebstrap
       mkfs.erofs:erofs-utils fio:fio mount:mount ip:iproute2 iptables:iptables python3:python3 htpasswd:apache2-utils
-      containerd-shim-runc-v1:containerd gcc:gcc,libc6-dev)
+      containerd-shim-runc-v1:containerd gcc:gcc,libc6-dev
+      rpm:rpm systemd-analyze:systemd)
 missing=()
 for w in "${want[@]}"; do
   p=${w%%:*}

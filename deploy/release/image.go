@@ -141,7 +141,7 @@ func newImage(src *source, b built) (v1.Image, error) {
 
 // rootFS is all that is in the image.
 func rootFS(b built) []entry {
-	return []entry{
+	files := []entry{
 		{Name: "etc/", Mode: 0o755},
 		{Name: "etc/shoal/", Mode: 0o755},
 		{Name: "etc/ssl/", Mode: 0o755},
@@ -154,10 +154,11 @@ func rootFS(b built) []entry {
 		{Name: "usr/", Mode: 0o755},
 		{Name: "usr/local/", Mode: 0o755},
 		{Name: "usr/local/bin/", Mode: 0o755},
-		{Name: "usr/local/bin/shoal", Mode: 0o755, From: b.shoal},
-		{Name: "var/", Mode: 0o755},
-		{Name: "var/lib/", Mode: 0o755},
 	}
+	for _, p := range b.Programs {
+		files = append(files, entry{Name: "usr/local/bin/" + p.Name, Mode: 0o755, From: p.File})
+	}
+	return append(files, entry{Name: "var/", Mode: 0o755}, entry{Name: "var/lib/", Mode: 0o755})
 }
 
 // rootCertificates are those that Mozilla trusts, as the Go project publishes them,

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 )
@@ -40,20 +41,59 @@ func newCommand() *cobra.Command {
 	flags.StringVar(&dist, "dist", "dist", "the directory to write to, from the top of the repository")
 	flags.StringSliceVar(&platforms, "platforms", []string{"linux/amd64", "linux/arm64"}, "what to build for")
 
+	build := func(cmd *cobra.Command) (*source, []built, error) {
+		src, err := readSource(cmd.Context(), version)
+		if err != nil {
+			return nil, nil, err
+		}
+		programs, err := buildAll(cmd.Context(), src, src.in(dist), platforms)
+		return src, programs, err
+	}
 	root.AddCommand(&cobra.Command{
 		Use:   "image",
 		Short: "Write shoal-image.tar: the container image, an OCI layout in a tar",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			src, programs, err := build(cmd)
+			if err != nil {
+				return err
+			}
+			return writeImage(src.in(dist, imageFile), src, programs)
+		},
+	})
+	var snapshot bool
+	all := &cobra.Command{
+		Use:   "all",
+		Short: "Write archives, packages, SBOMs, the image and checksums to release/",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			src, err := readSource(cmd.Context(), version)
 			if err != nil {
 				return err
 			}
-			built, err := buildAll(cmd.Context(), src, src.in(dist), platforms)
+			if !snapshot {
+				if err := checkRelease(cmd.Context(), src); err != nil {
+					return err
+				}
+			}
+			_, programs, err := build(cmd)
 			if err != nil {
 				return err
 			}
-			return writeImage(src.in(dist, imageFile), src, built)
+			return writeRelease(cmd.Context(), src.in(dist, "release"), src, programs)
+		},
+	}
+	all.Flags().BoolVar(&snapshot, "snapshot", false, "take any commit, and a working tree that differs from it")
+	root.AddCommand(all, &cobra.Command{
+		Use:   "changelog",
+		Short: "Move the fragments in changelog/unreleased to CHANGELOG.md, for the version",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			src, err := readSource(cmd.Context(), version)
+			if err != nil {
+				return err
+			}
+			return moveChangelog(src.Root, src.Version, time.Now())
 		},
 	})
 	return root
