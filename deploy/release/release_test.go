@@ -5,6 +5,7 @@ import (
 	"compress/gzip"
 	"debug/buildinfo"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -28,7 +29,7 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	status := m.Run()
-	os.RemoveAll(work)
+	_ = os.RemoveAll(work)
 	os.Exit(status)
 }
 
@@ -106,7 +107,7 @@ func TestArchive(t *testing.T) {
 	got := map[string]int64{}
 	for tr := tar.NewReader(gz); ; {
 		h, err := tr.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		noError(t, err)

@@ -81,7 +81,7 @@ func writeFile(name string, write func(io.Writer) error) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name())
+	defer func() { _ = os.Remove(f.Name()) }() // if it is still there
 	err = write(f)
 	if cerr := f.Close(); err == nil {
 		err = cerr

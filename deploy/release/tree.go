@@ -31,7 +31,7 @@ func writeDocs(ctx context.Context, src *source, shoal string) (*docs, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	man := exec.CommandContext(ctx, shoal, "man", dir)
 	man.Env = append(os.Environ(), fmt.Sprintf("SOURCE_DATE_EPOCH=%d", src.Time.Unix()))
 	if out, err := man.CombinedOutput(); err != nil {
