@@ -3,6 +3,7 @@ package integration
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/shoalfs/shoal/integration/lab"
@@ -20,7 +21,7 @@ func TestInstallContainerd(t *testing.T) {
 		ctx := t.Context()
 		before, lazy := s.pushApp(t, "before", "b"), s.pushApp(t, "lazy", "l")
 		noError(t, s.CRI.Pull(ctx, before, nil))
-		_, old := s.run(t, "before", before, lab.PodOptions{})
+		oldPod, old := s.run(t, "before", before, lab.PodOptions{})
 
 		config := s.Path("ctrd", "config.toml")
 		files := map[string]string{config: string(must(os.ReadFile(config))(t))}
@@ -44,12 +45,29 @@ func TestInstallContainerd(t *testing.T) {
 		if !s.isLazy(t, ctx, lazy) {
 			t.Error("the image is not lazy after the installation")
 		}
-		_, c := s.run(t, "lazy", lazy, lab.PodOptions{})
+		lazyPod, c := s.run(t, "lazy", lazy, lab.PodOptions{})
 		if got := must(c.Exec(ctx, "/guest", "cat", "/data"))(t); got != "l" {
 			t.Errorf("the container reads %q", got)
 		}
 		if got := must(old.Exec(ctx, "/guest", "cat", "/data"))(t); got != "b" {
 			t.Errorf("the container from before reads %q", got)
+		}
+
+		// As long as a container needs shoal, containerd has to know it, or the container could
+		// not be removed.
+		args := []string{"install", "containerd", "--uninstall", "--config", config, "--node-config", s.Path("node.toml"), "--address", s.Containerd.Address}
+		if out, err := s.Run(ctx, filepath.Join(bin(t), "shoal"), args...); err == nil || !strings.Contains(err.Error(), "exit status 3") {
+			t.Errorf("uninstalled under a container: %v\n%s", err, out)
+		}
+		noError(t, s.Containerd.Stop())
+		noError(t, s.Containerd.Restart(ctx))
+		if got := must(c.Exec(ctx, "/guest", "cat", "/data"))(t); got != "l" {
+			t.Errorf("the container reads %q after the first step", got)
+		}
+		during, _ := s.run(t, "during", before, lab.PodOptions{})
+		for _, p := range []*lab.Pod{during, lazyPod, oldPod} {
+			noError(t, p.Stop(ctx))
+			noError(t, p.Remove(ctx))
 		}
 
 		shoal("--uninstall")

@@ -25,8 +25,8 @@ import (
 
 // installOptions are the flags of shoal install containerd.
 type installOptions struct {
-	distribution, config, node, program, service, address, to string
-	dryRun, restart, uninstall, force                         bool
+	distribution, config, node, program, service, command, address, to string
+	dryRun, restart, uninstall, force                                  bool
 }
 
 func newInstallCommand() *cobra.Command {
@@ -53,7 +53,10 @@ their files and changes what lasts; --distribution says which one it is. Without
 With --uninstall, every image that containerd has lazily is first fetched and unpacked
 for another snapshotter, the sandbox (pause) image too, so that pods go on starting.
 Then the marked lines are removed. Credentials for private images are taken from
-docker_config of the node's config.
+docker_config of the node's config. If containers still run from lazy images, then the
+sections that make the node known to containerd stay, since without them containerd
+cannot remove these containers; the exit status is 3. Leave the node running, and run
+the command again when these containers have been removed.
 
 What install cannot edit safely stays as it is, and the error names the lines to add.`,
 		Example: `  shoal install containerd --dry-run
@@ -69,6 +72,7 @@ What install cannot edit safely stays as it is, and the error names the lines to
 	f.StringVar(&o.program, "containerd", "", "containerd's program, which shows its version and checks the new config")
 	f.StringVar(&o.address, "address", "", "containerd's socket, for --uninstall and --restart")
 	f.StringVar(&o.service, "service", "", "systemd's name of containerd, for --restart")
+	f.StringVar(&o.command, "restart-command", "", "shell command for --restart, instead of systemctl")
 	f.StringVar(&o.to, "snapshotter", "overlayfs", "the snapshotter that images are unpacked for with --uninstall")
 	f.BoolVar(&o.dryRun, "dry-run", false, "show what would change, and change nothing")
 	f.BoolVar(&o.restart, "restart", false, "restart containerd at the end, if it does not run with this config yet; containers go on running")
@@ -93,11 +97,17 @@ func runInstall(cmd *cobra.Command, o installOptions) error {
 		return err
 	}
 	var plan install.Plan
+	users := 0
 	if o.uninstall {
 		if err := moveImages(ctx, w, o, h, c); err != nil {
 			return err
 		}
-		plan, err = install.Remove(h, n)
+		if !o.dryRun {
+			if users, err = install.Users(ctx, h.Socket, "shoal"); err != nil {
+				return err
+			}
+		}
+		plan, err = install.Remove(h, n, users > 0)
 	} else {
 		var version install.Version
 		if version, err = containerdVersion(ctx, h.Program); err != nil {
@@ -139,8 +149,16 @@ func runInstall(cmd *cobra.Command, o installOptions) error {
 			return err
 		}
 	}
-	return restart(ctx, w, o, h, plan)
+	known := !o.uninstall || users > 0
+	if err := restart(ctx, w, o, h, plan, known); err != nil || users == 0 {
+		return err
+	}
+	fmt.Fprintf(w, "%d containers still use shoal. Leave the node running, and run this command again when they have been removed.\n", users)
+	return &exitError{code: exitUsed}
 }
+
+// exitUsed is the exit status of an uninstallation that containers delay.
+const exitUsed = 3
 
 // host is the machine that install runs on, with what flags say instead.
 func (o installOptions) host(n install.Node) (install.Host, error) {
@@ -206,8 +224,9 @@ func systemctl(ctx context.Context, args ...string) error {
 	return nil
 }
 
-// restart has containerd read its config, if it has not yet.
-func restart(ctx context.Context, w io.Writer, o installOptions, h install.Host, plan install.Plan) error {
+// restart has containerd read its config, if it has not yet. known says whether containerd
+// is to know the node then.
+func restart(ctx context.Context, w io.Writer, o installOptions, h install.Host, plan install.Plan, known bool) error {
 	changed := len(plan.Changes) > 0
 	switch {
 	case !o.restart && changed:
@@ -215,8 +234,15 @@ func restart(ctx context.Context, w io.Writer, o installOptions, h install.Host,
 		return nil
 	case !o.restart:
 		return nil
-	case !changed && install.Runs(ctx, h.Socket, "shoal") == !o.uninstall:
+	case !changed && install.Runs(ctx, h.Socket, "shoal") == known:
 		fmt.Fprintln(w, "containerd runs with this config already, so it is not restarted")
+		return nil
+	}
+	if o.command != "" {
+		if out, err := exec.CommandContext(ctx, "sh", "-c", o.command).CombinedOutput(); err != nil { //nolint:gosec // the operator's
+			return fmt.Errorf("the files are written, but the command that restarts containerd failed: %w: %s. Restart containerd by hand", err, bytes.TrimSpace(out))
+		}
+		fmt.Fprintln(w, "containerd is restarted")
 		return nil
 	}
 	service := h.Services[0]

@@ -145,7 +145,7 @@ func TestDistributions(t *testing.T) {
 			if p := install(); len(p.Changes) > 0 {
 				t.Errorf("a second time changes %v", p.Changes)
 			}
-			if p, err := Remove(h, m.node); err != nil {
+			if p, err := Remove(h, m.node, false); err != nil {
 				t.Error(err)
 			} else if err := p.Apply(); err != nil {
 				t.Error(err)

@@ -79,6 +79,32 @@ func Runs(ctx context.Context, address, snapshotter string) bool {
 	return err == nil && len(r.GetPlugins()) > 0
 }
 
+// Users is how many containers of the containerd that listens at address have snapshots of
+// the snapshotter, whether they run or not. containerd removes none of them without it.
+func Users(ctx context.Context, address, snapshotter string) (n int, err error) {
+	c, err := containerd.New(address, containerd.WithTimeout(answer))
+	if err != nil {
+		return 0, fmt.Errorf("containerd at %s: %w", address, err)
+	}
+	defer func() { _ = c.Close() }() // nothing is lost by it
+	spaces, err := c.NamespaceService().List(ctx)
+	if err != nil {
+		return 0, fmt.Errorf("containerd at %s cannot say which containers it has: %w", address, err)
+	}
+	for _, space := range spaces {
+		list, err := c.ContainerService().List(namespaces.WithNamespace(ctx, space))
+		if err != nil {
+			return 0, fmt.Errorf("containers in namespace %s: %w", space, err)
+		}
+		for _, x := range list {
+			if x.Snapshotter == snapshotter {
+				n++
+			}
+		}
+	}
+	return n, nil
+}
+
 // named returns one of all images with the same digest: one whose name says where its
 // registry is, if there is one.
 func named(list []containerd.Image) []containerd.Image {

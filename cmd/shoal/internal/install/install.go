@@ -137,13 +137,19 @@ func Containerd(h Host, v Version, n Node, command ...string) (Plan, error) {
 	return p, p.hosts(h, certs, n)
 }
 
-// Remove plans how containerd's config on the host comes to be as it was.
-func Remove(h Host, n Node) (Plan, error) {
+// Remove plans how containerd's config on the host comes to be as it was. If containers
+// still use the node, then containerd has to know it until they are removed: without it,
+// they could not be.
+func Remove(h Host, n Node, used bool) (Plan, error) {
 	p, text, c, err := read(h.Config)
 	if err != nil {
 		return p, err
 	}
-	p.undo(h.Config, text)
+	undo := p.undo
+	if used {
+		undo = p.undoRest
+	}
+	undo(h.Config, text)
 	dirs := []string{c.dropIns(h.Config)}
 	if h.Generated { // also if the config has not been written since
 		dirs = []string{h.dropIns()}
@@ -157,7 +163,7 @@ func Remove(h Host, n Node) (Plan, error) {
 		if err != nil {
 			return p, err
 		}
-		p.undo(target, old)
+		undo(target, old)
 	}
 	if h.Unit != "" {
 		if old, err := readFile(h.Unit); err != nil {
@@ -206,6 +212,16 @@ func (p *Plan) edit(path string, old []byte, tables []tomledit.Table) error {
 	}
 	p.add(path, old, text)
 	return nil
+}
+
+// undoRest is undo, but for the sections that make the node known to containerd.
+func (p *Plan) undoRest(path string, old []byte) {
+	text := tomledit.UndoOthers(old, mark, "proxy_plugins", "shoal")
+	if bytes.Equal(text, tomledit.Undo(old, mark)) {
+		p.undo(path, old) // the file has no such section
+		return
+	}
+	p.add(path, old, text)
 }
 
 // undo removes what is shoal's of a file, and a file that has nothing else.

@@ -86,7 +86,7 @@ func (m *machine) install(v Version) Plan {
 
 func (m *machine) remove() {
 	m.t.Helper()
-	p, err := Remove(m.plain(), m.node)
+	p, err := Remove(m.plain(), m.node, false)
 	if err != nil {
 		m.t.Fatal(err)
 	}
@@ -200,7 +200,7 @@ func TestOtherRegistries(t *testing.T) {
 	if p := m.install(Version{2, 2}); len(p.Notes) != 1 || !strings.Contains(p.Notes[0], "docker.io") || !strings.Contains(p.Notes[0], "mirror-ca.pem") {
 		t.Errorf("notes %q", p.Notes)
 	}
-	p, err := Remove(m.plain(), m.node)
+	p, err := Remove(m.plain(), m.node, false)
 	if err != nil || len(p.Notes) != 1 || !strings.Contains(p.Notes[0], "quay.io") {
 		t.Errorf("notes %q, %v", p.Notes, err)
 	}
@@ -288,5 +288,45 @@ func TestCopy(t *testing.T) {
 	m.install(Version{2, 2})
 	if b, err := os.ReadFile(m.path("config.toml" + copySuffix)); err != nil || !strings.HasPrefix(string(b), "# mine\nversion") || strings.Contains(string(b), mark) {
 		t.Errorf("%s, %v", b, err)
+	}
+}
+
+// TestRemoveUsed: as long as containers use the node, containerd goes on knowing it, and
+// uses it for nothing new. After that, all is as it was before.
+func TestRemoveUsed(t *testing.T) {
+	for name, text := range configs {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t, text)
+			before := m.files()
+			m.install(Version{2, 2})
+			for range 2 {
+				p, err := Remove(m.plain(), m.node, true)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := p.Apply(); err != nil {
+					t.Fatal(err)
+				}
+				all := ""
+				for path, text := range m.files() {
+					all += text
+					if err := toml.Unmarshal([]byte(text), &map[string]any{}); strings.HasSuffix(path, ".toml") && err != nil {
+						t.Errorf("%s: %v", path, err)
+					}
+				}
+				if !strings.Contains(all, "[proxy_plugins.shoal]") || !strings.Contains(all, `address = "/run/shoal/shoal.sock"`) || !strings.Contains(all, `root = "/var/lib/shoal"`) {
+					t.Errorf("containerd does not know the node any more:\n%s", all)
+				}
+				if strings.Contains(all, `snapshotter = "shoal"`) || strings.Contains(all, "127.0.0.1:7704") {
+					t.Errorf("containerd still uses the node:\n%s", all)
+				}
+			}
+			m.remove()
+			for path, text := range m.files() {
+				if text != before[path] {
+					t.Errorf("%s is left as\n%s\nwas\n%s", path, text, before[path])
+				}
+			}
+		})
 	}
 }

@@ -93,12 +93,38 @@ const was = ", was: "
 // Undo takes back what Apply did with this mark. A file without the mark is returned as
 // it is.
 func Undo(text []byte, mark string) []byte {
+	return undo(text, mark, func(string) bool { return false })
+}
+
+// UndoOthers is Undo for a file in which the table at this path has to stay, and the tables
+// below it. If the file has one, then keys before all tables stay, too.
+func UndoOthers(text []byte, mark string, names ...string) []byte {
+	begin, has := "["+path(names), false
+	stays := func(header string) bool {
+		rest, ok := strings.CutPrefix(header, begin)
+		ok = ok && (strings.HasPrefix(rest, "]") || strings.HasPrefix(rest, "."))
+		has = has || ok
+		return ok
+	}
+	if out := undo(text, mark, stays); !has {
+		return out
+	}
+	return undo(text, mark, func(header string) bool { return header == "" || stays(header) })
+}
+
+// undo takes back what is not in a table whose header stays; the header is empty before
+// all tables.
+func undo(text []byte, mark string, stays func(header string) bool) []byte {
 	var out []byte
+	header := ""
 	for line := range bytes.Lines(text) {
 		end := line[len(bytes.TrimRight(line, "\r\n")):]
-		_, after, marked := strings.Cut(string(line[:len(line)-len(end)]), comment(mark))
+		before, after, marked := strings.Cut(string(line[:len(line)-len(end)]), comment(mark))
+		if h := strings.TrimSpace(before); strings.HasPrefix(h, "[") {
+			header = h
+		}
 		switch old, replaced := strings.CutPrefix(after, was); {
-		case !marked || after != "" && !replaced:
+		case !marked || after != "" && !replaced || stays(header):
 			out = append(out, line...)
 		case replaced:
 			out = append(append(out, old...), end...)
