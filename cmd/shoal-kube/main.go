@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -22,16 +23,31 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := newCommand().ExecuteContext(ctx)
 	stop()
-	if err != nil {
+	status := &exitError{code: 1}
+	switch {
+	case err == nil:
+		return
+	case !errors.As(err, &status) || !status.said:
 		fmt.Fprintln(os.Stderr, "shoal-kube:", err)
-		os.Exit(1)
 	}
+	os.Exit(status.code)
 }
+
+// exitError ends the program with a status of its own.
+type exitError struct {
+	error
+
+	code int
+	// said is true if another process has printed the error.
+	said bool
+}
+
+func (e *exitError) Unwrap() error { return e.error }
 
 func newCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "shoal-kube",
-		Short: "Show Kubernetes what shoal does on a node",
+		Short: "Install shoal on the nodes of a Kubernetes cluster, and show what it does there",
 		Long: `shoal-kube is the part of shoal that knows Kubernetes. The chart runs it; its
 commands work by hand, too.`,
 		Version:       version,
@@ -39,7 +55,7 @@ commands work by hand, too.`,
 		SilenceErrors: true,
 	}
 	cmd.AddCommand(
-		newWatchCommand(),
+		newWatchCommand(), newInstallCommand(), newPrepareCommand(), newUninstallCommand(),
 	)
 	return cmd
 }

@@ -36,10 +36,11 @@ func TestInstallRestart(t *testing.T) {
 		{installOptions{restart: true}, install.Plan{}, "restart k3s-agent\n"}, // nothing answers at the socket
 		{installOptions{}, install.Plan{}, ""},
 		{installOptions{restart: true, uninstall: true}, install.Plan{}, ""},
+		{installOptions{restart: true, command: "echo restart >>" + calls}, changed, "daemon-reload\nrestart\n"},
 	} {
 		var out bytes.Buffer
 		reload(t.Context(), &out, k3s, c.plan)
-		if err := restart(t.Context(), &out, c.o, k3s, c.plan); err != nil {
+		if err := restart(t.Context(), &out, c.o, k3s, c.plan, !c.o.uninstall); err != nil {
 			t.Fatal(err)
 		}
 		b, err := os.ReadFile(calls)
@@ -57,7 +58,7 @@ func TestInstallRestart(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "systemctl"), []byte("#!/bin/sh\necho no such unit >&2\nexit 5\n"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	err := restart(t.Context(), &bytes.Buffer{}, installOptions{restart: true}, k3s, changed)
+	err := restart(t.Context(), &bytes.Buffer{}, installOptions{restart: true}, k3s, changed, true)
 	if err == nil || !strings.Contains(err.Error(), "no such unit") || !strings.Contains(err.Error(), "files are written") {
 		t.Errorf("error %v", err)
 	}

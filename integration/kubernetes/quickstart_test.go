@@ -9,10 +9,10 @@ import (
 	"testing"
 )
 
-// TestQuickStart: the commands of docs/kubernetes.md, one after the other, on a node that
+// TestWithoutHelm: the commands of docs/kubernetes.md, one after the other, on a node that
 // runs a pod on overlayfs: the pod goes on, and the next one is lazy. The lab's machines
 // have no systemd, so what its commands do is done by the lab.
-func TestQuickStart(t *testing.T) {
+func TestWithoutHelm(t *testing.T) {
 	s := newSite(t)
 	ctx := t.Context()
 	n := s.node(t, "plain-quick")
@@ -49,7 +49,7 @@ func TestQuickStart(t *testing.T) {
 			return restart()
 		},
 	}
-	for _, line := range commands(t, "../../docs/kubernetes.md", "## Quick start") {
+	for _, line := range commands(t, "../../docs/kubernetes.md", "## Without Helm") {
 		t.Log(line)
 		if do := inPlace[line]; do != nil {
 			delete(inPlace, line)
@@ -59,7 +59,7 @@ func TestQuickStart(t *testing.T) {
 		must(n.Shell(ctx, line))(t)
 	}
 	if len(inPlace) > 0 {
-		t.Fatalf("the quick start lacks commands that this test knows: %v", inPlace)
+		t.Fatalf("the page lacks commands that this test knows: %v", inPlace)
 	}
 
 	ref := s.Registry.Addr + "/after:v1"

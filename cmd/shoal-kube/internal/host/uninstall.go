@@ -1,0 +1,163 @@
+package host
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"text/template"
+	"time"
+)
+
+// ErrInUse says that containers of the machine still run on shoal. The node goes on
+// running for them, and is removed when they have ended.
+var ErrInUse = errors.New("containers still need shoal")
+
+const (
+	// inUse is the exit status of shoal install containerd --uninstall as long as
+	// containers need the node.
+	inUse = 3
+
+	removeUnit = "shoal-uninstall.service"
+	removePath = "/etc/systemd/system/" + removeUnit
+	// removal is how long the files may take to go once nothing is in use.
+	removal = 2 * time.Minute
+)
+
+// removeScript removes the node and its files as soon as no container needs them. It is a
+// process of the machine, which needs no pod.
+//
+//go:embed uninstall.sh
+var removeScript string
+
+var removeTemplate = template.Must(template.New("uninstall.sh").Funcs(template.FuncMap{"quote": quote}).Parse(removeScript))
+
+// quote is a word of the shell.
+func quote(word string) string { return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'" }
+
+func (m *Machine) script() string { return m.etc("uninstall.sh") }
+
+// Uninstall takes shoal off the machine: containerd's config first, then the node and its
+// files. If containers still run from lazy images, then the error wraps ErrInUse, and the
+// rest goes when they have ended.
+func (m *Machine) Uninstall(ctx context.Context, d Desired) error {
+	b, err := os.ReadFile(m.etc("node.toml"))
+	if errors.Is(err, fs.ErrNotExist) {
+		m.Log.Info("shoal is not installed on this machine")
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	set, err := readSettings(string(b))
+	if err != nil {
+		return err
+	}
+	shoal := filepath.Join(d.BinDir, "shoal")
+	args := append([]string{"install", "containerd", "--uninstall", "--node-config", m.etc("node.toml")}, d.Containerd...)
+	out, err := m.run(ctx, shoal, append(args, d.restart()...)...)
+	m.log(out)
+	var status *exec.ExitError
+	used := errors.As(err, &status) && status.ExitCode() == inUse
+	if err != nil && !used {
+		return err
+	}
+	if err := m.remove(ctx, set, shoal, args); err != nil {
+		return err
+	}
+	if used {
+		return ErrInUse
+	}
+	for until := time.Now().Add(removal); ; {
+		if _, err := os.Lstat(m.script()); errors.Is(err, fs.ErrNotExist) {
+			m.Log.Info("shoal is removed from this machine")
+			return nil
+		}
+		if time.Now().After(until) {
+			return fmt.Errorf("%s does not end; its output is in %s, or in the journal of %s", m.script(), logPath, removeUnit)
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// remove starts the script.
+func (m *Machine) remove(ctx context.Context, set settings, shoal string, args []string) error {
+	k := &kept{m: m, shoal: shoal}
+	keep, _, err := k.find()
+	if err != nil {
+		return err
+	}
+	var text strings.Builder
+	if err := removeTemplate.Execute(&text, map[string]any{
+		"Script": m.script(), "Shoal": shoal, "Args": args, "Systemd": systemd(), "Keep": keep, "Root": set.Root,
+		"Node": unitName, "Own": removeUnit, "Etc": m.etc(""),
+		"Files": []string{set.Root, filepath.Dir(set.ControlAddress), unitPath, removePath, shoal, m.etc("node.toml"), m.etc("token")},
+	}); err != nil {
+		return err
+	}
+	if err := writeFile(m.script(), []byte(text.String()), 0o700); err != nil {
+		return err
+	}
+	if systemd() {
+		unit := "[Unit]\nDescription=removes shoal when no container needs it any more\nAfter=containerd.service shoal-node.service\n\n" +
+			"[Service]\nType=exec\nExecStart=/bin/sh " + m.script() + "\n\n[Install]\nWantedBy=multi-user.target\n"
+		if err := writeFile(removePath, []byte(unit), 0o644); err != nil {
+			return err
+		}
+		_, reload := m.run(ctx, "systemctl", "daemon-reload")
+		_, enable := m.run(ctx, "systemctl", "enable", "--now", removeUnit)
+		return errors.Join(reload, enable)
+	}
+	return m.background("/bin/sh", m.script())
+}
+
+// stay takes back a removal that waits for containers.
+func (m *Machine) stay(ctx context.Context) error {
+	if _, err := os.Lstat(m.script()); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	m.Log.Info("the removal of shoal, which waited for containers, is taken back")
+	if err := os.Remove(m.script()); err != nil {
+		return err
+	}
+	if !systemd() {
+		return nil // the script sees that its file is gone
+	}
+	_, err := m.run(ctx, "systemctl", "disable", "--now", removeUnit)
+	return errors.Join(err, os.Remove(removePath))
+}
+
+// background starts a process of the machine that outlives the pod, and logs beside the
+// node.
+func (m *Machine) background(name string, args ...string) error {
+	if err := leaveCgroups(); err != nil {
+		return err
+	}
+	log, err := os.OpenFile(logPath, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	env, err := environment(m.etc("env"))
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(name, args...)
+	cmd.Stdout, cmd.Stderr, cmd.Dir, cmd.Env = log, log, "/", env
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	go func() { _ = cmd.Wait() }() // it mostly outlives this process
+	return nil
+}

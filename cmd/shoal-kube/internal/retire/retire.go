@@ -1,0 +1,210 @@
+// Package retire takes shoal off the machines of a cluster: on each machine that has a pod
+// of the DaemonSet, another pod takes back what that one has done.
+package retire
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
+)
+
+// InUse is the exit status of a pod that has left a node for the containers that need it.
+const InUse = 3
+
+// Config of Run; all of it is required.
+type Config struct {
+	// Pods are those of the namespace.
+	Pods typedcorev1.PodInterface
+	// Selector selects the pods that installed shoal.
+	Selector string
+	// Parallel is how many machines are uninstalled at a time.
+	Parallel int
+	// Poll is how often pods are looked at.
+	Poll time.Duration
+	// Out gets a line for each machine.
+	Out io.Writer
+}
+
+const (
+	component = "app.kubernetes.io/component"
+	role      = "uninstall"
+	// Installer is the container that has installed shoal; Flag, as an argument of it, has
+	// it do the opposite.
+	Installer, Flag = "install", "--uninstall"
+	prefix          = "shoal-uninstall-"
+)
+
+// outcome is that of a machine.
+type outcome struct {
+	done    bool
+	code    int32
+	message string
+}
+
+// Run uninstalls all machines, and says so of each one. The error names those that are
+// left when ctx ends, or that failed.
+func Run(ctx context.Context, cfg Config) error {
+	list, err := cfg.Pods.List(ctx, metav1.ListOptions{LabelSelector: cfg.Selector})
+	if err != nil {
+		return err
+	}
+	left := map[string]*corev1.Pod{}
+	for _, p := range list.Items {
+		if p.Spec.NodeName != "" {
+			left[p.Spec.NodeName] = &p
+		}
+	}
+	all := len(left)
+	r := run{Config: cfg, running: map[string]string{}}
+	inUse, failed := []string(nil), map[string]string{}
+	for len(left) > 0 && err == nil {
+		for _, node := range slices.Sorted(maps.Keys(left)) {
+			if len(r.running) < cfg.Parallel && r.running[node] == "" {
+				if err = r.start(ctx, node, left[node]); err != nil {
+					break
+				}
+			}
+		}
+		var done map[string]outcome
+		if err == nil {
+			done, err = r.wait(ctx)
+		}
+		for _, node := range slices.Sorted(maps.Keys(done)) {
+			delete(left, node)
+			switch o := done[node]; o.code {
+			case 0:
+				fmt.Fprintf(cfg.Out, "%s: removed\n", node)
+			case InUse:
+				inUse = append(inUse, node)
+				fmt.Fprintf(cfg.Out, "%s: containerd does not use shoal any more; shoal goes when the containers that need it have ended\n", node)
+			default:
+				failed[node] = o.message
+				fmt.Fprintf(cfg.Out, "%s: %s\n", node, o.message)
+			}
+		}
+	}
+	err = errors.Join(err, r.clean(context.WithoutCancel(ctx)))
+	fmt.Fprintf(cfg.Out, "%d machines: %d removed, %d have containers that need shoal, %d failed, %d left\n",
+		all, all-len(inUse)-len(failed)-len(left), len(inUse), len(failed), len(left))
+	for _, node := range slices.Sorted(maps.Keys(failed)) {
+		err = errors.Join(err, fmt.Errorf("%s: %s", node, failed[node]))
+	}
+	if len(left) > 0 {
+		err = errors.Join(err, fmt.Errorf("not uninstalled: %s", strings.Join(slices.Sorted(maps.Keys(left)), ", ")))
+	}
+	return err
+}
+
+type run struct {
+	Config
+
+	running map[string]string // pods by machine
+}
+
+// start starts the pod of a machine.
+func (r *run) start(ctx context.Context, node string, installed *corev1.Pod) error {
+	p, err := opposite(installed)
+	if err != nil {
+		return err
+	}
+	p, err = r.Pods.Create(ctx, p, metav1.CreateOptions{})
+	if err != nil {
+		return fmt.Errorf("a pod on %s: %w", node, err)
+	}
+	r.running[node] = p.Name
+	return nil
+}
+
+// opposite is the pod that takes back what this one has done.
+func opposite(installed *corev1.Pod) (*corev1.Pod, error) {
+	spec := installed.Spec.DeepCopy()
+	i := slices.IndexFunc(spec.InitContainers, func(c corev1.Container) bool { return c.Name == Installer })
+	if i < 0 {
+		return nil, fmt.Errorf("pod %s has no container %s", installed.Name, Installer)
+	}
+	c := spec.InitContainers[i]
+	c.Name = role
+	c.Args = append(c.Args, Flag)
+	spec.InitContainers, spec.Containers = nil, []corev1.Container{c}
+	// What was decided of the other pod.
+	spec.NodeSelector, spec.Affinity, spec.Priority = nil, nil, nil
+	spec.RestartPolicy = corev1.RestartPolicyNever
+	own := labels.Set{component: role} // so that it is not the DaemonSet's
+	for _, key := range kept {
+		own[key] = installed.Labels[key]
+	}
+	return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{GenerateName: prefix, Labels: own}, Spec: *spec}, nil
+}
+
+// kept are the labels that tell the chart's objects from others.
+var kept = []string{"app.kubernetes.io/name", "app.kubernetes.io/instance"}
+
+// wait waits until pods have ended, and returns their outcomes by machine.
+func (r *run) wait(ctx context.Context) (map[string]outcome, error) {
+	for {
+		list, err := r.Pods.List(ctx, mine)
+		if err != nil {
+			return nil, err
+		}
+		done := map[string]outcome{}
+		for _, p := range list.Items {
+			if r.running[p.Spec.NodeName] != p.Name {
+				continue // of a run before
+			}
+			if o := ended(&p); o.done {
+				done[p.Spec.NodeName] = o
+				delete(r.running, p.Spec.NodeName)
+			}
+		}
+		if len(done) > 0 {
+			return done, nil
+		}
+		select {
+		case <-time.After(r.Poll):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+func ended(p *corev1.Pod) outcome {
+	if p.Status.Phase != corev1.PodSucceeded && p.Status.Phase != corev1.PodFailed {
+		return outcome{}
+	}
+	o := outcome{done: true, code: -1, message: p.Status.Message}
+	if p.Status.Phase == corev1.PodSucceeded {
+		o.code = 0
+	}
+	for _, c := range p.Status.ContainerStatuses {
+		if t := c.State.Terminated; t != nil {
+			o.code, o.message = t.ExitCode, strings.TrimSpace(t.Message)
+		}
+	}
+	return o
+}
+
+// mine selects the pods that start makes.
+var mine = metav1.ListOptions{LabelSelector: component + "=" + role}
+
+// clean deletes all pods that start has made, those of a run before, too.
+func (r *run) clean(ctx context.Context) error {
+	list, err := r.Pods.List(ctx, mine)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, p := range list.Items {
+		errs = append(errs, r.Pods.Delete(ctx, p.Name, metav1.DeleteOptions{}))
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,131 @@
+package retire
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/kubernetes/typed/core/v1/fake"
+	clienttesting "k8s.io/client-go/testing"
+)
+
+var podLabels = map[string]string{"app.kubernetes.io/name": "shoal", "app.kubernetes.io/instance": "shoal", component: "node"}
+
+const selector = "app.kubernetes.io/instance=shoal,app.kubernetes.io/component=node"
+
+// cluster is an API with pods of the DaemonSet; pods that are made there end at once with
+// the status for their machine, or run on if the status is -2. TestChart in
+// integration/kubernetes uninstalls a real cluster.
+func cluster(t *testing.T, statuses map[string]int32) (cfg Config, made *[]*corev1.Pod, most *int) {
+	client := &fake.FakeCoreV1{Fake: &clienttesting.Fake{}}
+	objects := clienttesting.NewObjectTracker(scheme.Scheme, scheme.Codecs.UniversalDecoder())
+	made, most = new([]*corev1.Pod), new(int)
+	running := 0
+	client.AddReactor("create", "pods", func(a clienttesting.Action) (bool, runtime.Object, error) {
+		p := a.(clienttesting.CreateAction).GetObject().(*corev1.Pod)
+		if p.GenerateName != "" {
+			p.Name = fmt.Sprintf("%s%d", p.GenerateName, len(*made))
+			*made = append(*made, p.DeepCopy())
+			running++
+			*most = max(*most, running)
+		}
+		return false, nil, nil
+	})
+	client.AddReactor("list", "pods", func(clienttesting.Action) (bool, runtime.Object, error) {
+		for _, p := range *made {
+			code := statuses[p.Spec.NodeName]
+			if code == -2 || p.Status.Phase != "" {
+				continue
+			}
+			running--
+			p.Status.Phase = corev1.PodSucceeded
+			if code != 0 {
+				p.Status.Phase = corev1.PodFailed
+			}
+			p.Status.ContainerStatuses = []corev1.ContainerStatus{{State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: code, Message: "why " + p.Spec.NodeName + "\n"}}}}
+			if err := objects.Update(corev1.SchemeGroupVersion.WithResource("pods"), p.DeepCopy(), "shoal-system"); err != nil {
+				return true, nil, err
+			}
+		}
+		return false, nil, nil
+	})
+	client.AddReactor("*", "*", clienttesting.ObjectReaction(objects))
+	pods := client.Pods("shoal-system")
+	for node := range statuses {
+		_, err := pods.Create(t.Context(), &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Name: "node-" + node, Namespace: "shoal-system", Labels: podLabels},
+			Spec: corev1.PodSpec{
+				NodeName: node, HostPID: true, Affinity: &corev1.Affinity{}, Priority: new(int32),
+				InitContainers: []corev1.Container{{Name: Installer, Args: []string{"--bin-dir=/opt/bin"}}},
+				Containers:     []corev1.Container{{Name: "watch"}},
+			},
+		}, metav1.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return Config{Pods: pods, Selector: selector, Parallel: 2, Poll: time.Millisecond}, made, most
+}
+
+func (o outcome) String() string { return fmt.Sprint(o.code, o.message) }
+
+// TestRun: each machine gets one pod, few at a time, and the report says how each ended.
+func TestRun(t *testing.T) {
+	cfg, made, most := cluster(t, map[string]int32{"a": 0, "b": InUse, "c": 0, "d": 1, "e": 0})
+	var out strings.Builder
+	cfg.Out = &out
+	err := Run(t.Context(), cfg)
+	if err == nil || err.Error() != "d: why d" {
+		t.Errorf("error %v", err)
+	}
+	for _, want := range []string{"a: removed", "b: containerd does not use", "d: why d", "5 machines: 3 removed, 1 have containers that need shoal, 1 failed, 0 left"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in\n%s", want, &out)
+		}
+	}
+	if len(*made) != 5 || *most > 2 {
+		t.Errorf("%d pods, %d at a time", len(*made), *most)
+	}
+	for _, p := range *made {
+		if c := p.Spec.Containers; len(c) != 1 || len(p.Spec.InitContainers) > 0 || !slices.Equal(c[0].Args, []string{"--bin-dir=/opt/bin", Flag}) || !p.Spec.HostPID || p.Spec.Affinity != nil || p.Spec.Priority != nil || p.Labels[component] != role || p.Labels["app.kubernetes.io/instance"] != "shoal" {
+			t.Errorf("%+v", p)
+		}
+	}
+	list, err := cfg.Pods.List(t.Context(), mine)
+	if err != nil || len(list.Items) > 0 {
+		t.Errorf("%d pods are left, %v", len(list.Items), err)
+	}
+}
+
+// TestLate: a machine that does not answer is named.
+func TestLate(t *testing.T) {
+	cfg, made, _ := cluster(t, map[string]int32{"a": 0, "gone": -2})
+	var out strings.Builder
+	cfg.Out = &out
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := Run(ctx, cfg); err == nil || !strings.Contains(err.Error(), "not uninstalled: gone") || len(*made) != 2 {
+		t.Errorf("%v\n%s", err, &out)
+	}
+}
+
+// TestOtherPods: if a pod cannot be taken back, nothing is done on its machine.
+func TestOtherPods(t *testing.T) {
+	cfg, made, _ := cluster(t, map[string]int32{"a": 0})
+	p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "other", Namespace: "shoal-system", Labels: podLabels}, Spec: corev1.PodSpec{NodeName: "0"}}
+	if _, err := cfg.Pods.Create(t.Context(), p, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	var out strings.Builder
+	cfg.Out = &out
+	if err := Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "pod other has no container install") || len(*made) > 0 {
+		t.Errorf("%v, %d pods", err, len(*made))
+	}
+}

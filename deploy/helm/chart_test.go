@@ -1,0 +1,399 @@
+// Package helm has the tests of the chart: Helm's own library lints and renders it, and
+// what comes out is decoded as the Kubernetes API does, without unknown fields.
+package helm
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"go.yaml.in/yaml/v3"
+	"helm.sh/helm/v4/pkg/chart/common"
+	"helm.sh/helm/v4/pkg/chart/common/util"
+	"helm.sh/helm/v4/pkg/chart/v2/lint"
+	"helm.sh/helm/v4/pkg/chart/v2/lint/support"
+	"helm.sh/helm/v4/pkg/chart/v2/loader"
+	"helm.sh/helm/v4/pkg/engine"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/util/validation"
+	k8syaml "k8s.io/apimachinery/pkg/util/yaml"
+	"k8s.io/client-go/kubernetes/scheme"
+)
+
+const (
+	chart = "shoal"
+	docs  = "../../docs/kubernetes.md"
+)
+
+var update = flag.Bool("update", false, "write the table of values in docs/kubernetes.md again")
+
+type values = map[string]any
+
+// cases are values of clusters that differ in what the chart renders.
+var cases = map[string]values{
+	"the defaults": {},
+	"all of it": {
+		"image": values{"repository": "registry.example.com/shoal", "tag": "v1.2.3", "pullSecrets": []any{"pull"}},
+		"supernode": values{
+			"replicas": 3, "hostNetwork": true, "env": values{"HTTPS_PROXY": "http://proxy:3128"},
+			"storage":      values{"size": "1Ti", "className": "fast"},
+			"config":       "max_peers = 20000\n[registry]\ningests = 8\n",
+			"registries":   values{"registry.example.com:5000": values{"hosts.toml": "server = \"http://registry.example.com:5000\"\n", "ca.pem": "x"}},
+			"nodeSelector": values{"disk": "big"}, "tolerations": []any{values{"operator": "Exists"}},
+		},
+		"node": values{
+			"config": "cache_quota = \"50GiB\"\n[images]\nnever = [\"docker.io/*\"]\n", "rackLabel": "example.com/rack",
+			"nodeSelector": values{"kubernetes.io/os": "linux"}, "maxUnavailable": 3,
+			"containerd": values{"flags": []any{"--config=/etc/containerd/config.toml"}, "restartCommand": "rc-service containerd restart"},
+		},
+		"monitoring": values{"enabled": true, "rules": true, "labels": values{"release": "prometheus"}},
+	},
+	"addresses":            {"supernode": values{"replicas": 2, "addresses": []any{"10.0.0.5:7700", "[2001:db8::5]:7700"}}},
+	"supernodes elsewhere": {"supernode": values{"enabled": false}, "supernodes": []any{id + "@10.0.0.5:7700"}, "token": values{"existingSecret": "token"}},
+	"a token of one's own": {"token": values{"existingSecret": "token"}, "networkPolicy": false},
+}
+
+const id = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
+
+// TestLint: helm lint finds nothing, with any of the values.
+func TestLint(t *testing.T) {
+	for name, v := range cases {
+		for _, m := range lint.RunAll(chart, v, "shoal-system").Messages {
+			if m.Severity > support.InfoSev {
+				t.Errorf("%s: %v", name, m)
+			}
+		}
+	}
+}
+
+// render returns the objects that the chart has with these values.
+func render(t *testing.T, v values) ([]runtime.Object, error) {
+	t.Helper()
+	c, err := loader.Load(chart)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := util.ToRenderValues(c, v, common.ReleaseOptions{Name: "shoal", Namespace: "shoal-system", IsInstall: true}, common.DefaultCapabilities)
+	if err != nil {
+		return nil, err
+	}
+	files, err := engine.Render(c, all)
+	if err != nil {
+		return nil, err
+	}
+	decoder := serializer.NewCodecFactory(scheme.Scheme, serializer.EnableStrict).UniversalDeserializer()
+	var objects []runtime.Object
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		if strings.HasSuffix(name, "NOTES.txt") {
+			continue
+		}
+		docs := k8syaml.NewYAMLReader(bufio.NewReader(strings.NewReader(files[name])))
+		for {
+			doc, err := docs.Read()
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(bytes.TrimSpace(doc)) == 0 {
+				continue
+			}
+			if bytes.Contains(doc, []byte("apiVersion: monitoring.coreos.com/v1")) {
+				if err := yaml.Unmarshal(doc, &values{}); err != nil {
+					t.Errorf("%s: %v in\n%s", name, err, doc)
+				}
+				continue
+			}
+			o, _, err := decoder.Decode(doc, nil, nil)
+			if err != nil {
+				t.Errorf("%s: %v in\n%s", name, err, doc)
+				continue
+			}
+			objects = append(objects, o)
+		}
+	}
+	return objects, nil
+}
+
+// find returns the object of a type with this name.
+func find[T interface {
+	runtime.Object
+	GetName() string
+}](t *testing.T, objects []runtime.Object, name string) T {
+	t.Helper()
+	for _, o := range objects {
+		if o, ok := o.(T); ok && o.GetName() == name {
+			return o
+		}
+	}
+	var none T
+	t.Fatalf("no %T is called %s", none, name)
+	return none
+}
+
+// TestRender: with any of the values, each object is one of the API's, and is named and
+// selected consistently.
+func TestRender(t *testing.T) {
+	for name, v := range cases {
+		t.Run(name, func(t *testing.T) {
+			objects, err := render(t, v)
+			if err != nil {
+				t.Fatal(err)
+			}
+			seen := map[string]bool{}
+			for _, o := range objects {
+				m := o.(interface {
+					GetName() string
+					GetLabels() map[string]string
+				})
+				key := fmt.Sprintf("%T %s", o, m.GetName())
+				if seen[key] {
+					t.Errorf("%s is there twice", key)
+				}
+				seen[key] = true
+				if m.GetLabels()["app.kubernetes.io/instance"] != "shoal" {
+					t.Errorf("%s has the labels %v", key, m.GetLabels())
+				}
+				for _, s := range validation.IsDNS1123Subdomain(m.GetName()) {
+					t.Errorf("%s: %s", key, s)
+				}
+			}
+			set := find[*appsv1.DaemonSet](t, objects, "shoal-node")
+			selects(t, set.Spec.Selector.MatchLabels, set.Spec.Template.Labels)
+			if n := len(objects); v["supernodes"] != nil {
+				if n > 11 {
+					t.Errorf("%d objects although the supernodes are elsewhere", n)
+				}
+				return
+			}
+			super := find[*appsv1.StatefulSet](t, objects, "shoal-supernode")
+			selects(t, super.Spec.Selector.MatchLabels, super.Spec.Template.Labels)
+			for i := range *super.Spec.Replicas {
+				one := find[*corev1.Service](t, objects, fmt.Sprintf("shoal-supernode-%d", i))
+				delete(one.Spec.Selector, "statefulset.kubernetes.io/pod-name")
+				selects(t, one.Spec.Selector, super.Spec.Template.Labels)
+			}
+			role := find[*rbacv1.Role](t, objects, "shoal-supernode")
+			for _, r := range role.Rules {
+				if len(r.ResourceNames) == 0 {
+					t.Errorf("the supernodes may %v all %v", r.Verbs, r.Resources)
+				}
+			}
+		})
+	}
+}
+
+func selects(t *testing.T, selector, labels map[string]string) {
+	t.Helper()
+	for k, v := range selector {
+		if labels[k] != v {
+			t.Errorf("%s=%s selects nothing of %v", k, v, labels)
+		}
+	}
+}
+
+// TestSecrets: the chart never has a key or the token, so an upgrade cannot change them.
+func TestSecrets(t *testing.T) {
+	objects, err := render(t, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"shoal-supernode-keys", "shoal-join"} {
+		if s := find[*corev1.Secret](t, objects, name); len(s.Data)+len(s.StringData) > 0 {
+			t.Errorf("%s has data", name)
+		}
+	}
+}
+
+// TestUpgradesSelectors: the fields that no upgrade may change do not depend on values.
+func TestUpgradesSelectors(t *testing.T) {
+	before, err := render(t, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	after, err := render(t, cases["all of it"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range []func([]runtime.Object) any{
+		func(o []runtime.Object) any { return find[*appsv1.DaemonSet](t, o, "shoal-node").Spec.Selector },
+		func(o []runtime.Object) any { return find[*appsv1.StatefulSet](t, o, "shoal-supernode").Spec.Selector },
+		func(o []runtime.Object) any {
+			return find[*appsv1.StatefulSet](t, o, "shoal-supernode").Spec.PodManagementPolicy
+		},
+	} {
+		if a, b := fmt.Sprint(f(before)), fmt.Sprint(f(after)); a != b {
+			t.Errorf("%s became %s", a, b)
+		}
+	}
+}
+
+// TestConfigs: what the values say of node.toml and supernode.toml gets to the daemons as
+// it is, and `shoal config check` takes it.
+func TestConfigs(t *testing.T) {
+	bin := os.Getenv("SHOAL_BIN")
+	if bin == "" {
+		bin = "../../bin"
+	}
+	shoal := filepath.Join(bin, "shoal")
+	if _, err := os.Stat(shoal); err != nil {
+		t.Skipf("%v: `make build` first", err)
+	}
+	for name, v := range cases {
+		objects, err := render(t, v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, o := range objects {
+			c, ok := o.(*corev1.ConfigMap)
+			if !ok {
+				continue
+			}
+			for _, role := range []string{"node", "supernode"} {
+				text, ok := c.Data[role+".toml"]
+				if !ok {
+					continue
+				}
+				file := filepath.Join(t.TempDir(), role+".toml")
+				if err := os.WriteFile(file, []byte("version = 1\n"+text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				if out, err := exec.Command(shoal, "config", "check", role, file).CombinedOutput(); err != nil {
+					t.Errorf("%s: %s.toml: %v: %s\n%s", name, role, err, out, text)
+				}
+			}
+		}
+	}
+}
+
+// TestBadValues: a value that cannot be is refused, with its name.
+func TestBadValues(t *testing.T) {
+	for _, c := range []struct {
+		values values
+		want   string
+	}{
+		{values{"supernod": values{}}, "supernod"},
+		{values{"supernode": values{"replica": 2}}, "replica"},
+		{values{"supernode": values{"replicas": 0}}, "replicas"},
+		{values{"supernode": values{"storage": values{"size": "lots"}}}, "size"},
+		{values{"supernode": values{"config": values{"max_peers": 3}}}, "config"},
+		{values{"node": values{"binDir": "bin"}}, "binDir"},
+		{values{"node": values{"binDir": "/usr/local bin"}}, "binDir"},
+		{values{"image": values{"pullPolicy": "Sometimes"}}, "pullPolicy"},
+		{values{"supernodes": []any{"10.0.0.5:7700"}}, "supernodes"},
+		{values{"uninstall": values{"timeout": "soon"}}, "timeout"},
+		{values{"supernodes": []any{id + "@10.0.0.5:7700"}}, "supernode.enabled"},
+		{values{"supernode": values{"enabled": false}}, "token.existingSecret"},
+		{values{"supernode": values{"replicas": 2, "addresses": []any{"10.0.0.5:7700"}}}, "supernode.addresses"},
+	} {
+		if _, err := render(t, c.values); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%v: %v", c.values, err)
+		}
+	}
+}
+
+// TestAlerts: rules ask only for metrics that docs/metrics.md has, which is generated from
+// the program.
+func TestAlerts(t *testing.T) {
+	rules, err := os.ReadFile(filepath.Join(chart, "alerts.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	metrics, err := os.ReadFile("../../docs/metrics.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := regexp.MustCompile(`shoal_[a-z_]+`).FindAllString(string(rules), -1)
+	if len(names) == 0 {
+		t.Error("no rule asks for a metric")
+	}
+	for _, name := range names {
+		if !bytes.Contains(metrics, []byte("| `"+name+"` |")) {
+			t.Errorf("shoal has no metric %s", name)
+		}
+	}
+}
+
+// TestDocsValues: the table of values in docs/kubernetes.md is what values.yaml says.
+func TestDocsValues(t *testing.T) {
+	b, err := os.ReadFile(filepath.Join(chart, "values.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var doc yaml.Node
+	if err := yaml.Unmarshal(b, &doc); err != nil {
+		t.Fatal(err)
+	}
+	want := "| value | default | |\n|---|---|---|\n" + rows(t, "", doc.Content[0])
+	page, err := os.ReadFile(docs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const from, to = "<!-- values of the chart -->\n", "<!-- end of values of the chart -->\n"
+	before, rest, ok := strings.Cut(string(page), from)
+	got, after, ok2 := strings.Cut(rest, to)
+	switch {
+	case !ok || !ok2:
+		t.Fatalf("%s has no %q with its end", docs, strings.TrimSpace(from))
+	case got == want:
+	case *update:
+		if err := os.WriteFile(docs, []byte(before+from+want+to+after), 0o644); err != nil { //nolint:gosec // a page
+			t.Fatal(err)
+		}
+	default:
+		t.Errorf("the table of values is not that of values.yaml (go test -run TestDocsValues -update writes it):\n%s\nwant\n%s", got, want)
+	}
+}
+
+// rows are those of the values in n: each value that has a comment.
+func rows(t *testing.T, prefix string, n *yaml.Node) string {
+	t.Helper()
+	out := ""
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		key, value := n.Content[i], n.Content[i+1]
+		name := prefix + key.Value
+		_, text, ok := strings.Cut(key.HeadComment, "# -- ")
+		switch {
+		case ok:
+			value.Style = yaml.FlowStyle
+			text = strings.ReplaceAll(text, "\n# ", " ")
+			b, err := yaml.Marshal(flow(value))
+			if err != nil {
+				t.Fatal(err)
+			}
+			out += fmt.Sprintf("| `%s` | `%s` | %s |\n", name, strings.TrimSpace(string(b)), text)
+		case value.Kind == yaml.MappingNode && len(value.Content) > 0:
+			out += rows(t, name+".", value)
+		default:
+			t.Errorf("values.yaml: %s has no comment", name)
+		}
+	}
+	return out
+}
+
+// flow is the node in one line, without comments.
+func flow(n *yaml.Node) *yaml.Node {
+	c := *n
+	c.HeadComment, c.LineComment, c.FootComment = "", "", ""
+	c.Content = nil
+	for _, child := range n.Content {
+		c.Content = append(c.Content, flow(child))
+	}
+	return &c
+}
