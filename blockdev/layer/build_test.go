@@ -29,7 +29,7 @@ func withScanner(diff []byte, o Options, f func(*scanner) error) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	in := newInput(ctx)
-	out, err := newOutput(ctx, func(context.Context, blockdev.Digest, []byte) error { return nil }, 1)
+	out, err := newOutput(ctx, func(context.Context, blockdev.Digest, []byte) error { return nil }, Options{Workers: 1, MaxChunks: 1 << 20})
 	if err != nil {
 		return err
 	}
@@ -333,6 +333,10 @@ func TestLimits(t *testing.T) {
 	}
 	if _, err := Build(t.Context(), bytes.NewReader(makeTar(many...)), newMemory().put, Options{MaxEntries: 402}); err != nil {
 		t.Error(err)
+	}
+	large := makeTar(file("large", string(randomBytes(1, 8*blockdev.MaxChunk))))
+	if _, err := Build(t.Context(), bytes.NewReader(large), newMemory().put, Options{MaxChunks: 4}); !errors.Is(err, blockdev.ErrUnsupported) || !strings.Contains(err.Error(), "divide the layer") {
+		t.Errorf("chunks: %v", err)
 	}
 	// A default ACL goes to all children, and is paid for each time.
 	big := acl([3]uint32{1, 7, 0})

@@ -12,6 +12,7 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/background"
 	"github.com/shoalfs/shoal/blockdev/erofs"
+	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/internal/defaults"
 )
 
@@ -54,6 +55,9 @@ type Options struct {
 	// MaxEntries bounds tar entries, inodes and extents together; default 4
 	// million.
 	MaxEntries int
+	// MaxChunks bounds chunks and pieces together; default what an encoded index has room
+	// for at 34 bytes each, some 240 GiB of content.
+	MaxChunks int
 	// MaxMetadata bounds the names, link targets, extended attributes and
 	// implied paths of the layer together, in bytes; default 256 MiB.
 	MaxMetadata int64
@@ -69,6 +73,7 @@ type Options struct {
 func (o *Options) setDefaults() {
 	defaults.Positive(&o.Workers, runtime.GOMAXPROCS(0))
 	defaults.Positive(&o.MaxEntries, 4_000_000)
+	defaults.Positive(&o.MaxChunks, index.MaxEncoded/34)
 	defaults.Positive(&o.MaxMetadata, 256<<20)
 	defaults.Positive(&o.MaxInline, 64<<20)
 }
@@ -85,7 +90,7 @@ func Build(ctx context.Context, r io.Reader, put Put, o Options) (*blockdev.Inde
 	o.setDefaults()
 	group, gctx := errgroup.WithContext(ctx)
 	in := newInput(gctx)
-	out, err := newOutput(gctx, put, o.Workers)
+	out, err := newOutput(gctx, put, o)
 	if err != nil {
 		return nil, fmt.Errorf("building the index of a layer: %w", err)
 	}

@@ -29,6 +29,7 @@ type output struct {
 	chunks []blockdev.Chunk
 	pieces []blockdev.Piece
 
+	max    int // chunks and pieces
 	cutter cdc.Chunker
 	buf    []byte // the chunk so far
 	offset int64  // where it starts
@@ -37,11 +38,12 @@ type output struct {
 	pieceBuf []byte
 }
 
-func newOutput(ctx context.Context, put Put, workers int) (*output, error) {
+func newOutput(ctx context.Context, put Put, opt Options) (*output, error) {
+	workers := opt.Workers
 	// Two buffers are being filled, one per worker is being put, and as many
 	// wait in between.
 	n := 2*workers + 2
-	o := &output{ctx: ctx, put: put, free: make(chan []byte, n), jobs: make(chan job, workers)}
+	o := &output{ctx: ctx, put: put, free: make(chan []byte, n), jobs: make(chan job, workers), max: opt.MaxChunks}
 	for range n {
 		o.free <- nil
 	}
@@ -158,6 +160,9 @@ func (o *output) add(p []byte) error {
 
 // cut sends off the current chunk.
 func (o *output) cut() error {
+	if err := o.full(); err != nil {
+		return err
+	}
 	c := blockdev.Chunk{Offset: o.offset, Length: uint32(len(o.buf))} // at most MaxChunk
 	o.mu.Lock()
 	o.chunks = append(o.chunks, c)
@@ -166,6 +171,15 @@ func (o *output) cut() error {
 	o.offset += int64(len(o.buf))
 	o.buf = nil
 	return o.send(j)
+}
+
+// full is an error if an index has no room for one more chunk or piece, so that a layer
+// that is too large is not fetched to its end.
+func (o *output) full() error {
+	if len(o.chunks)+len(o.pieces) < o.max {
+		return nil
+	}
+	return unsupported("after %d GiB the layer has %d chunks, and an index can list no more: divide the layer into several", o.offset>>30, len(o.chunks))
 }
 
 // flush sends off what is left.
@@ -185,6 +199,9 @@ func (o *output) flush() error {
 }
 
 func (o *output) cutPiece() error {
+	if err := o.full(); err != nil {
+		return err
+	}
 	o.mu.Lock()
 	o.pieces = append(o.pieces, blockdev.Piece{Length: uint32(len(o.pieceBuf))}) // at most MaxChunk
 	o.mu.Unlock()
