@@ -11,6 +11,9 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+
+	"github.com/shoalfs/shoal/blockdev"
 )
 
 // create is Prepare and View.
@@ -26,6 +29,9 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		if err := s.prepareLazy(ctx, key, parent, info); err != nil {
 			return nil, err
 		}
+	}
+	if err := s.emptyVolume(key, parent); err != nil {
+		return nil, err
 	}
 	var links []link
 	if parent != "" {
@@ -51,6 +57,21 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		s.containerStarts(key, sn.ID, info, links)
 	}
 	return mounts, nil
+}
+
+// emptyVolume refuses the snapshot of a pod's image volume if it has no parent. containerd
+// has unpacked nothing of such an image, and goes on without a word: the container would
+// start and find no file.
+func (s *Snapshotter) emptyVolume(key, parent string) error {
+	// CRI's key is a path, .../image-volumes/POD/MANIFEST; that of a container is not.
+	dir, manifest := filepath.Split(key)
+	_, ok := blockdev.ParseHex(manifest)
+	if parent != "" || !ok || filepath.Base(filepath.Dir(filepath.Clean(dir))) != "image-volumes" {
+		return nil
+	}
+	s.log.Warn("the image of a volume has no layers; its container does not start", "manifest", "sha256:"+manifest)
+	return fmt.Errorf("containerd has unpacked no layer of the image with the manifest sha256:%s, so the volume would be empty: "+
+		"it is an artifact, or its blobs are not tar layers; make a container image of its files: %w", manifest, errdefs.ErrFailedPrecondition)
 }
 
 // createOrdinary makes an active snapshot or a view, with its directories. It

@@ -137,16 +137,31 @@ func checkDescriptor(what string, d ocispec.Descriptor, limit int64) (descriptor
 	return descriptor{dg, d.Size, d.MediaType}, nil
 }
 
-// imageParts checks an image manifest's descriptors.
+// erofsType is a layer to containerd from 2.3 on.
+const erofsType = "application/vnd.erofs.layer.v1"
+
+// unpacks says whether containerd unpacks what has this media type as a layer, or
+// refuses to. Everything else that a manifest lists (a model's weights as they are, a
+// signature) it fetches and leaves alone, and the config has no DiffID for it.
+func unpacks(mediaType string) bool {
+	return images.IsLayerType(mediaType) || mediaType == erofsType
+}
+
+// imageParts checks an image manifest's descriptors. The layers are those that
+// containerd unpacks.
 func imageParts(doc *document) (config descriptor, layers []descriptor, err error) {
 	if mt := doc.Config.MediaType; !images.IsConfigType(mt) {
-		return descriptor{}, nil, unsupported("config media type %.100q does not belong to a container image", mt)
+		return descriptor{}, nil, unsupported("the manifest is one of an artifact, which containerd does not unpack: its config has media type %.100q, "+
+			"and that of a container image has %q", mt, ocispec.MediaTypeImageConfig)
 	}
 	if config, err = checkDescriptor("config", *doc.Config, maxConfig); err != nil {
 		return descriptor{}, nil, err
 	}
 	sizes := map[blockdev.Digest]int64{}
 	for i, l := range doc.Layers {
+		if !unpacks(l.MediaType) {
+			continue
+		}
 		if !layerTypes[l.MediaType] {
 			return descriptor{}, nil, unsupported("layer %d (%.80s) has media type %.100q", i, l.Digest, l.MediaType)
 		}
@@ -159,6 +174,9 @@ func imageParts(doc *document) (config descriptor, layers []descriptor, err erro
 		}
 		sizes[d.digest] = d.size
 		layers = append(layers, d)
+	}
+	if n := len(doc.Layers); n > 0 && len(layers) == 0 {
+		return descriptor{}, nil, unsupported("none of the %d blobs of the image is a layer that containerd unpacks: the first one has media type %.100q", n, doc.Layers[0].MediaType)
 	}
 	return config, layers, nil
 }
@@ -179,7 +197,7 @@ func parseConfig(b []byte, layers []descriptor) ([]Layer, *imageConfig, error) {
 	if err := json.Unmarshal(b, &cfg); err != nil {
 		return nil, nil, corrupt("the image config is not readable JSON")
 	}
-	if t := cfg.RootFS.Type; t != "layers" {
+	if t := cfg.RootFS.Type; t != "layers" && (t != "" || len(cfg.RootFS.DiffIDs) == 0) { // OCI wants it, and containerd takes an image without it
 		return nil, nil, unsupported("the image config's rootfs has type %.40q", t)
 	}
 	if len(cfg.RootFS.DiffIDs) != len(layers) {

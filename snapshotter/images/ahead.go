@@ -103,6 +103,19 @@ func (c *Catalogue) hasChain(top string) bool {
 	return err == nil && ok
 }
 
+// impossible notes the image of a failed opening that can never be lazy, since there may
+// be no Prepare to say so: containerd unpacks nothing of an artifact, and a volume that it
+// makes of one is empty.
+func (c *Catalogue) impossible(o *opening, err error) {
+	if !errors.Is(err, blockdev.ErrUnsupported) {
+		return
+	}
+	o.explain.Do(func() {
+		c.refusals.add(o.ref, CauseUnsupported, err.Error())
+		c.log.Warn("image cannot be lazy; containerd unpacks it, or what of it can be unpacked", "image", o.ref, "manifest", o.key.manifest, "error", err)
+	})
+}
+
 // unused is told of an opening whose result has been given up.
 func (c *Catalogue) unused(ctx context.Context, o *opening) {
 	if !o.claimed && o.image != nil && !c.hasChain(o.image.Top) {

@@ -106,7 +106,7 @@ func Open(cfg Config) (*Catalogue, error) {
 	c.opener = &opener{cfg: &c.cfg, policy: &c.policy, records: c.records, refs: &c.refs, groups: c.groups, rights: &c.rights, room: c.room}
 	c.recoveries, c.rewarmings = newRecoveries(c.opener), newRewarmings(c.opener)
 	c.wishes = newWishes(cfg.Data, cfg.PrefetchAfterExit)
-	c.openings = openings{base: c.tasks.Context(), timeout: cfg.IndexTimeout, idle: cfg.PullIdle, ended: c.unused}
+	c.openings = openings{base: c.tasks.Context(), timeout: cfg.IndexTimeout, idle: cfg.PullIdle, ended: c.unused, failed: c.impossible}
 	c.pulls = pulls{openings: &c.openings, idle: cfg.PullIdle}
 	return c, nil
 }

@@ -22,6 +22,7 @@ type openKey struct {
 // because the callers that wait for it have left.
 type opening struct {
 	key    openKey
+	ref    string        // what the image was called when it was begun
 	done   chan struct{} // closed when image and err are set
 	cancel context.CancelFunc
 	image  *Opened
@@ -29,7 +30,8 @@ type opening struct {
 	cred   image.Credential // with which it is opened
 	// ahead: it was begun before the first Prepare, so that its failure counts for
 	// failureTTL.
-	ahead bool
+	ahead   bool
+	explain sync.Once // the one line that says why it failed
 
 	// Below here under openings.mu.
 	users   int
@@ -39,6 +41,7 @@ type opening struct {
 
 // attempt is what opens an image.
 type attempt struct {
+	ref  string           // what the image is called
 	cred image.Credential // what it does so with
 	open func(context.Context) (*Opened, error)
 }
@@ -61,6 +64,8 @@ type openings struct {
 	idle    time.Duration   // how long a result is kept that nobody uses
 	// ended is called, in a goroutine, when a result has been given up unused.
 	ended func(ctx context.Context, o *opening)
+	// failed is called, without a lock, when an opening has failed that was begun ahead.
+	failed func(o *opening, err error)
 }
 
 // join returns the opening for key, begun by try if there is none. ahead: for a
@@ -118,7 +123,7 @@ func (o *opening) failed() bool {
 
 func (os *openings) startLocked(key openKey, ahead bool, try attempt) *opening {
 	ctx, cancel := context.WithTimeout(os.base, os.timeout)
-	o := &opening{key: key, ahead: ahead, cred: try.cred, done: make(chan struct{}), cancel: cancel}
+	o := &opening{key: key, ref: try.ref, ahead: ahead, cred: try.cred, done: make(chan struct{}), cancel: cancel}
 	if os.m == nil {
 		os.m = make(map[openKey]*opening)
 	}
@@ -126,6 +131,9 @@ func (os *openings) startLocked(key openKey, ahead bool, try attempt) *opening {
 	os.flights.Go(func() {
 		defer cancel()
 		image, err := try.open(ctx)
+		if err != nil && ahead {
+			os.failed(o, err)
+		}
 		os.mu.Lock()
 		defer os.mu.Unlock()
 		o.image, o.err = image, err

@@ -34,7 +34,7 @@ func (c *Catalogue) Join(namespace, chain string, w Want) *Pull {
 	key := pullKey{namespace: namespace, ref: w.Ref, manifest: w.Manifest}
 	p := c.pulls.join(key, chain, func() *opening {
 		c.rights.claim(w.Name)
-		return c.openings.join(w.key(), false, attempt{open: func(ctx context.Context) (*Opened, error) {
+		return c.openings.join(w.key(), false, attempt{ref: w.Ref, open: func(ctx context.Context) (*Opened, error) {
 			cred, err := c.rights.pull(ctx, w)
 			if err != nil {
 				return nil, err
@@ -67,6 +67,10 @@ func (p *Pull) Layer(ctx context.Context) (*Opened, int, error) {
 			c.refusals.add(w.Ref, CauseConfig, err.Error())
 			c.log.Info("image is not lazy, because the config says so; containerd unpacks it", "image", w.Ref, "error", err)
 		})
+		return nil, 0, nil
+	case err != nil && p.pull.opening.ahead && errors.Is(err, blockdev.ErrUnsupported):
+		c.pulls.refuse(p.pull, false)
+		c.impossible(p.pull.opening, err)
 		return nil, 0, nil
 	case err != nil:
 		p.Refuse(CauseOf(err), cause(err, c.cfg.IndexTimeout))
@@ -143,7 +147,7 @@ func (p *Pull) Abandon() { p.c.pulls.leave(p.key, p.pull, "", false) }
 
 // opening is what opens the wanted image on the word of a credential.
 func (c *Catalogue) opening(w Want, cred image.Credential) attempt {
-	return attempt{cred: cred, open: func(ctx context.Context) (*Opened, error) { return c.opener.open(ctx, w, cred) }}
+	return attempt{ref: w.Ref, cred: cred, open: func(ctx context.Context) (*Opened, error) { return c.opener.open(ctx, w, cred) }}
 }
 
 // Unlabelled refuses a layer, which will have this ChainID, on one with the ChainID below

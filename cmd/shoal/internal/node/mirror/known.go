@@ -5,7 +5,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/images"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -34,8 +33,8 @@ func newKnown() *known {
 	return &known{tags: lru.New[blobKey, string](maxKnown), configs: lru.New[blobKey, blockdev.Digest](maxKnown)}
 }
 
-// note takes in a document that a pull was given. manifest reports whether it is
-// an image's.
+// note takes in a document that a pull was given. manifest reports whether it is the
+// manifest of an image, or of an artifact, which the opener finds out.
 func (k *known) note(t target, doc *image.Document) (manifest bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -65,7 +64,7 @@ func (k *known) note(t target, doc *image.Document) (manifest bool) {
 		return false
 	}
 	k.configs.Add(blobKey{t.name, config}, doc.Digest)
-	return images.IsConfigType(m.Config.MediaType)
+	return true
 }
 
 // config returns the manifest whose config a blob is.
