@@ -3,9 +3,11 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"net"
+	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -13,6 +15,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/internal/control"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // fakeDaemon answers with what it holds.
@@ -22,11 +25,14 @@ type fakeDaemon struct {
 	errs   map[string]error // of a prefetch, by reference; of a check
 	report *control.CheckReport
 	asked  control.CheckRequest
+
+	prefetch control.PrefetchRequest
 }
 
 func (d *fakeDaemon) Status(context.Context) (*control.Status, error) { return d.status, nil }
 
 func (d *fakeDaemon) Prefetch(_ context.Context, req control.PrefetchRequest, event func(control.Event)) error {
+	d.prefetch = req
 	for _, e := range d.events {
 		event(e)
 	}
@@ -167,6 +173,31 @@ REF sha256:b2b2b2b2b2b2 verified (1B)
 	}
 	if _, err := shoal(t, "prefetch"); err == nil || !strings.Contains(err.Error(), "no image is given") {
 		t.Errorf("no image: %v", err)
+	}
+}
+
+// TestPrefetchWithCredential: --docker-config names the directory of the config.json that
+// has the image's credential. Without a credential in it the daemon gets no request.
+func TestPrefetchWithCredential(t *testing.T) {
+	d := &fakeDaemon{}
+	socket, dir := d.start(t), t.TempDir()
+	prefetch := func(ref string) error {
+		_, err := shoal(t, "prefetch", "--local", "--control", socket, "--docker-config", dir, ref)
+		return err
+	}
+	if err := prefetch("r.example.com/app:1"); err == nil || !strings.Contains(err.Error(), "config.json") || d.prefetch.Ref != "" {
+		t.Errorf("without a file: %v, the daemon got %+v", err, d.prefetch)
+	}
+	auth := base64.StdEncoding.EncodeToString([]byte("ann:word"))
+	if err := os.WriteFile(filepath.Join(dir, "config.json"), []byte(`{"auths":{"r.example.com":{"auth":"`+auth+`"}}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := prefetch("other.example.com/app:1"); err == nil || !strings.Contains(err.Error(), "no credential") || d.prefetch.Ref != "" {
+		t.Errorf("another registry: %v, the daemon got %+v", err, d.prefetch)
+	}
+	want := control.PrefetchRequest{Ref: "r.example.com/app:1", Local: true, Credential: image.Credential{Username: "ann", Secret: "word"}}
+	if err := prefetch("r.example.com/app:1"); err != nil || d.prefetch != want {
+		t.Errorf("%v, the daemon got %+v, want %+v", err, d.prefetch, want)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"sync/atomic"
 
 	"github.com/docker/go-units"
@@ -14,11 +15,14 @@ import (
 	"github.com/vbauerster/mpb/v8/decor"
 	"golang.org/x/term"
 
+	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
 	"github.com/shoalfs/shoal/internal/control"
+	"github.com/shoalfs/shoal/internal/image"
+	"github.com/shoalfs/shoal/internal/registry/credentials"
 )
 
 func newPrefetchCommand() *cobra.Command {
-	var socket string
+	var socket, dockerConfig string
 	var local bool
 	cmd := &cobra.Command{
 		Use:   "prefetch IMAGE...",
@@ -27,9 +31,14 @@ func newPrefetchCommand() *cobra.Command {
 machine fetches them to the supernode, so that any node starts them at once, and
 with --local to this node's own disk, too. It ends when every byte has been
 verified and, with --local, every layer has been proven to be what the image
-config says.`,
+config says.
+
+A private image needs a credential: the daemon's own, or with --docker-config the
+one in a config.json of docker, which the daemon uses for this image and does not
+store.`,
 		Example: `  shoal prefetch docker.io/library/redis:7
-  shoal prefetch --local registry.example.com/app:v2`,
+  shoal prefetch --local registry.example.com/app:v2
+  shoal prefetch --local --docker-config /run/secrets/pull registry.example.com/private:v2`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return errors.New("no image is given: name one or more, as in shoal prefetch docker.io/library/redis:7")
@@ -40,8 +49,12 @@ config says.`,
 			client := controlClient(socket)
 			var errs []error
 			for _, ref := range args {
-				req := control.PrefetchRequest{Ref: ref, Local: local}
-				if err := prefetch(cmd.Context(), cmd.OutOrStdout(), client, req); err != nil {
+				cred, err := credentialIn(cmd.Context(), dockerConfig, ref)
+				if err == nil {
+					req := control.PrefetchRequest{Ref: ref, Local: local, Credential: cred}
+					err = prefetch(cmd.Context(), cmd.OutOrStdout(), client, req)
+				}
+				if err != nil {
 					errs = append(errs, fmt.Errorf("%s: %w", ref, err))
 				}
 			}
@@ -50,7 +63,29 @@ config says.`,
 	}
 	addControlFlag(cmd, &socket)
 	cmd.Flags().BoolVar(&local, "local", false, "bring every byte to this node's disk as well")
+	cmd.Flags().StringVar(&dockerConfig, "docker-config", "", "directory of docker's config.json with the credential for the images; empty: the daemon uses its own")
 	return cmd
+}
+
+// credentialIn is the credential for an image in the config.json of a directory; the zero
+// one if dir is empty.
+func credentialIn(ctx context.Context, dir, ref string) (image.Credential, error) {
+	if dir == "" {
+		return image.Credential{}, nil
+	}
+	name, err := daemon.Normalize(ref)
+	if err != nil {
+		return image.Credential{}, err
+	}
+	file := filepath.Join(dir, "config.json")
+	if _, err := os.Stat(file); err != nil {
+		return image.Credential{}, fmt.Errorf("--docker-config: %w", err)
+	}
+	cred, err := credentials.NewDockerConfig(ctx, dir, nil).Credential(ctx, name)
+	if err == nil && cred == (image.Credential{}) {
+		err = fmt.Errorf("%s has no credential for the registry of this image, or is not what docker login writes", file)
+	}
+	return cred, err
 }
 
 // progress shows events; done is called once, at the end.

@@ -91,6 +91,8 @@ type PrefetchRequest struct {
 	// Local: to this node's disk, every byte verified, and every layer proven.
 	// Otherwise: to the supernode.
 	Local bool `json:"local"`
+	// Credential, unless it is zero, opens the image instead of the daemon's own.
+	Credential image.Credential `json:"credential,omitzero"`
 }
 
 // Event reports the progress of one layer, or how the request ended.

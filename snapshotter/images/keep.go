@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/image"
 )
 
 // Keep opens an image that containerd has not asked for, so that it can be
@@ -24,12 +25,25 @@ func (c *Catalogue) Keep(ctx context.Context, ref string, manifest blockdev.Dige
 	if err != nil {
 		return Image{}, err
 	}
+	return c.keep(ctx, w, cred)
+}
+
+// KeepAs is Keep on the word of this credential instead of the node's own.
+func (c *Catalogue) KeepAs(ctx context.Context, ref string, manifest blockdev.Digest, cred image.Credential) (Image, error) {
+	w, err := NewWant(ref, manifest)
+	if err != nil {
+		return Image{}, err
+	}
+	return c.keep(ctx, w, cred)
+}
+
+func (c *Catalogue) keep(ctx context.Context, w Want, cred image.Credential) (Image, error) {
 	o, err := c.opener.open(ctx, w, cred)
 	if err != nil {
-		return Image{}, fmt.Errorf("image %s: %w", ref, err)
+		return Image{}, fmt.Errorf("image %s: %w", w.Ref, err)
 	}
 	defer o.release()
-	img := Image{Ref: ref, Manifest: o.Manifest, Layers: o.Layers}
+	img := Image{Ref: w.Ref, Manifest: o.Manifest, Layers: o.Layers}
 	chains, err := c.snapshots.Chains(ctx)
 	if err != nil {
 		return Image{}, err

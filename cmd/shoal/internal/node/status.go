@@ -9,6 +9,7 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/daemon"
 	"github.com/shoalfs/shoal/internal/control"
 	"github.com/shoalfs/shoal/internal/image"
+	"github.com/shoalfs/shoal/snapshotter/images"
 )
 
 // Status implements control.Daemon.
@@ -74,9 +75,9 @@ func (d *Daemon) Prefetch(ctx context.Context, req control.PrefetchRequest, even
 		return err
 	}
 	if !req.Local {
-		return d.warm(ctx, ref, event)
+		return d.warm(ctx, ref, req.Credential, event)
 	}
-	im, err := d.images.Keep(ctx, ref, blockdev.Digest{})
+	im, err := d.keep(ctx, ref, req.Credential)
 	if err != nil {
 		return err
 	}
@@ -102,11 +103,21 @@ func (d *Daemon) Prefetch(ctx context.Context, req control.PrefetchRequest, even
 	return nil
 }
 
-// warm has the supernode fetch an image.
-func (d *Daemon) warm(ctx context.Context, ref string, event func(control.Event)) error {
-	cred, err := d.keychain.Credential(ctx, ref)
-	if err != nil {
-		return err
+// keep opens an image on the word of a credential; the zero one is the node's own.
+func (d *Daemon) keep(ctx context.Context, ref string, cred image.Credential) (images.Image, error) {
+	if cred == (image.Credential{}) {
+		return d.images.Keep(ctx, ref, blockdev.Digest{})
+	}
+	return d.images.KeepAs(ctx, ref, blockdev.Digest{}, cred)
+}
+
+// warm has the supernode fetch an image on the word of a credential; the zero one is the
+// node's own.
+func (d *Daemon) warm(ctx context.Context, ref string, cred image.Credential, event func(control.Event)) (err error) {
+	if cred == (image.Credential{}) {
+		if cred, err = d.keychain.Credential(ctx, ref); err != nil {
+			return err
+		}
 	}
 	im, err := d.up.source.FetchIndexes(ctx, image.Request{Ref: ref, Platform: daemon.Platform(), Credential: cred, Progress: control.LayerEvents(event)})
 	if err != nil {

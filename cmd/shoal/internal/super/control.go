@@ -52,7 +52,7 @@ func (d *Daemon) Prefetch(ctx context.Context, req control.PrefetchRequest, even
 	if req.Local {
 		return errors.New("--local brings an image to a node, and this is a supernode: run the command where a node runs, or leave --local out")
 	}
-	image, err := d.image(ctx, req.Ref)
+	image, err := d.image(ctx, req.Ref, req.Credential)
 	if err != nil {
 		return err
 	}
@@ -74,13 +74,16 @@ func (d *Daemon) Stored() []control.StoredLayer {
 	return out
 }
 
-// image is what an operator names.
-func (d *Daemon) image(ctx context.Context, name string) (image.Request, error) {
+// image is what an operator names, and a credential for it; the zero one is the
+// supernode's own.
+func (d *Daemon) image(ctx context.Context, name string, cred image.Credential) (image.Request, error) {
 	ref, err := daemon.Normalize(name)
 	if err != nil {
 		return image.Request{}, err
 	}
-	cred, err := d.credentials.Credential(ctx, ref)
+	if cred == (image.Credential{}) {
+		cred, err = d.credentials.Credential(ctx, ref)
+	}
 	return image.Request{Ref: ref, Credential: cred, Platform: daemon.Platform()}, err
 }
 
@@ -92,7 +95,7 @@ func (d *Daemon) Remove(ctx context.Context, what string) ([]string, error) {
 		gone, err = d.super.Stock().RemoveDigest(digest)
 	} else {
 		var req image.Request
-		if req, err = d.image(ctx, what); err == nil {
+		if req, err = d.image(ctx, what, image.Credential{}); err == nil {
 			gone, err = d.super.Stock().Remove(ctx, req)
 		}
 	}
@@ -105,7 +108,7 @@ func (d *Daemon) Remove(ctx context.Context, what string) ([]string, error) {
 
 // Pin implements control.StoreKeeper.
 func (d *Daemon) Pin(ctx context.Context, name string) error {
-	req, err := d.image(ctx, name)
+	req, err := d.image(ctx, name, image.Credential{})
 	if err != nil {
 		return err
 	}
