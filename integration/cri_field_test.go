@@ -9,12 +9,9 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
-
-	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/shoalfs/shoal/integration/lab"
 )
@@ -251,37 +248,4 @@ func TestPodEndsWhileItWaitsForBytes(t *testing.T) {
 		t.Error("the read has ended well without its bytes")
 	}
 	noError(t, second.Remove(ctx))
-}
-
-// TestImageVolume: an image as a volume of a pod is lazy, and so is a directory of
-// one.
-func TestImageVolume(t *testing.T) {
-	s := newCRISite(t, pinned(t), "", nil)
-	ctx := t.Context()
-	ref, volume := s.pushApp(t, "app", "x"), s.push(t, "volume", layer(t, dir("a/"), file("a/one", bigContent(5)), file("two", bigContent(6))))
-	noError(t, s.CRI.Pull(ctx, ref, nil))
-	noError(t, s.CRI.Pull(ctx, volume, nil))
-	pod := must(s.CRI.RunPod(ctx, "pod", lab.PodOptions{}))(t)
-	image := &runtimeapi.ImageSpec{Image: volume}
-	c := must(pod.StartConfig(ctx, &runtimeapi.ContainerConfig{
-		Metadata: &runtimeapi.ContainerMetadata{Name: "main"},
-		Image:    &runtimeapi.ImageSpec{Image: ref},
-		Command:  []string{"/guest", "pause"},
-		Mounts: []*runtimeapi.Mount{
-			{ContainerPath: "/all", Image: image, Readonly: true},
-			{ContainerPath: "/part", Image: image, ImageSubPath: "a", Readonly: true},
-		},
-	}))(t)
-	for name, want := range map[string]string{"/all/two": bigContent(6), "/all/a/one": bigContent(5), "/part/one": bigContent(5)} {
-		if got := must(c.Exec(ctx, "/guest", "cat", name))(t); got != want {
-			t.Errorf("%s has other content than was pushed", name)
-		}
-	}
-	if !s.isLazy(t, ctx, volume) {
-		t.Errorf("the volume is not lazy: %s", logLine(t, s.node.Log, volume))
-	}
-	if _, err := c.Exec(ctx, "/guest", "touch", "/all/new"); err == nil || !strings.Contains(err.Error(), "read-only") {
-		t.Errorf("a file in the volume: %v, want that it is read-only", err)
-	}
-	noError(t, pod.Remove(ctx))
 }

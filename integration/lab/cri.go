@@ -98,6 +98,19 @@ func (c *CRI) Images(ctx context.Context) ([]string, error) {
 	return refs, nil
 }
 
+// ImageID is the name that CRI gives an image that was pulled. kubelet uses it for the
+// image volumes of pods.
+func (c *CRI) ImageID(ctx context.Context, ref string) (string, error) {
+	resp, err := c.Image.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
+	if err == nil && resp.Image == nil {
+		err = errors.New("no such image")
+	}
+	if err != nil {
+		return "", c.failed("status of image "+ref, err)
+	}
+	return resp.Image.Id, nil
+}
+
 // ImageFs is what kubelet is told of the file system that images are on.
 func (c *CRI) ImageFs(ctx context.Context) (*runtimeapi.FilesystemUsage, error) {
 	resp, err := c.Image.ImageFsInfo(ctx, &runtimeapi.ImageFsInfoRequest{})
@@ -198,6 +211,28 @@ func (x *PodContainer) Exec(ctx context.Context, command ...string) (string, err
 		return string(resp.Stdout), fmt.Errorf("exec %s: exit status %d: %s", strings.Join(command, " "), resp.ExitCode, resp.Stderr)
 	}
 	return string(resp.Stdout), nil
+}
+
+// Wait waits until the container's process has ended, and returns its exit status.
+func (x *PodContainer) Wait(ctx context.Context, timeout time.Duration) (status int32, err error) {
+	err = WaitFor(ctx, "end of a container", timeout, func() error {
+		resp, err := x.c.Runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: x.ID})
+		if err != nil {
+			return err
+		}
+		if resp.Status.State != runtimeapi.ContainerState_CONTAINER_EXITED {
+			return fmt.Errorf("it is in state %v", resp.Status.State)
+		}
+		status = resp.Status.ExitCode
+		return nil
+	})
+	return status, err
+}
+
+// ImageVolume is an image that a container has as a read-only volume, or the directory
+// sub of it.
+func ImageVolume(at, image, sub string) *runtimeapi.Mount {
+	return &runtimeapi.Mount{ContainerPath: at, Image: &runtimeapi.ImageSpec{Image: image}, ImageSubPath: sub, Readonly: true}
 }
 
 // Stop ends the pod's containers.

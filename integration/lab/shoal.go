@@ -264,7 +264,11 @@ type NodeStatus struct {
 		Ref    string
 		Layers []NodeLayer
 	}
+	NotLazy []NotLazy `json:"not_lazy"`
 }
+
+// NotLazy says why an image was not lazy when it was pulled.
+type NotLazy struct{ Ref, Cause, Why string }
 
 // NodeLayer is a layer in a NodeStatus; Size and Local are bytes.
 type NodeLayer struct {
