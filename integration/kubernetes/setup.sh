@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # setup.sh BIN: builds what a Kubernetes cluster needs, from the Go module proxy, in
-# the versions that integration/tools pins: Kubernetes' own programs, etcd, and the
+# the versions that integration/tools pins: Kubernetes' own programs, Helm, etcd, and the
 # CNI plugins; and a runc with seccomp, which kubelet's sandboxes want. It takes 8
 # minutes on 2 idle cores, and 4 GB of disk while it lasts; the programs (0.5 GB)
 # are kept in the cache, by version, and BIN/kubernetes gets links to them.
@@ -28,6 +28,10 @@ version=$(tool_version kubernetes $k)
 IFS=. read -r _ minor _ <<<"$version"
 LDFLAGS="-X k8s.io/component-base/version.gitVersion=$version -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=$minor" \
   build kubernetes $k $k/cmd/kubelet $k/cmd/kube-apiserver $k/cmd/kube-controller-manager $k/cmd/kube-scheduler $k/cmd/kube-proxy $k/cmd/kubectl
+link
+
+p=helm.sh/helm/v4
+NAME=helm build helm $p $p/cmd/helm
 link
 
 NAME=etcd build etcd go.etcd.io/etcd/server/v3 go.etcd.io/etcd/server/v3
