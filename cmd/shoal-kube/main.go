@@ -55,7 +55,7 @@ commands work by hand, too.`,
 		SilenceErrors: true,
 	}
 	cmd.AddCommand(
-		newWatchCommand(), newInstallCommand(), newPrepareCommand(), newUninstallCommand(),
+		newWatchCommand(), newInstallCommand(), newPrepareCommand(), newUninstallCommand(), newForgetCommand(),
 	)
 	return cmd
 }

@@ -147,6 +147,40 @@ func find[T interface {
 	return none
 }
 
+// TestRights: the pods on the nodes may do what docs/kubernetes.md says, and no more; that
+// table is made of what shoal-kube watch needs.
+func TestRights(t *testing.T) {
+	page, err := os.ReadFile(docs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, ok := strings.Cut(string(page), "<!-- rights of shoal-kube watch -->")
+	table, _, ok2 := strings.Cut(table, "<!-- end of rights of shoal-kube watch -->")
+	if !ok || !ok2 {
+		t.Fatal("the table of rights is gone")
+	}
+	want, got := map[string]bool{}, map[string]bool{}
+	for _, row := range regexp.MustCompile("(?m)^\\| core \\| `([^`]+)` \\| ([^|]+) \\|").FindAllStringSubmatch(table, -1) {
+		for verb := range strings.SplitSeq(row[2], ", ") {
+			want[row[1]+" "+verb] = true
+		}
+	}
+	objects, err := render(t, values{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range find[*rbacv1.ClusterRole](t, objects, "shoal-node").Rules {
+		for _, resource := range r.Resources {
+			for _, verb := range r.Verbs {
+				got[resource+" "+verb] = true
+			}
+		}
+	}
+	if !maps.Equal(got, want) {
+		t.Errorf("the chart gives %v, and the page says %v", slices.Sorted(maps.Keys(got)), slices.Sorted(maps.Keys(want)))
+	}
+}
+
 // TestRender: with any of the values, each object is one of the API's, and is named and
 // selected consistently.
 func TestRender(t *testing.T) {
@@ -177,7 +211,7 @@ func TestRender(t *testing.T) {
 			set := find[*appsv1.DaemonSet](t, objects, "shoal-node")
 			selects(t, set.Spec.Selector.MatchLabels, set.Spec.Template.Labels)
 			if n := len(objects); v["supernodes"] != nil {
-				if n > 11 {
+				if n > 15 {
 					t.Errorf("%d objects although the supernodes are elsewhere", n)
 				}
 				return

@@ -25,5 +25,5 @@ func newFake() (*fake.FakeCoreV1, *atomic.Int64) {
 // TestFake runs the suite on client-go's fake. TestServer runs it on a real API server.
 func TestFake(t *testing.T) {
 	client, writes := newFake()
-	suite(t, api{admin: client, program: client, writes: writes.Load})
+	suite(t, api{admin: client, program: client, forget: client, writes: writes.Load})
 }

@@ -43,7 +43,7 @@ func TestKill(t *testing.T) {
 	}
 	keep, socket := startKept(t)
 	client, writes := newFake()
-	a := api{admin: client, program: client, writes: writes.Load}
+	a := api{admin: client, program: client, forget: client, writes: writes.Load}
 	node, c := newNode(t, a), &called{Client: control.Client{Path: socket}}
 	stop := run(t, a, node, c, func(c *Config) { c.Poll, c.Grace, c.Taint = 20*time.Millisecond, 5*time.Minute, true })
 	says(t, a, node, corev1.ConditionTrue, ReasonReady)

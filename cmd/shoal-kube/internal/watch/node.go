@@ -83,7 +83,6 @@ func (o *object) taint(ctx context.Context, want bool) (changed bool, err error)
 		if err != nil {
 			return err
 		}
-		ours := func(t corev1.Taint) bool { return t.Key == TaintKey }
 		if slices.ContainsFunc(node.Spec.Taints, ours) == want {
 			changed = false
 			return nil

@@ -10,12 +10,22 @@ type Rule struct {
 	For string
 }
 
+func rule(resource, why string, verbs ...string) Rule {
+	return Rule{rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{resource}, Verbs: verbs}, why}
+}
+
+// ForgetRules are those that Forget needs.
+func ForgetRules() []Rule {
+	return []Rule{
+		rule("nodes", "which nodes have condition or taint; the taint", "get", "list", "patch"),
+		rule("nodes/status", "the condition `ShoalReady`", "patch"),
+		rule("pods", "whether the pods that watch are gone", "list"),
+	}
+}
+
 // Rules are all of them, for a ClusterRole. RBAC cannot limit them to one node or to the
 // pods of one.
 func Rules() []Rule {
-	rule := func(resource, why string, verbs ...string) Rule {
-		return Rule{rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{resource}, Verbs: verbs}, why}
-	}
 	return []Rule{
 		rule("nodes", "the condition and the taints that are there", "get"),
 		rule("nodes/status", "the condition `ShoalReady`", "patch"),

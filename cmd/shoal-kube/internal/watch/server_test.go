@@ -32,6 +32,7 @@ import (
 func TestServer(t *testing.T) {
 	s := startServer(t)
 	s.grant(t, "program", Rules())
+	s.grant(t, "forget", ForgetRules())
 	var writes atomic.Int64
 	count := func(next http.RoundTripper) http.RoundTripper {
 		return roundTripper(func(r *http.Request) (*http.Response, error) {
@@ -41,7 +42,7 @@ func TestServer(t *testing.T) {
 			return next.RoundTrip(r)
 		})
 	}
-	suite(t, api{admin: s.client(t, "admin", nil), program: s.client(t, "program", count), writes: writes.Load})
+	suite(t, api{admin: s.client(t, "admin", nil), program: s.client(t, "program", count), forget: s.client(t, "forget", nil), writes: writes.Load})
 }
 
 type roundTripper func(*http.Request) (*http.Response, error)
@@ -70,7 +71,7 @@ func startServer(t *testing.T) *server {
 		return path
 	}
 	sa := file("sa.key", pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)}))
-	tokens := file("tokens.csv", []byte("admin,admin,admin,system:masters\nprogram,program,program\n"))
+	tokens := file("tokens.csv", []byte("admin,admin,admin,system:masters\nprogram,program,program\nforget,forget,forget\n"))
 	etcd, peer, port := fmt.Sprintf("http://127.0.0.1:%d", freePort(t)), fmt.Sprintf("http://127.0.0.1:%d", freePort(t)), fmt.Sprint(freePort(t))
 	var down atomic.Value // the name of a program that has ended
 	start := func(program string, args ...string) {

@@ -24,6 +24,8 @@ import (
 type api struct {
 	// admin may do everything, program what Rules say.
 	admin, program typedcorev1.CoreV1Interface
+	// forget may do what ForgetRules say.
+	forget typedcorev1.CoreV1Interface
 	// writes counts the requests of program that write nodes.
 	writes func() int64
 }
@@ -32,7 +34,7 @@ type api struct {
 func suite(t *testing.T, a api) {
 	for name, test := range map[string]func(*testing.T, api){
 		"Condition": testCondition, "Grace": testGrace, "Restart": testRestart, "Taint": testTaint, "NoTaint": testNoTaint,
-		"Events": testEvents, "Repeated": testRepeated, "Clear": testClear,
+		"Events": testEvents, "Repeated": testRepeated, "Clear": testClear, "Forget": testForget,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, a) })
 	}
@@ -468,6 +470,43 @@ func testClear(t *testing.T, a api) {
 	}
 	if err := Clear(t.Context(), a.program, node+"-not-there"); err == nil {
 		t.Error("a node that does not exist was cleared")
+	}
+}
+
+// testForget: when the pods that watch are gone, no node has condition or taint.
+func testForget(t *testing.T, a api) {
+	node, s := newNode(t, a), newShoal()
+	pods := a.admin.Pods("default")
+	p := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: "watch", Namespace: "default", Labels: map[string]string{"app": "watch"}},
+		Spec:       corev1.PodSpec{NodeName: node, Containers: []corev1.Container{{Name: "watch", Image: "shoal"}}},
+	}
+	if _, err := pods.Create(t.Context(), p, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	s.fail(errDown)
+	stop := run(t, a, node, s, func(c *Config) { c.Taint = true })
+	says(t, a, node, corev1.ConditionFalse, ReasonNodeDown)
+	waitTaint(t, a, node, true)
+	stop()
+
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if n, err := Forget(ctx, a.forget, "default", "app=watch", time.Millisecond); n != 0 || err == nil || find(get(t, a, node)) == nil {
+		t.Errorf("%d nodes forgotten while a pod watches: %v", n, err)
+	}
+	grace := int64(0)
+	if err := pods.Delete(t.Context(), p.Name, metav1.DeleteOptions{GracePeriodSeconds: &grace}); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := Forget(t.Context(), a.forget, "default", "app=watch", time.Millisecond); n != 1 || err != nil {
+		t.Errorf("%d nodes forgotten: %v", n, err)
+	}
+	if c := find(get(t, a, node)); c != nil || tainted(t, a, node) {
+		t.Errorf("left: %+v, taint: %v", c, tainted(t, a, node))
+	}
+	if n, err := Forget(t.Context(), a.forget, "default", "app=watch", time.Millisecond); n != 0 || err != nil {
+		t.Errorf("%d nodes forgotten again: %v", n, err)
 	}
 }
 
