@@ -22,18 +22,9 @@ type serverMetrics struct {
 
 func newServerMetrics(reg prometheus.Registerer, admit *admission, upload *pace.Pacer) (*serverMetrics, error) {
 	m := &serverMetrics{Set: metric.Set{Registerer: reg}}
-	m.requests = prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "shoal_p2p_requests_total",
-		Help: "Requests from peers, by kind and how they ended.",
-	}, []string{"kind", "result"})
-	chunks := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "shoal_p2p_sent_chunks_total",
-		Help: "Chunks sent to peers.",
-	}, []string{"kind"})
-	bytes := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "shoal_p2p_sent_bytes_total",
-		Help: "Bytes of chunks (as sent: compressed or not) and indexes sent to peers.",
-	}, []string{"kind"})
+	m.requests = metric.CounterVec("shoal_p2p_requests_total", "Requests from peers, by kind and how they ended.", "kind", "result")
+	chunks := metric.CounterVec("shoal_p2p_sent_chunks_total", "Chunks sent to peers.", "kind")
+	bytes := metric.CounterVec("shoal_p2p_sent_bytes_total", "Bytes of chunks (as sent: compressed or not) and indexes sent to peers.", "kind")
 	for k := range kinds {
 		m.chunks[k] = chunks.WithLabelValues(k.String())
 		m.bytes[k] = bytes.WithLabelValues(k.String())

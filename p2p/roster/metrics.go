@@ -33,8 +33,8 @@ func newMetrics(l *List, reg prometheus.Registerer) (*metrics, error) {
 	m := &metrics{
 		Set:   metric.Set{Registerer: reg},
 		joins: counter("joins_total", "Times that a node was let in."),
-		refused: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "shoal_supernode_joins_refused_total",
-			Help: "Times that a node was not let in, by reason: token, revoked, identity (two nodes with the same one), limit, invalid."}, []string{"reason"}),
+		refused: metric.CounterVec("shoal_supernode_joins_refused_total",
+			"Times that a node was not let in, by reason: token, revoked, identity (two nodes with the same one), limit, invalid.", "reason"),
 		expired:       counter("leases_expired_total", "Memberships that ended because the node was silent."),
 		groupsRefused: counter("groups_refused_total", "Times that a node was not let into an image's group."),
 		strangers:     counter("strangers_total", "Connections and streams that were refused or ended because the peer has not joined, or is revoked."),

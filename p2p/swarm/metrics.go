@@ -26,14 +26,10 @@ type metrics struct {
 }
 
 func newMetrics(reg prometheus.Registerer, s *Swarm) (*metrics, error) {
-	bytes := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "shoal_node_received_bytes_total",
-		Help: "Uncompressed bytes of received chunks, by source, and by the zone of the source.",
-	}, []string{"source", "zone"})
-	failures := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "shoal_node_peer_failures_total",
-		Help: "Chunks that a peer did not deliver, by reason. Other sources were asked for all of them.",
-	}, []string{"reason"})
+	bytes := metric.CounterVec("shoal_node_received_bytes_total",
+		"Uncompressed bytes of received chunks, by source, and by the zone of the source.", "source", "zone")
+	failures := metric.CounterVec("shoal_node_peer_failures_total",
+		"Chunks that a peer did not deliver, by reason. Other sources were asked for all of them.", "reason")
 	m := &metrics{
 		Set:       metric.Set{Registerer: reg},
 		peer:      map[string]prometheus.Counter{sameZone: bytes.WithLabelValues("peer", sameZone), otherZone: bytes.WithLabelValues("peer", otherZone)},

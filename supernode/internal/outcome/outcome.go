@@ -9,12 +9,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/internal/metric"
 	"github.com/shoalfs/shoal/internal/registry"
 )
 
 // Counter is a counter by outcome.
 func Counter(name, help string) *prometheus.CounterVec {
-	return prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, []string{"outcome"})
+	return metric.CounterVec(name, help, "outcome")
 }
 
 // Of is the label for an error: one of ten.

@@ -97,10 +97,9 @@ func New(cfg Config) (*Mirror, error) {
 	if cfg.Address != "" {
 		m.names = hosts(cfg.Address)
 	}
-	m.requests = prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "shoal_node_mirror_requests_total",
-		Help: "Requests of containerd to the registry mirror, by what was asked for and the HTTP status of the answer. 401 is the first answer to every pull.",
-	}, []string{"kind", "status"})
+	m.requests = metric.CounterVec("shoal_node_mirror_requests_total",
+		"Requests of containerd to the registry mirror, by what was asked for and the HTTP status of the answer. 401 is the first answer to every pull.",
+		"kind", "status")
 	set := metric.Set{Registerer: cfg.Registerer}
 	if err := set.Register(m.requests); err != nil {
 		return nil, fmt.Errorf("mirror: %w", err)
