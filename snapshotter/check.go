@@ -21,8 +21,8 @@ type Health struct {
 	Findings             []blockdev.Finding
 }
 
-func (h *Health) add(where, repaired, format string, args ...any) {
-	h.Findings = append(h.Findings, blockdev.Finding{Where: where, Problem: fmt.Sprintf(format, args...), Repaired: repaired})
+func (h *Health) add(where, format string, args ...any) {
+	h.Findings = append(h.Findings, blockdev.Finding{Where: where, Problem: fmt.Sprintf(format, args...)})
 }
 
 // Check checks the databases while the snapshotter is in use. With repair it also
@@ -31,7 +31,7 @@ func (h *Health) add(where, repaired, format string, args ...any) {
 func (s *Snapshotter) Check(ctx context.Context, repair bool) (*Health, error) {
 	h := &Health{Databases: 2}
 	if err := s.images.Check(); err != nil {
-		h.add(images.File, "", "%v: the next start of the node sets the file aside", err)
+		h.add(images.File, "%v: the next start of the node sets the file aside", err)
 	}
 	before := &Health{}
 	// In the transaction that makes snapshots, so that none is seen half made.
@@ -44,7 +44,7 @@ func (s *Snapshotter) Check(ctx context.Context, repair bool) (*Health, error) {
 		return before.orphans(s.cfg.Root, ids)
 	})
 	if err != nil {
-		h.add(metadataFile, "", "%v: the next start of the node sets the file aside", err)
+		h.add(metadataFile, "%v: the next start of the node sets the file aside", err)
 		return h, nil
 	}
 	h.aside(s.cfg.Root)
@@ -88,7 +88,7 @@ func Inspect(ctx context.Context, root string, repair bool) (*Health, error) {
 			continue
 		case errors.Is(err, blockdev.ErrCorrupt):
 			sound = false
-			h.add(db.name, "", "%v: the next start of the node sets the file aside", err)
+			h.add(db.name, "%v: the next start of the node sets the file aside", err)
 		case err != nil:
 			return nil, err
 		}
@@ -143,7 +143,7 @@ func (h *Health) orphans(root string, ids map[string]string) error {
 		}
 		for _, e := range entries {
 			if _, ok := ids[e.Name()]; !ok {
-				h.add(filepath.Join(root, sub, e.Name()), "", "belongs to no snapshot")
+				h.add(filepath.Join(root, sub, e.Name()), "belongs to no snapshot")
 			}
 		}
 	}
@@ -157,6 +157,6 @@ func (h *Health) aside(root string) {
 		return
 	}
 	for _, path := range left {
-		h.add(path, "", "was set aside because it was damaged: delete it when no container needs its content")
+		h.add(path, "was set aside because it was damaged: delete it when no container needs its content")
 	}
 }

@@ -73,25 +73,25 @@ func CheckInit(init []byte) error {
 
 // parseAgreement reads what Server.Init returned.
 func parseAgreement(b []byte) (a agreement, err error) {
-	damaged := func(what string) (agreement, error) {
-		return agreement{}, fmt.Errorf("the saved FUSE_INIT is damaged (%s): %w", what, blockdev.ErrCorrupt)
+	damaged := func(what string) error {
+		return fmt.Errorf("the saved FUSE_INIT is damaged (%s): %w", what, blockdev.ErrCorrupt)
 	}
 	if len(b) < inHeaderSize {
-		return damaged("no request")
+		return agreement{}, damaged("no request")
 	}
 	n := int64(binary.NativeEndian.Uint32(b))
 	if n < inHeaderSize || n > int64(len(b)) {
-		return damaged("length of the request")
+		return agreement{}, damaged("length of the request")
 	}
 	a = agreement{b[:n], b[n:]}
 	if h, ok := parseHeader(a.request); !ok || h.opcode != opInit {
-		return damaged("request")
+		return agreement{}, damaged("request")
 	}
 	if len(a.answer) < initOutFlags2+4 || int(binary.NativeEndian.Uint32(a.answer)) != len(a.answer) {
-		return damaged("answer")
+		return agreement{}, damaged("answer")
 	}
 	if binary.NativeEndian.Uint32(a.answer[4:]) != 0 {
-		return damaged("refused by its first server")
+		return agreement{}, damaged("refused by its first server")
 	}
 	return a, nil
 }

@@ -28,20 +28,20 @@ func ReadTokens(path string) ([]string, error) {
 		return nil, fmt.Errorf("token file: %w", err)
 	}
 	defer f.Close()
-	fail := func(err error) ([]string, error) { return nil, fmt.Errorf("token file %s: %w", path, err) }
+	fail := func(err error) error { return fmt.Errorf("token file %s: %w", path, err) }
 	st, err := f.Stat()
 	if err != nil {
-		return fail(err)
+		return nil, fail(err)
 	}
 	if perm := st.Mode().Perm(); perm&0o007 != 0 {
-		return fail(fmt.Errorf("mode %04o lets every user of this machine read the token: chmod 600 the file", perm))
+		return nil, fail(fmt.Errorf("mode %04o lets every user of this machine read the token: chmod 600 the file", perm))
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxTokenFile+1))
 	if err != nil {
-		return fail(err)
+		return nil, fail(err)
 	}
 	if len(b) > maxTokenFile {
-		return fail(fmt.Errorf("more than %d bytes: this is not a file of tokens", maxTokenFile))
+		return nil, fail(fmt.Errorf("more than %d bytes: this is not a file of tokens", maxTokenFile))
 	}
 	var tokens []string
 	lines := bufio.NewScanner(bytes.NewReader(b))
@@ -51,18 +51,18 @@ func ReadTokens(path string) ([]string, error) {
 		switch {
 		case t == "" || t[0] == '#':
 		case len(t) < minToken:
-			return fail(fmt.Errorf("line %d has %d characters: a token has at least %d, such as `openssl rand -hex 32` prints", n, len(t), minToken))
+			return nil, fail(fmt.Errorf("line %d has %d characters: a token has at least %d, such as `openssl rand -hex 32` prints", n, len(t), minToken))
 		case len(t) > wire.MaxToken:
-			return fail(fmt.Errorf("line %d has %d characters: a token has at most %d", n, len(t), wire.MaxToken))
+			return nil, fail(fmt.Errorf("line %d has %d characters: a token has at most %d", n, len(t), wire.MaxToken))
 		default:
 			tokens = append(tokens, t)
 		}
 	}
 	if err := lines.Err(); err != nil {
-		return fail(err)
+		return nil, fail(err)
 	}
 	if len(tokens) == 0 {
-		return fail(errors.New("the file has no token"))
+		return nil, fail(errors.New("the file has no token"))
 	}
 	return tokens, nil
 }

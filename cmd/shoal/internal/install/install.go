@@ -50,7 +50,8 @@ type Node struct {
 // the same changes again; it is for the host's unit. An error wraps tomledit.ErrByHand if
 // the operator has to edit a file.
 func Containerd(h Host, v Version, n Node, command ...string) (Plan, error) {
-	p, text, c, err := read(h.Config)
+	var p Plan
+	text, c, err := read(h.Config)
 	if err != nil {
 		return p, err
 	}
@@ -141,7 +142,8 @@ func Containerd(h Host, v Version, n Node, command ...string) (Plan, error) {
 // still use the node, then containerd has to know it until they are removed: without it,
 // they could not be.
 func Remove(h Host, n Node, used bool) (Plan, error) {
-	p, text, c, err := read(h.Config)
+	var p Plan
+	text, c, err := read(h.Config)
 	if err != nil {
 		return p, err
 	}

@@ -28,14 +28,14 @@ type Version struct{ Major, Minor int }
 // two says that it is containerd 2.x.
 func (v Version) two() bool { return v.Major >= 2 }
 
-func read(path string) (p Plan, text []byte, c mainConfig, err error) {
+func read(path string) (text []byte, c mainConfig, err error) {
 	if text, err = readFile(path); err != nil {
-		return p, nil, c, err
+		return nil, c, err
 	}
 	if err := toml.Unmarshal(tomledit.Undo(text, mark), &c); err != nil {
-		return p, nil, c, fmt.Errorf("%s is not containerd's config, or a template of it: %w. Add the lines of docs/containerd.md by hand", path, err)
+		return nil, c, fmt.Errorf("%s is not containerd's config, or a template of it: %w. Add the lines of docs/containerd.md by hand", path, err)
 	}
-	return p, text, c, nil
+	return text, c, nil
 }
 
 // readFile returns nil for a file that is not there.
