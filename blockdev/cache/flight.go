@@ -209,11 +209,9 @@ func (g *group) get() error {
 		d.mu.Lock()
 		g.lastErr = err
 		d.mu.Unlock()
-		t := time.NewTimer(min(firstBackoff<<min(try, 16), lastBackoff))
 		select {
-		case <-t.C:
+		case <-time.After(min(firstBackoff<<min(try, 16), lastBackoff)):
 		case <-d.life.Done():
-			t.Stop()
 		}
 	}
 }

@@ -245,10 +245,8 @@ func (r *request) again(ctx context.Context, s *step, err error) bool {
 
 // wait returns false if the context ended first.
 func wait(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
 	select {
-	case <-t.C:
+	case <-time.After(d):
 		return true
 	case <-ctx.Done():
 		return false

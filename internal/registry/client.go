@@ -303,12 +303,10 @@ func pause(ctx context.Context, err error, try int) bool {
 		}
 		wait = e.after
 	}
-	t := time.NewTimer(wait)
-	defer t.Stop()
 	select {
 	case <-ctx.Done():
 		return false
-	case <-t.C:
+	case <-time.After(wait):
 		return true
 	}
 }

@@ -112,11 +112,9 @@ func (a *admission) waitForDemand(ctx context.Context, p peer.ID, k kind) {
 	if ch == nil {
 		return
 	}
-	t := time.NewTimer(a.pause[k])
-	defer t.Stop()
 	select {
 	case <-ch:
-	case <-t.C:
+	case <-time.After(a.pause[k]):
 	case <-ctx.Done():
 	}
 }

@@ -219,11 +219,9 @@ func (c *Client) readyAgain(ctx context.Context) error {
 			return err
 		}
 		c.keeper.hurry()
-		t := time.NewTimer(restartLook)
 		select {
-		case <-t.C:
+		case <-time.After(restartLook):
 		case <-ctx.Done():
-			t.Stop()
 		}
 	}
 }

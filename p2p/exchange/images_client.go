@@ -70,14 +70,11 @@ func (c *Client) converse(ctx context.Context, l *lane, out []byte, take func(*s
 		if !c.opts.Patient || !c.only() || !errors.Is(err, wire.ErrBusy) {
 			return err
 		}
-		t := time.NewTimer(pause/2 + rand.N(pause/2))
 		select {
-		case <-t.C:
+		case <-time.After(pause/2 + rand.N(pause/2)):
 		case <-ctx.Done():
-			t.Stop()
 			return fmt.Errorf("%w, until the last: %w", contextError(ctx), err)
 		case <-c.keeper.ctx.Done():
-			t.Stop()
 			return err
 		}
 	}

@@ -125,13 +125,11 @@ func (s *session) run() {
 			n.refused(s)
 		}
 		backoff = min(2*backoff, maxBackoff)
-		t := time.NewTimer(wait)
 		select {
-		case <-t.C:
+		case <-time.After(wait):
 		case <-poke:
 		case <-s.ctx.Done():
 		}
-		t.Stop()
 		s.mu.Lock()
 		s.trying = make(chan struct{})
 		s.mu.Unlock()

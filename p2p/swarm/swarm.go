@@ -205,15 +205,12 @@ func (s *Swarm) awaitGroup(ctx context.Context, diff blockdev.Digest) *group {
 		if left <= 0 {
 			return nil
 		}
-		t := time.NewTimer(left)
 		select {
 		case <-changed:
-		case <-t.C:
+		case <-time.After(left):
 		case <-ctx.Done():
-			t.Stop()
 			return nil
 		}
-		t.Stop()
 	}
 }
 

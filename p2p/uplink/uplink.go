@@ -166,11 +166,9 @@ func (u *Uplink) converse(ctx context.Context, key blockdev.Digest, after time.D
 		if !errors.Is(err, wire.ErrBusy) || ctx.Err() != nil {
 			return err
 		}
-		t := time.NewTimer(pause/2 + rand.N(pause/2))
 		select {
-		case <-t.C:
+		case <-time.After(pause/2 + rand.N(pause/2)):
 		case <-ctx.Done():
-			t.Stop()
 			return fmt.Errorf("%w, until the last: %w", ctx.Err(), err)
 		}
 	}

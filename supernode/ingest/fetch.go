@@ -90,11 +90,9 @@ func (f *fetcher) all(ctx context.Context) error {
 		}
 		f.in.cfg.Log.Warn("layer download interrupted; it goes on from the same byte", "image", f.l.Ref, "layer", f.l.Digest,
 			"at", f.at, "size", f.l.Size, "attempt", attempt, "pause", pause, "error", err)
-		timer := time.NewTimer(pause)
 		select {
-		case <-timer.C:
+		case <-time.After(pause):
 		case <-ctx.Done():
-			timer.Stop()
 			return context.Cause(ctx)
 		}
 	}

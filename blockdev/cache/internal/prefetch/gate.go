@@ -125,13 +125,11 @@ func (g *Gate) Wait(ctx context.Context) (calm bool, err error) {
 		if left <= 0 {
 			return until.Before(deadline), nil
 		}
-		t := time.NewTimer(left)
 		select {
 		case <-idle:
-		case <-t.C:
+		case <-time.After(left):
 		case <-ctx.Done():
 		}
-		t.Stop()
 	}
 	return false, context.Cause(ctx)
 }

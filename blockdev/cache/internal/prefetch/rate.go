@@ -46,10 +46,8 @@ func (r *Rate) wait(ctx context.Context) error {
 	if left <= 0 {
 		return nil
 	}
-	t := time.NewTimer(left)
-	defer t.Stop()
 	select {
-	case <-t.C:
+	case <-time.After(left):
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)

@@ -37,10 +37,8 @@ func (r *Rest) Wait(ctx context.Context, n int) error {
 	}
 	r.bytes = 0
 	if !r.hurry {
-		t := time.NewTimer(pause)
-		defer t.Stop()
 		select {
-		case <-t.C:
+		case <-time.After(pause):
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}

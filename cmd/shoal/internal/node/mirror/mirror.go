@@ -239,12 +239,10 @@ func (m *Mirror) ask(ctx context.Context, host string, t target, head bool, cred
 		m.health.end(host, !errors.Is(err, blockdev.ErrUnavailable) && !errors.Is(err, context.DeadlineExceeded) && m.now().Sub(began) < wait)
 		done <- answer{doc, cred, err}
 	}()
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
 	select {
 	case a := <-done:
 		return a.doc, a.cred, a.err
-	case <-timer.C:
+	case <-time.After(wait):
 		if m.health.late(host, m.now()) {
 			m.log.Warn("the supernode did not answer in time, so containerd asks the registry itself; for a while, pulls wait less for the supernode", "registry", host)
 		}
