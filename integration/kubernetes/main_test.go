@@ -181,10 +181,12 @@ printf '{"apiVersion": "credentialprovider.kubelet.k8s.io/v1", "kind": "Credenti
 		n.Write("/opt/credentials/lab", plugin), os.Chmod(n.Path("/opt/credentials/lab"), 0o755)) //nolint:gosec // a program
 }
 
-// warm has the supernode fetch an image.
+// warm has the supernode fetch an image, and waits until it has compressed the chunks,
+// which takes processor time from the pods that share this machine with it.
 func (s *site) warm(t *testing.T, ref string) {
 	t.Helper()
 	must(s.Control.Lab.Run(t.Context(), "shoal", "prefetch", "--control", s.Supernode.Control, ref))(t)
+	noError(t, s.Supernode.Settle(t.Context(), 5*time.Minute))
 }
 
 // app pushes an image with a program that waits, and these files.

@@ -101,7 +101,10 @@ func (p *pods) first() string { return p.name + "-0" }
 func (p *pods) ready(t *testing.T) {
 	t.Helper()
 	ctx := t.Context()
-	noError(t, lab.WaitFor(ctx, "pods "+p.name, 5*time.Minute, func() error {
+	noError(t, lab.WaitFor(ctx, "pods "+p.name, 10*time.Minute, func() error {
+		if p.n > 1 {
+			wait(ctx, 500*time.Millisecond) // lists cost the API server much
+		}
 		list, err := p.list(t)
 		if err != nil {
 			return err
@@ -123,7 +126,7 @@ func (p *pods) list(t *testing.T) ([]cluster.PodStatus, error) {
 		Items []struct{ Status cluster.PodStatus }
 	}
 	// Also in a cleanup, when the test's context has ended.
-	err := p.s.Get(contextOf(t), p.path()+p.selector(), &list)
+	err := p.s.Get(contextOf(t), p.path()+p.selector()+"&resourceVersion=0", &list)
 	var all []cluster.PodStatus
 	for _, i := range list.Items {
 		all = append(all, i.Status)
