@@ -242,9 +242,9 @@ func TestArtifactVolumes(t *testing.T) {
 	eachVolumes(t, func(t *testing.T, v lab.ContainerdVersion) {
 		s := newCRISite(t, v, "", func(s *site, o *lab.ContainerdOptions) { o.Mirror, o.MirrorCA = s.node.Mirror, s.node.MirrorCA })
 		ctx := t.Context()
+		pod := must(s.CRI.RunPod(ctx, "pod", lab.PodOptions{}))(t)
 		app := s.pushApp(t, "app", "x")
 		noError(t, s.CRI.Pull(ctx, app, nil))
-		pod := must(s.CRI.RunPod(ctx, "pod", lab.PodOptions{}))(t)
 		for i, a := range lazy {
 			ref := s.pushArtifact(t, a)
 			noError(t, s.CRI.Pull(ctx, ref, nil))

@@ -5,6 +5,7 @@ package kubernetes
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -192,6 +193,7 @@ func guest(ref, policy string) object {
 type file struct {
 	name, data string
 	uid, gid   int
+	mode       int64 // 0: 0644
 }
 
 func makeTar(t *testing.T, files ...file) []byte {
@@ -199,7 +201,7 @@ func makeTar(t *testing.T, files ...file) []byte {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for _, f := range files {
-		h := &tar.Header{Typeflag: tar.TypeReg, Name: f.name, Mode: 0o644, Size: int64(len(f.data)), Uid: f.uid, Gid: f.gid, ModTime: time.Unix(1_700_000_000, 0)}
+		h := &tar.Header{Typeflag: tar.TypeReg, Name: f.name, Mode: cmp.Or(f.mode, 0o644), Size: int64(len(f.data)), Uid: f.uid, Gid: f.gid, ModTime: time.Unix(1_700_000_000, 0)}
 		noError(t, w.WriteHeader(h))
 		must(w.Write([]byte(f.data)))(t)
 	}
