@@ -64,6 +64,10 @@ lint: $(BIN)/golangci-lint $(BIN)/deadcode ## golangci-lint with the rules of .g
 	@# What lives in a ...test package is there for tests.
 	dead="$$($(BIN)/deadcode ./... | grep -vE '^[^:]*test/')"; [ -z "$$dead" ] || { echo "$$dead" >&2; exit 1; }
 
+.PHONY: test-arm64
+test-arm64: ## the arm64 program, and tests that mount nothing, under qemu, with pages of 64 KiB
+	./integration/arm64.sh
+
 .PHONY: fuzz
 FUZZTIME ?= 10m
 fuzz: ## every fuzz target for FUZZTIME (10m)
