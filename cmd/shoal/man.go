@@ -8,7 +8,7 @@ import (
 	"github.com/spf13/cobra/doc"
 )
 
-// newManCommand is for those who package shoal: the pages come from the same
+// newManCommand is for packages of shoal: the pages come from the same
 // commands that --help shows.
 func newManCommand() *cobra.Command {
 	return &cobra.Command{

@@ -34,7 +34,7 @@ func (c *Catalogue) Begin(name, tag string, manifest blockdev.Digest, cred image
 	if c.rights.elsewhere(name) || c.here(manifest) {
 		return
 	}
-	c.openings.leave(c.openings.join(w.key(), true, c.opening(w, cred)), false)
+	c.openings.leave(c.openings.join(w.key(), true, c.opener.attempt(w, cred)), false)
 }
 
 // Await implements mirror.Opener: it returns when containerd may begin to unpack
@@ -70,7 +70,7 @@ func (c *Catalogue) Await(ctx context.Context, name string, manifest blockdev.Di
 		if err != nil {
 			return
 		}
-		c.openings.leave(c.openings.join(key, true, c.opening(w, cred)), false)
+		c.openings.leave(c.openings.join(key, true, c.opener.attempt(w, cred)), false)
 	}
 }
 

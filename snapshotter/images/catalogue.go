@@ -120,7 +120,7 @@ func (c *Catalogue) Start(ctx context.Context, s Snapshots, use []blockdev.Diges
 		c.refs.addSnapshot(diff)
 	}
 	// Kept images before the rest, of which Evict may be called to make room from then on.
-	if err := c.countKept(); err != nil {
+	if err := c.refs.countKept(c.records); err != nil {
 		return err
 	}
 	if err := c.records.adoptAll(c.cfg.Data, c.log); err != nil {
@@ -179,15 +179,15 @@ func (c *Catalogue) Close() error {
 // SetPolicy changes Config.Policy, for pulls and containers that begin from now on.
 func (c *Catalogue) SetPolicy(p *policy.Policy) { c.policy.Store(p) }
 
-// countKept counts what kept images use.
-func (c *Catalogue) countKept() error {
-	list, err := c.records.images()
+// countKept counts what the kept images on record use.
+func (r *refs) countKept(rs *records) error {
+	list, err := rs.images()
 	if err != nil {
 		return err
 	}
 	for _, img := range list {
 		if img.Kept {
-			c.refs.keep(img.diffs(), 1)
+			r.keep(img.diffs(), 1)
 		}
 	}
 	return nil

@@ -145,9 +145,9 @@ func (p *Pull) Leave(last bool) { p.c.pulls.leave(p.key, p.pull, p.chain, last) 
 // Abandon says that the layer has not been answered.
 func (p *Pull) Abandon() { p.c.pulls.leave(p.key, p.pull, "", false) }
 
-// opening is what opens the wanted image on the word of a credential.
-func (c *Catalogue) opening(w Want, cred image.Credential) attempt {
-	return attempt{ref: w.Ref, cred: cred, open: func(ctx context.Context) (*Opened, error) { return c.opener.open(ctx, w, cred) }}
+// attempt is what opens the wanted image on the word of a credential.
+func (op *opener) attempt(w Want, cred image.Credential) attempt {
+	return attempt{ref: w.Ref, cred: cred, open: func(ctx context.Context) (*Opened, error) { return op.open(ctx, w, cred) }}
 }
 
 // Unlabelled refuses a layer, which will have this ChainID, on one with the ChainID below
