@@ -197,6 +197,15 @@ type fakeData struct {
 	onRemove   func(blockdev.Digest)
 }
 
+// forgetPrefetched empties the list of what has been prefetched, and returns its length.
+func (d *fakeData) forgetPrefetched() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := len(d.prefetched)
+	d.prefetched = nil
+	return n
+}
+
 func newFakeData(t testing.TB, root string) *fakeData {
 	check(t, os.MkdirAll(root, 0o755))
 	return &fakeData{

@@ -41,7 +41,7 @@ func TestCrash(t *testing.T) {
 		check(t, db.Update(func(tx *bolt.Tx) error { return tx.Bucket([]byte("diffs")).Put(lost[:], []byte("{}")) }))
 		check(t, db.Close())
 	}
-	n.data.prefetched = nil
+	n.data.forgetPrefetched()
 
 	n.crash()
 	waitFor(t, "what nothing uses is removed", func() bool {
@@ -66,7 +66,7 @@ func TestCrash(t *testing.T) {
 			t.Errorf("what is not the snapshotter's: %v", err)
 		}
 	}
-	if got := len(n.data.prefetched); got != 0 {
+	if got := n.data.forgetPrefetched(); got != 0 {
 		t.Errorf("%d diffs are prefetched, and the container does not run", got)
 	}
 	checkThree(t, mounted(t, must(n.Mounts(bg, "ns/7/c"))(t)))
