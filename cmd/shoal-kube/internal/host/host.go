@@ -257,7 +257,7 @@ func (m *Machine) check(ctx context.Context, program, config string) error {
 		return err
 	}
 	if _, err := m.run(ctx, program, "config", "check", "node", f.Name()); err != nil {
-		if errors.Is(err, os.ErrPermission) {
+		if errors.Is(err, os.ErrPermission) { // its file system is mounted noexec
 			return fmt.Errorf("%w: no program can be started from this directory: set node.binDir of the values to another one", err)
 		}
 		return fmt.Errorf("node.config of the values: %w", err)

@@ -100,6 +100,8 @@ func (k *kept) start(ctx context.Context) error {
 			return errors.New("a node runs on this machine that shoal keep did not start: stop the node, and let this program start it")
 		}
 	}
+	// What the unit file does. The node's log says if something is missing.
+	_, _ = k.m.run(ctx, "modprobe", "-a", "erofs", "fuse")
 	return k.m.background(k.shoal, "keep", "--", k.shoal, "node", "--config", k.m.etc("node.toml"))
 }
 

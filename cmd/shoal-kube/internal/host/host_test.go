@@ -1,0 +1,118 @@
+package host
+
+import (
+	"errors"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestHostInstall in integration does all of it on a machine.
+
+func newMachine(t *testing.T) *Machine {
+	return &Machine{Log: slog.New(slog.DiscardHandler), Etc: t.TempDir()}
+}
+
+func put(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func read(t *testing.T, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// TestAdopt: the operator's file is kept as a copy, once, and one with another root is not
+// touched.
+func TestAdopt(t *testing.T) {
+	m := newMachine(t)
+	set := settings{Root: "/var/lib/shoal"}
+	if err := m.adopt(set); err != nil {
+		t.Errorf("no file: %v", err)
+	}
+	file := m.etc("node.toml")
+	for text, want := range map[string]string{
+		"root = \"/data/shoal\"\n": `root = "/data/shoal"`,
+		"root = \n":                "mend the file",
+	} {
+		put(t, file, text)
+		if err := m.adopt(set); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v", text, err)
+		}
+		if read(t, file+copySuffix) != "" {
+			t.Errorf("%q: a copy was made", text)
+		}
+	}
+	const own = "cache_quota = \"50GiB\"\n"
+	put(t, file, own)
+	if err := m.adopt(set); err != nil || read(t, file+copySuffix) != own {
+		t.Errorf("the copy is %q, %v", read(t, file+copySuffix), err)
+	}
+	put(t, file, header+"version = 1\n")
+	if err := m.adopt(set); err != nil || read(t, file+copySuffix) != own {
+		t.Errorf("after the chart's file the copy is %q, %v", read(t, file+copySuffix), err)
+	}
+}
+
+// TestReplace: what is there already is not written, and undo gives back what was there
+// before, a program too.
+func TestReplace(t *testing.T) {
+	m := newMachine(t)
+	bin := t.TempDir()
+	from := filepath.Join(t.TempDir(), "shoal")
+	d := Desired{Config: "version = 1\n", Token: "secret\n", BinDir: bin}
+	replace := func(text string) changes {
+		t.Helper()
+		put(t, from, text)
+		p, err := stage(from, bin)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.drop()
+		changed, err := m.replace(m.files(d), p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return changed
+	}
+	first := replace("one")
+	if len(first) < 3 || read(t, filepath.Join(bin, "shoal")) != "one" || read(t, m.etc("token")) != "secret\n" {
+		t.Errorf("%d files were written", len(first))
+	}
+	first.forget()
+	if again := replace("one"); len(again) != 0 {
+		t.Errorf("another run changes %v", again)
+	}
+	d.Token = "other"
+	second := replace("two")
+	if len(second) != 2 || read(t, filepath.Join(bin, "shoal")) != "two" {
+		t.Errorf("%d files were written", len(second))
+	}
+	if err := second.undo(); err != nil || read(t, filepath.Join(bin, "shoal")) != "one" || read(t, m.etc("token")) != "secret\n" {
+		t.Errorf("after undo: %v", err)
+	}
+	if err := first.undo(); err != nil || read(t, filepath.Join(bin, "shoal")) != "" || read(t, m.etc("node.toml")) != "" {
+		t.Errorf("after undo of the first: %v", err)
+	}
+	left, err := os.ReadDir(bin)
+	if err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// TestScript: paths with odd characters are words of the shell.
+func TestScript(t *testing.T) {
+	if got, want := quote(`a b'c$d`), `'a b'\''c$d'`; got != want {
+		t.Errorf("%s, not %s", got, want)
+	}
+}
