@@ -198,6 +198,13 @@ func TestChart(t *testing.T) {
 	}
 	installed(0)
 	check("install")
+	noError(t, lab.WaitFor(ctx, "condition ShoalReady", time.Minute, func() error {
+		c, err := s.shoalReady(t, s.n)
+		if err == nil && c.Status != "True" {
+			err = fmt.Errorf("it is %+v", c)
+		}
+		return err
+	}))
 
 	rollout := func() {
 		t.Helper()
@@ -220,6 +227,9 @@ func TestChart(t *testing.T) {
 	noError(t, s.n.Write("/etc/containerd/certs.d/docker.io/hosts.toml", s.hosts("")))
 	s.sh(t, commands(t, chartPage, "## Uninstalling")[0])
 	check("uninstall")
+	if c := must(s.shoalReady(t, s.n))(t); c.Status != "" || c.tainted {
+		t.Errorf("left on the node: %+v", c)
+	}
 	var sums []float64
 	for when, n := range restarted {
 		t.Logf("%s: %v restarts", when, n)
