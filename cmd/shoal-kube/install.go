@@ -119,7 +119,7 @@ func (o installOptions) info(ctx context.Context, secrets join.Secrets) (info jo
 	return join.Read(ctx, secrets, o.join, o.supernodes, func(err error) {
 		if said != err.Error() {
 			said = err.Error()
-			slog.Info("waiting for the supernodes", "cause", err)
+			slog.Info("waiting for the supernodes", "error", err)
 		}
 	})
 }

@@ -64,7 +64,7 @@ func (o prepareOptions) run(ctx context.Context) error {
 	for _, name := range o.services {
 		s, err := client.Services(namespace).Get(ctx, name, metav1.GetOptions{})
 		if err != nil {
-			return fmt.Errorf("Service %s: %w", name, err)
+			return fmt.Errorf("service %s: %w", name, err)
 		}
 		addresses = append(addresses, net.JoinHostPort(s.Spec.ClusterIP, strconv.Itoa(port)))
 	}

@@ -50,7 +50,7 @@ func enter() error {
 	if err != nil {
 		return fmt.Errorf("process 1: %w", err)
 	}
-	defer unix.Close(first)
+	defer func() { _ = unix.Close(first) }()
 	// A thread shares its working directory with others, unless it is told not to.
 	if err := unix.Unshare(unix.CLONE_FS); err != nil {
 		return fmt.Errorf("enter the machine's namespaces: %w: the container needs privileged: true", err)

@@ -251,7 +251,7 @@ func (m *Machine) check(ctx context.Context, program, config string) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name())
+	defer func() { _ = os.Remove(f.Name()) }()
 	_, err = f.WriteString(config)
 	if err := errors.Join(err, f.Close()); err != nil {
 		return err

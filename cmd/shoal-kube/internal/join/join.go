@@ -130,7 +130,7 @@ func change(ctx context.Context, secrets Secrets, name string, f func(map[string
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("Secret %s: %w", name, err)
+		return fmt.Errorf("secret %s: %w", name, err)
 	}
 	return nil
 }
@@ -139,10 +139,10 @@ func change(ctx context.Context, secrets Secrets, name string, f func(map[string
 func Token(ctx context.Context, secrets Secrets, name string) (string, error) {
 	s, err := secrets.Get(ctx, name, metav1.GetOptions{})
 	if err != nil {
-		return "", fmt.Errorf("Secret %s: %w", name, err)
+		return "", fmt.Errorf("secret %s: %w", name, err)
 	}
 	if len(s.Data[tokenKey]) == 0 {
-		return "", fmt.Errorf("Secret %s has no key %s", name, tokenKey)
+		return "", fmt.Errorf("secret %s has no key %s", name, tokenKey)
 	}
 	return strings.TrimSpace(string(s.Data[tokenKey])), nil
 }
@@ -159,7 +159,7 @@ func Read(ctx context.Context, secrets Secrets, name string, supernodes int, wai
 			}
 			err = fmt.Errorf("it has the addresses of %d supernodes of %d; the first supernode that starts writes all of them", len(info.Supernodes), supernodes)
 		}
-		err = fmt.Errorf("Secret %s: %w", name, err)
+		err = fmt.Errorf("secret %s: %w", name, err)
 		waiting(err)
 		select {
 		case <-time.After(time.Second):
