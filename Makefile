@@ -61,8 +61,9 @@ lint: $(BIN)/golangci-lint $(BIN)/deadcode ## golangci-lint with the rules of .g
 	cd deploy/release && $(BIN)/golangci-lint run --config ../../.golangci.yml ./...
 	cd cmd/shoal-kube && CGO_ENABLED=0 $(BIN)/golangci-lint run --config ../../.golangci.yml ./...
 	cd deploy/helm && $(BIN)/golangci-lint run --config ../../.golangci.yml ./...
-	@# What lives in a ...test package is there for tests.
-	dead="$$($(BIN)/deadcode ./... | grep -vE '^[^:]*test/')"; [ -z "$$dead" ] || { echo "$$dead" >&2; exit 1; }
+	@# What lives in a ...test package is there for tests; cmd/shoal-kube, which asks a
+	@# node for its State, is another module.
+	dead="$$($(BIN)/deadcode ./... | grep -vE '^[^:]*test/|: Client\.State$$')"; [ -z "$$dead" ] || { echo "$$dead" >&2; exit 1; }
 
 .PHONY: test-arm64
 test-arm64: ## the arm64 program, and tests that mount nothing, under qemu, with pages of 64 KiB
