@@ -103,8 +103,12 @@ func runInstall(cmd *cobra.Command, o installOptions) error {
 			return err
 		}
 		if !o.dryRun {
-			if users, err = install.Users(ctx, h.Socket, "shoal"); err != nil {
+			users, err = install.Users(ctx, h.Socket, "shoal")
+			if err != nil && !o.force {
 				return err
+			}
+			if err != nil {
+				fmt.Fprintf(w, "note: containers that use shoal, if there are any, have to be removed before containerd starts without it: %v\n", err)
 			}
 		}
 		plan, err = install.Remove(h, n, users > 0)

@@ -82,7 +82,7 @@ func Runs(ctx context.Context, address, snapshotter string) bool {
 // Users is how many containers of the containerd that listens at address have snapshots of
 // the snapshotter, whether they run or not. containerd removes none of them without it.
 func Users(ctx context.Context, address, snapshotter string) (n int, err error) {
-	c, err := containerd.New(address, containerd.WithTimeout(answer))
+	c, err := dial(address)
 	if err != nil {
 		return 0, fmt.Errorf("containerd at %s: %w", address, err)
 	}
