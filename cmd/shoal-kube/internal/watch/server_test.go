@@ -119,7 +119,7 @@ func startServer(t *testing.T) *server {
 		if time.Now().After(end) || down.Load() != nil {
 			t.Fatalf("the API server does not answer (ended: %v): %v", down.Load(), err)
 		}
-		time.Sleep(100 * time.Millisecond)
+		time.Sleep(100 * time.Millisecond) // the pace of a poll with an end
 	}
 }
 

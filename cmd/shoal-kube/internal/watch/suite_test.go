@@ -113,7 +113,7 @@ func waitFor(t *testing.T, what string, ok func() error) {
 		if time.Now().After(end) {
 			t.Fatalf("%s: %v", what, err)
 		}
-		time.Sleep(10 * time.Millisecond)
+		time.Sleep(10 * time.Millisecond) // the pace of a poll with an end
 	}
 }
 
