@@ -30,7 +30,7 @@ demo: setup build ## the whole story in one table: a real image, pulled and star
 
 .PHONY: test
 # Of the tests on a real Kubernetes those that say most in a few minutes; make k8s has all.
-K8S_SHORT := ^(TestChart|TestImagePullSecrets|TestPodsWithUserNamespaces)$$
+K8S_SHORT := ^(TestChart|TestExampleFields|TestImagePullSecrets|TestPodsWithUserNamespaces)$$
 test: setup build build-kube kubernetes ## everything: unit, conformance, race detector, real containerd, real Kubernetes (as root)
 	$(GO) test -race -timeout 20m ./...
 	cd integration && SHOAL_BIN=$(BIN) $(GO) test -count=1 -timeout 30m ./...

@@ -5,6 +5,7 @@ package kubernetes
 import (
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 )
@@ -38,9 +39,7 @@ func TestExamples(t *testing.T) {
 	}
 	s.app(t, "model", file{name: "llama/8b/weights", data: content(8)})
 	registry := s.Registry.Addr
-	if _, err := s.Kubectl(ctx, "create", "namespace", "shoal-system"); err != nil && !strings.Contains(err.Error(), "AlreadyExists") {
-		t.Fatal(err)
-	}
+	s.ensureNamespace(t, "shoal-system")
 	apply := func(path string, wait ...string) {
 		t.Helper()
 		must(s.Kubectl(ctx, "apply", "-f", path))(t)
@@ -77,5 +76,66 @@ func TestExamples(t *testing.T) {
 	noError(t, lazy(ctx, n, registry+"/model:v1"))
 	if out, err := s.Kubectl(ctx, "exec", "inference", "--", "/guest", "stat", "/models/weights"); err != nil || out != "0:0 /models/weights\n" {
 		t.Errorf("the model's file: %q, %v", out, err)
+	}
+}
+
+// misspelt has a field of each example, and what a slip makes of it.
+var misspelt = map[string][2]string{
+	"imagecache.yaml":         {"imagePullSecrets:", "imagePullSecret:"},
+	"imagepulljob.yaml":       {"timeoutSeconds:", "timeoutSecond:"},
+	"model-pod.yaml":          {"subPath:", "subpath:"},
+	"prefetch-daemonset.yaml": {"maxUnavailable:", "maxUnavailible:"},
+	"prefetch-job.yaml":       {"backoffLimit:", "backofLimit:"},
+}
+
+// TestExampleFields: the API server knows each field of each example, and refuses each
+// example with a misspelt field. For OpenKruise's it has OpenKruise's own CRD, for
+// kube-fledged's the one in testdata.
+func TestExampleFields(t *testing.T) {
+	s := newSite(t)
+	ctx := t.Context()
+	for name, file := range map[string]string{
+		"imagepulljobs.apps.kruise.io": filepath.Join(s.Bin, "kubernetes", "kruise", "config", "crd", "bases", "apps.kruise.io_imagepulljobs.yaml"),
+		"imagecaches.kubefledged.io":   must(filepath.Abs(filepath.Join("testdata", "imagecache-crd.yaml")))(t),
+	} {
+		must(s.Kubectl(ctx, "apply", "--validate=strict", "-f", file))(t)
+		t.Cleanup(func() { must(s.Kubectl(contextOf(t), "delete", "--wait=false", "crd", name))(t) })
+		must(s.Kubectl(ctx, "wait", "--for=condition=Established", "--timeout=1m", "crd/"+name))(t)
+	}
+	s.ensureNamespace(t, "shoal-system")
+	s.ensureNamespace(t, "kube-fledged")
+	check := func(dir string) error {
+		_, err := s.Kubectl(ctx, "apply", "--dry-run=server", "--validate=strict", "-f", dir)
+		return err
+	}
+
+	examples := must(filepath.Abs(filepath.Join("..", "..", "deploy", "examples")))(t)
+	noError(t, check(examples))
+
+	wrong := t.TempDir()
+	for _, f := range must(os.ReadDir(examples))(t) {
+		slip, ok := misspelt[f.Name()]
+		text := string(must(os.ReadFile(filepath.Join(examples, f.Name())))(t))
+		if !ok || !strings.Contains(text, slip[0]) {
+			t.Fatalf("misspelt has no field of %s", f.Name())
+		}
+		noError(t, os.WriteFile(filepath.Join(wrong, f.Name()), []byte(strings.ReplaceAll(text, slip[0], slip[1])), 0o600))
+	}
+	err := check(wrong)
+	if err == nil {
+		t.Fatal("the API server takes examples with misspelt fields")
+	}
+	for name, slip := range misspelt {
+		if field := strings.TrimSuffix(slip[1], ":"); !regexp.MustCompile(`unknown field "[^"]*\b` + field + `"`).MatchString(err.Error()) {
+			t.Errorf("the API server takes %s with the field %s: %v", name, field, err)
+		}
+	}
+}
+
+// ensureNamespace makes a namespace, which may be there from another test.
+func (s *site) ensureNamespace(t *testing.T, name string) {
+	t.Helper()
+	if _, err := s.Kubectl(t.Context(), "create", "namespace", name); err != nil && !strings.Contains(err.Error(), "AlreadyExists") {
+		t.Fatal(err)
 	}
 }

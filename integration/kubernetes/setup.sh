@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # setup.sh BIN: builds what a Kubernetes cluster needs, from the Go module proxy, in
 # the versions that integration/tools pins: Kubernetes' own programs, Helm, etcd, and the
-# CNI plugins; and a runc with seccomp, which kubelet's sandboxes want. It takes 8
-# minutes on 2 idle cores, and 4 GB of disk while it lasts; the programs (0.5 GB)
-# are kept in the cache, by version, and BIN/kubernetes gets links to them.
+# CNI plugins; and a runc with seccomp, which kubelet's sandboxes want. It also gets the
+# CRDs of OpenKruise. It takes 8 minutes on 2 idle cores, and 4 GB of disk while it lasts;
+# the programs (0.5 GB) are kept in the cache, by version, and BIN/kubernetes gets links
+# to them.
 # integration/setup.sh comes first.
 set -euo pipefail
 bin=$(realpath -m "$1")/kubernetes
@@ -40,6 +41,10 @@ link etcd
 p=github.com/containernetworking/plugins
 NAME=cni build cni $p $p/plugins/main/bridge $p/plugins/main/loopback $p/plugins/ipam/host-local
 ln -sfn "$built" "$bin/cni"
+
+# Of OpenKruise, for its CRDs, the source alone.
+kruise=$(cd "$here/tools/kruise" && go mod download && go list -m -f '{{.Dir}}' github.com/openkruise/kruise)
+ln -sfn "$kruise" "$bin/kruise"
 
 # kubelet gives each sandbox a seccomp filter. The library comes as Debian's package,
 # which need not be installed for it.
