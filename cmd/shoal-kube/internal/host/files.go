@@ -100,9 +100,7 @@ func (m *Machine) files(d Desired) []file {
 
 // change is what a file was before.
 type change struct {
-	old  []byte // nil: it was not there
-	mode fs.FileMode
-	copy string // the old file is there
+	copy string // another name of the earlier file; empty: there was none
 }
 
 // changes are those that were made, by path.
@@ -122,51 +120,80 @@ func (m *Machine) replace(files []file, p *program) (changes, error) {
 		if err := os.MkdirAll(filepath.Dir(f.path), 0o755); err != nil { //nolint:gosec // as packages make it
 			return changed, err
 		}
+		c, err := before(f.path)
+		if err != nil {
+			return changed, err
+		}
+		changed[f.path] = c
 		if err := writeFile(f.path, f.text, f.mode); err != nil {
 			return changed, err
 		}
-		changed[f.path] = &change{old: old, mode: f.mode}
 		m.Log.Info("wrote", "path", f.path)
 	}
 	if sum, err := sumOf(p.target); err == nil && sum == p.sum {
 		return changed, nil
 	}
-	c := &change{}
-	if _, err := os.Lstat(p.target); err == nil {
-		c.copy = filepath.Join(filepath.Dir(p.target), ".shoal-before")
-		if err := os.Remove(c.copy); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return changed, err
-		}
-		if err := os.Link(p.target, c.copy); err != nil {
-			return changed, err
-		}
-	}
-	if err := os.Rename(p.path, p.target); err != nil {
+	c, err := before(p.target)
+	if err != nil {
 		return changed, err
 	}
 	changed[p.target] = c
+	if err := os.Rename(p.path, p.target); err != nil {
+		return changed, err
+	}
 	m.Log.Info("wrote", "path", p.target)
 	return changed, durable.SyncDir(filepath.Dir(p.target))
 }
 
-// undo gives all files what they had before.
+// before keeps the file at a path under another name, with its mode, owner and label.
+func before(path string) (*change, error) {
+	c := &change{copy: filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"-before")}
+	err := link(path, c.copy)
+	if errors.Is(err, fs.ErrNotExist) {
+		return &change{}, nil
+	}
+	return c, err
+}
+
+// link gives a file another name, in place of what has that name. A symbolic link is a
+// file of its own.
+func link(path, name string) error {
+	if _, err := os.Lstat(path); err != nil {
+		return err
+	}
+	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return os.Link(path, name)
+}
+
+// undo gives all paths the files that they had before.
 func (c changes) undo() error {
 	var errs []error
 	for path, f := range c {
 		var err error
-		switch {
-		case f.copy != "":
-			err = os.Rename(f.copy, path)
-		case f.old != nil:
-			err = writeFile(path, f.old, f.mode)
-		default:
-			err = os.Remove(path)
+		if f.copy != "" {
+			err = f.back(path)
+		} else if err = os.Remove(path); errors.Is(err, fs.ErrNotExist) {
+			err = nil // it could not be written
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("take back the change of %s: %w", path, err))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// back puts the earlier file in place again. A rename does nothing if both names are of
+// one file, so the other name is removed as well.
+func (c *change) back(path string) error {
+	if err := os.Rename(c.copy, path); err != nil {
+		return err
+	}
+	if err := os.Remove(c.copy); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return durable.SyncDir(filepath.Dir(path))
 }
 
 // forget removes what only undo needs.

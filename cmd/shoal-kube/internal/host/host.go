@@ -201,7 +201,7 @@ func (m *Machine) goBack(ctx context.Context, s service, changed changes) error 
 	}
 	first := true
 	for _, c := range changed {
-		first = first && c.old == nil && c.copy == ""
+		first = first && c.copy == ""
 	}
 	err := changed.undo()
 	if first {
@@ -242,7 +242,7 @@ func (m *Machine) adopt(set settings) error {
 		return fmt.Errorf("%s, which is not the chart's, has root = %q: say so in node.config of the values, or uninstall that node first", path, before.Root)
 	}
 	m.Log.Info("the chart's values count from now on, and not those of the file that was there; a copy stays", "copy", path+copySuffix)
-	return writeFile(path+copySuffix, old, 0o644)
+	return link(path, path+copySuffix) // Install replaces the file, and does not write into it
 }
 
 // check has the new program look at its config before anything is replaced.

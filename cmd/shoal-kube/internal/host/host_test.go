@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestHostInstall in integration does all of it on a machine.
@@ -58,6 +60,12 @@ func TestAdopt(t *testing.T) {
 	if err := m.adopt(set); err != nil || read(t, file+copySuffix) != own {
 		t.Errorf("the copy is %q, %v", read(t, file+copySuffix), err)
 	}
+	if st, err := os.Stat(file + copySuffix); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("the copy has not the file's mode: %v, %v", st, err)
+	}
+	if err := os.Remove(file); err != nil { // as it is replaced: by another file
+		t.Fatal(err)
+	}
 	put(t, file, header+"version = 1\n")
 	if err := m.adopt(set); err != nil || read(t, file+copySuffix) != own {
 		t.Errorf("after the chart's file the copy is %q, %v", read(t, file+copySuffix), err)
@@ -106,6 +114,60 @@ func TestReplace(t *testing.T) {
 	}
 	left, err := os.ReadDir(bin)
 	if err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// TestUndo: an earlier file comes back with its mode, owner and label, and a symbolic link
+// as one.
+func TestUndo(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give files away and label them")
+	}
+	m := newMachine(t)
+	from, bin, own := filepath.Join(t.TempDir(), "shoal"), t.TempDir(), filepath.Join(t.TempDir(), "own.toml")
+	const label = "system_u:object_r:shoal_etc_t:s0"
+	for _, path := range []string{m.etc("token"), own, from} {
+		put(t, path, "before")
+		if err := errors.Join(os.Chmod(path, 0o640), os.Chown(path, 12, 34), unix.Setxattr(path, "security.selinux", []byte(label), 0)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(own, m.etc("node.toml")); err != nil {
+		t.Fatal(err)
+	}
+	check := func(path string) {
+		t.Helper()
+		var st unix.Stat_t
+		has := make([]byte, 64)
+		n, err := unix.Getxattr(path, "security.selinux", has)
+		if err := errors.Join(err, unix.Stat(path, &st)); err != nil {
+			t.Fatal(err)
+		}
+		if read(t, path) != "before" || st.Mode&0o777 != 0o640 || st.Uid != 12 || st.Gid != 34 || string(has[:n]) != label {
+			t.Errorf("%s: %q, mode %o of %d:%d, %q", path, read(t, path), st.Mode, st.Uid, st.Gid, has[:n])
+		}
+	}
+	p, err := stage(from, bin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	changed, err := m.replace([]file{{m.etc("token"), []byte("after"), 0o600}, {m.etc("node.toml"), []byte("after"), 0o644}}, p)
+	if err != nil || read(t, m.etc("token")) != "after" || read(t, m.etc("node.toml")) != "after" {
+		t.Fatalf("%v; the token is %q, node.toml %q", err, read(t, m.etc("token")), read(t, m.etc("node.toml")))
+	}
+	if err := changed.undo(); err != nil {
+		t.Fatal(err)
+	}
+	check(m.etc("token"))
+	check(m.etc("node.toml"))
+	if to, err := os.Readlink(m.etc("node.toml")); err != nil || to != own {
+		t.Errorf("the link is %q, %v", to, err)
+	}
+	if left, err := os.ReadDir(m.Etc); err != nil || len(left) != 2 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	if left, err := os.ReadDir(bin); err != nil || len(left) != 0 {
 		t.Errorf("left: %v, %v", left, err)
 	}
 }

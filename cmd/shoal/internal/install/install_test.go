@@ -209,20 +209,25 @@ func TestOtherRegistries(t *testing.T) {
 // TestApplyFails: what was changed before a failure is taken back.
 func TestApplyFails(t *testing.T) {
 	m := newMachine(t, "version = 3\n")
+	m.put("goes", "old\n")
 	before := m.files()
 	m.put("file", "")
 	p := Plan{Changes: []Change{
-		{m.path("config.toml"), []byte("version = 3\n"), []byte("other\n")},
-		{m.path("new"), nil, []byte("new\n")},
-		{m.path("file/below"), nil, []byte("cannot be\n")},
+		{Path: m.path("goes"), Old: []byte("old\n")},
+		{Path: m.path("config.toml"), Old: []byte("version = 3\n"), New: []byte("other\n")},
+		{Path: m.path("new"), New: []byte("new\n")},
+		{Path: m.path("file/below"), New: []byte("cannot be\n")},
 	}}
 	if err := p.Apply(); err == nil {
 		t.Fatal("no error")
 	}
 	after := m.files()
 	delete(after, m.path("file"))
-	if len(after) != len(before) || after[m.path("config.toml")] != before[m.path("config.toml")] {
+	if !maps.Equal(after, before) {
 		t.Errorf("left: %v", after)
+	}
+	if st, err := os.Stat(m.path("goes")); err != nil || st.Mode().Perm() != 0o640 {
+		t.Errorf("a file that was removed is back with another mode: %v, %v", st, err)
 	}
 }
 

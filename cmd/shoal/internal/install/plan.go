@@ -22,6 +22,15 @@ type Change struct {
 	Old []byte
 	// New is what it is to have; nil: the file goes.
 	New []byte
+	// had is what Apply found; nil: no file.
+	had *attributes
+}
+
+// attributes of a file, beside its contents.
+type attributes struct {
+	mode     fs.FileMode
+	uid, gid int
+	label    []byte // of SELinux; empty: none
 }
 
 // String says which lines of the file go and come.
@@ -59,7 +68,7 @@ type Plan struct {
 // add adds a change, unless there is nothing to change.
 func (p *Plan) add(path string, old, text []byte) {
 	if !bytes.Equal(old, text) || (old == nil) != (text == nil) {
-		p.Changes = append(p.Changes, Change{path, old, text})
+		p.Changes = append(p.Changes, Change{Path: path, Old: old, New: text})
 	}
 }
 
@@ -67,19 +76,19 @@ func (p *Plan) add(path string, old, text []byte) {
 // it fails, then nothing has changed, as far as that is possible: the error says what is
 // left.
 func (p Plan) Apply() error {
-	for i, c := range p.Changes {
-		if err := c.apply(); err != nil {
+	for i := range p.Changes {
+		if err := p.Changes[i].apply(); err != nil {
 			return errors.Join(err, Plan{Changes: p.Changes[:i]}.Undo())
 		}
 	}
 	return nil
 }
 
-// Undo gives all files what they had before Apply.
+// Undo gives all files what they had before Apply, mode, owner and label too.
 func (p Plan) Undo() error {
 	var errs []error
 	for _, c := range slices.Backward(p.Changes) {
-		if err := (Change{Path: c.Path, New: c.Old}).write(); err != nil {
+		if err := (Change{Path: c.Path, New: c.Old, had: c.had}).write(); err != nil {
 			errs = append(errs, fmt.Errorf("take back the change of %s: %w", c.Path, err))
 		}
 	}
@@ -87,9 +96,12 @@ func (p Plan) Undo() error {
 }
 
 // apply keeps a copy of a file that has nothing of shoal yet.
-func (c Change) apply() error {
+func (c *Change) apply() (err error) {
+	if c.had, err = attributesOf(c.Path); err != nil {
+		return err
+	}
 	if c.Old != nil && c.New != nil && !bytes.Contains(c.Old, []byte(mark)) {
-		if err := (Change{Path: c.Path + copySuffix, New: c.Old}).writeLike(c.Path); err != nil {
+		if err := (Change{Path: c.Path + copySuffix, New: c.Old, had: c.had}).replace(); err != nil {
 			return err
 		}
 	}
@@ -99,7 +111,7 @@ func (c Change) apply() error {
 // write gives the file its new contents, and removes the copy of a file that is what it was
 // again.
 func (c Change) write() error {
-	if err := c.writeLike(c.Path); err != nil {
+	if err := c.replace(); err != nil {
 		return err
 	}
 	if old, err := os.ReadFile(c.Path + copySuffix); err == nil && bytes.Equal(old, c.New) {
@@ -111,9 +123,30 @@ func (c Change) write() error {
 // selinux is the extended attribute that has the label of SELinux.
 const selinux = "security.selinux"
 
-// writeLike gives the file its new contents, with mode, owner and label of another one. A
-// symbolic link to the file stays.
-func (c Change) writeLike(other string) error {
+// attributesOf returns nil if there is no file.
+func attributesOf(path string) (*attributes, error) {
+	st, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	a := &attributes{mode: st.Mode().Perm(), uid: -1, gid: -1, label: make([]byte, 256)}
+	if sys, ok := st.Sys().(*syscall.Stat_t); ok {
+		a.uid, a.gid = int(sys.Uid), int(sys.Gid)
+	}
+	size, err := unix.Getxattr(path, selinux, a.label)
+	a.label = a.label[:max(size, 0)]
+	if err != nil && !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.ENOTSUP) {
+		return nil, fmt.Errorf("label of %s: %w", path, err)
+	}
+	return a, nil
+}
+
+// replace gives the file its new contents, with the attributes in had. A symbolic link to
+// the file stays.
+func (c Change) replace() error {
 	if c.New == nil {
 		if err := os.Remove(c.Path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return readOnly(c.Path, err)
@@ -129,15 +162,9 @@ func (c Change) writeLike(other string) error {
 	} else if err != nil {
 		return err
 	}
-	mode, label := fs.FileMode(0o644), []byte(nil)
-	st, statErr := os.Stat(other)
-	if statErr == nil {
-		mode, label = st.Mode().Perm(), make([]byte, 256)
-		size, err := unix.Getxattr(other, selinux, label)
-		label = label[:max(size, 0)]
-		if err != nil && !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.ENOTSUP) {
-			return fmt.Errorf("label of %s: %w", other, err)
-		}
+	mode := fs.FileMode(0o644)
+	if c.had != nil {
+		mode = c.had.mode
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return readOnly(path, err)
@@ -145,16 +172,14 @@ func (c Change) writeLike(other string) error {
 	if err := continuity.AtomicWriteFile(path, c.New, mode); err != nil {
 		return readOnly(path, err)
 	}
-	if statErr != nil {
+	if c.had == nil {
 		return nil
 	}
-	if sys, ok := st.Sys().(*syscall.Stat_t); ok {
-		if err := os.Chown(path, int(sys.Uid), int(sys.Gid)); err != nil {
-			return err
-		}
+	if err := os.Chown(path, c.had.uid, c.had.gid); err != nil {
+		return err
 	}
-	if len(label) > 0 {
-		if err := unix.Setxattr(path, selinux, label, 0); err != nil {
+	if len(c.had.label) > 0 {
+		if err := unix.Setxattr(path, selinux, c.had.label, 0); err != nil {
 			return fmt.Errorf("label of %s: %w", path, err)
 		}
 	}
