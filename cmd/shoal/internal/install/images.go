@@ -7,7 +7,9 @@ import (
 	"os"
 	"time"
 
+	"github.com/containerd/containerd/api/services/introspection/v1"
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -19,35 +21,51 @@ import (
 // Resolver returns how the registry of an image is asked.
 type Resolver func(ctx context.Context, image string) (remotes.Resolver, error)
 
-// answer is how long containerd has for an answer.
+// answer is how long containerd has for the answer to a short question.
 const answer = 10 * time.Second
+
+// ErrSilent is the cause of an error if containerd accepts a connection and does not
+// answer.
+var ErrSilent = errors.New("did not answer")
 
 // MoveImages fetches the layers of every image that containerd, which listens at address,
 // has lazily, and unpacks the images for the snapshotter to. The images' names and digests
 // stay what they are, and so does what shoal has of them. done is called after each image.
 // MoveImages goes on after a failure; the error names all images that could not be moved.
+// It wraps ErrSilent if containerd hangs.
 func MoveImages(ctx context.Context, address, from, to string, resolver Resolver, done func(namespace, image string, err error)) error {
-	c, err := dial(address)
+	return moveImages(ctx, answer, address, from, to, resolver, done)
+}
+
+func moveImages(ctx context.Context, limit time.Duration, address, from, to string, resolver Resolver, done func(namespace, image string, err error)) error {
+	c, err := dial(address, limit)
 	if err != nil {
 		return fmt.Errorf("containerd at %s: %w. Start containerd, or name its socket with --address", address, err)
 	}
 	defer func() { _ = c.Close() }() // nothing is lost by it
-	spaces, err := c.NamespaceService().List(ctx)
+	spaces, err := ask(ctx, c, c.NamespaceService().List)
+	if errors.Is(err, ErrSilent) {
+		return err
+	}
 	if err != nil {
 		return fmt.Errorf("containerd at %s cannot say which images it has: %w. Start containerd, or name its socket with --address", address, err)
 	}
 	var errs []error
 	for _, space := range spaces {
 		ctx := namespaces.WithNamespace(ctx, space)
-		list, err := c.ListImages(ctx)
+		list, err := ask(ctx, c, func(ctx context.Context) ([]containerd.Image, error) { return c.ListImages(ctx) })
 		if err != nil {
 			return fmt.Errorf("images in namespace %s: %w", space, err)
 		}
 		for _, img := range named(list) {
-			if lazy, err := img.IsUnpacked(ctx, from); err != nil || !lazy {
+			lazy, err := ask(ctx, c, func(ctx context.Context) (bool, error) { return img.IsUnpacked(ctx, from) })
+			if errors.Is(err, ErrSilent) {
+				return err // the image may be lazy
+			}
+			if err != nil || !lazy {
 				continue // not for this snapshotter, or not for this platform
 			}
-			err := move(ctx, c, img, to, resolver)
+			err = move(ctx, c.Client, img, to, resolver)
 			if err != nil {
 				errs = append(errs, fmt.Errorf("%s in namespace %s: %w", img.Name(), space, err))
 			}
@@ -57,42 +75,74 @@ func MoveImages(ctx context.Context, address, from, to string, resolver Resolver
 	return errors.Join(errs...)
 }
 
+// client is a connection to containerd.
+type client struct {
+	*containerd.Client
+	address string
+	limit   time.Duration // for an answer
+}
+
 // dial does not wait for a socket that is not there.
-func dial(address string) (*containerd.Client, error) {
+func dial(address string, limit time.Duration) (*client, error) {
 	if _, err := os.Stat(address); err != nil {
 		return nil, err
 	}
-	return containerd.New(address, containerd.WithTimeout(answer))
+	// It connects with the first question, which has the shorter limit.
+	c, err := containerd.New(address, containerd.WithTimeout(2*limit))
+	return &client{c, address, limit}, err
+}
+
+// ask asks containerd a short question. The error wraps ErrSilent if the time for the
+// answer is over, and ctx goes on.
+func ask[T any](ctx context.Context, c *client, question func(context.Context) (T, error)) (T, error) {
+	limited, cancel := context.WithTimeout(ctx, c.limit)
+	defer cancel()
+	v, err := question(limited)
+	// containerd has the limit, too, and may notice it first.
+	over := limited.Err() != nil || errors.Is(err, context.DeadlineExceeded)
+	if err != nil && over && ctx.Err() == nil {
+		err = fmt.Errorf("containerd at %s %w within %v: %w. Restart containerd (containers go on running), and run this command again", c.address, ErrSilent, c.limit, err)
+	}
+	return v, err
 }
 
 // Runs says whether the containerd that listens at address has the snapshotter. It has not
 // if it does not answer.
 func Runs(ctx context.Context, address, snapshotter string) bool {
-	c, err := dial(address)
+	c, err := dial(address, answer)
 	if err != nil {
 		return false
 	}
 	defer func() { _ = c.Close() }() // nothing is lost by it
-	ctx, cancel := context.WithTimeout(ctx, answer)
-	defer cancel()
-	r, err := c.IntrospectionService().Plugins(ctx, fmt.Sprintf("type==%s,id==%s", plugins.SnapshotPlugin, snapshotter))
+	r, err := ask(ctx, c, func(ctx context.Context) (*introspection.PluginsResponse, error) {
+		return c.IntrospectionService().Plugins(ctx, fmt.Sprintf("type==%s,id==%s", plugins.SnapshotPlugin, snapshotter))
+	})
 	return err == nil && len(r.GetPlugins()) > 0
 }
 
 // Users is how many containers of the containerd that listens at address have snapshots of
-// the snapshotter, whether they run or not. containerd removes none of them without it.
+// the snapshotter, whether they run or not. containerd removes none of them without it. The
+// error wraps ErrSilent if containerd hangs.
 func Users(ctx context.Context, address, snapshotter string) (n int, err error) {
-	c, err := dial(address)
+	return users(ctx, answer, address, snapshotter)
+}
+
+func users(ctx context.Context, limit time.Duration, address, snapshotter string) (n int, err error) {
+	c, err := dial(address, limit)
 	if err != nil {
 		return 0, fmt.Errorf("containerd at %s: %w", address, err)
 	}
 	defer func() { _ = c.Close() }() // nothing is lost by it
-	spaces, err := c.NamespaceService().List(ctx)
+	spaces, err := ask(ctx, c, c.NamespaceService().List)
+	if errors.Is(err, ErrSilent) {
+		return 0, err
+	}
 	if err != nil {
-		return 0, fmt.Errorf("containerd at %s cannot say which containers it has: %w", address, err)
+		return 0, fmt.Errorf("containerd at %s cannot say which containers it has: %w. Start containerd, or name its socket with --address", address, err)
 	}
 	for _, space := range spaces {
-		list, err := c.ContainerService().List(namespaces.WithNamespace(ctx, space))
+		ctx := namespaces.WithNamespace(ctx, space)
+		list, err := ask(ctx, c, func(ctx context.Context) ([]containers.Container, error) { return c.ContainerService().List(ctx) })
 		if err != nil {
 			return 0, fmt.Errorf("containers in namespace %s: %w", space, err)
 		}
