@@ -158,8 +158,20 @@ func rootFS(b built) []entry {
 	for _, p := range b.Programs {
 		files = append(files, entry{Name: "usr/local/bin/" + p.Name, Mode: 0o755, From: p.File})
 	}
+	files = append(files,
+		entry{Name: "usr/share/", Mode: 0o755},
+		entry{Name: "usr/share/doc/", Mode: 0o755},
+		entry{Name: "usr/share/doc/shoal/", Mode: 0o755},
+	)
+	for _, f := range b.ImageLegal {
+		f.Name = "usr/" + f.Name
+		files = append(files, f)
+	}
 	return append(files, entry{Name: "var/", Mode: 0o755}, entry{Name: "var/lib/", Mode: 0o755})
 }
+
+// rootCertificatesFrom is the package that rootCertificates reads.
+var rootCertificatesFrom = goPackage{"deploy/release", "golang.org/x/crypto/x509roots/fallback/bundle"}
 
 // rootCertificates are those that Mozilla trusts, as the Go project publishes them,
 // in PEM. A root that is trusted only for certificates issued before some day is

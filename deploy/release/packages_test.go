@@ -47,6 +47,7 @@ shoal version | grep -q '^shoal v1.2.3 ' || fail "shoal version: $(shoal version
 [ "$(stat -c '%U:%G %a' /etc/shoal)" = 'root:root 755' ] || fail "$(stat /etc/shoal)"
 bash -n /usr/share/bash-completion/completions/shoal
 [ -s /usr/share/man/man1/shoal-node.1 ]
+[ -s /usr/share/doc/shoal/THIRD-PARTY-LICENSES ]
 # It says something of other units, too, and systemd before 254 does not know a key.
 systemd-analyze verify /usr/lib/systemd/system/shoal-node.service /usr/lib/systemd/system/shoal-supernode.service > "$box/verify" 2>&1 || true
 if grep shoal "$box/verify" | grep -v FileDescriptorStorePreserve; then fail 'systemd-analyze verify'; fi
@@ -102,6 +103,7 @@ remove() { rpm --erase shoal; }
 rpm -qp --dump first.rpm > "$box/dump"
 grep -q '^/usr/bin/shoal .* 0100755 root root ' "$box/dump" || fail "$(cat "$box/dump")"
 if grep -v ' root root ' "$box/dump"; then fail 'files of others'; fi
+[ "$(rpm -qp --licensefiles first.rpm | grep -c ^/usr/share/doc/shoal/)" = 2 ] || fail "$(rpm -qp --licensefiles first.rpm)"
 `},
 	} {
 		t.Run(f.format, func(t *testing.T) {

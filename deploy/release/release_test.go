@@ -125,6 +125,7 @@ func TestArchive(t *testing.T) {
 		"bin/shoal": 0o755, "lib/systemd/system/shoal-node.service": 0o644, "lib/systemd/system/shoal-supernode.service": 0o644,
 		"share/man/man1/shoal.1": 0o644, "share/man/man1/shoal-install-containerd.1": 0o644, "share/bash-completion/completions/shoal": 0o644,
 		"share/zsh/site-functions/_shoal": 0o644, "share/fish/vendor_completions.d/shoal.fish": 0o644, "share/doc/shoal/LICENSE": 0o644,
+		"share/doc/shoal/THIRD-PARTY-LICENSES": 0o644,
 	} {
 		if got[name] != mode {
 			t.Errorf("%s: mode %#o, want %#o", name, got[name], mode)
@@ -182,6 +183,9 @@ func testSBOM(t *testing.T, src *source, p program) {
 		if path, version := used(src, m); has[path] != version {
 			t.Errorf("%s %s: the SBOM has %q", path, version, has[path])
 		}
+	}
+	if got := has["github.com/shoalfs/shoal"]; p.Image && got != src.Version {
+		t.Errorf("the module of this repository has the version %q, want %s", got, src.Version)
 	}
 	if len(bom.Components) != len(info.Deps)+1 || has["std"] == "" {
 		t.Errorf("the SBOM has %d components, the program %d modules and the standard library", len(bom.Components), len(info.Deps))

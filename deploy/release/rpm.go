@@ -35,6 +35,9 @@ func writeRPM(w io.Writer, src *source, p platform, tree []entry) error {
 		} else if f.Body, err = e.content(); err != nil {
 			return err
 		}
+		if strings.Contains(f.Name, "/share/doc/shoal/") {
+			f.Type = rpmpack.LicenceFile // stays where rpm is to leave out documentation
+		}
 		r.AddFile(f)
 	}
 	for name, add := range map[string]func(string){"postinstall.sh": r.AddPostin, "preremove.sh": r.AddPreun, "postremove.sh": r.AddPostun} {

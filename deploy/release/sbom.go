@@ -71,7 +71,7 @@ func used(src *source, m *debug.Module) (path, version string) {
 	switch {
 	case m.Replace == nil:
 		return m.Path, m.Version
-	case m.Replace.Version == "": // a directory
+	case m.Replace.Version == "" || m.Replace.Version == "(devel)": // a directory
 		return m.Path, src.Version
 	}
 	return m.Replace.Path, m.Replace.Version

@@ -14,7 +14,6 @@ import (
 type docs struct {
 	man             map[string][]byte
 	bash, zsh, fish []byte
-	license         []byte
 }
 
 // writeDocs runs a program for completions and manual pages.
@@ -46,8 +45,7 @@ func writeDocs(ctx context.Context, src *source, shoal string) (*docs, error) {
 			return nil, err
 		}
 	}
-	d.license, err = os.ReadFile(src.in("LICENSE"))
-	return d, err
+	return d, nil
 }
 
 // treeLayout says where a kind of installation has its files.
@@ -85,11 +83,9 @@ func tree(src *source, b built, d *docs, l treeLayout) ([]entry, error) {
 		text = bytes.ReplaceAll(text, []byte(unitBin), []byte(l.Bin+"/"))
 		all = append(all, entry{Name: "lib/systemd/system/" + unit, Mode: 0o644, Data: text})
 	}
-	all = append(all,
-		entry{Name: "share/bash-completion/completions/shoal", Mode: 0o644, Data: d.bash},
-		entry{Name: "share/doc/shoal/LICENSE", Mode: 0o644, Data: d.license},
-		entry{Name: "share/fish/vendor_completions.d/shoal.fish", Mode: 0o644, Data: d.fish},
-	)
+	all = append(all, entry{Name: "share/bash-completion/completions/shoal", Mode: 0o644, Data: d.bash})
+	all = append(all, b.Legal...)
+	all = append(all, entry{Name: "share/fish/vendor_completions.d/shoal.fish", Mode: 0o644, Data: d.fish})
 	for _, name := range sortedKeys(d.man) {
 		all = append(all, entry{Name: "share/man/man1/" + name, Mode: 0o644, Data: d.man[name]})
 	}
