@@ -74,11 +74,12 @@ func (m *Machine) etc(name string) string {
 // settings are the keys of a node.toml that matter here.
 type settings struct {
 	Root           string `toml:"root"`
+	Address        string `toml:"address"`
 	ControlAddress string `toml:"control_address"`
 }
 
 func readSettings(config string) (settings, error) {
-	s := settings{Root: "/var/lib/shoal", ControlAddress: "/run/shoal/control.sock"}
+	s := settings{Root: "/var/lib/shoal", Address: "/run/shoal/shoal.sock", ControlAddress: "/run/shoal/control.sock"}
 	err := toml.Unmarshal([]byte(config), &s)
 	return s, err
 }

@@ -171,10 +171,3 @@ func TestUndo(t *testing.T) {
 		t.Errorf("left: %v, %v", left, err)
 	}
 }
-
-// TestScript: paths with odd characters are words of the shell.
-func TestScript(t *testing.T) {
-	if got, want := quote(`a b'c$d`), `'a b'\''c$d'`; got != want {
-		t.Errorf("%s, not %s", got, want)
-	}
-}

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	_ "embed"
 	"errors"
@@ -26,8 +27,10 @@ const (
 
 	removeUnit = "shoal-uninstall.service"
 	removePath = "/etc/systemd/system/" + removeUnit
-	// removal is how long the files may take to go once nothing is in use.
-	removal = 2 * time.Minute
+	// removalTime is how long the files may take to go once nothing is in use.
+	removalTime = 2 * time.Minute
+	// umountLimit and keepLimit are those of the script: removal.
+	umountLimit, keepLimit = 10, 900
 )
 
 // removeScript removes the node and its files as soon as no container needs them. It is a
@@ -41,7 +44,42 @@ var removeTemplate = template.Must(template.New("uninstall.sh").Funcs(template.F
 // quote is a word of the shell.
 func quote(word string) string { return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'" }
 
+// removal is what the script needs.
+type removal struct {
+	// Script is the script's own path. Failed is a file in which it says why it cannot go
+	// on.
+	Script, Failed string
+	// Shoal and Args are the command that succeeds when no container needs the node.
+	Shoal string
+	Args  []string
+	// Systemd says that it runs the node as the unit Node, and the script as the unit Own.
+	// Otherwise Keep is the process that runs the node; 0: none.
+	Systemd   bool
+	Node, Own string
+	Keep      int
+	// Root is the node's directory, without symbolic links.
+	Root string
+	// Files go with all below them, Dirs only if they are empty then.
+	Files, Dirs []string
+	// Limit is the time for one umount in seconds, Tenths that for the end of Keep.
+	Limit, Tenths int
+}
+
+// Mounted is Root as it is in mountinfo.
+func (r removal) Mounted() string {
+	return strings.NewReplacer(`\`, `\134`, " ", `\040`, "\t", `\011`, "\n", `\012`).Replace(r.Root)
+}
+
+func (r removal) String() string {
+	var text strings.Builder
+	_ = removeTemplate.Execute(&text, r) // it takes each removal
+	return text.String()
+}
+
 func (m *Machine) script() string { return m.etc("uninstall.sh") }
+
+// failed is where the script says why it could not go on.
+func (m *Machine) failed() string { return m.etc("uninstall.failed") }
 
 // Uninstall takes shoal off the machine: containerd's config first, then the node and its
 // files. If containers still run from lazy images, then the error wraps ErrInUse, and the
@@ -74,7 +112,10 @@ func (m *Machine) Uninstall(ctx context.Context, d Desired) error {
 	if used {
 		return ErrInUse
 	}
-	for until := time.Now().Add(removal); ; {
+	for until := time.Now().Add(removalTime); ; {
+		if why, err := os.ReadFile(m.failed()); err == nil && len(why) > 0 {
+			return errors.New(strings.TrimSpace(string(why)))
+		}
 		if _, err := os.Lstat(m.script()); errors.Is(err, fs.ErrNotExist) {
 			m.Log.Info("shoal is removed from this machine")
 			return nil
@@ -97,15 +138,22 @@ func (m *Machine) remove(ctx context.Context, set settings, shoal string, args [
 	if err != nil {
 		return err
 	}
-	var text strings.Builder
-	if err := removeTemplate.Execute(&text, map[string]any{
-		"Script": m.script(), "Shoal": shoal, "Args": args, "Systemd": systemd(), "Keep": keep, "Root": set.Root,
-		"Node": unitName, "Own": removeUnit, "Etc": m.etc(""),
-		"Files": []string{set.Root, filepath.Dir(set.ControlAddress), unitPath, removePath, shoal, m.etc("node.toml"), m.etc("token")},
-	}); err != nil {
+	root, err := filepath.EvalSymlinks(set.Root)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := writeFile(m.script(), []byte(text.String()), 0o700); err != nil {
+	// Other programs' files may be beside the sockets.
+	r := removal{
+		Script: m.script(), Failed: m.failed(), Shoal: shoal, Args: args,
+		Systemd: systemd(), Node: unitName, Own: removeUnit, Keep: keep, Root: cmp.Or(root, set.Root),
+		Files: []string{root, set.Root, set.Address, set.ControlAddress, unitPath, removePath, shoal, m.etc("node.toml"), m.etc("token")},
+		Dirs:  []string{filepath.Dir(set.Address), filepath.Dir(set.ControlAddress), m.etc("")},
+		Limit: umountLimit, Tenths: keepLimit,
+	}
+	if err := os.Remove(m.failed()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := writeFile(m.script(), []byte(r.String()), 0o700); err != nil {
 		return err
 	}
 	if systemd() {
@@ -128,6 +176,9 @@ func (m *Machine) stay(ctx context.Context) error {
 	}
 	m.Log.Info("the removal of shoal, which waited for containers, is taken back")
 	if err := os.Remove(m.script()); err != nil {
+		return err
+	}
+	if err := os.Remove(m.failed()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	if !systemd() {
