@@ -197,7 +197,18 @@ func TestHostInstall(t *testing.T) {
 	if err := m.kube("off-machine", first); err == nil || !strings.Contains(err.Error(), "exit status 3") {
 		t.Errorf("uninstalled under a container: %v", err)
 	}
+	// A process that containerd does not know keeps a layer mounted.
+	m.sh("cd /var/lib/shoal/m/* && { sleep 1000 </dev/null >/dev/null 2>&1 & echo $! >/run/user.pid; }")
 	m.sh("ctr task kill --signal SIGKILL " + id + " && until ctr container rm " + id + "; do sleep 0.1; done")
+	m.wait("the reason why shoal is not removed", func() error {
+		_, err := os.Stat(m.Path("/etc/shoal/uninstall.failed"))
+		return err
+	})
+	if err := m.kube("off-machine", first); err == nil || !strings.Contains(err.Error(), "processes still use what is mounted at /var/lib/shoal/m/") {
+		t.Errorf("uninstalled under a mount in use: %v", err)
+	}
+	m.sh("ls /var/lib/shoal/identity /etc/shoal/node.toml /opt/shoal/bin/shoal && kill $(cat /run/user.pid)")
+	noError(t, m.kube("off-machine", first))
 	m.wait("the removal of shoal", func() error {
 		out, err := m.Lab.Run(ctx, "sh", "-c", "ls -d /etc/shoal /opt/shoal/bin/shoal /var/lib/shoal /run/shoal 2>/dev/null; grep \" /var/lib/shoal\" /proc/self/mountinfo; true")
 		if err == nil && strings.TrimSpace(out) != "" {

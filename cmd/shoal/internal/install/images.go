@@ -60,7 +60,7 @@ func moveImages(ctx context.Context, limit time.Duration, address, from, to stri
 		for _, img := range named(list) {
 			lazy, err := ask(ctx, c, func(ctx context.Context) (bool, error) { return img.IsUnpacked(ctx, from) })
 			if errors.Is(err, ErrSilent) {
-				return err // the image may be lazy
+				return fmt.Errorf("%w. To answer, containerd asks shoal: if the node is stopped, then start it before that", err) // the image may be lazy
 			}
 			if err != nil || !lazy {
 				continue // not for this snapshotter, or not for this platform
