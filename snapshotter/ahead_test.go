@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -60,7 +61,7 @@ func TestPullOfPrivateImage(t *testing.T) {
 			n.images.publish(img)
 			n.images.private(tenant)
 			if c.show {
-				n.Begin("registry.test/x", "", img.manifest, c.cred)
+				n.Begin("registry.test/x", "", img.manifest, nil, c.cred)
 				n.Await(bg, "registry.test/x", img.manifest)
 			}
 			top, fetched, err := n.pull(bg, img)
@@ -165,7 +166,7 @@ func TestOpenedAhead(t *testing.T) {
 	for _, name := range []string{"lazy", "eager"} {
 		img := newImage("registry.test/"+name+":1", newLayer(t, file(name)))
 		n.images.publish(img)
-		n.Begin("registry.test/"+name, "1", img.manifest, image.Credential{})
+		n.Begin("registry.test/"+name, "1", img.manifest, nil, image.Credential{})
 		if name == "lazy" {
 			ctx, cancel := context.WithTimeout(bg, time.Millisecond)
 			n.Await(ctx, "registry.test/"+name, img.manifest)
@@ -185,13 +186,52 @@ func TestOpenedAhead(t *testing.T) {
 	}
 }
 
+// An image that is opened ahead asks for no index that is here already. If all layers are
+// here, then no Prepare comes, and the image is here although nobody claims its opening.
+func TestOpenedAheadOfLayersThatAreHere(t *testing.T) {
+	n := newNode(t)
+	ls := threeLayers(t)
+	digests := func(ls ...layer) (all []blockdev.Digest) {
+		for _, l := range ls {
+			all = append(all, l.digest)
+		}
+		return all
+	}
+	first := newImage("registry.test/x:1", ls...)
+	n.images.publish(first)
+	_, _, err := n.pull(bg, first)
+	check(t, err)
+	for i, c := range []struct{ layers, have []layer }{
+		{append([]layer{newLayer(t, file("other"))}, ls[1:]...), ls[1:]},
+		{ls, ls},
+	} {
+		img := newImage(fmt.Sprintf("registry.test/x:%d", i+2), c.layers...)
+		n.images.publish(img)
+		n.Begin(repository(img), fmt.Sprint(i+2), img.manifest, digests(c.layers...), image.Credential{})
+		n.Await(bg, repository(img), img.manifest)
+		have, want := n.images.requests[i+1].Have, digests(c.have...)
+		slices.SortFunc(have, func(a, b blockdev.Digest) int { return bytes.Compare(a[:], b[:]) })
+		slices.SortFunc(want, func(a, b blockdev.Digest) int { return bytes.Compare(a[:], b[:]) })
+		if !slices.Equal(have, want) {
+			t.Errorf("%s: Have is %v, want %v", img.ref, have, want)
+		}
+	}
+	var refs []string
+	for _, img := range must(n.Images(bg))(t) {
+		refs = append(refs, img.Ref)
+	}
+	if !slices.Contains(refs, "registry.test/x:3") {
+		t.Errorf("images: %v", refs)
+	}
+}
+
 // Where containerd does not write the names of images, a name that a layer has all the
 // same is an annotation of a manifest: it opens no private image, also right after a
 // pull that may have it. A right is gone with the pull that has shown it.
 func TestNamesOfManifests(t *testing.T) {
 	n := newNode(t, func(cfg *nodeConfig) {})
 	begin := func(img testImage, cred image.Credential) {
-		n.Begin(repository(img), "1", img.manifest, cred)
+		n.Begin(repository(img), "1", img.manifest, nil, cred)
 		n.Await(bg, repository(img), img.manifest)
 	}
 	secret := newImage("registry.test/secret:1", newLayer(t, file("secret")))
@@ -241,13 +281,13 @@ func testNotClaimed(t *testing.T) {
 		last = newImage(fmt.Sprintf("registry.test/x%d:1", i), newLayer(t, file(fmt.Sprint(i))))
 		n.images.publish(last)
 		name := fmt.Sprintf("registry.test/x%d", i)
-		n.Begin(name, "1", last.manifest, image.Credential{})
+		n.Begin(name, "1", last.manifest, nil, image.Credential{})
 		n.Await(bg, name, last.manifest)
 		time.Sleep(time.Second) // no Prepare comes
 		synctest.Wait()
 	}
 	asked := n.images.asked()
-	n.Begin("registry.test/new", "1", blockdev.Digest{1}, tenant)
+	n.Begin("registry.test/new", "1", blockdev.Digest{1}, nil, tenant)
 	n.Await(bg, "registry.test/new", blockdev.Digest{1})
 	if n.images.asked() != asked {
 		t.Error("an image was opened that nobody will ask for")
@@ -257,7 +297,7 @@ func testNotClaimed(t *testing.T) {
 		t.Errorf("fetched %v: %v", fetched, err)
 	}
 	asked = n.images.asked()
-	n.Begin("registry.test/new", "1", blockdev.Digest{1}, tenant)
+	n.Begin("registry.test/new", "1", blockdev.Digest{1}, nil, tenant)
 	n.Await(bg, "registry.test/new", blockdev.Digest{1})
 	if n.images.asked() == asked {
 		t.Error("one image that was asked for changes nothing")
@@ -273,7 +313,7 @@ func TestSourceCredential(t *testing.T) {
 	img := newImage("registry.test/x:1", newLayer(t, file("a")))
 	n.images.publish(img)
 	n.images.private(tenant)
-	n.Begin("registry.test/x", "", img.manifest, tenant)
+	n.Begin("registry.test/x", "", img.manifest, nil, tenant)
 	n.Await(bg, "registry.test/x", img.manifest)
 	_, _, err := n.pull(bg, img)
 	check(t, err)

@@ -95,7 +95,7 @@ func TestArtifact(t *testing.T) {
 	artifact, image1 := newImage("registry.test/artifact:1", newLayer(t, file("a"))), newImage("registry.test/image:1", threeLayers(t)...)
 	n.images.set(func() { n.images.err = fmt.Errorf("of an artifact: %w", blockdev.ErrUnsupported) })
 	for _, img := range []testImage{artifact, image1} {
-		n.Begin(repository(img), "1", img.manifest, image.Credential{})
+		n.Begin(repository(img), "1", img.manifest, nil, image.Credential{})
 		n.Await(bg, repository(img), img.manifest)
 	}
 	_, fetched, err := n.pull(bg, image1)
@@ -115,7 +115,7 @@ func TestArtifact(t *testing.T) {
 	// Nothing else is final: the next attempt may go well, and containerd asks.
 	n.images.set(func() { n.images.err = blockdev.ErrUnavailable })
 	late := newImage("registry.test/late:1", newLayer(t, file("l")))
-	n.Begin(repository(late), "1", late.manifest, image.Credential{})
+	n.Begin(repository(late), "1", late.manifest, nil, image.Credential{})
 	n.Await(bg, repository(late), late.manifest)
 	if list := n.Refusals(); len(list) != 2 {
 		t.Errorf("remembered: %+v", list)

@@ -20,8 +20,9 @@ func (c *Catalogue) Show(name string, manifest blockdev.Digest, cred image.Crede
 }
 
 // Begin implements mirror.Opener: it begins to open an image on the word of the
-// registry for this credential, and returns at once.
-func (c *Catalogue) Begin(name, tag string, manifest blockdev.Digest, cred image.Credential) {
+// registry for this credential, and returns at once. Of the layers that are here, no
+// index is fetched again.
+func (c *Catalogue) Begin(name, tag string, manifest blockdev.Digest, layers []blockdev.Digest, cred image.Credential) {
 	ref := name + "@" + manifest.String()
 	if tag != "" {
 		ref = name + ":" + tag
@@ -30,6 +31,7 @@ func (c *Catalogue) Begin(name, tag string, manifest blockdev.Digest, cred image
 	if err != nil || c.policy.Load().NotLazy(w.Ref) != "" {
 		return
 	}
+	w.Layers = layers
 	c.Show(name, manifest, cred)
 	if c.rights.elsewhere(name) || c.here(manifest) {
 		return

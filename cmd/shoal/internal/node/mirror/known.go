@@ -33,9 +33,14 @@ func newKnown() *known {
 	return &known{tags: lru.New[blobKey, string](maxKnown), configs: lru.New[blobKey, blockdev.Digest](maxKnown)}
 }
 
+// maxLayers bounds how many layers of a manifest the opener learns. An image that has more
+// is not lazy.
+const maxLayers = 512
+
 // note takes in a document that a pull was given. manifest reports whether it is the
-// manifest of an image, or of an artifact, which the opener finds out.
-func (k *known) note(t target, doc *image.Document) (manifest bool) {
+// manifest of an image, which has these layers, or of an artifact, which the opener
+// finds out.
+func (k *known) note(t target, doc *image.Document) (layers []blockdev.Digest, manifest bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	id := blobKey{t.name, doc.Digest}
@@ -44,10 +49,11 @@ func (k *known) note(t target, doc *image.Document) (manifest bool) {
 	}
 	var m struct {
 		Config    *ocispec.Descriptor  `json:"config"`
+		Layers    []ocispec.Descriptor `json:"layers"`
 		Manifests []ocispec.Descriptor `json:"manifests"`
 	}
 	if doc.Data == nil || json.Unmarshal(doc.Data, &m) != nil {
-		return false
+		return nil, false
 	}
 	if tag, ok := k.tags.Get(id); ok && len(m.Manifests) <= 256 {
 		for _, d := range m.Manifests {
@@ -57,14 +63,19 @@ func (k *known) note(t target, doc *image.Document) (manifest bool) {
 		}
 	}
 	if m.Config == nil {
-		return false
+		return nil, false
 	}
 	config, err := blockdev.ParseDigest(m.Config.Digest.String())
 	if err != nil {
-		return false
+		return nil, false
 	}
 	k.configs.Add(blobKey{t.name, config}, doc.Digest)
-	return true
+	for _, d := range m.Layers[:min(len(m.Layers), maxLayers)] {
+		if layer, err := blockdev.ParseDigest(d.Digest.String()); err == nil {
+			layers = append(layers, layer)
+		}
+	}
+	return layers, true
 }
 
 // config returns the manifest whose config a blob is.

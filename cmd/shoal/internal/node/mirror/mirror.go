@@ -46,8 +46,8 @@ type Opener interface {
 	Show(name string, manifest blockdev.Digest, cred image.Credential)
 	// Begin begins to open the image with this manifest on the word of this
 	// credential, unless it is open or being opened, and returns at once. tag may be
-	// empty.
-	Begin(name, tag string, manifest blockdev.Digest, cred image.Credential)
+	// empty. layers are digests of its layers; nil: they are not known.
+	Begin(name, tag string, manifest blockdev.Digest, layers []blockdev.Digest, cred image.Credential)
 	// Await returns when containerd may begin to unpack the image: it is open, it
 	// cannot be opened, or ctx has ended.
 	Await(ctx context.Context, name string, manifest blockdev.Digest)
@@ -158,14 +158,14 @@ func (m *Mirror) serve(w http.ResponseWriter, r *http.Request, kind *string) err
 		if m.cfg.Opener != nil && errors.Is(err, errLate) && t.what != blob && !head && t.tag == "" && isManifest(r.Header.Get("Accept")) {
 			// The answer is late, and the image is still opened, for the Prepare
 			// that follows. Whether this credential may have it is asked then, too.
-			m.cfg.Opener.Begin(t.name, m.known.tag(t.name, t.digest), t.digest, cred)
+			m.cfg.Opener.Begin(t.name, m.known.tag(t.name, t.digest), t.digest, nil, cred)
 		}
 		return err
 	}
 	if m.cfg.Opener != nil && t.what != blob {
 		m.cfg.Opener.Show(t.name, doc.Digest, cred)
-		if m.known.note(t, doc) {
-			m.cfg.Opener.Begin(t.name, m.known.tag(t.name, doc.Digest), doc.Digest, cred)
+		if layers, ok := m.known.note(t, doc); ok {
+			m.cfg.Opener.Begin(t.name, m.known.tag(t.name, doc.Digest), doc.Digest, layers, cred)
 		} else if head && cred != (image.Credential{}) && images.IsIndexType(doc.MediaType) {
 			m.showListed(r.Context(), host, target{what: t.what, name: t.name, digest: doc.Digest}, cred)
 		}

@@ -47,8 +47,8 @@ func (o *opener) Show(name string, manifest blockdev.Digest, cred image.Credenti
 	o.note("show %s %s %s", name, manifest.Hex()[:4], cred.Username)
 }
 
-func (o *opener) Begin(name, tag string, manifest blockdev.Digest, cred image.Credential) {
-	o.note("begin %s:%s %s %s", name, tag, manifest.Hex()[:4], cred.Username)
+func (o *opener) Begin(name, tag string, manifest blockdev.Digest, layers []blockdev.Digest, cred image.Credential) {
+	o.note("begin %s:%s %s %s %v", name, tag, manifest.Hex()[:4], cred.Username, layers)
 }
 
 func (o *opener) Await(ctx context.Context, _ string, _ blockdev.Digest) {
@@ -80,7 +80,7 @@ type fakeRegistry struct {
 
 var (
 	imageConfig   = []byte(`{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}`)
-	imageManifest = fmt.Appendf(nil, `{"schemaVersion":2,"config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":%q},"layers":[]}`, blockdev.Sum(imageConfig))
+	imageManifest = fmt.Appendf(nil, `{"schemaVersion":2,"config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":%q},"layers":[{"digest":%q}]}`, blockdev.Sum(imageConfig), blockdev.Sum(nil))
 	imageIndex    = fmt.Appendf(nil, `{"schemaVersion":2,"manifests":[{"digest":%q}]}`, blockdev.Sum(imageManifest))
 )
 
@@ -150,7 +150,7 @@ func TestPull(t *testing.T) {
 		}
 	}
 	id := blockdev.Sum(imageManifest).Hex()[:4]
-	if !o.told("show r.test/a "+id+" u") || !o.told("begin r.test/a:v1 "+id+" u") || len(o.calls) != 4 {
+	if !o.told("show r.test/a "+id+" u") || !o.told("begin r.test/a:v1 "+id+" u "+fmt.Sprint([]blockdev.Digest{blockdev.Sum(nil)})) || len(o.calls) != 4 {
 		t.Errorf("the opener was told %q", o.calls)
 	}
 
@@ -411,7 +411,7 @@ func TestLate(t *testing.T) {
 		t.Errorf("the next one waits %v", wait)
 	}
 	m.health.end("r.test", false)
-	if !o.told("begin r.test/a: " + blockdev.Sum(imageManifest).Hex()[:4] + " u") {
+	if !o.told("begin r.test/a: " + blockdev.Sum(imageManifest).Hex()[:4] + " u []") {
 		t.Errorf("the opener was told %q", o.calls)
 	}
 	for range maxLate {
