@@ -155,13 +155,11 @@ func (p *pods) exec(t *testing.T, command ...string) (string, error) {
 	return p.s.Kubectl(contextOf(t), append([]string{"--namespace", p.namespace, "exec", p.first(), "--"}, command...)...)
 }
 
-// forget removes all images of a node but that of sandboxes, so that the next pull is a
-// cold one.
-func (s *site) forget(t *testing.T, n *cluster.Node) {
+// clear waits until a node has no pods, and removes those that have ended: their containers
+// still use their images, and kubelet would remove them within a minute.
+func (s *site) clear(t *testing.T, n *cluster.Node) {
 	t.Helper()
 	ctx := t.Context()
-	// The containers of pods that have gone still use theirs; kubelet would remove them
-	// within a minute.
 	noError(t, lab.WaitFor(ctx, "no pods on node "+n.Name, 5*time.Minute, func() error {
 		list, err := n.CRI.Runtime.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
 		if err != nil {
@@ -177,6 +175,14 @@ func (s *site) forget(t *testing.T, n *cluster.Node) {
 		}
 		return errors.Join(errs...)
 	}))
+}
+
+// forget removes all images of a node but that of sandboxes, so that the next pull is a
+// cold one.
+func (s *site) forget(t *testing.T, n *cluster.Node) {
+	t.Helper()
+	ctx := t.Context()
+	s.clear(t, n)
 	for _, ref := range must(n.CRI.Images(ctx))(t) {
 		if !strings.Contains(ref, "/pause:") {
 			noError(t, n.CRI.RemoveImage(ctx, ref))

@@ -28,7 +28,7 @@ var targets = []struct{ name, command, what string }{
 	{"swarm", "make swarm", "32 real nodes in network namespaces with slow links."},
 	{"sim", "make sim", "1,000 and 10,000 simulated nodes; the decisions are the daemon's own code."},
 	{"drill", "make drill", "One fault at a time, while containers read."},
-	{"k8s", "make k8s", "A real Kubernetes, with nodes on shoal and nodes on overlayfs."},
+	{"k8s", "make k8s", "A real Kubernetes, with nodes on shoal and nodes on overlayfs. The floor is overlayfs without a pull, which is the least that any snapshotter can take; on a machine with few processors it is much of the time."},
 }
 
 // Marks of the table in the README.
