@@ -64,7 +64,8 @@
 //     SHA-256 when it came in. What came in stays believed while it rests on
 //     the disk, as with any file system, with these exceptions: a machine that
 //     went down while the cache was open leaves nothing believed of an
-//     incomplete diff; Prefetch checks what this process did not write itself
+//     incomplete diff; zeros where nothing is synced yet may be what the kernel has
+//     lost, and are checked (lost.go); Prefetch checks what this process did not write itself
 //     before it says complete; Prove and Scrub check everything; and what goes to
 //     another machine or another diff is checked on its way (Forward.Chunk).
 //   - One flight per chunk. A reader's context ends its own wait only.

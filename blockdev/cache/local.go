@@ -59,11 +59,15 @@ func (d *local) setComplete() {
 // pread reads what is present. On an error other than os.ErrClosed the chunks of
 // the range that cannot be read are no longer present.
 func (d *local) pread(p []byte, off int64) error {
+	lo, hi := d.tab.Span(off, off+int64(len(p)))
+	settled := d.complete.Load() || d.pres.SyncedAll(lo, hi) // when the read begins
 	_, err := d.data.ReadAt(p, off)
+	if err == nil && !settled {
+		err = d.checkLost(p, off)
+	}
 	if err == nil || errors.Is(err, os.ErrClosed) {
 		return err
 	}
-	lo, hi := d.tab.Span(off, off+int64(len(p)))
 	for i := lo; i < hi; i++ {
 		from, to := d.overlap(i, off, len(p))
 		if _, err := d.data.ReadAt(p[from-off:to-off], from); err != nil {

@@ -2,10 +2,13 @@ package cache
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -19,6 +22,7 @@ import (
 type ext4Disk struct {
 	t          *testing.T
 	image, dir string
+	generation int // of image
 }
 
 func newExt4Disk(t *testing.T) *ext4Disk {
@@ -31,7 +35,7 @@ func newExt4Disk(t *testing.T) *ext4Disk {
 		t.Skip("needs mkfs.ext4: ", err)
 	}
 	base := t.TempDir()
-	d := &ext4Disk{t, filepath.Join(base, "image"), filepath.Join(base, "disk")}
+	d := &ext4Disk{t: t, image: filepath.Join(base, "image.0"), dir: filepath.Join(base, "disk")}
 	if err := os.WriteFile(d.image, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -56,7 +60,24 @@ func (d *ext4Disk) run(name string, args ...string) {
 
 func (d *ext4Disk) mount() {
 	d.t.Helper()
-	d.run("mount", "-o", "loop", d.image, d.dir)
+	d.run("mount", "-o", "loop,errors=remount-ro", d.image, d.dir)
+}
+
+// fail makes ext4 turn read-only, as it does after an error: what it was about to write
+// it drops.
+func (d *ext4Disk) fail() {
+	var st unix.Stat_t
+	if err := unix.Stat(d.dir, &st); err != nil {
+		d.t.Error(err)
+		return
+	}
+	dev, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev)))
+	if err == nil {
+		err = os.WriteFile(filepath.Join("/sys/fs/ext4", filepath.Base(dev), "trigger_fs_error"), []byte("test"), 0)
+	}
+	if err != nil {
+		d.t.Errorf("have ext4 report an error: %v", err)
+	}
 }
 
 // cut takes the power away.
@@ -76,10 +97,24 @@ func (d *ext4Disk) cut() {
 	}
 }
 
-// restore gives it back, once nobody has a file open: the journal is replayed.
+// restore gives it back, once nobody has a file open: the journal is replayed, and what
+// ext4 has noted of an error is cleared. It is a new disk with the same content, because
+// another process on this machine may have a mount namespace in which the old one lives.
 func (d *ext4Disk) restore() {
 	d.t.Helper()
 	d.run("umount", d.dir)
+	old := d.image
+	d.generation++
+	d.image = fmt.Sprintf("%s.%d", strings.TrimSuffix(old, filepath.Ext(old)), d.generation)
+	d.run("cp", "--sparse=always", old, d.image)
+	if err := os.Remove(old); err != nil {
+		d.t.Fatal(err)
+	}
+	// Status 1: it has mended something.
+	var status *exec.ExitError
+	if out, err := exec.Command("e2fsck", "-p", d.image).CombinedOutput(); err != nil && (!errors.As(err, &status) || status.ExitCode() > 1) {
+		d.t.Fatalf("e2fsck: %v: %s", err, out)
+	}
 	d.mount()
 }
 
@@ -87,6 +122,17 @@ func (d *ext4Disk) restore() {
 // Whatever is believed afterwards is right, and everything reads right.
 func TestPowerCut(t *testing.T) {
 	disk := newExt4Disk(t)
+	testDiskEnds(t, disk, disk.cut)
+}
+
+// TestDiskFails is the same with a file system that turns read-only at that moment, and
+// goes on to answer reads.
+func TestDiskFails(t *testing.T) {
+	disk := newExt4Disk(t)
+	testDiskEnds(t, disk, disk.fail)
+}
+
+func testDiskEnds(t *testing.T, disk *ext4Disk, end func()) {
 	rounds := 25
 	if testing.Short() {
 		rounds = 5
@@ -119,7 +165,9 @@ func TestPowerCut(t *testing.T) {
 			wg.Go(func() { _ = r.d.Prefetch(ctx) }) // fails when the disk does
 		}
 		time.Sleep(time.Duration(rng.IntN(60)) * time.Millisecond) // the moment is the point of it
-		disk.cut()
+		end()
+		// Reads go on for a while: the kernel answers some that it should not.
+		time.Sleep(time.Duration(rng.IntN(10)) * time.Millisecond)
 		cancel()
 		wg.Wait()
 		r.crash(func() {

@@ -12,18 +12,30 @@ import (
 	"github.com/shoalfs/shoal/blockdev"
 )
 
-// Local reports whether every byte of [off, off+n) is present, and returns the
-// file that has them at the same offsets. It takes no lock (but for chunks that
-// a Recording sees for the first time) and makes no system call. The range may reach into the zeros behind the diff, up to Size.
+// Local reports whether every byte of [off, off+n) is synced, and returns the file that
+// has them at the same offsets. It takes no lock (but for chunks that a Recording sees
+// for the first time) and makes no system call. The range may reach into the zeros behind
+// the diff, up to Size. What is present and not synced is for ReadLocal, which looks at
+// what the kernel gives for it (lost.go).
 //
 // The file stays open until the diff is removed or the Cache closed. Use it
 // through ReadAt or SyscallConn, which keep the descriptor from being closed
 // meanwhile; Fd does not. Do not write to it.
 func (d *Diff) Local(off int64, n int) (*os.File, bool) {
-	return d.data, d.isLocal(off, n)
+	return d.data, d.has(off, n, d.pres.SyncedAll)
 }
 
-func (d *Diff) isLocal(off int64, n int) bool {
+// ReadLocal fills p from off on if every byte is present, and reports whether it has. It
+// waits for nothing but the disk.
+func (d *Diff) ReadLocal(p []byte, off int64) bool {
+	return d.isLocal(off, len(p)) && d.pread(p, off) == nil
+}
+
+// isLocal reports whether every byte of [off, off+n) is present.
+func (d *Diff) isLocal(off int64, n int) bool { return d.has(off, n, d.pres.HasAll) }
+
+// has asks all about the chunks [lo, hi) of a range.
+func (d *Diff) has(off int64, n int, all func(lo, hi int) bool) bool {
 	if off < 0 || n < 0 || int64(n) > d.size-off {
 		return false
 	}
@@ -35,7 +47,7 @@ func (d *Diff) isLocal(off int64, n int) bool {
 	if tr != nil {
 		tr.touch(lo, hi)
 	}
-	return d.pres.HasAll(lo, hi)
+	return all(lo, hi)
 }
 
 // ReadAt reads as io.ReaderAt does, out of Size bytes. It is a demand read: what

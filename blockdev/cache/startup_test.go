@@ -24,6 +24,9 @@ func TestRecording(t *testing.T) {
 	other := r.add(ix)
 	last := r.d.tab.Len() - 1
 	r.checkRead(r.d.tab.Start(3), 1) // before the recording: there already
+	if err := r.d.sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 
 	rec := Record(r.d, other)
 	if !rec.Last().IsZero() {

@@ -19,7 +19,8 @@ const benchSize = 512 << 20
 
 // BenchmarkSequential and BenchmarkRandom4K compare an image over FUSE, with all
 // its data local, with the same image mounted from the file, with both through loop
-// devices, and with the file itself. cold: nothing is in the page cache; warm: the file is, but nothing of
+// devices, and with the file itself. unsettled: the data is local and not on stable
+// storage. cold: nothing is in the page cache; warm: the file is, but nothing of
 // the image. cpu-µs is the processor time of this process (reader and server)
 // for each operation; the machine's noise is not in it.
 func BenchmarkSequential(b *testing.B) {
@@ -105,6 +106,9 @@ func benchmark(b *testing.B, read func(rawFile) int64) {
 	f := onDisk(b, 1, benchSize)
 	files := &memFiles{}
 	files.put(idA, f)
+	unsettled := *f
+	unsettled.unsettled = true
+	files.put(idB, &unsettled)
 	s := start(b, files, Options{})
 	for _, c := range []struct {
 		name string
@@ -113,6 +117,7 @@ func benchmark(b *testing.B, read func(rawFile) int64) {
 		{"plain", f.local.Name()},
 		{"erofs-file", filepath.Join(image(b, benchSize, f.local.Name(), mount.Options{}), "file")},
 		{"erofs-fuse", filepath.Join(image(b, benchSize, s.path(idA), mount.Options{}), "file")},
+		{"erofs-fuse-unsettled", filepath.Join(image(b, benchSize, s.path(idB), mount.Options{}), "file")},
 		{"loop-file", filepath.Join(image(b, benchSize, f.local.Name(), mount.Options{Loop: true}), "file")},
 		{"loop-fuse", filepath.Join(image(b, benchSize, s.path(idA), mount.Options{Loop: true}), "file")},
 	} {

@@ -23,11 +23,15 @@ type File interface {
 	// and when all bytes are at hand. It fetches what is not local, and ends soon
 	// after ctx.
 	Read(ctx context.Context, off int64, n int, m blockdev.Memory) (int, error)
-	// Local returns the file that has all n bytes at off, at the same offset, if
-	// they are all here. After Size, up to the next multiple of 4096 bytes, the
-	// file reads as zeros. The file is not closed while it may be in use; its
-	// content does not change where Local said yes.
+	// Local returns the file that has all n bytes at off, at the same offset, if they are
+	// all here and nothing can change them or take them away: they are on stable storage.
+	// After Size, up to the next multiple of 4096 bytes, the file reads as zeros. The file
+	// is not closed while it may be in use.
 	Local(off int64, n int) (*os.File, bool)
+	// ReadLocal fills p from off on if all bytes are here, on stable storage or not, and
+	// reports whether it has. It does not wait for bytes that are missing. After Size it
+	// reads zeros, as Local's file.
+	ReadLocal(p []byte, off int64) bool
 }
 
 // Files is the directory. Its methods are called for every request, from several

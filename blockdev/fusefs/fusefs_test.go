@@ -114,6 +114,27 @@ func TestRead(t *testing.T) {
 	}
 }
 
+// TestUnsettled: what is local and not on stable storage comes from the File itself, which
+// looks at it, and never from its file.
+func TestUnsettled(t *testing.T) {
+	needRoot(t)
+	f := onDisk(t, 1, 2<<20)
+	f.unsettled = true
+	if err := os.Truncate(f.local.Name(), 0); err != nil { // what the kernel has lost
+		t.Fatal(err)
+	}
+	if err := os.Truncate(f.local.Name(), f.Size()); err != nil {
+		t.Fatal(err)
+	}
+	files := &memFiles{}
+	files.put(idA, f)
+	s := start(t, files, Options{})
+	got, err := os.ReadFile(s.path(idA))
+	if err != nil || !bytes.Equal(got, f.data) {
+		t.Errorf("wrong bytes, or %v", err)
+	}
+}
+
 // TestImage reads through EROFS, in all ways in which it may send reads.
 func TestImage(t *testing.T) {
 	for name, o := range map[string]mount.Options{"file": {}, "loop": {Loop: true}} {

@@ -65,8 +65,10 @@ func needRoot(t testing.TB) {
 type memFile struct {
 	data  []byte
 	local *os.File // has all of data
-	// here says whether a range is local; nil: all of it.
-	here func(off int64, n int) bool
+	// here says whether a range is local; nil: all of it. unsettled: what is local is not
+	// on stable storage.
+	here      func(off int64, n int) bool
+	unsettled bool
 	// await waits for what is not local; nil: it is at hand.
 	await func(ctx context.Context, off int64) error
 	from  blockdev.Origin // of what is not local
@@ -93,7 +95,19 @@ func (f *memFile) Read(ctx context.Context, off int64, n int, m blockdev.Memory)
 }
 
 func (f *memFile) Local(off int64, n int) (*os.File, bool) {
-	return f.local, f.local != nil && (f.here == nil || f.here(off, n))
+	return f.local, !f.unsettled && f.isHere(off, n)
+}
+
+func (f *memFile) ReadLocal(p []byte, off int64) bool {
+	if !f.isHere(off, len(p)) {
+		return false
+	}
+	clear(p[copy(p, f.data[off:]):])
+	return true
+}
+
+func (f *memFile) isHere(off int64, n int) bool {
+	return f.local != nil && (f.here == nil || f.here(off, n))
 }
 
 // memFiles is a directory that changes.

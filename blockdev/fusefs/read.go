@@ -145,7 +145,7 @@ func (w *worker) read(ctx context.Context, r readIn) {
 		return
 	}
 	n := int(min(int64(r.size), length-r.off))
-	if local, ok := f.Local(r.off, n); ok && w.readLocal(local, r, n) {
+	if w.readLocal(f, r, n) {
 		s.opts.Observe(blockdev.FromLocal, time.Since(began))
 		return
 	}
@@ -164,20 +164,21 @@ func (w *worker) read(ctx context.Context, r readIn) {
 	w.slot = next // that of the request belongs to the goroutine that answers it, or stays for the next server
 }
 
-// readLocal answers a read from a file that has all its bytes. It returns false
-// if the file cannot be read; then ReadAt is to find out why, and may know where
-// else the bytes are.
-func (w *worker) readLocal(local *os.File, r readIn, n int) bool {
-	s := w.s
-	if !w.splice(local, r, n) {
-		b := s.buffers.get(n)
-		defer s.buffers.put(b)
-		if _, err := local.ReadAt(b.payload(n), r.off); err != nil {
+// readLocal answers a read of which all bytes are here, and reports whether it has. If
+// they cannot be read, then Read is to find out why, and may know where else they are.
+func (w *worker) readLocal(f File, r readIn, n int) bool {
+	local, settled := f.Local(r.off, n)
+	if !settled || !w.splice(local, r, n) {
+		b := w.s.buffers.get(n)
+		defer w.s.buffers.put(b)
+		if !f.ReadLocal(b.payload(n), r.off) {
 			return false
 		}
-		s.answer(r.unique, b, n)
+		w.s.answer(r.unique, b, n)
 	}
-	forget(local, r.off, n)
+	if settled { // the file's own sync drops the rest
+		forget(local, r.off, n)
+	}
 	return true
 }
 
