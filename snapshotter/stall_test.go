@@ -135,7 +135,7 @@ func TestCleanupReturns(t *testing.T) {
 // A container whose layer's index was lost, and does not come, is not waited for;
 // when it has come, the container starts.
 func TestLostIndexReturns(t *testing.T) {
-	n := newNode(t, func(c *nodeConfig) { c.PrepareTimeout = 50 * time.Millisecond })
+	n := newNode(t, func(c *nodeConfig) { c.PrepareTimeout = time.Second })
 	img := newImage("registry.test/x:1", newLayer(t, file("a")))
 	n.images.publish(img)
 	top, _, err := n.pull(bg, img)
