@@ -47,7 +47,7 @@ const (
 	// Pauses before a daemon is started again that did not get ready, but for the
 	// first time; or that ended within steady of being ready, but for the first
 	// freeRestarts times: a request that kills it comes again to the next one. One that
-	// was ready for longer is started at once.
+	// was ready for longer is started at once. Each pause is twice as long as the one before.
 	firstPause, maxPause = 100 * time.Millisecond, 5 * time.Second
 	freeRestarts         = 5
 	steady               = 500 * time.Millisecond
@@ -106,6 +106,7 @@ type keeper struct {
 	wasReady bool      // the child has said so
 	since    time.Time // when it said so
 	failures int       // children in a row that were not ready for as long as steady
+	pauses   int       // before those of them that had to wait
 	stopping bool
 
 	mu     sync.Mutex
@@ -213,12 +214,13 @@ func (k *keeper) after(err error) time.Duration {
 	if k.wasReady {
 		free = freeRestarts
 		if time.Since(k.since) >= steady {
-			k.failures = 0
+			k.failures, k.pauses = 0, 0
 		}
 	}
 	wait := time.Duration(0)
 	if k.failures >= free {
-		wait = min(firstPause<<min(k.failures-free, 10), maxPause)
+		wait = min(firstPause<<min(k.pauses, 10), maxPause)
+		k.pauses++
 	}
 	k.failures++
 	k.Log.Warn("the program ended; starting it again", "program", k.path, "end", ending(err), "in", wait)

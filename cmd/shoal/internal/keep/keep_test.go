@@ -405,6 +405,32 @@ func TestCrashAfterReady(t *testing.T) {
 	}
 }
 
+// TestPauses: a daemon that ends before it is ready, after some that ended soon after, has
+// the next longer pause and not the longest.
+func TestPauses(t *testing.T) {
+	k := &keeper{Config: Config{Log: slog.New(slog.DiscardHandler)}}
+	const unready, short, long = 0, 1, 2
+	for i, life := range []struct {
+		kind int
+		want time.Duration
+	}{
+		{unready, 0}, {unready, firstPause}, {unready, 2 * firstPause}, {long, 0},
+		{short, 0}, {short, 0}, {short, 0}, {short, 0}, {short, firstPause},
+		{unready, 2 * firstPause}, {short, 4 * firstPause}, {unready, 8 * firstPause},
+		{long, 0}, {unready, firstPause}, {unready, 2 * firstPause},
+		{short, 0}, {short, 0}, {short, 4 * firstPause}, {short, 8 * firstPause}, {short, 16 * firstPause},
+		{short, 32 * firstPause}, {short, maxPause},
+	} {
+		k.wasReady, k.since = life.kind != unready, time.Now()
+		if life.kind == long {
+			k.since = k.since.Add(-steady)
+		}
+		if got := k.after(nil); got != life.want {
+			t.Errorf("life %d: the next one begins in %v, want %v", i, got, life.want)
+		}
+	}
+}
+
 // TestReadyDuringStop: what a daemon says when it is to end does not give it more time
 // for that, in the middle of an upgrade either.
 func TestReadyDuringStop(t *testing.T) {
