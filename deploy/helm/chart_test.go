@@ -1,6 +1,4 @@
-// Package helm has the tests of the chart: Helm's own library lints and renders it, and
-// what comes out is decoded as the Kubernetes API does, without unknown fields.
-package helm
+package main
 
 import (
 	"bufio"

@@ -1,5 +1,6 @@
 // Command release makes what users of shoal install, from a commit: the programs,
-// the container image, the archives, the packages, and what says what is in them.
+// the container image, the chart, the archives, the packages, and what says what is in
+// them.
 //
 // Two runs from one commit with one version of Go give the same bytes: each time
 // stamp is the commit's, owners are root, and nothing depends on the machine. No
@@ -64,7 +65,7 @@ func newCommand() *cobra.Command {
 	var snapshot bool
 	all := &cobra.Command{
 		Use:   "all",
-		Short: "Write archives, packages, SBOMs, the image and checksums to release/",
+		Short: "Write archives, packages, SBOMs, the image, the chart and checksums to release/",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			src, err := readSource(cmd.Context(), version)

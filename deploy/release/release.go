@@ -33,7 +33,18 @@ func writeRelease(ctx context.Context, dir string, src *source, programs []built
 	if err := writeImage(filepath.Join(dir, fmt.Sprintf("shoal_%s_image.tar", fileVersion(src.Version))), src, programs); err != nil {
 		return err
 	}
+	if err := writeChart(ctx, dir, src); err != nil {
+		return err
+	}
 	return writeChecksums(dir)
+}
+
+// writeChart has Helm's own library write the chart's package. That is a command of
+// the chart's module: the library is ten times as big as all that is here.
+func writeChart(ctx context.Context, dir string, src *source) error {
+	_, err := goOutput(ctx, platform{OS: runtime.GOOS, Arch: runtime.GOARCH}, src.in("deploy/helm"), "run", ".",
+		"--to="+dir, "--version="+fileVersion(src.Version), "--app-version="+src.Version, fmt.Sprintf("--time=%d", src.Time.Unix()))
+	return err
 }
 
 // writePlatform writes archive, packages and SBOMs.

@@ -78,7 +78,7 @@ func TestReproducible(t *testing.T) {
 		return err
 	}))
 	base := "shoal_1.2.3_linux_" + runtime.GOARCH
-	for _, want := range []string{base + ".tar.gz", base + ".deb", base + ".rpm", base + ".cdx.json", "shoal_1.2.3_image.tar", "checksums.txt"} {
+	for _, want := range []string{base + ".tar.gz", base + ".deb", base + ".rpm", base + ".cdx.json", "shoal_1.2.3_image.tar", "shoal-1.2.3.tgz", "checksums.txt"} {
 		if !strings.Contains(strings.Join(names, "\n")+"\n", want+"\n") {
 			t.Errorf("%s is missing: there are %q", want, names)
 		}

@@ -52,7 +52,7 @@ func fileVersion(version string) string {
 	if describe.MatchString(version) || releaseTag.MatchString(version) {
 		return strings.TrimPrefix(version, "v")
 	}
-	return "0.0.0-" + version
+	return "0.0.0-g" + version // without the g, Helm takes no commit of digits alone
 }
 
 // packageVersion is the version as dpkg and rpm sort it: candidates before their

@@ -14,7 +14,9 @@ func TestPackageVersions(t *testing.T) {
 			t.Errorf("%s is not before %s: %v %s", a, b, err, out)
 		}
 	}
-	if got := fileVersion("v1.0.0-rc.1"); got != "1.0.0-rc.1" {
-		t.Errorf("file version %q", got)
+	for version, want := range map[string]string{"v1.0.0-rc.1": "1.0.0-rc.1", "v1.0.0-3-g6ac8a40": "1.0.0-3-g6ac8a40", "0123456-dirty": "0.0.0-g0123456-dirty"} {
+		if got := fileVersion(version); got != want {
+			t.Errorf("%s: file version %q, want %q", version, got, want)
+		}
 	}
 }
