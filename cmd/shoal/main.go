@@ -44,9 +44,11 @@ there, and brings the image from nearby.
 A supernode per datacenter fetches each layer from the registry once. A node
 mounts an image when it has its index; what containers read comes on demand, and
 the rest follows in the background.`,
+		Version:       versionLine(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
+	cmd.SetVersionTemplate("{{.Version}}")
 	cmd.AddCommand(newNodeCommand(), newSupernodeCommand(), newConfigCommand(), newInstallCommand(),
 		newKeepCommand(), newPrefetchCommand(), newStatusCommand(), newCheckCommand(), newMembersCommand(), newReloadCommand(), newStoreCommand(), newVersionCommand(), newManCommand())
 	return cmd
