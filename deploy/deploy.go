@@ -8,5 +8,12 @@ import _ "embed"
 //go:embed shoal-node.service
 var NodeUnit string
 
-// ProgramPath is where the unit files look for the program.
-const ProgramPath = "/usr/local/bin/shoal"
+const (
+	// NodeUnitName is the name of NodeUnit.
+	NodeUnitName = "shoal-node.service"
+	// UnitDir is for unit files of the operator and of the chart. Packages have theirs in
+	// /usr/lib/systemd/system, and those in UnitDir count before them.
+	UnitDir = "/etc/systemd/system"
+	// ProgramPath is where the unit files look for the program.
+	ProgramPath = "/usr/local/bin/shoal"
+)

@@ -72,11 +72,16 @@ func tree(src *source, b built, d *docs, l treeLayout) ([]entry, error) {
 			all = append(all, entry{Name: "bin/" + p.Name, Mode: 0o755, From: p.File})
 		}
 	}
-	for _, unit := range []string{"shoal-node.service", "shoal-supernode.service"} {
-		text, err := os.ReadFile(src.in("deploy", unit))
+	units, err := filepath.Glob(src.in("deploy", "*.service"))
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range units {
+		text, err := os.ReadFile(path)
 		if err != nil {
 			return nil, err
 		}
+		unit := filepath.Base(path)
 		if !bytes.Contains(text, []byte("ExecStart="+unitBin+"shoal ")) {
 			return nil, fmt.Errorf("deploy/%s does not start %sshoal", unit, unitBin)
 		}

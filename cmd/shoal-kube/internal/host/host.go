@@ -23,6 +23,8 @@ import (
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+
+	"github.com/shoalfs/shoal/deploy"
 )
 
 // Desired is what a machine is to have.
@@ -55,8 +57,8 @@ type Machine struct {
 }
 
 const (
-	unitPath  = "/etc/systemd/system/shoal-node.service"
-	unitName  = "shoal-node.service"
+	unitName  = deploy.NodeUnitName
+	unitPath  = deploy.UnitDir + "/" + unitName
 	upTimeout = 90 * time.Second
 	// header is the first line of a node.toml that is not the operator's.
 	header = "# Written by shoal-kube from the values of the chart. Changes of this file are lost: change node.config of the values.\n"

@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"text/template"
 	"time"
+
+	"github.com/shoalfs/shoal/deploy"
 )
 
 // ErrInUse says that containers of the machine still run on shoal. The node goes on
@@ -26,7 +28,7 @@ const (
 	inUse = 3
 
 	removeUnit = "shoal-uninstall.service"
-	removePath = "/etc/systemd/system/" + removeUnit
+	removePath = deploy.UnitDir + "/" + removeUnit
 	// removalTime is how long the files may take to go once nothing is in use.
 	removalTime = 2 * time.Minute
 	// umountLimit and keepLimit are those of the script: removal.
@@ -157,7 +159,7 @@ func (m *Machine) remove(ctx context.Context, set settings, shoal string, args [
 		return err
 	}
 	if systemd() {
-		unit := "[Unit]\nDescription=removes shoal when no container needs it any more\nAfter=containerd.service shoal-node.service\n\n" +
+		unit := "[Unit]\nDescription=removes shoal when no container needs it any more\nAfter=containerd.service " + unitName + "\n\n" +
 			"[Service]\nType=exec\nExecStart=/bin/sh " + m.script() + "\n\n[Install]\nWantedBy=multi-user.target\n"
 		if err := writeFile(removePath, []byte(unit), 0o644); err != nil {
 			return err
