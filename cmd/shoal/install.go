@@ -187,6 +187,10 @@ func (o installOptions) host(n install.Node) (install.Host, error) {
 			*f.to = f.flag
 		}
 	}
+	if h.Config, err = filepath.Abs(h.Config); err != nil {
+		return h, err
+	}
+	h.Record = filepath.Join(filepath.Dir(o.node), install.RecordName)
 	if o.service != "" {
 		h.Services = []string{o.service}
 	}
@@ -201,9 +205,17 @@ func (o installOptions) again(cmd *cobra.Command) ([]string, error) {
 	}
 	command := []string{program, "install", "containerd"}
 	for _, name := range []string{"distribution", "config", "node-config", "containerd"} {
-		if f := cmd.Flag(name); f.Changed {
-			command = append(command, "--"+name+"="+f.Value.String())
+		f := cmd.Flag(name)
+		if !f.Changed {
+			continue
 		}
+		value := f.Value.String()
+		if name == "config" || name == "node-config" { // systemd has another working directory
+			if value, err = filepath.Abs(value); err != nil {
+				return nil, err
+			}
+		}
+		command = append(command, "--"+name+"="+value)
 	}
 	return command, nil
 }
@@ -231,7 +243,8 @@ func systemctl(ctx context.Context, args ...string) error {
 // restart has containerd read its config, if it has not yet. known says whether containerd
 // is to know the node then.
 func restart(ctx context.Context, w io.Writer, o installOptions, h install.Host, plan install.Plan, known bool) error {
-	changed := len(plan.Changes) > 0
+	// containerd does not read the list.
+	changed := slices.ContainsFunc(plan.Changes, func(c install.Change) bool { return c.Path != h.Record })
 	switch {
 	case !o.restart && changed:
 		fmt.Fprintln(w, "Restart containerd to use the new config; containers go on running.")

@@ -24,7 +24,7 @@ func TestInstallRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
-	k3s := install.Host{Socket: filepath.Join(dir, "no.sock"), Services: []string{"k3s", "k3s-agent"}, Unit: "/unit"}
+	k3s := install.Host{Socket: filepath.Join(dir, "no.sock"), Services: []string{"k3s", "k3s-agent"}, Unit: "/unit", Record: "/record"}
 	changed := install.Plan{Changes: []install.Change{{Path: "/unit"}}}
 	for _, c := range []struct {
 		o    installOptions
@@ -36,6 +36,7 @@ func TestInstallRestart(t *testing.T) {
 		{installOptions{restart: true}, install.Plan{}, "restart k3s-agent\n"}, // nothing answers at the socket
 		{installOptions{}, install.Plan{}, ""},
 		{installOptions{restart: true, uninstall: true}, install.Plan{}, ""},
+		{installOptions{restart: true, uninstall: true}, install.Plan{Changes: []install.Change{{Path: "/record"}}}, ""},
 		{installOptions{restart: true, command: "echo restart >>" + calls}, changed, "daemon-reload\nrestart\n"},
 	} {
 		var out bytes.Buffer
@@ -89,11 +90,15 @@ func TestInstallAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.ParseFlags([]string{"--restart", "--node-config", "/etc/shoal/node.toml", "--distribution=eks"}); err != nil {
+	if err := cmd.ParseFlags([]string{"--restart", "--node-config", "/etc/shoal/node.toml", "--config=config.toml", "--distribution=eks"}); err != nil {
+		t.Fatal(err)
+	}
+	config, err := filepath.Abs("config.toml")
+	if err != nil {
 		t.Fatal(err)
 	}
 	command, err := installOptions{}.again(cmd)
-	if err != nil || !slices.Equal(command[1:], []string{"install", "containerd", "--distribution=eks", "--node-config=/etc/shoal/node.toml"}) || !filepath.IsAbs(command[0]) {
+	if err != nil || !slices.Equal(command[1:], []string{"install", "containerd", "--distribution=eks", "--config=" + config, "--node-config=/etc/shoal/node.toml"}) || !filepath.IsAbs(command[0]) {
 		t.Errorf("%q, %v", command, err)
 	}
 }

@@ -69,10 +69,31 @@ echo > /etc/containerd/config.toml
 refused 'mounted below /var/lib/shoal'
 umount /var/lib/shoal/m/1
 
+# What shoal install has changed elsewhere.
+mkdir -p '/var/lib/k3s data/etc' /var/lib/rancher/k3s/agent/etc/containerd/config-v3.toml.d
+echo '# set by shoal install' > '/var/lib/k3s data/etc/config.toml'
+printf '%s\n' '# set by shoal install' /var/lib/gone.toml '/var/lib/k3s data/etc/config.toml' > /etc/shoal/containerd-files
+refused 'the config of containerd names shoal: /var/lib/k3s data/etc/config.toml'
+echo > '/var/lib/k3s data/etc/config.toml'
+# Lines that were added by hand.
+hand=/var/lib/rancher/k3s/agent/etc/containerd/config-v3.toml.d/mine.toml
+echo '  [proxy_plugins.shoal]' > $hand
+refused "the config of containerd names shoal: $hand"
+echo '# [proxy_plugins.shoal]' > $hand
+
+# The node's own mount, which stays mounted when the node ends. Nothing serves it, and this
+# shell holds its connection, as systemd does.
+mkdir -p /var/lib/shoal/fuse
+mount -i -t fuse.shoal -o fd=3,rootmode=40000,user_id=0,group_id=0 shoal /var/lib/shoal/fuse
+
+: > "$box/calls" # dpkg installs a package again that it could not remove
 remove
 [ ! -e /usr/bin/shoal ] || fail "the program is still there"
 [ "$(cat /etc/shoal/node.toml)" = 'version = 1' ] || fail "the removal has changed a config"
-called disable --now shoal-node.service shoal-supernode.service
+[ "$(cat "$box/calls")" = 'disable --now shoal-node.service shoal-supernode.service
+clean --what=fdstore shoal-node.service
+daemon-reload' ] || fail "systemctl was called with: $(cat "$box/calls")"
+if grep ' /var/lib/shoal/' /proc/self/mountinfo; then fail 'it is still mounted'; fi
 echo PASSED
 `
 
@@ -117,7 +138,11 @@ if grep -v ' root root ' "$box/dump"; then fail 'files of others'; fi
 					return f.write(w, &of, programs[0].platform, files)
 				}))
 			}
+			fuse, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+			noError(t, err)
+			defer fuse.Close()
 			cmd := exec.CommandContext(t.Context(), "unshare", "--mount", "--propagation", "private", "sh", "-c", inBox+f.tool+lifeOfPackage, "sh", t.TempDir(), packages)
+			cmd.ExtraFiles = []*os.File{fuse}
 			if out, err := cmd.CombinedOutput(); err != nil {
 				t.Errorf("%v\n%s", err, out)
 			}

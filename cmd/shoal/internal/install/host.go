@@ -27,14 +27,16 @@ type Host struct {
 	// directory beside Config last, if Config imports this directory.
 	Generated bool
 	// Unit is a file with settings for containerd's unit, by which containerd's start
-	// makes the changes again: the distribution writes Config at each boot. Empty: there
-	// is no need of it.
+	// makes the changes again: the distribution writes Config at each boot. Empty: Config
+	// lasts.
 	Unit string
 	// Notes are for the operator, after an installation.
 	Notes []string
 	// Certs is where containerd 2.2 looks for hosts.toml files if its config does not say;
 	// empty: /etc/containerd/certs.d.
 	Certs string
+	// Record is a file that lists all files with lines of shoal's; empty: none does.
+	Record string
 	// snippet says what the config of new machines needs; nil: nothing.
 	snippet *snippet
 	// registries says where to configure registries, if not in hosts.toml files.
@@ -229,8 +231,8 @@ func (h Host) Refused(n Node) error {
 	return err
 }
 
-// unitHeader begins a unit file that is shoal's.
-const unitHeader = "# " + mark + "\n"
+// wholeHeader begins a file that is shoal's as a whole.
+const wholeHeader = "# " + mark + "\n"
 
 // unit are the settings for containerd's unit.
 func (h Host) unit(command []string) []byte {
@@ -241,6 +243,6 @@ func (h Host) unit(command []string) []byte {
 			quoted[i] = `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, "%", "%%", "$", "$$").Replace(arg) + `"`
 		}
 	}
-	return []byte(unitHeader + "# " + h.Name + " writes containerd's config at each boot. If this command fails, then containerd starts without shoal.\n" +
+	return []byte(wholeHeader + "# " + h.Name + " writes containerd's config at each boot. If this command fails, then containerd starts without shoal.\n" +
 		"[Service]\nExecStartPre=-" + strings.Join(quoted, " ") + "\n")
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -319,6 +320,55 @@ func TestVersions(t *testing.T) {
 		if !strings.Contains(text, c.want+" # "+mark+"\n  snapshotter") || strings.Contains(text, "config_path") != c.path || len(p.Notes) != c.handlers {
 			t.Errorf("%v with\n%s\ngets\n%s%q", c.v, c.text, text, p.Notes)
 		}
+	}
+}
+
+// TestRemovalOfPackages: the script that refuses to remove a package finds every file with
+// lines of install on every distribution, and none afterwards.
+func TestRemovalOfPackages(t *testing.T) {
+	b, err := os.ReadFile("../../../../deploy/release/scripts/preremove.sh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The rest of the script stops the node.
+	_, text, _ := strings.Cut(string(b), "\n\n")
+	text, _, ok := strings.Cut(text, "# The directory of the node")
+	if !ok || !strings.Contains(text, "configured()") {
+		t.Fatalf("the script does not begin as it did: %s", b)
+	}
+	for name, want := range installed {
+		t.Run(name, func(t *testing.T) {
+			m := newFixture(t, name)
+			h := m.host("")
+			h.Record = m.path("etc/shoal/" + RecordName)
+			found := func() string {
+				t.Helper()
+				here := strings.NewReplacer(" /etc/", " "+m.path("etc")+"/", " /var/", " "+m.path("var")+"/").Replace(text)
+				out, err := exec.CommandContext(t.Context(), "sh", "-c", here+"\nconfigured | LC_ALL=C sort -u").CombinedOutput()
+				if err != nil {
+					t.Fatalf("%v: %s", err, out)
+				}
+				return string(out)
+			}
+			p, err := Containerd(h, want.version, m.node, "/opt/shoal/bin/shoal")
+			if err := errors.Join(err, p.Apply()); err != nil {
+				t.Fatal(err)
+			}
+			all := ""
+			for _, path := range want.changes {
+				all += m.path(path) + "\n"
+			}
+			if got := found(); got != all {
+				t.Errorf("it finds\n%s, not\n%s", got, all)
+			}
+			p, err = Remove(h, m.node, false)
+			if err := errors.Join(err, p.Apply()); err != nil {
+				t.Fatal(err)
+			}
+			if got := found(); got != "" {
+				t.Errorf("it still finds %s", got)
+			}
+		})
 	}
 }
 

@@ -6,13 +6,15 @@
 //   - Nothing is written before everything that is to be written is known: Plan reads,
 //     Apply writes.
 //   - The first copy of a file that was there before is kept beside it.
-//   - What cannot be changed safely is refused, with the lines that somebody has to add.
+//   - What cannot be changed safely is refused, with the lines to add by hand.
+//   - Host.Record lists every file that has lines of this package, and no other.
 package install
 
 import (
 	"bytes"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -30,6 +32,9 @@ const (
 	copySuffix = ".before-shoal"
 	// dropIn sorts after other files of its directory, so that it counts.
 	dropIn = "99-shoal.toml"
+	// RecordName is the name of Host.Record. Packages look for it in /etc/shoal before
+	// they are removed.
+	RecordName = "containerd-files"
 )
 
 // Node is what containerd has to know of a node.
@@ -51,14 +56,22 @@ type Node struct {
 // the operator has to edit a file.
 func Containerd(h Host, v Version, n Node, command ...string) (Plan, error) {
 	var p Plan
+	err := p.containerd(h, v, n, command)
+	if err == nil {
+		err = p.record(h)
+	}
+	return p, err
+}
+
+func (p *Plan) containerd(h Host, v Version, n Node, command []string) error {
 	text, c, err := read(h.Config)
 	if err != nil {
-		return p, err
+		return err
 	}
 	head := []tomledit.Table(nil)
 	switch {
 	case h.Generated && text == nil:
-		return p, fmt.Errorf("%s is not there: start %s first, it makes the file", h.Config, h.Name)
+		return fmt.Errorf("%s is not there: start %s first, it makes the file", h.Config, h.Name)
 	case c.Version == 0 && len(bytes.TrimSpace(tomledit.Undo(text, mark))) == 0:
 		c.Version = 2
 		if v.two() {
@@ -70,7 +83,7 @@ func Containerd(h Host, v Version, n Node, command ...string) (Plan, error) {
 		}
 		head = []tomledit.Table{{Keys: keys}}
 	case c.Version < 2:
-		return p, fmt.Errorf("%s is of version 1, which containerd 2.x does not read any more: "+
+		return fmt.Errorf("%s is of version 1, which containerd 2.x does not read any more: "+
 			"run containerd config migrate, and install again", h.Config)
 	}
 	if c.Version >= 3 { // no 1.x reads it
@@ -80,13 +93,13 @@ func Containerd(h Host, v Version, n Node, command ...string) (Plan, error) {
 	if n.Mirror != "" {
 		var registry []tomledit.Table
 		if certs, registry, err = c.registries(h, v); err != nil {
-			return p, fmt.Errorf("%s: %w", h.Config, err)
+			return fmt.Errorf("%s: %w", h.Config, err)
 		}
 		wanted = append(wanted, registry...)
 	}
 	dir := c.dropIns(h.Config)
 	if h.Generated && dir != h.dropIns() {
-		return p, byHand(h.Config, fmt.Errorf("%w: %s writes this file at each start, and the file does not import %s/*.toml. "+
+		return byHand(h.Config, fmt.Errorf("%w: %s writes this file at each start, and the file does not import %s/*.toml. "+
 			"Upgrade %s, or, if you have a config-v3.toml.tmpl of your own, then add that import to it",
 			tomledit.ErrByHand, h.Name, h.dropIns(), h.Name), wanted)
 	}
@@ -107,25 +120,25 @@ func Containerd(h Host, v Version, n Node, command ...string) (Plan, error) {
 		}
 	}
 	if h.Generated && len(inMain) > 0 {
-		return p, byHand(h.Config, fmt.Errorf("%w: %s writes this file at each start. Edit its template", tomledit.ErrByHand, h.Name), inMain)
+		return byHand(h.Config, fmt.Errorf("%w: %s writes this file at each start. Edit its template", tomledit.ErrByHand, h.Name), inMain)
 	}
 	if err := p.edit(h.Config, text, inMain); err != nil {
-		return p, err
+		return err
 	}
 	if dir != "" {
 		target := filepath.Join(dir, dropIn)
 		old, err := readFile(target)
 		if err != nil {
-			return p, err
+			return err
 		}
 		if err := p.edit(target, old, inDropIn); err != nil {
-			return p, err
+			return err
 		}
 	}
 	if h.Unit != "" {
 		old, err := readFile(h.Unit)
 		if err != nil {
-			return p, err
+			return err
 		}
 		p.add(h.Unit, old, h.unit(command))
 		p.Notes = append(p.Notes, fmt.Sprintf("%s writes %s again at each boot. By %s, each start of containerd makes the changes again.", h.Name, h.Config, h.Unit))
@@ -133,9 +146,9 @@ func Containerd(h Host, v Version, n Node, command ...string) (Plan, error) {
 	p.Notes = append(append(p.Notes, h.Notes...), c.handlers()...)
 	if n.Mirror == "" {
 		p.Notes = append(p.Notes, "The node's registry mirror is off (mirror_address): private images are not lazy, and pulls of new images wait only for prepare_timeout.")
-		return p, nil
+		return nil
 	}
-	return p, p.hosts(h, certs, n)
+	return p.hosts(h, certs, n)
 }
 
 // Remove plans how containerd's config on the host comes to be as it was. If containers
@@ -143,9 +156,22 @@ func Containerd(h Host, v Version, n Node, command ...string) (Plan, error) {
 // they could not be.
 func Remove(h Host, n Node, used bool) (Plan, error) {
 	var p Plan
+	err := p.remove(h, n, used)
+	if err == nil {
+		err = p.record(h)
+	}
+	if !used {
+		for _, path := range p.recorded {
+			p.Notes = append(p.Notes, fmt.Sprintf("%s still has lines that shoal install added: run this command again with --distribution, --config and --node-config as they were then.", path))
+		}
+	}
+	return p, err
+}
+
+func (p *Plan) remove(h Host, n Node, used bool) error {
 	text, c, err := read(h.Config)
 	if err != nil {
-		return p, err
+		return err
 	}
 	undo := p.undo
 	if used {
@@ -163,14 +189,14 @@ func Remove(h Host, n Node, used bool) (Plan, error) {
 		target := filepath.Join(dir, dropIn)
 		old, err := readFile(target)
 		if err != nil {
-			return p, err
+			return err
 		}
 		undo(target, old)
 	}
 	if h.Unit != "" {
 		if old, err := readFile(h.Unit); err != nil {
-			return p, err
-		} else if bytes.HasPrefix(old, []byte(unitHeader)) {
+			return err
+		} else if bytes.HasPrefix(old, []byte(wholeHeader)) {
 			p.add(h.Unit, old, nil)
 		}
 	}
@@ -181,7 +207,7 @@ func Remove(h Host, n Node, used bool) (Plan, error) {
 	target := filepath.Join(certs, "_default", "hosts.toml")
 	old, err := readFile(target)
 	if err != nil {
-		return p, err
+		return err
 	}
 	p.undo(target, old)
 	if n.Mirror != "" {
@@ -191,7 +217,7 @@ func Remove(h Host, n Node, used bool) (Plan, error) {
 			}
 		})
 	}
-	return p, nil
+	return nil
 }
 
 // instead says where else the operator has to change a hosts.toml.
@@ -286,7 +312,41 @@ func (p *Plan) others(certs, mirror string, f func(name string, has bool)) {
 	}
 }
 
-// byHand says what somebody has to add where Apply cannot.
+// record plans the list of all files that have lines of shoal's when this plan is applied.
+// A file of the earlier list that has none is left out.
+func (p *Plan) record(h Host) error {
+	if h.Record == "" {
+		return nil
+	}
+	old, err := readFile(h.Record)
+	if err != nil {
+		return err
+	}
+	after := maps.Clone(p.seen)
+	for line := range strings.Lines(string(old)) {
+		path := strings.TrimSpace(line)
+		if _, ok := after[path]; ok || !filepath.IsAbs(path) {
+			continue
+		}
+		if after[path], err = readFile(path); err != nil {
+			return err
+		}
+	}
+	for path, text := range after {
+		if bytes.Contains(text, []byte(mark)) {
+			p.recorded = append(p.recorded, path)
+		}
+	}
+	slices.Sort(p.recorded)
+	text := []byte(nil)
+	if len(p.recorded) > 0 {
+		text = []byte(wholeHeader + "# Files of containerd that have lines of shoal install.\n" + strings.Join(p.recorded, "\n") + "\n")
+	}
+	p.add(h.Record, old, text)
+	return nil
+}
+
+// byHand says which lines the operator has to add where Apply cannot.
 func byHand(path string, err error, tables []tomledit.Table) error {
 	if !errors.Is(err, tomledit.ErrByHand) {
 		return fmt.Errorf("%s: %w", path, err)

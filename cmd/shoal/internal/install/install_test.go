@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -294,6 +295,64 @@ func TestCopy(t *testing.T) {
 	if b, err := os.ReadFile(m.path("config.toml" + copySuffix)); err != nil || !strings.HasPrefix(string(b), "# mine\nversion") || strings.Contains(string(b), mark) {
 		t.Errorf("%s, %v", b, err)
 	}
+}
+
+// TestRecord: the list has the files of all installations that were not taken back, also of
+// those with another config, and goes with the last one.
+func TestRecord(t *testing.T) {
+	m := newMachine(t, "version = 3\n[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = 'DIR/certs.d'\n")
+	m.put("other.toml", "version = 3\n")
+	record := m.path("etc/containerd-files")
+	one, two := m.plain(), Host{Config: m.path("other.toml"), Certs: m.path("certs.d")}
+	one.Record, two.Record = record, record
+	check := func(what string, p Plan, err error, notes int, want ...string) {
+		t.Helper()
+		if err := errors.Join(err, p.Apply()); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		if len(p.Notes) != notes {
+			t.Errorf("%s: notes %q", what, p.Notes)
+		}
+		b, err := os.ReadFile(record)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
+		got := slices.DeleteFunc(strings.Fields(string(b)), func(s string) bool { return !filepath.IsAbs(s) })
+		for i := range want {
+			want[i] = m.path(want[i])
+		}
+		if !slices.Equal(got, want) || (len(want) == 0) != (b == nil) {
+			t.Errorf("%s: the list is %q, not %q", what, b, want)
+		}
+	}
+	install := func(h Host) (Plan, error) { return Containerd(h, Version{2, 2}, m.node) }
+	const hosts = "certs.d/_default/hosts.toml"
+	p, err := install(one)
+	check("one", p, err, 0, hosts, "config.toml")
+	p, err = install(two)
+	check("two", p, err, 0, hosts, "config.toml", "other.toml")
+	if p, err = install(one); err != nil || len(p.Changes) > 0 {
+		t.Errorf("another time changes %v, %v", p.Changes, err)
+	}
+	if err := os.Remove(record); err != nil {
+		t.Fatal(err)
+	}
+	p, err = install(one)
+	check("one, after the list was lost", p, err, 0, hosts, "config.toml")
+	p, err = install(two)
+	check("two, after the list was lost", p, err, 0, hosts, "config.toml", "other.toml")
+	p, err = Remove(one, m.node, true)
+	check("one, while it is in use", p, err, 0, "config.toml", "other.toml")
+	p, err = Remove(one, m.node, false)
+	check("one is taken back", p, err, 1, "other.toml")
+	if len(p.Notes) == 1 && !strings.Contains(p.Notes[0], m.path("other.toml")+" still has lines") {
+		t.Errorf("notes %q", p.Notes)
+	}
+	if err := os.Remove(m.path("other.toml")); err != nil { // by the operator
+		t.Fatal(err)
+	}
+	p, err = Remove(one, m.node, false)
+	check("nothing is left", p, err, 0)
 }
 
 // TestRemoveUsed: as long as containers use the node, containerd goes on knowing it, and

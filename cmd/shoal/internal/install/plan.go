@@ -45,7 +45,7 @@ func (c Change) String() string {
 	default:
 		fmt.Fprintf(&b, "file %s\n", c.Path)
 	}
-	whole := bytes.HasPrefix(c.New, []byte(unitHeader)) // all of it is shoal's
+	whole := bytes.HasPrefix(c.New, []byte(wholeHeader)) // all of it is shoal's
 	show := func(sign string, lines, others []byte) {
 		for line := range bytes.Lines(lines) {
 			if (whole || bytes.Contains(line, []byte(mark))) && !bytes.Contains(others, line) {
@@ -63,10 +63,17 @@ type Plan struct {
 	Changes []Change
 	// Notes are sentences for the operator.
 	Notes []string
+
+	seen     map[string][]byte // what files that were looked at are to have
+	recorded []string          // the files of Host.Record
 }
 
 // add adds a change, unless there is nothing to change.
 func (p *Plan) add(path string, old, text []byte) {
+	if p.seen == nil {
+		p.seen = map[string][]byte{}
+	}
+	p.seen[path] = text
 	if !bytes.Equal(old, text) || (old == nil) != (text == nil) {
 		p.Changes = append(p.Changes, Change{Path: path, Old: old, New: text})
 	}
