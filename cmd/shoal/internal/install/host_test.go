@@ -15,6 +15,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/shoalfs/shoal/cmd/shoal/internal/tomledit"
+	"github.com/shoalfs/shoal/deploy"
 )
 
 // absolute is a path in a fixture that becomes one below the test's directory.
@@ -319,6 +320,26 @@ func TestVersions(t *testing.T) {
 		text := string(p.Changes[0].New)
 		if !strings.Contains(text, c.want+" # "+mark+"\n  snapshotter") || strings.Contains(text, "config_path") != c.path || len(p.Notes) != c.handlers {
 			t.Errorf("%v with\n%s\ngets\n%s%q", c.v, c.text, text, p.Notes)
+		}
+	}
+}
+
+// TestOrder: the node's unit starts before each unit that runs containerd.
+func TestOrder(t *testing.T) {
+	before := map[string]bool{}
+	for line := range strings.Lines(deploy.NodeUnit) {
+		if units, ok := strings.CutPrefix(line, "Before="); ok {
+			for _, unit := range strings.Fields(units) {
+				before[unit] = true
+			}
+		}
+	}
+	m := newMachine(t, "")
+	for _, name := range Names() {
+		for _, service := range m.host(name).Services {
+			if !before[service+".service"] {
+				t.Errorf("on %s, %s may start before the node", name, service)
+			}
 		}
 	}
 }
