@@ -145,9 +145,14 @@ func (m *Machine) replace(files []file, p *program) (changes, error) {
 	return changed, durable.SyncDir(filepath.Dir(p.target))
 }
 
+// earlier is the name of the file that was at a path, until the new one has proved itself.
+func earlier(path string) string {
+	return filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"-before")
+}
+
 // before keeps the file at a path under another name, with its mode, owner and label.
 func before(path string) (*change, error) {
-	c := &change{copy: filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"-before")}
+	c := &change{copy: earlier(path)}
 	err := link(path, c.copy)
 	if errors.Is(err, fs.ErrNotExist) {
 		return &change{}, nil

@@ -144,11 +144,16 @@ func (m *Machine) remove(ctx context.Context, set settings, shoal string, args [
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	root = cmp.Or(root, set.Root)
+	files := []string{root, set.Root, set.Address, set.ControlAddress, removePath}
+	for _, path := range []string{unitPath, shoal, m.etc("node.toml"), m.etc("token")} {
+		files = append(files, path, earlier(path)) // an installation may have been killed
+	}
 	// Other programs' files may be beside the sockets.
 	r := removal{
 		Script: m.script(), Failed: m.failed(), Shoal: shoal, Args: args,
-		Systemd: systemd(), Node: unitName, Own: removeUnit, Keep: keep, Root: cmp.Or(root, set.Root),
-		Files: []string{root, set.Root, set.Address, set.ControlAddress, unitPath, removePath, shoal, m.etc("node.toml"), m.etc("token")},
+		Systemd: systemd(), Node: unitName, Own: removeUnit, Keep: keep, Root: root,
+		Files: files,
 		Dirs:  []string{filepath.Dir(set.Address), filepath.Dir(set.ControlAddress), m.etc("")},
 		Limit: umountLimit, Tenths: keepLimit,
 	}
@@ -171,12 +176,12 @@ func (m *Machine) remove(ctx context.Context, set settings, shoal string, args [
 	return m.background("/bin/sh", m.script())
 }
 
-// stay takes back a removal that waits for containers.
+// stay takes back a removal that waits for containers, or for the end of a mount.
 func (m *Machine) stay(ctx context.Context) error {
 	if _, err := os.Lstat(m.script()); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	m.Log.Info("the removal of shoal, which waited for containers, is taken back")
+	m.Log.Info("the removal of shoal, which has not ended, is taken back")
 	if err := os.Remove(m.script()); err != nil {
 		return err
 	}
