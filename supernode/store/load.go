@@ -28,7 +28,7 @@ func (s *Store) load() error {
 				return err
 			}
 		case len(v) != 4 || binary.LittleEndian.Uint32(v) < firstFormat || binary.LittleEndian.Uint32(v) > formatVersion:
-			return fmt.Errorf("store: %s has format %x, this version reads formats up to %d: %w", s.cfg.Dir, v, formatVersion, blockdev.ErrUnsupported)
+			return fmt.Errorf("store: %s has format %x, and this version reads formats up to %d: %w: start the version that wrote it, or delete this directory, and all layers are fetched again", s.cfg.Dir, v, formatVersion, blockdev.ErrUnsupported)
 		}
 		recount = meta.Get(keyRecount) != nil
 		return s.loadRecords(c)
