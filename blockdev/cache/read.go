@@ -28,11 +28,8 @@ func (d *Diff) Local(off int64, n int) (*os.File, bool) {
 // ReadLocal fills p from off on if every byte is present, and reports whether it has. It
 // waits for nothing but the disk.
 func (d *Diff) ReadLocal(p []byte, off int64) bool {
-	return d.isLocal(off, len(p)) && d.pread(p, off) == nil
+	return d.has(off, len(p), d.pres.HasAll) && d.pread(p, off) == nil
 }
-
-// isLocal reports whether every byte of [off, off+n) is present.
-func (d *Diff) isLocal(off int64, n int) bool { return d.has(off, n, d.pres.HasAll) }
 
 // has asks all about the chunks [lo, hi) of a range.
 func (d *Diff) has(off int64, n int, all func(lo, hi int) bool) bool {
@@ -56,7 +53,7 @@ func (d *Diff) has(off int64, n int, all func(lo, hi int) bool) bool {
 // blockdev.ErrUnavailable if it did not answer in time, ErrRemoved, ErrClosed, or
 // ctx's.
 func (d *Diff) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
-	if n := int64(len(p)); off >= 0 && d.isLocal(off, len(p)) && n > 0 {
+	if n := int64(len(p)); off >= 0 && d.has(off, len(p), d.pres.HasAll) && n > 0 {
 		if err := d.pread(p, off); err == nil {
 			return len(p), nil
 		} else if errors.Is(err, os.ErrClosed) {
@@ -87,7 +84,7 @@ func (d *Diff) Read(ctx context.Context, off int64, n int, m blockdev.Memory) (i
 		n, eof = int(d.size-off), io.EOF
 	}
 	var err error
-	if d.isLocal(off, n) {
+	if d.has(off, n, d.pres.HasAll) {
 		var ok bool
 		if ok, err = d.take(ctx, off, n, nil, m); ok {
 			return n, eof
