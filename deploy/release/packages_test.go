@@ -19,6 +19,8 @@ for p in etc usr var; do
     mkdir "$box/$p" "$box/$p.work"
     mount -t overlay overlay -o "lowerdir=/$p,upperdir=$box/$p,workdir=$box/$p.work" /$p
 done
+# Nodes of other tests, on the same machine, are none of this one's.
+umount --all --lazy --types fuse.shoal
 mount -t tmpfs tmpfs /run
 mkdir -p /run/systemd/system /etc/containerd
 rm -f /usr/bin/systemctl
