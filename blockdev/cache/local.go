@@ -63,7 +63,7 @@ func (d *local) pread(p []byte, off int64) error {
 	settled := d.complete.Load() || d.pres.SyncedAll(lo, hi) // when the read begins
 	_, err := d.data.ReadAt(p, off)
 	if err == nil && !settled {
-		err = d.checkLost(p, off)
+		err = d.checkLost(p, off, lo, hi)
 	}
 	if err == nil || errors.Is(err, os.ErrClosed) {
 		return err

@@ -6,19 +6,18 @@ import "bytes"
 // page, the smallest that there is.
 const lostUnit = 4096
 
-// checkLost looks at what has been read of chunks that are present and not synced.
+// checkLost looks at p, which was read at off from the chunks [lo, hi), of which some are
+// present and not synced.
 //
 // A file system that fails to write pages back may drop them, and goes on: ext4 does so
 // when it turns read-only after an error, and XFS when a disk fails. From then on a read
 // of them gives no error, but what the disk has there: for a file that fills up for the
 // first time, a hole, so zeros. Only the next fdatasync learns of it, if one comes.
-// So zeros over a page, or over a chunk's part of one, are believed if the chunk has its
-// digest only. Content that has such zeros costs a digest for each read until it is
-// synced.
+// So zeros over a page, or over a chunk's part of one, are believed only if the chunk has
+// its digest. Content that has such zeros costs a digest for each read until it is synced.
 //
 // An error says that a chunk of the range is not present any more.
-func (d *local) checkLost(p []byte, off int64) error {
-	lo, hi := d.tab.Span(off, off+int64(len(p)))
+func (d *local) checkLost(p []byte, off int64, lo, hi int) error {
 	for i := lo; i < hi; i++ {
 		from, to := d.overlap(i, off, len(p))
 		part := p[from-off : to-off]
@@ -34,7 +33,7 @@ func (d *local) checkLost(p []byte, off int64) error {
 	return nil
 }
 
-// reread fills part, which begins at from, from chunk i once that has its digest.
+// reread fills part, which begins at from, from chunk i if the chunk has its digest.
 func (d *local) reread(part []byte, i int, from int64) error {
 	buf := d.c.buffer()
 	defer d.c.buffers.Put(buf)

@@ -31,7 +31,7 @@ const (
 	removePath = deploy.UnitDir + "/" + removeUnit
 	// removalTime is how long the files may take to go once nothing is in use.
 	removalTime = 2 * time.Minute
-	// umountLimit and keepLimit are those of the script: removal.
+	// umountLimit is in seconds, keepLimit in tenths of a second (removal).
 	umountLimit, keepLimit = 10, 900
 )
 
