@@ -194,8 +194,13 @@ func TestHostInstall(t *testing.T) {
 	reads("while the node waits for its end")
 	m.install(first)
 	reads("after another installation")
-	if err := m.kube("off-machine", first); err == nil || !strings.Contains(err.Error(), "exit status 3") {
-		t.Errorf("uninstalled under a container: %v", err)
+	for range 2 {
+		if err := m.kube("off-machine", first); err == nil || !strings.Contains(err.Error(), "exit status 3") {
+			t.Errorf("uninstalled under a container: %v", err)
+		}
+	}
+	if n := m.sh("cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' | grep -o '[/]bin/sh /etc/shoal/uninstall.sh ' | wc -l"); n != "1" {
+		t.Errorf("%s processes wait for the container", n)
 	}
 	// A process that containerd does not know keeps a layer mounted.
 	m.sh("cd /var/lib/shoal/m/* && { sleep 1000 </dev/null >/dev/null 2>&1 & echo $! >/run/user.pid; }")
@@ -208,7 +213,12 @@ func TestHostInstall(t *testing.T) {
 		t.Errorf("uninstalled under a mount in use: %v", err)
 	}
 	m.sh("ls /var/lib/shoal/identity /etc/shoal/node.toml /opt/shoal/bin/shoal && kill $(cat /run/user.pid)")
+	m.sh("touch /var/lib/shoal/notes")
 	noError(t, m.kube("off-machine", first))
+	if left := m.sh("ls -A /var/lib/shoal"); left != "notes" {
+		t.Errorf("below the node's directory is %q", left)
+	}
+	m.sh("rm -r /var/lib/shoal")
 	m.wait("the removal of shoal", func() error {
 		out, err := m.Lab.Run(ctx, "sh", "-c", "ls -d /etc/shoal /opt/shoal/bin/shoal /var/lib/shoal /run/shoal 2>/dev/null; grep \" /var/lib/shoal\" /proc/self/mountinfo; true")
 		if err == nil && strings.TrimSpace(out) != "" {

@@ -33,36 +33,19 @@ func (k *kept) pid(context.Context) (int, error) {
 
 // find returns the processes of keep and of its node; 0: there is none.
 func (k *kept) find() (keep, node int, err error) {
-	mine, err := os.Readlink("/proc/self/ns/mnt")
-	if err != nil {
-		return 0, 0, err
-	}
-	all, err := filepath.Glob("/proc/[0-9]*")
-	if err != nil {
-		return 0, 0, err
-	}
 	parents := map[int]int{}
-	for _, dir := range all {
-		pid, err := strconv.Atoi(filepath.Base(dir))
-		if err != nil {
-			continue
-		}
-		// Containers have processes here as well.
-		if ns, err := os.Readlink(dir + "/ns/mnt"); err != nil || ns != mine {
-			continue
-		}
-		b, err := os.ReadFile(dir + "/cmdline")
-		if err != nil {
-			continue // it has ended
-		}
-		args := strings.Split(strings.TrimRight(string(b), "\x00"), "\x00")
+	err = processes(func(pid int, args []string) error {
 		switch {
 		case len(args) < 2 || filepath.Base(args[0]) != "shoal":
 		case args[1] == "keep" && !slices.Contains(args, "--launch") && slices.Contains(args, "node"):
 			keep = pid
 		case args[1] == "node":
-			parents[pid] = parent(dir)
+			parents[pid] = parent(pid)
 		}
+		return nil
+	})
+	if err != nil {
+		return 0, 0, err
 	}
 	for pid, p := range parents {
 		if p == keep && keep != 0 {
@@ -72,9 +55,39 @@ func (k *kept) find() (keep, node int, err error) {
 	return keep, node, nil
 }
 
-// parent is the parent of the process that this directory of /proc is of.
-func parent(dir string) int {
-	b, err := os.ReadFile(dir + "/stat")
+// processes calls f for each process of the machine that is not a container's, with its
+// arguments.
+func processes(f func(pid int, args []string) error) error {
+	mine, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return err
+	}
+	all, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return err
+	}
+	for _, dir := range all {
+		pid, err := strconv.Atoi(filepath.Base(dir))
+		if err != nil {
+			continue
+		}
+		if ns, err := os.Readlink(dir + "/ns/mnt"); err != nil || ns != mine {
+			continue
+		}
+		b, err := os.ReadFile(dir + "/cmdline")
+		if err != nil {
+			continue // it has ended
+		}
+		if err := f(pid, strings.Split(strings.TrimRight(string(b), "\x00"), "\x00")); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// parent is the parent of a process.
+func parent(pid int) int {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return 0
 	}
@@ -84,11 +97,11 @@ func parent(dir string) int {
 	if len(fields) < 2 {
 		return 0
 	}
-	pid, err := strconv.Atoi(fields[1])
+	ppid, err := strconv.Atoi(fields[1])
 	if err != nil {
 		return 0
 	}
-	return pid
+	return ppid
 }
 
 func (k *kept) start(ctx context.Context) error {

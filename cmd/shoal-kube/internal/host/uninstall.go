@@ -35,6 +35,15 @@ const (
 	umountLimit, keepLimit = 10, 900
 )
 
+// names of what a node makes below its root. A damaged one gets the suffix ".damaged", and
+// one that was being written when the node ended begins with a dot.
+var names = []string{
+	"diffs", "tmp", "lock", "open", "quarantine", // blockdev/cache
+	"fuse", "m", "lazy", "probe", // blockdev/volume
+	"s", "l", "scratch", "metadata.db", "shoal.db", // snapshotter
+	"identity", "mirror-ca.pem", "mirror-ca.key", "supernode", // cmd/shoal/internal/node
+}
+
 // removeScript removes the node and its files as soon as no container needs them. It is a
 // process of the machine, which needs no pod.
 //
@@ -59,10 +68,12 @@ type removal struct {
 	Systemd   bool
 	Node, Own string
 	Keep      int
-	// Root is the node's directory, without symbolic links.
-	Root string
-	// Files go with all below them, Dirs only if they are empty then.
-	Files, Dirs []string
+	// Root is the node's directory without symbolic links, Link its path in the config.
+	Root, Link string
+	// Names are those of the files and directories that the node makes below Root.
+	Names []string
+	// Files go, and after them Last: what another run needs. Dirs go if they are empty then.
+	Files, Last, Dirs []string
 	// Limit is the time for one umount in seconds, Tenths that for the end of Keep.
 	Limit, Tenths int
 }
@@ -120,6 +131,9 @@ func (m *Machine) Uninstall(ctx context.Context, d Desired) error {
 		}
 		if _, err := os.Lstat(m.script()); errors.Is(err, fs.ErrNotExist) {
 			m.Log.Info("shoal is removed from this machine")
+			if left, err := filepath.Glob(filepath.Join(set.Root, "*")); err == nil && len(left) > 0 {
+				m.Log.Warn("below the node's directory are files that shoal did not make; they stay", "files", left)
+			}
 			return nil
 		}
 		if time.Now().After(until) {
@@ -145,15 +159,18 @@ func (m *Machine) remove(ctx context.Context, set settings, shoal string, args [
 		return err
 	}
 	root = cmp.Or(root, set.Root)
-	files := []string{root, set.Root, set.Address, set.ControlAddress, removePath}
-	for _, path := range []string{unitPath, shoal, m.etc("node.toml"), m.etc("token")} {
-		files = append(files, path, earlier(path)) // an installation may have been killed
+	both := func(paths ...string) (all []string) {
+		for _, path := range paths {
+			all = append(all, path, earlier(path)) // an installation may have been killed
+		}
+		return all
 	}
 	// Other programs' files may be beside the sockets.
 	r := removal{
 		Script: m.script(), Failed: m.failed(), Shoal: shoal, Args: args,
-		Systemd: systemd(), Node: unitName, Own: removeUnit, Keep: keep, Root: root,
-		Files: files,
+		Systemd: systemd(), Node: unitName, Own: removeUnit, Keep: keep, Root: root, Link: set.Root, Names: names,
+		Files: append(both(unitPath, m.etc("token")), set.Address, set.ControlAddress),
+		Last:  append(both(m.etc("node.toml"), shoal), removePath),
 		Dirs:  []string{filepath.Dir(set.Address), filepath.Dir(set.ControlAddress), m.etc("")},
 		Limit: umountLimit, Tenths: keepLimit,
 	}
@@ -173,7 +190,37 @@ func (m *Machine) remove(ctx context.Context, set settings, shoal string, args [
 		_, enable := m.run(ctx, "systemctl", "enable", "--now", removeUnit)
 		return errors.Join(reload, enable)
 	}
+	if err := m.endScript(ctx); err != nil {
+		return err
+	}
 	return m.background("/bin/sh", m.script())
+}
+
+// endScript ends a script that waits for containers, on a machine without systemd: it would
+// disturb another one, or an installation.
+func (m *Machine) endScript(ctx context.Context) error {
+	for {
+		found := 0
+		err := processes(func(pid int, args []string) error {
+			if len(args) != 2 || filepath.Base(args[0]) != "sh" || args[1] != m.script() {
+				return nil
+			}
+			found = pid
+			_ = syscall.Kill(-pid, syscall.SIGTERM) // background has made a group of it and what it runs
+			return syscall.Kill(pid, syscall.SIGTERM)
+		})
+		if err != nil && !errors.Is(err, syscall.ESRCH) {
+			return fmt.Errorf("end %s (process %d): %w", m.script(), found, err)
+		}
+		if found == 0 {
+			return nil
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("%s (process %d) does not end: %w", m.script(), found, ctx.Err())
+		}
+	}
 }
 
 // stay takes back a removal that waits for containers, or for the end of a mount.
@@ -182,17 +229,21 @@ func (m *Machine) stay(ctx context.Context) error {
 		return nil
 	}
 	m.Log.Info("the removal of shoal, which has not ended, is taken back")
-	if err := os.Remove(m.script()); err != nil {
-		return err
-	}
-	if err := os.Remove(m.failed()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
 	if !systemd() {
-		return nil // the script sees that its file is gone
+		if err := m.endScript(ctx); err != nil {
+			return err
+		}
+	} else if _, err := os.Lstat(removePath); err == nil {
+		if _, err := m.run(ctx, "systemctl", "disable", "--now", removeUnit); err != nil {
+			return err
+		}
 	}
-	_, err := m.run(ctx, "systemctl", "disable", "--now", removeUnit)
-	return errors.Join(err, os.Remove(removePath))
+	for _, path := range []string{removePath, m.failed(), m.script()} { // the script last: this can be done again
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 // background starts a process of the machine that outlives the pod, and logs beside the

@@ -12,12 +12,12 @@ fail() {
 	exit 1
 }
 
-# mounts calls $1 with the type and the path of each mount below the node's directory,
-# the last one first. It does not look into them.
+# mounts calls $1 with the type and the path of each mount that the node has made below its
+# directory, the last one first. It does not look into them.
 mounts() {
 	list=
 	while read -r _ _ _ _ at rest; do
-		case $at in {{quote .Mounted}}/*) ;; *) continue ;; esac
+		case $at in {{quote .Mounted}}/fuse{{range .Names}} | {{quote $.Mounted}}/{{.}}/*{{end}}) ;; *) continue ;; esac
 		case $rest in *"- fuse"*) type=fuse ;; *) type=other ;; esac
 		list="$type $at $list"
 	done </proc/self/mountinfo
@@ -65,15 +65,22 @@ while [ -e "$script" ]; do
 		left=
 		mounts name
 		[ -z "$left" ] || fail "processes still use what is mounted at$left. Nothing below "{{quote .Root}}" was deleted. End these processes (fuser -vm shows the processes of a mount), then run: {{if .Systemd}}systemctl restart {{.Own}}{{else}}sh $script{{end}}"
+		# If this is interrupted, then it can be done again: what that needs goes last. Files
+		# of others may be below the node's directory.
+		if [ -d {{quote .Root}} ]; then
+			(set +f; cd {{quote .Root}} && rm -rf{{range .Names}} {{.}} {{.}}.damaged* .{{.}}-*{{end}})
+			rmdir {{quote .Root}} || echo "what is left below "{{quote .Root}}" is not shoal's, and stays" >&2
+		fi
+		[ -e {{quote .Link}} ] || rm -f {{quote .Link}}
+		rm -f{{range .Files}} {{quote .}}{{end}}
 {{- if .Systemd}}
 		systemctl disable {{.Own}}
 {{- end}}
-		rm -rf{{range .Files}} {{quote .}}{{end}}
+		rm -f{{range .Last}} {{quote .}}{{end}} "$script"
 {{- if .Systemd}}
 		systemctl daemon-reload
 {{- end}}
-		rm -f "$script"
-		rmdir{{range .Dirs}} {{quote .}}{{end}} 2>/dev/null
+		{{if .Dirs}}rmdir{{range .Dirs}} {{quote .}}{{end}} 2>/dev/null{{end}}
 		exit 0
 	fi
 	sleep 15

@@ -2,10 +2,12 @@ package host
 
 import (
 	"context"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -23,10 +25,11 @@ func TestScript(t *testing.T) {
 const inMounts = `
 set -e
 export PATH="$PWD/bin:$PATH"
-mkdir -p "$ROOT/fuse" "$ROOT/m/1" "$ROOT/m/2"
+mkdir -p "$ROOT/fuse" "$ROOT/m/1" "$ROOT/m/2" "$ROOT/backup disk"
 mount -i -t fuse.shoal -o fd=3,rootmode=40000,user_id=0,group_id=0 shoal "$ROOT/fuse"
 mount -t tmpfs shoal "$ROOT/m/1"
 mount -t tmpfs shoal "$ROOT/m/2"
+mount -t tmpfs others "$ROOT/backup disk"
 if [ -e used ]; then
 	(cd "$ROOT/m/1"; exec sleep 1000) & user=$!
 	until [ "$(readlink /proc/$user/cwd)" = "$ROOT/m/1" ]; do sleep 0.01; done
@@ -40,8 +43,9 @@ exit 0
 `
 
 // TestUninstallScript: a mount that does not go keeps everything below the node's directory,
-// with a line that says what to do; the same script removes all when the mount is free. A
-// FUSE mount that nobody serves does not hold it.
+// with a line that says what to do; the same script removes all that is shoal's when the mount
+// is free. A FUSE mount that nobody serves does not hold it, and neither files nor mounts of
+// others are touched.
 func TestUninstallScript(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("mounts in a mount namespace of its own: run as root")
@@ -51,7 +55,10 @@ func TestUninstallScript(t *testing.T) {
 	r := removal{
 		Script: at("uninstall.sh"), Failed: at("uninstall.failed"), Shoal: "true", Args: []string{"a b"},
 		Systemd: true, Node: "node.service", Own: "own.service", Root: at("ro ot"),
-		Files: []string{at("ro ot"), at("run/node.sock")}, Dirs: []string{at("run"), at("others")}, Limit: 2,
+		Names: names, Link: at("link"), Files: []string{at("run/node.sock")}, Last: []string{at("run/node.toml")}, Dirs: []string{at("run"), at("others")}, Limit: 2,
+	}
+	if err := os.Symlink(r.Root, r.Link); err != nil {
+		t.Fatal(err)
 	}
 	for _, name := range []string{"bin", "run", "others", "ro ot"} {
 		if err := os.Mkdir(at(name), 0o700); err != nil {
@@ -62,7 +69,10 @@ func TestUninstallScript(t *testing.T) {
 	if err := os.Chmod(at("bin/systemctl"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"run/node.sock", "others/file", "ro ot/identity", "used", "uninstall.failed"} {
+	for _, name := range []string{
+		"run/node.sock", "run/node.toml", "others/file", "used", "uninstall.failed",
+		"ro ot/identity", "ro ot/.identity-123", "ro ot/shoal.db.damaged", "ro ot/notes",
+	} {
 		put(t, at(name), name)
 	}
 	run := func() string {
@@ -90,7 +100,8 @@ func TestUninstallScript(t *testing.T) {
 	}
 
 	out := run()
-	if !strings.HasSuffix(out, "exit status 1\n"+r.Mounted()+"/m/1\n") {
+	disk := r.Mounted() + `/backup\040disk` + "\n"
+	if !strings.HasSuffix(out, "exit status 1\n"+r.Mounted()+"/m/1\n"+disk) {
 		t.Errorf("with a mount in use:\n%s", out)
 	}
 	for _, name := range []string{"ro ot/identity", "run/node.sock", "uninstall.sh"} {
@@ -111,19 +122,66 @@ func TestUninstallScript(t *testing.T) {
 	if err := os.Remove(at("used")); err != nil {
 		t.Fatal(err)
 	}
-	if out := run(); !strings.HasSuffix(out, "exit status 0\n") {
+	if out := run(); !strings.HasSuffix(out, "exit status 0\n"+disk) {
 		t.Errorf("with no mount in use:\n%s", out)
 	}
-	for _, name := range []string{"ro ot", "run", "uninstall.sh", "uninstall.failed"} {
+	for _, name := range []string{"run", "uninstall.sh", "uninstall.failed"} {
 		if left(name) {
 			t.Errorf("%s is left", name)
 		}
 	}
-	if !left("others/file") {
+	if !left("others/file") || !left("link") {
 		t.Error("a file of others is gone")
+	}
+	if own, err := os.ReadDir(r.Root); err != nil || len(own) != 2 || own[0].Name() != "backup disk" || own[1].Name() != "notes" {
+		t.Errorf("below the node's directory are %v, %v", own, err)
 	}
 	if calls := read(t, at("calls")); !strings.Contains(calls, "disable own.service\ndaemon-reload") {
 		t.Errorf("systemctl: %s", calls)
+	}
+
+	// Without them, nothing is left.
+	if err := errors.Join(os.Remove(at("ro ot/notes")), os.Remove(at("ro ot/backup disk"))); err != nil {
+		t.Fatal(err)
+	}
+	put(t, r.Script, r.String())
+	out2, err := exec.CommandContext(t.Context(), "sh", r.Script).CombinedOutput()
+	if err != nil || left("ro ot") || left("link") {
+		t.Errorf("%v: %s", err, out2)
+	}
+}
+
+// TestUninstallScriptEnds: a script that waits for containers is ended before another one
+// starts, and so is what it runs.
+func TestUninstallScriptEnds(t *testing.T) {
+	m := newMachine(t)
+	put(t, m.script(), "echo; sleep 1000; echo\n")
+	cmd := exec.CommandContext(t.Context(), "/bin/sh", m.script())
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // as background does
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := out.Read(make([]byte, 1)); err != nil { // it runs
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }() // its last process has the pipe
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := m.endScript(ctx); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-done:
+	case <-ctx.Done():
+		t.Error("it goes on")
+	}
+	if err := m.endScript(ctx); err != nil {
+		t.Errorf("with none: %v", err)
 	}
 }
 
@@ -157,12 +215,12 @@ func TestUninstallScriptKeep(t *testing.T) {
 	} {
 		r := removal{
 			Script: at("uninstall.sh"), Failed: at("uninstall.failed"), Shoal: "true", Keep: start(c.args...).Pid,
-			Root: at("root"), Files: []string{at("root")}, Dirs: []string{at("root")}, Tenths: 3,
+			Root: at("root"), Files: []string{at("node.sock")}, Tenths: 3,
 		}
-		put(t, r.Root, "")
+		put(t, at("node.sock"), "")
 		put(t, r.Script, r.String())
 		out, err := exec.CommandContext(t.Context(), "sh", r.Script).CombinedOutput()
-		_, left := os.Lstat(r.Root)
+		_, left := os.Lstat(at("node.sock"))
 		if why := read(t, r.Failed); (err != nil) != (c.want != "") || (left == nil) != (c.want != "") || !strings.Contains(why, c.want) {
 			t.Errorf("%s: %v\n%s\nleft: %v", c.args, err, out, left)
 		}
