@@ -19,8 +19,6 @@ for p in etc usr var; do
     mkdir "$box/$p" "$box/$p.work"
     mount -t overlay overlay -o "lowerdir=/$p,upperdir=$box/$p,workdir=$box/$p.work" /$p
 done
-# Nodes of other tests, on the same machine, are none of this one's.
-umount --all --lazy --types fuse.shoal
 mount -t tmpfs tmpfs /run
 mkdir -p /run/systemd/system /etc/containerd
 rm -f /usr/bin/systemctl
@@ -83,9 +81,19 @@ echo '  [proxy_plugins.shoal]' > $hand
 refused "the config of containerd names shoal: $hand"
 echo '# [proxy_plugins.shoal]' > $hand
 
+# Another node than the package's, with images.
+mkdir -p /var/lib/other/fuse /var/lib/other/m/1 /var/lib/shoal/fuse
+mount -i -t fuse.shoal -o fd=4,rootmode=40000,user_id=0,group_id=0 shoal /var/lib/other/fuse
+mount -o loop "$box/image" /var/lib/other/m/1
+
+# The node has another directory.
+ln -s other /var/lib/link
+printf '%s\n' 'version = 1' 'root = "/var/lib/link"' '[log]' 'root = "/"' > /etc/shoal/node.toml
+refused 'mounted below /var/lib/other'
+echo 'version = 1' > /etc/shoal/node.toml
+
 # The node's own mount, which stays mounted when the node ends. Nothing serves it, and this
 # shell holds its connection, as systemd does.
-mkdir -p /var/lib/shoal/fuse
 mount -i -t fuse.shoal -o fd=3,rootmode=40000,user_id=0,group_id=0 shoal /var/lib/shoal/fuse
 
 : > "$box/calls" # dpkg installs a package again that it could not remove
@@ -96,6 +104,19 @@ remove
 clean --what=fdstore shoal-node.service
 daemon-reload' ] || fail "systemctl was called with: $(cat "$box/calls")"
 if grep ' /var/lib/shoal/' /proc/self/mountinfo; then fail 'it is still mounted'; fi
+[ "$(grep -c ' /var/lib/other/' /proc/self/mountinfo)" = 2 ] || fail 'a mount of another node is gone'
+
+# A node that runs another program, here the chart's, needs nothing of the package.
+install first
+sed 's|^ExecStart=/usr/bin/|ExecStart=/opt/shoal/bin/|' /usr/lib/systemd/system/shoal-node.service > /etc/systemd/system/shoal-node.service
+printf '%s\n' 'root = "/var/lib/other"' > /etc/shoal/node.toml
+echo '# set by shoal install' > /etc/containerd/config.toml
+: > "$box/calls"
+remove 2> "$box/out" || fail "the package is not removed: $(cat "$box/out")"
+grep -q 'shoal-node.service runs another program' "$box/out" || fail "it says: $(cat "$box/out")"
+[ "$(cat "$box/calls")" = 'disable --now shoal-supernode.service
+daemon-reload' ] || fail "systemctl was called with: $(cat "$box/calls")"
+[ "$(grep -c ' /var/lib/other/' /proc/self/mountinfo)" = 2 ] || fail 'a mount of another node is gone'
 echo PASSED
 `
 
@@ -140,11 +161,15 @@ if grep -v ' root root ' "$box/dump"; then fail 'files of others'; fi
 					return f.write(w, &of, programs[0].platform, files)
 				}))
 			}
-			fuse, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
-			noError(t, err)
-			defer fuse.Close()
+			var connections []*os.File
+			for range 2 {
+				f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+				noError(t, err)
+				defer f.Close()
+				connections = append(connections, f)
+			}
 			cmd := exec.CommandContext(t.Context(), "unshare", "--mount", "--propagation", "private", "sh", "-c", inBox+f.tool+lifeOfPackage, "sh", t.TempDir(), packages)
-			cmd.ExtraFiles = []*os.File{fuse}
+			cmd.ExtraFiles = connections
 			if out, err := cmd.CombinedOutput(); err != nil {
 				t.Errorf("%v\n%s", err, out)
 			}

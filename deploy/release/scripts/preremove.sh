@@ -19,14 +19,31 @@ configured() {
         /etc/containerd /var/lib/rancher/*/agent/etc/containerd || :
 }
 
-# The directory of the node: the one that has the FUSE mount, and the default.
-roots=$(sed -n 's|^[^ ]* [^ ]* [^ ]* [^ ]* \([^ ]*\)/fuse .* - fuse\.shoal .*|\1|p' /proc/self/mountinfo)
-for root in $roots /var/lib/shoal; do
+# replaced says whether a unit file that is not the package's (of the chart, or by hand) has a
+# daemon run another program: that daemon needs nothing of the package.
+replaced() {
+    grep -qs '^ExecStart=' "/etc/systemd/system/$1" && ! grep -q '^ExecStart=[-@:+!]*/usr/bin/shoal ' "/etc/systemd/system/$1"
+}
+
+units=
+for unit in shoal-node.service shoal-supernode.service; do
+    if replaced "$unit"; then
+        echo "shoal: /etc/systemd/system/$unit runs another program than the package's, and goes on" >&2
+    else
+        units="$units $unit"
+    fi
+done
+case $units in
+*shoal-node.service*)
+    # Other nodes of the machine have other directories.
+    root=$(sed -n '/^[[:space:]]*\[/q; s/^[[:space:]]*root[[:space:]]*=[[:space:]]*["'\'']\([^"'\'']*\).*/\1/p' /etc/shoal/node.toml 2>/dev/null || :)
+    root=$(readlink -m "${root:-/var/lib/shoal}")
     if grep -q " $root/[^ ]* .* - erofs " /proc/self/mountinfo; then
         mounted=$root
     fi
-done
-configs=$(configured | sort -u)
+    configs=$(configured | sort -u)
+    ;;
+esac
 if [ -n "$mounted" ] || [ -n "$configs" ]; then
     if [ -n "$mounted" ]; then
         echo "shoal: images of this machine are mounted below $mounted; containers on them would get I/O errors" >&2
@@ -44,13 +61,15 @@ https://github.com/shoalfs/shoal/blob/main/docs/install.md#uninstalling has all 
 EOF
     exit 1
 fi
-if [ -d /run/systemd/system ]; then
-    systemctl disable --now shoal-node.service shoal-supernode.service
-    # systemd 254 and later go on holding the FUSE connection; earlier ones know no such store.
-    systemctl clean --what=fdstore shoal-node.service 2>/dev/null || :
+if [ -d /run/systemd/system ] && [ -n "$units" ]; then
+    systemctl disable --now $units
+    if [ -n "$root" ]; then
+        # systemd 254 and later go on holding the FUSE connection; earlier ones know no such store.
+        systemctl clean --what=fdstore shoal-node.service 2>/dev/null || :
+        # The node's own mount stays when the node ends. Nothing uses it now, and programs that
+        # look at all mounts would wait for a node.
+        if grep -q " $root/fuse .* - fuse\.shoal " /proc/self/mountinfo; then
+            timeout -s KILL 10 umount -l "$root/fuse" || :
+        fi
+    fi
 fi
-# The node's own mount stays when the node ends. Nothing uses it now, and programs that
-# look at all mounts would wait for a node.
-for root in $roots; do
-    timeout -s KILL 10 umount -l "$root/fuse" || :
-done

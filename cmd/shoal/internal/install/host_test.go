@@ -353,7 +353,7 @@ func TestRemovalOfPackages(t *testing.T) {
 	}
 	// The rest of the script stops the node.
 	_, text, _ := strings.Cut(string(b), "\n\n")
-	text, _, ok := strings.Cut(text, "# The directory of the node")
+	text, _, ok := strings.Cut(text, "# replaced says")
 	if !ok || !strings.Contains(text, "configured()") {
 		t.Fatalf("the script does not begin as it did: %s", b)
 	}
