@@ -3,6 +3,7 @@ package mount
 import (
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
@@ -60,18 +61,17 @@ func lowerDirs(options string) (dirs []string) {
 }
 
 // Uses says whether it is made of the image whose metadata lies where meta is, as mounted
-// at dir, now or before that was replaced.
-func (u User) Uses(meta, dir string) bool {
+// at one of dirs, now or before that was replaced.
+func (u User) Uses(meta string, dirs ...string) bool {
 	if u.Source != "" {
 		return filepath.Dir(u.Source) == filepath.Dir(meta)
 	}
-	for _, l := range u.Lower {
-		// Names of mount points are as good as unique.
-		if l == dir || !filepath.IsAbs(l) && filepath.Base(l) == filepath.Base(dir) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(u.Lower, func(l string) bool {
+		return slices.ContainsFunc(dirs, func(dir string) bool {
+			// Names of mount points are as good as unique.
+			return l == dir || !filepath.IsAbs(l) && filepath.Base(l) == filepath.Base(dir)
+		})
+	})
 }
 
 // Serial returns a number of the mount that is seen at dir. A mount that was made

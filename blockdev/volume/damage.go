@@ -39,9 +39,9 @@ func (m *mounter) refresh(v *volume) {
 	if !stale || dir == "" {
 		return
 	}
-	dirs := []string{dir}
+	dirs := v.mountPoints()
 	users, err := mount.Users(filepath.Join(m.root, mountsDir))
-	for _, u := range v.users(users, dir, false) {
+	for _, u := range m.users(v, users, dir, false) {
 		dirs = append(dirs, u.Dir)
 	}
 	errs := []error{err}

@@ -18,8 +18,10 @@
 //
 // # Lazy until complete, native from then on
 //
-// When a diff is complete, a native mount takes the place of the lazy one, in one step
-// and its user: at once, on request, and at a start. If a chunk turns out to be
+// When a diff is complete, it is mounted natively as well, at another mount point: at once,
+// on request, and at a start. Mount returns that one from then on, and the lazy mount is
+// taken away minutes later, since containerd may be mounting something over it: overlayfs
+// fails if a lower mount goes between its lookup and its copy. If a chunk turns out to be
 // damaged, it goes the other way until the chunk is back, so that no container that
 // starts reads bytes that are known to be wrong. An overlayfs mount has its own copy of
 // the mounts that it was made of, and goes on with these: a container that started
@@ -32,7 +34,8 @@
 //	Root/lock, tmp, diffs     the cache's (package cache)
 //	Root/fuse/                the FUSE mount
 //	Root/m/<name>/            mount points; name is 12 digits of the DiffID, so
-//	                          that 127 of them fit in overlayfs' mount options
+//	                          that 127 of them fit in overlayfs' mount options;
+//	                          a diff can have five
 //	Root/lazy/<DiffID hex>    there is, or may be, a lazy mount of this diff
 //
 // What is mounted where, mountinfo says: the source of each mount is the diff's
@@ -50,7 +53,9 @@
 //   - Close leaves mounts as they are. Native ones go on working without any
 //     process, and Open adopts them. Lazy ones give errors from then on (unless
 //     another process holds the FUSE descriptor); Open takes them away and mounts
-//     them again at the same place.
+//     them again at the same mount point.
+//   - A mount that a caller was told of stays for minutes after another one has replaced
+//     it, and then goes only if it is not in use.
 //   - If damage is found (cache.Config.Damaged), then what was complete is fetched again
 //     at once, and the kernel forgets what it has cached, also of mounts that were
 //     replaced.

@@ -120,6 +120,9 @@ func (m *Manager) adopt(d diff) (*volume, error) {
 	if i, ok := m.left[v.id]; ok {
 		delete(m.left, v.id)
 		v.setMounted(i.dir, i.meta, i.lazy)
+		for _, dir := range i.retired {
+			v.retire(dir)
+		}
 	}
 	m.vols[v.id] = v
 	return v, nil
@@ -170,7 +173,8 @@ func (m *Manager) Has(id blockdev.Digest) bool {
 
 // Mount mounts a diff, if it is not mounted yet, and returns where: from the
 // local file if the diff is complete, else through FUSE. One that is mounted in the
-// other way is mounted again at the same place (package comment). The error wraps
+// other way is mounted again, elsewhere (package comment): callers that mount something
+// over dir do it within a minute, or ask again. The error wraps
 // blockdev.ErrNotFound if there is no such diff, blockdev.ErrUnsupported if this
 // kernel cannot mount it, and blockdev.ErrQuarantined if it is not what its index
 // said: then it may be mounted, for containers that read it already.
@@ -195,6 +199,7 @@ func (m *Manager) Mount(ctx context.Context, id blockdev.Digest) (dir string, er
 		return "", fmt.Errorf("diff %s on this node: %w (just removed)", id, blockdev.ErrNotFound)
 	case dir != "":
 		m.mounts.matchNow(v)
+		dir, _, _ = v.mounted()
 		return dir, nil
 	}
 	return m.mounts.mount(v)
@@ -248,7 +253,11 @@ func (m *Manager) removeUnopened(ctx context.Context, id blockdev.Digest) (opene
 	delete(m.left, id)
 	m.mu.Unlock()
 	if ok {
-		if err := errors.Join(mount.Detach(i.dir), m.mounts.unmark(id)); err != nil {
+		errs := []error{m.mounts.unmark(id)}
+		for _, dir := range append(i.retired, i.dir) {
+			errs = append(errs, mount.Detach(dir))
+		}
+		if err := errors.Join(errs...); err != nil {
 			return false, fmt.Errorf("diff %s: %w", id, err)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/shoalfs/shoal/blockdev"
@@ -48,70 +49,117 @@ func (m *mounter) mount(v *volume) (string, error) {
 	if m.unsupported != nil {
 		return "", fmt.Errorf("diff %s: %w", v.id, m.unsupported)
 	}
-	name, err := m.name(v.id)
+	return m.show(v)
+}
+
+// show mounts the diff as it is now at a mount point where nothing of the volume is
+// mounted, and returns that. What was mounted before is retired. The caller has the
+// volume's turn.
+func (m *mounter) show(v *volume) (string, error) {
+	dir, err := m.place(v)
 	if err != nil {
 		return "", err
 	}
-	dir := filepath.Join(m.root, mountsDir, name)
 	if err := mount.MkdirMountpoint(dir); err != nil {
 		return "", err
 	}
-	lazy, data := false, v.diff.DataPath()
-	if !v.diff.Complete() {
-		lazy, data = true, m.fusePath(v.id)
+	lazy, meta, data := !v.diff.Complete(), v.diff.MetaPath(), v.diff.DataPath()
+	if lazy {
+		data = m.fusePath(v.id)
 		if err := m.mark(v.id); err != nil {
 			return "", err
 		}
-	} else if err := m.unmark(v.id); err != nil {
-		return "", err
 	}
-	meta := v.diff.MetaPath()
 	if _, err := mount.Mount(meta, data, dir, mount.Options{Loop: m.loop}); err != nil {
-		return "", fmt.Errorf("diff %s: %w", v.id, errors.Join(err, m.unmark(v.id)))
+		_ = os.Remove(dir) // if that fails, then the next start does it
+		if old, _, _ := v.mounted(); old == "" {
+			err = errors.Join(err, m.unmark(v.id))
+		}
+		return "", fmt.Errorf("diff %s: %w", v.id, err)
 	}
 	v.setMounted(dir, meta, lazy)
+	if !lazy {
+		m.unmarkNative(v)
+	}
 	return dir, nil
 }
 
-// unmount takes the volume's mount away, also one in use if detach is set. The
+// unmount takes the volume's mounts away, also those in use if detach is set. The
 // caller has the volume's turn.
 func (m *mounter) unmount(v *volume, detach bool) error {
-	dir, _, _ := v.mounted()
-	if dir == "" {
+	dirs := v.mountPoints()
+	for _, dir := range dirs {
+		if err := m.takeAway(v, dir, detach); err != nil {
+			return err
+		}
+		v.dropRetiree(dir)
+	}
+	v.setUnmounted()
+	if len(dirs) == 0 {
 		return nil
 	}
+	return m.unmark(v.id)
+}
+
+// takeAway unmounts dir, where the volume is mounted, and removes it.
+func (m *mounter) takeAway(v *volume, dir string, detach bool) error {
 	err := mount.Unmount(dir)
 	if errors.Is(err, mount.ErrBusy) && detach {
-		m.log.Warn("a removed diff is still in use; its mount is detached, and programs that use it may get I/O errors", "diff", v.id, "dir", dir)
+		m.log.Warn("a mount that the node removes is still in use; it is detached, and programs that use it may get I/O errors", "diff", v.id, "dir", dir)
 		err = mount.Detach(dir)
 	}
 	if err != nil {
 		return fmt.Errorf("diff %s: %w", v.id, err)
 	}
-	v.setMounted("", "", false)
 	if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
 		m.log.Warn("cannot remove a mount point", "dir", dir, "error", err)
 	}
-	return m.unmark(v.id)
+	return nil
 }
 
 // nameDigits is the length of a mount point's name.
 const nameDigits = 12
 
-// name gives a diff a mount point's name: the first digits of its DiffID that
-// are not another diff's name.
-func (m *mounter) name(id blockdev.Digest) (string, error) {
-	hex := id.Hex()
+// places are the mount points that a diff can have: each has other digits of its DiffID
+// as its name.
+func (m *mounter) places(id blockdev.Digest) (dirs []string) {
+	for hex := id.Hex(); len(hex) >= nameDigits; hex = hex[nameDigits:] {
+		dirs = append(dirs, filepath.Join(m.root, mountsDir, hex[:nameDigits]))
+	}
+	return dirs
+}
+
+// place gives a volume a mount point: the first that no other diff has, and where
+// nothing of this one is mounted. If there is none, then what was replaced first makes
+// room. The caller has the volume's turn.
+func (m *mounter) place(v *volume) (string, error) {
+	used := v.mountPoints()
+	free := m.free(v.id, used)
+	if free == "" && len(used) > 1 {
+		free = used[0]
+		if err := m.takeAway(v, free, true); err != nil {
+			return "", err
+		}
+		v.dropRetiree(free)
+	}
+	if free == "" {
+		return "", fmt.Errorf("diff %s: other diffs use each name that its mount point could have", v.id)
+	}
+	return free, nil
+}
+
+// free takes the first mount point for a diff that is not used; "": there is none.
+func (m *mounter) free(id blockdev.Digest, used []string) string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for i := 0; i+nameDigits <= len(hex); i += nameDigits {
-		name := hex[i : i+nameDigits]
-		if owner, taken := m.names[name]; !taken || owner == id {
+	for _, dir := range m.places(id) {
+		name := filepath.Base(dir)
+		if owner, taken := m.names[name]; (!taken || owner == id) && !slices.Contains(used, dir) {
 			m.names[name] = id
-			return name, nil
+			return dir
 		}
 	}
-	return "", fmt.Errorf("diff %s: other diffs use each name that its mount point could have", id)
+	return ""
 }
 
 // setName notes that the mount point dir is a diff's.
@@ -169,6 +217,14 @@ func (m *mounter) unmark(id blockdev.Digest) error {
 		return err
 	}
 	return nil
+}
+
+// unmarkNative is unmark once the volume is mounted natively. A marker that stays has the
+// next process mount it again.
+func (m *mounter) unmarkNative(v *volume) {
+	if err := m.unmark(v.id); err != nil {
+		m.log.Warn("cannot remove the marker of a lazy mount; the next start changes the mount again", "diff", v.id, "error", err)
+	}
 }
 
 func (m *mounter) marked(id blockdev.Digest) bool {

@@ -16,6 +16,10 @@ import (
 // wait for it.
 const matchInterval = time.Minute
 
+// retireAfter is how long a mount stays that another one has replaced: longer than
+// containerd takes from the moment when it learns of a mount to the container's start.
+const retireAfter = 2 * time.Minute
+
 // matches reports whether a volume that is mounted is so in the way it should be:
 // lazily as long as bytes are missing, or damaged, and else natively; and with the
 // tree that the diff shows now.
@@ -24,9 +28,8 @@ func (v *volume) matches() bool {
 	return dir == "" || gone || lazy != v.diff.Complete() && !v.outdated()
 }
 
-// match mounts a volume again, at the same place, if it is not mounted as it should
-// be. What is mounted over the old mount, and files that are open in it, go on with
-// it.
+// match mounts a volume again if it is not mounted as it should be. What is mounted over
+// the old mount, and files that are open in it, go on with it.
 func (m *mounter) match(ctx context.Context, v *volume) {
 	if v.matches() {
 		return
@@ -40,39 +43,64 @@ func (m *mounter) match(ctx context.Context, v *volume) {
 
 // matchNow is match for the caller that has the volume's turn. An error leaves the mount as it
 // was, which can be read, too.
+//
+// The new mount has a mount point of its own, and the old one stays for retireAfter.
+// overlayfs looks the lower directories up, and takes a copy of their mounts after that;
+// if one of them is unmounted in between, then mount(2) fails with EINVAL, and so the
+// container that containerd was just starting.
 func (m *mounter) matchNow(v *volume) {
 	if v.matches() {
 		return
 	}
 	dir, wasLazy, _ := v.mounted()
-	lazy, outdated, meta := !v.diff.Complete(), v.outdated(), v.diff.MetaPath()
-	data := map[bool]string{true: m.fusePath(v.id), false: v.diff.DataPath()}
-	var err error
-	if lazy {
-		err = m.mark(v.id)
-	}
-	if err == nil {
-		var loop bool
-		switch loop, err = mountedByLoop(dir); {
-		case err != nil:
-		case loop && !outdated:
-			// Beneath all that use it.
-			err = switchLoop(data[wasLazy], data[lazy])
-		default:
-			err = mount.Replace(meta, data[lazy], dir, mount.Options{Loop: loop})
-		}
+	loop, err := mountedByLoop(dir)
+	switch {
+	case err != nil:
+	case loop && !v.outdated():
+		err = m.switchLoops(v)
+	default:
+		_, err = m.show(v)
 	}
 	if err != nil {
 		m.log.Warn("cannot change the mount of a layer; the layer stays mounted as it is, and the node tries again", "diff", v.id, "lazy", wasLazy, "error", err)
-		return
+	}
+}
+
+// switchLoops puts the other file beneath a mount by loop devices, and so beneath all
+// that use it.
+func (m *mounter) switchLoops(v *volume) error {
+	dir, wasLazy, _ := v.mounted()
+	lazy, meta := !v.diff.Complete(), v.diff.MetaPath()
+	if lazy {
+		if err := m.mark(v.id); err != nil {
+			return err
+		}
+	}
+	data := map[bool]string{true: m.fusePath(v.id), false: v.diff.DataPath()}
+	if err := switchLoop(data[wasLazy], data[lazy]); err != nil {
+		return err
 	}
 	v.setMounted(dir, meta, lazy)
-	if lazy {
+	if !lazy {
+		m.unmarkNative(v)
+	}
+	return nil
+}
+
+// tidy unmounts what the volume had mounted until a while ago. What uses such a mount
+// has a copy of its own; one that is busy all the same waits for the next time.
+func (m *mounter) tidy(ctx context.Context, v *volume, now time.Time) {
+	if len(v.retirees(now.Add(-retireAfter))) == 0 || v.take(ctx) != nil {
 		return
 	}
-	// A marker that stays has the next process do this again.
-	if err := m.unmark(v.id); err != nil {
-		m.log.Warn("cannot remove the marker of a lazy mount; the next start changes the mount again", "error", err)
+	defer v.give()
+	for _, dir := range v.retirees(now.Add(-retireAfter)) {
+		switch err := m.takeAway(v, dir, false); {
+		case err == nil:
+			v.dropRetiree(dir)
+		case !errors.Is(err, mount.ErrBusy):
+			m.log.Warn("cannot unmount what a layer had mounted before; the node tries again", "diff", v.id, "dir", dir, "error", err)
+		}
 	}
 }
 
@@ -97,6 +125,7 @@ func (m *mounter) matcher(ctx context.Context, volumes func() []*volume) {
 	for {
 		for _, v := range volumes() {
 			m.match(ctx, v)
+			m.tidy(ctx, v, time.Now())
 		}
 		select {
 		case <-t.C:
@@ -121,7 +150,7 @@ func (m *Manager) LazyUsers() (map[blockdev.Digest]int, error) {
 		if dir == "" || gone {
 			continue
 		}
-		if n := len(v.users(users, dir, lazy)); n > 0 {
+		if n := len(m.mounts.users(v, users, dir, lazy)); n > 0 {
 			count[v.id] = n
 		}
 	}
@@ -130,16 +159,17 @@ func (m *Manager) LazyUsers() (map[blockdev.Digest]int, error) {
 
 // users picks those mounts that use the volume: all of them, or those from before
 // what is mounted at dir now.
-func (v *volume) users(all []mount.User, dir string, current bool) (mine []mount.User) {
+func (m *mounter) users(v *volume, all []mount.User, dir string, current bool) (mine []mount.User) {
+	places := m.places(v.id)
 	var serial uint64
 	for _, u := range all {
-		if !u.Uses(v.diff.MetaPath(), dir) {
+		if !u.Uses(v.diff.MetaPath(), places...) {
 			continue
 		}
 		if !current && serial == 0 {
 			serial = mount.Serial(dir)
 		}
-		if current || mount.Serial(u.Dir) < serial {
+		if current || mount.Serial(u.Dir) < serial || !u.Uses(v.diff.MetaPath(), dir) {
 			mine = append(mine, u)
 		}
 	}

@@ -74,8 +74,94 @@ func (n *node) lazyUsers(l *layer) int {
 	return users[l.id]
 }
 
-// TestNativeWhenComplete: a layer that has become complete is mounted natively at the
-// same place, whoever uses the lazy mount. Containers that start from then on need
+// tidyUp has the node unmount what was replaced, as it does after a while.
+func (n *node) tidyUp() {
+	for _, v := range n.volumes() {
+		n.mounts.tidy(ctx, v, time.Now().Add(2*retireAfter))
+	}
+}
+
+// lookedUp is overlayfs in the middle of a mount: it has looked its lower directories up,
+// and has not made its copies of their mounts.
+func lookedUp(t *testing.T, lowers ...string) (create func() error) {
+	t.Helper()
+	fs, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range lowers {
+		if err := unix.FsconfigSetString(fs, "lowerdir+", dir); errors.Is(err, unix.EINVAL) {
+			t.Skip("overlayfs looks lower directories up one by one since Linux 6.7")
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return func() error { return errors.Join(unix.FsconfigCreate(fs), unix.Close(fs)) }
+}
+
+// TestReplacedMountStays: overlayfs that looked a lazy mount up just before the native one
+// replaced it can be mounted; a while later nothing is left of the lazy mount.
+func TestReplacedMountStays(t *testing.T) {
+	n := newNode(t, nil)
+	l := newLayer(t, 74, 1<<20)
+	n.add(l)
+	lazy := n.mountDir(l)
+	create := lookedUp(t, lazy, t.TempDir())
+	if err := n.PrefetchWait(ctx, l.id, nil); err != nil {
+		t.Fatal(err)
+	}
+	n.eventually("it is native", func() bool { return !n.stat(l).Lazy })
+	if err := create(); err != nil {
+		t.Errorf("overlayfs over the mount that was replaced: %v", err)
+	}
+	native := n.mountDir(l)
+	n.tidyUp()
+	if found := n.allMounts(); len(found) != 1 || found[0].Dir != native {
+		t.Errorf("mounts: %+v", found)
+	}
+	if _, err := os.Lstat(lazy); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the mount point that was replaced: %v", err)
+	}
+}
+
+// TestReplacedAgainAndAgain: a layer that is damaged and made whole more often than it
+// can have mount points is mounted as it should be each time.
+func TestReplacedAgainAndAgain(t *testing.T) {
+	n := newNode(t, nil)
+	l := newLayer(t, 75, 1<<20)
+	n.add(l)
+	n.mountDir(l)
+	if err := n.PrefetchWait(ctx, l.id, nil); err != nil {
+		t.Fatal(err)
+	}
+	v, err := n.volume(l.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 7 {
+		if err := v.take(ctx); err != nil {
+			t.Fatal(err)
+		}
+		_, err := n.mounts.show(v)
+		v.give()
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.check(l, n.mountDir(l))
+	}
+	if found := n.allMounts(); len(found) != len(n.mounts.places(l.id)) {
+		t.Errorf("mounts: %+v", found)
+	}
+	if err := n.Remove(ctx, l.id); err != nil {
+		t.Fatal(err)
+	}
+	if found := n.allMounts(); len(found) != 0 {
+		t.Errorf("mounts after the removal: %+v", found)
+	}
+}
+
+// TestNativeWhenComplete: a layer that has become complete is mounted natively, whoever
+// uses the lazy mount. Containers that start from then on need
 // no process. Those from before read on, and with loop devices they do not need it
 // either.
 func TestNativeWhenComplete(t *testing.T) {
@@ -91,7 +177,6 @@ func TestNativeWhenComplete(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer inside.Close()
 			n.checkPart(l, inside, 0, 100_000)
 			if loop {
 				n.checkDirect(l, map[string]string{n.mounts.fusePath(l.id): "1", n.diffFile(l, "meta"): "0"})
@@ -103,8 +188,9 @@ func TestNativeWhenComplete(t *testing.T) {
 				t.Fatal(err)
 			}
 			n.eventually("it is mounted natively, and nobody asked for it", func() bool { return !n.stat(l).Lazy })
-			if again := n.mountDir(l); again != dir {
-				t.Errorf("mounted at %s, before at %s", again, dir)
+			lazy := dir
+			if dir = n.mountDir(l); (dir == lazy) != loop {
+				t.Errorf("mounted at %s, before at %s", dir, lazy)
 			}
 			young := newContainer(t, dir)
 			for who, c := range map[string]*container{"old": old, "new": young} {
@@ -126,9 +212,14 @@ func TestNativeWhenComplete(t *testing.T) {
 			if n.mounts.marked(l.id) {
 				t.Error("still marked as lazy")
 			}
-			found, err := mount.List(filepath.Join(n.root, mountsDir))
-			if err != nil || len(found) != 1 {
-				t.Errorf("mounts: %+v, %v", found, err)
+			if n.tidyUp(); loop == (len(n.allMounts()) != 1) {
+				t.Errorf("mounts while a file is open in the lazy one: %+v", n.allMounts())
+			}
+			if err := inside.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if n.tidyUp(); len(n.allMounts()) != 1 {
+				t.Errorf("mounts: %+v", n.allMounts())
 			}
 
 			// The process ends for good, and who keeps its descriptors, too.
@@ -169,27 +260,31 @@ func TestNativeAfterCrash(t *testing.T) {
 	if err := n.PrefetchWait(ctx, l.id, nil); err != nil {
 		t.Fatal(err)
 	}
-	n.mountDir(l)
+	dir = n.mountDir(l)
+	other := n.mounts.places(l.id)[3]
+	mountLazily := func(dir string) error {
+		_, err := mount.Mount(n.diffFile(l, "meta"), n.mounts.fusePath(l.id), dir, mount.Options{})
+		return err
+	}
 	for name, leave := range map[string]func() error{
-		"both are mounted": func() error {
-			_, err := mount.Mount(n.diffFile(l, "meta"), n.mounts.fusePath(l.id), dir, mount.Options{})
-			return errors.Join(err, n.mounts.mark(l.id))
-		},
-		"the marker is left": func() error { return n.mounts.mark(l.id) },
+		"both are mounted and the marker is left": func() error { return n.mounts.mark(l.id) },
+		"both are mounted as versions before did": func() error { return errors.Join(mountLazily(dir), n.mounts.mark(l.id)) },
 		"it has not begun": func() error {
-			return errors.Join(n.mounts.mark(l.id), mount.Replace(n.diffFile(l, "meta"), n.mounts.fusePath(l.id), dir, mount.Options{}))
+			return errors.Join(n.mounts.mark(l.id), mount.MkdirMountpoint(other), mountLazily(other), mount.Detach(dir))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if err := leave(); err != nil {
 				t.Fatal(err)
 			}
-			c := newContainer(t, dir)
+			found := n.allMounts()
+			c := newContainer(t, found[len(found)-1].Dir)
 			defer c.end()
 			n.restart()
 			n.eventually("it is native", func() bool { return !n.stat(l).Lazy && !n.mounts.marked(l.id) })
-			if found, err := mount.List(filepath.Join(n.root, mountsDir)); err != nil || len(found) != 1 || found[0].Dir != dir {
-				t.Errorf("mounts: %+v, %v", found, err)
+			dir = n.mountDir(l)
+			if n.tidyUp(); len(n.allMounts()) != 1 || n.allMounts()[0].Dir != dir {
+				t.Errorf("mounts: %+v", n.allMounts())
 			}
 			n.check(l, dir)
 			if err := c.read(l); err != nil {
@@ -197,6 +292,15 @@ func TestNativeAfterCrash(t *testing.T) {
 			}
 		})
 	}
+}
+
+func (n *node) allMounts() []mount.Info {
+	n.t.Helper()
+	found, err := mount.List(filepath.Join(n.root, mountsDir))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return found
 }
 
 // checkDirect compares how the loop devices over a layer's files read them: "1" with
@@ -272,6 +376,7 @@ func TestUnopenedKeepsItsMount(t *testing.T) {
 			l := newLayer(t, 73, 1<<20)
 			n.add(l)
 			if complete {
+				n.mountDir(l) // and replaced below, so there are two mounts
 				if err := n.PrefetchWait(ctx, l.id, nil); err != nil {
 					t.Fatal(err)
 				}

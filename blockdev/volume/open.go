@@ -27,7 +27,7 @@ const (
 // Open opens the volumes below cfg.Root. Native mounts that an earlier process
 // left are adopted. So is its FUSE mount, with the lazy mounts over it, if the
 // Keeper has its descriptor: reads that waited for the new process are answered. Otherwise
-// these are detached and mounted again at the same places, and a container on them gets
+// these are detached and mounted again at the same mount points, and a container on them gets
 // I/O errors. Mounts and mount points of diffs that are not there any more are
 // removed. It fails if another process has Root open. Reads of what is here are answered
 // from now on; those that miss bytes wait for Attach.

@@ -26,6 +26,7 @@ func leftMounts(root string) (found []mount.Info, err error) {
 type leftMount struct {
 	dir, meta string // mount point, metadata image
 	lazy      bool
+	retired   []string // mount points of what it had replaced
 }
 
 // takeOver goes through these mounts. Those through FUSE stay if its connection
@@ -55,6 +56,11 @@ func (m *Manager) takeOver(found []mount.Info, adopted bool) (again []*volume, e
 		if dir == "" && m.mounts.usable(v, i, lazy, adopted) {
 			m.mounts.setName(i.Dir, v.id)
 			v.setMounted(i.Dir, i.Source, lazy)
+			continue
+		}
+		if dir != "" && dir != i.Dir && adopted {
+			m.mounts.setName(i.Dir, v.id)
+			v.retire(i.Dir)
 			continue
 		}
 		if lazy {
@@ -91,8 +97,14 @@ func (m *Manager) leave(i mount.Info, adopted bool) bool {
 		if m.vols[id] != nil || lazy && !adopted {
 			return false
 		}
+		left, ok := m.left[id]
+		if ok {
+			left.retired = append(left.retired, i.Dir)
+		} else {
+			left = leftMount{dir: i.Dir, meta: i.Source, lazy: lazy}
+		}
 		m.mounts.setName(i.Dir, id)
-		m.left[id] = leftMount{i.Dir, i.Source, lazy}
+		m.left[id] = left
 		return true
 	}
 	return false
@@ -116,15 +128,19 @@ func (m *Manager) source(i mount.Info) *volume {
 // sweep removes mount points and markers that nothing uses.
 func (m *Manager) sweep() error {
 	used := make(map[string]bool)
-	for _, s := range m.Stats() {
-		if s.Dir != "" {
-			used[filepath.Base(s.Dir)] = true
-			used[s.ID.Hex()] = s.Lazy
+	for _, v := range m.volumes() {
+		_, lazy, _ := v.mounted()
+		used[v.id.Hex()] = lazy
+		for _, dir := range v.mountPoints() {
+			used[filepath.Base(dir)] = true
 		}
 	}
 	m.mu.RLock()
 	for id, i := range m.left {
-		used[filepath.Base(i.dir)], used[id.Hex()] = true, true
+		used[id.Hex()] = true
+		for _, dir := range append(i.retired, i.dir) {
+			used[filepath.Base(dir)] = true
+		}
 	}
 	m.mu.RUnlock()
 	for _, sub := range []string{mountsDir, lazyDir} {

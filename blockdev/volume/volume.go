@@ -2,6 +2,7 @@ package volume
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -46,6 +47,9 @@ type volume struct {
 	dir  string     // mount point, "" if not mounted
 	meta string     // the metadata image that is mounted there
 	lazy bool
+	// retired are the mounts that were replaced and are not unmounted yet, in the order in
+	// which they were.
+	retired []retiree
 	// stale: wrong bytes may have been read through the mounts.
 	stale bool
 	// started: a container has begun to read since it was mounted.
@@ -54,6 +58,11 @@ type volume struct {
 	fetch fetchState // guarded by the lock of queues.prefetches
 	proof fetchState // guarded by the lock of queues.proofs
 	scrub fetchState // guarded by the lock of queues.scrubs
+}
+
+type retiree struct {
+	dir   string // mount point
+	since time.Time
 }
 
 // take waits for the volume's turn. The caller gives it back with give.
@@ -74,10 +83,60 @@ func (v *volume) mounted() (dir string, lazy, gone bool) {
 	return v.dir, v.lazy, v.gone
 }
 
+// setMounted says where and how the volume is mounted from now on. If it was mounted at
+// another place before, then that is a retiree.
 func (v *volume) setMounted(dir, meta string, lazy bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if v.dir != "" && v.dir != dir {
+		v.retired = append(v.retired, retiree{v.dir, time.Now()})
+	}
 	v.dir, v.meta, v.lazy, v.started = dir, meta, lazy, false
+}
+
+func (v *volume) setUnmounted() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.dir, v.meta, v.lazy, v.started = "", "", false, false
+}
+
+// retire says that what is mounted at dir has been replaced.
+func (v *volume) retire(dir string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.retired = append(v.retired, retiree{dir, time.Now()})
+}
+
+// retirees returns the mount points of what was replaced before a time, the oldest first.
+func (v *volume) retirees(before time.Time) (dirs []string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, r := range v.retired {
+		if r.since.Before(before) {
+			dirs = append(dirs, r.dir)
+		}
+	}
+	return dirs
+}
+
+// dropRetiree says that nothing of the volume is mounted at dir any more.
+func (v *volume) dropRetiree(dir string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.retired = slices.DeleteFunc(v.retired, func(r retiree) bool { return r.dir == dir })
+}
+
+// mountPoints returns where something of the volume is mounted, what was replaced first.
+func (v *volume) mountPoints() (dirs []string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, r := range v.retired {
+		dirs = append(dirs, r.dir)
+	}
+	if v.dir != "" {
+		dirs = append(dirs, v.dir)
+	}
+	return dirs
 }
 
 // outdated reports whether what is mounted is not the tree that the diff shows now:
