@@ -65,11 +65,16 @@ func (c *Client) converse(ctx context.Context, l *lane, out []byte, take func(*s
 		return err
 	}
 	defer l.leave()
+	var busy error // why it was asked again
 	for pause := minBusy; ; pause = min(2*pause, maxBusy) {
 		err := c.converseOnce(ctx, l, out, take)
+		if err != nil && busy != nil && ctx.Err() != nil {
+			return fmt.Errorf("%w, after: %w", err, busy)
+		}
 		if !c.opts.Patient || !c.only() || !errors.Is(err, wire.ErrBusy) {
 			return err
 		}
+		busy = err
 		select {
 		case <-time.After(pause/2 + rand.N(pause/2)):
 		case <-ctx.Done():

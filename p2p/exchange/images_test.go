@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
 	"github.com/shoalfs/shoal/internal/image"
@@ -185,11 +187,77 @@ func TestFetchIndexesTakesLong(t *testing.T) {
 	}
 }
 
+// busy counts the requests that the server answered with ErrBusy.
+func busy(t testing.TB, reg *prometheus.Registry) (n float64) {
+	t.Helper()
+	families, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() != "shoal_p2p_requests_total" {
+			continue
+		}
+		for _, m := range f.GetMetric() {
+			for _, l := range m.GetLabel() {
+				if l.GetValue() == "busy" {
+					n += m.GetCounter().GetValue()
+				}
+			}
+		}
+	}
+	return n
+}
+
+// The error says that the server was busy, also if the caller's time ends while the
+// server works on the request that it took after that.
+func TestBusyUntilTaken(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	entered, release := make(chan string, 2), make(chan struct{})
+	reg := prometheus.NewRegistry()
+	newServer(t, h, ServerConfig{
+		Limits: Limits{Images: 1, Waiting: 1}, Registerer: reg,
+		Images: imagesFunc(func(ctx context.Context, _ string, req image.Request) (*image.Image, error) {
+			entered <- req.Ref
+			if req.Ref == "b" {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			<-release
+			return &image.Image{}, nil
+		}),
+	})
+	c := newClient(t, h, Options{Patient: true})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	first, second := make(chan error, 1), make(chan error, 1)
+	go func() {
+		_, err := c.FetchIndexes(t.Context(), image.Request{Ref: "a"})
+		first <- err
+	}()
+	<-entered
+	go func() {
+		_, err := c.FetchIndexes(ctx, image.Request{Ref: "b"})
+		second <- err
+	}()
+	waitFor(t, "the server to be busy", func() bool { return busy(t, reg) > 0 })
+	close(release)
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	<-entered
+	cancel()
+	if err := <-second; !errors.Is(err, context.Canceled) || !errors.Is(err, wire.ErrBusy) {
+		t.Errorf("%v, want the context's error and that the server was busy", err)
+	}
+}
+
 func TestImageLimits(t *testing.T) {
 	h := newHost(t, nil, loopback)
 	entered, release := make(chan struct{}), make(chan struct{})
+	reg := prometheus.NewRegistry()
 	newServer(t, h, ServerConfig{
-		Limits: Limits{Images: 1, Waiting: 1},
+		Limits: Limits{Images: 1, Waiting: 1}, Registerer: reg,
 		Images: imagesFunc(func(_ context.Context, _ string, req image.Request) (*image.Image, error) {
 			if req.Ref == "many/layers" {
 				return &image.Image{Ref: req.Ref, Layers: make([]image.Layer, wire.MaxLayers+1)}, nil
@@ -221,9 +289,16 @@ func TestImageLimits(t *testing.T) {
 		t.Errorf("over the limit: %v", err)
 	}
 	// Who is patient waits for as long as its context lasts.
-	ctx, cancel := context.WithTimeout(t.Context(), 4*minBusy)
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	if _, err := patient.FetchIndexes(ctx, image.Request{Ref: "b"}); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, wire.ErrBusy) {
+	until := make(chan error, 1)
+	go func() {
+		_, err := patient.FetchIndexes(ctx, image.Request{Ref: "b"})
+		until <- err
+	}()
+	waitFor(t, "the server to be busy again", func() bool { return busy(t, reg) >= 3 })
+	cancel()
+	if err := <-until; !errors.Is(err, context.Canceled) || !errors.Is(err, wire.ErrBusy) {
 		t.Errorf("over the limit until the end: %v", err)
 	}
 	only.Store(false) // there is another one to ask now
