@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	libp2phost "github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"google.golang.org/protobuf/proto"
@@ -66,6 +67,20 @@ func (w *world) length(d blockdev.Digest) int {
 	return 0
 }
 
+// waits connects n to h, and has n learn that answers take long, so that it judges h by
+// its answers also on a machine that has too much to do.
+func (n *node) waits(w *world, h libp2phost.Host) {
+	w.t.Helper()
+	if err := n.host.Connect(w.t.Context(), peer.AddrInfo{ID: h.ID(), Addrs: h.Addrs()}); err != nil {
+		w.t.Fatal(err)
+	}
+	g := n.swarm.group(w.ix.DiffID)
+	for range w.ix.Chunks {
+		ask := route.NewAsk(w.ix.Chunks[0].Digest, blockdev.Demand, 0)
+		g.Report(&ask, route.Target{Kind: route.Supernode}, route.OK, n.swarm.now(), 10*time.Second, 0)
+	}
+}
+
 // Whatever peers do, every read gets the right bytes, what they did is counted,
 // and the log has one line.
 func TestHostilePeers(t *testing.T) {
@@ -120,7 +135,10 @@ func TestHostilePeers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, 4<<20)
 			n := w.node(options{})
-			w.impostor(c.serve)
+			h := w.impostor(c.serve)
+			if c.reason != "slow" { // then what it sends counts, however late it is here
+				n.waits(w, h)
+			}
 			for i := range w.ix.Chunks {
 				w.read(n, i)
 			}
