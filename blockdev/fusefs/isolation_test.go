@@ -72,9 +72,12 @@ func TestHungReadsHoldNothing(t *testing.T) {
 			}
 		})
 	}
-	if n := s.Waiting(0)[0]; n != readers {
-		t.Errorf("%d reads are said to wait, %d do", n, readers)
-	}
+	// A read that was answered a moment ago may still be counted.
+	within(t, "the count of waiting reads", func() {
+		for s.Waiting(0)[0] != readers {
+			time.Sleep(time.Millisecond)
+		}
+	})
 	close(open)
 	within(t, "hung reads", wg.Wait)
 }
