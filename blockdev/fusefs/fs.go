@@ -125,9 +125,17 @@ type rawFS struct {
 	log   *slog.Logger
 }
 
-// validSeconds is how long the kernel may believe names and attributes. They do
-// not change; a removed diff may be seen that long.
-const validSeconds = 1
+// validSeconds is how long the kernel may believe a name: a removed diff may be seen that
+// long.
+//
+// The attributes of a file do not change, so they are valid for attrSeconds, ten years.
+// A loop device is switched from a file of this server to the file on disk also after the
+// server has ended, and since Linux 6.17 LOOP_CHANGE_FD asks for the size of both: of the
+// one whose server has ended the kernel must know it, or else it fails with EINVAL.
+const (
+	validSeconds = 1
+	attrSeconds  = 10 * 365 * 24 * 3600
+)
 
 func fillAttr(id blockdev.Digest, f File, a *fuse.Attr) {
 	size := uint64(fileLength(f.Size()))
@@ -158,13 +166,13 @@ func (r *rawFS) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fu
 	}
 	out.NodeId = nodeID(id)
 	out.Generation = handle(id)
-	out.EntryValid, out.AttrValid = validSeconds, validSeconds
+	out.EntryValid, out.AttrValid = validSeconds, attrSeconds
 	fillAttr(id, f, &out.Attr)
 	return fuse.OK
 }
 
 func (r *rawFS) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
-	out.AttrValid = validSeconds
+	out.AttrValid = attrSeconds
 	if in.NodeId == fuse.FUSE_ROOT_ID {
 		rootAttr(&out.Attr)
 		return fuse.OK
