@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -154,12 +155,19 @@ func runInstall(cmd *cobra.Command, o installOptions) error {
 		}
 	}
 	known := !o.uninstall || users > 0
-	if err := restart(ctx, w, o, h, plan, known); err != nil || users == 0 {
+	restarted, err := restart(ctx, w, o, h, plan, known)
+	if err == nil && restarted {
+		err = confirm(ctx, h, known, startTime)
+	}
+	if err != nil || users == 0 {
 		return err
 	}
 	fmt.Fprintf(w, "%d containers still use shoal. Leave the node running, and run this command again when they have been removed.\n", users)
 	return &exitError{code: exitUsed}
 }
+
+// startTime is how long containerd may take to answer after a restart.
+const startTime = time.Minute
 
 // exitUsed is the exit status of an uninstallation that containers delay.
 const exitUsed = 3
@@ -242,25 +250,28 @@ func systemctl(ctx context.Context, args ...string) error {
 
 // restart has containerd read its config, if it has not yet. known says whether containerd
 // is to know the node then.
-func restart(ctx context.Context, w io.Writer, o installOptions, h install.Host, plan install.Plan, known bool) error {
+func restart(ctx context.Context, w io.Writer, o installOptions, h install.Host, plan install.Plan, known bool) (restarted bool, err error) {
 	// containerd does not read the list.
 	changed := slices.ContainsFunc(plan.Changes, func(c install.Change) bool { return c.Path != h.Record })
 	switch {
 	case !o.restart && changed:
 		fmt.Fprintln(w, "Restart containerd to use the new config; containers go on running.")
-		return nil
+		return false, nil
 	case !o.restart:
-		return nil
-	case !changed && install.Runs(ctx, h.Socket, "shoal") == known:
-		fmt.Fprintln(w, "containerd runs with this config already, so it is not restarted")
-		return nil
+		return false, nil
+	case !changed:
+		// If it does not answer, then it does not know the node.
+		if knows, _ := install.Runs(ctx, h.Socket, "shoal"); knows == known {
+			fmt.Fprintln(w, "containerd runs with this config already, so it is not restarted")
+			return false, nil
+		}
 	}
 	if o.command != "" {
 		if out, err := exec.CommandContext(ctx, "sh", "-c", o.command).CombinedOutput(); err != nil { //nolint:gosec // the operator's
-			return fmt.Errorf("the files are written, but the command that restarts containerd failed: %w: %s. Restart containerd by hand", err, bytes.TrimSpace(out))
+			return false, fmt.Errorf("the files are written, but the command that restarts containerd failed: %w: %s. Restart containerd by hand", err, bytes.TrimSpace(out))
 		}
 		fmt.Fprintln(w, "containerd is restarted")
-		return nil
+		return true, nil
 	}
 	service := h.Services[0]
 	for _, s := range h.Services[1:] {
@@ -269,10 +280,36 @@ func restart(ctx context.Context, w io.Writer, o installOptions, h install.Host,
 		}
 	}
 	if err := systemctl(ctx, "restart", service); err != nil {
-		return fmt.Errorf("the files are written, but %w. Restart containerd by hand", err)
+		return false, fmt.Errorf("the files are written, but %w. Restart containerd by hand", err)
 	}
 	fmt.Fprintf(w, "%s is restarted\n", service)
-	return nil
+	return true, nil
+}
+
+// confirm waits until containerd answers after a restart, and says whether it has read the
+// config.
+func confirm(ctx context.Context, h install.Host, known bool, limit time.Duration) error {
+	for until := time.Now().Add(limit); ; {
+		knows, err := install.Runs(ctx, h.Socket, "shoal")
+		switch {
+		case err == nil && knows == known:
+			return nil
+		case time.Now().Before(until):
+		case err != nil:
+			return fmt.Errorf("the files are written and containerd was restarted, but it does not answer: %w. Its log says why; "+
+				"or name its socket with --address. To take the changes back, run this command with --uninstall --force --restart", err)
+		case known:
+			return fmt.Errorf("containerd was restarted and does not know shoal, so it reads another file than %s. Its command line names the file: "+
+				"run this command with --uninstall --restart, and install with --config and that file", h.Config)
+		default:
+			return fmt.Errorf("containerd was restarted and still knows shoal: remove the section proxy_plugins.shoal from the file that it reads, which is not %s", h.Config)
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }
 
 // containerdVersion asks containerd's program for its version.

@@ -3,11 +3,16 @@ package main
 import (
 	"bytes"
 	"errors"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/shoalfs/shoal/cmd/shoal/internal/install"
 )
@@ -41,8 +46,9 @@ func TestInstallRestart(t *testing.T) {
 	} {
 		var out bytes.Buffer
 		reload(t.Context(), &out, k3s, c.plan)
-		if err := restart(t.Context(), &out, c.o, k3s, c.plan, !c.o.uninstall); err != nil {
-			t.Fatal(err)
+		restarted, err := restart(t.Context(), &out, c.o, k3s, c.plan, !c.o.uninstall)
+		if err != nil || restarted != strings.Contains(c.want, "restart") {
+			t.Fatalf("%+v: restarted %v, %v", c.o, restarted, err)
 		}
 		b, err := os.ReadFile(calls)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -59,10 +65,38 @@ func TestInstallRestart(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "systemctl"), []byte("#!/bin/sh\necho no such unit >&2\nexit 5\n"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	err := restart(t.Context(), &bytes.Buffer{}, installOptions{restart: true}, k3s, changed, true)
+	_, err := restart(t.Context(), &bytes.Buffer{}, installOptions{restart: true}, k3s, changed, true)
 	if err == nil || !strings.Contains(err.Error(), "no such unit") || !strings.Contains(err.Error(), "files are written") {
 		t.Errorf("error %v", err)
 	}
+}
+
+// TestInstallConfirm: a containerd that does not get up after its restart, or reads another file
+// than the one that was changed, is an error that says what to do. TestHostInstall in
+// integration has one that reads it.
+func TestInstallConfirm(t *testing.T) {
+	h := install.Host{Config: "/etc/containerd/config.toml", Socket: filepath.Join(t.TempDir(), "containerd.sock")}
+	check := func(known bool, want string) {
+		t.Helper()
+		err := confirm(t.Context(), h, known, time.Millisecond)
+		if (err == nil) != (want == "") || err != nil && (!strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "--uninstall")) {
+			t.Errorf("error %v", err)
+		}
+	}
+	check(true, "it does not answer: containerd at "+h.Socket)
+	check(false, "it does not answer")
+	l, err := new(net.ListenConfig).Listen(t.Context(), "unix", h.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// It has no plugins.
+	s := grpc.NewServer(grpc.UnknownServiceHandler(func(_ any, s grpc.ServerStream) error {
+		return errors.Join(s.RecvMsg(new(emptypb.Empty)), s.SendMsg(new(emptypb.Empty)))
+	}))
+	go func() { _ = s.Serve(l) }()
+	t.Cleanup(s.Stop)
+	check(true, "does not know shoal, so it reads another file than /etc/containerd/config.toml")
+	check(false, "")
 }
 
 // TestInstallHost: flags count before what the distribution has, and a config alone means a

@@ -106,18 +106,18 @@ func ask[T any](ctx context.Context, c *client, question func(context.Context) (
 	return v, err
 }
 
-// Runs says whether the containerd that listens at address has the snapshotter. It has not
-// if it does not answer.
-func Runs(ctx context.Context, address, snapshotter string) bool {
+// Runs says whether the containerd that listens at address has the snapshotter. The error
+// says that it does not answer, or not yet.
+func Runs(ctx context.Context, address, snapshotter string) (bool, error) {
 	c, err := dial(address, answer)
 	if err != nil {
-		return false
+		return false, fmt.Errorf("containerd at %s: %w", address, err)
 	}
 	defer func() { _ = c.Close() }() // nothing is lost by it
 	r, err := ask(ctx, c, func(ctx context.Context) (*introspection.PluginsResponse, error) {
 		return c.IntrospectionService().Plugins(ctx, fmt.Sprintf("type==%s,id==%s", plugins.SnapshotPlugin, snapshotter))
 	})
-	return err == nil && len(r.GetPlugins()) > 0
+	return len(r.GetPlugins()) > 0, err
 }
 
 // Users is how many containers of the containerd that listens at address have snapshots of

@@ -5,15 +5,19 @@
 //
 //   - Nothing is written before everything that is to be written is known: Plan reads,
 //     Apply writes.
-//   - The first copy of a file that was there before is kept beside it.
+//   - The first copy of a file that was there before is kept beside it. A file that a
+//     symbolic link leads to is edited, and the link stays.
 //   - What cannot be changed safely is refused, with the lines to add by hand.
-//   - Host.Record lists every file that has lines of this package, and no other.
+//   - Host.Record lists every file that has lines of this package, and no other, unless
+//     it cannot be written.
 package install
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -21,6 +25,7 @@ import (
 	"strings"
 
 	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/cmd/shoal/internal/tomledit"
 )
@@ -72,7 +77,7 @@ func (p *Plan) containerd(h Host, v Version, n Node, command []string) error {
 	switch {
 	case h.Generated && text == nil:
 		return fmt.Errorf("%s is not there: start %s first, it makes the file", h.Config, h.Name)
-	case c.Version == 0 && len(bytes.TrimSpace(tomledit.Undo(text, mark))) == 0:
+	case c.empty:
 		c.Version = 2
 		if v.two() {
 			c.Version = 3
@@ -83,13 +88,13 @@ func (p *Plan) containerd(h Host, v Version, n Node, command []string) error {
 		}
 		head = []tomledit.Table{{Keys: keys}}
 	case c.Version < 2:
-		return fmt.Errorf("%s is of version 1, which containerd 2.x does not read any more: "+
-			"run containerd config migrate, and install again", h.Config)
+		return fmt.Errorf("%s is of version 1, which cannot be edited safely: replace the file by what this command prints, and install again: "+
+			"%s --config %s config migrate", h.Config, cmp.Or(h.Program, "containerd"), h.Config)
 	}
 	if c.Version >= 3 { // no 1.x reads it
 		v.Major = max(v.Major, 2)
 	}
-	wanted, certs := c.wanted(n, v), ""
+	wanted, certs := c.wanted(n, v), []string(nil)
 	if n.Mirror != "" {
 		var registry []tomledit.Table
 		if certs, registry, err = c.registries(h, v); err != nil {
@@ -108,9 +113,12 @@ func (p *Plan) containerd(h Host, v Version, n Node, command []string) error {
 		inDropIn = append([]tomledit.Table{{Keys: []tomledit.Key{{Name: "version", Value: fmt.Sprint(c.Version)}}}}, wanted...)
 		inMain = nil
 	}
-	if c.has(transfer) {
+	switch {
+	case c.unpacks:
 		inMain = append(inMain, unpack("shoal")) // arrays of a drop-in replace those of the file
-	} else if v.two() {
+	case c.has(transfer):
+		p.Notes = append(p.Notes, fmt.Sprintf("A file that %s imports names snapshotters for ctr. If ctr should pull for shoal, then add these lines to that file:\n%s", h.Config, unpack("shoal")))
+	case v.two():
 		// Naming one snapshotter replaces the default, so overlayfs is named, too.
 		both := []tomledit.Table{unpack("overlayfs"), unpack("shoal")}
 		if dir != "" {
@@ -126,12 +134,12 @@ func (p *Plan) containerd(h Host, v Version, n Node, command []string) error {
 		return err
 	}
 	if dir != "" {
-		target := filepath.Join(dir, dropIn)
-		old, err := readFile(target)
+		file := filepath.Join(dir, dropIn)
+		old, err := readFile(file)
 		if err != nil {
 			return err
 		}
-		if err := p.edit(target, old, inDropIn); err != nil {
+		if err := p.edit(file, old, inDropIn); err != nil {
 			return err
 		}
 	}
@@ -186,12 +194,12 @@ func (p *Plan) remove(h Host, n Node, used bool) error {
 		if dir == "" {
 			continue
 		}
-		target := filepath.Join(dir, dropIn)
-		old, err := readFile(target)
+		file := filepath.Join(dir, dropIn)
+		old, err := readFile(file)
 		if err != nil {
 			return err
 		}
-		undo(target, old)
+		undo(file, old)
 	}
 	if h.Unit != "" {
 		if old, err := readFile(h.Unit); err != nil {
@@ -200,22 +208,35 @@ func (p *Plan) remove(h Host, n Node, used bool) error {
 			p.add(h.Unit, old, nil)
 		}
 	}
-	certs, _, err := c.registries(h, Version{})
+	certs, _, err := c.registries(h, Version{Major: 2, Minor: 2})
 	if err != nil {
-		certs = h.certs()
+		certs = []string{h.certs()}
 	}
-	target := filepath.Join(certs, "_default", "hosts.toml")
-	old, err := readFile(target)
-	if err != nil {
+	if err := p.undoHosts(certs, ""); err != nil {
 		return err
 	}
-	p.undo(target, old)
 	if n.Mirror != "" {
 		p.others(certs, n.Mirror, func(name string, has bool) {
 			if has {
 				p.Notes = append(p.Notes, fmt.Sprintf("%s names the node's mirror: remove that section by hand%s.", name, h.instead()))
 			}
 		})
+	}
+	return nil
+}
+
+// undoHosts removes what is shoal's of the hosts.toml files for all registries, but for the
+// one in a directory that stays.
+func (p *Plan) undoHosts(certs []string, stays string) error {
+	for _, dir := range certs {
+		file := filepath.Join(dir, forAll, hostsFile)
+		old, err := readFile(file)
+		if err != nil {
+			return err
+		}
+		if dir != stays && old != nil {
+			p.undo(file, old)
+		}
 	}
 	return nil
 }
@@ -252,19 +273,51 @@ func (p *Plan) undoRest(path string, old []byte) {
 	p.add(path, old, text)
 }
 
-// undo removes what is shoal's of a file, and a file that has nothing else.
+// undo removes what is shoal's of a file, and a file that shoal has made. Where nothing else
+// has changed, the file is what it was, byte for byte: an end of a line may have been added.
 func (p *Plan) undo(path string, old []byte) {
 	text := tomledit.Undo(old, mark)
-	if old != nil && len(bytes.TrimSpace(text)) == 0 {
+	before, err := os.ReadFile(target(path) + copySuffix)
+	switch {
+	case old == nil:
+		text = nil
+	case err == nil && bytes.Equal(bytes.TrimSpace(before), bytes.TrimSpace(text)):
+		text = before
+	case len(bytes.TrimSpace(text)) == 0 && !linked(path):
 		text = nil
 	}
 	p.add(path, old, text)
 }
 
-// hosts plans the hosts.toml that names the node's mirror for all registries.
-func (p *Plan) hosts(h Host, certs string, n Node) error {
-	target := filepath.Join(certs, "_default", "hosts.toml")
-	old, err := readFile(target)
+const (
+	hostsFile = "hosts.toml"
+	// forAll is the directory with the hosts.toml for all registries that have none.
+	forAll = "_default"
+)
+
+// hosts plans the hosts.toml that names the node's mirror for all registries. For each
+// registry, containerd takes the first of the directories certs that has something for this
+// registry, or for all: so ours is in the last directory that has anything, or it would hide
+// directories after it, with the certificates in them.
+func (p *Plan) hosts(h Host, certs []string, n Node) error {
+	dir := certs[0]
+	for _, other := range certs {
+		single, all, err := holds(other)
+		if err != nil {
+			return err
+		}
+		if single || all {
+			dir = other
+		}
+		if all {
+			break // it hides the others already
+		}
+	}
+	if err := p.undoHosts(certs, dir); err != nil {
+		return err
+	}
+	file := filepath.Join(dir, forAll, hostsFile)
+	old, err := readFile(file)
 	if err != nil {
 		return err
 	}
@@ -280,14 +333,14 @@ func (p *Plan) hosts(h Host, certs string, n Node) error {
 		Host map[string]any `toml:"host"`
 	}
 	if err := toml.Unmarshal(tomledit.Undo(old, mark), &has); err != nil {
-		return fmt.Errorf("%s: %w", target, err)
+		return fmt.Errorf("%s: %w", file, err)
 	}
 	delete(has.Host, url)
 	if len(has.Host) > 0 {
 		// Their order counts, and they have none once they have been read.
-		return byHand(target, fmt.Errorf("%w: it names other hosts, and the node's mirror has to be the first%s", tomledit.ErrByHand, h.instead()), []tomledit.Table{table})
+		return byHand(file, fmt.Errorf("%w: it names other hosts, and the node's mirror has to be the first%s", tomledit.ErrByHand, h.instead()), []tomledit.Table{table})
 	}
-	if err := p.edit(target, old, []tomledit.Table{table}); err != nil {
+	if err := p.edit(file, old, []tomledit.Table{table}); err != nil {
 		return err
 	}
 	p.others(certs, n.Mirror, func(name string, has bool) {
@@ -298,16 +351,49 @@ func (p *Plan) hosts(h Host, certs string, n Node) error {
 	return nil
 }
 
+// holds says whether a directory has something for single registries, or for all of them,
+// that is not shoal's.
+func holds(dir string) (single, all bool, err error) {
+	entries, err := readDir(dir)
+	for _, e := range entries {
+		single = single || e.Name() != forAll
+	}
+	if err != nil {
+		return single, all, err
+	}
+	entries, err = readDir(filepath.Join(dir, forAll))
+	for _, e := range entries {
+		text, err := readFile(filepath.Join(dir, forAll, hostsFile))
+		if err != nil {
+			return single, all, err
+		}
+		mine := e.Name() == hostsFile && len(bytes.TrimSpace(tomledit.Undo(text, mark))) == 0
+		all = all || !mine && e.Name() != hostsFile+copySuffix
+	}
+	return single, all, err
+}
+
+// readDir returns nothing for a directory that is not there.
+func readDir(dir string) ([]os.DirEntry, error) {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return entries, err
+}
+
 // others calls f for the hosts.toml files of single registries, and says whether they name
 // the mirror.
-func (p *Plan) others(certs, mirror string, f func(name string, has bool)) {
-	files, err := filepath.Glob(filepath.Join(certs, "*", "hosts.toml"))
-	if err != nil {
-		return
-	}
-	for _, name := range files {
-		if b, err := os.ReadFile(name); err == nil && filepath.Base(filepath.Dir(name)) != "_default" {
-			f(name, bytes.Contains(b, []byte("://"+mirror)))
+func (p *Plan) others(certs []string, mirror string, f func(name string, has bool)) {
+	for _, dir := range certs {
+		files, err := filepath.Glob(filepath.Join(dir, "*", hostsFile))
+		if err != nil {
+			continue
+		}
+		for _, name := range files {
+			if b, err := os.ReadFile(name); err == nil && filepath.Base(filepath.Dir(name)) != forAll {
+				f(name, bytes.Contains(b, []byte("://"+mirror)))
+			}
 		}
 	}
 }
@@ -342,8 +428,25 @@ func (p *Plan) record(h Host) error {
 	if len(p.recorded) > 0 {
 		text = []byte(wholeHeader + "# Files of containerd that have lines of shoal install.\n" + strings.Join(p.recorded, "\n") + "\n")
 	}
+	if err := unix.Access(existing(h.Record), unix.W_OK); err != nil && !same(old, text) {
+		// containerd does not read it, and packages look in the usual places, too.
+		if text != nil {
+			p.Notes = append(p.Notes, fmt.Sprintf("%s, the list of the changed files, cannot be written (%v). Run this command with --uninstall before you remove shoal.", h.Record, err))
+		}
+		return nil
+	}
 	p.add(h.Record, old, text)
 	return nil
+}
+
+// existing is the directory of a file, or the first one above it that exists.
+func existing(path string) string {
+	for path = filepath.Dir(path); filepath.Dir(path) != path; path = filepath.Dir(path) {
+		if _, err := os.Stat(path); err == nil {
+			break
+		}
+	}
+	return path
 }
 
 // byHand says which lines the operator has to add where Apply cannot.

@@ -169,7 +169,7 @@ func TestNoConfig(t *testing.T) {
 // TestRefused: nothing is written, and the error says what to do.
 func TestRefused(t *testing.T) {
 	for name, c := range map[string]struct{ text, want string }{
-		"version 1":          {"[plugins.cri]\n", "containerd config migrate"},
+		"version 1":          {"[plugins.cri]\n", "config migrate"},
 		"a template":         {"{{ template \"base\" . }}\n", "template"},
 		"inline":             {"version = 2\n[plugins]\n\"io.containerd.grpc.v1.cri\" = { containerd = { snapshotter = \"overlayfs\" } }\n", `snapshotter = "shoal"`},
 		"registries, inside": {"version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"docker.io\"]\nendpoint = [\"https://x\"]\n", "registry.mirrors"},
@@ -265,13 +265,13 @@ func TestFilesStay(t *testing.T) {
 	}
 	m.install(Version{2, 2})
 	check(m.path("real/config.toml"))
-	check(m.path("config.toml" + copySuffix))
+	check(m.path("real/config.toml" + copySuffix))
 	if to, err := os.Readlink(m.path("config.toml")); err != nil || to != "real/config.toml" {
 		t.Errorf("the link is %q, %v", to, err)
 	}
 	m.remove()
 	check(m.path("real/config.toml"))
-	if _, err := os.Stat(m.path("config.toml" + copySuffix)); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(m.path("real/config.toml" + copySuffix)); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the copy is left: %v", err)
 	}
 

@@ -20,6 +20,9 @@ type mainConfig struct {
 	Version int                       `toml:"version"`
 	Imports []string                  `toml:"imports"`
 	Plugins map[string]map[string]any `toml:"plugins"`
+
+	empty   bool // nothing but comments
+	unpacks bool // the file itself names snapshotters for the transfer service
 }
 
 // Version is containerd's.
@@ -28,12 +31,37 @@ type Version struct{ Major, Minor int }
 // two says that it is containerd 2.x.
 func (v Version) two() bool { return v.Major >= 2 }
 
+// read reads containerd's config without the lines of shoal, and the plugins of what it
+// imports.
 func read(path string) (text []byte, c mainConfig, err error) {
 	if text, err = readFile(path); err != nil {
 		return nil, c, err
 	}
-	if err := toml.Unmarshal(tomledit.Undo(text, mark), &c); err != nil {
+	own := tomledit.Undo(text, mark)
+	var all map[string]any
+	if err = toml.Unmarshal(own, &c); err == nil {
+		err = toml.Unmarshal(own, &all)
+	}
+	if err != nil {
 		return nil, c, fmt.Errorf("%s is not containerd's config, or a template of it: %w. Add the lines of docs/containerd.md by hand", path, err)
+	}
+	c.empty, c.unpacks = len(all) == 0, c.has(transfer)
+	for _, pattern := range c.Imports {
+		if !filepath.IsAbs(pattern) {
+			pattern = filepath.Join(filepath.Dir(path), pattern)
+		}
+		files, err := filepath.Glob(pattern)
+		if err != nil {
+			return nil, c, fmt.Errorf("%s: imports: %q: %w", path, pattern, err)
+		}
+		for _, file := range files {
+			// Decoding into a map that has a table adds to the table.
+			imported := mainConfig{Plugins: c.Plugins}
+			b, err := readFile(file)
+			if err == nil && toml.Unmarshal(tomledit.Undo(b, mark), &imported) == nil { // if not, then containerd says so
+				c.Plugins = imported.Plugins
+			}
+		}
 	}
 	return text, c, nil
 }
@@ -156,9 +184,9 @@ func (c mainConfig) wanted(n Node, v Version) []tomledit.Table {
 	}
 }
 
-// registries says where containerd looks for hosts.toml files, and which table it needs
-// to do so.
-func (c mainConfig) registries(h Host, v Version) (dir string, more []tomledit.Table, err error) {
+// registries says where containerd looks for hosts.toml files, in this order, and which
+// table it needs to do so.
+func (c mainConfig) registries(h Host, v Version) (dirs []string, more []tomledit.Table, err error) {
 	plugin := c.images(v)
 	registry := table(c.Plugins[plugin], "registry")
 	for _, p := range []string{criPlugin, imagesPlugin} { // the first counts, also for containerd 2.x
@@ -166,17 +194,26 @@ func (c mainConfig) registries(h Host, v Version) (dir string, more []tomledit.T
 			plugin, registry = p, t
 		}
 	}
-	if dir, _ := registry["config_path"].(string); dir != "" {
-		return filepath.SplitList(dir)[0], nil, nil
+	path, _ := registry["config_path"].(string)
+	for _, dir := range filepath.SplitList(path) {
+		if dir != "" && !filepath.IsAbs(dir) {
+			return nil, nil, fmt.Errorf("%w: registry.config_path has %q, which is not an absolute path", tomledit.ErrByHand, dir)
+		}
+		if dir != "" {
+			dirs = append(dirs, dir)
+		}
+	}
+	if len(dirs) > 0 {
+		return dirs, nil, nil
 	}
 	for _, k := range []string{"mirrors", "configs"} {
 		if m, _ := registry[k].(map[string]any); len(m) > 0 {
-			return "", nil, fmt.Errorf("%w: registries are configured by registry.%s, which excludes hosts.toml files. Move them to %s (containerd's docs/hosts.md), "+
+			return nil, nil, fmt.Errorf("%w: registries are configured by registry.%s, which excludes hosts.toml files. Move them to %s (containerd's docs/hosts.md), "+
 				"set registry.config_path, and install again; or set mirror_address = \"\" in the node's config to do without the mirror", tomledit.ErrByHand, k, h.certs())
 		}
 	}
-	if v.Major > 2 || v.Major == 2 && v.Minor >= 2 {
-		return h.certs(), nil, nil // where it looks by itself; 2.0 and 2.1 do not
+	if v.Major > 2 || v.Major == 2 && v.Minor >= 2 { // where it looks by itself; 2.0 and 2.1 do not
+		return []string{h.certs(), filepath.Join(h.certs(), "../../docker/certs.d")}, nil, nil
 	}
-	return h.certs(), []tomledit.Table{{Path: []string{"plugins", plugin, "registry"}, Keys: []tomledit.Key{{Name: "config_path", Value: fmt.Sprintf("%q", h.certs())}}}}, nil
+	return []string{h.certs()}, []tomledit.Table{{Path: []string{"plugins", plugin, "registry"}, Keys: []tomledit.Key{{Name: "config_path", Value: fmt.Sprintf("%q", h.certs())}}}}, nil
 }

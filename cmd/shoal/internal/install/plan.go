@@ -11,8 +11,9 @@ import (
 	"strings"
 	"syscall"
 
-	"github.com/containerd/continuity"
 	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/internal/durable"
 )
 
 // Change is a file that is to be written, made or removed.
@@ -68,13 +69,15 @@ type Plan struct {
 	recorded []string          // the files of Host.Record
 }
 
-// add adds a change, unless there is nothing to change.
+// add adds a change, unless there is nothing to change. It is one of the file that a symbolic
+// link leads to.
 func (p *Plan) add(path string, old, text []byte) {
+	path = target(path)
 	if p.seen == nil {
 		p.seen = map[string][]byte{}
 	}
 	p.seen[path] = text
-	if !bytes.Equal(old, text) || (old == nil) != (text == nil) {
+	if !same(old, text) {
 		p.Changes = append(p.Changes, Change{Path: path, Old: old, New: text})
 	}
 }
@@ -95,11 +98,16 @@ func (p Plan) Apply() error {
 func (p Plan) Undo() error {
 	var errs []error
 	for _, c := range slices.Backward(p.Changes) {
-		if err := (Change{Path: c.Path, New: c.Old, had: c.had}).write(); err != nil {
-			errs = append(errs, fmt.Errorf("take back the change of %s: %w", c.Path, err))
-		}
+		errs = append(errs, c.undo())
 	}
 	return errors.Join(errs...)
+}
+
+func (c Change) undo() error {
+	if err := (Change{Path: c.Path, New: c.Old, had: c.had}).write(); err != nil {
+		return fmt.Errorf("take back the change of %s: %w", c.Path, err)
+	}
+	return nil
 }
 
 // apply keeps a copy of a file that has nothing of shoal yet.
@@ -112,19 +120,49 @@ func (c *Change) apply() (err error) {
 			return err
 		}
 	}
-	return c.write()
+	if err := c.write(); err != nil {
+		return errors.Join(err, c.undo())
+	}
+	return nil
 }
 
 // write gives the file its new contents, and removes the copy of a file that is what it was
 // again.
 func (c Change) write() error {
-	if err := c.replace(); err != nil {
+	now, err := readFile(c.Path)
+	if err != nil {
 		return err
+	}
+	if !same(now, c.New) { // the same: it could not be changed, and this is undo
+		if err := c.replace(); err != nil {
+			return err
+		}
 	}
 	if old, err := os.ReadFile(c.Path + copySuffix); err == nil && bytes.Equal(old, c.New) {
 		return os.Remove(c.Path + copySuffix)
 	}
 	return nil
+}
+
+// same says whether two files are the same; nil is one that is not there.
+func same(a, b []byte) bool { return bytes.Equal(a, b) && (a == nil) == (b == nil) }
+
+// linked says that the path is a symbolic link.
+func linked(path string) bool {
+	st, err := os.Lstat(path)
+	return err == nil && st.Mode()&fs.ModeSymlink != 0
+}
+
+// target is the file that a symbolic link leads to, or the path itself.
+func target(path string) string {
+	if !linked(path) {
+		return path
+	}
+	file, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return path // replace says so
+	}
+	return file
 }
 
 // selinux is the extended attribute that has the label of SELinux.
@@ -151,23 +189,20 @@ func attributesOf(path string) (*attributes, error) {
 	return a, nil
 }
 
-// replace gives the file its new contents, with the attributes in had. A symbolic link to
-// the file stays.
+// replace gives the file its new contents, with the attributes in had.
 func (c Change) replace() error {
+	path := c.Path
 	if c.New == nil {
-		if err := os.Remove(c.Path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return readOnly(c.Path, err)
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return readOnly(path, err)
+		}
+		if dir := filepath.Dir(path); filepath.Base(dir) == forAll {
+			_ = os.Remove(dir) // an empty one would hide other directories from containerd
 		}
 		return nil
 	}
-	path, err := filepath.EvalSymlinks(c.Path)
-	if errors.Is(err, fs.ErrNotExist) {
-		path = c.Path
-		if _, err := os.Lstat(path); err == nil {
-			return fmt.Errorf("%s is a symbolic link to a file that is not there", path)
-		}
-	} else if err != nil {
-		return err
+	if linked(path) {
+		return fmt.Errorf("%s is a symbolic link to a file that does not exist: make the file, or remove the link", path)
 	}
 	mode := fs.FileMode(0o644)
 	if c.had != nil {
@@ -176,7 +211,7 @@ func (c Change) replace() error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return readOnly(path, err)
 	}
-	if err := continuity.AtomicWriteFile(path, c.New, mode); err != nil {
+	if err := durable.Replace(path, c.New, mode); err != nil {
 		return readOnly(path, err)
 	}
 	if c.had == nil {
@@ -198,5 +233,5 @@ func readOnly(path string, err error) error {
 	if !errors.Is(err, unix.EROFS) {
 		return err
 	}
-	return fmt.Errorf("%w: add the lines of docs/containerd.md to what %s is made from", err, path)
+	return fmt.Errorf("%w: add the lines of docs/containerd.md to what %s is made from", err, strings.TrimSuffix(path, copySuffix))
 }
