@@ -36,6 +36,7 @@ func TestOddConfigs(t *testing.T) {
 		"tables below first":     "version = 2\n[" + criTable + ".containerd.runtimes.runc]\nruntime_type = 'io.containerd.runc.v2'\n[plugins]\n[" + criTable + "]\nsandbox_image = 'x'\n",
 		"imports twice":          "version = 3\nimports = [\n  'conf.d/*.toml', # x\n  \"DIR/conf.d/*.toml\",\n]\n",
 		"imports of one file":    "version = 3\nimports = ['DIR/other.toml']\n",
+		"variables, as MicroK8s": "version = 2\n[" + criTable + ".containerd]\nsnapshotter = \"${SNAPSHOTTER}\"\n[" + criTable + ".registry]\nconfig_path = 'DIR/certs.d'\n",
 		"version 4":              "version = 4\n",
 	} {
 		t.Run(name, func(t *testing.T) {
