@@ -148,12 +148,12 @@ func runInstall(cmd *cobra.Command, o installOptions) error {
 	if err := plan.Apply(); err != nil {
 		return err
 	}
-	reload(ctx, w, h, plan)
 	if !o.uninstall {
 		if err := takenIn(ctx, h, plan); err != nil {
 			return err
 		}
 	}
+	reload(ctx, w, h, plan)
 	known := !o.uninstall || users > 0
 	restarted, err := restart(ctx, w, o, h, plan, known)
 	if err == nil && restarted {

@@ -201,6 +201,12 @@ func TestHostsDirectories(t *testing.T) {
 	}
 	m.remove()
 	check("removed")
+	m.put("docker/_default/hosts.toml", "")
+	m.install(Version{2, 2})
+	m.remove()
+	if _, err := os.Stat(m.path(two)); err != nil {
+		t.Errorf("an empty file of others is gone: %v", err)
+	}
 	m.put("certs.d/_default/ca.crt", "a certificate")
 	m.install(Version{2, 2})
 	if _, err := os.Stat(m.path(one)); err != nil {

@@ -279,8 +279,8 @@ func (p *Plan) undo(path string, old []byte) {
 	text := tomledit.Undo(old, mark)
 	before, err := os.ReadFile(target(path) + copySuffix)
 	switch {
-	case old == nil:
-		text = nil
+	case !bytes.Contains(old, []byte(mark)):
+		text = old
 	case err == nil && bytes.Equal(bytes.TrimSpace(before), bytes.TrimSpace(text)):
 		text = before
 	case len(bytes.TrimSpace(text)) == 0 && !linked(path):
