@@ -115,6 +115,7 @@ func (m *Machine) replace(files []file, p *program) (changes, error) {
 			return changed, err
 		}
 		if err == nil && bytes.Equal(old, f.text) {
+			changed.unproven(f.path)
 			continue
 		}
 		if err := os.MkdirAll(filepath.Dir(f.path), 0o755); err != nil { //nolint:gosec // as packages make it
@@ -131,6 +132,7 @@ func (m *Machine) replace(files []file, p *program) (changes, error) {
 		m.Log.Info("wrote", "path", f.path)
 	}
 	if sum, err := sumOf(p.target); err == nil && sum == p.sum {
+		changed.unproven(p.target)
 		return changed, nil
 	}
 	c, err := before(p.target)
@@ -150,9 +152,21 @@ func earlier(path string) string {
 	return filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"-before")
 }
 
-// before keeps the file at a path under another name, with its mode, owner and label.
+// unproven adds a file that an installation put in place which ended before the node had got
+// up with it: the earlier file is still there.
+func (c changes) unproven(path string) {
+	if _, err := os.Lstat(earlier(path)); err == nil {
+		c[path] = &change{copy: earlier(path)}
+	}
+}
+
+// before keeps the file at a path under another name, with its mode, owner and label. If the
+// file is unproven, then the one before it stays.
 func before(path string) (*change, error) {
 	c := &change{copy: earlier(path)}
+	if _, err := os.Lstat(c.copy); err == nil {
+		return c, nil
+	}
 	err := link(path, c.copy)
 	if errors.Is(err, fs.ErrNotExist) {
 		return &change{}, nil

@@ -118,6 +118,41 @@ func TestReplace(t *testing.T) {
 	}
 }
 
+// TestReplaceKilled: after an installation that ended before the node had got up, another one
+// goes back to what was there before the first, if it has to.
+func TestReplaceKilled(t *testing.T) {
+	for _, next := range []string{"two", "three"} {
+		m := newMachine(t)
+		bin, from := t.TempDir(), filepath.Join(t.TempDir(), "shoal")
+		replace := func(text string) changes {
+			t.Helper()
+			put(t, from, text)
+			p, err := stage(from, bin)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer p.drop()
+			changed, err := m.replace([]file{{m.etc("node.toml"), []byte(text), 0o644}, {m.etc("token"), []byte("secret"), 0o600}}, p)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return changed
+		}
+		replace("one").forget()
+		replace("two")
+		changed := replace(next)
+		if len(changed) != 2 || read(t, m.etc("node.toml")) != next {
+			t.Errorf("%s: %v", next, changed)
+		}
+		if err := changed.undo(); err != nil || read(t, filepath.Join(bin, "shoal")) != "one" || read(t, m.etc("node.toml")) != "one" {
+			t.Errorf("%s, undone: %v, %q", next, err, read(t, filepath.Join(bin, "shoal")))
+		}
+		if again := replace("one"); len(again) != 0 {
+			t.Errorf("%s: another run changes %v", next, again)
+		}
+	}
+}
+
 // TestUndo: an earlier file comes back with its mode, owner and label, and a symbolic link
 // as one.
 func TestUndo(t *testing.T) {
