@@ -1,6 +1,6 @@
 // Package prefetch decides when a node may ask for chunks that no read waits for, and
 // for how many bytes. Time goes in and a decision comes out: the package fetches
-// nothing, and knows of no diff and no file.
+// nothing, and knows of no diff and no file but /proc/pressure/cpu.
 //
 // # Every knob that keeps prefetch out of the way of reads
 //
@@ -9,7 +9,7 @@
 // following, in this order. "Here" is this package. A test
 // checks that the names exist.
 //
-// On the node, before a request (Pace.Next is Rate, Gate, Trickle and Inflight):
+// On the node, before a request (Pace.Next is from Rate to Inflight):
 //
 //	blockdev/volume Config.PrefetchDiffs    layers at a time (2). Layers wait for layers; proofs wait for
 //	                                        prefetch, and scrubs for proofs
@@ -19,6 +19,9 @@
 //	                                        indexes have what is left
 //	here Rate                               prefetch_rate, bytes a second of the whole node. Not for layers
 //	                                        that a caller waits for (Diff.Hurry)
+//	here Gate.crowded                       while containers start and the processors have too much to do
+//	                                        (/proc/pressure/cpu): a request, or a MiB of a proof or scrub, once
+//	                                        in GiveWay. Until 20 s after the last start; not where a caller waits
 //	here Gate                               waits for all demand reads of the node, until there was none for
 //	                                        Config.Quiet (500 ms), and for startup; waits while a container
 //	                                        that starts reads what it has not read before (2 s). It waits
@@ -65,7 +68,7 @@
 //	here Sequences                          read-ahead goes out with a demand request, and grows for
 //	                                        programs that read on
 //	here Rest                               proofs and scrubs of local data rest as long as they have
-//	                                        worked, and wait at the Gate
+//	                                        worked, for Gate.crowded too, and wait at the Gate
 //
 // Package blockdev/turns is not on the list: it shares what demand reads hold among
 // layers, and prefetch takes none of that.

@@ -13,12 +13,14 @@ import (
 // for which nothing comes: what holds them up is not prefetch.
 type Gate struct {
 	quiet, giveWay time.Duration // Config
+	pressed        func() bool   // the processors have more to do than they can
 
 	mu     sync.Mutex
 	active map[*Reads]struct{} // those with readers
 	idle   chan struct{}       // closed when there are none
 	last   time.Time           // when a demand read ended, or was announced
 	busy   time.Time           // a program that starts is busy until then
+	start  time.Time           // when a container started last
 }
 
 // Reads is the demand reads of one diff; guarded by the Gate.
@@ -83,11 +85,30 @@ func (g *Gate) reads() bool {
 	return false
 }
 
-// Expect has prefetch wait as if a demand read had ended just now.
+// Expect says that a container starts: prefetch waits as if a demand read had ended
+// just now.
 func (g *Gate) Expect() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.last = time.Now()
+	g.start = g.last
+}
+
+// crowdedFor is how long after the start of a container its program may still be
+// computing, without any read that misses, if many of them start at once.
+const crowdedFor = 20 * time.Second
+
+// crowded returns how long a request that no caller waits for is put off, to leave the
+// processors to containers that start. It is a pause and not a stop: prefetch gets on
+// also where containers start all the time and the processors always have too much to do.
+func (g *Gate) crowded() time.Duration {
+	g.mu.Lock()
+	start := g.start
+	g.mu.Unlock()
+	if time.Since(start) < crowdedFor && g.pressed() {
+		return g.giveWay
+	}
+	return 0
 }
 
 // startBusy is how long after a program that starts has read something new it is

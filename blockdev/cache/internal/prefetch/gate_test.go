@@ -1,6 +1,7 @@
 package prefetch
 
 import (
+	"os"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -73,4 +74,64 @@ func TestPrefetchWaitsForAStart(t *testing.T) {
 			t.Errorf("it waits longer than it may: %v, %v, %v", time.Since(began), calm, err)
 		}
 	})
+}
+
+// TestCrowded: where containers start and the processors have too much to do, one request
+// of prefetch, and one portion of a proof, goes out in each pause; none that a caller
+// waits for is put off.
+func TestCrowded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		busy := true
+		p := New(time.Millisecond, time.Second, func() int64 { return 1 << 20 }, 0)
+		p.Gate.pressed = func() bool { return busy }
+		took := func(hurry bool) time.Duration {
+			began := time.Now()
+			if _, err := p.Next(t.Context(), hurry); err != nil {
+				t.Fatal(err)
+			}
+			next := time.Since(began)
+			began = time.Now()
+			if err := NewRest(&p.Gate, hurry, 0).Wait(t.Context(), restBytes); err != nil {
+				t.Fatal(err)
+			}
+			if rest := time.Since(began); rest != next {
+				t.Errorf("a proof waits %v, prefetch %v", rest, next)
+			}
+			return next
+		}
+		check := func(what string, hurry bool, want time.Duration) {
+			t.Helper()
+			if got := took(hurry); got != want {
+				t.Errorf("%s: put off by %v, want %v", what, got, want)
+			}
+		}
+		check("no container has started", false, 0)
+		p.Gate.Expect()
+		time.Sleep(time.Second)
+		check("a container starts", false, time.Second)
+		check("a caller waits", true, 0)
+		busy = false
+		check("the processors have time", false, 0)
+		busy = true
+		time.Sleep(crowdedFor)
+		check("the start is long ago", false, 0)
+	})
+}
+
+// TestPressure: the kernel's file is read, and what is not one says nothing.
+func TestPressure(t *testing.T) {
+	const file = "some avg10=73.21 avg60=10.87 avg300=16.19 total=35233673624\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
+	if got := waiting([]byte(file)); got != 73.21 {
+		t.Errorf("%v %% of the last 10 seconds, want 73.21", got)
+	}
+	if got := waiting(nil); got != 0 {
+		t.Errorf("%v %% of an empty file", got)
+	}
+	b, err := os.ReadFile("/proc/pressure/cpu")
+	if err != nil {
+		t.Skip("the kernel has no PSI:", err)
+	}
+	if got := waiting(b); got < 0 || got > 100 {
+		t.Errorf("%v %% of this machine's last 10 seconds: %s", got, b)
+	}
 }

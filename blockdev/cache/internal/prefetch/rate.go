@@ -43,11 +43,16 @@ func (r *Rate) wait(ctx context.Context) error {
 	r.mu.Lock()
 	left := time.Until(r.next)
 	r.mu.Unlock()
-	if left <= 0 {
+	return sleep(ctx, left)
+}
+
+// sleep waits for d, or until ctx ends, with its cause.
+func sleep(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
 		return nil
 	}
 	select {
-	case <-time.After(left):
+	case <-time.After(d):
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)

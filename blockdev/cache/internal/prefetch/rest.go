@@ -37,10 +37,8 @@ func (r *Rest) Wait(ctx context.Context, n int) error {
 	}
 	r.bytes = 0
 	if !r.hurry {
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
-			return context.Cause(ctx)
+		if err := sleep(ctx, max(pause, r.gate.crowded())); err != nil {
+			return err
 		}
 	}
 	_, err := r.gate.Wait(ctx)
