@@ -31,25 +31,28 @@ func (k *kept) pid(context.Context) (int, error) {
 	return pid, err
 }
 
-// find returns the processes of keep and of its node; 0: there is none.
+// find returns the processes of keep and of its node; 0: there is none. While keep replaces
+// the node, there are two; then it is the older one.
 func (k *kept) find() (keep, node int, err error) {
-	parents := map[int]int{}
+	var nodes []int
 	err = processes(func(pid int, args []string) error {
 		switch {
 		case len(args) < 2 || filepath.Base(args[0]) != "shoal":
 		case args[1] == "keep" && !slices.Contains(args, "--launch") && slices.Contains(args, "node"):
 			keep = pid
 		case args[1] == "node":
-			parents[pid] = parent(pid)
+			nodes = append(nodes, pid)
 		}
 		return nil
 	})
 	if err != nil {
 		return 0, 0, err
 	}
-	for pid, p := range parents {
-		if p == keep && keep != 0 {
-			node = pid
+	first := 0
+	for _, pid := range nodes {
+		parent, started := origin(pid)
+		if parent == keep && keep != 0 && (node == 0 || started < first) {
+			node, first = pid, started
 		}
 	}
 	return keep, node, nil
@@ -85,23 +88,27 @@ func processes(f func(pid int, args []string) error) error {
 	return nil
 }
 
-// parent is the parent of a process.
-func parent(pid int) int {
+// origin is the parent of a process, and when it was started, in clock ticks; 0: it has
+// ended.
+func origin(pid int) (parent, started int) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return 0
+		return 0, 0
 	}
-	// pid (name) state ppid, and the name may be anything.
-	_, rest, _ := strings.Cut(string(b[strings.LastIndexByte(string(b), ')')+1:]), " ")
-	fields := strings.Fields(rest)
-	if len(fields) < 2 {
-		return 0
+	// pid (name) state ppid, and the name may be anything. The start is number 22.
+	fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
+	if len(fields) < 20 {
+		return 0, 0
 	}
-	ppid, err := strconv.Atoi(fields[1])
+	parent, err = strconv.Atoi(fields[1])
 	if err != nil {
-		return 0
+		return 0, 0
 	}
-	return ppid
+	started, err = strconv.Atoi(fields[19])
+	if err != nil {
+		return 0, 0
+	}
+	return parent, started
 }
 
 func (k *kept) start(ctx context.Context) error {

@@ -28,6 +28,44 @@ const barrierTimeout = 5 * time.Second
 // ErrNoStore: the program that started this process stores no descriptors.
 var ErrNoStore = errors.New("no descriptor store holds descriptors for this process")
 
+// TurnEnv has the number of a socket that Await uses.
+const TurnEnv = "SHOAL_TURN"
+
+// Await waits for this process's turn, if `shoal keep` has started it while the process
+// that it is to follow still runs: until that one has ended. It is to be called before
+// Open, by a process that uses nothing yet that the other one may have in use. It fails
+// if keep ends or does not want this process any more, and with ctx's error.
+func Await(ctx context.Context) error {
+	number := os.Getenv(TurnEnv)
+	if number == "" {
+		return nil
+	}
+	fd, err := strconv.Atoi(number)
+	if err != nil {
+		return fmt.Errorf("environment variable %s: %w", TurnEnv, err)
+	}
+	if err := errors.Join(os.Unsetenv(TurnEnv), unix.SetNonblock(fd, true)); err != nil {
+		return fmt.Errorf("descriptor %d of %s: %w", fd, TurnEnv, err)
+	}
+	unix.CloseOnExec(fd)
+	turn := os.NewFile(uintptr(fd), "turn")
+	defer turn.Close()
+	stop := context.AfterFunc(ctx, func() { _ = turn.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	one := []byte{1}
+	_, err = turn.Write(one) // this process waits
+	if err == nil {
+		_, err = turn.Read(one)
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("shoal keep does not need this process any more: %w", err)
+	}
+	return nil
+}
+
 // Store is the descriptor store of this process.
 type Store struct {
 	socket string // "" if there is nobody

@@ -1,9 +1,13 @@
 package fdstore
 
 import (
+	"context"
 	"errors"
 	"os"
+	"strconv"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // The other side is tested with package keep, which is one.
@@ -36,6 +40,45 @@ func TestNobody(t *testing.T) {
 				t.Errorf("watch: %v", err)
 			}
 		})
+	}
+}
+
+// TestAwait: the end of the other side, or of the context, ends the wait with an error.
+func TestAwait(t *testing.T) {
+	if err := Await(t.Context()); err != nil {
+		t.Errorf("a process that is started when it is its turn: %v", err)
+	}
+	for name, end := range map[string]func(other *os.File, cancel func()){
+		"other side": func(other *os.File, _ func()) { other.Close() },
+		"context":    func(_ *os.File, cancel func()) { cancel() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			other := os.NewFile(uintptr(fds[0]), "other")
+			defer other.Close()
+			t.Setenv(TurnEnv, strconv.Itoa(fds[1]))
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			done := make(chan error, 1)
+			go func() { done <- Await(ctx) }()
+			if n, err := other.Read(make([]byte, 1)); n != 1 || err != nil {
+				t.Errorf("it does not say that it waits: %d bytes, %v", n, err)
+			}
+			end(other, cancel)
+			if err := <-done; err == nil {
+				t.Error("no error")
+			}
+			if os.Getenv(TurnEnv) != "" {
+				t.Error("its children would wait, too")
+			}
+		})
+	}
+	t.Setenv(TurnEnv, "x")
+	if err := Await(t.Context()); err == nil {
+		t.Error("a descriptor that is not a number")
 	}
 }
 

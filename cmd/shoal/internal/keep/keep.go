@@ -13,6 +13,8 @@
 //   - The program is held open, so what is started again is what ran before,
 //     whatever has become of the file. Only Upgrade takes the file again; and if
 //     what is there does not get ready, the program before is started again.
+//   - While a new program loads (standby.go), the old one serves. The new one goes on
+//     when the old one has ended, and not before.
 //   - The daemon outlives a keeper that is killed. But then no program
 //     starts it again.
 package keep
@@ -36,6 +38,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/program"
 )
 
@@ -99,9 +102,10 @@ type keeper struct {
 	program  *os.File // that runs, or is to run
 	previous *os.File // that ran before an upgrade which is not over yet
 	next     *os.File // that an upgrade waits to start
+	standby  *standby // of next; nil: next is started when the child has ended
 
 	child    *exec.Cmd // nil between two lives
-	ended    chan error
+	ended    <-chan error
 	ready    chan struct{}
 	wasReady bool      // the child has said so
 	since    time.Time // when it said so
@@ -112,6 +116,8 @@ type keeper struct {
 	mu     sync.Mutex
 	pid    int // whose messages count
 	stored []stored
+	// changed: stored is not what it was when the last process was started.
+	changed bool
 }
 
 type stored struct {
@@ -121,6 +127,7 @@ type stored struct {
 
 // loop is the life of a keeper: everything but the store happens here.
 func (k *keeper) loop(signals <-chan os.Signal) error {
+	defer k.dropStandby()
 	if err := k.start(); err != nil {
 		return err
 	}
@@ -129,9 +136,7 @@ func (k *keeper) loop(signals <-chan os.Signal) error {
 	for {
 		select {
 		case <-k.ready:
-			if !k.wasReady {
-				k.wasReady, k.since = true, time.Now()
-			}
+			k.isReady()
 			if k.previous != nil {
 				k.Log.Info("upgraded", "program", k.path)
 				k.previous.Close()
@@ -143,11 +148,12 @@ func (k *keeper) loop(signals <-chan os.Signal) error {
 		case s := <-signals:
 			switch {
 			case s == Upgrade:
-				if k.child != nil && k.upgrade() {
-					deadline = time.After(k.StopTimeout)
+				if k.child != nil && k.upgrade() && k.standby == nil {
+					deadline = k.makeRoom()
 				}
 				continue
 			case s == syscall.SIGTERM || s == syscall.SIGINT:
+				k.dropStandby()
 				if k.stopping = true; k.child == nil {
 					return nil
 				}
@@ -156,6 +162,16 @@ func (k *keeper) loop(signals <-chan os.Signal) error {
 				continue
 			}
 			_ = k.child.Process.Signal(s) // it may just have ended
+		case waits := <-k.standby.answer():
+			if !waits {
+				k.Log.Info("the new program does not wait for the old one to end; it is started after that", "program", k.path)
+				k.dropStandby()
+			} else {
+				k.standby.ready = true
+			}
+			if k.child != nil { // else its end has come first, and the next one is about to start
+				deadline = k.makeRoom()
+			}
 		case <-deadline:
 			k.Log.Error("the program did not end in time and is killed", "program", k.path)
 			_ = k.child.Process.Kill()
@@ -178,8 +194,8 @@ func (k *keeper) loop(signals <-chan os.Signal) error {
 	}
 }
 
-// upgrade opens what the program's file is now, and ends the child to make room
-// for it.
+// upgrade opens what the program's file is now, and starts a standby of it if the child
+// is ready: one that is not may still change what is stored.
 func (k *keeper) upgrade() bool {
 	if k.next != nil || k.previous != nil || k.stopping {
 		k.Log.Warn("an upgrade or a stop is under way; this request to upgrade is ignored")
@@ -194,8 +210,30 @@ func (k *keeper) upgrade() bool {
 	// it will not get ready either.
 	_, _ = io.Copy(io.Discard, io.NewSectionReader(next, 0, math.MaxInt64))
 	k.next = next
-	_ = k.child.Process.Signal(syscall.SIGTERM) // it may just have ended
+	select {
+	case <-k.ready: // it may have come together with the signal
+		k.isReady()
+	default:
+	}
+	if k.wasReady {
+		if err := k.startAhead(); err != nil {
+			k.Log.Warn("cannot start the new program while the old one runs; it is started after that", "program", k.path, "error", err)
+		}
+	}
 	return true
+}
+
+// isReady notes that the child has said so.
+func (k *keeper) isReady() {
+	if !k.wasReady {
+		k.wasReady, k.since = true, time.Now()
+	}
+}
+
+// makeRoom ends the child. It returns when the child is late.
+func (k *keeper) makeRoom() (deadline <-chan time.Time) {
+	_ = k.child.Process.Signal(syscall.SIGTERM) // it may just have ended
+	return time.After(k.StopTimeout)
 }
 
 // after chooses what is started after the child has ended, and says when.
@@ -234,21 +272,39 @@ func ending(err error) string {
 	return err.Error()
 }
 
-// start starts the program with all that is stored. It goes through Launch, since
-// LISTEN_PID cannot be known here.
-func (k *keeper) start() error {
+// start starts the program, or has its standby go on.
+func (k *keeper) start() (err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.wasReady = false
-	self, err := os.Executable()
-	if err != nil {
+	s := k.takeStandby()
+	if s != nil {
+		k.child, k.ended = s.cmd, s.ended
+	} else if k.child, k.ended, err = k.spawn(k.program, nil); err != nil {
 		return err
 	}
+	k.pid = k.child.Process.Pid
+	select {
+	case <-k.ready: // of an earlier child
+	default:
+	}
+	s.goOn()
+	return nil
+}
+
+// spawn starts a program with all that is stored; mu is held. It goes through Launch,
+// since LISTEN_PID cannot be known here. A turn, which may be nil, is the program's side of
+// a standby.
+func (k *keeper) spawn(next, turn *os.File) (*exec.Cmd, <-chan error, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, nil, err
+	}
 	c := exec.Command("/proc/self/exe")
-	c.Args = slices.Concat([]string{self}, k.Launcher, []string{program.Path(k.program)}, k.Command)
+	c.Args = slices.Concat([]string{self}, k.Launcher, []string{program.Path(next)}, k.Command)
 	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
 	c.Env = slices.DeleteFunc(os.Environ(), func(v string) bool {
-		return strings.HasPrefix(v, "LISTEN_") || strings.HasPrefix(v, "WATCHDOG_")
+		return strings.HasPrefix(v, "LISTEN_") || strings.HasPrefix(v, "WATCHDOG_") || strings.HasPrefix(v, fdstore.TurnEnv+"=")
 	})
 	c.Env = append(c.Env, "NOTIFY_SOCKET="+k.address, "FDSTORE="+strconv.Itoa(maxStored))
 	if len(k.stored) > 0 {
@@ -259,16 +315,17 @@ func (k *keeper) start() error {
 		}
 		c.Env = append(c.Env, "LISTEN_FDS="+strconv.Itoa(len(names)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
 	}
+	if turn != nil {
+		c.ExtraFiles = append(c.ExtraFiles, turn)
+		c.Env = append(c.Env, fdstore.TurnEnv+"="+strconv.Itoa(2+len(c.ExtraFiles)))
+	}
 	if err := c.Start(); err != nil {
-		return err
+		return nil, nil, err
 	}
-	k.child, k.pid, k.ended = c, c.Process.Pid, make(chan error, 1)
-	select {
-	case <-k.ready: // of an earlier child
-	default:
-	}
-	go func(ended chan<- error) { ended <- c.Wait() }(k.ended)
-	return nil
+	k.changed = false
+	ended := make(chan error, 1)
+	go func() { ended <- c.Wait() }()
+	return c, ended, nil
 }
 
 // Launch is the last thing that a process does which Run has started by
@@ -381,7 +438,7 @@ func (k *keeper) handle(lines []string, files []*os.File) []*os.File {
 			for _, f := range files {
 				k.stored = append(k.stored, stored{name, f})
 			}
-			files = nil
+			files, k.changed = nil, true
 		case "FDSTOREREMOVE=1":
 			k.stored = slices.DeleteFunc(k.stored, func(s stored) bool {
 				if s.name == name {
@@ -389,6 +446,7 @@ func (k *keeper) handle(lines []string, files []*os.File) []*os.File {
 				}
 				return s.name == name
 			})
+			k.changed = true
 		}
 	}
 	return files

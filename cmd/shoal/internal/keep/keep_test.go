@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -57,6 +58,29 @@ func runKeep(command []string) error {
 // runDaemon says who it is and what it was given, stores a file with its number,
 // and does what comes in through a FIFO in dir.
 func runDaemon(dir string) error {
+	flag := func(name string) bool {
+		_, err := os.Stat(filepath.Join(dir, name))
+		return err == nil
+	}
+	fmt.Println("loading")
+	if flag("never-loads") {
+		select {}
+	}
+	if !flag("unaware") {
+		if err := fdstore.Await(context.Background()); err != nil {
+			return err
+		}
+	}
+	// As a node's: there are never two.
+	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		fmt.Println("locked")
+		return err
+	}
 	store := fdstore.Open()
 	number := 1
 	f := store.Take("number")
@@ -74,8 +98,11 @@ func runDaemon(dir string) error {
 	if err := unix.Stat("/proc/self/exe", &st); err != nil {
 		return err
 	}
-	_, err := os.Stat(filepath.Join(dir, "never-ready"))
-	never := err == nil
+	never := flag("never-ready")
+	if late := store.Take("late"); late != nil {
+		fmt.Println("late is kept")
+		defer late.Close()
+	}
 	fmt.Printf("daemon %d size %d pid %d listen %q kept %v\n", number, st.Size, os.Getpid(), os.Getenv("LISTEN_FDS"), store.Kept())
 	fd, err := unix.MemfdCreate("number", unix.MFD_CLOEXEC)
 	if err != nil {
@@ -98,7 +125,7 @@ func runDaemon(dir string) error {
 	}
 	signals := make(chan os.Signal, 4)
 	notify(signals)
-	if _, err := os.Stat(filepath.Join(dir, "ready-at-the-end")); err == nil {
+	if flag("ready-at-the-end") {
 		fmt.Println("waiting", number)
 		<-signals
 		if err := store.Ready(); err != nil {
@@ -107,17 +134,21 @@ func runDaemon(dir string) error {
 		fmt.Println("ready", number)
 		select {}
 	}
-	if err := store.Ready(); err != nil {
+	// When the second has returned, keep knows of the first.
+	if err := errors.Join(store.Ready(), store.Drop("nothing")); err != nil {
 		return err
 	}
 	fmt.Println("ready", number)
-	if _, err := os.Stat(filepath.Join(dir, "ready-and-gone")); err == nil {
+	if flag("ready-and-gone") {
 		os.Exit(8)
 	}
 	for s := range signals {
 		fmt.Printf("daemon %d got %v\n", number, s)
 		switch s {
 		case syscall.SIGTERM:
+			if flag("stores-at-the-end") {
+				return store.Keep("late", next)
+			}
 			return nil
 		case syscall.SIGQUIT:
 			os.Exit(7)
