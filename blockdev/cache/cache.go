@@ -88,10 +88,7 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 		busy: make(map[blockdev.Digest]chan struct{}),
 	}
 	c.publish()
-	if c.unclean, err = wasUnclean(c.openPath(), c.boot); err == nil && !c.unclean {
-		err = markOpen(c.openPath(), c.boot)
-	}
-	if err != nil {
+	if c.unclean, err = wasUnclean(c.openPath(), c.boot); err != nil {
 		return nil, errors.Join(fmt.Errorf("cache %s: %w", cfg.Root, err), lock.Close())
 	}
 	if err := durable.Sweep(filepath.Join(cfg.Root, quarantineDir)); err != nil {
@@ -115,7 +112,26 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	return c, nil
 }
 
-func (c *Cache) openPath() string { return filepath.Join(c.cfg.Root, openFile) }
+func (c *shared) openPath() string { return filepath.Join(c.cfg.Root, openFile) }
+
+// note records that the cache is open, unless that has been done. Chunks count as synced
+// only after that, so reads of what is here need not wait for it. After an unclean end
+// it leaves the record of that, for lookedAt.
+func (c *shared) note() error {
+	if c.unclean || c.noted.Load() {
+		return nil
+	}
+	c.noting.Lock()
+	defer c.noting.Unlock()
+	if c.noted.Load() {
+		return nil
+	}
+	if err := markOpen(c.openPath(), c.boot); err != nil {
+		return fmt.Errorf("record that the cache is open: %w", err)
+	}
+	c.noted.Store(true)
+	return nil
+}
 
 // wasUnclean reports whether a cache was open here during another boot, which then
 // ended without Close. That stays so until markOpen: until every diff has been
@@ -222,7 +238,9 @@ func (c *Cache) Close() error {
 		errs = append(errs, d.syncNow(), d.closeFiles())
 	}
 	if errors.Join(errs...) == nil && !c.doubtful() {
-		errs = append(errs, os.Remove(c.openPath()))
+		if err := os.Remove(c.openPath()); !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
 	}
 	if err := errors.Join(append(errs, c.lock.Close())...); err != nil {
 		return fmt.Errorf("close cache %s: %w", c.cfg.Root, err)

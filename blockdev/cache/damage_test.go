@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -161,5 +162,33 @@ func TestDamagedIsTold(t *testing.T) {
 			}
 			r.checkRead(0, 1<<20)
 		})
+	}
+}
+
+// TestNotedBeforeSynced: chunks count as synced only once the record that the cache is
+// open is on disk: after a power loss, nothing else says that they may be wrong.
+func TestNotedBeforeSynced(t *testing.T) {
+	r := newRig(t, 1<<20, func(c *Config) { c.SyncInterval = time.Hour })
+	for !r.noted.Load() { // in the background
+		time.Sleep(time.Millisecond)
+	}
+	// As if that was still to be done, and cannot be.
+	r.noted.Store(false)
+	if err := errors.Join(os.Remove(r.openPath()), os.Mkdir(r.openPath(), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	r.checkRead(0, 300_000)
+	r.quiet()
+	if err := r.d.sync(t.Context()); err == nil || r.d.pres.SyncedAll(0, 1) {
+		t.Errorf("sync without the record: %v, synced %v", err, r.d.pres.SyncedAll(0, 1))
+	}
+	if err := os.Remove(r.openPath()); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.d.sync(t.Context()); err != nil || !r.d.pres.SyncedAll(0, 1) {
+		t.Errorf("sync with the record: %v, synced %v", err, r.d.pres.SyncedAll(0, 1))
+	}
+	if b, err := os.ReadFile(r.openPath()); err != nil || [16]byte(b) != r.boot {
+		t.Errorf("the record is %x, %v", b, err)
 	}
 }

@@ -62,6 +62,9 @@ func (c *Cache) find(ctx context.Context) (left []string, err error) {
 func (c *Cache) openFound(left []string) {
 	c.openAll()
 	close(c.opened)
+	if err := c.note(); err != nil {
+		c.cfg.Log.Warn("cannot record that the node runs; the next sync of a diff tries again", "error", err)
+	}
 	c.room.Counted()
 	c.lookedAt()
 	for _, path := range left {

@@ -23,6 +23,8 @@ type shared struct {
 	// unclean: the machine went down while a cache was open here, and not all that
 	// this made doubtful had been looked at when this cache was opened.
 	unclean bool
+	noted   atomic.Bool // that the cache is open
+	noting  sync.Mutex  // held across I/O: one does it
 
 	quarantine *quarantine
 

@@ -28,6 +28,10 @@ func (d *local) sync(ctx context.Context) error {
 
 // syncNow is sync for the caller that has the token.
 func (d *local) syncNow() error {
+	if err := d.c.note(); err != nil {
+		d.c.cfg.Log.Error("cannot sync a diff; a later sync tries again", "diff", d.id, "error", err)
+		return d.c.room.Failed(d.id, fmt.Errorf("sync diff %v: %w", d.id, err))
+	}
 	if d.pres.BeginSync() {
 		err := disk.Sync(d.data)
 		ranges := d.pres.EndSync(err == nil)
