@@ -21,7 +21,8 @@ func New(quiet, giveWay time.Duration, most func() int64, rateLimit int64) *Pace
 }
 
 // Next waits until a request may be sent and returns for how many bytes. hurry: the
-// rate does not count, and containers that start share the processors with it. The caller counts what it asks for by Inflight.Take.
+// rate does not count, and containers that start share the processors with it. The caller
+// counts what it asks for by Inflight.Take.
 func (p *Pace) Next(ctx context.Context, hurry bool) (int64, error) {
 	if !hurry {
 		if err := p.Rate.wait(ctx); err != nil {
