@@ -63,6 +63,8 @@ type removal struct {
 	// Shoal and Args are the command that succeeds when no container needs the node.
 	Shoal string
 	Args  []string
+	// Control is the socket at which a node answers as long as it runs.
+	Control string
 	// Systemd says that it runs the node as the unit Node, and the script as the unit Own.
 	// Otherwise Keep is the process that runs the node; 0: none.
 	Systemd   bool
@@ -167,7 +169,7 @@ func (m *Machine) remove(ctx context.Context, set settings, shoal string, args [
 	}
 	// Other programs' files may be beside the sockets.
 	r := removal{
-		Script: m.script(), Failed: m.failed(), Shoal: shoal, Args: args,
+		Script: m.script(), Failed: m.failed(), Shoal: shoal, Args: args, Control: set.ControlAddress,
 		Systemd: systemd(), Node: unitName, Own: removeUnit, Keep: keep, Root: root, Link: set.Root, Names: names,
 		Files: append(both(unitPath, m.etc("token")), set.Address, set.ControlAddress),
 		Last:  append(both(m.etc("node.toml"), shoal), removePath),

@@ -61,6 +61,7 @@ while [ -e "$script" ]; do
 			sleep 0.1
 		done
 {{- end}}
+		! timeout {{.Limit}} {{quote .Shoal}} status --control {{quote .Control}} >/dev/null 2>&1 || fail "a node still runs, and not by {{if .Systemd}}{{.Node}}{{else}}the process that ran it{{end}}. Stop it, then run: {{if .Systemd}}systemctl restart {{.Own}}{{else}}sh $script{{end}}"
 		mounts unmount
 		left=
 		mounts name

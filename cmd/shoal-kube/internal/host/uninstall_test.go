@@ -53,7 +53,7 @@ func TestUninstallScript(t *testing.T) {
 	dir := t.TempDir()
 	at := func(name string) string { return filepath.Join(dir, name) }
 	r := removal{
-		Script: at("uninstall.sh"), Failed: at("uninstall.failed"), Shoal: "true", Args: []string{"a b"},
+		Script: at("uninstall.sh"), Failed: at("uninstall.failed"), Shoal: at("bin/shoal"), Args: []string{"a b"}, Control: at("run/node.sock"),
 		Systemd: true, Node: "node.service", Own: "own.service", Root: at("ro ot"),
 		Names: names, Link: at("link"), Files: []string{at("run/node.sock")}, Last: []string{at("run/node.toml")}, Dirs: []string{at("run"), at("others")}, Limit: 2,
 	}
@@ -66,7 +66,9 @@ func TestUninstallScript(t *testing.T) {
 		}
 	}
 	put(t, at("bin/systemctl"), "#!/bin/sh\necho \"$*\" >>"+at("calls")+"\n[ \"$1\" != is-active ]\n")
-	if err := os.Chmod(at("bin/systemctl"), 0o700); err != nil {
+	// No container needs the node; it answers as long as there is a file "answers".
+	put(t, r.Shoal, "#!/bin/sh\n[ \"$1\" != 'a b' ] || exit 0\n[ \"$*\" = 'status --control "+r.Control+"' ] && [ -e "+at("answers")+" ]\n")
+	if err := errors.Join(os.Chmod(at("bin/systemctl"), 0o700), os.Chmod(r.Shoal, 0o700)); err != nil {
 		t.Fatal(err)
 	}
 	for _, name := range []string{
@@ -214,10 +216,14 @@ func TestUninstallScriptKeep(t *testing.T) {
 		{[]string{"another", "program"}, ""},
 	} {
 		r := removal{
-			Script: at("uninstall.sh"), Failed: at("uninstall.failed"), Shoal: "true", Keep: start(c.args...).Pid,
+			Script: at("uninstall.sh"), Failed: at("uninstall.failed"), Shoal: at("shoal"), Keep: start(c.args...).Pid,
 			Root: at("root"), Files: []string{at("node.sock")}, Tenths: 3,
 		}
 		put(t, at("node.sock"), "")
+		put(t, r.Shoal, "#!/bin/sh\n[ $# = 0 ]\n")
+		if err := os.Chmod(r.Shoal, 0o700); err != nil {
+			t.Fatal(err)
+		}
 		put(t, r.Script, r.String())
 		out, err := exec.CommandContext(t.Context(), "sh", r.Script).CombinedOutput()
 		_, left := os.Lstat(at("node.sock"))
