@@ -139,7 +139,7 @@ func TestDrillSupernodeWaits(t *testing.T) {
 	const perPeer = 8 // that a supernode takes of one
 	peers, turns, samples := 12, 1, 200
 	if isDrill() {
-		peers, turns = 250, 5
+		peers, turns, samples = 250, 5, 2000
 	}
 	s := supersite(t)
 	f := newFront(t)
@@ -162,6 +162,7 @@ func TestDrillSupernodeWaits(t *testing.T) {
 	var idle, busy []float64
 	var left atomic.Int64
 	for turn := range turns {
+		wait(t.Context(), 2*time.Second)
 		idle = append(idle, times()...) // with all of them connected
 		cold, _ := noisy(t, "cold", uint64(8001+turn), 1)
 		gone := make(chan struct{})
