@@ -203,7 +203,7 @@ func TestHostInstall(t *testing.T) {
 		t.Errorf("%s processes wait for the container", n)
 	}
 	// A process that containerd does not know keeps a layer mounted.
-	m.sh("cd /var/lib/shoal/m/* && { sleep 1000 </dev/null >/dev/null 2>&1 & echo $! >/run/user.pid; }")
+	m.sh("cd \"$(ls -d /var/lib/shoal/m/* | head -n 1)\" && { sleep 1000 </dev/null >/dev/null 2>&1 & echo $! >/run/user.pid; }")
 	m.sh("ctr task kill --signal SIGKILL " + id + " && until ctr container rm " + id + "; do sleep 0.1; done")
 	m.wait("the reason why shoal is not removed", func() error {
 		_, err := os.Stat(m.Path("/etc/shoal/uninstall.failed"))
