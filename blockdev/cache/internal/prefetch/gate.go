@@ -21,6 +21,7 @@ type Gate struct {
 	last   time.Time           // when a demand read ended, or was announced
 	busy   time.Time           // a program that starts is busy until then
 	start  time.Time           // when a container started last
+	series time.Time           // when the first container of the last starts did; crowdedMost
 }
 
 // Reads is the demand reads of one diff; guarded by the Gate.
@@ -92,20 +93,27 @@ func (g *Gate) Expect() {
 	defer g.mu.Unlock()
 	g.last = time.Now()
 	g.start = g.last
+	if g.start.Sub(g.series) >= 2*crowdedMost {
+		g.series = g.start
+	}
 }
 
 // crowdedFor is how long after the start of a container its program may still be
 // computing, without any read that misses, if many of them start at once.
 const crowdedFor = 20 * time.Second
 
+// crowdedMost bounds the time in which requests are put off: containers may start all the
+// time on processors that always have too much to do, and the images are to become
+// complete there, too. As much time without it follows.
+const crowdedMost = time.Minute
+
 // crowded returns how long a request that no caller waits for is put off, to leave the
-// processors to containers that start. It is a pause and not a stop: prefetch gets on
-// also where containers start all the time and the processors always have too much to do.
+// processors to containers that start.
 func (g *Gate) crowded() time.Duration {
 	g.mu.Lock()
-	start := g.start
+	start, series := g.start, g.series
 	g.mu.Unlock()
-	if time.Since(start) < crowdedFor && g.pressed() {
+	if time.Since(start) < crowdedFor && time.Since(series) < crowdedMost && g.pressed() {
 		return g.giveWay
 	}
 	return 0

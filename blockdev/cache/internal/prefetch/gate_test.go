@@ -115,6 +115,17 @@ func TestCrowded(t *testing.T) {
 		busy = true
 		time.Sleep(crowdedFor)
 		check("the start is long ago", false, 0)
+		putOff := 0
+		for range 6 * 60 {
+			p.Gate.Expect()
+			time.Sleep(time.Second)
+			if p.Gate.crowded() > 0 {
+				putOff++
+			}
+		}
+		if putOff < 2*60 || putOff > 4*60 {
+			t.Errorf("where containers start all the time, put off in %d of 360 seconds", putOff)
+		}
 	})
 }
 
