@@ -103,7 +103,7 @@ func TestDrillUpgrade(t *testing.T) {
 	_, here := s.pullFiles(t, "here", 1, 32, 300_000)
 	_, coming := s.pullFiles(t, "coming", 1000, 64, 1_000_000)
 	local, slow := lab.StartReaders(2, here), lab.StartReaders(2, coming)
-	mounts := len(must(s.Mounts())(t))
+	mounts := s.mounted(t)
 	l.goOn(t)
 	var broken pauses
 	refused := 0
@@ -133,7 +133,7 @@ func TestDrillUpgrade(t *testing.T) {
 		must(s.Ctr(ctx, "snapshots", "--snapshotter", "shoal", "ls"))(t)
 	}
 	l.goOn(t)
-	count(t, d.drill+": mounts left over", len(must(s.Mounts())(t))-mounts)
+	count(t, d.drill+": mounts left over", s.mounted(t)-mounts)
 	d.end(local, slow)
 	l.into(t, d)
 	d.rows(t)

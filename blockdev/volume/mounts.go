@@ -191,7 +191,14 @@ func (m *mounter) usable(v *volume, i mount.Info, lazy, adopted bool) bool {
 		return true
 	}
 	// Loop devices can do without the connection that is lost, if all is here.
-	return i.Kind == mount.Loop && v.diff.Complete() && switchLoop(m.fusePath(v.id), v.diff.DataPath()) == nil
+	if i.Kind != mount.Loop || !v.diff.Complete() {
+		return false
+	}
+	err := switchLoop(m.fusePath(v.id), v.diff.DataPath())
+	if err != nil {
+		m.log.Warn("cannot put the local file beneath a mount by loop devices; the mount is made again", "diff", v.id, "error", err)
+	}
+	return err == nil
 }
 
 func (m *mounter) fusePath(id blockdev.Digest) string {
