@@ -40,6 +40,7 @@ type Cache struct {
 
 	started int64         // makes names in tmp unlike those of earlier processes
 	opened  chan struct{} // closed when all diffs are open that were found
+	swept   chan struct{} // closed when what a crash left in tmp is gone
 
 	wg sync.WaitGroup // the syncer, and Adds and Removes under way
 
@@ -81,11 +82,13 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 			pace:     prefetch.New(cfg.Quiet, cfg.GiveWay, cfg.Inflight, cfg.PrefetchRate),
 			kicked:   make(chan struct{}, 1),
 		},
-		lock:   lock,
-		diffs:  make(map[blockdev.Digest]*Diff),
-		found:  make(map[blockdev.Digest]*found),
-		opened: make(chan struct{}), started: time.Now().UnixNano(),
-		busy: make(map[blockdev.Digest]chan struct{}),
+		lock:    lock,
+		diffs:   make(map[blockdev.Digest]*Diff),
+		found:   make(map[blockdev.Digest]*found),
+		opened:  make(chan struct{}),
+		swept:   make(chan struct{}),
+		started: time.Now().UnixNano(),
+		busy:    make(map[blockdev.Digest]chan struct{}),
 	}
 	c.publish()
 	if c.unclean, err = wasUnclean(c.openPath(), c.boot); err != nil {

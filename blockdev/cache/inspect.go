@@ -327,7 +327,7 @@ func Repair(ctx context.Context, root string, damaged []blockdev.Digest, log *sl
 
 func (c *Cache) repair(ctx context.Context, damaged []blockdev.Digest) error {
 	select {
-	case <-c.opened: // and what a crash left behind is gone
+	case <-c.swept: // and every diff is open
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}

@@ -67,14 +67,7 @@ func (c *Cache) openFound(left []string) {
 	}
 	c.room.Counted()
 	c.lookedAt()
-	for _, path := range left {
-		if c.life.Err() != nil {
-			return // the next Open goes on
-		}
-		if err := os.RemoveAll(path); err != nil {
-			c.cfg.Log.Warn("cannot remove files that a crash left; the next start tries again", "path", path, "error", err)
-		}
-	}
+	c.sweep(left)
 	t := time.NewTicker(firstReopen)
 	defer t.Stop()
 	for c.unopened() {
@@ -84,6 +77,19 @@ func (c *Cache) openFound(left []string) {
 			c.lookedAt()
 		case <-c.life.Done():
 			return
+		}
+	}
+}
+
+// sweep deletes what a crash left in tmp.
+func (c *Cache) sweep(left []string) {
+	defer close(c.swept)
+	for _, path := range left {
+		if c.life.Err() != nil {
+			return // the next Open goes on
+		}
+		if err := os.RemoveAll(path); err != nil {
+			c.cfg.Log.Warn("cannot remove files that a crash left; the next start tries again", "path", path, "error", err)
 		}
 	}
 }
