@@ -13,13 +13,13 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
 	"github.com/shoalfs/shoal/blockdev/erofs"
 	"github.com/shoalfs/shoal/blockdev/mount"
+	"github.com/shoalfs/shoal/blockdev/mount/mounttest"
 )
 
 func TestMain(m *testing.M) {
@@ -30,26 +30,8 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	code := m.Run()
-	if code == 0 {
-		if err := goleak.Find(); err != nil {
-			fmt.Println(err)
-			code = 1
-		}
-		if left, err := mount.List(os.TempDir()); err == nil {
-			for _, l := range left {
-				if l.Type == FSType && filepath.Base(filepath.Dir(l.Dir)) == testName {
-					fmt.Println("mount left behind:", l.Dir)
-					code = 1
-				}
-			}
-		}
-	}
-	os.Exit(code)
+	os.Exit(mounttest.Main(m))
 }
-
-// testName is the parent of every mount point of these tests.
-const testName = "shoal-fusefs-test"
 
 func needRoot(t testing.TB) {
 	t.Helper()
@@ -178,7 +160,7 @@ type server struct {
 func start(t testing.TB, files Files, o Options) *server {
 	t.Helper()
 	needRoot(t)
-	dir := filepath.Join(t.TempDir(), testName, "fuse")
+	dir := filepath.Join(t.TempDir(), "fuse")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -269,7 +251,7 @@ func image(t testing.TB, size int64, device string, o mount.Options) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	base := filepath.Join(t.TempDir(), testName)
+	base := t.TempDir()
 	dir := filepath.Join(base, "image")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -13,34 +12,14 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/blockdevtest"
 	"github.com/shoalfs/shoal/blockdev/index"
 	"github.com/shoalfs/shoal/blockdev/mount"
+	"github.com/shoalfs/shoal/blockdev/mount/mounttest"
 )
 
-// testRoot is the name of every Root of these tests.
-const testRoot = "shoal-volume-test"
-
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if code == 0 {
-		if err := goleak.Find(); err != nil {
-			fmt.Println(err)
-			code = 1
-		}
-		left, err := mount.List(os.TempDir())
-		for _, l := range left {
-			if err == nil && bytes.Contains([]byte(l.Dir), []byte(testRoot)) {
-				fmt.Println("mount left behind:", l.Dir)
-				code = 1
-			}
-		}
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { os.Exit(mounttest.Main(m)) }
 
 func needRoot(t testing.TB) {
 	t.Helper()
@@ -113,7 +92,7 @@ type node struct {
 func newNode(t testing.TB, change func(*Config), upstream ...func(*Upstream)) *node {
 	t.Helper()
 	needRoot(t)
-	n := &node{t: t, root: filepath.Join(t.TempDir(), testRoot), src: &source{}}
+	n := &node{t: t, root: filepath.Join(t.TempDir(), "root"), src: &source{}}
 	n.cfg = Config{
 		Root: n.root, ReadTimeout: 10 * time.Second,
 		Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})),

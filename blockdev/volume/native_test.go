@@ -23,7 +23,7 @@ type container struct {
 
 func newContainer(t testing.TB, lower string) *container {
 	t.Helper()
-	base := filepath.Join(t.TempDir(), testRoot)
+	base := filepath.Join(t.TempDir(), "root")
 	c := &container{t, filepath.Join(base, "rootfs")}
 	for _, d := range []string{"rootfs", "upper", "work"} {
 		if err := os.MkdirAll(filepath.Join(base, d), 0o700); err != nil {

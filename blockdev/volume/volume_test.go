@@ -311,7 +311,7 @@ func TestStopsPrefetch(t *testing.T) {
 	l := newLayer(t, 15, 1<<20)
 	n.add(l)
 	entered := make(chan struct{}, 16)
-	m, err := Open(ctx, Config{Root: filepath.Join(t.TempDir(), testRoot), Log: n.cfg.Log})
+	m, err := Open(ctx, Config{Root: filepath.Join(t.TempDir(), "root"), Log: n.cfg.Log})
 	if err != nil {
 		t.Fatal(err)
 	}
