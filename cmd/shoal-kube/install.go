@@ -24,12 +24,11 @@ const zoneLabel = "topology.kubernetes.io/zone"
 
 // installOptions are the flags of shoal-kube install.
 type installOptions struct {
-	join, config, rackLabel, program string
-	supernodes                       int
-	elsewhere                        []string
-	wait                             time.Duration
-	uninstall                        bool
-	desired                          host.Desired
+	join, revision, config, rackLabel, program string
+	elsewhere                                  []string
+	wait                                       time.Duration
+	uninstall                                  bool
+	desired                                    host.Desired
 }
 
 func newInstallCommand() *cobra.Command {
@@ -42,7 +41,7 @@ func newInstallCommand() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.join, "join", "", "Secret with the token, and with the addresses of the supernodes")
-	f.IntVar(&o.supernodes, "supernodes", 0, "how many supernodes the Secret has to name")
+	f.StringVar(&o.revision, "revision", "", "what the Secret's token and addresses have to be for; prepare writes it")
 	f.StringArrayVar(&o.elsewhere, "supernode", nil, "address (ID@host:port) of a supernode that runs elsewhere")
 	f.StringVar(&o.config, "config", "", "file with keys of node.toml")
 	f.StringVar(&o.rackLabel, "rack-label", "", "label of the machine that says in which rack it is")
@@ -116,7 +115,7 @@ func (o installOptions) info(ctx context.Context, secrets join.Secrets) (info jo
 	ctx, cancel := context.WithTimeout(ctx, o.wait)
 	defer cancel()
 	said := ""
-	return join.Read(ctx, secrets, o.join, o.supernodes, func(err error) {
+	return join.Read(ctx, secrets, o.join, o.revision, func(err error) {
 		if said != err.Error() {
 			said = err.Error()
 			slog.Info("waiting for the supernodes", "error", err)

@@ -22,6 +22,7 @@ import (
 // prepareOptions are the flags of shoal-kube prepare.
 type prepareOptions struct {
 	keys, join, token   string
+	revision            string
 	services, addresses []string
 	config, out, root   string
 }
@@ -37,6 +38,7 @@ func newPrepareCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.StringVar(&o.keys, "keys", "", "Secret with the keys of the supernodes")
 	f.StringVar(&o.join, "join", "", "Secret with the token and the supernodes' addresses, for the machines")
+	f.StringVar(&o.revision, "revision", "", "what the Secret says that its token and addresses are for; install waits for it")
 	f.StringVar(&o.token, "token", "", "Secret with a token of the operator's; empty: a random token")
 	f.StringArrayVar(&o.services, "service", nil, "Service of a supernode, in the order of the supernodes")
 	f.StringArrayVar(&o.addresses, "address", nil, "host:port of a supernode, instead of Services")
@@ -69,9 +71,9 @@ func (o prepareOptions) run(ctx context.Context) error {
 		addresses = append(addresses, net.JoinHostPort(s.Spec.ClusterIP, strconv.Itoa(port)))
 	}
 	secrets := client.Secrets(namespace)
-	token := ""
+	values := join.Values{Revision: o.revision, Addresses: addresses}
 	if o.token != "" {
-		if token, err = join.Token(ctx, secrets, o.token); err != nil {
+		if values.Token, err = join.Token(ctx, secrets, o.token); err != nil {
 			return err
 		}
 	}
@@ -80,7 +82,7 @@ func (o prepareOptions) run(ctx context.Context) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	key, info, err := join.Fill(ctx, secrets, o.keys, o.join, addresses, i, own, token)
+	key, info, err := join.Fill(ctx, secrets, o.keys, o.join, values, i, own)
 	if err != nil {
 		return err
 	}

@@ -276,6 +276,52 @@ func TestUpgradesSelectors(t *testing.T) {
 	}
 }
 
+// TestRevision: values that change what nodes join with run the installers again, which
+// wait for the Secret that the supernodes write for these values. Others do not.
+func TestRevision(t *testing.T) {
+	revision := func(v values) string {
+		t.Helper()
+		objects, err := render(t, v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var found []string
+		for _, args := range [][]string{
+			find[*appsv1.StatefulSet](t, objects, "shoal-supernode").Spec.Template.Spec.InitContainers[0].Args,
+			find[*appsv1.DaemonSet](t, objects, "shoal-node").Spec.Template.Spec.InitContainers[0].Args,
+		} {
+			for _, a := range args {
+				if word, ok := strings.CutPrefix(a, "--revision="); ok {
+					found = append(found, word)
+				}
+			}
+		}
+		if len(found) != 2 || found[0] == "" || found[0] != found[1] {
+			t.Errorf("%v: the supernodes write and the installers wait for %q", v, found)
+		}
+		return strings.Join(found, " ")
+	}
+	seen := map[string]values{}
+	for _, v := range []values{
+		{},
+		{"supernode": values{"replicas": 2}},
+		{"supernode": values{"addresses": []any{"10.0.0.5:7700"}}},
+		{"supernode": values{"addresses": []any{"10.0.0.6:7700"}}},
+		{"token": values{"existingSecret": "a"}},
+		{"token": values{"existingSecret": "b"}},
+	} {
+		r := revision(v)
+		if before, ok := seen[r]; ok {
+			t.Errorf("%v and %v have the same revision", before, v)
+		}
+		seen[r] = v
+	}
+	// The Services and their cluster IPs stay.
+	if r := revision(values{"supernode": values{"hostNetwork": true, "replicas": 1.0, "config": "max_peers = 20000\n"}}); len(seen[r]) > 0 || seen[r] == nil {
+		t.Errorf("installers run again although nodes join as before")
+	}
+}
+
 // TestConfigs: what the values say of node.toml and supernode.toml gets to the daemons as
 // it is, and `shoal config check` takes it.
 func TestConfigs(t *testing.T) {

@@ -10,6 +10,8 @@
 //
 //   - A key or a token that is in a Secret is never replaced.
 //   - All supernodes write the same: the keys of all of them, whichever comes first.
+//   - Token and addresses are written together with the revision of the values that they
+//     are for. A node reads no others than those of its own revision.
 package join
 
 import (
@@ -38,6 +40,7 @@ import (
 const (
 	tokenKey      = "token"
 	supernodesKey = "supernodes" // ID@host:port, one a line
+	revisionKey   = "revision"
 )
 
 // Secrets are those of a namespace.
@@ -53,12 +56,21 @@ type Info struct {
 	Supernodes []string
 }
 
-// Fill writes what is missing in the Secrets keys and join, for supernodes at these
-// addresses (host:port), and returns the key of the supernode i, in PEM, and all that the
-// machines need. own, if not nil, is the key that this supernode has on its disk, which
-// counts if the Secret has none. token is the one that the operator wants; empty: a random
-// one, once.
-func Fill(ctx context.Context, secrets Secrets, keys, join string, addresses []string, i int, own []byte, token string) (key []byte, info Info, err error) {
+// Values are what the chart's values say of the supernodes.
+type Values struct {
+	// Revision is another one if one of the other fields is.
+	Revision string
+	// Addresses are those of all supernodes, host:port.
+	Addresses []string
+	// Token is the one that the operator wants; empty: a random one, once.
+	Token string
+}
+
+// Fill writes what is missing in the Secrets keys and join, and returns the key of the
+// supernode i, in PEM, and all that the machines need. own, if not nil, is the key that this supernode has on its disk, which
+// counts if the Secret has none.
+func Fill(ctx context.Context, secrets Secrets, keys, join string, v Values, i int, own []byte) (key []byte, info Info, err error) {
+	addresses := v.Addresses
 	if i < 0 || i >= len(addresses) {
 		return nil, info, fmt.Errorf("this is supernode %d, and the chart has %d", i, len(addresses))
 	}
@@ -91,8 +103,8 @@ func Fill(ctx context.Context, secrets Secrets, keys, join string, addresses []s
 		info.Supernodes = append(info.Supernodes, id+"@"+address)
 	}
 	err = change(ctx, secrets, join, func(data map[string][]byte) error {
-		if token != "" {
-			data[tokenKey] = []byte(token)
+		if v.Token != "" {
+			data[tokenKey] = []byte(v.Token)
 		}
 		if len(data[tokenKey]) == 0 {
 			secret := make([]byte, 32)
@@ -103,6 +115,7 @@ func Fill(ctx context.Context, secrets Secrets, keys, join string, addresses []s
 		}
 		info.Token = string(data[tokenKey])
 		data[supernodesKey] = []byte(strings.Join(info.Supernodes, "\n"))
+		data[revisionKey] = []byte(v.Revision)
 		return nil
 	})
 	return pems[i], info, err
@@ -147,17 +160,22 @@ func Token(ctx context.Context, secrets Secrets, name string) (string, error) {
 	return strings.TrimSpace(string(s.Data[tokenKey])), nil
 }
 
-// Read waits until the Secret has the token and the addresses of so many supernodes.
-// waiting is called with the cause while it waits.
-func Read(ctx context.Context, secrets Secrets, name string, supernodes int, waiting func(error)) (info Info, err error) {
+// Read waits until the Secret has token and addresses of this revision: an upgrade starts
+// supernodes and nodes at the same time, and until a supernode has started, the Secret has
+// those of before. waiting is called with the cause while it waits.
+func Read(ctx context.Context, secrets Secrets, name, revision string, waiting func(error)) (info Info, err error) {
 	for {
 		s, err := secrets.Get(ctx, name, metav1.GetOptions{})
 		if err == nil {
 			info = Info{Token: string(s.Data[tokenKey]), Supernodes: strings.Fields(string(s.Data[supernodesKey]))}
-			if info.Token != "" && len(info.Supernodes) == supernodes {
+			switch {
+			case info.Token == "" || len(info.Supernodes) == 0:
+				err = errors.New("it has no token and no addresses yet; the first supernode that starts writes them")
+			case string(s.Data[revisionKey]) != revision:
+				err = errors.New("its token and addresses are of other values of the chart; the first supernode that starts with the new values writes them")
+			default:
 				return info, nil
 			}
-			err = fmt.Errorf("it has the addresses of %d supernodes of %d; the first supernode that starts writes all of them", len(info.Supernodes), supernodes)
 		}
 		err = fmt.Errorf("secret %s: %w", name, err)
 		waiting(err)

@@ -60,16 +60,17 @@ var addresses = []string{"10.96.0.7:7700", "[2001:db8::7]:7700"}
 func TestFill(t *testing.T) {
 	ctx := t.Context()
 	s := newStore("keys", "join")
+	two := Values{Revision: "r", Addresses: addresses}
 	var other Info
 	var otherKey []byte
 	// The other supernode is quicker.
 	s.before = func() {
 		var err error
-		if otherKey, other, err = Fill(ctx, s, "keys", "join", addresses, 1, nil, ""); err != nil {
+		if otherKey, other, err = Fill(ctx, s, "keys", "join", two, 1, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
-	key, info, err := Fill(ctx, s, "keys", "join", addresses, 0, nil, "")
+	key, info, err := Fill(ctx, s, "keys", "join", two, 0, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,18 +83,18 @@ func TestFill(t *testing.T) {
 		}
 	}
 	version := s.version
-	again, same, err := Fill(ctx, s, "keys", "join", addresses, 0, nil, "")
+	again, same, err := Fill(ctx, s, "keys", "join", two, 0, nil)
 	if err != nil || string(again) != string(key) || same.Token != info.Token || s.version != version {
 		t.Errorf("another start changes something: %v, %v", same, err)
 	}
-	read, err := Read(ctx, s, "join", 2, func(err error) { t.Error(err) })
+	read, err := Read(ctx, s, "join", "r", func(err error) { t.Error(err) })
 	if err != nil || read.Token != info.Token || !slices.Equal(read.Supernodes, info.Supernodes) {
 		t.Errorf("%v, %v", read, err)
 	}
-	if _, _, err := Fill(ctx, s, "keys", "join", addresses, 2, nil, ""); err == nil {
+	if _, _, err := Fill(ctx, s, "keys", "join", two, 2, nil); err == nil {
 		t.Error("a third one of two")
 	}
-	if _, _, err := Fill(ctx, s, "keys", "other", addresses, 0, nil, ""); !apierrors.IsNotFound(err) {
+	if _, _, err := Fill(ctx, s, "keys", "other", two, 0, nil); !apierrors.IsNotFound(err) {
 		t.Errorf("no Secret: %v", err)
 	}
 }
@@ -104,14 +105,14 @@ func TestKeysStay(t *testing.T) {
 	ctx := t.Context()
 	own := []byte(identity)
 	s := newStore("keys", "join")
-	if key, _, err := Fill(ctx, s, "keys", "join", addresses[:1], 0, own, ""); err != nil || string(key) != string(own) {
+	if key, _, err := Fill(ctx, s, "keys", "join", Values{Addresses: addresses[:1]}, 0, own); err != nil || string(key) != string(own) {
 		t.Errorf("the key on the disk is not used: %v", err)
 	}
 	other, err := makeKey()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if key, info, err := Fill(ctx, s, "keys", "join", addresses[:1], 0, other, "mine"); err != nil || string(key) != string(own) || info.Token != "mine" {
+	if key, info, err := Fill(ctx, s, "keys", "join", Values{Addresses: addresses[:1], Token: "mine"}, 0, other); err != nil || string(key) != string(own) || info.Token != "mine" {
 		t.Errorf("the key of the Secret is not used: %v, %v", info, err)
 	}
 }
@@ -134,14 +135,41 @@ func TestID(t *testing.T) {
 	}
 }
 
-// TestReadWaits: a machine that is sooner than the supernodes says what it waits for.
+// TestReadWaits: a machine that is sooner than the supernodes says what it waits for. An
+// upgrade is such a case, too: then the Secret has as many addresses, and a token, and none
+// of them is right. The values that count again after a rollback are waited for likewise.
 func TestReadWaits(t *testing.T) {
-	ctx, cancel := context.WithCancel(t.Context())
-	s := newStore("join")
-	var why error
-	_, err := Read(ctx, s, "join", 1, func(err error) { why = err; cancel() })
-	if err == nil || why == nil || !strings.Contains(err.Error(), "0 supernodes of 1") {
-		t.Errorf("%v, %v", err, why)
+	s := newStore("keys", "join")
+	var want Info
+	read := func(revision string) (Info, error) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		return Read(ctx, s, "join", revision, func(error) { cancel() })
+	}
+	fill := func(v Values) {
+		t.Helper()
+		var err error
+		if _, want, err = Fill(t.Context(), s, "keys", "join", v, 0, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := read("a"); err == nil || !strings.Contains(err.Error(), "no token and no addresses yet") {
+		t.Errorf("empty: %v", err)
+	}
+	values := map[string]Values{
+		"a": {Revision: "a", Addresses: addresses[:1], Token: "old"},
+		"b": {Revision: "b", Addresses: addresses[1:], Token: "new"},
+	}
+	for _, revision := range []string{"a", "b", "a"} {
+		if want.Token != "" {
+			if info, err := read(revision); err == nil || !strings.Contains(err.Error(), "of other values") {
+				t.Errorf("%s is not there, and %v is read, %v", revision, info, err)
+			}
+		}
+		fill(values[revision])
+		if info, err := read(revision); err != nil || info.Token != values[revision].Token || !slices.Equal(info.Supernodes, want.Supernodes) {
+			t.Errorf("%s: %v, %v", revision, info, err)
+		}
 	}
 }
 

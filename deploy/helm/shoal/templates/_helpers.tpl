@@ -33,6 +33,12 @@ chart's, their addresses. */}}
 {{ .Release.Name }}-join
 {{- end }}
 
+{{- /* Another word if what supernodes write to that Secret is other. They write this word,
+too, and the installers wait for it. */}}
+{{- define "shoal.revision" -}}
+{{ list (int .Values.supernode.replicas) .Values.supernode.addresses .Values.token.existingSecret | toJson | sha256sum | trunc 16 }}
+{{- end }}
+
 {{- define "shoal.check" -}}
 {{- if and .Values.supernode.enabled .Values.supernodes }}
 {{- fail "supernodes names supernodes that run elsewhere: set supernode.enabled to false, too" }}
