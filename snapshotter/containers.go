@@ -22,8 +22,7 @@ func containerOf(key, id string, info snapshots.Info, links []link) (ct images.C
 			break
 		}
 	}
-	_, unpack := info.Labels[labelRef]
-	return ct, !unpack && len(ct.Diffs) > 0
+	return ct, !unpacks(info) && len(ct.Diffs) > 0
 }
 
 func (s *Snapshotter) containerStarts(key, id string, info snapshots.Info, links []link) {

@@ -24,7 +24,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	}
 	ctx, cancel := s.limit(ctx)
 	defer cancel()
-	_, unpack := info.Labels[labelRef]
+	unpack := unpacks(info)
 	if unpack {
 		if err := s.prepareLazy(ctx, key, parent, info); err != nil {
 			return nil, err

@@ -20,12 +20,17 @@ var (
 	_ images.Data = (*fakeData)(nil)
 )
 
-// TestVolumes: the data path of a node keeps the contract of Data.
-func TestVolumes(t *testing.T) {
-	needRoot(t)
+func needFUSE(t *testing.T) {
+	t.Helper()
 	if _, err := os.Stat("/dev/fuse"); err != nil {
 		t.Skip("needs FUSE: ", err)
 	}
+}
+
+// TestVolumes: the data path of a node keeps the contract of Data.
+func TestVolumes(t *testing.T) {
+	needRoot(t)
+	needFUSE(t)
 	snapshottertest.TestData(t, func(t *testing.T, layers ...*blockdevtest.Layer) (images.Data, [][]byte) {
 		src := &blockdevtest.Memory{}
 		root := filepath.Join(t.TempDir(), "volumes")

@@ -32,7 +32,8 @@
 //	shoal.db      the catalogue of images
 //	s/<id>/fs     an ordinary snapshot's directory, or a lazy one's fix-ups
 //	s/<id>/work   overlayfs work directory of an active snapshot
-//	s/<id>/i/<n>  id-mapped clones of lower directories, where asked for
+//	s/<id>/i/<n>  clones of lower directories: id-mapped, where asked for; of block
+//	              images, as long as containerd unpacks a layer on top of them
 //	l/<name>      short symbolic links, for chains too long for one page of options
 //	scratch/      directories being made; emptied at start
 //

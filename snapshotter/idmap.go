@@ -4,15 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 
-	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -89,102 +85,4 @@ func rootOf(uidmap, gidmap string) (uid, gid int, err error) {
 		return -1, -1, fmt.Errorf("id mapping %q, %q: %w: %w", uidmap, gidmap, err, errdefs.ErrInvalidArgument)
 	}
 	return uid, gid, nil
-}
-
-// idmaps makes id-mapped clones of lower directories.
-type idmaps struct {
-	dirs
-	mu   sync.Mutex
-	busy map[string]struct{} // snapshot ids whose clones are being made
-	done *sync.Cond          // on mu
-}
-
-func newIDMaps(d dirs) *idmaps {
-	m := &idmaps{dirs: d, busy: make(map[string]struct{})}
-	m.done = sync.NewCond(&m.mu)
-	return m
-}
-
-// clone returns id-mapped, read-only clones of lower directories. They belong to
-// the snapshot with this id and stay mounted until its directory is removed.
-func (m *idmaps) clone(id, uidmap, gidmap string, lowers []string) (_ []string, err error) {
-	m.mu.Lock()
-	for {
-		if _, busy := m.busy[id]; !busy {
-			break
-		}
-		m.done.Wait()
-	}
-	m.busy[id] = struct{}{}
-	m.mu.Unlock()
-	defer func() {
-		m.mu.Lock()
-		delete(m.busy, id)
-		m.done.Broadcast()
-		m.mu.Unlock()
-	}()
-
-	dir := m.clones(id)
-	clones := make([]string, len(lowers))
-	complete := true
-	for i, lower := range lowers {
-		clones[i] = filepath.Join(dir, strconv.Itoa(i))
-		complete = complete && cloned(lower, clones[i])
-	}
-	if complete {
-		return clones, nil
-	}
-	if err := unmountClones(dir); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, unmountClones(dir))
-		}
-	}()
-	userns, err := mount.GetUsernsFD(uidmap, gidmap)
-	if err != nil {
-		return nil, fmt.Errorf("user namespace for id mapping: %w: %w", err, errdefs.ErrFailedPrecondition)
-	}
-	defer userns.Close()
-	for i, lower := range lowers {
-		if err := os.MkdirAll(clones[i], 0o700); err != nil {
-			return nil, err
-		}
-		err := mount.IDMapMountWithAttrs(lower, clones[i], int(userns.Fd()), unix.MOUNT_ATTR_RDONLY, 0)
-		if err != nil {
-			return nil, fmt.Errorf("id-mapped clone of %s (needs Linux 5.19 for block images): %w: %w",
-				lower, err, errdefs.ErrFailedPrecondition)
-		}
-	}
-	return clones, nil
-}
-
-// cloned reports whether clone is a mount of the file system that lower is on now:
-// the data path may have mounted the diff again since.
-func cloned(lower, clone string) bool {
-	var a, b unix.Stat_t
-	if unix.Stat(lower, &a) != nil || unix.Stat(clone, &b) != nil || a.Dev != b.Dev || a.Ino != b.Ino {
-		return false
-	}
-	mounted, err := mountinfo.Mounted(clone)
-	return err == nil && mounted
-}
-
-// unmountClones unmounts whatever is mounted on the entries of dir.
-func unmountClones(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	} else if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		p := filepath.Join(dir, e.Name())
-		// Detached: an overlay that uses the clone has its own hold on it.
-		if err := unix.Unmount(p, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {
-			return &os.PathError{Op: "unmount", Path: p, Err: err}
-		}
-	}
-	return nil
 }

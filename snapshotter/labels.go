@@ -82,6 +82,12 @@ func guard(info, old snapshots.Info, fieldpaths []string) (snapshots.Info, []str
 	return info, kept
 }
 
+// unpacks reports whether a snapshot that is not committed is for the unpacking of a layer.
+func unpacks(info snapshots.Info) bool {
+	_, ok := info.Labels[labelRef]
+	return ok
+}
+
 // parseWant reads the labels that pkg/snapshotters of containerd sets.
 func parseWant(labels map[string]string) (images.Want, error) {
 	ref := labels[snapshotters.TargetRefLabel]

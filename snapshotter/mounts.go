@@ -31,7 +31,12 @@ func (s *Snapshotter) mounts(sn storage.Snapshot, info snapshots.Info, links []l
 		}
 		if done {
 			s.explainRemapped(info.Name)
-		} else if lowers, err = s.idmaps.clone(sn.ID, uidmap, gidmap, lowers); err != nil {
+		} else if lowers, err = s.clones.idmap(sn.ID, uidmap, gidmap, lowers); err != nil {
+			return nil, err
+		}
+	} else if unpacks(info) {
+		var err error
+		if lowers, err = s.clones.pin(sn.ID, lowers); err != nil {
 			return nil, err
 		}
 	}

@@ -29,7 +29,7 @@ type Snapshotter struct {
 	images *images.Catalogue
 	meta   *metaStore
 	dirs
-	idmaps  *idmaps
+	clones  *clones
 	options []string // overlayfs' for every mount
 
 	tasks    *tasks.Group
@@ -57,7 +57,7 @@ func New(cfg Config) (*Snapshotter, error) {
 		cfg: cfg, log: cfg.Log, images: cfg.Images, dirs: dirs{cfg.Root, cfg.Log}, tasks: tasks.New(), cleaning: make(chan struct{}, 1),
 		unknown: unknown{log: cfg.Log},
 	}
-	s.idmaps = newIDMaps(s.dirs)
+	s.clones = newClones(s.dirs)
 	for _, dir := range []string{"", "s", "scratch", "l"} {
 		if err := os.MkdirAll(filepath.Join(cfg.Root, dir), 0o700); err != nil {
 			return nil, err
@@ -252,6 +252,11 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		err, usage = nil, fs.Usage{}
 	}
 	if err != nil {
+		return err
+	}
+	// Nothing looks at them any more. Before the transaction, so that a crash leaves none in a
+	// committed snapshot.
+	if err := s.clones.drop(id); err != nil {
 		return err
 	}
 	return s.meta.WithTransaction(ctx, true, func(ctx context.Context) error {

@@ -36,6 +36,10 @@ type Config struct {
 	// ScrubInterval is how often everything that is here is read and checked, slowly.
 	// Default a week; negative: never.
 	ScrubInterval time.Duration
+	// RetireAfter is how long a mount stays that another one has replaced (package
+	// comment). Default 2 minutes: longer than containerd takes from the moment when it
+	// learns of a mount to the container's start.
+	RetireAfter time.Duration
 	// Keep holds the FUSE descriptor when this process has ended, for the next
 	// one; nil: there is none, and lazy mounts die with the process.
 	Keep Keeper
@@ -173,8 +177,9 @@ func (m *Manager) Has(id blockdev.Digest) bool {
 
 // Mount mounts a diff, if it is not mounted yet, and returns where: from the
 // local file if the diff is complete, else through FUSE. One that is mounted in the
-// other way is mounted again, elsewhere (package comment): callers that mount something
-// over dir do it within a minute, or ask again. The error wraps
+// other way is mounted again, elsewhere (package comment): callers that look into dir, or
+// mount something over it, do so within a minute, or ask again, or have a bind mount of it,
+// which stays. The error wraps
 // blockdev.ErrNotFound if there is no such diff, blockdev.ErrUnsupported if this
 // kernel cannot mount it, and blockdev.ErrQuarantined if it is not what its index
 // said: then it may be mounted, for containers that read it already.

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/mount"
@@ -17,9 +18,10 @@ import (
 // its own name, and with a marker for as long as it is, or may be, lazy. Its lock may be
 // taken while the Manager's is held, never the other way round.
 type mounter struct {
-	root string
-	log  *slog.Logger
-	loop bool
+	root   string
+	log    *slog.Logger
+	loop   bool
+	retire time.Duration // Config.RetireAfter
 	// unsupported is why this kernel cannot show block images as they are; nil: it can.
 	// It is set by probe, before anything is mounted.
 	unsupported error
@@ -29,7 +31,7 @@ type mounter struct {
 }
 
 func newMounter(cfg Config, root string) *mounter {
-	return &mounter{root: root, log: cfg.Log, loop: cfg.Loop, names: make(map[string]blockdev.Digest)}
+	return &mounter{root: root, log: cfg.Log, loop: cfg.Loop, retire: cfg.RetireAfter, names: make(map[string]blockdev.Digest)}
 }
 
 // probe finds out whether this kernel shows block images as they are.

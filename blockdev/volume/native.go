@@ -16,9 +16,8 @@ import (
 // wait for it.
 const matchInterval = time.Minute
 
-// retireAfter is how long a mount stays that another one has replaced: longer than
-// containerd takes from the moment when it learns of a mount to the container's start.
-const retireAfter = 2 * time.Minute
+// defaultRetire is Config.RetireAfter's default.
+const defaultRetire = 2 * time.Minute
 
 // matches reports whether a volume that is mounted is so in the way it should be:
 // lazily as long as bytes are missing, or damaged, and else natively; and with the
@@ -44,7 +43,7 @@ func (m *mounter) match(ctx context.Context, v *volume) {
 // matchNow is match for the caller that has the volume's turn. An error leaves the mount as it
 // was, which can be read, too.
 //
-// The new mount has a mount point of its own, and the old one stays for retireAfter.
+// The new mount has a mount point of its own, and the old one stays for a while.
 // overlayfs looks the lower directories up, and takes a copy of their mounts after that;
 // if one of them is unmounted in between, then mount(2) fails with EINVAL, and so the
 // container that containerd was just starting.
@@ -90,11 +89,11 @@ func (m *mounter) switchLoops(v *volume) error {
 // tidy unmounts what the volume had mounted until a while ago. What uses such a mount
 // has a copy of its own; one that is busy all the same waits for the next time.
 func (m *mounter) tidy(ctx context.Context, v *volume, now time.Time) {
-	if len(v.retirees(now.Add(-retireAfter))) == 0 || v.take(ctx) != nil {
+	if len(v.retirees(now.Add(-m.retire))) == 0 || v.take(ctx) != nil {
 		return
 	}
 	defer v.give()
-	for _, dir := range v.retirees(now.Add(-retireAfter)) {
+	for _, dir := range v.retirees(now.Add(-m.retire)) {
 		switch err := m.takeAway(v, dir, false); {
 		case err == nil:
 			v.dropRetiree(dir)
@@ -120,7 +119,7 @@ func switchLoop(from, to string) error {
 // matcher looks after all mounts: at once, for those that were adopted, and then for
 // those that could not be mounted again.
 func (m *mounter) matcher(ctx context.Context, volumes func() []*volume) {
-	t := time.NewTicker(matchInterval)
+	t := time.NewTicker(min(matchInterval, m.retire))
 	defer t.Stop()
 	for {
 		for _, v := range volumes() {

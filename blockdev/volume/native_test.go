@@ -77,7 +77,7 @@ func (n *node) lazyUsers(l *layer) int {
 // tidyUp has the node unmount what was replaced, as it does after a while.
 func (n *node) tidyUp() {
 	for _, v := range n.volumes() {
-		n.mounts.tidy(ctx, v, time.Now().Add(2*retireAfter))
+		n.mounts.tidy(ctx, v, time.Now().Add(2*defaultRetire))
 	}
 }
 

@@ -38,6 +38,7 @@ func Open(ctx context.Context, cfg Config) (_ *Manager, err error) {
 	defaults.Log(&cfg.Log)
 	defaults.Positive(&cfg.PrefetchDiffs, 2)
 	defaults.Set(&cfg.ScrubInterval, defaultScrub)
+	defaults.Positive(&cfg.RetireAfter, defaultRetire)
 	root, err := makeRoot(cfg.Root)
 	if err != nil {
 		return nil, fmt.Errorf("volumes at %s: %w", cfg.Root, err)
