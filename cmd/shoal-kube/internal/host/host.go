@@ -270,9 +270,14 @@ func (m *Machine) check(ctx context.Context, program, config string) error {
 
 // run runs a program and returns what it says. An error has its standard error.
 func (m *Machine) run(ctx context.Context, name string, args ...string) (string, error) {
+	return m.runWith(ctx, nil, name, args...)
+}
+
+// runWith is run with this environment; nil: that of this process.
+func (m *Machine) runWith(ctx context.Context, env []string, name string, args ...string) (string, error) {
 	var out, errs strings.Builder
 	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Stdout, cmd.Stderr = &out, &errs
+	cmd.Stdout, cmd.Stderr, cmd.Env = &out, &errs, env
 	if err := cmd.Run(); err != nil {
 		return out.String(), fmt.Errorf("%s %s: %w: %s", filepath.Base(name), strings.Join(args, " "), err, strings.TrimSpace(errs.String()))
 	}

@@ -133,10 +133,10 @@ func (k *kept) settings() (settings, error) {
 	return readSettings(string(b))
 }
 
-// environment is that of the node: what systemd reads of the same file.
-func environment(file string) ([]string, error) {
+// environment is that of the node, with its proxies: what systemd reads of the same file.
+func (m *Machine) environment() ([]string, error) {
 	env := []string{path}
-	b, err := os.ReadFile(file)
+	b, err := os.ReadFile(m.etc("env"))
 	if errors.Is(err, os.ErrNotExist) {
 		return env, nil
 	}

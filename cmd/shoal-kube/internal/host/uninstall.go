@@ -114,7 +114,11 @@ func (m *Machine) Uninstall(ctx context.Context, d Desired) error {
 	}
 	shoal := filepath.Join(d.BinDir, "shoal")
 	args := append([]string{"install", "containerd", "--uninstall", "--node-config", m.etc("node.toml")}, d.Containerd...)
-	out, err := m.run(ctx, shoal, append(args, d.restart()...)...)
+	env, err := m.environment()
+	if err != nil {
+		return err
+	}
+	out, err := m.runWith(ctx, env, shoal, append(args, d.restart()...)...) // it fetches layers
 	m.log(out)
 	var status *exec.ExitError
 	used := errors.As(err, &status) && status.ExitCode() == inUse
@@ -183,9 +187,7 @@ func (m *Machine) remove(ctx context.Context, set settings, shoal string, args [
 		return err
 	}
 	if systemd() {
-		unit := "[Unit]\nDescription=removes shoal when no container needs it any more\nAfter=containerd.service " + unitName + "\n\n" +
-			"[Service]\nType=exec\nExecStart=/bin/sh " + m.script() + "\n\n[Install]\nWantedBy=multi-user.target\n"
-		if err := writeFile(removePath, []byte(unit), 0o644); err != nil {
+		if err := writeFile(removePath, []byte(m.removeUnitText()), 0o644); err != nil {
 			return err
 		}
 		_, reload := m.run(ctx, "systemctl", "daemon-reload")
@@ -196,6 +198,12 @@ func (m *Machine) remove(ctx context.Context, set settings, shoal string, args [
 		return err
 	}
 	return m.background("/bin/sh", m.script())
+}
+
+// removeUnitText is the unit that runs the script.
+func (m *Machine) removeUnitText() string {
+	return "[Unit]\nDescription=removes shoal when no container needs it any more\nAfter=containerd.service " + unitName + "\n\n" +
+		"[Service]\nType=exec\nEnvironmentFile=-" + m.etc("env") + "\nExecStart=/bin/sh " + m.script() + "\n\n[Install]\nWantedBy=multi-user.target\n"
 }
 
 // endScript ends a script that waits for containers, on a machine without systemd: it would
@@ -259,7 +267,7 @@ func (m *Machine) background(name string, args ...string) error {
 		return err
 	}
 	defer log.Close()
-	env, err := environment(m.etc("env"))
+	env, err := m.environment()
 	if err != nil {
 		return err
 	}

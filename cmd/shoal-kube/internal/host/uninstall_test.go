@@ -19,6 +19,26 @@ func TestScript(t *testing.T) {
 	}
 }
 
+// TestUninstallEnvironment: what fetches layers from registries has the environment of the
+// node, with its proxies, on the machine and in the unit of the removal.
+func TestUninstallEnvironment(t *testing.T) {
+	m := newMachine(t)
+	d := Desired{BinDir: t.TempDir()}
+	shoal, got := filepath.Join(d.BinDir, "shoal"), filepath.Join(t.TempDir(), "got")
+	put(t, m.etc("node.toml"), "version = 1\n")
+	put(t, shoal, "#!/bin/sh\necho \"$HTTPS_PROXY\" >"+got+"\nexit 1\n")
+	if err := os.Chmod(shoal, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	put(t, m.etc("env"), "# of the datacenter\nHTTPS_PROXY=\"http://proxy:3128\"\n")
+	if err := m.Uninstall(t.Context(), d); err == nil || read(t, got) != "http://proxy:3128\n" {
+		t.Errorf("HTTPS_PROXY is %q; %v", read(t, got), err)
+	}
+	if unit := m.removeUnitText(); !strings.Contains(unit, "\nEnvironmentFile=-"+m.etc("env")+"\n") {
+		t.Errorf("the unit has another environment:\n%s", unit)
+	}
+}
+
 // inMounts runs the script on a machine with these mounts below the node's directory: one
 // that FUSE has, whose daemon is gone and whose connection this test holds, as systemd does;
 // and one that another process uses, if there is a file "used".
