@@ -24,6 +24,7 @@ import (
 	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/lru"
 	"github.com/shoalfs/shoal/internal/pattern"
+	"github.com/shoalfs/shoal/internal/quiet"
 )
 
 // Config configures a Client. The zero value works, without a cache.
@@ -67,6 +68,7 @@ type Client struct {
 	quiet   *logrus.Entry
 	asking  *flight.Group[string, *question]
 	allowed atomic.Pointer[pattern.Repositories]
+	said    quiet.Quiet // what the log has said of registries that are down
 
 	mu       sync.Mutex
 	hosts    *lru.Map[string, *hostSet] // by Reference.Host

@@ -153,7 +153,9 @@ func (q *query) tag(ctx context.Context) (d blockdev.Digest, kept bool, _ error)
 	d, err := q.askTag(ctx)
 	if ok && errors.Is(err, blockdev.ErrUnavailable) {
 		q.c.setDown(q.ref.Host)
-		q.c.log.Warn("registry unavailable; using the manifest that the tag named last", "image", q.name, "manifest", old, "since", at, "error", err)
+		if others, say := q.c.said.Say("down", q.ref.Host, time.Now()); say {
+			q.c.log.Warn("registry unavailable; using the manifest that the tag named last", "image", q.name, "manifest", old, "since", at, "error", err, "others", others)
+		}
 		return old, true, nil
 	}
 	return d, false, err
