@@ -16,6 +16,7 @@ import (
 	"github.com/shoalfs/shoal/internal/flight"
 	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/lru"
+	"github.com/shoalfs/shoal/internal/quiet"
 	"github.com/shoalfs/shoal/internal/registry"
 )
 
@@ -36,9 +37,13 @@ const (
 	// It only saves requests: a node with a credential asks with it anyway.
 	negativeTTL = time.Minute
 	// graceWait is how long a registry may take to answer if there is the grace
-	// to fall back on; downTTL is how long it is not asked again after that.
+	// to fall back on; downWait is the same for one that has just left another
+	// question without an answer. What comes later counts from then on.
 	graceWait = 3 * time.Second
-	downTTL   = 10 * time.Second
+	downWait  = 500 * time.Millisecond
+	// downTTL is how long a registry is not asked about a repository again for which it has
+	// just had no good answer, and how long downWait counts for its other repositories.
+	downTTL = 10 * time.Second
 	// maxAnswers bounds the answers kept in memory.
 	maxAnswers = 1 << 16
 )
@@ -49,12 +54,13 @@ type Access struct {
 	db         *bbolt.DB
 	asking     *flight.Group[string, *question] // checks, which outlive the request that began them
 	stop, done chan struct{}                    // of flush
+	quiet      quiet.Quiet
 
 	mu      sync.Mutex
 	failed  error                      // of the last write
 	yes     *lru.Map[grant, time.Time] // until when
 	no      *lru.Map[string, time.Time]
-	down    *lru.Map[string, time.Time]   // registry host, or repository -> not asked before
+	down    *lru.Map[string, time.Time]   // repository -> not asked before; registry host -> not waited for
 	limited *lru.Map[string, time.Time]   // public repository -> not asked before
 	seen    *lru.Map[graceKey, time.Time] // last access, on disk or in pending; the oldest makes room
 	pending map[graceKey]int64            // Unix seconds to write; 0: delete
@@ -63,8 +69,12 @@ type Access struct {
 	stretched *lru.Map[string, string] // what lasts of a credential, hashed slowly, by its fast hash
 }
 
-// errClosed is the end of questions that run when Close is called.
-var errClosed = fmt.Errorf("no registry is asked any more: %w", blockdev.ErrUnavailable)
+var (
+	// errClosed is the end of questions that run when Close is called.
+	errClosed = fmt.Errorf("no registry is asked any more: %w", blockdev.ErrUnavailable)
+	// errLate is for a peer that has the grace to fall back on. The question goes on.
+	errLate = fmt.Errorf("the registry has not answered yet: %w", blockdev.ErrUnavailable)
+)
 
 // question is one that a registry is being asked; access.mu guards it.
 type question struct {
@@ -178,7 +188,11 @@ func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference,
 	own := withCred && still(a.yes, g, now)
 	notPublic := still(a.no, repo, now)
 	before := withCred && a.before(mine, now)
-	isDown := still(a.down, ref.Host, now) || still(a.down, repo, now)
+	isDown := still(a.down, repo, now)
+	wait := graceWait
+	if still(a.down, ref.Host, now) {
+		wait = downWait
+	}
 	a.mu.Unlock()
 	switch {
 	case own:
@@ -187,10 +201,15 @@ func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference,
 	case isDown && (before || everybody):
 		return Verdict{Public: everybody, Stale: true}, nil
 	}
+	if before || everybody {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, wait, errLate)
+		defer cancel()
+	}
 
 	err := fmt.Errorf("%s: the registry wants a credential, and the request has none: %w", req.Ref, blockdev.ErrUnauthorized)
 	if !notPublic {
-		if err = a.ask(ctx, grant{repo, ""}, ref, req, before || everybody, nil); err == nil {
+		if err = a.ask(ctx, grant{repo, ""}, ref, req, nil); err == nil {
 			return Verdict{Public: true}, nil
 		}
 	}
@@ -198,8 +217,11 @@ func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference,
 	// says nothing about a credential either.
 	limited := registry.Limited(err)
 	everybody = everybody && (limited || registry.Outage(err))
-	if withCred && (errors.Is(err, blockdev.ErrUnauthorized) || errors.Is(err, blockdev.ErrNotFound) || limited) {
-		if err = a.ask(ctx, g, ref, req, before || everybody, &mine); err == nil {
+	// If the answer is late, then the credential is asked about as well, so that a no to it
+	// counts once it is here.
+	late := errors.Is(err, errLate) && before && !everybody
+	if withCred && (errors.Is(err, blockdev.ErrUnauthorized) || errors.Is(err, blockdev.ErrNotFound) || limited || late) {
+		if err = a.ask(ctx, g, ref, req, &mine); err == nil {
 			a.note(mine, a.cfg.Now())
 			return Verdict{}, nil
 		}
@@ -210,8 +232,10 @@ func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference,
 	}
 	switch out := registry.Outage(err); {
 	case out && (before || everybody):
-		a.cfg.Log.Warn("the registry is down; access that it granted before counts", "image", req.Ref, "peer", peer, "error", err)
 		a.setDown(ref, err)
+		if others, say := a.quiet.Say("down", ref.Host, now); say {
+			a.cfg.Log.Warn("the registry is down; access that it granted before counts", "image", req.Ref, "peer", peer, "error", err, "others", others)
+		}
 		return Verdict{Public: everybody, Stale: true}, nil
 	case limited && everybody:
 		a.leaveAlone(repo, err)
@@ -232,23 +256,22 @@ func (a *Access) leaveAlone(repo string, err error) {
 	a.limited.Add(repo, a.cfg.Now().Add(min(wait, a.cfg.TTL)))
 }
 
-// setDown keeps others from waiting for a registry that does not answer, or for a
-// repository of it for which it has no good answer.
+// setDown keeps others from waiting for what a registry has just not answered. Other
+// repositories of a registry that gave no answer at all are asked about nevertheless: what
+// is wrong with one of them extends no access to another one.
 func (a *Access) setDown(ref registry.Reference, err error) {
-	what := ref.Host
-	var e *registry.Error
-	if errors.As(err, &e) && e.Status != 0 {
-		what = ref.Name()
-	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.down.Add(what, a.cfg.Now().Add(downTTL))
+	until := a.cfg.Now().Add(downTTL)
+	a.down.Add(ref.Name(), until)
+	if e := (*registry.Error)(nil); !errors.As(err, &e) || e.Status == 0 {
+		a.down.Add(ref.Host, until)
+	}
 }
 
 // ask asks the registry, once for all callers that want to know the same at the same time.
-// With hurry nobody waits longer than graceWait; if the answer is no, mine is
-// forgotten then.
-func (a *Access) ask(ctx context.Context, g grant, ref registry.Reference, req image.Request, hurry bool, mine *graceKey) error {
+// The question goes on when ctx ends; if the answer is no, mine is forgotten then.
+func (a *Access) ask(ctx context.Context, g grant, ref registry.Reference, req image.Request, mine *graceKey) error {
 	cred := req.Credential
 	if g.cred == "" {
 		cred = image.Credential{}
@@ -271,23 +294,19 @@ func (a *Access) ask(ctx context.Context, g grant, ref registry.Reference, req i
 		return fmt.Errorf("%s: %w", req.Ref, err)
 	}
 	defer f.Leave()
-	var late <-chan time.Time
-	if hurry {
-		t := time.NewTimer(graceWait)
-		defer t.Stop()
-		late = t.C
-	}
 	select {
 	case <-f.Done():
 		if errors.Is(f.Err(), errClosed) {
 			return fmt.Errorf("%s: %w", req.Ref, errClosed)
 		}
 		return f.Err()
-	case <-late:
-		a.tooLate(f.State, mine)
-		return fmt.Errorf("%s: registry %s has not answered for %s: %w", req.Ref, ref.Host, graceWait, blockdev.ErrUnavailable)
 	case <-ctx.Done():
-		return fmt.Errorf("%s: asking the registry for access: %w", req.Ref, ctx.Err())
+		a.tooLate(f.State, mine)
+		why := ctx.Err()
+		if errors.Is(context.Cause(ctx), errLate) {
+			why = errLate
+		}
+		return fmt.Errorf("%s: asking registry %s for access: %w", req.Ref, ref.Host, why)
 	}
 }
 

@@ -1,6 +1,7 @@
 package access
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -28,12 +29,16 @@ type fakeChecker struct {
 	let   func(ref string, c image.Credential) error
 	asked []string
 	block chan struct{}
+	only  string // the references that block have it in them
 }
 
 func (f *fakeChecker) Check(ctx context.Context, ref string, _ blockdev.Digest, c image.Credential) error {
 	f.mu.Lock()
 	f.asked = append(f.asked, c.Username+"@"+ref)
 	let, block := f.let, f.block
+	if !strings.Contains(ref, f.only) {
+		block = nil
+	}
 	f.mu.Unlock()
 	if block != nil {
 		select {
@@ -49,6 +54,21 @@ func (f *fakeChecker) set(let func(string, image.Credential) error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.let, f.asked = let, nil
+}
+
+// hang makes questions about references that contain only wait, until the function that it
+// returns is called.
+func (f *fakeChecker) hang(only string) (answer func()) {
+	block := make(chan struct{})
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.block, f.only = block, only
+	return func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.block, f.only = nil, ""
+		close(block)
+	}
 }
 
 func (f *fakeChecker) count() int {
@@ -81,6 +101,7 @@ type env struct {
 	mu  sync.Mutex
 	t   time.Time
 	dir string
+	log *slog.Logger // nil: none
 }
 
 func (e *env) pass(d time.Duration) {
@@ -97,7 +118,10 @@ func (e *env) clock() time.Time {
 
 func (e *env) open(t *testing.T) {
 	t.Helper()
-	a, err := Open(Config{Dir: e.dir, Registry: e.reg, TTL: 5 * time.Minute, Grace: 24 * time.Hour, Log: slog.New(slog.DiscardHandler), Now: e.clock})
+	if e.log == nil {
+		e.log = slog.New(slog.DiscardHandler)
+	}
+	a, err := Open(Config{Dir: e.dir, Registry: e.reg, TTL: 5 * time.Minute, Grace: 24 * time.Hour, Log: e.log, Now: e.clock})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -294,23 +318,91 @@ func TestLateNo(t *testing.T) {
 	e.want(t, "up", "p", "a:1", alice, Verdict{}, nil, 2)
 	e.pass(10 * time.Minute)
 	e.reg.set(says(errNo))
-	block := make(chan struct{})
-	e.reg.mu.Lock()
-	e.reg.block = block
-	e.reg.mu.Unlock()
-	// The anonymous question hangs, then the next one does.
-	e.want(t, "slow", "p", "a:1", alice, Verdict{Stale: true}, nil, 1)
+	answer := e.reg.hang("")
+	// The anonymous question hangs, and so does the one with the credential, which is asked
+	// although the peer waits for neither.
+	if v, err := e.may(t, "p", "a:1", alice); err != nil || !v.Stale {
+		t.Errorf("slow: %+v, %v", v, err)
+	}
+	for e.reg.count() < 2 {
+		runtime.Gosched()
+	}
+	e.want(t, "still slow, not asked again at once", "p", "a:1", alice, Verdict{Stale: true}, nil, 0)
+	answer()
+	e.settle()
+	e.want(t, "refused by now", "p", "a:1", alice, Verdict{}, blockdev.ErrUnauthorized, 1)
+}
+
+// TestOneRepositoryHangs: that a registry gives no answer for one repository extends no
+// access to another one.
+func TestOneRepositoryHangs(t *testing.T) {
+	e := newEnv(t, onlyAlice)
+	e.want(t, "up", "attacker", "a:1", alice, Verdict{}, nil, 2)
+	e.want(t, "up", "p", "b:1", alice, Verdict{}, nil, 2)
+	e.want(t, "up", "p", "c:1", alice, Verdict{}, nil, 2)
+	e.pass(10 * time.Minute)
+	e.reg.set(func(ref string, c image.Credential) error {
+		if strings.Contains(ref, "/b:") {
+			return errNo
+		}
+		return onlyAlice(ref, c)
+	})
+	answer := e.reg.hang("/a:")
+	defer answer()
+	if v, err := e.may(t, "attacker", "a:1", alice); err != nil || !v.Stale {
+		t.Fatalf("no answer: %+v, %v", v, err)
+	}
+	// Both are asked about. A yes counts at once, and so does a no: that of a machine that is
+	// too busy for an answer within downWait counts from the next time on.
+	for name, want := range map[string]error{"b:1": blockdev.ErrUnauthorized, "c:1": nil} {
+		if _, err := e.may(t, "p", name, alice); err != nil && !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", name, err, want)
+		}
+		for e.asking.Len() > 2 { // those about a
+			runtime.Gosched()
+		}
+		if v, err := e.may(t, "p", name, alice); !errors.Is(err, want) || v.Stale {
+			t.Errorf("%s, again: %+v, %v; want %v", name, v, err, want)
+		}
+	}
+}
+
+// TestOutageIsOneLine: many that ask while a registry is down are one line in the log.
+func TestOutageIsOneLine(t *testing.T) {
+	e := newEnv(t, onlyAlice)
+	var logs bytes.Buffer
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+	e.log = slog.New(slog.NewTextHandler(&logs, nil))
+	e.open(t)
+	const peers, repos = 50, 20
+	ask := func() {
+		var wg sync.WaitGroup
+		for i := range peers * repos {
+			wg.Go(func() {
+				if _, err := e.may(t, fmt.Sprint(i%peers), fmt.Sprintf("a%d:1", i/peers), alice); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+	}
+	ask()
+	e.pass(10 * time.Minute)
+	e.reg.set(says(errDown))
+	for range 5 {
+		ask()
+		e.pass(11 * time.Second) // longer than downTTL
+	}
+	if n := strings.Count(logs.String(), "the registry is down"); n != 1 {
+		t.Errorf("%d lines within a minute for %d requests:\n%.2000s", n, 5*peers*repos, logs.String())
+	}
 	e.pass(time.Minute)
-	close(block)
-	e.settle()
-	block = make(chan struct{})
-	e.reg.mu.Lock()
-	e.reg.block = block
-	e.reg.mu.Unlock()
-	e.want(t, "still slow", "p", "a:1", alice, Verdict{Stale: true}, nil, 1)
-	close(block)
-	e.settle()
-	e.want(t, "down, by what is known", "p", "a:1", alice, Verdict{}, blockdev.ErrUnauthorized, 1)
+	ask()
+	if n := strings.Count(logs.String(), "the registry is down"); n != 2 || !strings.Contains(logs.String(), "others=") {
+		t.Errorf("%d lines after more than a minute, want 2, with how many were left out:\n%.2000s", n, logs.String())
+	}
 }
 
 // TestLimited: a registry that limits requests is left alone about what anybody

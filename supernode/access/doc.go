@@ -17,6 +17,8 @@
 //     repository that anybody might pull, for everybody; else for the peer that had access,
 //     if it shows the credential that the registry let in then.
 //   - A no takes back what a peer would have kept, also if the peer did not wait for it.
+//   - What is wrong with one repository extends no access to another one: each is asked about.
+//     That a registry gave no answer for one makes waits for its others shorter.
 //   - On disk it is kept which peer had access to which repository with which credential,
 //     hashed and salted. Of a credential nothing else leaves the memory.
 //   - A question is asked once for all callers that want to know the same at the same time.
