@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -129,12 +130,25 @@ func (m *Manager) Verify(ctx context.Context, repair bool, progress func(id bloc
 	return sum, mounts, ctx.Err()
 }
 
-// owns says whether a mount is that of a volume. One that was just being taken
-// away is not there any more at the second look.
+// owns says whether a mount is that of a volume, or of a diff that cannot be opened yet. One
+// that was just being taken away is not there any more at the second look.
 func (m *Manager) owns(i mount.Info) bool {
-	if m.source(i) != nil {
+	// In this order: a diff that is opened in between has a volume then.
+	if m.leftAt(i.Dir) || m.source(i) != nil {
 		return true
 	}
 	now, err := mount.List(i.Dir)
 	return err != nil || len(now) == 0 || now[len(now)-1].Source != i.Source
+}
+
+// leftAt says whether a diff that cannot be opened yet is mounted at dir.
+func (m *Manager) leftAt(dir string) bool {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	for _, left := range m.left {
+		if left.dir == dir || slices.Contains(left.retired, dir) {
+			return true
+		}
+	}
+	return false
 }

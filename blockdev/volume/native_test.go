@@ -402,6 +402,9 @@ func TestUnopenedKeepsItsMount(t *testing.T) {
 			if complete {
 				n.check(l, dir)
 			}
+			if in := n.checkAll(true); len(in.Findings) != 0 {
+				t.Errorf("a check finds %+v", in.Findings)
+			}
 			if err := errors.Join(os.Remove(index), os.Rename(aside, index)); err != nil {
 				t.Fatal(err)
 			}
