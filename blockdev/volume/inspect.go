@@ -36,10 +36,10 @@ func inspectMounts(root string, repair bool, known func(mount.Info) bool) (found
 	if err != nil {
 		return nil, 0, err
 	}
-	used := make(map[string]bool)
+	used := make(map[string]bool) // directories of diffs
 	for _, i := range list {
 		mounts++
-		used[i.Source] = true
+		used[filepath.Dir(i.Source)] = true
 		if i.Kind == 0 || known(i) {
 			continue
 		}
@@ -56,8 +56,8 @@ func inspectMounts(root string, repair bool, known func(mount.Info) bool) (found
 	return append(found, loops...), mounts, err
 }
 
-// inspectLoops finds loop devices over files below root/diffs that are in no mount.
-// They go by themselves with their mount, unless something went wrong.
+// inspectLoops finds loop devices over files below root/diffs whose directory is not one of
+// mounted. They go by themselves with their mount, unless something went wrong.
 func inspectLoops(root string, repair bool, mounted map[string]bool) (found []blockdev.Finding, err error) {
 	backing, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
@@ -69,7 +69,7 @@ func inspectLoops(root string, repair bool, mounted map[string]bool) (found []bl
 			continue // gone since
 		}
 		file := strings.TrimSuffix(strings.TrimSuffix(string(text), "\n"), " (deleted)")
-		if !strings.HasPrefix(file, filepath.Join(root, "diffs")+"/") || mounted[filepath.Join(filepath.Dir(file), "meta")] {
+		if !strings.HasPrefix(file, filepath.Join(root, "diffs")+"/") || mounted[filepath.Dir(file)] {
 			continue
 		}
 		dev := "/dev/" + filepath.Base(filepath.Dir(filepath.Dir(b)))

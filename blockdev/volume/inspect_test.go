@@ -159,6 +159,28 @@ func TestCheckLoops(t *testing.T) {
 	}
 }
 
+// TestCheckLoopsOfOwnTree: a layer that shows the tree of this node's own builder uses its
+// loop devices as any other does.
+func TestCheckLoopsOfOwnTree(t *testing.T) {
+	n := newNode(t, func(c *Config) { c.Loop = true })
+	l := newLayer(t, 55, 1<<20)
+	l.builtByAnother(t)
+	n.add(l)
+	n.mountDir(l)
+	if err := n.PrefetchWait(t.Context(), l.id, nil); err != nil {
+		t.Fatal(err)
+	}
+	dir := n.mountDir(l)
+	n.tidyUp()
+	if found := n.allMounts(); len(found) != 1 || filepath.Base(found[0].Source) != "meta.own" {
+		t.Fatalf("mounts: %+v", found)
+	}
+	if in := n.checkAll(true); len(in.Findings) != 0 {
+		t.Errorf("loop devices in use: %+v", in.Findings)
+	}
+	n.check(l, dir)
+}
+
 // attachLoop attaches a loop device that stays without a mount.
 func attachLoop(t *testing.T, path string) {
 	t.Helper()

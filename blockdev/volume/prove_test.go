@@ -262,6 +262,20 @@ func TestScrubber(t *testing.T) {
 	}
 }
 
+// builtByAnother gives a layer the index of another version of shoal: its file is "FILE".
+func (l *layer) builtByAnother(t *testing.T) {
+	t.Helper()
+	other, err := blockdevtest.NewLayer(blockdevtest.File{Name: "FILE", Data: l.content}) // the same masked diff
+	if err != nil {
+		t.Fatal(err)
+	}
+	ix := l.Clone()
+	ix.Builder, ix.Meta = builder.BuilderVersion+1, other.Index.Meta
+	if l.encoded, err = index.Encode(ix); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestProofAnotherBuilder: a layer whose index another version of shoal has made, with
 // another tree, is mounted anew for who comes after the proof; who has it mounted keeps it.
 func TestProofAnotherBuilder(t *testing.T) {
@@ -269,15 +283,7 @@ func TestProofAnotherBuilder(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t, nil)
 			l := newLayer(t, 45, 1<<20)
-			other, err := blockdevtest.NewLayer(blockdevtest.File{Name: "FILE", Data: l.content}) // the same masked diff
-			if err != nil {
-				t.Fatal(err)
-			}
-			ix := l.Clone()
-			ix.Builder, ix.Meta = builder.BuilderVersion+1, other.Index.Meta
-			if l.encoded, err = index.Encode(ix); err != nil {
-				t.Fatal(err)
-			}
+			l.builtByAnother(t)
 			n.add(l)
 			if native {
 				for _, p := range l.index.Headers { // so that it is not proven before it is mounted
