@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"go.yaml.in/yaml/v3"
 	"helm.sh/helm/v4/pkg/chart/common"
@@ -24,6 +25,7 @@ import (
 	"helm.sh/helm/v4/pkg/chart/v2/loader"
 	"helm.sh/helm/v4/pkg/engine"
 	appsv1 "k8s.io/api/apps/v1"
+	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -384,6 +386,44 @@ func TestBadValues(t *testing.T) {
 			t.Errorf("%v: %v", c.values, err)
 		}
 	}
+}
+
+// TestUninstallTimeout: Helm waits longer than the Job that it starts, with the command of
+// the page.
+func TestUninstallTimeout(t *testing.T) {
+	page, err := os.ReadFile(docs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	commands := regexp.MustCompile(`(?m)^    helm uninstall .*`).FindAllString(string(page), -1)
+	if len(commands) == 0 {
+		t.Fatal("the page has no helm uninstall")
+	}
+	objects, err := render(t, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := find[*batchv1.Job](t, objects, "shoal-uninstall").Spec.Template.Spec.Containers[0].Args
+	job := duration(t, regexp.MustCompile(`--timeout=(\S+)`), strings.Join(args, " "))
+	for _, command := range commands {
+		if helm := duration(t, regexp.MustCompile(`--timeout (\S+)`), command); helm <= job {
+			t.Errorf("Helm waits for %v with %q, and the Job for %v", helm, command, job)
+		}
+	}
+}
+
+// duration is the one that a flag has in text; 0: the flag is not there.
+func duration(t *testing.T, flag *regexp.Regexp, text string) time.Duration {
+	t.Helper()
+	m := flag.FindStringSubmatch(text)
+	if m == nil {
+		return 0
+	}
+	d, err := time.ParseDuration(m[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
 }
 
 // TestAlerts: rules ask only for metrics that docs/metrics.md has, which is generated from

@@ -1,5 +1,11 @@
 // Package retire takes shoal off the machines of a cluster: on each machine that has a pod
 // of the DaemonSet, another pod takes back what that one has done.
+//
+// # Invariants
+//
+//   - Two pods never work on a machine at the same time: a run ends the pods of the run
+//     before it, and waits on each machine until its pod is gone.
+//   - At its end a run deletes its own pods and no others: the next run may have begun.
 package retire
 
 import (
@@ -13,6 +19,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
@@ -67,17 +74,11 @@ func Run(ctx context.Context, cfg Config) error {
 	all := len(left)
 	r := run{Config: cfg, running: map[string]string{}}
 	inUse, failed := []string(nil), map[string]string{}
+	err = r.endOthers(ctx)
 	for len(left) > 0 && err == nil {
-		for _, node := range slices.Sorted(maps.Keys(left)) {
-			if len(r.running) < cfg.Parallel && r.running[node] == "" {
-				if err = r.start(ctx, node, left[node]); err != nil {
-					break
-				}
-			}
-		}
 		var done map[string]outcome
-		if err == nil {
-			done, err = r.wait(ctx)
+		if done, err = r.next(ctx, left); err != nil {
+			break
 		}
 		for _, node := range slices.Sorted(maps.Keys(done)) {
 			delete(left, node)
@@ -93,7 +94,7 @@ func Run(ctx context.Context, cfg Config) error {
 			}
 		}
 	}
-	err = errors.Join(err, r.clean(context.WithoutCancel(ctx)))
+	err = errors.Join(err, r.remove(context.WithoutCancel(ctx), r.made))
 	fmt.Fprintf(cfg.Out, "%d machines: %d removed, %d have containers that need shoal, %d failed, %d left\n",
 		all, all-len(inUse)-len(failed)-len(left), len(inUse), len(failed), len(left))
 	for _, node := range slices.Sorted(maps.Keys(failed)) {
@@ -109,6 +110,7 @@ type run struct {
 	Config
 
 	running map[string]string // pods by machine
+	made    []string          // all pods of this run
 }
 
 // start starts the pod of a machine.
@@ -122,6 +124,7 @@ func (r *run) start(ctx context.Context, node string, installed *corev1.Pod) err
 		return fmt.Errorf("a pod on %s: %w", node, err)
 	}
 	r.running[node] = p.Name
+	r.made = append(r.made, p.Name)
 	return nil
 }
 
@@ -149,25 +152,35 @@ func opposite(installed *corev1.Pod) (*corev1.Pod, error) {
 // kept are the labels that tell the chart's objects from others.
 var kept = []string{"app.kubernetes.io/name", "app.kubernetes.io/instance"}
 
-// wait waits until pods have ended, and returns their outcomes by machine.
-func (r *run) wait(ctx context.Context) (map[string]outcome, error) {
+// next starts pods on machines that are left until there are enough, waits until pods have
+// ended, and returns their outcomes by machine.
+func (r *run) next(ctx context.Context, left map[string]*corev1.Pod) (map[string]outcome, error) {
 	for {
 		list, err := r.Pods.List(ctx, mine)
 		if err != nil {
 			return nil, err
 		}
-		done := map[string]outcome{}
+		done, others := map[string]outcome{}, map[string]bool{}
 		for _, p := range list.Items {
-			if r.running[p.Spec.NodeName] != p.Name {
-				continue // of a run before
-			}
-			if o := ended(&p); o.done {
-				done[p.Spec.NodeName] = o
-				delete(r.running, p.Spec.NodeName)
+			switch node := p.Spec.NodeName; {
+			case r.running[node] != p.Name:
+				others[node] = true
+			default:
+				if o := ended(&p); o.done {
+					done[node] = o
+					delete(r.running, node)
+				}
 			}
 		}
 		if len(done) > 0 {
 			return done, nil
+		}
+		for _, node := range slices.Sorted(maps.Keys(left)) {
+			if len(r.running) < r.Parallel && r.running[node] == "" && !others[node] {
+				if err := r.start(ctx, node, left[node]); err != nil {
+					return nil, err
+				}
+			}
 		}
 		select {
 		case <-time.After(r.Poll):
@@ -193,18 +206,30 @@ func ended(p *corev1.Pod) outcome {
 	return o
 }
 
-// mine selects the pods that start makes.
+// mine selects the pods that start makes, in this run and in others.
 var mine = metav1.ListOptions{LabelSelector: component + "=" + role}
 
-// clean deletes all pods that start has made, those of a run before, too.
-func (r *run) clean(ctx context.Context) error {
+// endOthers ends the pods of other runs, which cannot go on: Helm starts a Job only after it
+// has deleted the one before.
+func (r *run) endOthers(ctx context.Context) error {
 	list, err := r.Pods.List(ctx, mine)
 	if err != nil {
 		return err
 	}
-	var errs []error
+	var names []string
 	for _, p := range list.Items {
-		errs = append(errs, r.Pods.Delete(ctx, p.Name, metav1.DeleteOptions{}))
+		names = append(names, p.Name)
+	}
+	return r.remove(ctx, names)
+}
+
+// remove deletes pods.
+func (r *run) remove(ctx context.Context, names []string) error {
+	var errs []error
+	for _, name := range names {
+		if err := r.Pods.Delete(ctx, name, metav1.DeleteOptions{}); !apierrors.IsNotFound(err) {
+			errs = append(errs, err)
+		}
 	}
 	return errors.Join(errs...)
 }

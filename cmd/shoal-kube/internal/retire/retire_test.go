@@ -12,6 +12,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes/scheme"
+	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/kubernetes/typed/core/v1/fake"
 	clienttesting "k8s.io/client-go/testing"
 )
@@ -128,4 +129,69 @@ func TestOtherPods(t *testing.T) {
 	if err := Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "pod other has no container install") || len(*made) > 0 {
 		t.Errorf("%v, %d pods", err, len(*made))
 	}
+}
+
+// TestNextRun: while a run ends, the next one may have begun. Each of them deletes its own
+// pods only, and the next one works on a machine when the pod of the run before is gone.
+func TestNextRun(t *testing.T) {
+	cfg, made, _ := cluster(t, map[string]int32{"a": 0, "b": 0})
+	other := func(name, node string) {
+		t.Helper()
+		p := &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "shoal-system", Labels: map[string]string{"app.kubernetes.io/name": "shoal", component: role}},
+			Spec:       corev1.PodSpec{NodeName: node},
+		}
+		if _, err := cfg.Pods.Create(t.Context(), p, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pods := &slowPods{PodInterface: cfg.Pods, slow: "before", lists: 5}
+	pods.gone = func() {
+		for _, p := range *made {
+			if p.Spec.NodeName == "a" {
+				t.Error("two pods are on a machine")
+			}
+		}
+		other("after", "c")
+	}
+	other("before", "a")
+	var out strings.Builder
+	cfg.Pods, cfg.Out = pods, &out
+	if err := Run(t.Context(), cfg); err != nil || !strings.Contains(out.String(), "2 machines: 2 removed") {
+		t.Errorf("%v\n%s", err, &out)
+	}
+	list, err := cfg.Pods.List(t.Context(), mine)
+	if err != nil || len(list.Items) != 1 || list.Items[0].Name != "after" {
+		t.Errorf("left: %v, %v", list.Items, err)
+	}
+}
+
+// slowPods are pods of which one takes some lists until it is gone after its deletion.
+type slowPods struct {
+	typedcorev1.PodInterface
+
+	slow    string
+	deleted bool
+	lists   int
+	gone    func()
+}
+
+func (s *slowPods) Delete(ctx context.Context, name string, o metav1.DeleteOptions) error {
+	if name == s.slow {
+		s.deleted = true
+		return nil
+	}
+	return s.PodInterface.Delete(ctx, name, o)
+}
+
+func (s *slowPods) List(ctx context.Context, o metav1.ListOptions) (*corev1.PodList, error) {
+	if s.deleted {
+		if s.lists--; s.lists == 0 {
+			if err := s.PodInterface.Delete(ctx, s.slow, metav1.DeleteOptions{}); err != nil {
+				return nil, err
+			}
+			s.gone()
+		}
+	}
+	return s.PodInterface.List(ctx, o)
 }
