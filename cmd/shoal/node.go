@@ -50,10 +50,11 @@ start. In /etc/containerd/certs.d/_default/hosts.toml:
 			}
 			program.SetName(cmd.Root().Name())
 			log, level := newLeveledLogger(c.Log)
-			if err := fdstore.Await(cmd.Context()); err != nil {
+			store, err := fdstore.Open(cmd.Context())
+			if err != nil {
 				return err
 			}
-			d, err := node.Open(cmd.Context(), node.Config{Node: c, Load: load, Store: fdstore.Open(), Log: log, Level: level, Version: version})
+			d, err := node.Open(cmd.Context(), node.Config{Node: c, Load: load, Store: store, Log: log, Level: level, Version: version})
 			if err != nil {
 				return err
 			}

@@ -3,8 +3,8 @@
 // systemd (FileDescriptorStoreMax=), or `shoal keep`; or nobody, and then nothing
 // of this does anything.
 //
-// Descriptors come back at the next start as LISTEN_FDS and LISTEN_FDNAMES say.
-// Files that were kept are not closed when this process, or any number of it,
+// Descriptors come back at the next start as LISTEN_FDS and LISTEN_FDNAMES say, or
+// to a standby of `shoal keep` on a socket, when it is its turn (turn.go). Files that were kept are not closed when this process, or any number of it,
 // dies.
 package fdstore
 
@@ -28,44 +28,6 @@ const barrierTimeout = 5 * time.Second
 // ErrNoStore: the program that started this process stores no descriptors.
 var ErrNoStore = errors.New("no descriptor store holds descriptors for this process")
 
-// TurnEnv has the number of a socket that Await uses.
-const TurnEnv = "SHOAL_TURN"
-
-// Await waits for this process's turn, if `shoal keep` has started it while the process
-// that it is to follow still runs: until that one has ended. It is to be called before
-// Open, by a process that uses nothing yet that the other one may have in use. It fails
-// if keep ends or does not want this process any more, and with ctx's error.
-func Await(ctx context.Context) error {
-	number := os.Getenv(TurnEnv)
-	if number == "" {
-		return nil
-	}
-	fd, err := strconv.Atoi(number)
-	if err != nil {
-		return fmt.Errorf("environment variable %s: %w", TurnEnv, err)
-	}
-	if err := errors.Join(os.Unsetenv(TurnEnv), unix.SetNonblock(fd, true)); err != nil {
-		return fmt.Errorf("descriptor %d of %s: %w", fd, TurnEnv, err)
-	}
-	unix.CloseOnExec(fd)
-	turn := os.NewFile(uintptr(fd), "turn")
-	defer turn.Close()
-	stop := context.AfterFunc(ctx, func() { _ = turn.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	one := []byte{1}
-	_, err = turn.Write(one) // this process waits
-	if err == nil {
-		_, err = turn.Read(one)
-	}
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	if err != nil {
-		return fmt.Errorf("shoal keep does not need this process any more: %w", err)
-	}
-	return nil
-}
-
 // Store is the descriptor store of this process.
 type Store struct {
 	socket string // "" if there is nobody
@@ -74,10 +36,22 @@ type Store struct {
 	files map[string]*os.File // what came and has not been taken
 }
 
-// Open takes over what was kept. It is to be called once, before anything else
-// is opened, and takes the variables that say so out of the environment.
-func Open() *Store {
+// Open takes over what was kept, and takes the variables that say so out of the
+// environment. A process that `shoal keep` has started while the one before it still
+// runs waits here until that one has ended; so Open is to be called once, before
+// anything that the other process may use. It fails if keep ends or does not want this
+// process any more, and with ctx's error.
+func Open(ctx context.Context) (*Store, error) {
 	s := &Store{socket: os.Getenv("NOTIFY_SOCKET"), files: make(map[string]*os.File)}
+	if number := os.Getenv(StandbyEnv); number != "" {
+		turn, err := turnSocket(number)
+		if err != nil {
+			return nil, err
+		}
+		defer turn.Close()
+		s.files, err = await(ctx, turn)
+		return s, err
+	}
 	for _, f := range activation.Files(true) {
 		name := f.Name()
 		if _, twice := s.files[name]; twice {
@@ -88,7 +62,7 @@ func Open() *Store {
 			s.files[name] = g
 		}
 	}
-	return s
+	return s, nil
 }
 
 // plain makes a file of a copy of f, which it closes. The new one is blocking, so

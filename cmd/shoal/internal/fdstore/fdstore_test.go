@@ -12,6 +12,15 @@ import (
 
 // The other side is tested with package keep, which is one.
 
+func open(t *testing.T) *Store {
+	t.Helper()
+	s, err := Open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
 func TestNobody(t *testing.T) {
 	for name, env := range map[string][2]string{
 		"no socket":                 {"", ""},
@@ -23,7 +32,7 @@ func TestNobody(t *testing.T) {
 			if env[1] == "" {
 				_ = os.Unsetenv("FDSTORE") // t.Setenv puts it back
 			}
-			s := Open()
+			s := open(t)
 			if s.Kept() {
 				t.Error("somebody keeps descriptors")
 			}
@@ -43,49 +52,129 @@ func TestNobody(t *testing.T) {
 	}
 }
 
-// TestAwait: the end of the other side, or of the context, ends the wait with an error.
-func TestAwait(t *testing.T) {
-	if err := Await(t.Context()); err != nil {
-		t.Errorf("a process that is started when it is its turn: %v", err)
+// standby is Open in a process that keep has started as a standby: it returns keep's end
+// of the socket after Open has said that it waits.
+func standby(t *testing.T, ctx context.Context) (turn *os.File, opened func() (*Store, error)) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET, 0)
+	if err != nil {
+		t.Fatal(err)
 	}
-	for name, end := range map[string]func(other *os.File, cancel func()){
-		"other side": func(other *os.File, _ func()) { other.Close() },
-		"context":    func(_ *os.File, cancel func()) { cancel() },
-	} {
-		t.Run(name, func(t *testing.T) {
-			fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	turn = os.NewFile(uintptr(fds[0]), "turn")
+	t.Cleanup(func() { turn.Close() })
+	t.Setenv(StandbyEnv, strconv.Itoa(fds[1]))
+	var store *Store
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		store, err = Open(ctx)
+		done <- err
+	}()
+	if n, err := turn.Read(make([]byte, 1)); n != 1 || err != nil {
+		t.Fatalf("the standby does not say that it waits: %d bytes, %v", n, err)
+	}
+	return turn, func() (*Store, error) {
+		err := <-done
+		if os.Getenv(StandbyEnv) != "" {
+			t.Error("its children would wait, too")
+		}
+		return store, err
+	}
+}
+
+// TestTurn: a standby gets what is stored when it is its turn, blocking and for itself.
+func TestTurn(t *testing.T) {
+	for _, n := range []int{0, 1, 64} {
+		turn, opened := standby(t, t.Context())
+		var names []string
+		var files []*os.File
+		for i := range n {
+			fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
-			other := os.NewFile(uintptr(fds[0]), "other")
-			defer other.Close()
-			t.Setenv(TurnEnv, strconv.Itoa(fds[1]))
+			f := os.NewFile(uintptr(fds[0]), "x")
+			defer f.Close()
+			_, err = unix.Write(fds[1], []byte{byte(i)})
+			if err := errors.Join(err, unix.Close(fds[1])); err != nil {
+				t.Fatal(err)
+			}
+			names, files = append(names, "name of "+strconv.Itoa(i)), append(files, f)
+		}
+		if err := GoOn(turn, names, files); err != nil {
+			t.Fatal(err)
+		}
+		s, err := opened()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(s.files) != n {
+			t.Errorf("%d of %d files came", len(s.files), n)
+		}
+		for i, name := range names {
+			f := s.Take(name)
+			if f == nil {
+				t.Fatalf("%q did not come", name)
+			}
+			b := []byte{255}
+			if _, err := f.Read(b); err != nil || int(b[0]) != i {
+				t.Errorf("%q is file %d (%v)", name, b[0], err)
+			}
+			if nonblocking, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0); err != nil || nonblocking&unix.O_NONBLOCK != 0 {
+				t.Errorf("flags %x, %v", nonblocking, err)
+			}
+			if flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+				t.Error("children inherit it", err)
+			}
+			f.Close()
+		}
+	}
+}
+
+// TestNoTurn: the end of the other side, of the context, or a message without the
+// descriptors that it names, ends the wait with an error.
+func TestNoTurn(t *testing.T) {
+	for name, end := range map[string]func(turn *os.File, cancel func()){
+		"other side": func(turn *os.File, _ func()) { turn.Close() },
+		"context":    func(_ *os.File, cancel func()) { cancel() },
+		"names":      func(turn *os.File, _ func()) { _ = GoOn(turn, []string{"a", "b"}, []*os.File{os.Stdin}) },
+		"stranger":   func(turn *os.File, _ func()) { _, _ = turn.Write([]byte{1}) },
+	} {
+		t.Run(name, func(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			done := make(chan error, 1)
-			go func() { done <- Await(ctx) }()
-			if n, err := other.Read(make([]byte, 1)); n != 1 || err != nil {
-				t.Errorf("it does not say that it waits: %d bytes, %v", n, err)
-			}
-			end(other, cancel)
-			if err := <-done; err == nil {
+			turn, opened := standby(t, ctx)
+			end(turn, cancel)
+			if _, err := opened(); err == nil {
 				t.Error("no error")
-			}
-			if os.Getenv(TurnEnv) != "" {
-				t.Error("its children would wait, too")
+			} else {
+				t.Log(err)
 			}
 		})
 	}
-	t.Setenv(TurnEnv, "x")
-	if err := Await(t.Context()); err == nil {
+	t.Setenv(StandbyEnv, "x")
+	if _, err := Open(t.Context()); err == nil {
 		t.Error("a descriptor that is not a number")
+	}
+}
+
+// TestTurnOfTheDead: a standby that has ended does not get its turn.
+func TestTurnOfTheDead(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	turn, opened := standby(t, ctx)
+	cancel()
+	if _, err := opened(); err == nil {
+		t.Error("no error")
+	}
+	if err := GoOn(turn, nil, nil); !errors.Is(err, unix.EPIPE) {
+		t.Errorf("%v, want %v", err, unix.EPIPE)
 	}
 }
 
 // TestDeaf: a socket that nobody reads is an error, and no hang.
 func TestDeaf(t *testing.T) {
 	t.Setenv("NOTIFY_SOCKET", "@shoal-fdstore-test-nobody-is-here")
-	s := Open()
+	s := open(t)
 	if err := s.Keep("x", os.Stdin); err == nil {
 		t.Error("kept by nobody")
 	}

@@ -14,7 +14,8 @@
 //     whatever has become of the file. Only Upgrade takes the file again; and if
 //     what is there does not get ready, the program before is started again.
 //   - While a new program loads (standby.go), the old one serves. The new one goes on
-//     when the old one has ended, and not before.
+//     when the old one has ended, and not before; and until then it has none of what is
+//     in the store.
 //   - The daemon outlives a keeper that is killed. But then no program
 //     starts it again.
 package keep
@@ -116,8 +117,6 @@ type keeper struct {
 	mu     sync.Mutex
 	pid    int // whose messages count
 	stored []stored
-	// changed: stored is not what it was when the last process was started.
-	changed bool
 }
 
 type stored struct {
@@ -177,6 +176,11 @@ func (k *keeper) loop(signals <-chan os.Signal) error {
 			_ = k.child.Process.Kill()
 		case err := <-k.ended:
 			k.child, deadline = nil, nil
+			if k.standby != nil && !k.standby.ready {
+				// It may be a program that does not wait, and takes the files that the child
+				// had locked.
+				k.dropStandby()
+			}
 			k.drain()
 			if k.stopping {
 				return err
@@ -195,7 +199,8 @@ func (k *keeper) loop(signals <-chan os.Signal) error {
 }
 
 // upgrade opens what the program's file is now, and starts a standby of it if the child
-// is ready: one that is not may still change what is stored.
+// is ready: one that is not may not have locked its files yet, and a program that does not
+// wait for its turn would take them.
 func (k *keeper) upgrade() bool {
 	if k.next != nil || k.previous != nil || k.stopping {
 		k.Log.Warn("an upgrade or a stop is under way; this request to upgrade is ignored")
@@ -277,8 +282,7 @@ func (k *keeper) start() (err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.wasReady = false
-	s := k.takeStandby()
-	if s != nil {
+	if s := k.takeStandby(); s != nil {
 		k.child, k.ended = s.cmd, s.ended
 	} else if k.child, k.ended, err = k.spawn(k.program, nil); err != nil {
 		return err
@@ -288,13 +292,12 @@ func (k *keeper) start() (err error) {
 	case <-k.ready: // of an earlier child
 	default:
 	}
-	s.goOn()
 	return nil
 }
 
 // spawn starts a program with all that is stored; mu is held. It goes through Launch,
-// since LISTEN_PID cannot be known here. A turn, which may be nil, is the program's side of
-// a standby.
+// since LISTEN_PID cannot be known here. If turn is not nil, then it is a standby's end of
+// its socket, and the standby gets nothing else.
 func (k *keeper) spawn(next, turn *os.File) (*exec.Cmd, <-chan error, error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -304,28 +307,31 @@ func (k *keeper) spawn(next, turn *os.File) (*exec.Cmd, <-chan error, error) {
 	c.Args = slices.Concat([]string{self}, k.Launcher, []string{program.Path(next)}, k.Command)
 	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
 	c.Env = slices.DeleteFunc(os.Environ(), func(v string) bool {
-		return strings.HasPrefix(v, "LISTEN_") || strings.HasPrefix(v, "WATCHDOG_") || strings.HasPrefix(v, fdstore.TurnEnv+"=")
+		return strings.HasPrefix(v, "LISTEN_") || strings.HasPrefix(v, "WATCHDOG_") || strings.HasPrefix(v, fdstore.StandbyEnv+"=")
 	})
 	c.Env = append(c.Env, "NOTIFY_SOCKET="+k.address, "FDSTORE="+strconv.Itoa(maxStored))
-	if len(k.stored) > 0 {
-		var names []string
-		for _, s := range k.stored {
-			names = append(names, s.name)
-			c.ExtraFiles = append(c.ExtraFiles, s.file)
-		}
-		c.Env = append(c.Env, "LISTEN_FDS="+strconv.Itoa(len(names)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
-	}
+	const first = 3 // the descriptor that the first of ExtraFiles becomes
 	if turn != nil {
-		c.ExtraFiles = append(c.ExtraFiles, turn)
-		c.Env = append(c.Env, fdstore.TurnEnv+"="+strconv.Itoa(2+len(c.ExtraFiles)))
+		c.ExtraFiles = []*os.File{turn}
+		c.Env = append(c.Env, fdstore.StandbyEnv+"="+strconv.Itoa(first))
+	} else if names, files := k.all(); len(names) > 0 {
+		c.ExtraFiles = files
+		c.Env = append(c.Env, "LISTEN_FDS="+strconv.Itoa(len(names)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
 	}
 	if err := c.Start(); err != nil {
 		return nil, nil, err
 	}
-	k.changed = false
 	ended := make(chan error, 1)
 	go func() { ended <- c.Wait() }()
 	return c, ended, nil
+}
+
+// all returns what is stored; mu is held.
+func (k *keeper) all() (names []string, files []*os.File) {
+	for _, s := range k.stored {
+		names, files = append(names, s.name), append(files, s.file)
+	}
+	return names, files
 }
 
 // Launch is the last thing that a process does which Run has started by
@@ -438,7 +444,7 @@ func (k *keeper) handle(lines []string, files []*os.File) []*os.File {
 			for _, f := range files {
 				k.stored = append(k.stored, stored{name, f})
 			}
-			files, k.changed = nil, true
+			files = nil
 		case "FDSTOREREMOVE=1":
 			k.stored = slices.DeleteFunc(k.stored, func(s stored) bool {
 				if s.name == name {
@@ -446,7 +452,6 @@ func (k *keeper) handle(lines []string, files []*os.File) []*os.File {
 				}
 				return s.name == name
 			})
-			k.changed = true
 		}
 	}
 	return files

@@ -62,14 +62,18 @@ func runDaemon(dir string) error {
 		_, err := os.Stat(filepath.Join(dir, name))
 		return err == nil
 	}
-	fmt.Println("loading")
+	fmt.Println("loading", os.Getpid())
 	if flag("never-loads") {
 		select {}
 	}
-	if !flag("unaware") {
-		if err := fdstore.Await(context.Background()); err != nil {
+	if flag("unaware") {
+		if err := os.Unsetenv(fdstore.StandbyEnv); err != nil {
 			return err
 		}
+	}
+	store, err := fdstore.Open(context.Background())
+	if err != nil {
+		return err
 	}
 	// As a node's: there are never two.
 	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
@@ -81,7 +85,6 @@ func runDaemon(dir string) error {
 		fmt.Println("locked")
 		return err
 	}
-	store := fdstore.Open()
 	number := 1
 	f := store.Take("number")
 	if f != nil {
@@ -115,8 +118,14 @@ func runDaemon(dir string) error {
 	if err := store.DropRest(); err != nil {
 		return err
 	}
-	for _, name := range []string{"number", fmt.Sprint("unknown to the next one, ", number)} {
-		if err := store.Keep(name, next); err != nil {
+	socket, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	listener := os.NewFile(uintptr(socket), "listener")
+	defer listener.Close()
+	for name, f := range map[string]*os.File{"number": next, "listener": listener, fmt.Sprint("unknown to the next one, ", number): next} {
+		if err := store.Keep(name, f); err != nil {
 			return err
 		}
 	}
@@ -143,9 +152,16 @@ func runDaemon(dir string) error {
 		os.Exit(8)
 	}
 	for s := range signals {
-		fmt.Printf("daemon %d got %v\n", number, s)
+		flags, err := unix.FcntlInt(uintptr(socket), unix.F_GETFL, 0)
+		if err != nil {
+			return err
+		}
+		fmt.Printf("daemon %d got %v; its listener is nonblocking: %v\n", number, s, flags&unix.O_NONBLOCK != 0)
 		switch s {
 		case syscall.SIGTERM:
+			for flag("slow-to-end") {
+				time.Sleep(time.Millisecond)
+			}
 			if flag("stores-at-the-end") {
 				return store.Keep("late", next)
 			}
@@ -499,7 +515,10 @@ func TestStrangers(t *testing.T) {
 	defer unix.Close(fd)
 	k := &keeper{Config: Config{Log: slog.New(slog.DiscardHandler)}, socket: fd, pid: os.Getpid() + 1, ready: make(chan struct{}, 1)}
 	t.Setenv("NOTIFY_SOCKET", address)
-	store := fdstore.Open()
+	store, err := fdstore.Open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
 	null, err := os.Open(os.DevNull)
 	if err != nil {
 		t.Fatal(err)

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
 )
 
 // standbyTimeout is how long a standby may take until it waits for its turn.
@@ -14,7 +16,7 @@ const standbyTimeout = 10 * time.Second
 
 // standby is a process of the next program that is started while the child still
 // serves. It does all that needs nothing of what the child has, and then waits
-// (fdstore.Await). So an upgrade does not pause reads for as long as a program takes to
+// (fdstore.Open). So an upgrade does not pause reads for as long as a program takes to
 // load. A program that knows nothing of this finds that another process has its files
 // open, and ends; it is started again when its turn comes.
 type standby struct {
@@ -27,7 +29,7 @@ type standby struct {
 
 // startAhead starts a standby of the next program.
 func (k *keeper) startAhead() error {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return fmt.Errorf("socketpair: %w", err)
 	}
@@ -58,24 +60,22 @@ func (s *standby) answer() <-chan bool {
 	return s.waits
 }
 
-// takeStandby returns the standby if it can become the child, else nil; mu is held.
+// takeStandby says to the standby, if there is one, that it is its turn, gives it all that
+// is stored, and returns it; nil if the program is to be started. mu is held.
 func (k *keeper) takeStandby() *standby {
 	s := k.standby
-	if s == nil || !s.ready || k.changed {
+	if s == nil {
+		return nil
+	}
+	names, files := k.all()
+	if err := fdstore.GoOn(s.turn, names, files); err != nil {
+		k.Log.Warn("the new program ended while it waited for the old one to end; it is started again", "program", k.path, "error", err)
 		k.dropStandby()
 		return nil
 	}
+	s.turn.Close()
 	k.standby = nil
 	return s
-}
-
-// goOn says that it is the standby's turn.
-func (s *standby) goOn() {
-	if s == nil {
-		return
-	}
-	_, _ = s.turn.Write([]byte{1}) // an error: it has ended, as any child may
-	s.turn.Close()
 }
 
 // dropStandby ends a standby that is not used.

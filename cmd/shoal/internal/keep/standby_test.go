@@ -3,9 +3,11 @@ package keep
 import (
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // flag sets something that daemons look at, until the function that it returns is called.
@@ -49,15 +51,44 @@ func TestStandby(t *testing.T) {
 	}
 }
 
+// TestStandbyDies: a standby that is killed while the old program ends is not an upgrade
+// that has failed.
+func TestStandbyDies(t *testing.T) {
+	k := start(t)
+	first := k.hello(1)
+	k.expect("ready 1")
+	k.install("next")
+	end := k.flag("slow-to-end")
+	k.signal(Upgrade)
+	pid, err := strconv.Atoi(strings.TrimPrefix(k.expect("loading "), "loading "))
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.expect("daemon 1 got terminated") // so the standby waits
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	for syscall.Kill(pid, 0) == nil { // until keep has waited for it
+		time.Sleep(time.Millisecond)
+	}
+	end()
+	if second := k.hello(2); second.size == first.size {
+		t.Errorf("not the new program; keep says\n%s", k.log)
+	}
+	k.expect("ready 2")
+}
+
 // TestUnaware: a program that knows nothing of turns finds the files in use, ends, and
-// is started when they are free.
+// is started when they are free. It changes nothing of what the old program uses.
 func TestUnaware(t *testing.T) {
 	k := start(t)
 	k.expect("ready 1")
 	end := k.flag("unaware")
 	k.signal(Upgrade)
 	k.expect("locked")
-	k.expect("daemon 1 got terminated")
+	if l := k.expect("daemon 1 got terminated"); !strings.HasSuffix(l, "nonblocking: true") {
+		t.Errorf("the standby has changed a listener of the program that runs: %s", l)
+	}
 	k.hello(2)
 	k.expect("ready 2")
 	if k.waited() {
@@ -69,15 +100,18 @@ func TestUnaware(t *testing.T) {
 	k.expect("ready 3")
 }
 
-// TestStoredLate: what the program stores after the standby was started is there for the
-// next one.
+// TestStoredLate: the standby gets what the old program stores while the standby waits.
 func TestStoredLate(t *testing.T) {
 	k := start(t)
 	k.expect("ready 1")
 	defer k.flag("stores-at-the-end")()
 	k.signal(Upgrade)
+	standby := strings.TrimPrefix(k.expect("loading "), "loading ")
 	k.expect("daemon 1 got terminated")
 	k.expect("late is kept")
+	if second := k.hello(2); strconv.Itoa(second.pid) != standby {
+		t.Errorf("process %d has followed, and the standby was %s", second.pid, standby)
+	}
 	k.expect("ready 2")
 }
 
