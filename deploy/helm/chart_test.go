@@ -426,6 +426,31 @@ func duration(t *testing.T, flag *regexp.Regexp, text string) time.Duration {
 	return d
 }
 
+// TestUninstallTolerations: the Jobs of helm uninstall run on a machine that is tainted for
+// other pods, and not on one that is away or cordoned.
+func TestUninstallTolerations(t *testing.T) {
+	more := values{"key": "dedicated", "operator": "Equal", "value": "batch", "effect": "NoSchedule"}
+	objects, err := render(t, values{"uninstall": values{"tolerations": []any{more}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"shoal-uninstall", "shoal-forget"} {
+		keys := map[string]bool{}
+		for _, tol := range find[*batchv1.Job](t, objects, name).Spec.Template.Spec.Tolerations {
+			keys[tol.Key] = true
+			// No key is each key; those of node.kubernetes.io say what is wrong with a machine.
+			if tol.Key == "" || strings.HasPrefix(tol.Key, "node.kubernetes.io/") {
+				t.Errorf("%s tolerates %v", name, tol)
+			}
+		}
+		for _, key := range []string{"shoal.dev/not-ready", "node-role.kubernetes.io/control-plane", "CriticalAddonsOnly", "dedicated"} {
+			if !keys[key] {
+				t.Errorf("%s does not tolerate %s", name, key)
+			}
+		}
+	}
+}
+
 // TestAlerts: rules ask only for metrics that docs/metrics.md has, which is generated from
 // the program.
 func TestAlerts(t *testing.T) {

@@ -39,11 +39,10 @@ func newChartSite(t *testing.T) *chartSite {
 	s.dir = s.Path("checkout")
 	noError(t, os.Mkdir(s.dir, 0o755))
 	noError(t, os.Symlink(must(filepath.Abs("../../deploy"))(t), filepath.Join(s.dir, "deploy")))
-	// The page's images come from a registry of the lab, by their own names. The jobs of
-	// `helm uninstall` run on any node, also on one that is cordoned.
-	noError(t, s.n.Write("/etc/containerd/certs.d/docker.io/hosts.toml", s.hosts("")))
-	for _, n := range s.Nodes {
-		noError(t, n.Write("/etc/containerd/certs.d/ghcr.io/hosts.toml", s.hosts("")))
+	// The page's images come from a registry of the lab, by their own names. All pods of the
+	// chart run on this node: the others are cordoned.
+	for _, host := range []string{"docker.io", "ghcr.io"} {
+		noError(t, s.n.Write("/etc/containerd/certs.d/"+host+"/hosts.toml", s.hosts("")))
 	}
 	for _, p := range []string{"containerd", "ctr"} {
 		must(s.n.Shell(ctx, "ln -sf "+filepath.Join(s.n.Lab.Bin, p)+" /usr/local/bin/"+p))(t)

@@ -39,6 +39,17 @@ too, and the installers wait for it. */}}
 {{ list (int .Values.supernode.replicas) .Values.supernode.addresses .Values.token.existingSecret | toJson | sha256sum | trunc 16 }}
 {{- end }}
 
+{{- /* Taints that the Jobs of helm uninstall tolerate: those of a machine on which pods do
+run. To tolerate all would be to tolerate that a machine is away. */}}
+{{- define "shoal.tolerations" -}}
+- {key: shoal.dev/not-ready, operator: Exists}
+- {key: node-role.kubernetes.io/control-plane, operator: Exists}
+- {key: CriticalAddonsOnly, operator: Exists}
+{{- with .Values.uninstall.tolerations }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
 {{- define "shoal.check" -}}
 {{- if and .Values.supernode.enabled .Values.supernodes }}
 {{- fail "supernodes names supernodes that run elsewhere: set supernode.enabled to false, too" }}
