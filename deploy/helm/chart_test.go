@@ -28,6 +28,7 @@ import (
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/util/validation"
@@ -115,9 +116,11 @@ func render(t *testing.T, v values) ([]runtime.Object, error) {
 				continue
 			}
 			if bytes.Contains(doc, []byte("apiVersion: monitoring.coreos.com/v1")) {
-				if err := yaml.Unmarshal(doc, &values{}); err != nil {
+				u := &unstructured.Unstructured{}
+				if err := k8syaml.Unmarshal(doc, &u.Object); err != nil {
 					t.Errorf("%s: %v in\n%s", name, err, doc)
 				}
+				objects = append(objects, u)
 				continue
 			}
 			o, _, err := decoder.Decode(doc, nil, nil)
@@ -470,6 +473,66 @@ func TestAlerts(t *testing.T) {
 		if !bytes.Contains(metrics, []byte("| `"+name+"` |")) {
 			t.Errorf("shoal has no metric %s", name)
 		}
+	}
+}
+
+// TestMonitors: Prometheus gets one target for each pod. With the name of a port, it takes
+// the address of the pod with this port, whatever its family is; without one, it makes a
+// target of each container.
+func TestMonitors(t *testing.T) {
+	objects, err := render(t, cases["all of it"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	node := find[*appsv1.DaemonSet](t, objects, "shoal-node").Spec.Template
+	super := find[*appsv1.StatefulSet](t, objects, "shoal-supernode").Spec.Template
+	monitors := 0
+	for _, o := range objects {
+		u, ok := o.(*unstructured.Unstructured)
+		if !ok || u.GetKind() == "PrometheusRule" {
+			continue
+		}
+		monitors++
+		pod, list := node, "podMetricsEndpoints"
+		if u.GetKind() == "ServiceMonitor" {
+			pod, list = super, "endpoints"
+		}
+		selector, _, _ := unstructured.NestedStringMap(u.Object, "spec", "selector", "matchLabels")
+		selects(t, selector, pod.Labels)
+		endpoints, _, _ := unstructured.NestedSlice(u.Object, "spec", list)
+		if len(endpoints) != 1 || len(selector) == 0 {
+			t.Fatalf("%s: %v", u.GetKind(), u.Object)
+		}
+		endpoint := endpoints[0].(values)
+		port, _ := endpoint["port"].(string)
+		containers := 0
+		for _, c := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
+			for _, p := range c.Ports {
+				if port != "" && p.Name == port {
+					containers++
+				}
+			}
+		}
+		if containers != 1 {
+			t.Errorf("%s: %d containers have the port %q", u.GetKind(), containers, port)
+		}
+		if strings.Contains(fmt.Sprint(endpoint), "__address__") {
+			t.Errorf("%s makes addresses itself: %v", u.GetKind(), endpoint)
+		}
+	}
+	if monitors != 2 {
+		t.Errorf("%d monitors", monitors)
+	}
+	if ports, config := node.Spec.Containers[0].Ports, find[*corev1.ConfigMap](t, objects, "shoal-node").Data["node.toml"]; len(ports) != 1 || !strings.Contains(config, fmt.Sprintf("metrics_address = \":%d\"\n", ports[0].ContainerPort)) {
+		t.Errorf("ports %v, and the nodes have\n%s", ports, config)
+	}
+	// A port of a pod on the machine's network is one that no other pod there may have.
+	objects, err = render(t, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c := find[*appsv1.DaemonSet](t, objects, "shoal-node").Spec.Template.Spec.Containers[0]; len(c.Ports) > 0 {
+		t.Errorf("the pods on the nodes have the ports %v without monitoring", c.Ports)
 	}
 }
 
