@@ -36,12 +36,13 @@
 //	Root/m/<name>/            mount points; name is 12 digits of the DiffID, so
 //	                          that 127 of them fit in overlayfs' mount options;
 //	                          a diff can have five
-//	Root/lazy/<DiffID hex>    there is, or may be, a lazy mount of this diff
+//	Root/lazy/<DiffID hex>    names the mount points of this diff that have, or may
+//	                          have, a lazy mount; empty: all of them
 //
 // What is mounted where, mountinfo says: the source of each mount is the diff's
 // metadata file. Only lazy or native does not show there; hence the markers,
 // which are made before a lazy mount and removed after it. A marker that a crash
-// left has the next process mount again.
+// left says nothing of mounts at other mount points than it names.
 //
 // # Invariants
 //

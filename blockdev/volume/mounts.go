@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -68,16 +69,13 @@ func (m *mounter) show(v *volume) (string, error) {
 	lazy, meta, data := !v.diff.Complete(), v.diff.MetaPath(), v.diff.DataPath()
 	if lazy {
 		data = m.fusePath(v.id)
-		if err := m.mark(v.id); err != nil {
+		if err := m.markLazy(v, dir); err != nil {
 			return "", err
 		}
 	}
 	if _, err := mount.Mount(meta, data, dir, mount.Options{Loop: m.loop}); err != nil {
 		_ = os.Remove(dir) // if that fails, then the next start does it
-		if old, _, _ := v.mounted(); old == "" {
-			err = errors.Join(err, m.unmark(v.id))
-		}
-		return "", fmt.Errorf("diff %s: %w", v.id, err)
+		return "", fmt.Errorf("diff %s: %w", v.id, errors.Join(err, m.unmarkFailed(v)))
 	}
 	v.setMounted(dir, meta, lazy)
 	if !lazy {
@@ -131,12 +129,12 @@ func (m *mounter) places(id blockdev.Digest) (dirs []string) {
 	return dirs
 }
 
-// place gives a volume a mount point: the first that no other diff has, and where
-// nothing of this one is mounted. If there is none, then what was replaced first makes
+// place gives a volume a mount point: where the last process had it, or else the first that
+// no other diff has; but nowhere that something of this one is mounted. If there is none, then what was replaced first makes
 // room. The caller has the volume's turn.
 func (m *mounter) place(v *volume) (string, error) {
 	used := v.mountPoints()
-	free := m.free(v.id, used)
+	free := m.free(v.id, v.homeDir(), used)
 	if free == "" && len(used) > 1 {
 		free = used[0]
 		if err := m.takeAway(v, free, true); err != nil {
@@ -150,11 +148,16 @@ func (m *mounter) place(v *volume) (string, error) {
 	return free, nil
 }
 
-// free takes the first mount point for a diff that is not used; "": there is none.
-func (m *mounter) free(id blockdev.Digest, used []string) string {
+// free takes a mount point for a diff that is not used, home before all others, unless it is
+// empty; "": there is none.
+func (m *mounter) free(id blockdev.Digest, home string, used []string) string {
+	places := m.places(id)
+	if home != "" {
+		places = append([]string{home}, places...)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, dir := range m.places(id) {
+	for _, dir := range places {
 		name := filepath.Base(dir)
 		if owner, taken := m.names[name]; (!taken || owner == id) && !slices.Contains(used, dir) {
 			m.names[name] = id
@@ -189,16 +192,19 @@ func (m *mounter) usable(v *volume, i mount.Info, lazy, adopted bool) bool {
 		// it, and gets its bytes back beneath.
 		return v.diff.Completed()
 	}
+	if complete := v.diff.Complete(); i.Kind != mount.Loop || complete == adopted {
+		return adopted
+	}
+	// What loop devices are over is put right: they can do without a connection that is lost,
+	// if all is here; and the process may have ended when it had marked the mount, and had not
+	// switched them.
+	from, to := m.fusePath(v.id), v.diff.DataPath()
 	if adopted {
-		return true
+		from, to = to, from
 	}
-	// Loop devices can do without the connection that is lost, if all is here.
-	if i.Kind != mount.Loop || !v.diff.Complete() {
-		return false
-	}
-	err := switchLoop(m.fusePath(v.id), v.diff.DataPath())
+	err := switchLoop(from, to)
 	if err != nil {
-		m.log.Warn("cannot put the local file beneath a mount by loop devices; the mount is made again", "diff", v.id, "error", err)
+		m.log.Warn("cannot put the other file beneath a mount by loop devices; the mount is made again", "diff", v.id, "file", to, "error", err)
 	}
 	return err == nil
 }
@@ -211,14 +217,38 @@ func (m *mounter) markPath(id blockdev.Digest) string {
 	return filepath.Join(m.root, lazyDir, id.Hex())
 }
 
-// mark notes that a diff may be mounted lazily. It need not survive a power
-// loss, since mounts do not either.
-func (m *mounter) mark(id blockdev.Digest) error {
-	f, err := os.OpenFile(m.markPath(id), os.O_CREATE|os.O_WRONLY, 0o600)
-	if err != nil {
+// markLazy notes that what is going to be mounted at dir is lazy. What the volume has
+// mounted now stays marked, if it is lazy.
+func (m *mounter) markLazy(v *volume, dir string) error {
+	dirs := []string{dir}
+	if now, lazy, _ := v.mounted(); lazy && now != dir {
+		dirs = append(dirs, now)
+	}
+	return m.mark(v.id, dirs...)
+}
+
+// unmarkFailed undoes markLazy, if nothing lazy was mounted after it.
+func (m *mounter) unmarkFailed(v *volume) error {
+	if _, lazy, _ := v.mounted(); lazy {
+		return nil // one mount point more is marked, and nothing is mounted there
+	}
+	return m.unmark(v.id)
+}
+
+// mark writes a diff's marker, which names the mount points of lazy mounts, one a line. It
+// need not survive a power loss, since mounts do not either. Versions before wrote nothing
+// in it: then all mounts of the diff may be lazy.
+func (m *mounter) mark(id blockdev.Digest, dirs ...string) error {
+	var b strings.Builder
+	for _, dir := range dirs {
+		b.WriteString(filepath.Base(dir) + "\n")
+	}
+	// Never seen half written: the process may be killed at any time.
+	tmp := m.markPath(id) + ".new"
+	if err := os.WriteFile(tmp, []byte(b.String()), 0o600); err != nil {
 		return err
 	}
-	return f.Close()
+	return os.Rename(tmp, m.markPath(id))
 }
 
 func (m *mounter) unmark(id blockdev.Digest) error {
@@ -236,7 +266,12 @@ func (m *mounter) unmarkNative(v *volume) {
 	}
 }
 
-func (m *mounter) marked(id blockdev.Digest) bool {
-	_, err := os.Lstat(m.markPath(id))
-	return err == nil
+// marked says whether what an earlier process has mounted at dir is, or may be, lazy.
+func (m *mounter) marked(id blockdev.Digest, dir string) bool {
+	b, err := os.ReadFile(m.markPath(id))
+	if err != nil {
+		return !errors.Is(err, os.ErrNotExist)
+	}
+	names := strings.Fields(string(b))
+	return len(names) == 0 || slices.Contains(names, filepath.Base(dir))
 }

@@ -71,12 +71,18 @@ func (m *mounter) switchLoops(v *volume) error {
 	dir, wasLazy, _ := v.mounted()
 	lazy, meta := !v.diff.Complete(), v.diff.MetaPath()
 	if lazy {
-		if err := m.mark(v.id); err != nil {
+		if err := m.markLazy(v, dir); err != nil {
 			return err
 		}
 	}
 	data := map[bool]string{true: m.fusePath(v.id), false: v.diff.DataPath()}
 	if err := switchLoop(data[wasLazy], data[lazy]); err != nil {
+		if lazy {
+			if _, uerr := mount.Switch(data[lazy], data[wasLazy]); uerr != nil { // so the marker stays
+				return errors.Join(err, uerr)
+			}
+			return errors.Join(err, m.unmarkFailed(v))
+		}
 		return err
 	}
 	v.setMounted(dir, meta, lazy)

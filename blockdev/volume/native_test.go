@@ -6,6 +6,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -125,9 +126,11 @@ func TestReplacedMountStays(t *testing.T) {
 }
 
 // TestReplacedAgainAndAgain: a layer that is damaged and made whole more often than it
-// can have mount points is mounted as it should be each time.
+// can have mount points is mounted as it should be each time, and the oldest mount goes, also
+// after a restart.
 func TestReplacedAgainAndAgain(t *testing.T) {
-	n := newNode(t, nil)
+	k := newKeeper(t)
+	n := newNode(t, func(c *Config) { c.Keep = k })
 	l := newLayer(t, 75, 1<<20)
 	n.add(l)
 	n.mountDir(l)
@@ -138,7 +141,8 @@ func TestReplacedAgainAndAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for range 7 {
+	show := func() {
+		t.Helper()
 		if err := v.take(ctx); err != nil {
 			t.Fatal(err)
 		}
@@ -149,8 +153,22 @@ func TestReplacedAgainAndAgain(t *testing.T) {
 		}
 		n.check(l, n.mountDir(l))
 	}
+	for range 7 {
+		show()
+	}
 	if found := n.allMounts(); len(found) != len(n.mounts.places(l.id)) {
 		t.Errorf("mounts: %+v", found)
+	}
+	before := v.mountPoints()
+	n.restart()
+	if v, err = n.volume(l.id); err != nil {
+		t.Fatal(err)
+	}
+	if after := v.mountPoints(); !slices.Equal(after, before) {
+		t.Errorf("mounts from the oldest on: %v, before the restart %v", after, before)
+	}
+	if show(); !slices.Equal(v.mountPoints()[:len(before)-1], before[1:]) {
+		t.Errorf("mounts: %v, before that %v; the oldest goes", v.mountPoints(), before)
 	}
 	if err := n.Remove(ctx, l.id); err != nil {
 		t.Fatal(err)
@@ -209,7 +227,7 @@ func TestNativeWhenComplete(t *testing.T) {
 			if got := n.lazyUsers(l); got != want {
 				t.Errorf("%d containers read through FUSE, want %d", got, want)
 			}
-			if n.mounts.marked(l.id) {
+			if n.hasMarker(l) {
 				t.Error("still marked as lazy")
 			}
 			if n.tidyUp(); loop == (len(n.allMounts()) != 1) {
@@ -281,7 +299,7 @@ func TestNativeAfterCrash(t *testing.T) {
 			c := newContainer(t, found[len(found)-1].Dir)
 			defer c.end()
 			n.restart()
-			n.eventually("it is native", func() bool { return !n.stat(l).Lazy && !n.mounts.marked(l.id) })
+			n.eventually("it is native", func() bool { return !n.stat(l).Lazy && !n.hasMarker(l) })
 			dir = n.mountDir(l)
 			if n.tidyUp(); len(n.allMounts()) != 1 || n.allMounts()[0].Dir != dir {
 				t.Errorf("mounts: %+v", n.allMounts())
@@ -292,6 +310,11 @@ func TestNativeAfterCrash(t *testing.T) {
 			}
 		})
 	}
+}
+
+func (n *node) hasMarker(l *layer) bool {
+	_, err := os.Lstat(n.mounts.markPath(l.id))
+	return err == nil
 }
 
 func (n *node) allMounts() []mount.Info {

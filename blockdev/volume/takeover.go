@@ -26,12 +26,12 @@ func leftMounts(root string) (found []mount.Info, err error) {
 type leftMount struct {
 	dir, meta string // mount point, metadata image
 	lazy      bool
-	retired   []string // mount points of what it had replaced
+	retired   []string // mount points of what it had replaced, the oldest first
 }
 
-// takeOver goes through these mounts. Those through FUSE stay if its connection
-// is adopted. It returns the volumes that were mounted and are to be mounted
-// again.
+// takeOver goes through these mounts, from the newest to the oldest. Those through FUSE stay
+// if its connection is adopted. It returns the volumes that were mounted and are to be
+// mounted again.
 func (m *Manager) takeOver(found []mount.Info, adopted bool) (again []*volume, err error) {
 	lost := 0
 	// What is over the FUSE mount goes before it.
@@ -52,7 +52,7 @@ func (m *Manager) takeOver(found []mount.Info, adopted bool) (again []*volume, e
 			continue
 		}
 		dir, _, _ := v.mounted()
-		lazy := m.mounts.marked(v.id)
+		lazy := m.mounts.marked(v.id, i.Dir)
 		if dir == "" && m.mounts.usable(v, i, lazy, adopted) {
 			m.mounts.setName(i.Dir, v.id)
 			v.setMounted(i.Dir, i.Source, lazy)
@@ -60,7 +60,7 @@ func (m *Manager) takeOver(found []mount.Info, adopted bool) (again []*volume, e
 		}
 		if dir != "" && dir != i.Dir && adopted {
 			m.mounts.setName(i.Dir, v.id)
-			v.retire(i.Dir)
+			v.retireBefore(i.Dir)
 			continue
 		}
 		if lazy {
@@ -72,6 +72,7 @@ func (m *Manager) takeOver(found []mount.Info, adopted bool) (again []*volume, e
 		if dir == "" && !slices.Contains(again, v) {
 			// Where it was is where containerd may have been told that it is.
 			m.mounts.setName(i.Dir, v.id)
+			v.setHome(i.Dir)
 			again = append(again, v)
 		}
 	}
@@ -91,7 +92,7 @@ func (m *Manager) leave(i mount.Info, adopted bool) bool {
 		if filepath.Join(m.root, "diffs", id.Hex()) != filepath.Dir(i.Source) {
 			continue
 		}
-		lazy := m.mounts.marked(id)
+		lazy := m.mounts.marked(id, i.Dir)
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		if m.vols[id] != nil || lazy && !adopted {
@@ -99,7 +100,7 @@ func (m *Manager) leave(i mount.Info, adopted bool) bool {
 		}
 		left, ok := m.left[id]
 		if ok {
-			left.retired = append(left.retired, i.Dir)
+			left.retired = append([]string{i.Dir}, left.retired...)
 		} else {
 			left = leftMount{dir: i.Dir, meta: i.Source, lazy: lazy}
 		}

@@ -47,8 +47,11 @@ type volume struct {
 	dir  string     // mount point, "" if not mounted
 	meta string     // the metadata image that is mounted there
 	lazy bool
+	// home is the mount point that the volume had when the last process ended, if it is to be
+	// mounted there again.
+	home string
 	// retired are the mounts that were replaced and are not unmounted yet, in the order in
-	// which they were.
+	// which they were mounted.
 	retired []retiree
 	// stale: wrong bytes may have been read through the mounts.
 	stale bool
@@ -105,6 +108,25 @@ func (v *volume) retire(dir string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.retired = append(v.retired, retiree{dir, time.Now()})
+}
+
+// retireBefore is retire for what was replaced before all that is retired.
+func (v *volume) retireBefore(dir string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.retired = slices.Insert(v.retired, 0, retiree{dir, time.Now()})
+}
+
+func (v *volume) setHome(dir string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.home = dir
+}
+
+func (v *volume) homeDir() string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.home
 }
 
 // retirees returns the mount points of what was replaced before a time, the oldest first.

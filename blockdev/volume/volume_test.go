@@ -380,17 +380,17 @@ func TestNames(t *testing.T) {
 		for j := 1; j <= i && j < 5; j++ {
 			id[nameDigits/2*j+5] = byte(i)
 		}
-		name := filepath.Base(m.free(id, nil))
+		name := filepath.Base(m.free(id, "", nil))
 		if seen[name] || len(name) != nameDigits {
 			t.Errorf("diff %d: %s", i, name)
 		}
 		seen[name] = true
-		if again := filepath.Base(m.free(id, nil)); again != name {
+		if again := filepath.Base(m.free(id, "", nil)); again != name {
 			t.Errorf("diff %d: %s and then %s", i, name, again)
 		}
 	}
 	m.names = map[string]blockdev.Digest{strings.Repeat("0", nameDigits): {31: 9}}
-	if dir := m.free(blockdev.Digest{}, nil); dir != "" {
+	if dir := m.free(blockdev.Digest{}, "", nil); dir != "" {
 		t.Errorf("got %s, which is taken", dir)
 	}
 }
