@@ -107,7 +107,7 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 		if err := d.prefetchRoom(ctx); err != nil {
 			return err
 		}
-		size, err := d.c.pace.Next(ctx, d.hurries.Load() > 0)
+		size, err := d.c.pace.Next(ctx, d.hurried())
 		if err != nil {
 			return err
 		}
@@ -136,12 +136,19 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 // SetPrefetchRate changes Config.PrefetchRate; 0: no limit.
 func (c *Cache) SetPrefetchRate(bytes int64) { c.pace.Rate.Set(bytes) }
 
-// Hurry lifts Config.PrefetchRate for this diff until done is called: a caller
-// waits for all of it.
+// Hurry says that a caller waits for all of this diff, until done is called. Its prefetch
+// has no Config.PrefetchRate, its proof does not rest, and no prefetch or proof pauses
+// because containers start: this diff may have to wait for another one's.
 func (d *Diff) Hurry() (done func()) {
 	d.hurries.Add(1)
-	return sync.OnceFunc(func() { d.hurries.Add(-1) })
+	end := d.c.pace.Gate.Hurry()
+	return sync.OnceFunc(func() {
+		end()
+		d.hurries.Add(-1)
+	})
 }
+
+func (d *Diff) hurried() bool { return d.hurries.Load() > 0 }
 
 // prefetchRoom returns nil if there is room for what prefetch may have under way.
 func (d *Diff) prefetchRoom(ctx context.Context) error {

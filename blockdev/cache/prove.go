@@ -46,8 +46,8 @@ func (d *Diff) Distrust() error {
 
 // Prove proves the index of a complete diff, unless that has been done. It reads
 // every byte, checking it against its digest, fetches what is missing of the
-// header stream, waits for demand reads, and, but with hurry, rests for as
-// long as it has worked. The error wraps ErrIncomplete or ErrDamaged;
+// header stream, waits for demand reads, and, but with hurry or while there is a
+// Hurry, rests for as long as it has worked. The error wraps ErrIncomplete or ErrDamaged;
 // blockdev.ErrQuarantined if the index is wrong, which is on record then; or it is
 // that of the Source, the disk or ctx, and a later call may do better.
 func (d *Diff) Prove(ctx context.Context, hurry bool) error {
@@ -165,7 +165,8 @@ type verified struct {
 }
 
 func (d *Diff) newVerified(ctx context.Context, hurry bool) *verified {
-	return &verified{d: d, ctx: ctx, rest: prefetch.NewRest(&d.c.pace.Gate, hurry, 0), buf: d.c.buffer(), chunk: -1}
+	inHurry := func() bool { return hurry || d.hurried() } // a caller may come while it runs
+	return &verified{d: d, ctx: ctx, rest: prefetch.NewRest(&d.c.pace.Gate, inHurry, 0), buf: d.c.buffer(), chunk: -1}
 }
 
 func (v *verified) close() { v.d.c.buffers.Put(v.buf) }

@@ -44,7 +44,7 @@ func (d *Diff) Check(ctx context.Context, hurry bool) (res Checked, err error) {
 	if hurry {
 		rate = 0
 	}
-	r := prefetch.NewRest(&d.c.pace.Gate, hurry, rate)
+	r := prefetch.NewRest(&d.c.pace.Gate, func() bool { return hurry }, rate)
 	first := -1
 	for i := range d.tab.Len() {
 		n := d.tab.Length(i)

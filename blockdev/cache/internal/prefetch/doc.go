@@ -22,7 +22,7 @@
 //	here Gate.crowded                       while containers start and the processors have too much to do
 //	                                        (/proc/pressure/cpu): a request, or a MiB of a proof or scrub, once
 //	                                        in GiveWay. Until 20 s after the last start, and for a minute in two;
-//	                                        not where a caller waits
+//	                                        not while a caller waits for all of any layer
 //	here Gate                               waits for all demand reads of the node, until there was none for
 //	                                        Config.Quiet (500 ms), and for startup; waits while a container
 //	                                        that starts reads what it has not read before (2 s). It waits

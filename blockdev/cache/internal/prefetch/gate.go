@@ -21,7 +21,10 @@ type Gate struct {
 	last   time.Time           // when a demand read ended, or was announced
 	busy   time.Time           // a program that starts is busy until then
 	start  time.Time           // when a container started last
-	series time.Time           // when the first container of the last starts did; crowdedMost
+	series time.Time           // when requests began to be put off; crowdedMost
+	// hurried is the number of Hurry. A caller's layer waits for a slot that another layer
+	// has, and for the one proof that runs, so all go on without pauses.
+	hurried int
 }
 
 // Reads is the demand reads of one diff; guarded by the Gate.
@@ -93,9 +96,18 @@ func (g *Gate) Expect() {
 	defer g.mu.Unlock()
 	g.last = time.Now()
 	g.start = g.last
-	if g.start.Sub(g.series) >= 2*crowdedMost {
-		g.series = g.start
-	}
+}
+
+// Hurry says that a caller waits for all of a layer, until done is called.
+func (g *Gate) Hurry() (done func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.hurried++
+	return sync.OnceFunc(func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.hurried--
+	})
 }
 
 // crowdedFor is how long after the start of a container its program may still be
@@ -104,19 +116,31 @@ const crowdedFor = 20 * time.Second
 
 // crowdedMost bounds the time in which requests are put off: containers may start all the
 // time on processors that always have too much to do, and the images are to become
-// complete there, too. As much time without it follows.
+// complete there, too. As much time without it follows. Both are counted from the first
+// request that is put off.
 const crowdedMost = time.Minute
 
 // crowded returns how long a request that no caller waits for is put off, to leave the
 // processors to containers that start.
 func (g *Gate) crowded() time.Duration {
-	g.mu.Lock()
-	start, series := g.start, g.series
-	g.mu.Unlock()
-	if time.Since(start) < crowdedFor && time.Since(series) < crowdedMost && g.pressed() {
-		return g.giveWay
+	now := time.Now()
+	if !g.mayPutOff(now) || !g.pressed() { // which reads a file
+		return 0
 	}
-	return 0
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if now.Sub(g.series) >= 2*crowdedMost {
+		g.series = now
+	}
+	return g.giveWay
+}
+
+// mayPutOff says whether requests are put off if the processors have too much to do.
+func (g *Gate) mayPutOff(now time.Time) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	passed := now.Sub(g.series)
+	return g.hurried == 0 && now.Sub(g.start) < crowdedFor && (passed < crowdedMost || passed >= 2*crowdedMost)
 }
 
 // startBusy is how long after a program that starts has read something new it is

@@ -91,7 +91,7 @@ func TestCrowded(t *testing.T) {
 			}
 			next := time.Since(began)
 			began = time.Now()
-			if err := NewRest(&p.Gate, hurry, 0).Wait(t.Context(), restBytes); err != nil {
+			if err := NewRest(&p.Gate, func() bool { return hurry }, 0).Wait(t.Context(), restBytes); err != nil {
 				t.Fatal(err)
 			}
 			if rest := time.Since(began); rest != next {
@@ -110,6 +110,10 @@ func TestCrowded(t *testing.T) {
 		time.Sleep(time.Second)
 		check("a container starts", false, time.Second)
 		check("a caller waits", true, 0)
+		done := p.Gate.Hurry()
+		check("a caller waits for another layer", false, 0)
+		done()
+		check("that caller has what it waited for", false, time.Second)
 		busy = false
 		check("the processors have time", false, 0)
 		busy = true
@@ -125,6 +129,25 @@ func TestCrowded(t *testing.T) {
 		}
 		if putOff < 2*60 || putOff > 4*60 {
 			t.Errorf("where containers start all the time, put off in %d of 360 seconds", putOff)
+		}
+	})
+}
+
+// TestCrowdedAfterALoneStart: the time in which requests are put off begins when the first
+// one is, and not when a container starts that has all the processors that it needs.
+func TestCrowdedAfterALoneStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		busy := false
+		g := Gate{giveWay: time.Second, pressed: func() bool { return busy }}
+		g.Expect()
+		if d := g.crowded(); d != 0 {
+			t.Errorf("put off for %v on an idle machine", d)
+		}
+		time.Sleep(crowdedMost * 3 / 2)
+		busy = true
+		g.Expect()
+		if d := g.crowded(); d != time.Second {
+			t.Errorf("put off for %v where many containers start after a lone one, want %v", d, time.Second)
 		}
 	})
 }

@@ -13,15 +13,15 @@ const restBytes = 1 << 20
 // and rests for as long as it has worked.
 type Rest struct {
 	gate  *Gate
-	hurry bool
+	hurry func() bool
 	rate  int64     // bytes per second at most; 0: any
 	began time.Time // of the portion
 	bytes int
 }
 
 // NewRest is for one pass over the data. rate bounds it, in bytes per second; 0: it does
-// not. hurry: it does not rest.
-func NewRest(g *Gate, hurry bool, rate int64) *Rest {
+// not. While hurry returns true, it does not rest.
+func NewRest(g *Gate, hurry func() bool, rate int64) *Rest {
 	return &Rest{gate: g, hurry: hurry, rate: rate, began: time.Now()}
 }
 
@@ -36,7 +36,7 @@ func (r *Rest) Wait(ctx context.Context, n int) error {
 		pause = max(pause, time.Duration(int64(r.bytes)*int64(time.Second)/r.rate)-worked)
 	}
 	r.bytes = 0
-	if !r.hurry {
+	if !r.hurry() {
 		if err := sleep(ctx, max(pause, r.gate.crowded())); err != nil {
 			return err
 		}
