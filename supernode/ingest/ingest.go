@@ -309,6 +309,11 @@ func (in *Ingester) Stats() Stats {
 	}
 }
 
+// Pace is what a layer has to be fetched at to keep its place while another one waits.
+func (in *Ingester) Pace() slots.Pace {
+	return slots.Pace{Rate: in.cfg.LeastRate, Turn: in.cfg.Turn}
+}
+
 // Uses returns the places of large and of small layers, and the bytes of the spool.
 func (in *Ingester) Uses() (large, small, spool blockdev.Use) {
 	return in.large.Use(), in.small.Use(), in.spool.use()

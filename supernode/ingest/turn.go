@@ -3,29 +3,20 @@ package ingest
 import (
 	"context"
 	"errors"
-	"time"
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/supernode/slots"
 )
 
-// errYielded ends a turn of a layer whose registry sends less than Config.LeastRate,
-// while another one waits. No asker sees it.
-var errYielded = errors.New("its registry sends too slowly, and other layers wait")
-
 // fly takes the layer through, in as many turns as that takes.
 func (f *arrival) fly(ctx context.Context) error {
-	for turn := 0; ; turn++ {
-		err := f.turn(ctx, turn)
-		if ctx.Err() != nil || !errors.Is(err, errYielded) {
-			return err
-		}
+	return slots.Turns(ctx, f.turn, func() {
 		f.to(image.StageWaiting)
 		f.in.stats.yields.Add(1)
 		f.in.cfg.Log.Warn("a registry sends a layer slowly while other layers wait; the download goes on after them", "image", f.l.Ref,
 			"layer", f.l.Digest, "at", f.fetched.Load(), "size", f.l.Size)
-	}
+	})
 }
 
 // turn waits for a place and for room in the spool, and takes the layer through, or
@@ -37,9 +28,8 @@ func (f *arrival) turn(ctx context.Context, n int) error {
 	}
 	defer release()
 	pieced := sf.length > 0
-	tctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer f.pace(tctx, n, cancel)()
+	tctx, stop := f.pace(ctx, n)
+	defer stop()
 	err = f.through(tctx, sf, &pieced)
 	if pieced && errors.Is(err, blockdev.ErrCorrupt) && tctx.Err() == nil {
 		// The seam may be the cause: a power failure can leave garbage at the end of
@@ -84,34 +74,12 @@ func (f *arrival) board(ctx context.Context, rank int) (*spoolFile, func(), erro
 // pace ends the turn where the registry trickles and another layer waits. A layer
 // that has had turns gets longer ones: what is in its spool file is unpacked again in
 // each.
-func (f *arrival) pace(ctx context.Context, turn int, end context.CancelCauseFunc) (stop func()) {
-	places := f.in.places(f.l.Size)
-	window := f.in.cfg.Turn << min(turn, maxTurnShift)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		t := time.NewTicker(window)
-		defer t.Stop()
-		before := f.fetched.Load()
-		for {
-			select {
-			case <-t.C:
-			case <-ctx.Done():
-				return
-			}
-			now := f.fetched.Load()
-			slow := f.at() == image.StageFetching && float64(now-before) < float64(f.in.cfg.LeastRate)*window.Seconds()
-			if slow && (places.Waiting() > 0 || f.in.spool.waiting.Load() > 0) {
-				end(errYielded)
-				return
-			}
-			before = now
-		}
-	}()
-	return func() {
-		end(nil)
-		<-done
-	}
+func (f *arrival) pace(ctx context.Context, turn int) (_ context.Context, stop func()) {
+	places, p := f.in.places(f.l.Size), f.in.Pace()
+	p.Turn <<= min(turn, maxTurnShift)
+	return p.Keep(ctx, f.fetched.Load, func() bool {
+		return f.at() == image.StageFetching && (places.Waiting() > 0 || f.in.spool.waiting.Load() > 0)
+	})
 }
 
 // maxTurnShift bounds how much longer turns become.

@@ -28,5 +28,7 @@
 //     asked: what one request has been refused says nothing about another.
 //   - What is stored and asked for is leased: it is not evicted for a while, unless the store
 //     has nothing else; then what was asked for longest ago goes.
-//   - What is slow takes no others along: places for work are counted in all and by registry.
+//   - What is slow takes no others along: places for work are counted in all and by registry,
+//     and a layer that is compared with the stored one slowly gives its place to those that
+//     wait, as in an ingest. How long it is has no say in that, as far as only a manifest says it.
 package layers

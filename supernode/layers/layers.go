@@ -197,7 +197,7 @@ func (l *Layers) Ensure(ctx context.Context, r Request) (release func(), err err
 		if !provenFor(rec, r.Manifest) {
 			// Also whether the layer has the DiffID that the image says is told to
 			// those alone that may have it.
-			if err := l.prove(ctx, r); err == nil || errors.Is(err, ErrGone) {
+			if err := l.prove(ctx, r, rec); err == nil || errors.Is(err, ErrGone) {
 				continue
 			} else if ctx.Err() != nil {
 				return nil, fmt.Errorf("layer %s: waiting for it: %w", id, ctx.Err())

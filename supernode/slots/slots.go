@@ -9,6 +9,8 @@
 //   - Waiters are served in the order of rank, and within a rank in that of coming,
 //     but for those whose key has to wait anyway.
 //   - Waiting costs a goroutine and nothing else.
+//   - Work with a Pace has a place for one Turn at least, and for longer only if it is fast
+//     enough or nothing waits. It goes on behind work that has had fewer turns.
 package slots
 
 import (
