@@ -50,7 +50,7 @@ type peerLoad struct {
 func newAdmission(l *Limits) *admission {
 	return &admission{
 		perPeer: [kinds]int{l.DemandPerPeer, l.StartupPerPeer, l.PrefetchPerPeer, l.ImagesPerPeer, l.DocumentsPerPeer, 1},
-		total:   [kinds]int{l.Demand, l.Startup, l.Prefetch, l.Waiting, l.Documents, l.Profiles},
+		total:   [kinds]int{l.Demand, l.Startup, l.Prefetch, l.Waiting, l.Waiting, l.Profiles},
 		pause:   [kinds]time.Duration{prefetch: l.DemandPause, startup: l.StartupPause},
 		peers:   make(map[peer.ID]*peerLoad),
 	}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"golang.org/x/sync/semaphore"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/shoalfs/shoal/p2p/wire"
@@ -61,6 +62,12 @@ func (a *answer) write(m proto.Message) (err error) {
 func (a *answer) last(m proto.Message) error {
 	a.done()
 	return a.write(m)
+}
+
+// holds says that the answer has a place of sending, which done gives back, too.
+func (a *answer) holds(sending *semaphore.Weighted) {
+	leave := a.leave
+	a.leave = sync.OnceFunc(func() { sending.Release(1); leave() })
 }
 
 // done ends what enter has counted.

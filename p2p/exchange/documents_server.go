@@ -3,6 +3,7 @@ package exchange
 import (
 	"context"
 	"fmt"
+	"strings"
 
 	"github.com/libp2p/go-libp2p/core/network"
 
@@ -29,21 +30,11 @@ func (s *Server) serveDocuments(st network.Stream) error {
 	}
 	defer w.done()
 
-	var doc *image.Document
-	var failed error
-	err = w.await(s.cfg.Limits.WorkingInterval, func(ctx context.Context) {
-		doc, failed = s.cfg.Documents.DocumentFor(ctx, st.Conn().RemotePeer().String(), *req)
-	}, func(bool) error {
-		return w.write(&wire.DocumentFrame{Part: &wire.DocumentFrame_Working{Working: &wire.Working{}}})
-	})
+	doc, failed, err := w.open(st.Conn().RemotePeer().String(), req)
+	s.stats.request(documents, failed)
 	if err != nil {
-		s.stats.request(documents, context.Canceled)
 		return err
 	}
-	if failed == nil {
-		failed = checkDocument(req, doc)
-	}
-	s.stats.request(documents, failed)
 	if failed != nil {
 		return w.fail(wire.FromError(failed))
 	}
@@ -58,6 +49,40 @@ type documentAnswer struct{ answer }
 
 func (a *documentAnswer) fail(e *wire.Error) error {
 	return a.last(&wire.DocumentFrame{Part: &wire.DocumentFrame_Error{Error: e}})
+}
+
+// open asks for the document, and for a place to send it: a client that waits for a
+// registry takes none from those whose document is there. Until then it tells the client
+// that the server is at work. A document without a place is let go and not kept until there
+// is one, so that the places bound the memory; when the client asks again, the document is
+// at hand. failed is for the client to know, err is the stream's.
+func (a *documentAnswer) open(from string, req *image.DocumentRequest) (doc *image.Document, failed, err error) {
+	// A registry that hangs leaves others room to wait, however many nodes ask for what it has.
+	host, _, _ := strings.Cut(req.Ref, "/")
+	registry := blockdev.Sum([]byte(strings.ToLower(host)))
+	if !a.s.asking.Try(registry, 1) {
+		return nil, fmt.Errorf("requests for manifests of this registry are at their limit: %w", wire.ErrBusy), nil
+	}
+	err = a.await(a.s.cfg.Limits.WorkingInterval, func(ctx context.Context) {
+		defer a.s.asking.Give(registry, 1)
+		if doc, failed = a.s.cfg.Documents.DocumentFor(ctx, from, *req); failed != nil {
+			return
+		}
+		if failed = checkDocument(req, doc); failed != nil || len(doc.Data) == 0 {
+			return
+		}
+		if !a.s.sendingDocuments.TryAcquire(1) {
+			doc, failed = nil, fmt.Errorf("manifests that are being sent are at their limit: %w", wire.ErrBusy)
+			return
+		}
+		a.holds(a.s.sendingDocuments)
+	}, func(bool) error {
+		return a.write(&wire.DocumentFrame{Part: &wire.DocumentFrame_Working{Working: &wire.Working{}}})
+	})
+	if err != nil {
+		return nil, context.Canceled, err
+	}
+	return doc, failed, nil
 }
 
 // document writes header and data.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"reflect"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -126,6 +127,130 @@ func TestDocumentWaits(t *testing.T) {
 	if _, err := c.Document(t.Context(), image.DocumentRequest{Ref: "r/a:1"}); err != nil {
 		t.Error(err)
 	}
+}
+
+// Requests that wait for a registry take no place from those whose document is there: neither
+// another peer's nor the same one's.
+func TestDocumentWaitsTakeNoPlace(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	const waiting = 6
+	var entered sync.WaitGroup
+	entered.Add(waiting)
+	release := make(chan struct{})
+	newServer(t, h, ServerConfig{
+		Limits: Limits{Documents: waiting},
+		Documents: documentsFunc(func(_ context.Context, _ string, req image.DocumentRequest) (*image.Document, error) {
+			if strings.HasPrefix(req.Ref, "hangs/") {
+				entered.Done()
+				<-release
+			}
+			return newDocument(5), nil
+		}),
+	})
+	c, other := newClient(t, h, Options{}), newClient(t, h, Options{})
+	var wg sync.WaitGroup
+	for range waiting {
+		wg.Go(func() {
+			if _, err := c.Document(t.Context(), image.DocumentRequest{Ref: "hangs/a:1"}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	entered.Wait()
+	for _, c := range []*Client{other, c} {
+		if _, err := c.Document(t.Context(), image.DocumentRequest{Ref: "r/a:1"}); err != nil {
+			t.Errorf("while others wait: %v", err)
+		}
+	}
+	close(release)
+	wg.Wait()
+}
+
+// Of all requests that wait, one registry's are half at the most: however many nodes ask
+// for what a registry that hangs has, there is room to wait for the others.
+func TestDocumentWaitsAreShared(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	began, release := make(chan struct{}, 10), make(chan struct{})
+	newServer(t, h, ServerConfig{
+		Limits: Limits{Waiting: 4},
+		Documents: documentsFunc(func(context.Context, string, image.DocumentRequest) (*image.Document, error) {
+			began <- struct{}{}
+			<-release
+			return newDocument(5), nil
+		}),
+	})
+	c := newClient(t, h, Options{})
+	ask := func(ref string) error {
+		_, err := c.Document(t.Context(), image.DocumentRequest{Ref: ref})
+		return err
+	}
+	var wg sync.WaitGroup
+	for _, r := range []struct {
+		host string
+		wait int // so many of its requests
+	}{{"Hangs.example", 2}, {"b.example", 1}, {"c.example", 1}, {"d.example", 0}} {
+		for i := range r.wait {
+			wg.Go(func() {
+				if err := ask(fmt.Sprintf("%s/a:%d", r.host, i)); err != nil {
+					t.Error(err)
+				}
+			})
+			<-began
+		}
+		if err := ask(strings.ToLower(r.host) + "/other:1"); !errors.Is(err, wire.ErrBusy) {
+			t.Errorf("%s beside %d of its own: %v, want busy", r.host, r.wait, err)
+		}
+	}
+	close(release)
+	wg.Wait()
+	if err := ask("hangs.example/a:1"); err != nil {
+		t.Errorf("when all have been answered: %v", err)
+	}
+}
+
+// The documents in memory that are being sent are bounded, also where a client does not
+// read its own: one that has no room is let go, and its client asks again.
+func TestDocumentsBeingSent(t *testing.T) {
+	h := newHost(t, nil, loopback)
+	large := newDocument(image.MaxDocument)
+	newServer(t, h, ServerConfig{
+		Limits: Limits{Documents: 1, FirstSign: time.Hour}, // the first byte is the document's
+		Documents: documentsFunc(func(_ context.Context, _ string, req image.DocumentRequest) (*image.Document, error) {
+			if req.Ref == "r/large:1" {
+				return large, nil
+			}
+			return newDocument(5), nil
+		}),
+	})
+	c, other := newClient(t, h, Options{}), newClient(t, h, Options{})
+	if err := c.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	st, err := c.keeper.host.NewStream(t.Context(), h.ID(), DocumentProtocol)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req, err := wire.NewDocumentRequest(&image.DocumentRequest{Ref: "r/large:1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := st.Write(encode(t, req)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(st, make([]byte, 1)); err != nil { // it has begun, and more is not read
+		t.Fatal(err)
+	}
+	ask := func() error {
+		_, err := other.Document(t.Context(), image.DocumentRequest{Ref: "r/a:1"})
+		return err
+	}
+	if err := ask(); !errors.Is(err, wire.ErrBusy) {
+		t.Errorf("beside one that is being sent: %v, want busy", err)
+	}
+	if err := st.Reset(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the place to be free again", func() bool { return ask() == nil })
 }
 
 func TestHostileDocumentServer(t *testing.T) {

@@ -68,9 +68,8 @@ func (a *indexAnswer) open(from string, req *image.Request, progress bool) (img 
 		if img, failed = a.s.cfg.Images.FetchIndexesFor(ctx, from, *req); failed != nil {
 			return
 		}
-		if failed = a.s.sending.Acquire(ctx, 1); failed == nil {
-			leave := a.leave
-			a.leave = sync.OnceFunc(func() { a.s.sending.Release(1); leave() })
+		if failed = a.s.sendingImages.Acquire(ctx, 1); failed == nil {
+			a.holds(a.s.sendingImages)
 		}
 	}, func(first bool) error {
 		layers := news.take()

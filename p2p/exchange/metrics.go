@@ -39,7 +39,7 @@ func newServerMetrics(reg prometheus.Registerer, admit *admission, upload *pace.
 		}
 	}
 	return m, m.Register(m.requests, chunks, bytes,
-		metric.Uses("shoal_p2p_places", "Requests from peers that are under way, by kind. A request beyond the capacity is answered busy, so none waits; a request for an image counts until the indexes are ready.", uses),
+		metric.Uses("shoal_p2p_places", "Requests from peers that are under way, by kind. A request beyond the capacity is answered busy, so none waits; requests for images and documents count from when they begin to wait for a registry until the answer is sent.", uses),
 		metric.Uses("shoal_p2p_upload_bytes", "Bytes of chunks that wait for max_upload, by kind (capacity: bytes a second; 0: no limit).", waits))
 }
 

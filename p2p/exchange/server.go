@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/shoalfs/shoal/blockdev/pace"
+	"github.com/shoalfs/shoal/blockdev/turns"
 	"github.com/shoalfs/shoal/internal/defaults"
 )
 
@@ -24,9 +25,11 @@ type Limits struct {
 	// Requests that are worked on at the same time; more are answered busy.
 	DemandPerPeer, StartupPerPeer, PrefetchPerPeer, ImagesPerPeer, DocumentsPerPeer int // 64, 8, 16, 8, 16
 	Demand, Startup, Prefetch, Images, Documents                                    int // 2048, 1024, 1024, 1024, 512
-	// Waiting is how many requests for images are known at a time, most of them
-	// waiting for the image to be opened (16384). Images bounds those whose answer is
-	// being sent. Where opening an image takes memory already, both are the same.
+	// Waiting is how many requests for images, and as many for documents, are known at a
+	// time, most of them waiting for a registry (16384). Images and Documents bound those
+	// whose answer is being sent. Where opening an image takes memory already, Images and
+	// Waiting are the same. Of the requests for documents, those of one registry wait in
+	// half of that at most.
 	Waiting int
 	// Profiles is how many startup profiles are taken at the same time (64), one
 	// of each peer.
@@ -123,7 +126,9 @@ type Server struct {
 	source Provider
 	stats  *serverMetrics
 
-	sending       *semaphore.Weighted // images
+	sendingImages, sendingDocuments *semaphore.Weighted
+	// asking shares Limits.Waiting for documents among the registries that they are of.
+	asking        *turns.Turns
 	prefetchReads *semaphore.Weighted
 	readAhead     *semaphore.Weighted
 	zstd          decoder
@@ -147,12 +152,14 @@ func NewServer(h libp2phost.Host, cfg ServerConfig) (*Server, error) {
 	}
 	s := &Server{
 		host: h, cfg: cfg, log: cfg.Log, stats: stats,
-		admit:         admit,
-		source:        cfg.Provider,
-		sending:       semaphore.NewWeighted(int64(cfg.Limits.Images)),
-		prefetchReads: semaphore.NewWeighted(int64(cfg.Limits.PrefetchReads)),
-		readAhead:     semaphore.NewWeighted(int64(cfg.Limits.TotalReadAhead)),
-		streams:       make(map[network.Stream]struct{}),
+		admit:            admit,
+		source:           cfg.Provider,
+		sendingImages:    semaphore.NewWeighted(int64(cfg.Limits.Images)),
+		sendingDocuments: semaphore.NewWeighted(int64(cfg.Limits.Documents)),
+		asking:           turns.New(int64(cfg.Limits.Waiting), 1),
+		prefetchReads:    semaphore.NewWeighted(int64(cfg.Limits.PrefetchReads)),
+		readAhead:        semaphore.NewWeighted(int64(cfg.Limits.TotalReadAhead)),
+		streams:          make(map[network.Stream]struct{}),
 	}
 	s.writers.New = func() any { return bufio.NewWriterSize(nil, writeBuffer) }
 	s.ctx, s.cancel = context.WithCancel(context.Background())
