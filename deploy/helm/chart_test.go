@@ -29,6 +29,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/util/validation"
@@ -66,6 +67,9 @@ var cases = map[string]values{
 	},
 	"addresses":            {"supernode": values{"replicas": 2, "addresses": []any{"10.0.0.5:7700", "[2001:db8::5]:7700"}}},
 	"supernodes elsewhere": {"supernode": values{"enabled": false}, "supernodes": []any{id + "@10.0.0.5:7700"}, "token": values{"existingSecret": "token"}},
+	"a pinned image":       {"image": values{"tag": "v1.2.3@sha256:" + strings.Repeat("0a", 32)}},
+	"a long tag":           {"image": values{"tag": "_" + strings.Repeat("v1.2-", 25)}},
+	"a subchart":           {"enabled": true, "global": values{"imageRegistry": "x"}},
 	"a token of one's own": {"token": values{"existingSecret": "token"}, "networkPolicy": false},
 }
 
@@ -210,6 +214,15 @@ func TestRender(t *testing.T) {
 				for _, s := range validation.IsDNS1123Subdomain(m.GetName()) {
 					t.Errorf("%s: %s", key, s)
 				}
+				labelsAreValid(t, key, m.GetLabels())
+				switch o := o.(type) {
+				case *appsv1.DaemonSet:
+					labelsAreValid(t, key, o.Spec.Template.Labels)
+				case *appsv1.StatefulSet:
+					labelsAreValid(t, key, o.Spec.Template.Labels)
+				case *batchv1.Job:
+					labelsAreValid(t, key, o.Spec.Template.Labels)
+				}
 			}
 			set := find[*appsv1.DaemonSet](t, objects, "shoal-node")
 			selects(t, set.Spec.Selector.MatchLabels, set.Spec.Template.Labels)
@@ -233,6 +246,15 @@ func TestRender(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func labelsAreValid(t *testing.T, of string, labels map[string]string) {
+	t.Helper()
+	for k, v := range labels {
+		for _, s := range validation.IsValidLabelValue(v) {
+			t.Errorf("%s: %s=%s: %s", of, k, v, s)
+		}
 	}
 }
 
@@ -379,6 +401,8 @@ func TestBadValues(t *testing.T) {
 		{values{"node": values{"binDir": "bin"}}, "binDir"},
 		{values{"node": values{"binDir": "/usr/local bin"}}, "binDir"},
 		{values{"image": values{"pullPolicy": "Sometimes"}}, "pullPolicy"},
+		{values{"image": values{"tag": "@sha256:" + strings.Repeat("0a", 32)}}, "tag"},
+		{values{"image": values{"tag": "v1.2.3@sha256:0a"}}, "tag"},
 		{values{"supernodes": []any{"10.0.0.5:7700"}}, "supernodes"},
 		{values{"uninstall": values{"timeout": "soon"}}, "timeout"},
 		{values{"supernodes": []any{id + "@10.0.0.5:7700"}}, "supernode.enabled"},
@@ -472,6 +496,28 @@ func TestAlerts(t *testing.T) {
 	for _, name := range names {
 		if !bytes.Contains(metrics, []byte("| `"+name+"` |")) {
 			t.Errorf("shoal has no metric %s", name)
+		}
+	}
+}
+
+// TestUninstallSelector: the Jobs of helm uninstall look at the pods of the DaemonSet, and at
+// none of another chart that is installed with this one, whatever its components are called.
+func TestUninstallSelector(t *testing.T) {
+	objects, err := render(t, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := labels.Set(find[*appsv1.DaemonSet](t, objects, "shoal-node").Spec.Template.Labels)
+	other := labels.Merge(own, labels.Set{"app.kubernetes.io/name": "csi-driver"})
+	for _, name := range []string{"shoal-uninstall", "shoal-forget"} {
+		args := strings.Join(find[*batchv1.Job](t, objects, name).Spec.Template.Spec.Containers[0].Args, "\n")
+		m := regexp.MustCompile(`(?m)^--selector=(.*)$`).FindStringSubmatch(args)
+		if m == nil {
+			t.Fatalf("%s has no selector:\n%s", name, args)
+		}
+		s, err := labels.Parse(m[1])
+		if err != nil || !s.Matches(own) || s.Matches(other) {
+			t.Errorf("%s selects %s, %v", name, m[1], err)
 		}
 	}
 }

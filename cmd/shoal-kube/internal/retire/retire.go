@@ -207,7 +207,7 @@ func ended(p *corev1.Pod) outcome {
 }
 
 // mine selects the pods that start makes, in this run and in others.
-var mine = metav1.ListOptions{LabelSelector: component + "=" + role}
+var mine = metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=shoal," + component + "=" + role}
 
 // endOthers ends the pods of other runs, which cannot go on: Helm starts a Job only after it
 // has deleted the one before.

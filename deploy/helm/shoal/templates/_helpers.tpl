@@ -1,9 +1,14 @@
 {{- define "shoal.labels" -}}
 app.kubernetes.io/name: shoal
 app.kubernetes.io/instance: {{ .Release.Name }}
-app.kubernetes.io/version: {{ .Values.image.tag | default .Chart.AppVersion | quote }}
+app.kubernetes.io/version: {{ include "shoal.labelValue" (.Values.image.tag | default .Chart.AppVersion | splitList "@" | first) | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
+helm.sh/chart: {{ include "shoal.labelValue" (printf "%s-%s" .Chart.Name (.Chart.Version | replace "+" "_")) }}
+{{- end }}
+
+{{- /* A label's value has 63 characters at most, and begins and ends with a letter or digit. */}}
+{{- define "shoal.labelValue" -}}
+{{ . | trunc 63 | trimAll "-_." }}
 {{- end }}
 
 {{- /* Selectors of a component (list . "node"): they must never change. */}}
