@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 
 	"github.com/spf13/cobra"
@@ -49,11 +50,11 @@ start. In /etc/containerd/certs.d/_default/hosts.toml:
 				return err
 			}
 			program.SetName(cmd.Root().Name())
-			log, level := newLeveledLogger(c.Log)
-			store, err := fdstore.Open(cmd.Context())
+			c, store, err := takeTurn(cmd.Context(), c, load)
 			if err != nil {
 				return err
 			}
+			log, level := newLeveledLogger(c.Log)
 			d, err := node.Open(cmd.Context(), node.Config{Node: c, Load: load, Store: store, Log: log, Level: level, Version: version})
 			if err != nil {
 				return err
@@ -63,4 +64,21 @@ start. In /etc/containerd/certs.d/_default/hosts.toml:
 	}
 	cmd.Flags().StringVar(&path, "config", path, "config file; the default one may be missing")
 	return cmd
+}
+
+// takeTurn returns what the process before this one has left, when that one has ended, and
+// the config as it is then: a change that came while this process waited was loaded, if
+// at all, by the other one. If the file cannot be loaded any more, then what was loaded
+// before counts, as at a reload.
+func takeTurn(ctx context.Context, loaded *config.Node, load func() (*config.Node, error)) (*config.Node, *fdstore.Store, error) {
+	store, err := fdstore.Open(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	c, err := load()
+	if err != nil {
+		newLogger(loaded.Log).Error("config not reloaded; the old values stay in use", "error", err)
+		return loaded, store, nil
+	}
+	return c, store, nil
 }
