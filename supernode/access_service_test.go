@@ -2,7 +2,10 @@ package supernode
 
 import (
 	"bytes"
+	"fmt"
 	"log/slog"
+	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -191,4 +194,60 @@ func TestRegistryDown(t *testing.T) {
 	wantErr(t, err, blockdev.ErrUnavailable, f.Host)
 	_, err = s.FetchIndexesFor(t.Context(), "p", request(f.Target, "app:v2", alice))
 	wantErr(t, err, blockdev.ErrUnavailable, f.Host)
+}
+
+// TestMirrorFails: if a mirror in hosts.toml is down, refuses or has no copy, then the registry
+// decides: those that it lets in get the image, those that it refuses do not, also those that it let
+// in before; and while it is down, too, the grace counts.
+func TestMirrorFails(t *testing.T) {
+	for what, odd := range map[string]registrytest.Odd{
+		"down":    nil,
+		"404":     registrytest.Status(http.StatusNotFound),
+		"401":     registrytest.Status(http.StatusUnauthorized),
+		"limited": registrytest.Status(http.StatusTooManyRequests, "Retry-After", "100"),
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			f, mirror := registrytest.NewFake(t), registrytest.NewFake(t)
+			l := registrytest.GzipLayer(t, "a", 1000, 1)
+			f.Push(t, "app", "v1", l)
+			f.SetAuth(registrytest.Basic, users, onlyAliceReads)
+			if odd == nil {
+				mirror.Close()
+			} else {
+				mirror.Script(odd)
+			}
+			dirs := t.TempDir()
+			if err := os.Mkdir(filepath.Join(dirs, "registry.example"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			hosts := fmt.Appendf(nil, "server = \"http://%s\"\n[host.\"http://%s\"]\ncapabilities = [\"pull\", \"resolve\"]\n", f.Host, mirror.Host)
+			if err := os.WriteFile(filepath.Join(dirs, "registry.example", "hosts.toml"), hosts, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			now := newClock()
+			s := start(t, now.use, func(c *Config) { c.Registry.TagTTL, c.HostDirs = time.Nanosecond, []string{dirs} })
+			ask := func(cred image.Credential) error {
+				now.pass(time.Hour) // no answer is believed for so long
+				img, err := s.FetchIndexesFor(t.Context(), "p", image.Request{Ref: "registry.example/app:v1", Platform: amd64, Credential: cred})
+				if err == nil {
+					wantImage(t, s, img, l)
+				}
+				return err
+			}
+			if err := ask(alice); err != nil {
+				t.Fatalf("the registry lets it in: %v", err)
+			}
+			wantErr(t, ask(nobody), blockdev.ErrUnauthorized)
+			f.SetHook(registrytest.Status(http.StatusServiceUnavailable, "Retry-After", "100"))
+			if err := ask(alice); err != nil {
+				t.Errorf("the registry let it in before it was down: %v", err)
+			}
+			f.SetHook(nil)
+			f.SetAuth(registrytest.Basic, users, func(string, string) bool { return false })
+			wantErr(t, ask(alice), blockdev.ErrUnauthorized)
+			f.Close()
+			wantErr(t, ask(alice), blockdev.ErrUnavailable)
+		})
+	}
 }

@@ -11,7 +11,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 	ctrlog "github.com/containerd/log"
@@ -89,8 +88,7 @@ type session struct {
 	loops int // how many of the set were left out
 }
 
-// stale says that a host was asked that turned out to lead back here. What it
-// answered may hide what others did.
+// stale says that a host was asked that turned out to lead back here.
 func (s *session) stale() bool { return s.set.looping() > s.loops }
 
 const maxSessions = 512
@@ -248,13 +246,6 @@ func (s *session) having(caps docker.HostCapabilities) (hosts []docker.RegistryH
 	return hosts
 }
 
-// resolver returns containerd's resolver over those of the session's hosts that
-// have the capabilities.
-func (s *session) resolver(caps docker.HostCapabilities) remotes.Resolver {
-	hosts := s.having(caps)
-	return docker.NewResolver(docker.ResolverOptions{Hosts: func(string) ([]docker.RegistryHost, error) { return hosts, nil }})
-}
-
 // do runs one question with a session: again with a fresh one where the
 // answer may have been a kept one, and a few times where the registry was not
 // available and did not ask to be left alone.
@@ -281,10 +272,6 @@ func (c *Client) do(ctx context.Context, ref Reference, name string, cred image.
 		switch {
 		case ctx.Err() != nil:
 			return err
-		case s.stale():
-			// At most as often as there are hosts.
-			try--
-			continue
 		case try == 0 && !fresh && (foreign || errors.Is(err, blockdev.ErrUnauthorized)):
 			continue
 		case !errors.Is(err, blockdev.ErrUnavailable) || try >= 2 ||

@@ -22,6 +22,9 @@
 //   - Errors wrap blockdev.ErrNotFound, ErrUnauthorized, ErrUnsupported,
 //     ErrUnavailable, ErrCorrupt or the context's error, and name the reference
 //     and the cause. *Error has the facts.
+//   - What a mirror says instead of giving what is asked for hides nothing: the hosts are
+//     asked in containerd's order, and if none gives it, then the error is the last
+//     host's, which is the registry itself.
 //   - What is cached is cached for one repository: that a manifest is known from
 //     one repository says nothing about another.
 //   - What many ask for at the same time, a registry is asked once. Requests say

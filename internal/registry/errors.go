@@ -38,7 +38,8 @@ type Error struct {
 	// answered: it was there, and what it said is of no use. Follows from Status
 	// where that is set.
 	answered bool
-	plain    bool // it is about a redirect away from TLS
+	plain    bool   // it is about a redirect away from TLS
+	before   string // what the hosts said that were asked before
 }
 
 // Downgraded says of an error of this package whether an answer was refused
@@ -97,6 +98,9 @@ func (e *Error) Error() string {
 		fmt.Fprintf(&b, "asks to wait %s: ", e.after)
 	}
 	b.WriteString(e.kind.Error())
+	if e.before != "" {
+		b.WriteString(" (asked before: " + e.before + ")")
+	}
 	return b.String()
 }
 
@@ -164,15 +168,28 @@ func mapError(ctx context.Context, ref string, err error) error {
 		}
 		return fmt.Errorf("%s: %w", ref, err)
 	}
+	e := facts(err)
+	if e.Ref == "" {
+		e.Ref = ref
+	}
+	var t tried
+	if errors.As(err, &t) {
+		e.before = t.before
+		if e.Host == "" {
+			e.Host = t.host
+		}
+	}
+	return e
+}
+
+// facts are what is known of an error of a request.
+func facts(err error) *Error {
 	var own *Error
 	if errors.As(err, &own) {
 		e := *own
-		if e.Ref == "" {
-			e.Ref = ref
-		}
 		return &e
 	}
-	e := &Error{Ref: ref, kind: blockdev.ErrUnavailable}
+	e := &Error{kind: blockdev.ErrUnavailable}
 	var status remoteerrors.ErrUnexpectedStatus
 	var ue *url.Error
 	switch {

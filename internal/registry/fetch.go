@@ -45,16 +45,17 @@ func (c *Client) Fetch(ctx context.Context, m *Manifest, l Layer, cred image.Cre
 			cancel()
 			return nil, mapError(ctx, name, err)
 		}
-		b, raw := open(rctx, s, ref, l, offset)
+		var b *blob
+		raw := s.each(rctx, docker.HostCapabilityPull, func(_ context.Context, h docker.RegistryHost) (err error) {
+			b, err = open(rctx, h, ref, l, offset) // it is read after each has returned
+			return err
+		})
 		if raw == nil {
 			b.ctx, b.own, b.cancel, b.name, b.host, b.budget = ctx, rctx, cancel, name, ref.Host, c.cfg.Download
 			return b, nil
 		}
 		err = mapError(ctx, name, raw)
 		foreign := errors.Is(raw, context.Canceled) && ctx.Err() == nil
-		if s.stale() {
-			continue
-		}
 		if fresh || !foreign && !errors.Is(err, blockdev.ErrUnauthorized) {
 			cancel()
 			c.forget(ref.Host, cred)
@@ -63,8 +64,8 @@ func (c *Client) Fetch(ctx context.Context, m *Manifest, l Layer, cred image.Cre
 	}
 }
 
-func open(ctx context.Context, s *session, ref Reference, l Layer, offset int64) (*blob, error) {
-	f, err := s.resolver(docker.HostCapabilityPull).Fetcher(ctx, ref.withDigest(ref.Digest))
+func open(ctx context.Context, h docker.RegistryHost, ref Reference, l Layer, offset int64) (*blob, error) {
+	f, err := resolver(h).Fetcher(ctx, ref.withDigest(ref.Digest))
 	if err != nil {
 		return nil, err
 	}
@@ -87,7 +88,7 @@ func open(ctx context.Context, s *session, ref Reference, l Layer, offset int64)
 		_, err = br.Peek(1)
 	}
 	if err == io.EOF { //nolint:errorlint // a connection that broke gives an error that wraps io.EOF
-		err = &Error{Host: ref.Host, kind: blockdev.ErrCorrupt, text: fmt.Sprintf("the blob ends at byte %d, its descriptor says %d", offset, l.Size)}
+		err = &Error{Host: h.Host, kind: blockdev.ErrCorrupt, text: fmt.Sprintf("the blob ends at byte %d, its descriptor says %d", offset, l.Size)}
 	}
 	if err != nil {
 		return nil, errors.Join(err, rc.Close())

@@ -2,16 +2,9 @@ package registry
 
 import (
 	"context"
-	"fmt"
-	"net/http"
-	"net/url"
-	"path"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
-	"github.com/containerd/containerd/v2/pkg/reference"
-	"github.com/containerd/containerd/v2/version"
 
-	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/internal/image"
 )
 
@@ -37,77 +30,19 @@ func (c *Client) HasBlob(ctx context.Context, m *Manifest, l Layer, cred image.C
 			return ctx.Err()
 		}
 		ctx = context.WithValue(ctx, onlyTLS{}, true)
-		speaks := *s
-		speaks.hosts = s.having(docker.HostCapabilityPull | docker.HostCapabilityResolve)
-		err := speaks.headBlob(ctx, ref, l.Digest)
+		err := s.head(ctx, ref, "blobs", l.Digest)
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
 		if e := mapError(ctx, "", err); Outage(e) || Limited(e) || Downgraded(e) || l.Size == 0 {
 			return err
 		}
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		b, err := open(ctx, &speaks, ref, l, 0)
-		if err != nil {
-			return err
-		}
-		return b.rc.Close()
+		return s.each(ctx, docker.HostCapabilityPull|docker.HostCapabilityResolve, func(ctx context.Context, h docker.RegistryHost) error {
+			b, err := open(ctx, h, ref, l, 0)
+			if err != nil {
+				return err
+			}
+			return b.rc.Close()
+		})
 	})
-}
-
-// headBlob asks the hosts in turn. The error is that of the last, the registry.
-func (s *session) headBlob(ctx context.Context, ref Reference, d blockdev.Digest) error {
-	spec, err := reference.Parse(ref.withDigest(d))
-	if err != nil {
-		return fmt.Errorf("%s: %w", ref.Name(), err)
-	}
-	if ctx, err = docker.ContextWithRepositoryScope(ctx, spec, false); err != nil {
-		return fmt.Errorf("%s: %w", ref.Name(), err)
-	}
-	err = &Error{Host: ref.Host, answered: true, kind: blockdev.ErrUnavailable, text: `its hosts.toml names no host with the capability "resolve"`}
-	for _, h := range s.hosts {
-		if err = headAt(ctx, h, ref, d); err == nil {
-			break
-		}
-	}
-	return err
-}
-
-// maxChallenges bounds how often a host may ask for another credential.
-const maxChallenges = 3
-
-func headAt(ctx context.Context, h docker.RegistryHost, ref Reference, d blockdev.Digest) error {
-	u := url.URL{Scheme: h.Scheme, Host: h.Host, Path: path.Join("/", h.Path, ref.Repository, "blobs", d.String())}
-	if h.Host != ref.Host && (ref.Host != "docker.io" || h.Host != "registry-1.docker.io") {
-		u.RawQuery = url.Values{"ns": {ref.Host}}.Encode() // as containerd does for mirrors
-	}
-	var answers []*http.Response
-	for {
-		req, err := http.NewRequestWithContext(ctx, http.MethodHead, u.String(), nil)
-		if err != nil {
-			return fmt.Errorf("registry %s: %w", h.Host, err)
-		}
-		req.Header.Set("User-Agent", "containerd/"+version.Version)
-		req.Header.Set("Accept", "*/*")
-		for k, v := range h.Header {
-			req.Header[k] = v
-		}
-		if err := h.Authorizer.Authorize(ctx, req); err != nil {
-			return fmt.Errorf("registry %s: %w", h.Host, err)
-		}
-		resp, err := h.Client.Do(req)
-		if err != nil {
-			return fmt.Errorf("registry %s: %w", h.Host, err)
-		}
-		_ = resp.Body.Close() // there is none
-		if resp.StatusCode < 300 {
-			return nil
-		}
-		answers = append(answers, resp) //nolint:bodyclose // it is closed above
-		if resp.StatusCode == http.StatusUnauthorized && len(answers) <= maxChallenges && h.Authorizer.AddResponses(ctx, answers) == nil {
-			continue
-		}
-		return &Error{Host: req.URL.Host, Status: resp.StatusCode, kind: kindOf(resp.StatusCode)}
-	}
 }

@@ -105,6 +105,11 @@ func shoalPulls(t *testing.T, ref string, dirs []string, cred image.Credential) 
 			return fmt.Errorf("pulled, but the repository is said not to have it: %w", err)
 		}
 	}
+	for _, d := range []blockdev.Digest{{}, m.Digest} {
+		if err := c.Check(t.Context(), ref, d, cred); err != nil {
+			return fmt.Errorf("pulled, but the repository is said to be closed: %w", err)
+		}
+	}
 	return nil
 }
 
@@ -339,6 +344,10 @@ func TestContainerdIsJudge(t *testing.T) {
 		{name: "a mirror without a layer", set: func(o *odd) {
 			o.mirror("http://" + o.other.Host)
 			o.other.Script(rt.On("", o.blob(), rt.Status(404)))
+		}},
+		{name: "a mirror that ends in the middle of a layer", set: func(o *odd) {
+			o.mirror("http://" + o.other.Host)
+			o.other.Script(rt.On("GET", o.blob(), rt.Times(1, rt.Blob{Data: o.layer.Blob, Cut: 100_000}.Serve)), rt.On("", o.blob(), rt.Status(503)))
 		}},
 		{name: "a mirror that limits for a layer", set: func(o *odd) {
 			o.mirror("http://" + o.other.Host)

@@ -48,17 +48,33 @@ func (c *Client) keepTag(r Reference, name string, d blockdev.Digest) {
 
 // head looks for a manifest by digest, or by r's tag if d is zero.
 func (c *Client) head(ctx context.Context, r Reference, name string, d blockdev.Digest, cred image.Credential) (blockdev.Digest, error) {
-	target := r.Name() + ":" + r.Tag
-	if d != (blockdev.Digest{}) {
-		target = r.withDigest(d)
-	}
-	err := c.do(ctx, r, name, cred, func(ctx context.Context, s *session) error {
-		_, desc, err := s.resolver(docker.HostCapabilityPull|docker.HostCapabilityResolve).Resolve(ctx, target)
+	err := c.do(ctx, r, name, cred, func(ctx context.Context, s *session) (err error) {
+		if d == (blockdev.Digest{}) {
+			d, err = s.tag(ctx, r)
+			return err
+		}
+		err = s.head(ctx, r, "manifests", d)
+		if e := mapError(ctx, "", err); err == nil || ctx.Err() != nil || Outage(e) || Limited(e) {
+			return err
+		}
+		// Among the blobs there are configs, and, as containerd has it, manifests.
+		if berr := s.head(ctx, r, "blobs", d); berr == nil || errors.Is(mapError(ctx, "", err), blockdev.ErrNotFound) {
+			return berr
+		}
+		return err
+	})
+	return d, err
+}
+
+// tag asks what r's tag names.
+func (s *session) tag(ctx context.Context, r Reference) (d blockdev.Digest, _ error) {
+	err := s.each(ctx, docker.HostCapabilityPull|docker.HostCapabilityResolve, func(ctx context.Context, h docker.RegistryHost) error {
+		_, desc, err := resolver(h).Resolve(ctx, r.Name()+":"+r.Tag)
 		if err != nil {
 			return err
 		}
 		if d, err = blockdev.ParseDigest(desc.Digest.String()); err != nil {
-			return &Error{Host: r.Host, kind: blockdev.ErrUnsupported, text: fmt.Sprintf("names the manifest with digest %.80q", desc.Digest)}
+			return &Error{Host: h.Host, kind: blockdev.ErrUnsupported, text: fmt.Sprintf("names the manifest with digest %.80q", desc.Digest)}
 		}
 		return nil
 	})
@@ -244,7 +260,10 @@ func (q *query) document(ctx context.Context, mediaType string, d descriptor, li
 		return b, nil
 	}
 	f, err := q.c.ask(ctx, q.key("document", d.digest.String()), func(ctx context.Context, f *question) (err error) {
-		f.data, err = q.fetch(ctx, mediaType, d, limit)
+		var ok bool
+		if f.data, ok = q.c.cache.doc(q.ref.Name(), d.digest, limit); !ok { // since this caller looked
+			f.data, err = q.fetch(ctx, mediaType, d, limit)
+		}
 		return err
 	})
 	if err != nil {
@@ -257,14 +276,14 @@ func (q *query) document(ctx context.Context, mediaType string, d descriptor, li
 // the error does not name the image.
 func (q *query) fetch(ctx context.Context, mediaType string, d descriptor, limit int64) ([]byte, error) {
 	var b []byte
-	err := q.c.do(ctx, q.ref, "", q.cred, func(ctx context.Context, s *session) (err error) {
-		b, err = readDocument(ctx, s, q.ref, mediaType, d, limit)
-		if errors.Is(err, blockdev.ErrCorrupt) && len(s.hosts) > 1 {
-			// A mirror sent rubbish; the registry itself comes last.
-			q.c.log.Warn("a mirror sent wrong content, asking the registry", "image", q.name, "error", mapError(ctx, q.name, err))
-			b, err = readDocument(ctx, &session{hosts: s.hosts[len(s.hosts)-1:]}, q.ref, mediaType, d, limit)
-		}
-		return err
+	err := q.c.do(ctx, q.ref, "", q.cred, func(ctx context.Context, s *session) error {
+		return s.each(ctx, docker.HostCapabilityPull, func(ctx context.Context, h docker.RegistryHost) (err error) {
+			b, err = readDocument(ctx, h, q.ref, mediaType, d, limit)
+			if errors.Is(err, blockdev.ErrCorrupt) && h.Host != s.hosts[len(s.hosts)-1].Host {
+				q.c.log.Warn("a mirror sent wrong content, asking the next host", "image", q.name, "error", mapError(ctx, q.name, err))
+			}
+			return err
+		})
 	})
 	if err != nil {
 		return nil, err
@@ -275,8 +294,8 @@ func (q *query) fetch(ctx context.Context, mediaType string, d descriptor, limit
 	return b, nil
 }
 
-func readDocument(ctx context.Context, s *session, ref Reference, mediaType string, d descriptor, limit int64) ([]byte, error) {
-	f, err := s.resolver(docker.HostCapabilityPull).Fetcher(ctx, ref.withDigest(d.digest))
+func readDocument(ctx context.Context, h docker.RegistryHost, ref Reference, mediaType string, d descriptor, limit int64) ([]byte, error) {
+	f, err := resolver(h).Fetcher(ctx, ref.withDigest(d.digest))
 	if err != nil {
 		return nil, err
 	}
@@ -295,13 +314,13 @@ func readDocument(ctx context.Context, s *session, ref Reference, mediaType stri
 	right := blockdev.Sum(b) == d.digest
 	switch {
 	case err != nil && !right: // else all has come, and the Content-Length is wrong
-		return nil, fmt.Errorf("registry %s: %s %s: %w", ref.Host, what, d.digest, err)
+		return nil, fmt.Errorf("registry %s: %s %s: %w", h.Host, what, d.digest, err)
 	case int64(len(b)) > limit:
-		return nil, &Error{Host: ref.Host, kind: blockdev.ErrUnsupported, text: fmt.Sprintf("%s %s is larger than %d bytes", what, d.digest, limit)}
+		return nil, &Error{Host: h.Host, kind: blockdev.ErrUnsupported, text: fmt.Sprintf("%s %s is larger than %d bytes", what, d.digest, limit)}
 	case !right:
-		return nil, &Error{Host: ref.Host, kind: blockdev.ErrCorrupt, text: fmt.Sprintf("%s %s: the %d bytes sent have another digest", what, d.digest, len(b))}
+		return nil, &Error{Host: h.Host, kind: blockdev.ErrCorrupt, text: fmt.Sprintf("%s %s: the %d bytes sent have another digest", what, d.digest, len(b))}
 	case d.size >= 0 && int64(len(b)) != d.size:
-		return nil, &Error{Host: ref.Host, kind: blockdev.ErrCorrupt, text: fmt.Sprintf("%s %s has %d bytes, its descriptor says %d", what, d.digest, len(b), d.size)}
+		return nil, &Error{Host: h.Host, kind: blockdev.ErrCorrupt, text: fmt.Sprintf("%s %s has %d bytes, its descriptor says %d", what, d.digest, len(b), d.size)}
 	}
 	return b, nil
 }
