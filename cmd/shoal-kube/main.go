@@ -14,12 +14,20 @@ import (
 
 	"github.com/spf13/cobra"
 	"k8s.io/klog/v2"
+
+	"github.com/shoalfs/shoal/internal/program"
 )
 
 // version is set by the linker (Makefile).
 var version = "unknown"
 
 func main() {
+	// The node may serve the image that this program is in. The program replaces the node, and
+	// tells that the node is away, so it must not wait for the node.
+	if err := program.Detach(); err != nil {
+		newLogger().Warn("cannot run from memory: while the node is away, this program may wait for the node", "error", err)
+	}
+	program.SetName("shoal-kube")
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := newCommand().ExecuteContext(ctx)
 	stop()

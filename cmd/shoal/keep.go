@@ -11,7 +11,7 @@ import (
 
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/keep"
-	"github.com/shoalfs/shoal/cmd/shoal/internal/program"
+	"github.com/shoalfs/shoal/internal/program"
 )
 
 func newKeepCommand() *cobra.Command {

@@ -9,7 +9,7 @@ import (
 	"github.com/shoalfs/shoal/cmd/shoal/internal/config"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
 	"github.com/shoalfs/shoal/cmd/shoal/internal/node"
-	"github.com/shoalfs/shoal/cmd/shoal/internal/program"
+	"github.com/shoalfs/shoal/internal/program"
 )
 
 func newNodeCommand() *cobra.Command {

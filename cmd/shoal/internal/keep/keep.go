@@ -40,7 +40,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/shoalfs/shoal/cmd/shoal/internal/fdstore"
-	"github.com/shoalfs/shoal/cmd/shoal/internal/program"
+	"github.com/shoalfs/shoal/internal/program"
 )
 
 // Upgrade is the signal that replaces the running program by what its file is now.

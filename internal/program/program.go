@@ -3,8 +3,9 @@
 //
 // A program is read from its file as it runs, page by page, whenever the kernel
 // has dropped a page. A daemon that serves the very file system that its own
-// program lies on would wait for itself. So a program on a file system that shoal
-// may serve, or that lies over one, is run from a copy in memory.
+// program lies on would wait for itself, and so would a program that starts this
+// daemon again. So a program on a file system that shoal may serve, or that lies
+// over one, is run from a copy in memory.
 package program
 
 import (
@@ -22,7 +23,7 @@ import (
 const copiedEnv = "SHOAL_PROGRAM_COPIED_FROM"
 
 // Open opens a program to be started by Path, now or at any later time. It is
-// the file itself, or a copy in memory where the file may depend on this daemon.
+// the file itself, or a copy in memory where shoal may serve the file.
 // A script is refused: what runs then is an interpreter, which is not held.
 func Open(path string) (*os.File, error) {
 	f, err := os.Open(path)
@@ -51,8 +52,8 @@ func Path(f *os.File) string {
 }
 
 // Detach starts the running program again from a copy in memory, if its file is
-// on a file system that may depend on this daemon. It returns if not, or if that
-// fails.
+// on a file system that shoal may serve. It returns if not, or if that fails. It
+// is to be called before the program does anything else.
 func Detach() error {
 	f, err := os.Open("/proc/self/exe")
 	if err != nil {
