@@ -129,9 +129,9 @@ func (m *mounter) places(id blockdev.Digest) (dirs []string) {
 	return dirs
 }
 
-// place gives a volume a mount point: where the last process had it, or else the first that
-// no other diff has; but nowhere that something of this one is mounted. If there is none, then what was replaced first makes
-// room. The caller has the volume's turn.
+// place gives a volume a mount point: the one that the last process had it mounted at, or
+// else the first that no other diff has, and where nothing of this one is mounted. If there
+// is none, then what was replaced first makes room. The caller has the volume's turn.
 func (m *mounter) place(v *volume) (string, error) {
 	used := v.mountPoints()
 	free := m.free(v.id, v.homeDir(), used)
@@ -266,8 +266,15 @@ func (m *mounter) unmarkNative(v *volume) {
 	}
 }
 
-// marked says whether what an earlier process has mounted at dir is, or may be, lazy.
-func (m *mounter) marked(id blockdev.Digest, dir string) bool {
+// marked says whether an earlier process had, or may have had, lazy mounts of a diff.
+func (m *mounter) marked(id blockdev.Digest) bool {
+	_, err := os.Lstat(m.markPath(id))
+	return err == nil
+}
+
+// markedAt says whether what is mounted at dir is, or may be, lazy. Of what had been replaced
+// it does not know.
+func (m *mounter) markedAt(id blockdev.Digest, dir string) bool {
 	b, err := os.ReadFile(m.markPath(id))
 	if err != nil {
 		return !errors.Is(err, os.ErrNotExist)

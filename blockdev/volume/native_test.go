@@ -227,7 +227,7 @@ func TestNativeWhenComplete(t *testing.T) {
 			if got := n.lazyUsers(l); got != want {
 				t.Errorf("%d containers read through FUSE, want %d", got, want)
 			}
-			if n.hasMarker(l) {
+			if n.mounts.marked(l.id) {
 				t.Error("still marked as lazy")
 			}
 			if n.tidyUp(); loop == (len(n.allMounts()) != 1) {
@@ -299,7 +299,7 @@ func TestNativeAfterCrash(t *testing.T) {
 			c := newContainer(t, found[len(found)-1].Dir)
 			defer c.end()
 			n.restart()
-			n.eventually("it is native", func() bool { return !n.stat(l).Lazy && !n.hasMarker(l) })
+			n.eventually("it is native", func() bool { return !n.stat(l).Lazy && !n.mounts.marked(l.id) })
 			dir = n.mountDir(l)
 			if n.tidyUp(); len(n.allMounts()) != 1 || n.allMounts()[0].Dir != dir {
 				t.Errorf("mounts: %+v", n.allMounts())
@@ -310,11 +310,6 @@ func TestNativeAfterCrash(t *testing.T) {
 			}
 		})
 	}
-}
-
-func (n *node) hasMarker(l *layer) bool {
-	_, err := os.Lstat(n.mounts.markPath(l.id))
-	return err == nil
 }
 
 func (n *node) allMounts() []mount.Info {

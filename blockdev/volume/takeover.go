@@ -52,8 +52,9 @@ func (m *Manager) takeOver(found []mount.Info, adopted bool) (again []*volume, e
 			continue
 		}
 		dir, _, _ := v.mounted()
-		lazy := m.mounts.marked(v.id, i.Dir)
-		if dir == "" && m.mounts.usable(v, i, lazy, adopted) {
+		lazy := m.mounts.markedAt(v.id, i.Dir)
+		// If the newest is lost, then an older one is not better: it was replaced.
+		if dir == "" && !slices.Contains(again, v) && m.mounts.usable(v, i, lazy, adopted) {
 			m.mounts.setName(i.Dir, v.id)
 			v.setMounted(i.Dir, i.Source, lazy)
 			continue
@@ -92,10 +93,10 @@ func (m *Manager) leave(i mount.Info, adopted bool) bool {
 		if filepath.Join(m.root, "diffs", id.Hex()) != filepath.Dir(i.Source) {
 			continue
 		}
-		lazy := m.mounts.marked(id, i.Dir)
+		lazy, lost := m.mounts.markedAt(id, i.Dir), !adopted && m.mounts.marked(id)
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		if m.vols[id] != nil || lazy && !adopted {
+		if m.vols[id] != nil || lost {
 			return false
 		}
 		left, ok := m.left[id]

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/mount"
 )
 
 // newDamaged opens a node with a layer that was complete, is mounted natively, and has a
@@ -102,7 +103,7 @@ func TestMarkerOfHealthy(t *testing.T) {
 	if n.mountDir(l) != dir || mountID(t, dir) != id {
 		t.Errorf("the native mount was made again: %+v", n.stat(l))
 	}
-	if n.hasMarker(l) {
+	if n.mounts.marked(l.id) {
 		t.Error("the marker is left")
 	}
 	if log.has("cannot take over lazy mounts") {
@@ -138,7 +139,7 @@ func TestMarkerOfFailedMount(t *testing.T) {
 	if dir := n.mountDir(l); dir != native || n.stat(l).Lazy {
 		t.Fatalf("%+v", n.stat(l))
 	}
-	if n.hasMarker(l) {
+	if n.mounts.marked(l.id) {
 		t.Error("the marker is left")
 	}
 }
@@ -156,4 +157,37 @@ func TestMountedAgainAtItsPlace(t *testing.T) {
 		t.Errorf("mounted at %s, before at %s: %+v", again, dir, n.stat(l))
 	}
 	n.refuses(l, dir, chunk)
+}
+
+// TestLostWithOlder: if the FUSE connection is lost, then a lazy mount that had been replaced
+// is not taken over either, though the marker does not name it.
+func TestLostWithOlder(t *testing.T) {
+	n := newNode(t, nil)
+	l := newLayer(t, 92, 1<<20)
+	n.add(l)
+	n.mountDir(l) // lazy, and retired below
+	if err := n.PrefetchWait(t.Context(), l.id, nil); err != nil {
+		t.Fatal(err)
+	}
+	native := n.mountDir(l)
+	// As after damage: lazy again, and the native mount is tidied up before the busy older one.
+	lazy := n.mounts.places(l.id)[3]
+	_, err := mount.Mount(n.diffFile(l, "meta"), n.mounts.fusePath(l.id), mkdir(t, lazy), mount.Options{})
+	if err := errors.Join(err, n.mounts.mark(l.id, lazy), mount.Detach(native)); err != nil {
+		t.Fatal(err)
+	}
+	n.restart()
+	dir := n.mountDir(l)
+	n.check(l, dir)
+	if s := n.stat(l); s.Lazy || dir != lazy || len(n.allMounts()) != 1 {
+		t.Errorf("%+v; mounts: %+v", s, n.allMounts())
+	}
+}
+
+func mkdir(t *testing.T, dir string) string {
+	t.Helper()
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
