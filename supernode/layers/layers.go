@@ -17,6 +17,7 @@ import (
 	"github.com/shoalfs/shoal/internal/flight"
 	"github.com/shoalfs/shoal/internal/image"
 	"github.com/shoalfs/shoal/internal/lru"
+	"github.com/shoalfs/shoal/internal/quiet"
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/supernode/access"
 	"github.com/shoalfs/shoal/supernode/ingest"
@@ -63,6 +64,7 @@ type Layers struct {
 	verifying *slots.Slots // places for verifications, by registry host
 	restoring *slots.Slots // places for layers that come from holders, by registry host
 	metrics   *metrics
+	quiet     quiet.Quiet // what the log says of requests that nodes may repeat at will
 }
 
 // New prepares what layers need on their way. Its errors name what is wrong with the
@@ -206,7 +208,9 @@ func (l *Layers) Ensure(ctx context.Context, r Request) (release func(), err err
 			}
 		}
 		if rec.DiffID != r.Layer.DiffID {
-			l.cfg.Log.Warn("an image config is wrong about a layer's DiffID", "image", r.Manifest.Ref, "layer", id, "says", r.Layer.DiffID, "is", rec.DiffID)
+			if others, say := l.quiet.Say("DiffID", r.Manifest.Ref, l.cfg.Now()); say {
+				l.cfg.Log.Warn("an image config is wrong about a layer's DiffID", "image", r.Manifest.Ref, "layer", id, "says", r.Layer.DiffID, "is", rec.DiffID, "others", others)
+			}
 			return nil, fmt.Errorf("layer %s: the image config says that its DiffID is %s, and the layer has another: %w", id, r.Layer.DiffID, blockdev.ErrCorrupt)
 		}
 		release := l.cfg.Leases.take(rec.DiffID, l.cfg.Store.Pin)

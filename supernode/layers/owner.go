@@ -54,7 +54,9 @@ func (l *Layers) obtain(ctx context.Context, r Request) (store.LayerRecord, erro
 		if id == from {
 			return rec, err
 		}
-		l.cfg.Log.Info("the supernode that a layer belongs to does not answer; going on without this supernode", "layer", r.Layer.Digest, "supernode", id, "error", err)
+		if others, say := l.quiet.Say("owner", string(id), l.cfg.Now()); say {
+			l.cfg.Log.Info("the supernode that a layer belongs to does not answer; going on without this supernode", "layer", r.Layer.Digest, "supernode", id, "error", err, "others", others)
+		}
 	}
 	for _, id := range order {
 		// Also the one that asks: it may have fetched the layer when this

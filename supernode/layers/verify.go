@@ -45,8 +45,10 @@ func (l *Layers) prove(ctx context.Context, r Request, rec store.LayerRecord) er
 	return l.once(ctx, key+" "+registry.CredentialHash(r.Credential), alone(rec, r), r.Watch, func(ctx context.Context, p *progress) error {
 		err := l.show(ctx, r, p)
 		if err != nil && ctx.Err() == nil && !errors.Is(err, ErrGone) {
-			l.cfg.Log.Warn("a layer is stored, but the image's registry does not show that this repository has it; nodes do not get the layer for this image",
-				"image", r.Manifest.Ref, "layer", r.Layer.Digest, "error", err)
+			if others, say := l.quiet.Say("not shown", r.Manifest.Ref, l.cfg.Now()); say {
+				l.cfg.Log.Warn("a layer is stored, but the image's registry does not show that this repository has it; nodes do not get the layer for this image",
+					"image", r.Manifest.Ref, "layer", r.Layer.Digest, "error", err, "others", others)
+			}
 			l.failed.note(key, err)
 		}
 		return err
