@@ -147,18 +147,17 @@ func wasUnclean(path string, boot [16]byte) (bool, error) {
 	return err == nil && !bytes.Equal(old, boot[:]), err
 }
 
-// markOpen writes down that the cache is open during this boot.
+// markOpen makes it durable that the cache is open during this boot. It writes also if the
+// same bytes are there: the sync that followed them may have failed, and the kernel drops
+// what it could not write, so another sync alone would succeed and prove nothing.
 func markOpen(path string, boot [16]byte) error {
-	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, boot[:]) {
-		return nil
-	}
 	// In place: half of it is another boot's, too.
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}
 	_, err = f.Write(boot[:])
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+	if err := errors.Join(err, f.Truncate(int64(len(boot))), f.Sync(), f.Close()); err != nil {
 		return err
 	}
 	return durable.SyncDir(filepath.Dir(path))

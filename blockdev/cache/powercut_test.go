@@ -132,6 +132,25 @@ func TestDiskFails(t *testing.T) {
 	testDiskEnds(t, disk, disk.fail)
 }
 
+// TestOpenRecordLast: the record that the cache is open is on disk when markOpen returns,
+// also if the same bytes were written before, and the sync that followed failed.
+func TestOpenRecordLast(t *testing.T) {
+	disk := newExt4Disk(t)
+	path := filepath.Join(disk.dir, openFile)
+	boot, next := [16]byte{1}, [16]byte{2}
+	if err := os.WriteFile(path, boot[:], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := markOpen(path, boot); err != nil {
+		t.Fatal(err)
+	}
+	disk.cut()
+	disk.restore()
+	if unclean, err := wasUnclean(path, next); err != nil || !unclean {
+		t.Errorf("after a power cut: unclean end %v, %v", unclean, err)
+	}
+}
+
 func testDiskEnds(t *testing.T, disk *ext4Disk, end func()) {
 	rounds := 25
 	if testing.Short() {
