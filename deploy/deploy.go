@@ -3,7 +3,8 @@ package deploy
 
 import _ "embed"
 
-// NodeUnit is the unit file of the node. Its program is ProgramPath.
+// NodeUnit is the unit file of the node. Its program is ProgramPath, and it requires the disk
+// that has NodeRoot.
 //
 //go:embed shoal-node.service
 var NodeUnit string
@@ -16,4 +17,6 @@ const (
 	UnitDir = "/etc/systemd/system"
 	// ProgramPath is where the unit files look for the program.
 	ProgramPath = "/usr/local/bin/shoal"
+	// NodeRoot is the root of a node whose config names no other one.
+	NodeRoot = "/var/lib/shoal"
 )

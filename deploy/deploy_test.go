@@ -17,7 +17,7 @@ func read(t *testing.T, path string) string {
 }
 
 // TestUnits: each unit file starts the program where those that install it look for that, and
-// the packages restart and stop each unit.
+// after the disk that has the daemon's root; the packages restart and stop each unit.
 func TestUnits(t *testing.T) {
 	if read(t, NodeUnitName) != NodeUnit {
 		t.Errorf("NodeUnit is not %s", NodeUnitName)
@@ -27,6 +27,10 @@ func TestUnits(t *testing.T) {
 		t.Fatalf("unit files: %v, %v", units, err)
 	}
 	for _, unit := range units {
+		root := map[string]string{NodeUnitName: NodeRoot, "shoal-supernode.service": "/var/lib/shoal-supernode"}[unit]
+		if n := strings.Count(read(t, unit), "\nRequiresMountsFor="+root+"\n"); n != 1 {
+			t.Errorf("%s requires the disk of %q %d times", unit, root, n)
+		}
 		if n := strings.Count(read(t, unit), "\nExecStart="+ProgramPath+" "); n != 1 {
 			t.Errorf("%s starts %s %d times", unit, ProgramPath, n)
 		}

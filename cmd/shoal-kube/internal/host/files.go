@@ -12,7 +12,6 @@ import (
 	"strings"
 	"syscall"
 
-	"github.com/shoalfs/shoal/deploy"
 	"github.com/shoalfs/shoal/internal/durable"
 )
 
@@ -86,14 +85,13 @@ type file struct {
 	mode fs.FileMode
 }
 
-func (m *Machine) files(d Desired) []file {
+func (m *Machine) files(d Desired, set settings) []file {
 	files := []file{
 		{m.etc("token"), []byte(strings.TrimSpace(d.Token) + "\n"), 0o600},
 		{m.etc("node.toml"), []byte(header + d.Config), 0o644},
 	}
 	if systemd() {
-		text := strings.ReplaceAll(deploy.NodeUnit, "ExecStart="+deploy.ProgramPath+" ", "ExecStart="+filepath.Join(d.BinDir, "shoal")+" ")
-		files = append(files, file{unitPath, []byte(text), 0o644})
+		files = append(files, file{unitPath, []byte(nodeUnit(d.BinDir, set.Root)), 0o644})
 	}
 	return files
 }

@@ -81,7 +81,7 @@ type settings struct {
 }
 
 func readSettings(config string) (settings, error) {
-	s := settings{Root: "/var/lib/shoal", Address: "/run/shoal/shoal.sock", ControlAddress: "/run/shoal/control.sock"}
+	s := settings{Root: deploy.NodeRoot, Address: "/run/shoal/shoal.sock", ControlAddress: "/run/shoal/control.sock"}
 	err := toml.Unmarshal([]byte(config), &s)
 	return s, err
 }
@@ -111,7 +111,7 @@ func (m *Machine) Install(ctx context.Context, d Desired, program string) error 
 		return err
 	}
 	defer staged.drop()
-	files := m.files(d)
+	files := m.files(d, set)
 	if err := m.stay(ctx); err != nil {
 		return err
 	}

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/shoalfs/shoal/deploy"
 )
 
 // TestHostInstall in integration does all of it on a machine.
@@ -72,6 +74,40 @@ func TestAdopt(t *testing.T) {
 	}
 }
 
+// TestUnitDisk: the node, and its removal, wait for the disk that has the node's directory,
+// also if a symbolic link leads there.
+func TestUnitDisk(t *testing.T) {
+	m := newMachine(t)
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(dir, "link")
+	if err := os.Symlink(filepath.Join(dir, "disk"), link); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(dir, "disk"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for root, want := range map[string]string{
+		"/var/lib/shoal":                   "/var/lib/shoal",
+		"/data//shoal/":                    "/data/shoal",
+		`/data/a "b\c%d`:                   `"/data/a \"b\\c%%d"`,
+		link:                               link + " " + filepath.Join(dir, "disk"),
+		filepath.Join(link, "not/there"):   filepath.Join(link, "not/there") + " " + filepath.Join(dir, "disk/not/there"),
+		filepath.Join(dir, "disk/not-yet"): filepath.Join(dir, "disk/not-yet"),
+	} {
+		for name, text := range map[string]string{"node": nodeUnit("/opt/shoal/bin", root), "removal": m.removeUnitText(root)} {
+			if got := strings.Count(text, "RequiresMountsFor="); got != 1 || !strings.Contains(text, "\nRequiresMountsFor="+want+"\n") {
+				t.Errorf("%s with root = %q: not %s:\n%s", name, root, want, text)
+			}
+		}
+	}
+	if text := nodeUnit("/opt/shoal/bin", "/data/shoal"); !strings.Contains(text, "\nExecStart=/opt/shoal/bin/shoal node ") {
+		t.Errorf("the unit starts another program:\n%s", text)
+	}
+}
+
 // TestReplace: what is there already is not written, and undo gives back what was there
 // before, a program too.
 func TestReplace(t *testing.T) {
@@ -87,7 +123,7 @@ func TestReplace(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer p.drop()
-		changed, err := m.replace(m.files(d), p)
+		changed, err := m.replace(m.files(d, settings{Root: deploy.NodeRoot}), p)
 		if err != nil {
 			t.Fatal(err)
 		}

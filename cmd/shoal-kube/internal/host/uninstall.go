@@ -187,7 +187,7 @@ func (m *Machine) remove(ctx context.Context, set settings, shoal string, args [
 		return err
 	}
 	if systemd() {
-		if err := writeFile(removePath, []byte(m.removeUnitText()), 0o644); err != nil {
+		if err := writeFile(removePath, []byte(m.removeUnitText(set.Root)), 0o644); err != nil {
 			return err
 		}
 		_, reload := m.run(ctx, "systemctl", "daemon-reload")
@@ -200,9 +200,10 @@ func (m *Machine) remove(ctx context.Context, set settings, shoal string, args [
 	return m.background("/bin/sh", m.script())
 }
 
-// removeUnitText is the unit that runs the script.
-func (m *Machine) removeUnitText() string {
-	return "[Unit]\nDescription=removes shoal when no container needs it any more\nAfter=containerd.service " + unitName + "\n\n" +
+// removeUnitText is the unit that runs the script, for a node with this root.
+func (m *Machine) removeUnitText(root string) string {
+	return "[Unit]\nDescription=removes shoal when no container needs it any more\nAfter=containerd.service " + unitName + "\n" +
+		requiresMountsFor(root) + "\n\n" +
 		"[Service]\nType=exec\nEnvironmentFile=-" + m.etc("env") + "\nExecStart=/bin/sh " + m.script() + "\n\n[Install]\nWantedBy=multi-user.target\n"
 }
 

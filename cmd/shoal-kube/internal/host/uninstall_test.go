@@ -34,7 +34,7 @@ func TestUninstallEnvironment(t *testing.T) {
 	if err := m.Uninstall(t.Context(), d); err == nil || read(t, got) != "http://proxy:3128\n" {
 		t.Errorf("HTTPS_PROXY is %q; %v", read(t, got), err)
 	}
-	if unit := m.removeUnitText(); !strings.Contains(unit, "\nEnvironmentFile=-"+m.etc("env")+"\n") {
+	if unit := m.removeUnitText("/var/lib/shoal"); !strings.Contains(unit, "\nEnvironmentFile=-"+m.etc("env")+"\n") {
 		t.Errorf("the unit has another environment:\n%s", unit)
 	}
 }

@@ -6,9 +6,46 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
+
+	"github.com/shoalfs/shoal/deploy"
 )
+
+// nodeUnit is the unit file of a node with this directory for the program, and this root.
+func nodeUnit(binDir, root string) string {
+	return strings.NewReplacer(
+		"ExecStart="+deploy.ProgramPath+" ", "ExecStart="+filepath.Join(binDir, "shoal")+" ",
+		"RequiresMountsFor="+deploy.NodeRoot+"\n", requiresMountsFor(root)+"\n",
+	).Replace(deploy.NodeUnit)
+}
+
+// requiresMountsFor is the line of a unit that starts after the disk with root is mounted,
+// and only then: on the empty directory below it, the unit would find a new machine. systemd
+// does not follow symbolic links, so the line has where they lead to, too.
+func requiresMountsFor(root string) string {
+	root = filepath.Clean(root)
+	line := "RequiresMountsFor=" + unitWord(root)
+	for dir, rest := root, ""; ; dir, rest = filepath.Dir(dir), filepath.Join(filepath.Base(dir), rest) {
+		leads, err := filepath.EvalSymlinks(dir)
+		if err != nil && dir != filepath.Dir(dir) {
+			continue // it is not made yet
+		}
+		if leads = filepath.Join(leads, rest); err == nil && leads != root {
+			line += " " + unitWord(leads)
+		}
+		return line
+	}
+}
+
+// unitWord is a path in a unit file.
+func unitWord(path string) string {
+	if !strings.ContainsAny(path, " \t\"'\\%") {
+		return path
+	}
+	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, "%", "%%").Replace(path) + `"`
+}
 
 // unit is a node that systemd runs.
 type unit struct{ m *Machine }
