@@ -23,6 +23,7 @@ func newUninstallCommand() *cobra.Command {
 				return err
 			}
 			c.Pods = client.Pods(os.Getenv("POD_NAMESPACE"))
+			c.Nodes = client.Nodes()
 			c.Out = cmd.OutOrStdout()
 			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
 			defer cancel()

@@ -1,8 +1,11 @@
-// Package retire takes shoal off the machines of a cluster: on each machine that has a pod
-// of the DaemonSet, another pod takes back what that one has done.
+// Package retire takes shoal off the machines of a cluster: on each machine, a pod takes back
+// what the pod of the DaemonSet has done there.
 //
 // # Invariants
 //
+//   - A machine that has shoal is uninstalled or named in the error, also if its pod is gone,
+//     because the DaemonSet does not select it any more: the condition of its Kubernetes node
+//     is still there.
 //   - Two pods never work on a machine at the same time: a run ends the pods of the run
 //     before it, and waits on each machine until its pod is gone.
 //   - At its end a run deletes its own pods and no others: the next run may have begun.
@@ -23,6 +26,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
+
+	"github.com/shoalfs/shoal/cmd/shoal-kube/internal/watch"
 )
 
 // InUse is the exit status of a pod that has left a node for the containers that need it.
@@ -32,6 +37,8 @@ const InUse = 3
 type Config struct {
 	// Pods are those of the namespace.
 	Pods typedcorev1.PodInterface
+	// Nodes are those of the cluster.
+	Nodes typedcorev1.NodeInterface
 	// Selector selects the pods that installed shoal.
 	Selector string
 	// Parallel is how many machines are uninstalled at a time.
@@ -66,10 +73,25 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	left := map[string]*corev1.Pod{}
+	var one *corev1.Pod
 	for _, p := range list.Items {
 		if p.Spec.NodeName != "" {
-			left[p.Spec.NodeName] = &p
+			left[p.Spec.NodeName], one = &p, &p
 		}
+	}
+	watched, err := watch.Watched(ctx, cfg.Nodes)
+	if err != nil {
+		return err
+	}
+	for _, node := range watched {
+		if left[node] == nil {
+			fmt.Fprintf(cfg.Out, "%s: it has the condition %s, and no pod of the DaemonSet\n", node, watch.Condition)
+			left[node] = one // all pods are of the same template
+		}
+	}
+	if one == nil && len(left) > 0 {
+		return fmt.Errorf("not uninstalled: %s: the DaemonSet has no pod that shows how they were installed; set node.nodeSelector to what selects one of them, and try again",
+			strings.Join(slices.Sorted(maps.Keys(left)), ", "))
 	}
 	all := len(left)
 	r := run{Config: cfg, running: map[string]string{}}
@@ -115,7 +137,7 @@ type run struct {
 
 // start starts the pod of a machine.
 func (r *run) start(ctx context.Context, node string, installed *corev1.Pod) error {
-	p, err := opposite(installed)
+	p, err := opposite(installed, node)
 	if err != nil {
 		return err
 	}
@@ -128,8 +150,9 @@ func (r *run) start(ctx context.Context, node string, installed *corev1.Pod) err
 	return nil
 }
 
-// opposite is the pod that takes back what this one has done.
-func opposite(installed *corev1.Pod) (*corev1.Pod, error) {
+// opposite is the pod that takes back on a machine what this one has done, there or on
+// another machine.
+func opposite(installed *corev1.Pod, node string) (*corev1.Pod, error) {
 	spec := installed.Spec.DeepCopy()
 	i := slices.IndexFunc(spec.InitContainers, func(c corev1.Container) bool { return c.Name == Installer })
 	if i < 0 {
@@ -141,6 +164,7 @@ func opposite(installed *corev1.Pod) (*corev1.Pod, error) {
 	spec.InitContainers, spec.Containers = nil, []corev1.Container{c}
 	// What was decided of the other pod.
 	spec.NodeSelector, spec.Affinity, spec.Priority = nil, nil, nil
+	spec.NodeName = node
 	spec.RestartPolicy = corev1.RestartPolicyNever
 	own := labels.Set{component: role} // so that it is not the DaemonSet's
 	for _, key := range kept {

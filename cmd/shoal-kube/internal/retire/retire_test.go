@@ -15,6 +15,8 @@ import (
 	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/kubernetes/typed/core/v1/fake"
 	clienttesting "k8s.io/client-go/testing"
+
+	"github.com/shoalfs/shoal/cmd/shoal-kube/internal/watch"
 )
 
 var podLabels = map[string]string{"app.kubernetes.io/name": "shoal", "app.kubernetes.io/instance": "shoal", component: "node"}
@@ -72,7 +74,7 @@ func cluster(t *testing.T, statuses map[string]int32) (cfg Config, made *[]*core
 			t.Fatal(err)
 		}
 	}
-	return Config{Pods: pods, Selector: selector, Parallel: 2, Poll: time.Millisecond}, made, most
+	return Config{Pods: pods, Nodes: client.Nodes(), Selector: selector, Parallel: 2, Poll: time.Millisecond}, made, most
 }
 
 func (o outcome) String() string { return fmt.Sprint(o.code, o.message) }
@@ -114,6 +116,40 @@ func TestLate(t *testing.T) {
 	defer cancel()
 	if err := Run(ctx, cfg); err == nil || !strings.Contains(err.Error(), "not uninstalled: gone") || len(*made) != 2 {
 		t.Errorf("%v\n%s", err, &out)
+	}
+}
+
+// TestNoPod: a machine that the DaemonSet does not select any more still has shoal, and the
+// condition. It is uninstalled as the others are; without any pod, it is named.
+func TestNoPod(t *testing.T) {
+	narrow := func(cfg Config, pod string) {
+		t.Helper()
+		if err := cfg.Pods.Delete(t.Context(), pod, metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		for name, condition := range map[string]corev1.NodeConditionType{"a": watch.Condition, "narrowed": watch.Condition, "without": corev1.NodeReady} {
+			n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NodeStatus{Conditions: []corev1.NodeCondition{{Type: condition}}}}
+			if _, err := cfg.Nodes.Create(t.Context(), n, metav1.CreateOptions{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	cfg, made, _ := cluster(t, map[string]int32{"a": 0, "narrowed": 1})
+	narrow(cfg, "node-narrowed")
+	var out strings.Builder
+	cfg.Out = &out
+	if err := Run(t.Context(), cfg); err == nil || err.Error() != "narrowed: why narrowed" || !strings.Contains(out.String(), "2 machines: 1 removed") {
+		t.Errorf("%v\n%s", err, &out)
+	}
+	if len(*made) != 2 || (*made)[1].Spec.NodeName != "narrowed" {
+		t.Errorf("%d pods\n%s", len(*made), &out)
+	}
+
+	cfg, made, _ = cluster(t, map[string]int32{"narrowed": 0})
+	narrow(cfg, "node-narrowed")
+	cfg.Out = &out
+	if err := Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "not uninstalled: a, narrowed") || len(*made) > 0 {
+		t.Errorf("%v, %d pods", err, len(*made))
 	}
 }
 

@@ -23,26 +23,42 @@ func Forget(ctx context.Context, client typedcorev1.CoreV1Interface, namespace, 
 	if err := gone(ctx, client.Pods(namespace), selector, poll); err != nil {
 		return 0, err
 	}
+	names, err := nodes(ctx, client.Nodes(), func(n *corev1.Node) bool {
+		return find(n) != nil || slices.ContainsFunc(n.Spec.Taints, ours)
+	})
+	errs := []error{err}
+	for _, name := range names {
+		if err := Clear(ctx, client, name); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		changed++
+	}
+	return changed, errors.Join(errs...)
+}
+
+// Watched returns the names of all Kubernetes nodes that have the condition: shoal was
+// installed on these machines, and Forget has not run since.
+func Watched(ctx context.Context, client typedcorev1.NodeInterface) ([]string, error) {
+	return nodes(ctx, client, func(n *corev1.Node) bool { return find(n) != nil })
+}
+
+// nodes returns the names of nodes for which match is true; with an error, those that were
+// listed before it.
+func nodes(ctx context.Context, client typedcorev1.NodeInterface, match func(*corev1.Node) bool) (names []string, err error) {
 	o := metav1.ListOptions{Limit: nodesAtATime}
-	var errs []error
 	for {
-		list, err := client.Nodes().List(ctx, o)
+		list, err := client.List(ctx, o)
 		if err != nil {
-			return changed, errors.Join(append(errs, fmt.Errorf("list nodes: %w", err))...)
+			return names, fmt.Errorf("list nodes: %w", err)
 		}
 		for i := range list.Items {
-			n := &list.Items[i]
-			if find(n) == nil && !slices.ContainsFunc(n.Spec.Taints, ours) {
-				continue
+			if n := &list.Items[i]; match(n) {
+				names = append(names, n.Name)
 			}
-			if err := Clear(ctx, client, n.Name); err != nil {
-				errs = append(errs, err)
-				continue
-			}
-			changed++
 		}
 		if o.Continue = list.Continue; o.Continue == "" {
-			return changed, errors.Join(errs...)
+			return names, nil
 		}
 	}
 }
