@@ -35,15 +35,9 @@ func (s *Supernode) document(ctx context.Context, peer string, req image.Documen
 	if err := s.registry.Allowed(ref); err != nil {
 		return nil, err
 	}
-	if req.Kind == image.ConfigDocument {
-		// Looked for first: a layer's digest must not make a request to the
-		// registry out of each of a thousand nodes' mistakes.
-		head := req
-		head.Head = true
-		if _, err := s.registry.Document(ctx, head); err != nil {
-			return nil, err
-		}
-	}
+	// Asked first, although a config is answered from the cache or not at all: whether a
+	// digest is known here is only for nodes that may read the repository. They have asked
+	// for the manifest a moment ago, so the question seldom reaches the registry.
 	v, err := s.access.Allow(ctx, peer, ref, image.Request{Ref: req.Ref, Credential: req.Credential})
 	if err != nil {
 		return nil, err
