@@ -12,6 +12,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"strconv"
 	"sync"
@@ -121,11 +122,23 @@ func (s *Store) Keep(name string, f *os.File) error {
 	if err != nil {
 		return err
 	}
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	state := "FDSTORE=1\nFDNAME=" + name
+	if info.Mode().Type() != fs.ModeSocket {
+		// systemd polls what it stores, to drop what is dead. A /dev/fuse would wake it for
+		// each request, where a listener wakes it for none; and the next process finds out
+		// whether a connection is dead, but not whether a listener is. Before version 246,
+		// systemd polls all.
+		state += "\nFDPOLL=0"
+	}
 	if err := s.send("FDSTOREREMOVE=1\nFDNAME=" + name); err != nil {
 		return err
 	}
 	var serr error
-	err = conn.Control(func(fd uintptr) { serr = s.send("FDSTORE=1\nFDNAME="+name, int(fd)) })
+	err = conn.Control(func(fd uintptr) { serr = s.send(state, int(fd)) })
 	if err := errors.Join(err, serr); err != nil {
 		return err
 	}

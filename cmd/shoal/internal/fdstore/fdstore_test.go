@@ -3,8 +3,13 @@ package fdstore
 import (
 	"context"
 	"errors"
+	"maps"
+	"net"
 	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -168,6 +173,71 @@ func TestTurnOfTheDead(t *testing.T) {
 	}
 	if err := GoOn(turn, nil, nil); !errors.Is(err, unix.EPIPE) {
 		t.Errorf("%v, want %v", err, unix.EPIPE)
+	}
+}
+
+// TestPoll: systemd polls listeners, which it drops if they do not listen any more, and
+// nothing else: it would wake for each request of a /dev/fuse.
+func TestPoll(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "notify")
+	other, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("NOTIFY_SOCKET", path)
+	t.Setenv("FDSTORE", "16")
+	messages := make(chan string, 16)
+	go func() {
+		defer close(messages)
+		text, rights := make([]byte, 1<<10), make([]byte, 1<<10)
+		for {
+			n, nr, _, _, err := other.ReadMsgUnix(text, rights)
+			if err != nil {
+				return
+			}
+			control, _ := unix.ParseSocketControlMessage(rights[:nr])
+			for _, m := range control {
+				fds, _ := unix.ParseUnixRights(&m)
+				for _, fd := range fds {
+					_ = unix.Close(fd) // for the barrier this is the answer
+				}
+			}
+			messages <- string(text[:n])
+		}
+	}()
+	s, err := Open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	device, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer device.Close()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	listener, err := ln.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	if err := errors.Join(s.Keep("device", device), s.Keep("listener", listener)); err != nil {
+		t.Fatal(err)
+	}
+	if err := other.Close(); err != nil {
+		t.Fatal(err)
+	}
+	polled := map[string]bool{}
+	for m := range messages {
+		if lines := strings.Split(m, "\n"); slices.Contains(lines, "FDSTORE=1") {
+			polled[lines[slices.IndexFunc(lines, func(l string) bool { return strings.HasPrefix(l, "FDNAME=") })]] = !slices.Contains(lines, "FDPOLL=0")
+		}
+	}
+	if want := map[string]bool{"FDNAME=device": false, "FDNAME=listener": true}; !maps.Equal(polled, want) {
+		t.Errorf("polled: %v, want %v", polled, want)
 	}
 }
 
