@@ -101,7 +101,6 @@ func render(t *testing.T, v values) ([]runtime.Object, error) {
 	if err != nil {
 		return nil, err
 	}
-	decoder := serializer.NewCodecFactory(scheme.Scheme, serializer.EnableStrict).UniversalDeserializer()
 	var objects []runtime.Object
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		if strings.HasSuffix(name, "NOTES.txt") {
@@ -127,15 +126,22 @@ func render(t *testing.T, v values) ([]runtime.Object, error) {
 				objects = append(objects, u)
 				continue
 			}
-			o, _, err := decoder.Decode(doc, nil, nil)
-			if err != nil {
-				t.Errorf("%s: %v in\n%s", name, err, doc)
-				continue
+			if o := decode(t, name, doc); o != nil {
+				objects = append(objects, o)
 			}
-			objects = append(objects, o)
 		}
 	}
 	return objects, nil
+}
+
+// decode returns the object of a document, as the API does; nil: it is not one.
+func decode(t *testing.T, name string, doc []byte) runtime.Object {
+	t.Helper()
+	o, _, err := serializer.NewCodecFactory(scheme.Scheme, serializer.EnableStrict).UniversalDeserializer().Decode(doc, nil, nil)
+	if err != nil {
+		t.Errorf("%s: %v in\n%s", name, err, doc)
+	}
+	return o
 }
 
 // find returns the object of a type with this name.
@@ -499,6 +505,46 @@ func TestAlerts(t *testing.T) {
 		if !bytes.Contains(metrics, []byte("| `"+name+"` |")) {
 			t.Errorf("shoal has no metric %s", name)
 		}
+	}
+}
+
+// TestSELinux: a container that asks the node on its machine is of a type that may connect to
+// a process of the machine. Privileged ones may.
+func TestSELinux(t *testing.T) {
+	objects, err := render(t, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"prefetch-job.yaml", "prefetch-daemonset.yaml"} {
+		text, err := os.ReadFile(filepath.Join("../examples", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		objects = append(objects, decode(t, name, text))
+	}
+	found := 0
+	for _, o := range objects {
+		var spec corev1.PodSpec
+		switch o := o.(type) {
+		case *appsv1.DaemonSet:
+			spec = o.Spec.Template.Spec
+		case *batchv1.Job:
+			spec = o.Spec.Template.Spec
+		}
+		for _, c := range slices.Concat(spec.InitContainers, spec.Containers) {
+			for _, m := range c.VolumeMounts {
+				if m.MountPath != "/run/shoal" {
+					continue
+				}
+				found++
+				if s := c.SecurityContext.SELinuxOptions; s == nil || s.Type != "spc_t" {
+					t.Errorf("%T: %s has the SELinux options %v", o, c.Name, s)
+				}
+			}
+		}
+	}
+	if found != 3 {
+		t.Errorf("%d containers ask the node", found)
 	}
 }
 
