@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/url"
 	"os"
 	"path/filepath"
 	"sort"
+	"strings"
 	"sync"
 	"time"
 
@@ -19,15 +21,23 @@ import (
 
 // cache keeps small documents on disk: manifests and configs, which are hashed
 // again whenever they are read, and what tags named last. Each is a file named
-// by the SHA-256 of its key, so that names from outside never become paths. It
-// is bounded by bytes, as they are on disk, and by maxFiles; the least recently used go first. Nothing is lost with it
-// but time, so it is not synced.
+// by the SHA-256 of its host and of its key, so that names from outside never become
+// paths. It is bounded by bytes, as they are on disk, and by maxFiles. Of the host that
+// has most, the least recently used go first: a registry that answers with much pushes
+// out its own. Nothing is lost with it but time, so it is not synced.
 type cache struct {
 	dir   string
 	limit int64 // bytes
 	most  int   // files
 
-	mu    sync.Mutex
+	mu     sync.Mutex
+	shares map[string]*share // by shareOf(file name); none is empty
+	bytes  int64
+	count  int // files
+}
+
+// share is what one host has of the cache.
+type share struct {
 	files *lru.Map[string, int64] // file names, and the bytes that they take of the disk
 	bytes int64
 }
@@ -50,16 +60,15 @@ func openCache(dir string, limit int64) (*cache, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &cache{dir: dir, limit: limit, most: maxFiles}
-	c.files = lru.Unbounded(func(_ string, size int64) { c.bytes -= size }) // add bounds it
+	c := &cache{dir: dir, limit: limit, most: maxFiles, shares: map[string]*share{}}
 	var infos []fs.FileInfo
 	for _, e := range entries {
 		fi, err := e.Info()
 		if err != nil || !fi.Mode().IsRegular() {
 			continue
 		}
-		if len(e.Name()) != 2*sha256.Size {
-			// Left over from a write that was cut short.
+		if len(e.Name()) != nameLen || e.Name()[shareLen] != '-' {
+			// Left over from a write that was cut short, or of an earlier version.
 			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
 				return nil, err
 			}
@@ -74,20 +83,50 @@ func openCache(dir string, limit int64) (*cache, error) {
 	return c, nil
 }
 
-func fileName(kind, key string) string {
-	h := sha256.Sum256([]byte(kind + "\x00" + key))
-	return hex.EncodeToString(h[:])
+const (
+	shareLen = 16                           // digits of the host's hash
+	nameLen  = shareLen + 1 + 2*sha256.Size // and those of the key's
+)
+
+// fileName names what is known of repository at its host. The port does not count:
+// one machine has many.
+func fileName(kind, repository, key string) string {
+	host, _, _ := strings.Cut(repository, "/")
+	whose := sha256.Sum256([]byte((&url.URL{Host: host}).Hostname()))
+	h := sha256.Sum256([]byte(kind + "\x00" + repository + key))
+	return hex.EncodeToString(whose[:shareLen/2]) + "-" + hex.EncodeToString(h[:])
 }
+
+func shareOf(name string) string { return name[:shareLen] }
 
 // add records a file as the most recently used, and removes what is too much.
 func (c *cache) add(name string, size int64) {
 	c.mu.Lock()
-	c.files.Remove(name)
-	c.files.Add(name, size)
+	s := c.shares[shareOf(name)]
+	if s == nil {
+		s = new(share)
+		s.files = lru.Unbounded(func(_ string, size int64) { // what follows bounds it
+			s.bytes -= size
+			c.bytes -= size
+			c.count--
+		})
+		c.shares[shareOf(name)] = s
+	}
+	s.files.Remove(name)
+	s.files.Add(name, size)
+	s.bytes += size
 	c.bytes += size
+	c.count++
 	var gone []string
-	for (c.bytes > c.limit || c.files.Len() > c.most) && c.files.Len() > 1 {
-		oldest, _, _ := c.files.RemoveOldest()
+	for c.bytes > c.limit || c.count > c.most {
+		big := c.biggest(name)
+		if big == nil {
+			break
+		}
+		oldest, _, _ := big.files.RemoveOldest()
+		if big.files.Len() == 0 {
+			delete(c.shares, shareOf(oldest))
+		}
 		gone = append(gone, oldest)
 	}
 	c.mu.Unlock()
@@ -96,13 +135,27 @@ func (c *cache) add(name string, size int64) {
 	}
 }
 
+// biggest is the share of most bytes, apart from one that has only the file added; nil
+// if there is no other.
+func (c *cache) biggest(added string) (big *share) {
+	for of, s := range c.shares {
+		if (s.files.Len() > 1 || of != shareOf(added)) && (big == nil || s.bytes > big.bytes) {
+			big = s
+		}
+	}
+	return big
+}
+
 // get returns the file's content and when it was written.
 func (c *cache) get(name string, limit int64) ([]byte, time.Time, bool) {
 	if c == nil {
 		return nil, time.Time{}, false
 	}
 	c.mu.Lock()
-	_, known := c.files.Get(name)
+	known := false
+	if s := c.shares[shareOf(name)]; s != nil {
+		_, known = s.files.Get(name)
+	}
 	c.mu.Unlock()
 	if !known {
 		return nil, time.Time{}, false
@@ -137,17 +190,17 @@ func (c *cache) put(name string, data []byte) error {
 
 // doc returns a document of a repository, hashed.
 func (c *cache) doc(name string, d blockdev.Digest, limit int64) ([]byte, bool) {
-	b, _, ok := c.get(fileName("doc", name+"@"+d.String()), limit)
+	b, _, ok := c.get(fileName("doc", name, "@"+d.String()), limit)
 	return b, ok && blockdev.Sum(b) == d
 }
 
 func (c *cache) putDoc(name string, d blockdev.Digest, b []byte) error {
-	return c.put(fileName("doc", name+"@"+d.String()), b)
+	return c.put(fileName("doc", name, "@"+d.String()), b)
 }
 
 // tag returns what a tag named last, and when that was.
 func (c *cache) tag(ref Reference) (blockdev.Digest, time.Time, bool) {
-	b, at, ok := c.get(fileName("tag", ref.Name()+":"+ref.Tag), 128)
+	b, at, ok := c.get(fileName("tag", ref.Name(), ":"+ref.Tag), 128)
 	if !ok {
 		return blockdev.Digest{}, at, false
 	}
@@ -156,7 +209,7 @@ func (c *cache) tag(ref Reference) (blockdev.Digest, time.Time, bool) {
 }
 
 func (c *cache) putTag(ref Reference, d blockdev.Digest) error {
-	if err := c.put(fileName("tag", ref.Name()+":"+ref.Tag), []byte(d.String())); err != nil {
+	if err := c.put(fileName("tag", ref.Name(), ":"+ref.Tag), []byte(d.String())); err != nil {
 		return fmt.Errorf("storing the manifest that tag %s names: %w", ref.Tag, err)
 	}
 	return nil

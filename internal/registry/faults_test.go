@@ -353,3 +353,38 @@ func TestCloseEndsRead(t *testing.T) {
 		t.Error("a read beyond the end of its reader")
 	}
 }
+
+// TestNestedGuesses: an index whose entries do not say what they are for, and are indexes like it,
+// makes a bounded number of requests.
+func TestNestedGuesses(t *testing.T) {
+	f := registrytest.NewFake(t)
+	layer := registrytest.GzipLayer(t, "file", 10, 1)
+	leaves := 0
+	var nest func(depth int) registrytest.Descriptor
+	nest = func(depth int) registrytest.Descriptor {
+		if depth == 0 {
+			leaves++
+			config := registrytest.Config(t, registrytest.Platform{OS: "plan9", Architecture: fmt.Sprint("m", leaves)}, layer)
+			f.SetBlob("app", blockdev.Sum(config), config)
+			m := registrytest.Manifest(t, registrytest.TypeManifest, config, layer)
+			f.SetManifest("app", "", registrytest.TypeManifest, blockdev.Sum(m), m)
+			return registrytest.Descriptor{MediaType: registrytest.TypeManifest, Digest: blockdev.Sum(m), Size: len(m)}
+		}
+		var entries []registrytest.Descriptor
+		for range 8 {
+			entries = append(entries, nest(depth-1))
+		}
+		ix := registrytest.JSON(t, map[string]any{"schemaVersion": 2, "manifests": entries})
+		f.SetManifest("app", "v1", registrytest.TypeIndex, blockdev.Sum(ix), ix)
+		return registrytest.Descriptor{MediaType: registrytest.TypeIndex, Digest: blockdev.Sum(ix), Size: len(ix)}
+	}
+	nest(3)
+	c := newClient(t)
+	for range 3 { // what was kept does not bring the next one further
+		_, err := c.Resolve(t.Context(), image.Request{Ref: f.Host + "/app:v1", Platform: amd64})
+		wantError(t, err, blockdev.ErrUnsupported, "32")
+	}
+	if n := len(f.Requests("GET")); n > 32 {
+		t.Errorf("%d requests", n)
+	}
+}

@@ -135,6 +135,7 @@ type query struct {
 	name string
 	cred image.Credential
 	want ocispec.Platform
+	read int // documents
 }
 
 // wrap puts the reference in front of errors that do not have it yet.
@@ -254,8 +255,16 @@ func (q *query) index(ctx context.Context, doc *document, depth int, check bool)
 	return nil, fmt.Errorf("the image has no manifest for platform %s: %w", platforms.Format(q.want), blockdev.ErrNotFound)
 }
 
+// maxDocuments bounds what one query reads. An index's entries with a platform need
+// a few; without one, each entry is an image or an index that has to be looked at.
+const maxDocuments = 32
+
 // document returns a manifest or config from the cache or the registry, hashed.
 func (q *query) document(ctx context.Context, mediaType string, d descriptor, limit int64) ([]byte, error) {
+	if q.read++; q.read > maxDocuments {
+		return nil, unsupported("its image indexes do not say which of their entries are for platform %s, and it is not among the first %d manifests and configs",
+			platforms.Format(q.want), maxDocuments)
+	}
 	if b, ok := q.c.cache.doc(q.ref.Name(), d.digest, limit); ok {
 		return b, nil
 	}
