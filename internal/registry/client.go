@@ -72,8 +72,8 @@ type Client struct {
 	mu       sync.Mutex
 	hosts    *lru.Map[string, *hostSet] // by Reference.Host
 	sessions *lru.Map[sessionKey, *session]
-	down     *lru.Map[string, time.Time] // host -> not to be asked for fresher tags before
-	told     *lru.Map[string, struct{}]  // hosts of which the log says that they may not be asked
+	down     *lru.Map[asker, time.Time] // not to be asked for fresher tags before
+	told     *lru.Map[string, struct{}] // hosts of which the log says that they may not be asked
 	closed   bool
 }
 
@@ -91,7 +91,10 @@ type session struct {
 // stale says that a host was asked that turned out to lead back here.
 func (s *session) stale() bool { return s.set.looping() > s.loops }
 
-const maxSessions = 512
+const (
+	maxSessions = 512
+	maxDown     = 1 << 14
+)
 
 func (c *Config) setDefaults() error {
 	defaults.Set(&c.TagTTL, time.Minute)
@@ -113,7 +116,7 @@ func New(cfg Config) (*Client, error) {
 	}
 	c := &Client{cfg: cfg, log: cfg.Log, asking: flight.New[string, *question](flight.Policy{Outlives: true}, errClosed),
 		hosts:    lru.NewEvict(maxSessions, func(_ string, set *hostSet) { set.closeIdle() }),
-		sessions: lru.New[sessionKey, *session](maxSessions), down: lru.New[string, time.Time](maxSessions), told: lru.New[string, struct{}](maxSessions)}
+		sessions: lru.New[sessionKey, *session](maxSessions), down: lru.New[asker, time.Time](maxDown), told: lru.New[string, struct{}](maxSessions)}
 	c.allowed.Store(cfg.Allowed)
 	// containerd logs URLs with their queries, through logrus and by default to
 	// stderr. Only what it says about hosts.toml files is of use here.
@@ -307,19 +310,32 @@ func (c *Client) forget(host string, cred image.Credential) {
 	c.sessions.Remove(sessionKey{host, CredentialHash(cred)})
 }
 
-// downTime is how long a registry that did not answer is not asked what a tag
-// names now, where the last answer is known.
+// downTime is how long a registry that had no answer is not asked what a tag names now,
+// where the last answer is known.
 const downTime = 10 * time.Second
 
-func (c *Client) isDown(host string) bool {
+// asker is a host or a repository, and the hash of the credential with which it was
+// asked: what one credential is refused, another one may get.
+type asker struct{ of, cred string }
+
+func (c *Client) isDown(ref Reference, cred image.Credential) bool {
+	hash := CredentialHash(cred)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	until, _ := c.down.Get(host)
-	return time.Now().Before(until)
+	host, _ := c.down.Get(asker{ref.Host, hash})
+	repository, _ := c.down.Get(asker{ref.Name(), hash})
+	now := time.Now()
+	return now.Before(host) || now.Before(repository)
 }
 
-func (c *Client) setDown(host string) {
+// setDown notes that ref's registry had no good answer. If it had one that is of no use, then
+// that is about the repository, and says nothing about the others.
+func (c *Client) setDown(ref Reference, cred image.Credential, err error) {
+	key := asker{ref.Host, CredentialHash(cred)}
+	if e := (*Error)(nil); errors.As(err, &e) && (e.Status != 0 || e.answered) {
+		key.of = ref.Name()
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.down.Add(host, time.Now().Add(downTime))
+	c.down.Add(key, time.Now().Add(downTime))
 }

@@ -158,7 +158,7 @@ func (q *query) tag(ctx context.Context) (d blockdev.Digest, kept bool, _ error)
 		return old, true, nil
 	}
 	if ok {
-		if q.c.isDown(q.ref.Host) {
+		if q.c.isDown(q.ref, q.cred) {
 			return old, true, nil
 		}
 		// Nobody is to wait long for a registry that does not answer while there
@@ -169,7 +169,7 @@ func (q *query) tag(ctx context.Context) (d blockdev.Digest, kept bool, _ error)
 	}
 	d, err := q.askTag(ctx)
 	if ok && errors.Is(err, blockdev.ErrUnavailable) {
-		q.c.setDown(q.ref.Host)
+		q.c.setDown(q.ref, q.cred, err)
 		if others, say := q.c.said.Say("down", q.ref.Host, time.Now()); say {
 			q.c.log.Warn("registry unavailable; using the manifest that the tag named last", "image", q.name, "manifest", old, "since", at, "error", err, "others", others)
 		}
