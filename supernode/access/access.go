@@ -60,10 +60,10 @@ type Access struct {
 	failed  error                      // of the last write
 	yes     *lru.Map[grant, time.Time] // until when
 	no      *lru.Map[string, time.Time]
-	down    *lru.Map[string, time.Time]   // repository -> not asked before; registry host -> not waited for
-	limited *lru.Map[string, time.Time]   // public repository -> not asked before
-	seen    *lru.Map[graceKey, time.Time] // last access, on disk or in pending; the oldest makes room
-	pending map[graceKey]int64            // Unix seconds to write; 0: delete
+	down    *lru.Map[string, time.Time] // repository -> not asked before; registry host -> not waited for
+	limited *lru.Map[string, time.Time] // public repository -> not asked before
+	peers   *seen                       // accesses with a credential
+	public  *seen                       // those of everybody
 
 	salt      []byte
 	stretched *lru.Map[string, string] // what lasts of a credential, hashed slowly, by its fast hash
@@ -78,8 +78,8 @@ var (
 
 // question is one that a registry is being asked; access.mu guards it.
 type question struct {
-	err  error      // what the registry said, unless that is yes
-	late []graceKey // of peers that were not kept waiting
+	err  error       // what the registry said, unless that is yes
+	late []accessKey // of peers that were not kept waiting
 }
 
 // grant is a repository and what may read it: the hash of a credential, or "" for
@@ -121,8 +121,7 @@ func Open(cfg Config) (*Access, error) {
 		asking: flight.New[string, *question](flight.Policy{Outlives: true}, errClosed),
 		yes:    lru.New[grant, time.Time](maxAnswers), no: lru.New[string, time.Time](maxAnswers),
 		down: lru.New[string, time.Time](maxAnswers), limited: lru.New[string, time.Time](maxAnswers),
-		pending: map[graceKey]int64{}, stretched: lru.New[string, string](maxStretched)}
-	a.seen = lru.NewEvict(maxAnswers, func(k graceKey, _ time.Time) { a.pending[k] = 0 })
+		peers: newSeen(maxAccesses, cfg), public: newSeen(maxPublic, cfg), stretched: lru.New[string, string](maxStretched)}
 	if err := a.load(); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", file, err), db.Close())
 	}
@@ -174,7 +173,7 @@ func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference,
 	now := a.cfg.Now()
 	a.mu.Lock()
 	public := still(a.yes, grant{repo, ""}, now)
-	everybody := a.before(publicKey(repo), now)
+	everybody := a.public.before(publicKey(ref), now)
 	limitedStill := still(a.limited, repo, now)
 	a.mu.Unlock()
 	switch {
@@ -183,11 +182,11 @@ func (a *Access) Allow(ctx context.Context, peer string, ref registry.Reference,
 	case everybody && limitedStill:
 		return Verdict{Public: true, Stale: true}, nil
 	}
-	mine := a.key(peer, repo, a.lasting(g.cred, req.Credential))
+	mine := a.key(peer, ref, a.lasting(g.cred, req.Credential))
 	a.mu.Lock()
 	own := withCred && still(a.yes, g, now)
 	notPublic := still(a.no, repo, now)
-	before := withCred && a.before(mine, now)
+	before := withCred && a.peers.before(mine, now)
 	isDown := still(a.down, repo, now)
 	wait := graceWait
 	if still(a.down, ref.Host, now) {
@@ -271,7 +270,7 @@ func (a *Access) setDown(ref registry.Reference, err error) {
 
 // ask asks the registry, once for all callers that want to know the same at the same time.
 // The question goes on when ctx ends; if the answer is no, mine is forgotten then.
-func (a *Access) ask(ctx context.Context, g grant, ref registry.Reference, req image.Request, mine *graceKey) error {
+func (a *Access) ask(ctx context.Context, g grant, ref registry.Reference, req image.Request, mine *accessKey) error {
 	cred := req.Credential
 	if g.cred == "" {
 		cred = image.Credential{}
@@ -286,7 +285,7 @@ func (a *Access) ask(ctx context.Context, g grant, ref registry.Reference, req i
 				return nil
 			}
 			err := a.cfg.Registry.Check(ctx, req.Ref, req.Manifest, cred)
-			a.answer(q, g, ref.Host, err)
+			a.answer(q, g, ref, err)
 			return err
 		}
 	})
@@ -323,7 +322,7 @@ func still[K comparable](m *lru.Map[K, time.Time], k K, now time.Time) bool {
 }
 
 // tooLate has a "no" that is still to come count for a peer that does not wait for it.
-func (a *Access) tooLate(f *question, mine *graceKey) {
+func (a *Access) tooLate(f *question, mine *accessKey) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if mine != nil {
@@ -336,13 +335,13 @@ func (a *Access) tooLate(f *question, mine *graceKey) {
 func (a *Access) forgetRefusedLocked(f *question) {
 	if errors.Is(f.err, blockdev.ErrUnauthorized) || errors.Is(f.err, blockdev.ErrNotFound) {
 		for _, k := range f.late {
-			a.seen.Remove(k)
+			a.peers.forget(k)
 		}
 	}
 }
 
 // answer keeps what a registry said.
-func (a *Access) answer(f *question, g grant, host string, err error) {
+func (a *Access) answer(f *question, g grant, ref registry.Reference, err error) {
 	now := a.cfg.Now()
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -352,15 +351,15 @@ func (a *Access) answer(f *question, g grant, host string, err error) {
 	case err == nil:
 		a.yes.Add(g, now.Add(a.cfg.TTL))
 		if g.cred == "" {
-			a.noteLocked(publicKey(g.repo), now)
+			a.public.note(publicKey(ref), now)
 		}
-		a.down.Remove(host)
+		a.down.Remove(ref.Host)
 		a.down.Remove(g.repo)
 	case errors.Is(err, blockdev.ErrUnauthorized):
 		a.yes.Remove(g)
 		if g.cred == "" {
 			a.no.Add(g.repo, now.Add(min(negativeTTL, a.cfg.TTL)))
-			a.seen.Remove(publicKey(g.repo))
+			a.public.forget(publicKey(ref))
 		}
 	}
 }

@@ -19,6 +19,8 @@
 //   - A no takes back what a peer would have kept, also if the peer did not wait for it.
 //   - What is wrong with one repository extends no access to another one: each is asked about.
 //     That a registry gave no answer for one makes waits for its others shorter.
+//   - What is remembered for that is bounded, and neither a peer nor a registry can take the
+//     room of others.
 //   - On disk it is kept which peer had access to which repository with which credential,
 //     hashed and salted. Of a credential nothing else leaves the memory.
 //   - A question is asked once for all callers that want to know the same at the same time.

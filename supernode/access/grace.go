@@ -4,17 +4,15 @@ import (
 	"crypto/pbkdf2"
 	"crypto/rand"
 	"crypto/sha256"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
 	"time"
 
 	"go.etcd.io/bbolt"
 	bberrors "go.etcd.io/bbolt/errors"
 
 	"github.com/shoalfs/shoal/internal/image"
+	"github.com/shoalfs/shoal/internal/registry"
 )
 
 const (
@@ -30,22 +28,22 @@ const (
 // hours (ECR, Google, Azure, identity tokens). An outage may last longer.
 var renewed = map[string]bool{"AWS": true, "oauth2accesstoken": true, "00000000-0000-0000-0000-000000000000": true, "<token>": true}
 
-// graceKey names a peer, a repository and a credential.
-type graceKey [sha256.Size]byte
-
 var (
-	graceBucket = []byte("grace-2")
-	metaBucket  = []byte("meta")
-	saltKey     = []byte("salt")
-	// oldBucket had no credentials in its keys.
-	oldBucket = []byte("grace-1")
+	peersBucket  = []byte("peers")
+	publicBucket = []byte("public")
+	metaBucket   = []byte("meta")
+	saltKey      = []byte("salt")
+	// oldBuckets have keys that do not say to which peer they belong.
+	oldBuckets = [][]byte{[]byte("grace-1"), []byte("grace-2")}
 )
 
 // load reads the accesses that were given, and drops what is too old to count.
 func (a *Access) load() error {
 	return a.db.Update(func(tx *bbolt.Tx) error {
-		if err := tx.DeleteBucket(oldBucket); err != nil && !errors.Is(err, bberrors.ErrBucketNotFound) {
-			return err
+		for _, name := range oldBuckets {
+			if err := tx.DeleteBucket(name); err != nil && !errors.Is(err, bberrors.ErrBucketNotFound) {
+				return err
+			}
 		}
 		meta, err := tx.CreateBucketIfNotExists(metaBucket)
 		if err != nil {
@@ -58,31 +56,27 @@ func (a *Access) load() error {
 				return err
 			}
 		}
-		b, err := tx.CreateBucketIfNotExists(graceBucket)
-		if err != nil {
-			return err
-		}
-		var old [][]byte
-		found := map[graceKey]time.Time{}
-		err = b.ForEach(func(k, v []byte) error {
-			if len(k) == len(graceKey{}) && len(v) == 8 {
-				at := time.Unix(int64(binary.BigEndian.Uint64(v)), 0)
-				if a.counts(at, a.cfg.Now()) {
-					found[graceKey(k)] = at
-					return nil
-				}
-			}
-			old = append(old, append([]byte(nil), k...))
-			return nil
-		})
-		for _, k := range slices.SortedFunc(maps.Keys(found), func(x, y graceKey) int { return found[x].Compare(found[y]) }) {
-			a.seen.Add(k, found[k])
-		}
-		for _, k := range old {
-			err = errors.Join(err, b.Delete(k))
-		}
-		return err
+		return errors.Join(loadBucket(tx, publicBucket, a.public, a.cfg.Now()), loadBucket(tx, peersBucket, a.peers, a.cfg.Now()))
 	})
+}
+
+func loadBucket(tx *bbolt.Tx, name []byte, into *seen, now time.Time) error {
+	b, err := tx.CreateBucketIfNotExists(name)
+	if err != nil {
+		return err
+	}
+	var bad [][]byte
+	err = b.ForEach(func(k, v []byte) error {
+		if !into.load(k, v) {
+			bad = append(bad, append([]byte(nil), k...))
+		}
+		return nil
+	})
+	for _, k := range bad {
+		err = errors.Join(err, b.Delete(k))
+	}
+	into.sweep(now)
+	return err
 }
 
 func (a *Access) flush() {
@@ -112,37 +106,36 @@ func (a *Access) flush() {
 
 func (a *Access) write() error {
 	a.mu.Lock()
-	pending := a.pending
-	a.pending = map[graceKey]int64{}
+	peers, public := a.peers.changes(), a.public.changes()
 	a.mu.Unlock()
-	if len(pending) == 0 {
+	if len(peers)+len(public) == 0 {
 		return nil
 	}
 	err := a.db.Update(func(tx *bbolt.Tx) error {
-		b := tx.Bucket(graceBucket)
-		for k, at := range pending {
-			if at == 0 {
-				if err := b.Delete(k[:]); err != nil {
-					return err
-				}
-				continue
-			}
-			if err := b.Put(k[:], binary.BigEndian.AppendUint64(nil, uint64(at))); err != nil {
-				return err
-			}
-		}
-		return nil
+		return errors.Join(put(tx.Bucket(peersBucket), peers), put(tx.Bucket(publicBucket), public))
 	})
-	if err != nil { // to be written next time, unless there is something newer
+	if err != nil {
 		a.mu.Lock()
-		for k, at := range pending {
-			if _, newer := a.pending[k]; !newer {
-				a.pending[k] = at
-			}
-		}
-		a.mu.Unlock()
+		defer a.mu.Unlock()
+		a.peers.unwritten(peers)
+		a.public.unwritten(public)
 	}
 	return err
+}
+
+func put(b *bbolt.Bucket, changes map[groupID][]byte) error {
+	for id, v := range changes {
+		var err error
+		if len(v) == 0 {
+			err = b.Delete(id[:])
+		} else {
+			err = b.Put(id[:], v)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // lasting is what stays the same of a credential, hashed slowly: all of it, or the
@@ -172,55 +165,48 @@ func (a *Access) lasting(hash string, c image.Credential) string {
 	return string(b)
 }
 
-func (a *Access) key(peer, repo, credential string) graceKey {
+// key names what a peer may read with a credential.
+func (a *Access) key(peer string, ref registry.Reference, credential string) accessKey {
+	return makeKey(a.hash("peer", peer), a.hash("host", ref.Host), a.hash("access", peer, ref.Name(), credential))
+}
+
+func (a *Access) hash(words ...string) [sha256.Size]byte {
 	h := sha256.New()
-	fmt.Fprintf(h, "%s%d:%s%d:%s%s", a.salt, len(peer), peer, len(repo), repo, credential)
-	return graceKey(h.Sum(nil))
+	h.Write(a.salt)
+	for _, w := range words {
+		fmt.Fprintf(h, "%d:%s", len(w), w)
+	}
+	return [sha256.Size]byte(h.Sum(nil))
 }
 
 // publicKey is for everybody.
-func publicKey(repo string) graceKey { return sha256.Sum256([]byte("public " + repo)) }
-
-// counts says whether an earlier access still counts while the registry is down.
-func (a *Access) counts(at, now time.Time) bool {
-	age := now.Sub(at)
-	return age >= -time.Minute && age < a.cfg.Grace
+func publicKey(ref registry.Reference) accessKey {
+	host := sha256.Sum256([]byte("public " + ref.Host))
+	return makeKey(host, host, sha256.Sum256([]byte("public "+ref.Name())))
 }
 
-// before says whether there was an access that still counts.
-func (a *Access) before(k graceKey, now time.Time) bool {
-	at, _ := a.seen.Peek(k)
-	return a.counts(at, now)
+func makeKey(group, host, access [sha256.Size]byte) (k accessKey) {
+	k.group = groupID(group[:])
+	copy(k.id[copy(k.id[:], host[:hostSize]):], access[:])
+	return k
 }
 
-func (a *Access) note(k graceKey, now time.Time) {
+func (a *Access) note(k accessKey, now time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.noteLocked(k, now)
+	a.peers.note(k, now)
 }
 
-func (a *Access) noteLocked(k graceKey, now time.Time) {
-	if old, ok := a.seen.Peek(k); ok && now.Sub(old) < a.cfg.TTL && now.After(old) {
-		return // fresh enough; spares the disk
-	}
-	a.seen.Add(k, now)
-	a.pending[k] = now.Unix()
-}
-
-// sweep forgets what does not count any more.
 func (a *Access) sweep(now time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for _, k := range a.seen.Keys() {
-		if !a.before(k, now) {
-			a.seen.Remove(k)
-		}
-	}
+	a.peers.sweep(now)
+	a.public.sweep(now)
 }
 
 // revoke takes back what a peer would have kept: the registry has said no.
-func (a *Access) revoke(k graceKey) {
+func (a *Access) revoke(k accessKey) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.seen.Remove(k)
+	a.peers.forget(k)
 }
