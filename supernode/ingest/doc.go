@@ -38,6 +38,8 @@
 //     was in the spool.
 //   - One flight per layer, size and registry host, however many ask. Callers may
 //     leave; the flight goes on while a caller waits, and Config.Grace longer.
+//   - A registry's refusal, or its wish to be asked later, is for those alone that show it
+//     the same of the same repository: for others that wait the flight asks, too.
 //   - Spool files together stay within Config.SpoolQuota. A layer that waits for room
 //     in it has no place at that time.
 //   - Memory depends on a layer's number of files and, by some 100 bytes each, of

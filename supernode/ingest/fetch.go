@@ -33,9 +33,10 @@ type fetcher struct {
 	sf    *spoolFile
 	t     *tail
 	sum   hash.Hash
-	at    int64       // bytes written and hashed
-	broke bool        // the connection was made more than once
-	fetch func(n int) // told of every byte that has come over the network
+	at    int64           // bytes written and hashed
+	broke bool            // the connection was made more than once
+	fetch func(n int)     // told of every byte that has come over the network
+	more  <-chan struct{} // has something if another caller's credential may help
 }
 
 // run ends the tail with io.EOF when the blob is complete and has its digest,
@@ -92,6 +93,8 @@ func (f *fetcher) all(ctx context.Context) error {
 			"at", f.at, "size", f.l.Size, "attempt", attempt, "pause", pause, "error", err)
 		select {
 		case <-time.After(pause):
+		case <-f.more:
+			vain = 0 // it has failed for others
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
@@ -113,15 +116,23 @@ func final(err error) bool {
 
 // pause is how long to wait before the next attempt; not ok: too long.
 func (f *fetcher) pause(err error, vain int) (pause time.Duration, ok bool) {
-	var r interface{ RetryAfter() time.Duration }
-	if errors.As(err, &r) && r.RetryAfter() > 0 {
-		return r.RetryAfter(), r.RetryAfter() <= maxRetryAfter
+	if d := retryAfter(err); d > 0 {
+		return d, d <= maxRetryAfter
 	}
 	if vain == 0 {
 		return 0, true // it brought something, so the registry is alive
 	}
 	d := min(f.in.cfg.BackOff<<min(vain-1, 16), maxBackOff)
 	return d/2 + rand.N(d/2+1), true
+}
+
+// retryAfter is when a registry says to come back; 0: it does not say.
+func retryAfter(err error) time.Duration {
+	var r interface{ RetryAfter() time.Duration }
+	if errors.As(err, &r) {
+		return max(r.RetryAfter(), 0)
+	}
+	return 0
 }
 
 // attempt makes one connection and takes what it brings.

@@ -36,17 +36,19 @@ type arrival struct {
 	told              atomic.Int64 // fetched and unpacked bytes when news was told last
 	news              flight.Progress[Progress]
 
-	mu      sync.Mutex
-	claims  []blockdev.Digest // DiffIDs that askers' configs say
-	opens   []opening         // of the callers that asked, each with its own credential
-	shown   []string          // origins that have sent something
-	refused bool              // all of opens have failed: there is nothing to add to
+	more chan struct{} // has something if an opening has come since all were asked
+
+	mu     sync.Mutex
+	claims []blockdev.Digest // DiffIDs that askers' configs say
+	opens  []*opening        // of the callers that asked
+	shown  []string          // origins that have sent something
 }
 
-// opening is how one of the callers that asked gets the layer.
+// opening is how those of the callers get the layer that show the same to one origin.
 type opening struct {
-	open   Open
-	origin string
+	open          Open
+	origin, shows string
+	asked         bool // guarded by arrival.mu
 }
 
 func (f *arrival) progress() Progress {
@@ -91,32 +93,67 @@ const (
 // maxOpens bounds the credentials that a flight falls back to.
 const maxOpens = 8
 
-// join finds the layer's flight or starts it. tries: the flight also tries the
-// caller's Open before it gives up.
-func (in *Ingester) join(l Layer) (a *flight.Asker[*arrival], tries bool, _ error) {
+// join finds the layer's flight or starts it. The opening is the caller's; nil: there are
+// too many of others.
+func (in *Ingester) join(l Layer) (*flight.Asker[*arrival], *opening, error) {
 	a, err := in.flights.Join(l.key(), func() (*arrival, flight.Work) {
-		f := &arrival{in: in, l: l, claims: []blockdev.Digest{l.DiffID}, opens: []opening{{l.Open, l.Origin}}}
+		f := &arrival{in: in, l: l, more: make(chan struct{}, 1)}
+		f.also(l)
 		f.tell()
 		return f, f.run
 	})
-	if err != nil || a.Led {
-		return a, true, err
+	if err != nil {
+		return nil, nil, err
 	}
 	return a, a.State.also(l), nil
 }
 
-// also notes what one more asker says and has. True: its Open will be tried.
-func (f *arrival) also(l Layer) bool {
+// also notes what one more asker says and has.
+func (f *arrival) also(l Layer) *opening {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if !slices.Contains(f.claims, l.DiffID) {
 		f.claims = append(f.claims, l.DiffID)
 	}
-	if len(f.opens) >= maxOpens || f.refused {
-		return false
+	for _, o := range f.opens {
+		if o.origin == l.Origin && o.shows == l.Shows {
+			return o
+		}
 	}
-	f.opens = append(f.opens, opening{l.Open, l.Origin})
-	return true
+	if len(f.opens) >= maxOpens {
+		return nil
+	}
+	o := &opening{open: l.Open, origin: l.Origin, shows: l.Shows}
+	f.opens = append(f.opens, o)
+	select {
+	case f.more <- struct{}{}:
+	default:
+	}
+	return o
+}
+
+// next is the opening number i, which is asked now; nil: all have been.
+func (f *arrival) next(i int) *opening {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if i == len(f.opens) {
+		return nil
+	}
+	f.opens[i].asked = true
+	if i == len(f.opens)-1 {
+		select {
+		case <-f.more:
+		default:
+		}
+	}
+	return f.opens[i]
+}
+
+// asked says whether a failure is also the answer to this opening.
+func (f *arrival) asked(o *opening) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return o != nil && o.asked
 }
 
 // run is the flight's work.
@@ -163,7 +200,7 @@ func (f *arrival) through(ctx context.Context, sf *spoolFile, pieced *bool) erro
 	g.Go(func() error {
 		l := f.l
 		l.Open = f.open
-		fe := &fetcher{in: f.in, l: l, sf: sf, t: t, fetch: func(n int) {
+		fe := &fetcher{in: f.in, l: l, sf: sf, t: t, more: f.more, fetch: func(n int) {
 			f.fetched.Add(int64(n))
 			f.in.stats.fetched.Add(int64(n))
 			f.moved()
@@ -250,32 +287,38 @@ func (f *arrival) claimed(diffID blockdev.Digest) bool {
 }
 
 // open asks with the credentials of the callers that wait, in the order in which they
-// came, until one is let in.
+// came, until one is let in. If none is, the error is that which passes soonest.
 func (f *arrival) open(ctx context.Context, offset int64) (io.ReadCloser, error) {
+	var refused, limited error
 	for i := 0; ; i++ {
-		f.mu.Lock()
-		o := f.opens[i]
-		f.mu.Unlock()
+		o := f.next(i)
+		if o == nil && limited != nil {
+			return nil, limited
+		} else if o == nil {
+			return nil, refused
+		}
 		rc, err := o.open(ctx, offset)
-		if err == nil {
+		switch {
+		case err == nil:
 			f.mu.Lock()
 			if !slices.Contains(f.shown, o.origin) {
 				f.shown = append(f.shown, o.origin)
 			}
 			f.mu.Unlock()
 			return rc, nil
-		}
-		if !errors.Is(err, blockdev.ErrUnauthorized) && !errors.Is(err, blockdev.ErrNotFound) {
+		case !personal(err):
 			return nil, err
-		}
-		f.mu.Lock()
-		last := i == len(f.opens)-1 // now: another caller may have come since
-		f.refused = f.refused || last
-		f.mu.Unlock()
-		if last {
-			return nil, err
+		case !errors.Is(err, ErrLimited):
+			refused = err
+		case limited == nil || retryAfter(err) < retryAfter(limited):
+			limited = err
 		}
 	}
+}
+
+// personal says whether an error of an Open says nothing about another caller's.
+func personal(err error) bool {
+	return errors.Is(err, blockdev.ErrUnauthorized) || errors.Is(err, blockdev.ErrNotFound) || errors.Is(err, ErrLimited)
 }
 
 // origins are those that have sent some of the blob in this flight; all of it may

@@ -160,6 +160,8 @@ func (e statusError) Unwrap() error {
 		return blockdev.ErrUnauthorized
 	case http.StatusNotFound:
 		return blockdev.ErrNotFound
+	case http.StatusTooManyRequests:
+		return ErrLimited
 	}
 	return blockdev.ErrUnavailable
 }

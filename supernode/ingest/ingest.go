@@ -23,6 +23,10 @@ import (
 // wraps blockdev.ErrUnavailable.
 var ErrClosed = fmt.Errorf("ingest is shutting down: %w", blockdev.ErrUnavailable)
 
+// ErrLimited is of an Open that is to come back later, as registries say it to those that
+// ask too much, or that show no credential.
+var ErrLimited = fmt.Errorf("the registry limits requests: %w", blockdev.ErrUnavailable)
+
 // Config says how layers are ingested. A zero field means its default.
 type Config struct {
 	// Store is where layers go. Required.
@@ -97,7 +101,8 @@ func (c *Config) setDefaults() {
 // blob's byte number offset, also if the registry ignores range requests. ctx
 // ends the reading, too. Errors wrap blockdev.ErrUnauthorized, ErrNotFound,
 // ErrUnsupported (all final), or anything else, which is tried again; one with a
-// method RetryAfter() time.Duration > 0 says when.
+// method RetryAfter() time.Duration > 0 says when. ErrUnauthorized, ErrNotFound and
+// ErrLimited say nothing about callers that show the registry something else.
 type Open func(ctx context.Context, offset int64) (io.ReadCloser, error)
 
 // Layer is a layer to be ingested.
@@ -116,6 +121,9 @@ type Layer struct {
 	// of are origins.
 	Host, Origin string
 	Open         Open
+	// Shows names what Open shows the registry: of callers with the same Origin and
+	// Shows, one asks for all. It is in no log line and no error.
+	Shows string
 }
 
 // check says whether the layer may be one.
@@ -229,12 +237,12 @@ func (in *Ingester) layer(ctx context.Context, l Layer, watch func(Progress)) (s
 		return rec, nil
 	}
 	for {
-		a, tries, err := in.join(l)
+		a, mine, err := in.join(l)
 		if err != nil {
 			return store.LayerRecord{}, err
 		}
 		rec, err := in.wait(ctx, a, l, watch)
-		if !tries && ctx.Err() == nil && (errors.Is(err, blockdev.ErrUnauthorized) || errors.Is(err, blockdev.ErrNotFound)) {
+		if ctx.Err() == nil && personal(err) && !a.State.asked(mine) {
 			continue // that was the others' answer
 		}
 		if errors.Is(err, blockdev.ErrNotFound) && foreign(l.MediaType) {

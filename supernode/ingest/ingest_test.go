@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -255,38 +256,103 @@ func TestRefusalsThatStay(t *testing.T) {
 	}
 }
 
-// A wrong credential of the one who came first does not stop the other.
+// TestNextCredential: what a registry refuses one caller, or tells it to come back for,
+// says nothing about another.
 func TestNextCredential(t *testing.T) {
-	diff := makeTar(t, 1, 1<<20)
-	f := newFixture(t, Config{})
-	good := f.reg.add(gzipped(t, diff), diff, gzipType)
-	bad := good
-	asked, joined := make(chan struct{}), make(chan struct{})
-	bad.Open = func(context.Context, int64) (io.ReadCloser, error) {
-		close(asked)
-		<-joined
-		return nil, statusError{status: http.StatusUnauthorized}
-	}
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		if _, err := f.in.Layer(t.Context(), bad, nil); err != nil {
-			t.Error(err)
-		}
-	})
-	<-asked
-	wg.Go(func() {
-		if _, err := f.in.Layer(t.Context(), good, func(Progress) {
-			select {
-			case <-joined:
-			default:
-				close(joined)
+	for name, refusal := range map[string]statusError{
+		"refused":             {status: http.StatusUnauthorized},
+		"not there":           {status: http.StatusNotFound},
+		"limited":             {status: http.StatusTooManyRequests},
+		"limited for an hour": {status: http.StatusTooManyRequests, after: time.Hour},
+	} {
+		t.Run(name, func(t *testing.T) {
+			diff := makeTar(t, 1, 100<<10)
+			f := newFixture(t, Config{})
+			good := f.reg.add(gzipped(t, diff), diff, gzipType)
+			good.Shows = "a credential"
+			bad := good
+			bad.Shows = ""
+			asked, joined := make(chan struct{}), make(chan struct{})
+			bad.Open = func(context.Context, int64) (io.ReadCloser, error) {
+				close(asked) // once
+				<-joined
+				return nil, refusal
 			}
-		}); err != nil {
-			t.Error(err)
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				if _, err := f.in.Layer(t.Context(), bad, nil); err != nil {
+					t.Error(err)
+				}
+			})
+			<-asked
+			wg.Go(func() {
+				join := sync.OnceFunc(func() { close(joined) })
+				if _, err := f.in.Layer(t.Context(), good, func(Progress) { join() }); err != nil {
+					t.Error(err)
+				}
+			})
+			wg.Wait()
+			checkStored(t, f.st, good, diff)
+		})
+	}
+}
+
+// TestLimitedCallers: callers that show the same are asked for once; a caller that comes
+// with something else while the registry is left alone does not wait; of those that all are to
+// come back later, the shortest time counts. Time is the test's.
+func TestLimitedCallers(t *testing.T) {
+	diff := makeTar(t, 1, 100<<10)
+	blob := gzipped(t, diff)
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		st, err := store.Open(store.Config{Dir: filepath.Join(dir, "store")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer st.Close()
+		in, err := New(Config{Store: st, SpoolDir: filepath.Join(dir, "spool")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		start := time.Now()
+		since := func() time.Duration { return time.Since(start).Round(time.Second) }
+		var mu sync.Mutex
+		asked := map[string][]time.Duration{}
+		var wg sync.WaitGroup
+		ask := func(shows string, answer error) {
+			l := Layer{Ref: "x/y:z", Digest: blockdev.Sum(blob), Size: int64(len(blob)), MediaType: gzipType, DiffID: blockdev.Sum(diff), Origin: "x", Shows: shows}
+			l.Open = func(_ context.Context, off int64) (io.ReadCloser, error) {
+				mu.Lock()
+				defer mu.Unlock()
+				asked[shows] = append(asked[shows], since())
+				if answer != nil {
+					return nil, answer
+				}
+				return io.NopCloser(bytes.NewReader(blob[off:])), nil
+			}
+			wg.Go(func() {
+				if _, err := in.Layer(t.Context(), l, nil); err != nil {
+					t.Errorf("%q: %v", shows, err)
+				}
+			})
+			synctest.Wait()
+		}
+		for range 3 * maxOpens {
+			ask("", statusError{http.StatusTooManyRequests, 90 * time.Second})
+		}
+		time.Sleep(30 * time.Second)
+		ask("a", statusError{http.StatusTooManyRequests, time.Hour})
+		ask("b", statusError{http.StatusUnauthorized, 0})
+		time.Sleep(30 * time.Second)
+		ask("c", nil)
+		wg.Wait()
+		s := time.Second
+		want := map[string][]time.Duration{"": {0, 30 * s, 30 * s, 60 * s}, "a": {30 * s, 30 * s, 60 * s}, "b": {30 * s, 60 * s}, "c": {60 * s}}
+		if !reflect.DeepEqual(asked, want) {
+			t.Errorf("asked %v, want %v", asked, want)
 		}
 	})
-	wg.Wait()
-	checkStored(t, f.st, good, diff)
 }
 
 func TestOneFlight(t *testing.T) {

@@ -3,6 +3,7 @@ package layers
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"time"
 
@@ -29,7 +30,8 @@ func (l *Layers) fromRegistry(ctx context.Context, r Request) (store.LayerRecord
 		}
 	}
 	rec, err := l.ingest.Layer(ctx, ingest.Layer{Ref: m.Ref, Digest: d.Digest, Size: d.Size, MediaType: d.MediaType,
-		DiffID: d.DiffID, Host: m.Host, Origin: originOf(m), Open: l.opener(r)}, report)
+		DiffID: d.DiffID, Host: m.Host, Origin: originOf(m), Open: l.opener(r),
+		Shows: fmt.Sprint(registry.CredentialHash(r.Credential), r.Verdict.Public)}, report)
 	if err == nil {
 		l.failed.worked(key)
 	} else if ctx.Err() == nil {
@@ -62,7 +64,16 @@ func (l *Layers) opener(r Request) ingest.Open {
 			short := *e // the caller names image and layer
 			short.Ref = ""
 			err = &short
+			if registry.Limited(err) || short.RetryAfter() > 0 {
+				err = limited{err}
+			}
 		}
 		return rc, err
 	}
 }
+
+// limited is a registry's error that is also an ingest.ErrLimited.
+type limited struct{ error }
+
+// Unwrap returns both.
+func (e limited) Unwrap() []error { return []error{e.error, ingest.ErrLimited} }
