@@ -67,7 +67,7 @@ type Client struct {
 	quiet   *logrus.Entry
 	asking  *flight.Group[string, *question]
 	allowed atomic.Pointer[pattern.Repositories]
-	said    quiet.Quiet // what the log has said of registries that are down
+	said    quiet.Quiet // what the log has said of requests that nodes may repeat at will
 
 	mu       sync.Mutex
 	hosts    *lru.Map[string, *hostSet] // by Reference.Host

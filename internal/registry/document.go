@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -36,22 +37,28 @@ func (c *Client) Document(ctx context.Context, req image.DocumentRequest) (*imag
 	}
 	var b []byte
 	var d blockdev.Digest
-	err = q.follow(ctx, r.Digest, func(named blockdev.Digest) (err error) {
+	manifest := func(named blockdev.Digest) (err error) {
 		d = named
 		b, err = q.document(ctx, ocispec.MediaTypeImageManifest, descriptor{digest: d, size: -1}, maxManifest)
 		return err
-	})
-	if err != nil {
+	}
+	if err := q.follow(ctx, r.Digest, manifest); err != nil {
 		return nil, err
 	}
 	doc, err := parseDocument(b)
 	if err != nil {
 		return nil, q.wrap(err)
 	}
-	if doc.Config != nil && images.IsConfigType(doc.Config.MediaType) {
-		q.keepConfig(ctx, doc)
+	mediaType := doc.mediaType()
+	if config := doc.Config; c.cache != nil && config != nil && images.IsConfigType(config.MediaType) && !q.kept(*config) {
+		// What waits for a registry holds no bytes: the manifest is in the cache by now.
+		doc, b = nil, nil
+		q.keepConfig(ctx, *config)
+		if err := manifest(d); err != nil {
+			return nil, q.wrap(err)
+		}
 	}
-	return answer(req, d, doc.mediaType(), b), nil
+	return answer(req, d, mediaType, b), nil
 }
 
 func answer(req image.DocumentRequest, d blockdev.Digest, mediaType string, b []byte) *image.Document {
@@ -62,14 +69,27 @@ func answer(req image.DocumentRequest, d blockdev.Digest, mediaType string, b []
 	return doc
 }
 
+// kept says whether the cache has a config.
+func (q *query) kept(desc ocispec.Descriptor) bool {
+	config, err := checkDescriptor("config", desc, maxConfig)
+	if err != nil {
+		return false
+	}
+	_, ok := q.c.cache.doc(q.ref.Name(), config.digest, maxConfig)
+	return ok
+}
+
 // keepConfig brings the config into the cache. Without it the manifest is as good.
-func (q *query) keepConfig(ctx context.Context, doc *document) {
-	config, err := checkDescriptor("config", *doc.Config, maxConfig)
+func (q *query) keepConfig(ctx context.Context, desc ocispec.Descriptor) {
+	config, err := checkDescriptor("config", desc, maxConfig)
 	if err == nil {
 		_, err = q.document(ctx, config.mediaType, config, maxConfig)
 	}
-	if err != nil && ctx.Err() == nil {
-		q.c.log.Warn("cannot fetch an image's config; its manifest is used without it", "image", q.name, "error", err)
+	if err == nil || ctx.Err() != nil {
+		return
+	}
+	if others, say := q.c.said.Say("config", q.name, time.Now()); say {
+		q.c.log.Warn("cannot fetch an image's config; its manifest is used without it", "image", q.name, "error", err, "others", others)
 	}
 }
 

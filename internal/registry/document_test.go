@@ -3,6 +3,7 @@ package registry_test
 import (
 	"fmt"
 	"net/http"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -13,6 +14,60 @@ import (
 	"github.com/shoalfs/shoal/internal/registry"
 	"github.com/shoalfs/shoal/internal/registry/registrytest"
 )
+
+// TestDocumentWaitsWithoutBytes: while a registry does not send the config, requests for the
+// manifest wait, and hold no manifest in memory: there may be thousands of them.
+func TestDocumentWaitsWithoutBytes(t *testing.T) {
+	f := registrytest.NewFake(t)
+	layer := registrytest.GzipLayer(t, "a", 1000, 1)
+	const requests, padding = 8, 3 << 20
+	for i := range requests {
+		config := registrytest.Config(t, registrytest.Platform{OS: "linux", Architecture: "amd64"}, layer)
+		config = append(config, strings.Repeat(" ", i)...) // of its own
+		f.PushBlob(t, "app", config)
+		m := registrytest.Manifest(t, registrytest.TypeManifest, config, layer)
+		m = append(m[:len(m)-1], fmt.Sprintf(`,"annotations":{"a":"%d%s"}}`, i, strings.Repeat("x", padding))...)
+		f.PushManifest(t, "app", fmt.Sprint("v", i), registrytest.TypeManifest, m)
+	}
+	release := make(chan struct{})
+	f.SetHook(func(_ http.ResponseWriter, r *http.Request) bool {
+		if strings.Contains(r.URL.Path, "/blobs/") {
+			<-release
+		}
+		return false
+	})
+	c := newClient(t, func(cfg *registry.Config) {
+		cfg.CacheDir, cfg.Timeout, cfg.Stall = t.TempDir(), time.Minute, time.Minute
+	})
+	heap := func() int64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	before := heap()
+	var wg sync.WaitGroup
+	for i := range requests {
+		wg.Go(func() {
+			doc, err := c.Document(t.Context(), image.DocumentRequest{Ref: fmt.Sprintf("%s/app:v%d", f.Host, i)})
+			if err != nil || blockdev.Sum(doc.Data) != doc.Digest || len(doc.Data) < padding {
+				t.Errorf("manifest %d: %v", i, err)
+			}
+		})
+	}
+	// All of them have read the manifest, and wait for its config.
+	deadline := time.Now().Add(20 * time.Second)
+	held := heap() - before
+	for ; held > requests*padding/2 || len(f.Requests("GET", "/blobs/")) < requests; held = heap() - before {
+		if time.Now().After(deadline) {
+			t.Errorf("%d requests that wait for a config hold %d MiB", requests, held>>20)
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	close(release)
+	wg.Wait()
+}
 
 // TestDocument: manifests, indexes and configs come byte for byte with their media
 // types, by tag and by digest; what has been known once needs no registry.
