@@ -548,6 +548,27 @@ func TestSELinux(t *testing.T) {
 	}
 }
 
+// TestQuota: each priority of the pods is one that the quota of the namespace has.
+func TestQuota(t *testing.T) {
+	objects, err := render(t, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	quota := find[*corev1.ResourceQuota](t, objects, "shoal-critical-pods")
+	terms := quota.Spec.ScopeSelector.MatchExpressions
+	if len(terms) != 1 || terms[0].ScopeName != corev1.ResourceQuotaScopePriorityClass || terms[0].Operator != corev1.ScopeSelectorOpIn {
+		t.Fatalf("the quota is %+v", terms)
+	}
+	for _, class := range []string{
+		find[*appsv1.DaemonSet](t, objects, "shoal-node").Spec.Template.Spec.PriorityClassName,
+		find[*appsv1.StatefulSet](t, objects, "shoal-supernode").Spec.Template.Spec.PriorityClassName,
+	} {
+		if !slices.Contains(terms[0].Values, class) {
+			t.Errorf("the quota is for %v, and a pod has %s", terms[0].Values, class)
+		}
+	}
+}
+
 // TestUninstallSelector: the Jobs of helm uninstall look at the pods of the DaemonSet, and at
 // none of another chart that is installed with this one, whatever its components are called.
 func TestUninstallSelector(t *testing.T) {
