@@ -34,7 +34,7 @@ type Diff struct {
 	own      atomic.Pointer[ownTree]
 	scrubbed *stamp
 	track    atomic.Pointer[track] // of the Recording under way; nil: none
-	hurries  atomic.Int32          // Hurry
+	hurries  atomic.Int32          // callers of Hurry that are not done
 
 	prefetching chan struct{} // token: one prefetch at a time
 	proving     chan struct{} // token: one proof at a time

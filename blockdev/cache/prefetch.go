@@ -107,7 +107,7 @@ func (d *Diff) fetchPass(ctx context.Context) error {
 		if err := d.prefetchRoom(ctx); err != nil {
 			return err
 		}
-		size, err := d.c.pace.Next(ctx, d.hurried())
+		size, err := d.c.pace.Next(ctx, d.hurries.Load() > 0)
 		if err != nil {
 			return err
 		}
@@ -147,8 +147,6 @@ func (d *Diff) Hurry() (done func()) {
 		d.hurries.Add(-1)
 	})
 }
-
-func (d *Diff) hurried() bool { return d.hurries.Load() > 0 }
 
 // prefetchRoom returns nil if there is room for what prefetch may have under way.
 func (d *Diff) prefetchRoom(ctx context.Context) error {

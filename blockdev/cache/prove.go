@@ -165,7 +165,7 @@ type verified struct {
 }
 
 func (d *Diff) newVerified(ctx context.Context, hurry bool) *verified {
-	inHurry := func() bool { return hurry || d.hurried() } // a caller may come while it runs
+	inHurry := func() bool { return hurry || d.hurries.Load() > 0 } // a caller may come while it runs
 	return &verified{d: d, ctx: ctx, rest: prefetch.NewRest(&d.c.pace.Gate, inHurry, 0), buf: d.c.buffer(), chunk: -1}
 }
 
