@@ -18,6 +18,7 @@ import (
 
 	"github.com/shoalfs/shoal/blockdev"
 	"github.com/shoalfs/shoal/blockdev/pace"
+	"github.com/shoalfs/shoal/blockdev/turns"
 	"github.com/shoalfs/shoal/internal/defaults"
 	"github.com/shoalfs/shoal/internal/flight"
 	"github.com/shoalfs/shoal/internal/image"
@@ -36,6 +37,10 @@ type Config struct {
 	CacheDir string
 	// CacheBytes bounds CacheDir; 0: 256 MiB.
 	CacheBytes int64
+	// DocumentBytes bounds the bytes of manifests and configs that are being read from
+	// registries, of which one host has half at most; 0: 256 MiB. Beyond it, requests fail
+	// with blockdev.ErrUnavailable.
+	DocumentBytes int64
 	// TagTTL is how long a tag is believed without asking; 0: one minute.
 	TagTTL time.Duration
 	// HostsTTL is how long hosts.toml files, connections and tokens are kept;
@@ -66,6 +71,7 @@ type Client struct {
 	cache   *cache // nil: none
 	quiet   *logrus.Entry
 	asking  *flight.Group[string, *question]
+	reading *turns.Turns // Config.DocumentBytes, by host
 	allowed atomic.Pointer[pattern.Repositories]
 	said    quiet.Quiet // what the log has said of requests that nodes may repeat at will
 
@@ -102,6 +108,7 @@ func (c *Config) setDefaults() error {
 	defaults.Set(&c.Timeout, 30*time.Second)
 	defaults.Set(&c.Stall, 30*time.Second)
 	defaults.Set(&c.CacheBytes, 256<<20)
+	defaults.Positive(&c.DocumentBytes, 256<<20)
 	defaults.Log(&c.Log)
 	if min(c.TagTTL, c.HostsTTL, c.Timeout, c.Stall) < 0 {
 		return errors.New("registry: a duration is negative")
@@ -115,6 +122,7 @@ func New(cfg Config) (*Client, error) {
 		return nil, err
 	}
 	c := &Client{cfg: cfg, log: cfg.Log, asking: flight.New[string, *question](flight.Policy{Outlives: true}, errClosed),
+		reading:  turns.New(cfg.DocumentBytes, 0),
 		hosts:    lru.NewEvict(maxSessions, func(_ string, set *hostSet) { set.closeIdle() }),
 		sessions: lru.New[sessionKey, *session](maxSessions), down: lru.New[asker, time.Time](maxDown), told: lru.New[string, struct{}](maxSessions)}
 	c.allowed.Store(cfg.Allowed)

@@ -1,9 +1,12 @@
 package registry_test
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
+	"path"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -224,4 +227,71 @@ func TestOwnMirror(t *testing.T) {
 	dir = hostsToml(t, "registry.example", fmt.Sprintf("server = \"http://%s\"\n", own.Host))
 	c = newClient(t, func(cfg *registry.Config) { cfg.HostDirs = []string{dir} })
 	wantError(t, c.Check(t.Context(), ref, blockdev.Digest{}, alice), blockdev.ErrUnavailable, "mirror")
+}
+
+// TestDocumentBytes: a registry that sends all but the end of its manifests does not have
+// them all held in memory, and leaves room for others.
+func TestDocumentBytes(t *testing.T) {
+	layer := registrytest.GzipLayer(t, "a", 1000, 1)
+	manifest := func(f *registrytest.Fake, tag string, padding int) []byte {
+		config := registrytest.Config(t, registrytest.Platform{OS: "linux", Architecture: "amd64"}, layer)
+		f.PushBlob(t, "app", config)
+		m := registrytest.Manifest(t, registrytest.TypeManifest, config, layer)
+		m = append(m[:len(m)-1], fmt.Sprintf(`,"annotations":{"a":"%s%s"}}`, tag, strings.Repeat("x", padding))...)
+		f.PushManifest(t, "app", tag, registrytest.TypeManifest, m)
+		return m
+	}
+	bad, good := registrytest.NewFake(t), registrytest.NewFake(t)
+	manifest(good, "v", 300<<10)
+	const requests, size = 8, 300 << 10
+	all := make(map[string][]byte)
+	for i := range requests {
+		m := manifest(bad, fmt.Sprint("v", i), size)
+		all[blockdev.Sum(m).String()] = m
+	}
+	release := make(chan struct{})
+	bad.SetHook(func(w http.ResponseWriter, r *http.Request) bool {
+		m := all[path.Base(r.URL.Path)]
+		if r.Method != http.MethodGet || m == nil {
+			return false
+		}
+		w.Header().Set("Content-Type", registrytest.TypeManifest)
+		w.Header().Set("Content-Length", strconv.Itoa(len(m)))
+		_, _ = w.Write(m[:len(m)-1])
+		_ = http.NewResponseController(w).Flush()
+		<-release
+		_, _ = w.Write(m[len(m)-1:])
+		return true
+	})
+	c := newClient(t, func(cfg *registry.Config) {
+		cfg.DocumentBytes, cfg.Timeout, cfg.Stall = 4*size, time.Minute, time.Minute
+	})
+	got := make(chan error, requests)
+	for i := range requests {
+		go func() {
+			_, err := c.Document(t.Context(), image.DocumentRequest{Ref: fmt.Sprintf("%s/app:v%d", bad.Host, i)})
+			got <- err
+		}()
+	}
+	// No more than the half of 4 manifests may wait for their end.
+	for range requests - 2 {
+		select {
+		case err := <-got:
+			if !errors.Is(err, blockdev.ErrUnavailable) || registry.Outage(err) {
+				t.Errorf("beyond the limit: %v", err)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatal("a registry has more of its manifests held than its share")
+		}
+	}
+	if _, err := c.Document(t.Context(), image.DocumentRequest{Ref: good.Host + "/app:v"}); err != nil {
+		t.Errorf("another registry: %v", err)
+	}
+	close(release)
+	for range 2 {
+		<-got // they may have been in each other's way
+	}
+	if _, err := c.Document(t.Context(), image.DocumentRequest{Ref: bad.Host + "/app:v0"}); err != nil {
+		t.Errorf("once there is room: %v", err)
+	}
 }

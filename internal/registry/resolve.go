@@ -15,6 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/shoalfs/shoal/blockdev"
+	"github.com/shoalfs/shoal/blockdev/turns"
 	"github.com/shoalfs/shoal/internal/image"
 )
 
@@ -287,7 +288,7 @@ func (q *query) fetch(ctx context.Context, mediaType string, d descriptor, limit
 	var b []byte
 	err := q.c.do(ctx, q.ref, "", q.cred, func(ctx context.Context, s *session) error {
 		return s.each(ctx, docker.HostCapabilityPull, func(ctx context.Context, h docker.RegistryHost) (err error) {
-			b, err = readDocument(ctx, h, q.ref, mediaType, d, limit)
+			b, err = q.c.readDocument(ctx, h, q.ref, mediaType, d, limit)
 			if errors.Is(err, blockdev.ErrCorrupt) && h.Host != s.hosts[len(s.hosts)-1].Host {
 				q.c.log.Warn("a mirror sent wrong content, asking the next host", "image", q.name, "error", mapError(ctx, q.name, err))
 			}
@@ -303,7 +304,7 @@ func (q *query) fetch(ctx context.Context, mediaType string, d descriptor, limit
 	return b, nil
 }
 
-func readDocument(ctx context.Context, h docker.RegistryHost, ref Reference, mediaType string, d descriptor, limit int64) ([]byte, error) {
+func (c *Client) readDocument(ctx context.Context, h docker.RegistryHost, ref Reference, mediaType string, d descriptor, limit int64) ([]byte, error) {
 	f, err := resolver(h).Fetcher(ctx, ref.withDigest(d.digest))
 	if err != nil {
 		return nil, err
@@ -316,7 +317,9 @@ func readDocument(ctx context.Context, h docker.RegistryHost, ref Reference, med
 	if err != nil {
 		return nil, err
 	}
-	b, err := io.ReadAll(io.LimitReader(rc, limit+1))
+	body := &counted{Reader: io.LimitReader(rc, limit+1), turns: c.reading, host: h.Host}
+	defer body.give()
+	b, err := io.ReadAll(body)
 	if cerr := rc.Close(); err == nil {
 		err = cerr
 	}
@@ -332,4 +335,32 @@ func readDocument(ctx context.Context, h docker.RegistryHost, ref Reference, med
 		return nil, &Error{Host: h.Host, kind: blockdev.ErrCorrupt, text: fmt.Sprintf("%s %s has %d bytes, its descriptor says %d", what, d.digest, len(b), d.size)}
 	}
 	return b, nil
+}
+
+// countedStep is how many bytes of Config.DocumentBytes are taken at once.
+const countedStep = 32 << 10
+
+// counted is a document that is read, whose bytes count against Config.DocumentBytes from when
+// they come. A registry that sends all but the end of many holds no more than its share.
+type counted struct {
+	io.Reader
+	turns       *turns.Turns
+	host        string
+	taken, read int64
+}
+
+func (r *counted) Read(p []byte) (int, error) {
+	if r.read == r.taken {
+		if !r.turns.Try(blockdev.Sum([]byte(r.host)), countedStep) {
+			return 0, &Error{Host: r.host, answered: true, kind: blockdev.ErrUnavailable, text: "too many bytes of its manifests and configs are read at the same time"}
+		}
+		r.taken += countedStep
+	}
+	n, err := r.Reader.Read(p[:min(int64(len(p)), r.taken-r.read)])
+	r.read += int64(n)
+	return n, err
+}
+
+func (r *counted) give() {
+	r.turns.Give(blockdev.Sum([]byte(r.host)), r.taken)
 }
