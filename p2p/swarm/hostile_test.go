@@ -187,7 +187,6 @@ func TestFlood(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	other := w.node(options{})
 	w.connect()
 	var wg sync.WaitGroup
 	ctx, cancel := context.WithCancel(t.Context())
@@ -207,15 +206,23 @@ func TestFlood(t *testing.T) {
 			}
 		})
 	}
-	for i := range w.ix.Chunks {
-		w.read(other, i)
+	// The flood takes this machine's processors, too. So a node may find that the
+	// supernode is sooner for all that it reads, and the next one tries.
+	var served float64
+	for began := time.Now(); served == 0 && time.Since(began) < 20*time.Second; {
+		other := w.node(options{})
+		w.connect()
+		for i := range w.ix.Chunks {
+			w.read(other, i)
+		}
+		served = other.metric(t, "shoal_node_received_bytes_total", "peer")
 	}
 	cancel()
 	wg.Wait()
 	if busy == 0 {
 		t.Errorf("a flood of requests was served: %d, never busy", ok)
 	}
-	if other.metric(t, "shoal_node_received_bytes_total", "peer") == 0 {
+	if served == 0 {
 		t.Error("the flood kept the node from serving others")
 	}
 }
