@@ -239,7 +239,7 @@ func (f *flipSite) passedOn(kind flipKind, im flipImage) {
 // readBack reads the image on the first node, and again when a check has been there.
 func (f *flipSite) readBack(kind flipKind, im flipImage) {
 	ctx := f.t.Context()
-	if err := f.mountable(im); err != nil {
+	if err := f.mountable(im, kind.records); err != nil {
 		if !kind.records {
 			f.t.Errorf("%s: %v", kind.name, err)
 			f.failed++
@@ -273,8 +273,9 @@ func (f *flipSite) readBack(kind flipKind, im flipImage) {
 	}
 }
 
-// mountable says whether the first node shows the image, pulled again if need be.
-func (f *flipSite) mountable(im flipImage) error {
+// mountable says whether the first node shows the image, pulled again if need be; and
+// whether it can be removed, too, since nothing but that uses some of the records.
+func (f *flipSite) mountable(im flipImage, records bool) error {
 	return lab.WaitFor(f.t.Context(), "pull by the first node", 20*time.Second, func() error {
 		if err := f.one.Pull(f.t.Context(), im.Image); err != nil {
 			return err
@@ -285,7 +286,13 @@ func (f *flipSite) mountable(im flipImage) error {
 		if err != nil {
 			return err
 		}
-		return unmount()
+		if err := unmount(); err != nil || !records {
+			return err
+		}
+		if err := f.one.RemoveImage(f.t.Context(), im.Image); err != nil {
+			return err
+		}
+		return f.one.Pull(f.t.Context(), im.Image)
 	})
 }
 
