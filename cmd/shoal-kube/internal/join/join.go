@@ -67,8 +67,8 @@ type Values struct {
 }
 
 // Fill writes what is missing in the Secrets keys and join, and returns the key of the
-// supernode i, in PEM, and all that the machines need. own, if not nil, is the key that this supernode has on its disk, which
-// counts if the Secret has none.
+// supernode i, in PEM, and all that the machines need. own, if not nil, is the key that this
+// supernode has on its disk, which counts if the Secret has none.
 func Fill(ctx context.Context, secrets Secrets, keys, join string, v Values, i int, own []byte) (key []byte, info Info, err error) {
 	addresses := v.Addresses
 	if i < 0 || i >= len(addresses) {

@@ -4,8 +4,8 @@
 // of this does anything.
 //
 // Descriptors come back at the next start as LISTEN_FDS and LISTEN_FDNAMES say, or
-// to a standby of `shoal keep` on a socket, when it is its turn (turn.go). Files that were kept are not closed when this process, or any number of it,
-// dies.
+// to a standby of `shoal keep` on a socket, when it is its turn (turn.go). Files that were
+// kept are not closed when this process, or any number of it, dies.
 package fdstore
 
 import (
